@@ -1,0 +1,1 @@
+"""FLOP accounting, laws, fits, figures and the report (numpy + scipy)."""

@@ -1,0 +1,1 @@
+"""Activation stores, the deterministic stream, run directories and checkpoints (pyarrow + fsspec)."""

@@ -1,0 +1,1 @@
+"""Subjects, sparse autoencoders and the training of a pack (torch + Lightning)."""

@@ -1,0 +1,1 @@
+"""The frozen models whose residual streams are decomposed."""
