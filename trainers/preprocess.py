@@ -1,0 +1,57 @@
+"""What happens to activations before an SAE sees them, and what is measured once on a sample of them."""
+
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+SAMPLE_TOKENS = 32_768
+
+
+def to_tensor(act: np.ndarray, dtype: str, device: torch.device | str = "cpu") -> Tensor:
+    """Raw rows of a store, float16 or bfloat16 bit patterns [batch, d_model], as float32 on `device`."""
+    raw = torch.from_numpy(act)
+    if dtype == "bfloat16":
+        raw = raw.view(torch.bfloat16)
+    return raw.to(device, non_blocking=True).float()
+
+
+def normalise(x: Tensor) -> Tensor:
+    """Subtract each row's mean over d_model and scale the row to unit norm: [batch, d_model] -> the same.
+
+    Before the SAE and before any error is computed (Gao et al. 2024, section 2.1).
+    """
+    x = x - x.mean(dim=-1, keepdim=True)
+    return x / x.norm(dim=-1, keepdim=True)
+
+
+class Centre(NamedTuple):
+    """Measured once, on the first 32,768 preprocessed rows of the stream."""
+
+    b_pre: Tensor  # [d_model], the geometric median: initial b_pre of every cell
+    variance: float  # c = mean((x - mean(x))^2) over all entries: the fixed normaliser of the training loss
+
+
+def measure_centre(sample: Tensor) -> Centre:
+    """Geometric median and loss normaliser of preprocessed rows [rows, d_model] (Gao et al. 2024, appendix A)."""
+    deviation = sample.double() - sample.double().mean(dim=0)
+    return Centre(geometric_median(sample), deviation.square().mean().item())
+
+
+def geometric_median(points: Tensor, iterations: int = 100, tolerance: float = 1e-6) -> Tensor:
+    """Weiszfeld's iteration from the mean: [rows, d_model] -> [d_model], the point of least summed distance.
+
+    Stops when a step is shorter than `tolerance` times the mean distance, or after `iterations`.
+    """
+    median = points.mean(dim=0)
+    for _ in range(iterations):
+        distance = (points - median).norm(dim=1)
+        # A point on the median itself would get an infinite weight.
+        weight = 1 / distance.clamp_min(1e-8 * float(distance.mean()) + 1e-20)
+        updated = (weight @ points) / weight.sum()
+        step = (updated - median).norm()
+        median = updated
+        if step < tolerance * distance.mean():
+            break
+    return median
