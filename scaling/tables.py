@@ -1,0 +1,166 @@
+"""Tables of finished cells and their curves, checked before a law sees them."""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Self
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.csv
+import pyarrow.parquet
+
+from storage.errors import SaescaleError
+from storage.files import exists, join, open_input
+from storage.rundir import RunDirectory
+
+_POSITIVE = ("nmse", "loss", "n_latents", "k", "tokens", "flops", "flops_dense")
+_COMPARABLE = ("subject", "site", "d_model", "activation")
+
+
+@dataclass(frozen=True)
+class Table:
+    """Named columns of equal length: numbers as float64 [rows] (missing is NaN), everything else as str.
+
+    `excluded` says in words which rows were left out and why.
+    """
+
+    columns: dict[str, np.ndarray]
+    source: str
+    excluded: tuple[str, ...] = ()
+
+    @classmethod
+    def from_rows(cls, rows: Iterable[dict[str, Any]], source: str = "rows") -> Self:
+        return cls.from_arrow(pa.Table.from_pylist(list(rows)), source)
+
+    @classmethod
+    def from_arrow(cls, table: pa.Table, source: str) -> Self:
+        """Integers, floats and booleans become float64; every other type becomes text (missing is "")."""
+        columns = {}
+        for name, column in zip(table.column_names, table.columns, strict=True):
+            kind = column.type
+            if pa.types.is_integer(kind) or pa.types.is_floating(kind) or pa.types.is_boolean(kind):
+                columns[name] = column.cast(pa.float64()).to_numpy(zero_copy_only=False)
+            else:
+                columns[name] = np.array(["" if v is None else str(v) for v in column.to_pylist()], dtype=str)
+        return cls(columns, source)
+
+    def __len__(self) -> int:
+        return len(next(iter(self.columns.values()))) if self.columns else 0
+
+    def __contains__(self, name: object) -> bool:
+        return name in self.columns
+
+    def __getitem__(self, name: str) -> np.ndarray:
+        return self.columns[name]
+
+    def select(self, mask: np.ndarray, excluded: Sequence[str] = ()) -> Self:
+        """The rows where `mask` (bool [rows]) holds; `excluded` is added to what is already excluded."""
+        columns = {name: values[mask] for name, values in self.columns.items()}
+        return replace(self, columns=columns, excluded=(*self.excluded, *excluded))
+
+    def require(self, names: Sequence[str]) -> None:
+        """Raises SaescaleError unless the columns exist and hold finite numbers, positive where a law takes
+        their logarithm."""
+        missing = [name for name in names if name not in self.columns]
+        if missing:
+            raise SaescaleError(
+                f"{self.source}: no column {', '.join(missing)}; it has {', '.join(self.columns) or 'none'}. "
+                "Add what is missing (the names are those of results.parquet)"
+            )
+        for name in names:
+            values = self.columns[name]
+            if values.dtype.kind != "f":
+                raise SaescaleError(f"{self.source}: column {name} holds text, not numbers; clean the column")
+            bad = ~np.isfinite(values)
+            if name in _POSITIVE:
+                bad |= ~(values > 0)
+            if bad.any():
+                row = int(np.flatnonzero(bad)[0])
+                wanted = "positive and finite" if name in _POSITIVE else "finite"
+                raise SaescaleError(
+                    f"{self.source}: {name} is {values[row]:g} in row {row + 1} ({self.describe(row)}), and it "
+                    f"must be {wanted}; correct or remove the row"
+                )
+
+    def describe(self, row: int) -> str:
+        """A row in words, such as "cell 3f2a91, N = 512, k = 8"."""
+        parts = [f"cell {self.columns['cell_id'][row]}"] if "cell_id" in self.columns else []
+        for name, label in (("n_latents", "N"), ("k", "k")):
+            if name in self.columns and self.columns[name].dtype.kind == "f":
+                parts.append(f"{label} = {self.columns[name][row]:g}")
+        return ", ".join(parts) or f"row {row + 1}"
+
+
+def load_results(source: str | RunDirectory) -> Table:
+    """The finished cells of a run directory or of a CSV or Parquet table with the columns of results.parquet.
+
+    Rows whose `status` is not "done" are excluded, with the reason. Raises SaescaleError when the source is
+    missing or unreadable or has no finished cell, and for values that no law could use.
+    """
+    if isinstance(source, RunDirectory):
+        table = Table.from_arrow(source.read_results(), join(source.url, "results.parquet"))
+    elif source.lower().endswith((".csv", ".parquet")):
+        table = _read_file(source)
+    elif exists(join(source, "results.parquet")):
+        url = join(source, "results.parquet")
+        table = Table.from_arrow(RunDirectory(source).read_results(), url)
+    else:
+        raise SaescaleError(f"{source}: neither a run directory with results.parquet nor a .csv or .parquet file")
+    table = finished(table)
+    table.require(("n_latents", "k", "nmse"))
+    return table
+
+
+def load_curves(source: str | RunDirectory) -> Table | None:
+    """The held-out curves of a run directory; None for a plain table or a directory without curves."""
+    if isinstance(source, str):
+        if source.lower().endswith((".csv", ".parquet")):
+            return None
+        source = RunDirectory(source)
+    url = join(source.url, "curves.parquet")
+    return Table.from_arrow(source.read_curves(), url) if exists(url) else None
+
+
+def finished(table: Table) -> Table:
+    """Only the rows with status "done" (all rows where there is no such column)."""
+    if "status" in table:
+        done = table["status"] == "done"
+        reasons = []
+        for row in np.flatnonzero(~done):
+            error = f": {table['error'][row]}" if "error" in table and table["error"].dtype.kind == "U" else ""
+            reasons.append(f"{table.describe(int(row))} is {table['status'][row] or 'without status'}"
+                           + error.rstrip(": "))
+        table = table.select(done, reasons)
+    if not len(table):
+        raise SaescaleError(f"{table.source}: no finished cell ({len(table.excluded)} rows are not done); "
+                            "finish the sweep first")
+    return table
+
+
+def comparable(table: Table) -> Table:
+    """Rows of one kind: where subject, site, d_model or activation differ, the most frequent combination stays.
+
+    A law describes one subject and one kind of SAE; the others are excluded, with the reason.
+    """
+    names = [name for name in _COMPARABLE if name in table]
+    kinds = list(zip(*(table[name].tolist() for name in names), strict=True)) if names else []
+    if len(set(map(str, kinds))) < 2:
+        return table
+    texts = [", ".join(f"{name} {value}" for name, value in zip(names, kind, strict=True)) for kind in kinds]
+    most = max(sorted(set(texts)), key=texts.count)
+    mask = np.array([text == most for text in texts])
+    reasons = [f"{table.describe(int(row))}: {texts[row]}; the laws describe {most}"
+               for row in np.flatnonzero(~mask)]
+    return table.select(mask, reasons)
+
+
+def _read_file(url: str) -> Table:
+    if not exists(url):
+        raise SaescaleError(f"{url}: no such file")
+    try:
+        with open_input(url) as file:
+            if url.lower().endswith(".csv"):
+                return Table.from_arrow(pyarrow.csv.read_csv(file), url)
+            return Table.from_arrow(pyarrow.parquet.read_table(file), url)
+    except pa.ArrowInvalid as error:
+        raise SaescaleError(f"{url}: not a readable table ({str(error).splitlines()[0]})") from error
