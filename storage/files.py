@@ -1,0 +1,207 @@
+"""Files by fsspec URL: plain local paths, memory://, s3:// and whatever else fsspec knows. Writes are atomic.
+
+Reading functions let `FileNotFoundError` through (absence is often an answer); every other failure becomes a
+one-line `SaescaleError` that names the file.
+"""
+
+import errno
+import io
+import os
+import re
+import time
+import uuid
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from typing import Any, BinaryIO, cast
+
+from fsspec import AbstractFileSystem
+from fsspec.core import url_to_fs
+from fsspec.implementations.local import LocalFileSystem
+
+from storage.errors import SaescaleError
+
+# A live writer touches its temporary file far more often than this; an older one belongs to a dead process.
+ORPHAN_SECONDS = 900.0
+_PARTIAL = re.compile(r"^\.(.+)\.[0-9a-f]{32}\.partial$")
+
+
+def filesystem(url: str) -> tuple[AbstractFileSystem, str]:
+    """The file system of `url` and the path inside it; SaescaleError when nothing installed can open it."""
+    try:
+        # Listings are never cached: another process (a worker, a second driver) may write at any time.
+        options = {"use_listings_cache": False} if "://" in url else {}
+        fs, path = url_to_fs(url, **options)
+    except ImportError as error:
+        raise SaescaleError(
+            f"cannot open {url}: {_one_line(error)}; for s3:// run: pip install 'saescale[s3]'"
+        ) from error
+    except Exception as error:
+        raise SaescaleError(f"cannot open {url}: {_one_line(error)}; use a path or an fsspec URL") from error
+    return fs, path
+
+
+def local_path(url: str) -> str | None:
+    """The path on this machine's disk, or None when `url` lies elsewhere."""
+    fs, path = filesystem(url)
+    return path if isinstance(fs, LocalFileSystem) else None
+
+
+def join(url: str, *parts: str) -> str:
+    """`url` with `parts` below it, whatever slashes either brings."""
+    base = url if url.endswith("/") else url + "/"
+    return base + "/".join(part.strip("/") for part in parts)
+
+
+def exists(url: str) -> bool:
+    """Whether a file or folder stands at `url`."""
+    fs, path = filesystem(url)
+    with _reading(url):
+        return bool(fs.exists(path))
+
+
+def size(url: str) -> int:
+    """Size of the file in bytes; FileNotFoundError when it is missing."""
+    fs, path = filesystem(url)
+    with _reading(url):
+        return int(fs.size(path))
+
+
+def read_bytes(url: str) -> bytes:
+    """The whole file; FileNotFoundError when it is missing."""
+    fs, path = filesystem(url)
+    with _reading(url):
+        return bytes(fs.cat_file(path))
+
+
+def open_input(url: str, known_size: int | None = None) -> BinaryIO:
+    """A seekable binary file; each read of a remote file is one ranged request (no read-ahead).
+
+    `known_size` in bytes saves a remote file system the request that asks for it.
+    """
+    fs, path = filesystem(url)
+    remote: dict[str, Any] = {}
+    if not isinstance(fs, LocalFileSystem):
+        remote["cache_type"] = "none"
+        if known_size is not None:
+            remote["size"] = known_size
+    with _reading(url):
+        return cast(BinaryIO, fs.open(path, "rb", **remote))
+
+
+def list_names(url: str) -> list[str]:
+    """Sorted base names in the folder, without temporaries of writers; [] when it is missing."""
+    fs, path = filesystem(url)
+    try:
+        with _reading(url):
+            found = fs.ls(path, detail=False)
+    except FileNotFoundError:
+        return []
+    own = path.rstrip("/")
+    names = {entry.rstrip("/").rsplit("/", 1)[-1] for entry in found if entry.rstrip("/") != own}
+    return sorted(name for name in names if not _PARTIAL.match(name))
+
+
+def remove(url: str) -> None:
+    """Removes the file, or the folder with all below it; a missing one is fine."""
+    fs, path = filesystem(url)
+    try:
+        with suppress(FileNotFoundError):
+            fs.rm(path, recursive=True)
+    except Exception as error:
+        raise SaescaleError(f"cannot remove {url}: {_one_line(error)}; check its permissions") from error
+
+
+def write_atomic(url: str, data: bytes | Callable[[BinaryIO], None]) -> int:
+    """Writes the file whole or not at all, also when the process is killed; returns its size in bytes.
+
+    `data` is the content, or a function that writes it to a binary file. Local: a temporary name in the same
+    folder, fsync, rename. Elsewhere: one put. SaescaleError names the file when the disk is full or refuses.
+    """
+    fs, path = filesystem(url)
+    if isinstance(fs, LocalFileSystem):
+        return _write_local(url, path, data)
+    if not isinstance(data, bytes):
+        buffer = io.BytesIO()
+        data(buffer)
+        data = buffer.getvalue()
+    try:
+        fs.pipe_file(path, data)
+    except Exception as error:
+        raise _write_error(url, error) from error
+    return len(data)
+
+
+def _write_local(url: str, path: str, data: bytes | Callable[[BinaryIO], None]) -> int:
+    folder, name = os.path.split(path)
+    temporary = os.path.join(folder, f".{name}.{uuid.uuid4().hex}.partial")
+    try:
+        os.makedirs(folder, exist_ok=True)
+        _remove_orphans(folder, name)
+        with open(temporary, "xb") as file:
+            if isinstance(data, bytes):
+                file.write(data)
+            else:
+                data(file)
+            file.flush()
+            os.fsync(file.fileno())
+            written = os.fstat(file.fileno()).st_size
+        os.replace(temporary, path)
+        _sync_folder(folder)
+    except BaseException as error:
+        with suppress(OSError):
+            os.unlink(temporary)
+        if isinstance(error, OSError):
+            raise _write_error(url, error) from error
+        raise
+    return written
+
+
+def _remove_orphans(folder: str, name: str) -> None:
+    """Frees what killed writers of this same file left behind."""
+    for entry in os.listdir(folder):
+        match = _PARTIAL.match(entry)
+        if match and match.group(1) == name:
+            orphan = os.path.join(folder, entry)
+            with suppress(OSError):
+                if time.time() - os.path.getmtime(orphan) > ORPHAN_SECONDS:
+                    os.unlink(orphan)
+
+
+def _sync_folder(folder: str) -> None:
+    # Makes the rename itself durable; some network file systems refuse this, and that is no failure.
+    with suppress(OSError):
+        handle = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+
+
+def _write_error(url: str, error: Exception) -> SaescaleError:
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return SaescaleError(
+            f"disk full while writing {url}: free space and run the same command again; "
+            "nothing half-written is left"
+        )
+    return SaescaleError(
+        f"cannot write {url}: {_one_line(error)}; check the address, permissions and credentials; "
+        "nothing half-written is left"
+    )
+
+
+@contextmanager
+def _reading(url: str) -> Iterator[None]:
+    try:
+        yield
+    except (FileNotFoundError, SaescaleError):
+        raise
+    except Exception as error:  # object stores raise classes of their own (botocore's are no OSError)
+        raise SaescaleError(
+            f"cannot read {url}: {_one_line(error)}; check the address, the network and the credentials"
+        ) from error
+
+
+def _one_line(error: BaseException) -> str:
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    return " ".join(str(error).split()) or type(error).__name__
