@@ -1,0 +1,200 @@
+"""The laws of a sweep: everything that its cells and curves can carry, as the document fits.json."""
+
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from scaling.checks import data_warnings, fit_warnings, unstable_exponent
+from scaling.estimate import Fit, fit_law, hold_out
+from scaling.frontier import Frontier, find_frontier, fit_frontier, read_curves
+from scaling.laws import C, C_FLOOR, N, N_D, N_FLOOR, N_K, SYMBOLS, Law, find_law
+from scaling.tables import Table, comparable
+from storage.errors import SaescaleError
+
+FORMAT = 1
+DEFAULT_LAWS = ("n_k", "n", "c")
+LAW_NAMES = ("n_k", "n", "c", "n_d")
+
+
+class Skipped(NamedTuple):
+    """A law that the data cannot carry, and why."""
+
+    law: str
+    reason: str
+
+
+class CoefficientRow(NamedTuple):
+    """A row of the coefficient table; `low` and `high` are None without a bootstrap."""
+
+    law: str
+    coefficient: str
+    value: float
+    low: float | None
+    high: float | None
+
+
+@dataclass(frozen=True)
+class Laws:
+    """All fits of one table of cells, with what was left out."""
+
+    source: str
+    results: Table
+    fits: tuple[Fit, ...]
+    frontiers: tuple[Frontier, ...]
+    skipped: tuple[Skipped, ...]
+    warnings: tuple[str, ...]
+
+    def document(self) -> dict[str, Any]:
+        """fits.json (format 1)."""
+        return {
+            "format": FORMAT,
+            "source": self.source,
+            "cells": len(self.results),
+            "compute": "sparse training FLOPs",
+            "fits": [fit.document() for fit in self.fits],
+            "skipped": [entry._asdict() for entry in self.skipped],
+            "excluded": list(self.results.excluded),
+            "warnings": list(self.warnings),
+        }
+
+
+def fit_laws(
+    results: Table,
+    curves: Table | None = None,
+    *,
+    bootstraps: int = 1000,
+    seed: int = 0,
+    laws: tuple[str, ...] = DEFAULT_LAWS,
+) -> Laws:
+    """Fits the named laws: n_k to all cells, n and n_d at each k, c to the frontier at each k.
+
+    n and c are fitted with and without an irreducible term. What the data cannot carry is listed in `skipped`
+    with the reason. Deterministic in `seed`. Raises SaescaleError for an unknown law or a column that the laws
+    asked for lack.
+    """
+    for name in laws:
+        if name not in LAW_NAMES:
+            raise SaescaleError(f"unknown law {name}; there are {', '.join(LAW_NAMES)}")
+    results = comparable(results)
+    results.require(("n_latents", "k", "nmse", *(("tokens",) if "n_d" in laws else ())))
+    ks = np.unique(results["k"])
+    fits: list[Fit] = []
+    frontiers: list[Frontier] = []
+    skipped: list[Skipped] = []
+
+    def attempt(name: str, forms: tuple[Law, ...], at: dict[str, float]) -> None:
+        own = np.all([results[c] == v for c, v in at.items()], axis=0) if at else np.full(len(results), True)
+        cells = results.select(own)
+        done = []
+        for law in forms:
+            try:
+                fit = fit_law(law, cells.columns, cells["nmse"], bootstraps=bootstraps, seed=seed, at=at,
+                              excluded=results.excluded)  # fmt: skip
+            except SaescaleError as error:
+                skipped.append(Skipped(name, str(error)))
+                continue
+            done.append(_checked(fit, "n_latents", float(cells["n_latents"].max()), seed))
+        fits.extend(_compared(done))
+
+    if "n_k" in laws:
+        attempt("n_k", (N_K,), {})
+    if "n" in laws:
+        for k in ks:
+            attempt("n", (N, N_FLOOR), {"k": float(k)})
+    if "n_d" in laws:
+        for k in ks:
+            attempt("n_d", (N_D,), {"k": float(k)})
+    if "c" in laws and curves is None:
+        skipped.append(Skipped("c", "no curves: the compute frontier takes a run directory with curves.parquet"))
+    elif "c" in laws and curves is not None:
+        for k in ks:
+            done = []
+            try:
+                frontier = find_frontier(float(k), read_curves(results, curves, float(k)))
+                frontiers.append(frontier)
+            except SaescaleError as error:
+                skipped.append(Skipped("c", str(error)))
+                continue
+            for law in (C, C_FLOOR):
+                try:
+                    fit = fit_frontier(law, frontier, bootstraps, seed)
+                except SaescaleError as error:
+                    skipped.append(Skipped("c", str(error)))
+                    continue
+                fit = replace(fit, warnings=tuple(_frontier_warnings(frontier)))
+                # The upper half of the compute, so that the hold-out is an extrapolation by a factor of 2.
+                done.append(_checked(fit, "flops", float(frontier.flops.max() / 2), seed))
+            fits.extend(_compared(done))
+    warnings = data_warnings(results, curves)
+    return Laws(results.source, results, tuple(fits), tuple(frontiers), tuple(skipped), tuple(warnings))
+
+
+def fit_all(
+    results: Table,
+    curves: Table | None = None,
+    bootstraps: int = 1000,
+    seed: int = 0,
+    laws: tuple[str, ...] = DEFAULT_LAWS,
+) -> dict[str, Any]:
+    """`fit_laws` as the document of fits.json."""
+    return fit_laws(results, curves, bootstraps=bootstraps, seed=seed, laws=laws).document()
+
+
+def predict(entry: dict[str, Any], **columns: float | np.ndarray) -> np.ndarray:
+    """nmse by one entry of fits.json's "fits" at n_latents=..., k=..., flops=... or tokens=... ([points]).
+
+    Raises SaescaleError when a column that the law needs is missing or not positive.
+    """
+    law = find_law(entry["law"], entry["coefficients"])
+    points = {}
+    for column in law.columns:
+        if column not in columns:
+            raise SaescaleError(f"law {law.name} needs {column} ({SYMBOLS[column]}); got {', '.join(columns) or 'nothing'}")
+        points[column] = np.atleast_1d(np.asarray(columns[column], dtype=np.float64))
+        if not (points[column] > 0).all():
+            raise SaescaleError(f"law {law.name}: {column} must be positive")
+    points = dict(zip(points, np.broadcast_arrays(*points.values()), strict=True))
+    return law.value({name: c["value"] for name, c in entry["coefficients"].items()}, points)
+
+
+def law_label(entry: dict[str, Any]) -> str:
+    """A short name of one entry of "fits", such as "n at k = 32, with floor"."""
+    label = str(entry["law"]) + "".join(f" at {c} = {v:g}" for c, v in entry["at"].items())
+    return label + (", with floor" if "E" in entry["coefficients"] else "")
+
+
+def coefficient_rows(document: dict[str, Any]) -> list[CoefficientRow]:
+    """The coefficient table of a fits.json document, exponents of n at each k included."""
+    rows = []
+    for entry in document["fits"]:
+        label = law_label(entry)
+        named = dict(entry["coefficients"])
+        named |= {f"exponent of n at k = {k}": v for k, v in entry.get("exponent_of_n_at_k", {}).items()}
+        rows += [CoefficientRow(label, name, v["value"], v["low"], v["high"]) for name, v in named.items()]
+    return rows
+
+
+def _checked(fit: Fit, held_column: str, at_least: float, seed: int) -> Fit:
+    holdout = hold_out(fit, held_column, at_least, seed)
+    warnings = [*fit.warnings, *fit_warnings(fit)]
+    if holdout is None:
+        warnings.append(f"too few points remain without {SYMBOLS[held_column]} >= {at_least:g}: nothing was held out")
+    return replace(fit, holdout=holdout, warnings=tuple(warnings))
+
+
+def _compared(fits: list[Fit]) -> list[Fit]:
+    """With both forms of a law fitted, the one with the floor says when floor and exponent trade off."""
+    if len(fits) == 2 and (warning := unstable_exponent(fits[1], fits[0])):
+        fits[1] = replace(fits[1], warnings=(*fits[1].warnings, warning))
+    return fits
+
+
+def _frontier_warnings(frontier: Frontier) -> list[str]:
+    winners = frontier.winner[frontier.kept]
+    largest = max(c.n_latents for c in frontier.curves)
+    share = np.mean([frontier.curves[i].n_latents == largest for i in winners])
+    if share > 0.5:
+        return [f"{share:.0%} of the frontier's points belong to the largest N = {largest:g}: larger cells might do "
+                "better there, so the frontier is an upper bound"]
+    return []
