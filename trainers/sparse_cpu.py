@@ -84,8 +84,9 @@ def activations(x: np.ndarray, W_enc: np.ndarray, bias: np.ndarray, indices: np.
             if n >= 0:
                 for i in range(d_model):
                     total += W_enc[n, i] * x[b, i]
-                total = max(total + bias[n], np.float32(0))
-            z[b, j] = total
+                total += bias[n]
+            # Not max(): NaN has to stay NaN, or a diverged cell would look like one with no active latent.
+            z[b, j] = np.float32(0) if total <= 0 else total
 
 
 @njit(parallel=True, fastmath=_FAST, cache=True)

@@ -1,0 +1,211 @@
+"""Losses and gradients of a TopK SAE that touch only the selected latents.
+
+The encoder product is the one dense operation; selection, decoding and all gradients work on k of N latents per token.
+On the CPU this runs on the kernels of trainers/sparse_cpu.py. On other devices the dense reference stands in
+(trainers/reference.py, autograd), which computes the same.
+
+Inputs are centred once per batch for all cells of a pack: with x' = x - origin and b = b_pre - origin,
+W_enc (x - b_pre) + b_enc = W_enc x' + (b_enc - W_enc b), and x - x_hat = x' - b - z W_dec.
+"""
+
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from trainers import reference, sparse_cpu
+from trainers.device import Precision
+from trainers.reference import ACTIVE_ABOVE, MULTI_TOPK_FACTOR, MULTI_TOPK_WEIGHT, Objective
+from trainers.sae import SAE
+
+
+class Batch(NamedTuple):
+    """Preprocessed activations, shared by the cells of a pack."""
+
+    x: Tensor  # float32 [batch, d_model], minus `origin`
+    origin: Tensor  # [d_model], the geometric median that every b_pre starts from
+
+
+class Step(NamedTuple):
+    """What one batch gave one cell; its gradients stand in the SAE's `.grad`."""
+
+    main: float
+    multi: float
+    auxk: float
+
+
+class Selected(NamedTuple):
+    """The k largest positive pre-activations of each token."""
+
+    indices: np.ndarray  # int32 [batch, k], -1 where fewer than k are positive
+    z: np.ndarray  # float32 [batch, k]
+
+
+class DeadLatents:
+    """For each latent the number of tokens since it was last active (activation > 1e-3)."""
+
+    def __init__(self, n_latents: int, device: torch.device | str = "cpu") -> None:
+        self.tokens_since = torch.zeros(n_latents, dtype=torch.int64, device=device)
+
+    def update(self, fired: Tensor, tokens: int) -> None:
+        """Counts a batch of `tokens`; `fired` [n_latents] bool."""
+        self.tokens_since += tokens
+        self.tokens_since[fired] = 0
+
+    def after(self, window: int) -> Tensor:
+        """[n_latents] bool: not active for at least `window` tokens."""
+        return self.tokens_since >= window
+
+
+@torch.no_grad()
+def step(
+    sae: SAE, batch: Batch, objective: Objective, dead: DeadLatents, dead_after_tokens: int, precision: Precision = "fp32"
+) -> Step:
+    """Sets the gradients of the cell's loss (reference.losses) on `sae` and counts the batch in `dead`."""
+    if batch.x.device.type != "cpu":
+        return _dense_step(sae, batch, objective, dead, dead_after_tokens)
+
+    x = batch.x.numpy()
+    offset = sae.b_pre - batch.origin
+    pre, bias = _encode(sae, batch.x, offset, precision)
+    # d loss / d x_hat is `scale` times (x - x_hat), for the mean over batch and d_model of the squared error over c.
+    scale = -2.0 / (x.size * objective.variance)
+
+    for parameter in sae.parameters():
+        parameter.grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad.zero_()
+    gradients = _Gradients(sae)
+
+    selected = _select(sae, x, pre, bias, objective.k)
+    error = _residual(sae, x, selected, offset)
+    _accumulate(gradients, sae, x, selected, error, scale)
+    main = float(np.square(error, dtype=np.float64).mean()) / objective.variance
+
+    multi = 0.0
+    if objective.multi_topk:
+        k = min(MULTI_TOPK_FACTOR * objective.k, sae.n_latents)
+        wider = _select(sae, x, pre, bias, k)
+        wide_error = _residual(sae, x, wider, offset)
+        _accumulate(gradients, sae, x, wider, wide_error, scale * MULTI_TOPK_WEIGHT)
+        multi = float(np.square(wide_error, dtype=np.float64).mean()) / objective.variance
+
+    # Has to go before AuxK: a latent that came back to life in this batch is no longer dead.
+    fired = torch.zeros(sae.n_latents, dtype=torch.bool)
+    fired[torch.from_numpy(selected.indices[selected.z > ACTIVE_ABOVE].astype(np.int64))] = True
+    dead.update(fired, len(x))
+    auxk = _auxk(sae, batch.x, offset, pre, torch.from_numpy(error), dead.after(dead_after_tokens), objective)
+
+    # Both need the finished gradient of b_enc: pre-activations see x - b_pre, and so does b_pre with the opposite sign.
+    assert sae.b_enc.grad is not None and sae.W_enc.grad is not None and sae.b_pre.grad is not None
+    sae.W_enc.grad.addr_(sae.b_enc.grad, offset, alpha=-1)
+    sae.b_pre.grad -= sae.b_enc.grad @ sae.W_enc
+    return Step(main, multi, auxk)
+
+
+@torch.no_grad()
+def residuals(sae: SAE, batch: Batch, precision: Precision = "fp32") -> tuple[Tensor, int]:
+    """x - x_hat [batch, d_model] and the number of active latents over all tokens, for evaluation."""
+    if batch.x.device.type != "cpu":
+        forward = sae(batch.x + batch.origin)
+        return batch.x + batch.origin - forward.reconstruction, int((forward.latents > 0).sum())
+    x = batch.x.numpy()
+    offset = sae.b_pre - batch.origin
+    pre, bias = _encode(sae, batch.x, offset, precision)
+    selected = _select(sae, x, pre, bias, sae.k)
+    return torch.from_numpy(_residual(sae, x, selected, offset)), int((selected.z > 0).sum())
+
+
+def _encode(sae: SAE, x: Tensor, offset: Tensor, precision: Precision) -> tuple[Tensor, Tensor]:
+    """Pre-activations [batch, n_latents] in `precision`, and the bias [n_latents] that centred inputs need."""
+    bias = sae.b_enc - sae.W_enc @ offset
+    if precision == "bf16":
+        return F.linear(x.bfloat16(), sae.W_enc.bfloat16(), bias.bfloat16()), bias
+    return F.linear(x, sae.W_enc, bias), bias
+
+
+def _select(sae: SAE, x: np.ndarray, pre: Tensor, bias: Tensor, k: int) -> Selected:
+    # bf16 pre-activations choose the latents; their activations are then computed in float32.
+    bits = pre.view(torch.int16 if pre.dtype == torch.bfloat16 else torch.int32).numpy()
+    indices = np.empty((len(x), k), np.int32)
+    # Few enough candidates per group, and enough groups for the bound to be tight.
+    group = max(1, min(32, sae.n_latents // (4 * k)))
+    sparse_cpu.select(bits, k, group, indices)
+    z = np.empty((len(x), k), np.float32)
+    sparse_cpu.activations(x, _array(sae.W_enc), bias.numpy(), indices, z)
+    return Selected(indices, z)
+
+
+def _residual(sae: SAE, x: np.ndarray, selected: Selected, offset: Tensor) -> np.ndarray:
+    error = np.empty_like(x)
+    sparse_cpu.residual(x, selected.indices, selected.z, _array(sae.W_dec), offset.numpy(), error)
+    return error
+
+
+class _Gradients:
+    """The SAE's gradients as arrays that the kernels add to."""
+
+    def __init__(self, sae: SAE) -> None:
+        self.W_enc, self.b_enc = _gradient(sae.W_enc), _gradient(sae.b_enc)
+        self.W_dec, self.b_pre = _gradient(sae.W_dec), _gradient(sae.b_pre)
+
+
+def _accumulate(
+    gradients: _Gradients, sae: SAE, x: np.ndarray, selected: Selected, error: np.ndarray, scale: float
+) -> None:
+    """Adds the gradients of one reconstruction term; x is centred, so W_enc still lacks its b_pre part."""
+    dz = np.empty_like(selected.z)
+    sparse_cpu.latent_gradients(error, scale, selected.indices, selected.z, _array(sae.W_dec), dz)
+    pairs = sparse_cpu.transpose(selected.indices, selected.z, dz, sae.n_latents)
+    sparse_cpu.weight_gradients(pairs, error, scale, x, gradients.W_dec, gradients.W_enc, gradients.b_enc)
+    gradients.b_pre += np.float32(scale) * error.sum(axis=0, dtype=np.float32)
+
+
+def _auxk(
+    sae: SAE, x: Tensor, offset: Tensor, pre: Tensor, error: Tensor, dead: Tensor, objective: Objective
+) -> float:
+    """The AuxK loss, its gradients added: dense, but over the dead latents alone.
+
+    k_aux is hundreds per token and the dead latents are a small part of N, so products with their rows gathered
+    into one matrix are faster than sparse ones.
+    """
+    rows = dead.nonzero().squeeze(1)
+    k_aux = min(objective.k_aux, len(rows))
+    if k_aux == 0:
+        return 0.0
+    W_dec = sae.W_dec[rows]
+    latents = pre[:, rows].float().relu()
+    if k_aux < len(rows):
+        best = latents.topk(k_aux, dim=1)
+        latents = torch.zeros_like(latents).scatter_(1, best.indices, best.values)
+    miss = latents @ W_dec - error
+    denominator = float((error.mean(dim=0) - error).square().mean())
+    if not denominator > 0:
+        return 0.0
+    grad = miss * (2 * objective.auxk_coefficient / (miss.numel() * denominator))
+    grad_latents = (grad @ W_dec.T) * (latents > 0)
+    assert sae.W_dec.grad is not None and sae.W_enc.grad is not None and sae.b_enc.grad is not None
+    sae.W_dec.grad.index_add_(0, rows, latents.T @ grad)
+    sae.W_enc.grad.index_add_(0, rows, grad_latents.T @ x)
+    sae.b_enc.grad.index_add_(0, rows, grad_latents.sum(dim=0))
+    return float(miss.square().mean()) / denominator
+
+
+def _dense_step(sae: SAE, batch: Batch, objective: Objective, dead: DeadLatents, dead_after_tokens: int) -> Step:
+    x = batch.x + batch.origin
+    dead.update(reference.fired(sae(x).latents), len(x))
+    for parameter in sae.parameters():
+        parameter.grad = None
+    with torch.enable_grad():
+        losses = reference.losses(sae, x, dead.after(dead_after_tokens), objective)
+        losses.total.backward()
+    return Step(float(losses.main), float(losses.multi), float(losses.auxk))
+
+
+def _array(parameter: Tensor) -> np.ndarray:
+    return parameter.detach().numpy()
+
+
+def _gradient(parameter: Tensor) -> np.ndarray:
+    assert parameter.grad is not None
+    return parameter.grad.numpy()
