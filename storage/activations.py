@@ -1,4 +1,4 @@
-"""The activation store: Parquet shards of residual-stream rows, and the manifest that seals them (FORMAT.md)."""
+"""The activation store: Parquet shards of activations, and the manifest that seals them (FORMAT.md)."""
 
 import json
 import math
@@ -26,7 +26,7 @@ _CHUNK_BYTES = 8 << 20
 
 
 class Site(BaseModel):
-    """Where in the subject the rows were taken; `positions` says which token positions count (all but BOS)."""
+    """Where in the subject the rows were taken; `positions` says which positions count (all but BOS)."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
     layer: int
@@ -87,8 +87,8 @@ class Manifest(BaseModel):
 class Rows(NamedTuple):
     """Rows of one shard and where they are from.
 
-    `act` is [rows, d_model] float16, or uint16 bit patterns when the store is bfloat16; `token` (int32), `pos`
-    (int16, in the context) and `doc` (int32, in the corpus) are [rows].
+    `act` is [rows, d_model] float16, or uint16 bit patterns when the store is bfloat16; `token` (int32),
+    `pos` (int16, in the context) and `doc` (int32, in the corpus) are [rows].
     """
 
     act: np.ndarray
@@ -150,8 +150,9 @@ def write_shard(url: str, name: str, split: Split, rows: Rows, dtype: Dtype, row
     bad = find_bad_row(act, dtype)
     if bad is not None:
         raise SaescaleError(
-            f"{target}: row {bad[0]} (row group {bad[0] // row_group_rows}) has {bad[1]}; nothing was written: "
-            "check the subject and the dropped positions, or harvest as bfloat16 if values exceed float16"
+            f"{target}: row {bad[0]} (row group {bad[0] // row_group_rows}) has {bad[1]}; "
+            "nothing was written: check the subject and the dropped positions, "
+            "or harvest as bfloat16 if values exceed float16"
         )
     width = pa.binary(2 * act.shape[1])
     table = pa.Table.from_arrays(
@@ -261,7 +262,7 @@ class ActivationStore:
         return values[first : first + group.rows * self.d_model].reshape(group.rows, self.d_model)
 
     def read_split(self, split: str, limit_rows: int | None = None) -> np.ndarray:
-        """The first `limit_rows` rows of the split (all when None) in stored order, checked: [rows, d_model]."""
+        """The first `limit_rows` rows (all when None) in stored order, values checked: [rows, d_model]."""
         wanted = self.rows(split) if limit_rows is None else min(limit_rows, self.rows(split))
         out = np.empty((wanted, self.d_model), raw_dtype(self.manifest.dtype))
         done = 0
@@ -276,7 +277,7 @@ class ActivationStore:
         return out
 
     def check_values(self, group: RowGroup, act: np.ndarray) -> None:
-        """SaescaleError naming file, row group and row when `act`, that row group, has a NaN, Inf or zero row."""
+        """SaescaleError naming file, row group and row when that group, `act`, has a NaN, Inf or zero row."""
         bad = find_bad_row(act, self.manifest.dtype)
         if bad is not None:
             raise self._damaged(group, f"has {bad[1]} in row {bad[0]}")
@@ -284,8 +285,8 @@ class ActivationStore:
     def verify(self, full: bool, progress: Callable[[int, int], None] | None = None) -> None:
         """Checks every shard; SaescaleError at the first fault names file, row group and what is wrong.
 
-        Quick: presence, size in bytes, Parquet footer, width of `act`, row counts. Full: also the checksum and
-        every value (NaN, Inf, zero norm). `progress(done, total)` counts bytes of shards.
+        Quick: presence, size in bytes, Parquet footer, width of `act`, row counts. Full: also the checksum
+        and every value (NaN, Inf, zero norm). `progress(done, total)` counts bytes of shards.
         """
         total = sum(shard.bytes for shard in self.manifest.shards)
         done = 0

@@ -1,0 +1,188 @@
+"""The run directory: what a sweep was asked, what each cell reached, tables and fits. Every write is atomic."""
+
+import io
+import json
+import math
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import yaml
+
+from storage import files
+from storage.errors import SaescaleError
+
+_TEXT, _INT, _REAL = pa.string(), pa.int64(), pa.float64()
+
+RESULTS_SCHEMA = pa.schema(
+    [
+        ("cell_id", _TEXT),
+        ("subject", _TEXT),
+        ("site", _TEXT),
+        ("d_model", _INT),
+        ("n_latents", _INT),
+        ("k", _INT),
+        ("activation", _TEXT),
+        ("seed", _INT),
+        ("lr", _REAL),
+        ("tokens", _INT),
+        ("flops", _REAL),
+        ("flops_dense", _REAL),
+        ("nmse", _REAL),
+        ("l0", _REAL),
+        ("dead_fraction", _REAL),
+        ("dead_fraction_long", _REAL),
+        ("wall_s", _REAL),
+        ("status", _TEXT),
+        ("error", _TEXT),
+    ]
+)
+
+CURVES_SCHEMA = pa.schema(
+    [
+        ("cell_id", _TEXT),
+        ("step", _INT),
+        ("tokens", _INT),
+        ("flops", _REAL),
+        ("nmse", _REAL),
+        ("train_nmse", _REAL),
+        ("l0", _REAL),
+        ("dead_fraction", _REAL),
+        ("dead_fraction_long", _REAL),
+        ("lr", _REAL),
+        ("tokens_per_s", _REAL),
+    ]
+)
+
+
+class RunDirectory:
+    """The files below `url`. Readers return None (tables: no rows) for what is not there yet.
+
+    A file that is there but unreadable is a SaescaleError. Tables have exactly the columns of their schema:
+    absent keys become null, other keys of a cell's result stay in its result.json. NaN and Inf, which JSON does
+    not have, become null there.
+    """
+
+    def __init__(self, url: str) -> None:
+        self.url = url
+
+    def cell_url(self, cell_id: str) -> str:
+        """The folder of one cell; its checkpoints go into `checkpoint` below it."""
+        return files.join(self.url, "cells", cell_id)
+
+    # --- the spec
+
+    def write_spec(self, spec: dict[str, Any]) -> None:
+        """Writes the resolved spec, sweep.yaml."""
+        text = yaml.safe_dump(spec, sort_keys=False, allow_unicode=True)
+        files.write_atomic(files.join(self.url, "sweep.yaml"), text.encode())
+
+    def read_spec(self) -> dict[str, Any] | None:
+        """The resolved spec, or None when no sweep was started here."""
+        where = files.join(self.url, "sweep.yaml")
+        content = _read_if_there(where)
+        if content is None:
+            return None
+        try:
+            spec = yaml.safe_load(content)
+        except (yaml.YAMLError, UnicodeDecodeError) as error:
+            raise _damaged(where, error) from error
+        if not isinstance(spec, dict):
+            raise SaescaleError(f"{where} holds no mapping; restore it or give another run directory")
+        return spec
+
+    # --- cells
+
+    def write_cell_result(self, cell_id: str, result: dict[str, Any]) -> None:
+        """Marks the cell as finished, with what it reached."""
+        self.write_json(f"cells/{cell_id}/result.json", result)
+
+    def read_cell_result(self, cell_id: str) -> dict[str, Any] | None:
+        """What the cell reached, or None while it is unfinished."""
+        return self.read_json(f"cells/{cell_id}/result.json")
+
+    def write_cell_curve(self, cell_id: str, rows: list[dict[str, Any]]) -> None:
+        """Writes the whole curve of a cell, one row per evaluation; `cell_id` is filled in."""
+        table = pa.Table.from_pylist([row | {"cell_id": cell_id} for row in rows], CURVES_SCHEMA)
+        self._write_table(f"cells/{cell_id}/curve.parquet", table)
+
+    def read_cell_curve(self, cell_id: str) -> list[dict[str, Any]]:
+        """The cell's curve so far; [] when it has none."""
+        return self._read_table(f"cells/{cell_id}/curve.parquet", CURVES_SCHEMA).to_pylist()
+
+    def cells_with_results(self) -> set[str]:
+        """The ids of the finished cells."""
+        names = files.list_names(files.join(self.url, "cells"))
+        return {name for name in names if files.exists(files.join(self.cell_url(name), "result.json"))}
+
+    # --- tables and documents of the whole run
+
+    def write_results(self, rows: list[dict[str, Any]]) -> None:
+        """Writes results.parquet, one row per cell."""
+        self._write_table("results.parquet", pa.Table.from_pylist(rows, RESULTS_SCHEMA))
+
+    def read_results(self) -> pa.Table:
+        """results.parquet; no rows when it is missing."""
+        return self._read_table("results.parquet", RESULTS_SCHEMA)
+
+    def write_curves(self, table: pa.Table) -> None:
+        """Writes curves.parquet; `table` has the columns of CURVES_SCHEMA in any order."""
+        self._write_table("curves.parquet", table.select(CURVES_SCHEMA.names).cast(CURVES_SCHEMA))
+
+    def read_curves(self) -> pa.Table:
+        """curves.parquet; no rows when it is missing."""
+        return self._read_table("curves.parquet", CURVES_SCHEMA)
+
+    def write_json(self, name: str, obj: Any) -> None:
+        """Writes `obj` (JSON types, numpy scalars, arrays, tuples) to the file `name` of the run."""
+        text = json.dumps(_plain(obj), indent=1, allow_nan=False) + "\n"
+        files.write_atomic(files.join(self.url, name), text.encode())
+
+    def read_json(self, name: str) -> Any:
+        """The content of the JSON file `name`, or None when it is missing."""
+        where = files.join(self.url, name)
+        content = _read_if_there(where)
+        try:
+            return None if content is None else json.loads(content)
+        except ValueError as error:
+            raise _damaged(where, error) from error
+
+    def _write_table(self, name: str, table: pa.Table) -> None:
+        buffer = io.BytesIO()
+        pq.write_table(table, buffer, compression="zstd")
+        files.write_atomic(files.join(self.url, name), buffer.getvalue())
+
+    def _read_table(self, name: str, schema: pa.Schema) -> pa.Table:
+        where = files.join(self.url, name)
+        content = _read_if_there(where)
+        if content is None:
+            return schema.empty_table()
+        try:
+            return pq.read_table(io.BytesIO(content))
+        except (pa.ArrowException, OSError) as error:
+            raise _damaged(where, error) from error
+
+
+def _read_if_there(where: str) -> bytes | None:
+    try:
+        return files.read_bytes(where)
+    except FileNotFoundError:
+        return None
+
+
+def _damaged(where: str, error: Exception) -> SaescaleError:
+    reason = " ".join(str(error).split())
+    return SaescaleError(f"{where} is damaged ({reason}); remove it and run the same command again")
+
+
+def _plain(obj: Any) -> Any:
+    if isinstance(obj, dict):
+        return {str(key): _plain(value) for key, value in obj.items()}
+    if isinstance(obj, list | tuple):
+        return [_plain(value) for value in obj]
+    if isinstance(obj, np.ndarray | np.generic):
+        return _plain(obj.tolist())
+    if isinstance(obj, float) and not math.isfinite(obj):
+        return None
+    return obj

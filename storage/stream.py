@@ -1,0 +1,255 @@
+"""The deterministic stream of training batches: well mixed, resumable at any batch, for any number of ranks.
+
+The order of rows is endless and fixed by (store, split, seed, mix_row_groups). Each epoch puts the row groups
+in a seeded permutation and cuts that into windows; the rows of a window are permuted together. Batch i is the
+rows [i * batch_tokens, (i + 1) * batch_tokens) of that order, so its place follows from its index alone.
+"""
+
+import threading
+import time
+from collections import deque
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from types import TracebackType
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from storage.activations import ActivationStore, RowGroup, raw_dtype
+from storage.errors import SaescaleError
+
+_READERS = 4
+# Row groups whose values this process has found good: (url, store fingerprint, shard, row group).
+_checked: set[tuple[str, str, int, int]] = set()
+
+
+class _Window(NamedTuple):
+    """Row groups mixed together; `first` is the place of the first row in the endless order."""
+
+    epoch: int
+    number: int
+    first: int
+    groups: list[RowGroup]
+
+
+class Stream:
+    """Iterator of batches [batch_tokens // world_size, d_model], raw dtype, owned by the consumer.
+
+    It starts at global batch `start` and stops after global batch `batches` (absolute; None: endless). Rank r
+    gets the r-th of `world_size` equal slices of every global batch: the concatenation over ranks is the same
+    at any world size, and all ranks get equally many batches. Every rank reads every row group. A thread keeps
+    at least `prefetch` batches ready, rounded up to whole windows of `mix_row_groups` row groups, so two to
+    three windows are in memory. `wait_seconds` is how long the consumer waited. Close it, or use a `with`.
+
+    Raises SaescaleError for a split without rows and, from `__next__`, for what the reading thread met; a row
+    group's values (NaN, Inf, zero norm) are checked the first time that a process reads it.
+    """
+
+    def __init__(
+        self,
+        store: ActivationStore,
+        split: str = "train",
+        *,
+        batch_tokens: int,
+        seed: int,
+        batches: int | None = None,
+        start: int = 0,
+        rank: int = 0,
+        world_size: int = 1,
+        mix_row_groups: int = 8,
+        prefetch: int = 4,
+    ) -> None:
+        if batch_tokens < 1 or world_size < 1 or batch_tokens % world_size:
+            raise SaescaleError(
+                f"a batch of {batch_tokens} tokens cannot be cut into {world_size} equal slices; "
+                "make batch_tokens a multiple of the number of ranks"
+            )
+        if not 0 <= rank < world_size or start < 0 or seed < 0 or mix_row_groups < 1 or prefetch < 1:
+            raise ValueError(
+                f"{rank=} {world_size=} {start=} {seed=} {mix_row_groups=} {prefetch=} out of range"
+            )
+        self._groups = store.row_groups(split)
+        if not self._groups:
+            raise SaescaleError(f"the activation store {store.url} has no {split} rows; harvest some first")
+        self._store = store
+        self._split = split
+        self._batch_tokens = batch_tokens
+        self._seed = seed
+        self._end = None if batches is None else max(batches, start)
+        self._next = start
+        self._first_row = start * batch_tokens
+        self._end_row = None if self._end is None else self._end * batch_tokens
+        self._slice = batch_tokens // world_size
+        self._rank = rank
+        self._mix = mix_row_groups
+        self._ready_rows = prefetch * self._slice
+        self.wait_seconds = 0.0
+
+        self._window = np.empty((0, store.d_model), raw_dtype(store.manifest.dtype))
+        self._used = 0
+        self._changed = threading.Condition()
+        self._ready: deque[np.ndarray] = deque()
+        self._closed = False
+        self._error: BaseException | None = None
+        self._thread = threading.Thread(target=self._read_ahead, name="saescale-stream", daemon=True)
+        self._thread.start()
+
+    @classmethod
+    def resume(cls, store: ActivationStore, state: dict[str, Any], **settings: Any) -> "Stream":
+        """The stream that goes on where `state()` was taken, at any world size.
+
+        `settings` are those that do not change the order: batches, rank, world_size, prefetch.
+        """
+        if state["store"] != store.fingerprint:
+            raise SaescaleError(
+                f"{store.url} is another activation store than the one this position belongs to "
+                f"({store.fingerprint}, not {state['store']}); give the original store or start anew"
+            )
+        order = {key: state[key] for key in ("split", "batch_tokens", "seed", "mix_row_groups")}
+        return cls(store, start=state["batch"], **order, **settings)
+
+    def state(self) -> dict[str, Any]:
+        """The position: `batch` is the next global batch; the rest is what the order depends on."""
+        return {
+            "batch": self._next,
+            "seed": self._seed,
+            "store": self._store.fingerprint,
+            "split": self._split,
+            "batch_tokens": self._batch_tokens,
+            "mix_row_groups": self._mix,
+        }
+
+    def close(self) -> None:
+        """Ends the reading thread and drops what it had read; may be called more than once, and early."""
+        with self._changed:
+            self._closed = True
+            self._ready.clear()
+            self._changed.notify_all()
+        if self._thread is not threading.current_thread():
+            self._thread.join()
+
+    def __enter__(self) -> "Stream":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def __iter__(self) -> "Stream":
+        return self
+
+    def __next__(self) -> np.ndarray:
+        if self._next == self._end:
+            self.close()
+            raise StopIteration
+        parts: list[np.ndarray] = []
+        missing = self._slice
+        while missing:
+            if self._used == len(self._window):
+                self._window, self._used = self._take_window(), 0
+            part = self._window[self._used : self._used + missing]
+            self._used += len(part)
+            missing -= len(part)
+            parts.append(part)
+        self._next += 1
+        return parts[0] if len(parts) == 1 else np.concatenate(parts)
+
+    def _take_window(self) -> np.ndarray:
+        began = time.perf_counter()
+        with self._changed:
+            while not self._ready and self._error is None and not self._closed:
+                self._changed.wait()
+            self.wait_seconds += time.perf_counter() - began
+            if self._ready:
+                self._changed.notify_all()
+                return self._ready.popleft()
+        if self._error is None:  # closed
+            raise StopIteration
+        self.close()
+        raise self._error
+
+    # --- the reading thread
+
+    def _read_ahead(self) -> None:
+        try:
+            with ThreadPoolExecutor(_READERS, thread_name_prefix="saescale-read") as pool:
+                for window in self._windows():
+                    with self._changed:
+                        while not self._closed and self._ready and self._enough_ready():
+                            self._changed.wait()
+                        if self._closed:
+                            return
+                    rows = self._read_window(window, pool)
+                    with self._changed:
+                        if self._closed:
+                            return
+                        self._ready.append(rows)
+                        self._changed.notify_all()
+        except BaseException as error:  # whatever it is, the consumer must hear of it or it waits for ever
+            with self._changed:
+                self._error = error
+                self._changed.notify_all()
+
+    def _enough_ready(self) -> bool:
+        return sum(len(rows) for rows in self._ready) >= self._ready_rows
+
+    def _windows(self) -> Iterator[_Window]:
+        """The windows that hold rows of the batches asked for, in order."""
+        epoch, skipped = divmod(self._first_row, sum(group.rows for group in self._groups))
+        first = self._first_row - skipped
+        # Windows of nearly equal size: a small last one would mix its rows less than the others.
+        count = -(-len(self._groups) // self._mix)
+        while True:
+            order = _permutation(len(self._groups), self._seed, epoch, 0)
+            for number, members in enumerate(np.array_split(order, count)):
+                if self._end_row is not None and first >= self._end_row:
+                    return
+                groups = [self._groups[member] for member in members]
+                rows = sum(group.rows for group in groups)
+                if first + rows > self._first_row:
+                    yield _Window(epoch, number, first, groups)
+                first += rows
+            epoch += 1
+
+    def _read_window(self, window: _Window, pool: ThreadPoolExecutor) -> np.ndarray:
+        """This rank's rows of the window in stream order, [rows, d_model]."""
+        starts = np.cumsum([0] + [group.rows for group in window.groups])
+        order = _permutation(int(starts[-1]), self._seed, window.epoch, window.number + 1)
+        place = np.arange(window.first, window.first + len(order))
+        mine = (place % self._batch_tokens) // self._slice == self._rank
+        mine &= place >= self._first_row
+        if self._end_row is not None:
+            mine &= place < self._end_row
+        order = order[mine]
+        out = np.empty((len(order), self._store.d_model), self._window.dtype)
+        # Sorted by source: each row group is read once and scattered straight to where its rows belong.
+        target = np.argsort(order)
+        source = order[target]
+        cuts = np.searchsorted(source, starts)
+
+        def fill(index: int) -> None:
+            low, high = cuts[index], cuts[index + 1]
+            if low == high or self._closed:
+                return
+            group = window.groups[index]
+            act = self._store.read_row_group(self._split, group)
+            key = (self._store.url, self._store.fingerprint, group.shard, group.index)
+            if key not in _checked:
+                self._store.check_values(group, act)
+                _checked.add(key)
+            rows = source[low:high] - starts[index]
+            out[target[low:high]] = act if len(rows) == len(act) else act[rows]
+
+        for _ in pool.map(fill, range(len(window.groups))):
+            pass
+        return out
+
+
+def _permutation(size: int, *key: int) -> np.ndarray:
+    """A permutation of range(size) that is the same on every machine and with every version of numpy.
+
+    numpy keeps bit generators stable but not `Generator.permutation`, hence the sort of raw 64-bit draws.
+    """
+    bits = np.random.PCG64(np.random.SeedSequence(key)).random_raw(size)
+    return np.argsort(bits, kind="stable")
