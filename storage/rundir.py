@@ -1,4 +1,4 @@
-"""The run directory: what a sweep was asked, what each cell reached, tables and fits. Every write is atomic."""
+"""The run directory: what a sweep was asked, what each cell reached, tables, fits. Writes are atomic."""
 
 import io
 import json
@@ -60,8 +60,8 @@ class RunDirectory:
     """The files below `url`. Readers return None (tables: no rows) for what is not there yet.
 
     A file that is there but unreadable is a SaescaleError. Tables have exactly the columns of their schema:
-    absent keys become null, other keys of a cell's result stay in its result.json. NaN and Inf, which JSON does
-    not have, become null there.
+    absent keys become null, other keys of a cell's result stay in its result.json. NaN and Inf, which JSON
+    does not have, become null there.
     """
 
     def __init__(self, url: str) -> None:

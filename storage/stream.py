@@ -37,8 +37,8 @@ class Stream:
 
     It starts at global batch `start` and stops after global batch `batches` (absolute; None: endless). Rank r
     gets the r-th of `world_size` equal slices of every global batch: the concatenation over ranks is the same
-    at any world size, and all ranks get equally many batches. Every rank reads every row group. A thread keeps
-    at least `prefetch` batches ready, rounded up to whole windows of `mix_row_groups` row groups, so two to
+    at any world size, and all ranks get equally many batches. Every rank reads every row group. A thread
+    keeps at least `prefetch` batches ready, rounded up to whole windows of `mix_row_groups` row groups: two to
     three windows are in memory. `wait_seconds` is how long the consumer waited. Close it, or use a `with`.
 
     Raises SaescaleError for a split without rows and, from `__next__`, for what the reading thread met; a row
