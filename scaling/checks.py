@@ -32,21 +32,31 @@ def data_warnings(results: Table, curves: Table | None) -> list[str]:
     for column, symbol in (("n_latents", "N"), ("k", "k")):
         low, high = results[column].min(), results[column].max()
         if high / low < _RANGE:
-            warnings.append(f"{symbol} spans only a factor of {high / low:.3g} ({low:g} to {high:g}): exponents from "
-                            f"less than a factor of {_RANGE:g} are local slopes, not laws")
+            warnings.append(
+                f"{symbol} spans only a factor of {high / low:.3g} ({low:g} to {high:g}): exponents from "
+                f"less than a factor of {_RANGE:g} are local slopes, not laws"
+            )
     if "d_model" in results:
         near = np.unique(results["k"][results["k"] > results["d_model"] / 4])
         if len(near):
             values = ", ".join(f"{k:g}" for k in near)
-            warnings.append(f"k = {values} is above d_model / 4 = {results['d_model'][0] / 4:g}: the law holds for k "
-                            "much smaller than d_model")
+            warnings.append(
+                f"k = {values} is above d_model / 4 = {results['d_model'][0] / 4:g}: the law holds for k "
+                "much smaller than d_model"
+            )
     if "dead_fraction" in results:
         rows = np.flatnonzero(results["dead_fraction"] > _DEAD)
         if len(rows):
-            cells = _Cells([f"N = {results['n_latents'][r]:g}, k = {results['k'][r]:g}: "
-                            f"{results['dead_fraction'][r]:.0%}" for r in rows])
-            warnings.append(f"{len(rows)} cells have more than {_DEAD:.0%} dead latents ({cells}): their effective N "
-                            "is smaller, which flattens the law in N")
+            cells = _Cells(
+                [
+                    f"N = {results['n_latents'][r]:g}, k = {results['k'][r]:g}: {results['dead_fraction'][r]:.0%}"
+                    for r in rows
+                ]
+            )
+            warnings.append(
+                f"{len(rows)} cells have more than {_DEAD:.0%} dead latents ({cells}): their effective N "
+                "is smaller, which flattens the law in N"
+            )
     for k in np.unique(results["k"]):
         own = results["k"] == k
         sizes = np.unique(results["n_latents"][own])
@@ -54,14 +64,18 @@ def data_warnings(results: Table, curves: Table | None) -> list[str]:
         rises = [f"{a:g} to {b:g}" for a, b, fall in zip(sizes[:-1], sizes[1:], np.diff(means), strict=True)
                  if fall >= 0]  # fmt: skip
         if rises:
-            warnings.append(f"nmse does not fall with N at k = {k:g} (from N = {'; '.join(rises)}): those cells are "
-                            "undertrained or too noisy for a law")
+            warnings.append(
+                f"nmse does not fall with N at k = {k:g} (from N = {'; '.join(rises)}): those cells are "
+                "undertrained or too noisy for a law"
+            )
     if curves is not None and "cell_id" in results:
         falling = _unconverged(results, curves)
         if falling:
-            warnings.append(f"{len(falling)} cells are not converged, their held-out nmse still fell by more than "
-                            f"{_FALL:.0%} over the last quarter of training ({_Cells(falling)}): L(N, k) describes "
-                            "this budget of tokens, not convergence")
+            warnings.append(
+                f"{len(falling)} cells are not converged, their held-out nmse still fell by more than "
+                f"{_FALL:.0%} over the last quarter of training ({_Cells(falling)}): L(N, k) describes "
+                "this budget of tokens, not convergence"
+            )
     return warnings
 
 
@@ -90,9 +104,11 @@ def unstable_exponent(with_floor: Fit, without: Fit) -> str | None:
     a, b = (f.law.to_reported(f.raw)[1] for f in (with_floor, without))
     similar = without.rms_log_residual < 1.5 * with_floor.rms_log_residual + 1e-3
     if similar and abs(a - b) > _WIDE * abs(b):
-        return (f"floor and exponent are not told apart: the exponent is {a:.3g} with and {b:.3g} without the irreducible "
-                f"term at nearly the same residual ({with_floor.rms_log_residual:.2g} and "
-                f"{without.rms_log_residual:.2g})")
+        return (
+            f"floor and exponent are not told apart: the exponent is {a:.3g} with and {b:.3g} without the irreducible "
+            f"term at nearly the same residual ({with_floor.rms_log_residual:.2g} and "
+            f"{without.rms_log_residual:.2g})"
+        )
     return None
 
 
@@ -106,17 +122,21 @@ def _floor_warnings(fit: Fit) -> list[str]:
     low, high = np.percentile(np.exp(floor - total), [2.5, 97.5])
     warnings = []
     if low < _SMALL_FLOOR:
-        warnings.append(f"the data do not determine the irreducible term: at their centre it is between {low:.0%} and "
-                        f"{high:.0%} of nmse")
+        warnings.append(
+            f"the data do not determine the irreducible term: at their centre it is between {low:.0%} and "
+            f"{high:.0%} of nmse"
+        )
     column = law.columns[0]
     exponent = law.exponent_of(fit.draws, column, centre)
     if np.ptp(exponent) > 1e-9 and np.ptp(floor) > 1e-9:
         correlation = float(spearmanr(exponent, floor).statistic)
         least, middle, most = np.percentile(exponent, [2.5, 50, 97.5])
         if abs(correlation) > _TRADED and most - least > _WIDE * abs(middle):
-            warnings.append(f"floor and exponent are traded off: the exponent of {SYMBOLS[column]} lies between "
-                            f"{least:.3g} and {most:.3g} depending on the irreducible term (rank correlation "
-                            f"{correlation:.2f} over the resamples)")
+            warnings.append(
+                f"floor and exponent are traded off: the exponent of {SYMBOLS[column]} lies between "
+                f"{least:.3g} and {most:.3g} depending on the irreducible term (rank correlation "
+                f"{correlation:.2f} over the resamples)"
+            )
     return warnings
 
 

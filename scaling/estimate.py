@@ -70,9 +70,7 @@ class Fit:
         """This fit's entry in fits.json."""
         entry: dict[str, object] = {"law": self.law.name, "formula": self.law.formula, "at": dict(self.at)}
         reported, draws = self.law.to_reported(self.raw), self.law.to_reported(self.draws)
-        entry["coefficients"] = {
-            name: interval(reported[i], draws[:, i]) for i, name in enumerate(self.law.names)
-        }
+        entry["coefficients"] = {name: interval(reported[i], draws[:, i]) for i, name in enumerate(self.law.names)}
         if {"n_latents", "k"} <= set(self.law.columns):
             entry["exponent_of_n_at_k"] = {
                 f"{k:g}": interval(

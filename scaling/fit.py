@@ -7,8 +7,8 @@ import numpy as np
 
 from scaling.checks import data_warnings, fit_warnings, unstable_exponent
 from scaling.estimate import Fit, fit_law, hold_out
-from scaling.frontier import Frontier, find_frontier, fit_frontier, read_curves
-from scaling.laws import C, C_FLOOR, N, N_D, N_FLOOR, N_K, SYMBOLS, Law, find_law
+from scaling.frontier import Curve, Frontier, find_frontier, fit_frontier, read_curves
+from scaling.laws import C_FLOOR, N_D, N_FLOOR, N_K, SYMBOLS, C, Law, N, find_law
 from scaling.tables import Table, comparable
 from storage.errors import SaescaleError
 
@@ -36,11 +36,12 @@ class CoefficientRow(NamedTuple):
 
 @dataclass(frozen=True)
 class Laws:
-    """All fits of one table of cells, with what was left out."""
+    """All fits of one table of cells, with what was left out. `curves` are the held-out curves by k."""
 
     source: str
     results: Table
     fits: tuple[Fit, ...]
+    curves: dict[float, tuple[Curve, ...]]
     frontiers: tuple[Frontier, ...]
     skipped: tuple[Skipped, ...]
     warnings: tuple[str, ...]
@@ -105,17 +106,18 @@ def fit_laws(
     if "n_d" in laws:
         for k in ks:
             attempt("n_d", (N_D,), {"k": float(k)})
+    own_curves = {} if curves is None else {float(k): read_curves(results, curves, float(k)) for k in ks}
     if "c" in laws and curves is None:
         skipped.append(Skipped("c", "no curves: the compute frontier takes a run directory with curves.parquet"))
-    elif "c" in laws and curves is not None:
-        for k in ks:
+    elif "c" in laws:
+        for k, of_k in own_curves.items():
             done = []
             try:
-                frontier = find_frontier(float(k), read_curves(results, curves, float(k)))
-                frontiers.append(frontier)
+                frontier = find_frontier(k, of_k)
             except SaescaleError as error:
                 skipped.append(Skipped("c", str(error)))
                 continue
+            frontiers.append(frontier)
             for law in (C, C_FLOOR):
                 try:
                     fit = fit_frontier(law, frontier, bootstraps, seed)
@@ -127,7 +129,7 @@ def fit_laws(
                 done.append(_checked(fit, "flops", float(frontier.flops.max() / 2), seed))
             fits.extend(_compared(done))
     warnings = data_warnings(results, curves)
-    return Laws(results.source, results, tuple(fits), tuple(frontiers), tuple(skipped), tuple(warnings))
+    return Laws(results.source, results, tuple(fits), own_curves, tuple(frontiers), tuple(skipped), tuple(warnings))
 
 
 def fit_all(
@@ -150,7 +152,9 @@ def predict(entry: dict[str, Any], **columns: float | np.ndarray) -> np.ndarray:
     points = {}
     for column in law.columns:
         if column not in columns:
-            raise SaescaleError(f"law {law.name} needs {column} ({SYMBOLS[column]}); got {', '.join(columns) or 'nothing'}")
+            raise SaescaleError(
+                f"law {law.name} needs {column} ({SYMBOLS[column]}); got {', '.join(columns) or 'nothing'}"
+            )
         points[column] = np.atleast_1d(np.asarray(columns[column], dtype=np.float64))
         if not (points[column] > 0).all():
             raise SaescaleError(f"law {law.name}: {column} must be positive")
@@ -195,6 +199,8 @@ def _frontier_warnings(frontier: Frontier) -> list[str]:
     largest = max(c.n_latents for c in frontier.curves)
     share = np.mean([frontier.curves[i].n_latents == largest for i in winners])
     if share > 0.5:
-        return [f"{share:.0%} of the frontier's points belong to the largest N = {largest:g}: larger cells might do "
-                "better there, so the frontier is an upper bound"]
+        return [
+            f"{share:.0%} of the frontier's points belong to the largest N = {largest:g}: larger cells might do "
+            "better there, so the frontier is an upper bound"
+        ]
     return []

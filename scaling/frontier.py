@@ -120,8 +120,10 @@ def fit_frontier(law: Law, frontier: Frontier, bootstraps: int, seed: int) -> Fi
         seed=seed,
         at={"k": frontier.k},
         resampler=resample,
-        excluded=(f"{int((~frontier.kept).sum())} of {_POINTS} points of compute: warm-up, edge of the grid, "
-                  "or no better than with less compute",),
+        excluded=(
+            f"{int((~frontier.kept).sum())} of {_POINTS} points of compute: warm-up, edge of the grid, "
+            "or no better than with less compute",
+        ),
     )
 
 

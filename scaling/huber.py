@@ -84,9 +84,7 @@ def polish(problem: Problem, raw: np.ndarray, log_y: np.ndarray, weights: np.nda
     return np.asarray(found.x) if found.fun <= loss_and_gradient(raw)[0] else raw
 
 
-def _step(
-    problem: Problem, raw: np.ndarray, log_y: np.ndarray, weights: np.ndarray, damping: np.ndarray
-) -> np.ndarray:
+def _step(problem: Problem, raw: np.ndarray, log_y: np.ndarray, weights: np.ndarray, damping: np.ndarray) -> np.ndarray:
     value, jacobian = log_sum(raw, problem.design, problem.term_of)
     residuals = value - log_y
     majorant = weights / np.maximum(np.abs(residuals) / problem.delta, 1.0)

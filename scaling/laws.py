@@ -116,9 +116,7 @@ class Law:
 
 def log_sum(raw: np.ndarray, design: np.ndarray, term_of: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """(ln L [..., points], d ln L / d raw [..., points, coefficients]) of a sum of terms."""
-    logs = np.stack(
-        [raw[..., term_of == j] @ design[:, term_of == j].T for j in range(int(term_of[-1]) + 1)], axis=-1
-    )
+    logs = np.stack([raw[..., term_of == j] @ design[:, term_of == j].T for j in range(int(term_of[-1]) + 1)], axis=-1)
     top = logs.max(axis=-1)
     shares = np.exp(logs - top[..., None])
     total = shares.sum(axis=-1)
@@ -167,5 +165,7 @@ def find_law(name: str, coefficients: Mapping[str, object]) -> Law:
     for law in LAWS:
         if law.name == name and set(law.names) == set(coefficients):
             return law
-    raise SaescaleError(f"no law {name} with coefficients {', '.join(coefficients)}; known: "
-                        + "; ".join(f"{law.name}: {law.formula}" for law in LAWS))
+    raise SaescaleError(
+        f"no law {name} with coefficients {', '.join(coefficients)}; known: "
+        + "; ".join(f"{law.name}: {law.formula}" for law in LAWS)
+    )

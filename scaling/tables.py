@@ -128,12 +128,14 @@ def finished(table: Table) -> Table:
         reasons = []
         for row in np.flatnonzero(~done):
             error = f": {table['error'][row]}" if "error" in table and table["error"].dtype.kind == "U" else ""
-            reasons.append(f"{table.describe(int(row))} is {table['status'][row] or 'without status'}"
-                           + error.rstrip(": "))
+            reasons.append(
+                f"{table.describe(int(row))} is {table['status'][row] or 'without status'}" + error.rstrip(": ")
+            )
         table = table.select(done, reasons)
     if not len(table):
-        raise SaescaleError(f"{table.source}: no finished cell ({len(table.excluded)} rows are not done); "
-                            "finish the sweep first")
+        raise SaescaleError(
+            f"{table.source}: no finished cell ({len(table.excluded)} rows are not done); finish the sweep first"
+        )
     return table
 
 
@@ -149,8 +151,7 @@ def comparable(table: Table) -> Table:
     texts = [", ".join(f"{name} {value}" for name, value in zip(names, kind, strict=True)) for kind in kinds]
     most = max(sorted(set(texts)), key=texts.count)
     mask = np.array([text == most for text in texts])
-    reasons = [f"{table.describe(int(row))}: {texts[row]}; the laws describe {most}"
-               for row in np.flatnonzero(~mask)]
+    reasons = [f"{table.describe(int(row))}: {texts[row]}; the laws describe {most}" for row in np.flatnonzero(~mask)]
     return table.select(mask, reasons)
 
 

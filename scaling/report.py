@@ -1,0 +1,160 @@
+"""From a run directory to fits.json, figures and one self-contained report.html."""
+
+import base64
+from collections.abc import Mapping
+from functools import cache
+from typing import Any
+
+import jinja2
+import numpy as np
+
+from scaling.figures import draw_figures
+from scaling.fit import CoefficientRow, coefficient_rows, fit_laws, law_label
+from scaling.tables import Table, load_curves, load_results
+from storage.files import join, write_atomic
+from storage.rundir import RunDirectory
+
+CAPTIONS = {
+    "nmse_against_n.png": "Held-out nmse of every cell against the number of latents N, with the fitted law.",
+    "nmse_against_compute.png": "Held-out nmse during training against compute, with the frontier at each k.",
+    "dead_fraction.png": "Share of dead latents at the end of training.",
+}
+_CELL_COLUMNS = {
+    "n_latents": "N", "k": "k", "activation": "activation", "seed": "seed", "nmse": "nmse", "l0": "L0",
+    "dead_fraction": "dead", "lr": "lr", "tokens": "tokens", "flops": "FLOPs (sparse)",
+    "flops_dense": "FLOPs (dense)", "wall_s": "seconds", "cell_id": "cell",
+}  # fmt: skip
+
+
+def analyse(
+    run: RunDirectory,
+    *,
+    bootstraps: int = 1000,
+    seed: int = 0,
+    provenance: Mapping[str, Any] | None = None,
+    laws: tuple[str, ...] = ("n_k", "n", "c"),
+) -> dict[str, Any]:
+    """Fits all laws to a run's finished cells; writes fits.json, figures/*.png and report.html into the run.
+
+    `provenance` (subject, store fingerprint, versions ...) is shown in the report. Deterministic in `seed`.
+    Returns the document of fits.json. Raises SaescaleError when the run has no finished cell.
+    """
+    results, curves = load_results(run), load_curves(run)
+    fitted = fit_laws(results, curves, bootstraps=bootstraps, seed=seed, laws=laws)
+    document = fitted.document()
+    run.write_json("fits.json", document)
+    figures = draw_figures(fitted, join(run.url, "figures"))
+    write_report(run.url, document, fitted.results, figures, provenance or {})
+    return document
+
+
+def write_report(
+    run_url: str,
+    document: Mapping[str, Any],
+    results: Table,
+    figures: Mapping[str, bytes],
+    provenance: Mapping[str, Any],
+) -> str:
+    """Writes RUN/report.html: one page with its figures inside, nothing fetched when read. Returns its URL."""
+    labelled = [{**entry, "label": law_label(entry)} for entry in document["fits"]]
+    page = _template().render(
+        title=_title(results),
+        summary=summarise(document, results),
+        rows=[_coefficient_texts(row) for row in coefficient_rows(dict(document))],
+        fits=labelled,
+        n_k=next((entry for entry in labelled if entry["law"] == "n_k"), None),
+        skipped=document["skipped"],
+        excluded=document["excluded"],
+        warnings=[("all laws", w) for w in document["warnings"]]
+        + [(entry["label"], w) for entry in labelled for w in entry["warnings"]],
+        figures=[(CAPTIONS[name], base64.b64encode(png).decode()) for name, png in figures.items()],
+        header=[label for name, label in _CELL_COLUMNS.items() if name in results],
+        cells=_cell_texts(results),
+        provenance={**_totals(results), **provenance},
+    )
+    url = join(run_url, "report.html")
+    write_atomic(url, page.encode())
+    return url
+
+
+def summarise(document: Mapping[str, Any], results: Table) -> list[str]:
+    """What the run shows, in a few sentences of plain text."""
+    n, k, nmse = results["n_latents"], results["k"], results["nmse"]
+    best = int(np.argmin(nmse))
+    sentences = [
+        f"{len(results)} cells, N from {n.min():g} to {n.max():g} and k from {k.min():g} to {k.max():g}. The lowest "
+        f"held-out nmse is {nmse[best]:.4f}, at N = {n[best]:g} and k = {k[best]:g}."
+    ]
+    n_k = next((entry for entry in document["fits"] if entry["law"] == "n_k"), None)
+    if n_k is None:
+        reasons = [s["reason"] for s in document["skipped"] if s["law"] == "n_k"]
+        sentences.append("L(N, k) was not fitted" + (f" ({reasons[0]})." if reasons else "."))
+    else:
+        exponents = n_k["exponent_of_n_at_k"]
+        first, last = list(exponents)[0], list(exponents)[-1]
+        sentences.append(
+            f"At fixed k the reducible part of nmse falls as a power of n: exponent {_value(exponents[first])} at "
+            f"k = {first}, {_value(exponents[last])} at k = {last} (95 % bootstrap intervals over cells). "
+            f"The law L(N, k) leaves {n_k['rms_log_residual']:.2%} rms of nmse unexplained over {n_k['points']} cells."
+        )
+        if n_k["holdout"]:
+            sentences.append(
+                f"Fitted without {n_k['holdout']['held_out']}, it predicts those cells within "
+                f"{n_k['holdout']['rms_log_error']:.2%} rms."
+            )
+    count = len(document["warnings"]) + sum(len(entry["warnings"]) for entry in document["fits"])
+    if count:
+        sentences.append("One warning limits" if count == 1 else f"{count} warnings limit")
+        sentences[-1] += " what can be claimed; see below."
+    return sentences
+
+
+def _title(results: Table) -> str:
+    subject = f" of {results['subject'][0]}" if "subject" in results and results["subject"][0] else ""
+    site = f", {results['site'][0]}" if subject and "site" in results and results["site"][0] else ""
+    return f"Scaling of sparse autoencoders{subject}{site}"
+
+
+def _totals(results: Table) -> dict[str, str]:
+    totals = {"source": results.source}
+    for column, label, unit in (
+        ("flops", "training FLOPs (sparse)", ""),
+        ("flops_dense", "training FLOPs (dense equivalent)", ""),
+        ("wall_s", "training time summed over cells", " s"),
+    ):
+        if column in results and np.isfinite(results[column]).all():
+            totals[label] = f"{results[column].sum():.4g}{unit}"
+    return totals
+
+
+def _coefficient_texts(row: CoefficientRow) -> tuple[str, str, str, str]:
+    interval = "" if row.low is None or row.high is None else f"{row.low:.4g} to {row.high:.4g}"
+    return row.law, row.coefficient, f"{row.value:.4g}", interval
+
+
+def _value(value: Mapping[str, float | None]) -> str:
+    text = f"{value['value']:.3f}"
+    return text if value["low"] is None else text + f" [{value['low']:.3f}, {value['high']:.3f}]"
+
+
+def _cell_texts(results: Table) -> list[list[str]]:
+    order = np.lexsort([results["k"], results["n_latents"]])
+    columns = [results[name] for name in _CELL_COLUMNS if name in results]
+    return [
+        [f"{c[row]:.5g}" if c.dtype.kind == "f" and c[row] % 1 else _whole(c[row]) for c in columns] for row in order
+    ]
+
+
+def _whole(value: Any) -> str:
+    """Text as it is; a whole number without a decimal point, large ones in powers of ten."""
+    if isinstance(value, str):
+        return value
+    return f"{value:.0f}" if value < 1e10 else f"{value:.4g}"
+
+
+@cache
+def _template() -> jinja2.Template:
+    loader = jinja2.PackageLoader("scaling", ".")
+    return jinja2.Environment(loader=loader, autoescape=True, trim_blocks=True, lstrip_blocks=True).get_template(
+        "report.html.j2"
+    )
