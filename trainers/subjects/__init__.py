@@ -1,1 +1,61 @@
-"""The frozen models whose residual streams are decomposed."""
+"""The registry of subjects: the frozen models whose residual stream is decomposed."""
+
+from __future__ import annotations
+
+import difflib
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from storage.errors import SaescaleError
+
+if TYPE_CHECKING:
+    from trainers.subjects.huggingface import Subject
+
+HUGGINGFACE_PREFIX = "hf:"
+NAMES = ("smollm2-135m",)
+
+
+def check_subject_name(name: str) -> None:
+    """Raises SaescaleError with the nearest valid name when `name` names no subject. Loads nothing."""
+    if name in NAMES or (name.startswith(HUGGINGFACE_PREFIX) and len(name) > len(HUGGINGFACE_PREFIX)):
+        return
+    close = difflib.get_close_matches(name, NAMES, n=1, cutoff=0.4)
+    hint = f"did you mean {close[0]!r}? " if close else ""
+    known = ", ".join(NAMES)
+    raise SaescaleError(
+        f"unknown subject {name!r}: {hint}known are {known}, hf:<org>/<name> (any Hugging Face causal "
+        "language model) and hf:/path/to/folder"
+    )
+
+
+def get_subject(
+    name: str,
+    cache: str | os.PathLike[str] | None = None,
+    dtype: str = "auto",
+    notify: Callable[[str], None] | None = None,
+) -> Subject:
+    """Loads a subject by its name.
+
+    `cache` is the folder for downloads (default: `cache_folder()`); `dtype` the arithmetic of the forward
+    pass ("auto", "float32", "bfloat16", see `huggingface.compute_dtype`); `notify` is told in words what
+    takes long. Raises SaescaleError for an unknown name and when the model cannot be had or is not usable.
+    """
+    check_subject_name(name)
+    # transformers takes seconds to import, and a mistyped name should not.
+    if name.startswith(HUGGINGFACE_PREFIX):
+        from trainers.subjects.huggingface import load
+
+        return load(name, name.removeprefix(HUGGINGFACE_PREFIX), dtype=dtype)
+    from trainers.subjects.smollm2 import load_smollm2
+
+    return load_smollm2(Path(cache) if cache else cache_folder(), dtype, notify or (lambda stage: None))
+
+
+def cache_folder() -> Path:
+    """Where downloads are kept: `SAESCALE_CACHE`, else `saescale` in the user's cache folder."""
+    chosen = os.environ.get("SAESCALE_CACHE")
+    if chosen:
+        return Path(chosen).expanduser()
+    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "saescale"
