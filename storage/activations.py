@@ -176,9 +176,7 @@ def write_shard(url: str, name: str, split: Split, rows: Rows, dtype: Dtype, row
     )
     content = sink.getvalue()
     files.write_atomic(target, lambda file: _write_all(file, content))
-    return Shard(
-        name=name, split=split, rows=len(act), bytes=content.size, xxh3=xxhash.xxh3_64_hexdigest(content)
-    )
+    return Shard(name=name, split=split, rows=len(act), bytes=content.size, xxh3=xxhash.xxh3_64_hexdigest(content))
 
 
 def write_manifest(url: str, manifest: Manifest) -> None:
@@ -378,8 +376,7 @@ def _check_size(where: str, shard: Shard) -> None:
     if found != shard.bytes:
         fault = "truncated" if found < shard.bytes else "too long"
         raise SaescaleError(
-            f"{where}: {fault}, {found} bytes where the manifest says {shard.bytes}; "
-            "restore the shard or harvest again"
+            f"{where}: {fault}, {found} bytes where the manifest says {shard.bytes}; restore the shard or harvest again"
         )
 
 

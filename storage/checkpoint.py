@@ -45,7 +45,7 @@ def save(url: str, step: int, tensors: dict[str, np.ndarray], meta: dict[str, An
     A generation at this step or a later one is replaced: whoever saves step s has gone back to before it.
     """
     older = [generation for generation in _generations(url) if generation.step < step]
-    content = safetensors.save({name: np.ascontiguousarray(tensor) for name, tensor in tensors.items()})
+    content = safetensors.save({name: np.asarray(tensor, order="C") for name, tensor in tensors.items()})
     checksum = xxhash.xxh3_64_hexdigest(content)
     name = f"step-{step:08d}.safetensors"
     present = set(files.list_names(url))
@@ -98,9 +98,7 @@ def _generations(url: str) -> list[Generation]:
     except FileNotFoundError:
         return []
     except ValueError as error:
-        raise SaescaleError(
-            f"{where} is damaged; remove its folder to train the cell from the start"
-        ) from error
+        raise SaescaleError(f"{where} is damaged; remove its folder to train the cell from the start") from error
 
 
 def _read(url: str, generation: Generation) -> dict[str, np.ndarray]:

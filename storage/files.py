@@ -180,8 +180,7 @@ def _sync_folder(folder: str) -> None:
 def _write_error(url: str, error: Exception) -> SaescaleError:
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
         return SaescaleError(
-            f"disk full while writing {url}: free space and run the same command again; "
-            "nothing half-written is left"
+            f"disk full while writing {url}: free space and run the same command again; nothing half-written is left"
         )
     return SaescaleError(
         f"cannot write {url}: {_one_line(error)}; check the address, permissions and credentials; "

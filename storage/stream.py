@@ -65,9 +65,7 @@ class Stream:
                 "make batch_tokens a multiple of the number of ranks"
             )
         if not 0 <= rank < world_size or start < 0 or seed < 0 or mix_row_groups < 1 or prefetch < 1:
-            raise ValueError(
-                f"{rank=} {world_size=} {start=} {seed=} {mix_row_groups=} {prefetch=} out of range"
-            )
+            raise ValueError(f"{rank=} {world_size=} {start=} {seed=} {mix_row_groups=} {prefetch=} out of range")
         self._groups = store.row_groups(split)
         if not self._groups:
             raise SaescaleError(f"the activation store {store.url} has no {split} rows; harvest some first")

@@ -1,0 +1,159 @@
+"""Checkpoints: exact round trips, damage that falls back or says so, and kills between any two file operations."""
+
+import math
+import warnings
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
+
+from storage import checkpoint, files
+from storage.errors import SaescaleError
+
+
+def tensors_of(step: int) -> dict[str, np.ndarray]:
+    return {"w": np.full((3, 5), step, np.float32), "count": np.arange(step, step + 4, dtype=np.int64)}
+
+
+def check(url: str, step: int, wanted: int | None = None) -> None:
+    tensors, meta, found = checkpoint.load(url, wanted)
+    assert (found, meta) == (step, {"tokens": step * 10})
+    for name, tensor in tensors_of(step).items():
+        assert np.array_equal(tensors[name], tensor)
+        assert tensors[name].dtype == tensor.dtype
+        tensors[name][:] = 0
+
+
+def test_the_newest_two_are_kept_on_every_file_system(any_url: str) -> None:
+    url = files.join(any_url, "checkpoint")
+    assert checkpoint.steps(url) == []
+    with pytest.raises(SaescaleError, match=r"no checkpoint in .*steps there: none"):
+        checkpoint.load(url)
+    for step in (0, 5, 70):
+        checkpoint.save(url, step, tensors_of(step), {"tokens": step * 10})
+        check(url, step)
+    assert checkpoint.steps(url) == [70, 5]
+    check(url, 5, wanted=5)
+    names = ["latest.json", "step-00000005.safetensors", "step-00000070.safetensors"]
+    assert files.list_names(url) == names
+    with pytest.raises(SaescaleError, match=r"no checkpoint of step 0 .*steps there: 70, 5"):
+        checkpoint.load(url, 0)
+
+
+@settings(max_examples=30, deadline=None)
+@given(
+    tensors=st.dictionaries(
+        st.text("abc._", min_size=1),
+        st.sampled_from([np.float32, np.float64, np.float16, np.int64, np.int32, np.uint8, np.bool_]).flatmap(
+            lambda dtype: hnp.arrays(dtype, hnp.array_shapes(min_dims=0, min_side=0))
+        ),
+        max_size=3,
+    ),
+    transpose=st.booleans(),
+)
+def test_any_tensors_come_back_bit_for_bit(tensors: dict[str, np.ndarray], transpose: bool) -> None:
+    if transpose:
+        tensors = {name: tensor.T for name, tensor in tensors.items()}
+    meta = {"rng": [2**63 - 1, 0], "nested": {"lr": 1e-3}, "loss": math.nan}
+    checkpoint.save("memory://any-tensors", 1, tensors, meta)
+    loaded, found, _ = checkpoint.load("memory://any-tensors")
+    assert math.isnan(found.pop("loss"))
+    assert found == {"rng": [2**63 - 1, 0], "nested": {"lr": 1e-3}}
+    assert set(loaded) == set(tensors)
+    for name, tensor in tensors.items():
+        assert (loaded[name].dtype, loaded[name].shape) == (tensor.dtype, tensor.shape)
+        assert loaded[name].tobytes() == tensor.tobytes()
+        assert loaded[name].flags.writeable
+
+
+@pytest.mark.parametrize(
+    ("damage", "text"),
+    [
+        (lambda content: content[:-1], "bytes, not"),
+        (lambda content: content[:-1] + bytes([content[-1] ^ 1]), "wrong checksum"),
+        (None, "is missing"),
+    ],
+)
+def test_a_damaged_newest_falls_back_with_a_warning(tmp_path: Path, damage: object, text: str) -> None:
+    url = str(tmp_path)
+    for step in (1, 2):
+        checkpoint.save(url, step, tensors_of(step), {"tokens": step * 10})
+    for step in (2, 1):
+        path = tmp_path / f"step-{step:08d}.safetensors"
+        if damage is None:
+            path.unlink()
+        else:
+            path.write_bytes(damage(path.read_bytes()))  # type: ignore[operator]
+        if step == 2:
+            with pytest.warns(UserWarning, match=rf"step-00000002\.safetensors .*{text}.*; going back"):
+                check(url, 1)
+            with pytest.raises(SaescaleError, match=text):
+                checkpoint.load(url, 2)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        with pytest.raises(SaescaleError, match=r"no sound checkpoint in .*remove the folder"):
+            checkpoint.load(url)
+
+
+def test_going_back_replaces_what_came_after(tmp_path: Path) -> None:
+    url = str(tmp_path)
+    for step in (5, 10, 8):
+        checkpoint.save(url, step, tensors_of(step), {"tokens": step * 10})
+    assert checkpoint.steps(url) == [8, 5]
+    checkpoint.save(url, 8, tensors_of(9), {"tokens": 80})
+    assert checkpoint.steps(url) == [8, 5]
+    assert checkpoint.load(url)[0]["w"][0, 0] == 9
+    assert len(files.list_names(url)) == 3
+
+
+class Killed(BaseException):
+    """Stands for SIGKILL: nothing of ours handles it."""
+
+
+@pytest.mark.parametrize("again", [False, True], ids=["next step", "same step"])
+def test_a_kill_between_any_two_operations_leaves_a_sound_newest(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, again: bool
+) -> None:
+    step = 2 if again else 3
+    for survived in range(5):
+        url = str(tmp_path / f"{survived}")
+        for earlier in (1, 2):
+            checkpoint.save(url, earlier, tensors_of(earlier), {"tokens": earlier * 10})
+        left = survived
+
+        def count_down(original: object) -> object:
+            def operation(*args: object) -> object:
+                nonlocal left
+                if left == 0:
+                    raise Killed
+                left -= 1
+                return original(*args)  # type: ignore[operator]
+
+            return operation
+
+        with monkeypatch.context() as patch:
+            patch.setattr(files, "write_atomic", count_down(files.write_atomic))
+            patch.setattr(files, "remove", count_down(files.remove))
+            finished = True
+            try:
+                checkpoint.save(url, step, tensors_of(step), {"tokens": step * 10})
+            except Killed:
+                finished = False
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            check(url, step if survived >= 2 else 2)
+        checkpoint.save(url, 4, tensors_of(4), {"tokens": 40})
+        check(url, 4)
+        assert len(files.list_names(url)) == 3, "what a killed save left is removed by the next one"
+        if survived == 4:
+            assert finished
+
+
+def test_a_damaged_pointer_is_one_clear_line(tmp_path: Path) -> None:
+    checkpoint.save(str(tmp_path), 1, tensors_of(1), {})
+    (tmp_path / "latest.json").write_bytes(b'{"gen')
+    with pytest.raises(SaescaleError, match=r"latest\.json is damaged"):
+        checkpoint.load(str(tmp_path))

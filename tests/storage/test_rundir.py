@@ -1,0 +1,68 @@
+"""The run directory on every file system."""
+
+import math
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pytest
+
+from storage import files
+from storage.errors import SaescaleError
+from storage.rundir import CURVES_SCHEMA, RESULTS_SCHEMA, RunDirectory
+
+
+def test_everything_comes_back_on_every_file_system(any_url: str) -> None:
+    run = RunDirectory(files.join(any_url, "run"))
+    assert run.read_spec() is None
+    assert run.read_cell_result("a1") is None
+    assert run.read_cell_curve("a1") == []
+    assert run.cells_with_results() == set()
+    assert run.read_json("fits.json") is None
+    assert run.read_results().schema == RESULTS_SCHEMA
+    assert len(run.read_curves()) == 0
+
+    spec = {"name": "Größe", "grid": {"n_latents": [512, 1024]}, "train": {"lr": 8e-4, "tokens": None}}
+    run.write_spec(spec)
+    assert run.read_spec() == spec
+    assert list(run.read_spec() or {}) == ["name", "grid", "train"]
+
+    run.write_cell_result("a1", {"cell_id": "a1", "nmse": np.float32(0.5), "shape": (1, np.int64(2))})
+    assert run.read_cell_result("a1") == {"cell_id": "a1", "nmse": 0.5, "shape": [1, 2]}
+    run.write_cell_curve("a1", [{"step": 1, "tokens": 10, "flops": 2e20, "nmse": 0.7}])
+    run.write_cell_curve("b2", [{"step": 1}, {"step": 2}])
+    (row,) = run.read_cell_curve("a1")
+    assert list(row) == CURVES_SCHEMA.names
+    assert (row["cell_id"], row["flops"], row["lr"]) == ("a1", 2e20, None)
+    assert [row["step"] for row in run.read_cell_curve("b2")] == [1, 2]
+    assert run.cells_with_results() == {"a1"}
+    assert run.cell_url("a1").endswith("/cells/a1")
+
+    run.write_results([{"cell_id": "a1", "nmse": 0.5, "k": 8, "status": "done", "other": 1}])
+    assert run.read_results().schema.equals(RESULTS_SCHEMA)
+    assert run.read_results().to_pylist()[0]["k"] == 8
+    curves = pa.Table.from_pylist(run.read_cell_curve("a1") + run.read_cell_curve("b2"), CURVES_SCHEMA)
+    run.write_curves(curves.select(list(reversed(CURVES_SCHEMA.names))))
+    assert run.read_curves().equals(curves)
+
+    run.write_json("fits.json", {"values": np.array([1.0, math.nan]), "inf": -math.inf, "n": np.int32(3)})
+    assert run.read_json("fits.json") == {"values": [1.0, None], "inf": None, "n": 3}
+    assert files.list_names(run.url) == ["cells", "curves.parquet", "fits.json", "results.parquet", "sweep.yaml"]
+
+
+def test_damaged_files_are_one_clear_line(tmp_path: Path) -> None:
+    run = RunDirectory(str(tmp_path))
+    for name in ("sweep.yaml", "fits.json", "results.parquet", "curves.parquet"):
+        (tmp_path / name).write_bytes(b"{\xff:")
+    for read, name in (
+        (run.read_spec, "sweep.yaml"),
+        (lambda: run.read_json("fits.json"), "fits.json"),
+        (run.read_results, "results.parquet"),
+        (run.read_curves, "curves.parquet"),
+    ):
+        with pytest.raises(SaescaleError, match=rf"{name} is damaged") as caught:
+            read()
+        assert "\n" not in str(caught.value)
+    (tmp_path / "sweep.yaml").write_bytes(b"[1, 2]")
+    with pytest.raises(SaescaleError, match=r"sweep\.yaml holds no mapping"):
+        run.read_spec()
