@@ -61,9 +61,8 @@ class Cell(BaseModel):
 
     def flops(self, tokens: int) -> Flops:
         """Training FLOPs spent after `tokens` tokens (paper.md, compute): sparse, and dense-equivalent."""
-        per_token = flops_per_token(
-            self.d_model, self.n_latents, self.k, self.k_aux, multi_k=min(4 * self.k, self.n_latents) if self.multi_topk else 0
-        )
+        multi_k = min(4 * self.k, self.n_latents) if self.multi_topk else 0
+        per_token = flops_per_token(self.d_model, self.n_latents, self.k, self.k_aux, multi_k)
         return Flops(sparse=per_token.sparse * tokens, dense=per_token.dense * tokens)
 
 

@@ -16,8 +16,8 @@ def default_device() -> torch.device:
 def fast_precision(device: torch.device | str) -> Precision:
     """The faster operand type of a matrix product: bf16 on CUDA and on CPUs with AMX tiles, else fp32.
 
-    AVX512-BF16 alone does not pay: measured on a Xeon without AMX, a bf16 product of torch 2.13 runs at 0.5 to 0.8 times
-    the speed of fp32.
+    AVX512-BF16 alone does not pay: measured on a Xeon without AMX, a bf16 product of torch 2.13 runs at 0.5 to 0.8
+    times the speed of fp32.
     """
     if torch.device(device).type == "cuda":
         return "bf16" if torch.cuda.is_bf16_supported() else "fp32"

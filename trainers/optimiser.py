@@ -62,7 +62,7 @@ class SAEAdam(torch.optim.Optimizer):
             denominator = state["exp_avg_sq"].sqrt().mul_(correction2).add_(EPS)
             parameter.addcdiv_(state["exp_avg"], denominator, value=-self.lr * correction1)
             if is_decoder:
-                parameter /= parameter.norm(dim=1, keepdim=True)
+                parameter.div_(parameter.norm(dim=1, keepdim=True))
             # Has to come last: the EMA averages the weights that are in use.
             state["average"].lerp_(parameter, 1 - self.ema)
 
@@ -78,7 +78,7 @@ class SAEAdam(torch.optim.Optimizer):
             return copy
         correction = 1 - self.ema**self.steps
         for target, parameter in zip(copy.parameters(), self.sae.parameters(), strict=True):
-            torch.div(self.state[parameter]["average"], correction, out=target.data)
+            target.copy_(self.state[parameter]["average"] / correction)
         return copy
 
     def tensors(self) -> dict[str, Tensor]:

@@ -9,19 +9,18 @@ from torch import Tensor
 SAMPLE_TOKENS = 32_768
 
 
-def to_tensor(act: np.ndarray, dtype: str, device: torch.device | str = "cpu") -> Tensor:
-    """Raw rows of a store, float16 or bfloat16 bit patterns [batch, d_model], as float32 on `device`."""
+def to_tensor(act: np.ndarray, dtype: str) -> Tensor:
+    """Raw rows of a store [batch, d_model], float16 or bfloat16 bit patterns, as a 16-bit tensor on the same memory."""
     raw = torch.from_numpy(act)
-    if dtype == "bfloat16":
-        raw = raw.view(torch.bfloat16)
-    return raw.to(device, non_blocking=True).float()
+    return raw.view(torch.bfloat16) if dtype == "bfloat16" else raw
 
 
-def normalise(x: Tensor) -> Tensor:
-    """Subtract each row's mean over d_model and scale the row to unit norm: [batch, d_model] -> the same.
+def normalise(raw: Tensor) -> Tensor:
+    """Subtract each row's mean over d_model, scale the row to unit norm: [batch, d_model] -> float32 of that shape.
 
     Before the SAE and before any error is computed (Gao et al. 2024, section 2.1).
     """
+    x = raw.float()
     x = x - x.mean(dim=-1, keepdim=True)
     return x / x.norm(dim=-1, keepdim=True)
 

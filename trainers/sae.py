@@ -15,7 +15,8 @@ class Forward(NamedTuple):
 class SAE(nn.Module):
     """z = ReLU(TopK(W_enc (x - b_pre) + b_enc)), x_hat = z W_dec + b_pre (Gao et al. 2024, section 2.3).
 
-    W_enc [n_latents, d_model], b_enc [n_latents], W_dec [n_latents, d_model] (one unit-norm row per latent), b_pre [d_model].
+    W_enc [n_latents, d_model], b_enc [n_latents], W_dec [n_latents, d_model] with one unit-norm row per latent,
+    b_pre [d_model].
     """
 
     def __init__(self, d_model: int, n_latents: int, k: int) -> None:

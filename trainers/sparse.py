@@ -61,7 +61,12 @@ class DeadLatents:
 
 @torch.no_grad()
 def step(
-    sae: SAE, batch: Batch, objective: Objective, dead: DeadLatents, dead_after_tokens: int, precision: Precision = "fp32"
+    sae: SAE,
+    batch: Batch,
+    objective: Objective,
+    dead: DeadLatents,
+    dead_after_tokens: int,
+    precision: Precision = "fp32",
 ) -> Step:
     """Sets the gradients of the cell's loss (reference.losses) on `sae` and counts the batch in `dead`."""
     if batch.x.device.type != "cpu":
@@ -94,12 +99,12 @@ def step(
     fired = torch.zeros(sae.n_latents, dtype=torch.bool)
     fired[torch.from_numpy(selected.indices[selected.z > ACTIVE_ABOVE].astype(np.int64))] = True
     dead.update(fired, len(x))
-    auxk = _auxk(sae, batch.x, offset, pre, torch.from_numpy(error), dead.after(dead_after_tokens), objective)
+    auxk = _auxk(sae, batch.x, pre, torch.from_numpy(error), dead.after(dead_after_tokens), objective, gradients)
 
     # Both need the finished gradient of b_enc: pre-activations see x - b_pre, and so does b_pre with the opposite sign.
-    assert sae.b_enc.grad is not None and sae.W_enc.grad is not None and sae.b_pre.grad is not None
-    sae.W_enc.grad.addr_(sae.b_enc.grad, offset, alpha=-1)
-    sae.b_pre.grad -= sae.b_enc.grad @ sae.W_enc
+    by_b_enc = torch.from_numpy(gradients.b_enc)
+    torch.from_numpy(gradients.W_enc).addr_(by_b_enc, offset, alpha=-1)
+    torch.from_numpy(gradients.b_pre).sub_(by_b_enc @ sae.W_enc)
     return Step(main, multi, auxk)
 
 
@@ -162,7 +167,7 @@ def _accumulate(
 
 
 def _auxk(
-    sae: SAE, x: Tensor, offset: Tensor, pre: Tensor, error: Tensor, dead: Tensor, objective: Objective
+    sae: SAE, x: Tensor, pre: Tensor, error: Tensor, dead: Tensor, objective: Objective, gradients: _Gradients
 ) -> float:
     """The AuxK loss, its gradients added: dense, but over the dead latents alone.
 
@@ -184,10 +189,9 @@ def _auxk(
         return 0.0
     grad = miss * (2 * objective.auxk_coefficient / (miss.numel() * denominator))
     grad_latents = (grad @ W_dec.T) * (latents > 0)
-    assert sae.W_dec.grad is not None and sae.W_enc.grad is not None and sae.b_enc.grad is not None
-    sae.W_dec.grad.index_add_(0, rows, latents.T @ grad)
-    sae.W_enc.grad.index_add_(0, rows, grad_latents.T @ x)
-    sae.b_enc.grad.index_add_(0, rows, grad_latents.sum(dim=0))
+    torch.from_numpy(gradients.W_dec).index_add_(0, rows, latents.T @ grad)
+    torch.from_numpy(gradients.W_enc).index_add_(0, rows, grad_latents.T @ x)
+    torch.from_numpy(gradients.b_enc).index_add_(0, rows, grad_latents.sum(dim=0))
     return float(miss.square().mean()) / denominator
 
 

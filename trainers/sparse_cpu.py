@@ -16,7 +16,7 @@ _FAST = {"contract", "reassoc", "nsz", "arcp"}
 
 @njit(parallel=True, cache=True)
 def select(bits: np.ndarray, k: int, group: int, indices: np.ndarray) -> None:
-    """Exact two-level top-k of the positive entries: bits [batch, n] -> indices [batch, k], -1 where fewer are positive.
+    """Exact two-level top-k of the positive entries: bits [batch, n] -> indices [batch, k], -1 where there are fewer.
 
     `bits` are bfloat16 or float32 pre-activations seen as int16 or int32: for positive floats the order is the same,
     and negative ones, which ReLU would set to zero, are negative integers. First level: the k largest
@@ -171,9 +171,10 @@ def weight_gradients(
     grad_W_enc: np.ndarray,
     grad_b_enc: np.ndarray,
 ) -> None:
-    """Adds, for every latent n and its pairs p: scale z_p error[b_p] to grad_W_dec[n], dz_p x[b_p] to grad_W_enc[n], dz_p to grad_b_enc[n].
+    """The sparse-transposed products. For every latent n and its pairs (n, token b) with values z and dz it adds
+    scale z error[b] to grad_W_dec[n], dz x[b] to grad_W_enc[n], and dz to grad_b_enc[n].
 
-    The sparse-transposed products; error and x are [batch, d_model], the gradients [n_latents, d_model] and [n_latents].
+    error and x are [batch, d_model], the gradients [n_latents, d_model] and [n_latents].
     """
     n_latents, d_model = grad_W_dec.shape
     for n in prange(n_latents):

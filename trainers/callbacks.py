@@ -1,0 +1,171 @@
+"""What happens around a pack's steps, in this order after each batch: evaluate, finish, report, checkpoint."""
+
+import time
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import lightning.pytorch as L
+import numpy as np
+
+from storage import checkpoint
+from storage.activations import ActivationStore
+from storage.files import join, remove
+from storage.rundir import RunDirectory
+from trainers.evaluate import HeldOut
+from trainers.loggers import CellLogger
+from trainers.pack import Pack, TrainingCell
+from trainers.trained import save_trained
+
+
+class Progress(NamedTuple):
+    """Where a pack stands, for whoever watches it."""
+
+    step: int  # batches of the stream consumed, those of a former life included
+    steps: int  # of the longest cell
+    tokens_per_s: float  # of the stream; every cell of the pack trains on each token
+    running: int
+    done: int
+    failed: int
+
+
+class Evaluate(L.Callback):
+    """Held-out nmse of every cell that is due, for all of them from one reading; finished cells get their result."""
+
+    def __init__(
+        self, held_out: HeldOut, every_tokens: int, run: RunDirectory, store: ActivationStore, logger: CellLogger
+    ) -> None:
+        self.held_out, self.every_tokens = held_out, every_tokens
+        self.run, self.store, self.logger = run, store, logger
+        self.results: dict[str, dict[str, Any]] = {}
+        self._last = (time.monotonic(), 0)
+
+    def on_train_start(self, trainer: L.Trainer, pack: L.LightningModule) -> None:
+        self._last = (time.monotonic(), 0)
+
+    def on_train_batch_end(self, trainer: L.Trainer, pack: L.LightningModule, *_: Any) -> None:
+        assert isinstance(pack, Pack)
+        cells = [cell for cell in pack.training_cells if cell.cell.cell_id not in self.results]
+        due = [cell for cell in cells if cell.error is None and self._due(cell)]
+        if due:
+            then, batches = self._last
+            elapsed = max(1e-9, time.monotonic() - then)
+            rate = (pack.batches - batches) * due[0].cell.batch_tokens / elapsed
+            evaluations = self.held_out.evaluate(
+                [cell.optimiser for cell in due], pack.centre, [cell.cell.precision for cell in due]
+            )
+            for cell, evaluation in zip(due, evaluations, strict=True):
+                if not np.isfinite(evaluation.nmse):
+                    cell.fail(f"held-out nmse {evaluation.nmse}")
+                    continue
+                self.logger.log(cell.cell, cell.record(evaluation.nmse, evaluation.l0, rate))
+                self.run.write_cell_curve(cell.cell.cell_id, [row._asdict() for row in cell.curve])
+            self._last = (time.monotonic(), pack.batches)
+        for cell in cells:
+            if not cell.running:
+                self._finish(cell)
+
+    def _due(self, cell: TrainingCell) -> bool:
+        """Whether the last step crossed a multiple of `every_tokens` or was the cell's last."""
+        before = cell.tokens - cell.cell.batch_tokens
+        return cell.step == cell.cell.steps or cell.tokens // self.every_tokens > before // self.every_tokens
+
+    def _finish(self, cell: TrainingCell) -> None:
+        """The weights, then the result: a cell counts as finished when its result.json is there."""
+        name, folder = cell.cell.cell_id, self.run.cell_url(cell.cell.cell_id)
+        result = self._result(cell)
+        if cell.error is None:
+            save_trained(join(folder, "sae.safetensors"), cell.optimiser.averaged(), cell.cell)
+        self.run.write_cell_result(name, result)
+        remove(join(folder, "checkpoint"))
+        self.results[name] = result
+        self.logger.finish(cell.cell, result)
+
+    def _result(self, cell: TrainingCell) -> dict[str, Any]:
+        """A row of results.parquet."""
+        spec, manifest = cell.cell, self.store.manifest
+        flops = spec.flops(cell.tokens)
+        last = cell.curve[-1] if cell.curve and cell.error is None else None
+        return {
+            "cell_id": spec.cell_id,
+            "subject": manifest.subject,
+            "site": f"{manifest.site.hook}.{manifest.site.layer}",
+            "d_model": spec.d_model,
+            "n_latents": spec.n_latents,
+            "k": spec.k,
+            "activation": spec.activation,
+            "seed": spec.seed,
+            "lr": spec.lr,
+            "tokens": cell.tokens,
+            "flops": float(flops.sparse),
+            "flops_dense": float(flops.dense),
+            "nmse": last.nmse if last else None,
+            "l0": last.l0 if last else None,
+            "dead_fraction": last.dead_fraction if last else None,
+            "dead_fraction_long": last.dead_fraction_long if last else None,
+            "wall_s": cell.wall_s,
+            "status": "failed" if cell.error else "done",
+            "error": cell.error,
+        }
+
+
+class Checkpoint(L.Callback):
+    """Saves every running cell each `every_s` seconds, and at once when the pack is asked to stop."""
+
+    def __init__(self, run: RunDirectory, every_s: float) -> None:
+        self.run, self.every_s = run, every_s
+        self._last = time.monotonic()
+
+    def on_train_start(self, trainer: L.Trainer, pack: L.LightningModule) -> None:
+        self._last = time.monotonic()
+
+    def on_train_batch_end(self, trainer: L.Trainer, pack: L.LightningModule, *_: Any) -> None:
+        if trainer.should_stop or time.monotonic() - self._last >= self.every_s:
+            assert isinstance(pack, Pack)
+            self.save(pack)
+            self._last = time.monotonic()
+
+    def save(self, pack: Pack) -> None:
+        """All running cells at the same step; each keeps its previous generation, so a common step always exists."""
+        for cell in pack.running:
+            checkpoint.save(
+                checkpoint_url(self.run, cell.cell.cell_id),
+                cell.step,
+                cell.tensors() | {"centre": pack.centre.b_pre.cpu().numpy()},
+                cell.state() | {"variance": pack.centre.variance},
+            )
+
+
+class Report(L.Callback):
+    """Tells `report` where the pack stands about twice a second, and stops it when `should_stop` says so."""
+
+    def __init__(self, report: Callable[[Progress], None], should_stop: Callable[[], bool], start: int) -> None:
+        self.report, self.should_stop = report, should_stop
+        self._start = start
+        self._began = self._last = time.monotonic()
+
+    def on_train_start(self, trainer: L.Trainer, pack: L.LightningModule) -> None:
+        self._began = self._last = time.monotonic()
+
+    def on_train_batch_end(self, trainer: L.Trainer, pack: L.LightningModule, *_: Any) -> None:
+        assert isinstance(pack, Pack)
+        # Has to come before the checkpoint callback, which saves when a stop was asked for.
+        if self.should_stop() or not pack.running:
+            trainer.should_stop = True
+        now = time.monotonic()
+        if now - self._last >= 0.5 or not pack.running:
+            self._last = now
+            cells = pack.training_cells
+            self.report(
+                Progress(
+                    step=self._start + pack.batches,
+                    steps=max(cell.cell.steps for cell in cells),
+                    tokens_per_s=pack.batches * cells[0].cell.batch_tokens / max(1e-9, now - self._began),
+                    running=len(pack.running),
+                    done=sum(cell.step == cell.cell.steps for cell in cells),
+                    failed=sum(cell.error is not None for cell in cells),
+                )
+            )
+
+
+def checkpoint_url(run: RunDirectory, cell_id: str) -> str:
+    return join(run.cell_url(cell_id), "checkpoint")

@@ -1,0 +1,63 @@
+"""Held-out nmse: sum ||x - x_hat||^2 / sum ||x - mean(x)||^2 over the whole held-out set, summed in float64."""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+
+from storage.activations import ActivationStore
+from storage.errors import SaescaleError
+from trainers.optimiser import SAEAdam
+from trainers.preprocess import Centre, normalise, to_tensor
+from trainers.sparse import Batch, Precision, residuals
+
+CHUNK_ROWS = 32_768  # preprocessed at a time
+BATCH_ROWS = 4_096  # encoded at a time, which bounds the pre-activations in memory
+
+
+class Evaluation(NamedTuple):
+    nmse: float
+    l0: float  # mean number of active latents per token
+
+
+class HeldOut:
+    """The first `tokens` held-out rows of a store, kept in memory as they are stored (2 bytes a number)."""
+
+    def __init__(self, store: ActivationStore, tokens: int, device: torch.device | str = "cpu") -> None:
+        available = store.rows("heldout")
+        if tokens > available:
+            raise SaescaleError(
+                f"{store.url}: eval.tokens is {tokens} but the store holds {available} held-out rows; "
+                f"set eval.tokens to at most {available} or harvest more"
+            )
+        self._raw = to_tensor(store.read_split("heldout", tokens), store.manifest.dtype)
+        self._device = torch.device(device)
+        self.tokens = tokens
+        self._total = self._variation()
+
+    def _variation(self) -> float:
+        """sum ||x - mean(x)||^2 over all rows, in float64."""
+        total = torch.zeros((), dtype=torch.float64)
+        mean = torch.zeros(self._raw.shape[1], dtype=torch.float64)
+        for chunk in self._raw.split(CHUNK_ROWS):
+            mean += normalise(chunk).double().sum(dim=0)
+        mean /= len(self._raw)
+        for chunk in self._raw.split(CHUNK_ROWS):
+            total += (normalise(chunk).double() - mean).square().sum()
+        return float(total)
+
+    def evaluate(
+        self, optimisers: Sequence[SAEAdam], centre: Centre, precisions: Sequence[Precision]
+    ) -> list[Evaluation]:
+        """nmse and l0 of each SAE with its averaged weights; the rows are read and preprocessed once for all."""
+        squared = [0.0] * len(optimisers)
+        active = [0] * len(optimisers)
+        for chunk in self._raw.split(CHUNK_ROWS):
+            x = normalise(chunk.to(self._device)) - centre.b_pre
+            for i, (optimiser, precision) in enumerate(zip(optimisers, precisions, strict=True)):
+                sae = optimiser.averaged()
+                for rows in x.split(BATCH_ROWS):
+                    error, count = residuals(sae, Batch(rows, centre.b_pre), precision)
+                    squared[i] += float(error.double().square().sum())
+                    active[i] += count
+        return [Evaluation(s / self._total, a / self.tokens) for s, a in zip(squared, active, strict=True)]

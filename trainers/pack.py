@@ -1,0 +1,148 @@
+"""A pack: cells trained side by side from one pass over the stream, as one LightningModule.
+
+One batch in, every cell steps. Cells share the data order and the preprocessing and nothing else, so a cell's
+result does not depend on the company it was trained in.
+"""
+
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import lightning.pytorch as L
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, IterableDataset
+
+from storage.stream import Stream
+from trainers.cell import Cell, CurveRow
+from trainers.optimiser import SAEAdam
+from trainers.preprocess import Centre, normalise, to_tensor
+from trainers.reference import Objective
+from trainers.sae import SAE
+from trainers.sparse import Batch, DeadLatents, step
+
+
+class TrainingCell:
+    """One cell while it trains: the SAE, its optimiser and dead counters, and what has been measured so far."""
+
+    def __init__(self, cell: Cell, centre: Centre, device: torch.device) -> None:
+        self.cell = cell
+        self.sae = SAE(cell.d_model, cell.n_latents, cell.k)
+        self.sae.initialise(centre.b_pre.cpu(), cell.seed)
+        self.sae.to(device)
+        self.optimiser = SAEAdam(self.sae, cell.lr, cell.ema)
+        self.dead = DeadLatents(cell.n_latents, device)
+        self.objective = Objective(cell.k, centre.variance, cell.k_aux, cell.auxk_coefficient, cell.multi_topk)
+        self.step = 0
+        self.wall_s = 0.0  # spent in this cell's own steps
+        self.curve: list[CurveRow] = []
+        self.error: str | None = None
+        self._train_sum, self._train_steps = 0.0, 0
+
+    @property
+    def tokens(self) -> int:
+        return self.step * self.cell.batch_tokens
+
+    @property
+    def running(self) -> bool:
+        return self.error is None and self.step < self.cell.steps
+
+    def train_on(self, batch: Batch) -> None:
+        """One step. A loss that is not finite fails the cell, before its weights are touched."""
+        start = time.perf_counter()
+        losses = step(
+            self.sae, batch, self.objective, self.dead, self.cell.dead_after_tokens, self.cell.precision
+        )  # fmt: skip
+        if not np.isfinite([losses.main, losses.multi, losses.auxk]).all():
+            self.fail(f"training loss {losses.main}")
+            return
+        self.optimiser.step()
+        self.step += 1
+        self._train_sum += losses.main
+        self._train_steps += 1
+        self.wall_s += time.perf_counter() - start
+
+    def fail(self, what: str) -> None:
+        """Takes the cell out of the pack for a reason of its own."""
+        self.error = f"{what} at step {self.step + 1} with lr {self.cell.lr:.3g}: diverged; try a smaller lr"
+
+    def record(self, nmse: float, l0: float, tokens_per_s: float) -> CurveRow:
+        """Appends one evaluation to the curve."""
+        dead = [self.dead.after(window) for window in (self.cell.dead_after_tokens, self.cell.dead_after_tokens_long)]
+        row = CurveRow(
+            step=self.step,
+            tokens=self.tokens,
+            flops=self.cell.flops(self.tokens).sparse,
+            nmse=nmse,
+            train_nmse=self._train_sum / max(1, self._train_steps),
+            l0=l0,
+            dead_fraction=float(dead[0].float().mean()),
+            dead_fraction_long=float(dead[1].float().mean()),
+            lr=self.cell.lr,
+            tokens_per_s=tokens_per_s,
+        )
+        self._train_sum, self._train_steps = 0.0, 0
+        self.curve.append(row)
+        return row
+
+    def tensors(self) -> dict[str, np.ndarray]:
+        """Everything that a resumed cell needs, as a checkpoint holds it."""
+        named = self.optimiser.tensors() | {"tokens_since_active": self.dead.tokens_since}
+        return {name: tensor.cpu().numpy() for name, tensor in named.items()}
+
+    def state(self) -> dict[str, Any]:
+        """The rest of a checkpoint: JSON."""
+        return {
+            "step": self.step,
+            "wall_s": self.wall_s,
+            "train": [self._train_sum, self._train_steps],
+            "curve": [row._asdict() for row in self.curve],
+        }
+
+    def restore(self, tensors: dict[str, np.ndarray], state: Mapping[str, Any]) -> None:
+        self.step, self.wall_s = state["step"], state["wall_s"]
+        self._train_sum, self._train_steps = state["train"]
+        self.curve = [CurveRow(**row) for row in state["curve"]]
+        self.dead.tokens_since.copy_(torch.from_numpy(tensors["tokens_since_active"]))
+        self.optimiser.restore(tensors, self.step)
+
+
+class Pack(L.LightningModule):
+    """Trains all its cells on each batch of raw activations [batch, d_model] (16-bit)."""
+
+    def __init__(self, cells: Sequence[Cell], centre: Centre, device: torch.device) -> None:
+        super().__init__()
+        self.automatic_optimization = False
+        self.centre = Centre(centre.b_pre.to(device), centre.variance)
+        self.training_cells = [TrainingCell(cell, self.centre, device) for cell in cells]
+        self.saes = torch.nn.ModuleList(cell.sae for cell in self.training_cells)
+        self.batches = 0  # in this process; a resumed pack starts at 0 again
+
+    @property
+    def running(self) -> list[TrainingCell]:
+        return [cell for cell in self.training_cells if cell.running]
+
+    def configure_optimizers(self) -> list[torch.optim.Optimizer]:
+        return [cell.optimiser for cell in self.training_cells]
+
+    def training_step(self, raw: Tensor, batch_index: int) -> None:
+        batch = Batch(normalise(raw) - self.centre.b_pre, self.centre.b_pre)
+        for cell in self.running:
+            cell.train_on(batch)
+        self.batches += 1
+
+
+class _StreamDataset(IterableDataset[Tensor]):
+    def __init__(self, stream: Stream, dtype: str, pin: bool) -> None:
+        self.stream, self.dtype, self.pin = stream, dtype, pin
+
+    def __iter__(self) -> Iterator[Tensor]:
+        for act in self.stream:
+            raw = to_tensor(act, self.dtype)
+            yield raw.pin_memory() if self.pin else raw
+
+
+def stream_loader(stream: Stream, dtype: str, device: torch.device) -> DataLoader[Tensor]:
+    """The stream as Lightning takes it; reading stays in the stream's own prefetch thread."""
+    return DataLoader(_StreamDataset(stream, dtype, pin=device.type == "cuda"), batch_size=None, num_workers=0)

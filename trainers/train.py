@@ -1,0 +1,185 @@
+"""Trains one pack from the stream to its results, in this process and without Ray.
+
+    results = train_pack(PackJob(cells=[...], store="stores/smollm2", run="runs/grid", sweep="grid"))
+
+Everything that must survive lies in the run directory: a pack that was killed at any moment goes on from its cells'
+last common checkpoint when `train_pack` is called again, and ends with the same weights to the last bit.
+"""
+
+import hashlib
+import logging
+import warnings
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import lightning.pytorch as L
+import numpy as np
+import torch
+from fsspec.implementations.local import LocalFileSystem
+from pydantic import BaseModel, ConfigDict, Field
+
+from storage import checkpoint, files
+from storage.activations import ActivationStore
+from storage.errors import SaescaleError
+from storage.rundir import RunDirectory
+from storage.stream import Stream
+from trainers.callbacks import Checkpoint, Evaluate, Progress, Report, checkpoint_url
+from trainers.cell import Cell
+from trainers.device import default_device, set_threads
+from trainers.evaluate import HeldOut
+from trainers.loggers import CellLogger, NoLogger
+from trainers.pack import Pack, stream_loader
+from trainers.preprocess import SAMPLE_TOKENS, Centre, measure_centre, normalise, to_tensor
+from trainers.subjects import cache_folder
+from trainers.wandb_logger import WandbLogger, WandbSettings, resolve_mode
+
+
+class EvalSpec(BaseModel):
+    """When and on what nmse is measured."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    tokens: int = Field(default=32_768, gt=0)  # held-out rows
+    every_tokens: int = Field(default=16_384, gt=0)  # training tokens between two points of the curve
+
+
+class PackJob(BaseModel):
+    """All that a worker needs to train a pack. Cells must share store, batch_tokens and stream_seed."""
+
+    cells: list[Cell] = Field(min_length=1)
+    store: str  # URL
+    run: str  # URL of the run directory
+    sweep: str  # name; W&B group
+    eval: EvalSpec = EvalSpec()
+    wandb: WandbSettings = WandbSettings(mode="off")
+    checkpoint_every_s: float = Field(default=60.0, gt=0)
+    threads: int | None = None  # CPU threads; None leaves torch's own setting
+
+
+class PackOutcome(NamedTuple):
+    results: list[dict[str, Any]]  # rows of results.parquet, of the cells that finished in this call or before
+    stopped: bool  # True where `should_stop` ended it early; call again to go on
+
+
+def train_pack(
+    job: PackJob,
+    report: Callable[[Progress], None] = lambda progress: None,
+    should_stop: Callable[[], bool] = lambda: False,
+) -> PackOutcome:
+    """Trains the cells of `job` that have no result yet, from one pass over the stream.
+
+    Raises SaescaleError where the store or a checkpoint is unusable. A cell whose loss diverges is not an error:
+    its result has status `failed` and says why.
+    """
+    if job.threads:
+        set_threads(job.threads)
+    store, run = ActivationStore.open(job.store), RunDirectory(job.run)
+    _check(job.cells, store)
+    finished = {cell.cell_id: run.read_cell_result(cell.cell_id) for cell in job.cells}
+    results = [result for result in finished.values() if result is not None]
+    cells = [cell for cell in job.cells if finished[cell.cell_id] is None]
+    if not cells:
+        return PackOutcome(results, stopped=False)
+
+    device = default_device()
+    start, states = _last_common_checkpoint(run, cells)
+    pack = Pack(cells, _centre(store, cells[0], states), device)
+    for training_cell, (tensors, state) in zip(pack.training_cells, states, strict=False):
+        training_cell.restore(tensors, state)
+
+    logger = _logger(job)
+    logger.open(cells, _context(job, store))
+    evaluate = Evaluate(HeldOut(store, job.eval.tokens, device), job.eval.every_tokens, run, store, logger)
+    # The order matters: a stop is noticed by Report and saved by Checkpoint, and finished cells are saved no more.
+    callbacks = [evaluate, Report(report, should_stop, start), Checkpoint(run, job.checkpoint_every_s)]
+    try:
+        with _stream(store, cells[0], max(cell.steps for cell in cells), start) as stream:
+            _trainer(callbacks, device).fit(pack, stream_loader(stream, store.manifest.dtype, device))
+    finally:
+        logger.close()
+    return PackOutcome(results + list(evaluate.results.values()), stopped=bool(pack.running))
+
+
+def _check(cells: Sequence[Cell], store: ActivationStore) -> None:
+    if any(cell.store != store.fingerprint for cell in cells):
+        raise SaescaleError(
+            f"{store.url} is not the store that these cells were planned for (fingerprint {store.fingerprint}); "
+            "start a new run directory for a new store"
+        )
+    if len({(cell.batch_tokens, cell.stream_seed) for cell in cells}) > 1:
+        raise SaescaleError("cells of one pack must share batch_tokens and stream_seed: plan them into different packs")
+
+
+def _last_common_checkpoint(
+    run: RunDirectory, cells: Sequence[Cell]
+) -> tuple[int, list[tuple[dict[str, np.ndarray], dict[str, Any]]]]:
+    """The last step that all cells have a good checkpoint of, and their tensors and states there; (0, []) if none."""
+    urls = [checkpoint_url(run, cell.cell_id) for cell in cells]
+    common = set.intersection(*(set(checkpoint.steps(url)) for url in urls))
+    for step in sorted(common, reverse=True):
+        try:
+            return step, [checkpoint.load(url, step)[:2] for url in urls]
+        except SaescaleError as error:
+            warnings.warn(f"checkpoint at step {step} is damaged, going back to the one before: {error}", stacklevel=2)
+    return 0, []
+
+
+def _centre(
+    store: ActivationStore, cell: Cell, states: Sequence[tuple[dict[str, np.ndarray], dict[str, Any]]]
+) -> Centre:
+    """From a checkpoint where there is one, so that a resumed pack uses the same bits; else from the first rows."""
+    if states:
+        tensors, state = states[0]
+        return Centre(torch.from_numpy(tensors["centre"]), state["variance"])
+    rows = min(SAMPLE_TOKENS, store.rows("train"))
+    batches = -(-rows // cell.batch_tokens)
+    with _stream(store, cell, batches, start=0) as stream:
+        sample = torch.cat([normalise(to_tensor(act, store.manifest.dtype)) for act in stream])
+    return measure_centre(sample[:rows])
+
+
+def _stream(store: ActivationStore, cell: Cell, batches: int, start: int) -> Stream:
+    return Stream(
+        store, "train", batch_tokens=cell.batch_tokens, seed=cell.stream_seed, batches=batches, start=start
+    )  # fmt: skip
+
+
+def _trainer(callbacks: list[L.Callback], device: torch.device) -> L.Trainer:
+    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", message=".*does not have many workers.*")
+    return L.Trainer(
+        accelerator="gpu" if device.type == "cuda" else "cpu",
+        devices=1,
+        max_epochs=1,
+        callbacks=callbacks,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
+
+
+def _context(job: PackJob, store: ActivationStore) -> dict[str, Any]:
+    manifest = store.manifest
+    return {
+        "sweep": job.sweep,
+        "run": job.run,
+        "store_url": job.store,
+        "subject": manifest.subject,
+        "site": f"{manifest.site.hook}.{manifest.site.layer}",
+        "eval_tokens": job.eval.tokens,
+    }
+
+
+def _logger(job: PackJob) -> CellLogger:
+    if resolve_mode(job.wandb) == "off":
+        return NoLogger()
+    return WandbLogger(job.wandb, job.sweep, wandb_directory(job.run))
+
+
+def wandb_directory(run: str) -> str:
+    """Where W&B keeps the files of a sweep on this machine: the run directory, or the cache when that is remote."""
+    filesystem, path = files.filesystem(run)
+    if isinstance(filesystem, LocalFileSystem):
+        return path
+    return str(cache_folder() / "wandb" / hashlib.sha256(run.encode()).hexdigest()[:12])
