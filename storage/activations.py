@@ -2,7 +2,8 @@
 
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Literal, NamedTuple
 
 import numpy as np
@@ -53,7 +54,7 @@ class Manifest(BaseModel):
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
-    format: int = FORMAT
+    format: int = Field(FORMAT, ge=1, le=FORMAT)
     subject: str
     fingerprint: str
     site: Site
@@ -175,7 +176,7 @@ def write_shard(url: str, name: str, split: Split, rows: Rows, dtype: Dtype, row
         data_page_size=_CHUNK_BYTES,
     )
     content = sink.getvalue()
-    files.write_atomic(target, lambda file: _write_all(file, content))
+    files.write_atomic(target, memoryview(content))
     return Shard(name=name, split=split, rows=len(act), bytes=content.size, xxh3=xxhash.xxh3_64_hexdigest(content))
 
 
@@ -208,7 +209,7 @@ class ActivationStore:
         where = files.join(url, MANIFEST)
         try:
             content = files.read_bytes(where)
-        except (FileNotFoundError, NotADirectoryError) as error:
+        except FileNotFoundError as error:
             raise SaescaleError(
                 f"{url} is no activation store: it has no {MANIFEST}; give the folder of a finished harvest, "
                 "or run the harvest again to finish it"
@@ -234,12 +235,11 @@ class ActivationStore:
 
     def row_groups(self, split: str) -> list[RowGroup]:
         """All row groups of the split in stored order, from the manifest alone."""
-        size = self.manifest.row_group_rows
         return [
-            RowGroup(number, index, min(size, shard.rows - index * size))
+            group
             for number, shard in enumerate(self.manifest.shards)
             if shard.split == split
-            for index in range(-(-shard.rows // size))
+            for group in self._groups_of(number)
         ]
 
     def read_row_group(self, split: str, group: RowGroup) -> np.ndarray:
@@ -251,7 +251,9 @@ class ActivationStore:
             with self._open(group.shard) as parquet:
                 column = parquet.read_row_group(group.index, columns=["act"], use_threads=False).column(0)
                 array = column.chunk(0) if column.num_chunks == 1 else column.combine_chunks()
-        except (pa.ArrowException, OSError) as error:
+        except SaescaleError:
+            raise
+        except Exception as error:  # object stores raise classes of their own
             raise self._damaged(group, f"cannot be read ({_reason(error)})") from error
         if array.null_count or len(array) != group.rows:
             raise self._damaged(group, f"has {len(array)} rows with {array.null_count} nulls")
@@ -289,44 +291,45 @@ class ActivationStore:
         total = sum(shard.bytes for shard in self.manifest.shards)
         done = 0
         for number, shard in enumerate(self.manifest.shards):
-            self._open(number).close()
+            self._footers.pop(number, None)
+            with self._open(number):
+                pass
             if full:
                 self._check_sum(shard)
-                for group in self.row_groups(shard.split):
-                    if group.shard == number:
-                        self.check_values(group, self.read_row_group(shard.split, group))
+                for group in self._groups_of(number):
+                    self.check_values(group, self.read_row_group(shard.split, group))
             done += shard.bytes
             if progress is not None:
                 progress(done, total)
 
-    def _open(self, number: int) -> pq.ParquetFile:
-        """The shard, its size and (once) its footer checked."""
+    def _groups_of(self, number: int) -> list[RowGroup]:
+        size, rows = self.manifest.row_group_rows, self.manifest.shards[number].rows
+        return [RowGroup(number, index, min(size, rows - first)) for index, first in enumerate(range(0, rows, size))]
+
+    @contextmanager
+    def _open(self, number: int) -> Iterator[pq.ParquetFile]:
+        """The shard, its size checked and, the first time, its footer."""
         shard = self.manifest.shards[number]
         where = files.join(self.url, shard.name)
-        # The size is checked at each opening, for reading a mapped file that was cut short kills the process.
-        _check_size(where, shard)
         local = files.local_path(where)
-        source = pa.memory_map(local) if local else files.open_input(where, known_size=shard.bytes)
-        try:
-            parquet = pq.ParquetFile(source, metadata=self._footers.get(number), pre_buffer=False)
-        except (pa.ArrowException, OSError) as error:
-            source.close()
-            raise SaescaleError(
-                f"{where}: not a readable Parquet file ({_reason(error)}); restore the shard or harvest again"
-            ) from error
-        if number not in self._footers:
+        # A local size is checked every time: to read a mapped file that was cut short kills the process.
+        if local or number not in self._footers:
+            _check_size(where, shard)
+        with pa.memory_map(local) if local else files.open_input(where, known_size=shard.bytes) as source:
             try:
+                parquet = pq.ParquetFile(source, metadata=self._footers.get(number))
+            except (pa.ArrowException, OSError) as error:
+                raise SaescaleError(
+                    f"{where}: not a readable Parquet file ({_reason(error)}); restore the shard or harvest again"
+                ) from error
+            if number not in self._footers:
                 self._check_footer(where, number, parquet)
-            except BaseException:
-                parquet.close(force=True)
-                raise
-            self._footers[number] = parquet.metadata
-        return parquet
+                self._footers[number] = parquet.metadata
+            yield parquet
 
     def _check_footer(self, where: str, number: int, parquet: pq.ParquetFile) -> None:
-        shard, footer = self.manifest.shards[number], parquet.metadata
+        footer, schema = parquet.metadata, parquet.schema_arrow
         remedy = "restore the shard or harvest again"
-        schema = parquet.schema_arrow
         if "act" not in schema.names:
             raise SaescaleError(f"{where}: has no column act; {remedy}")
         kind = schema.field("act").type
@@ -336,7 +339,7 @@ class ActivationStore:
                 f"fixed_size_binary[{2 * self.d_model}] (wrong width); {remedy}"
             )
         found = [footer.row_group(index).num_rows for index in range(footer.num_row_groups)]
-        expected = [group.rows for group in self.row_groups(shard.split) if group.shard == number]
+        expected = [group.rows for group in self._groups_of(number)]
         if found != expected:
             at = next((i for i, (a, b) in enumerate(zip(found, expected, strict=False)) if a != b), None)
             what = (
@@ -378,10 +381,6 @@ def _check_size(where: str, shard: Shard) -> None:
         raise SaescaleError(
             f"{where}: {fault}, {found} bytes where the manifest says {shard.bytes}; restore the shard or harvest again"
         )
-
-
-def _write_all(file: object, content: pa.Buffer) -> None:
-    file.write(content)  # type: ignore[attr-defined]
 
 
 def _reason(error: Exception) -> str:

@@ -51,10 +51,11 @@ def save(url: str, step: int, tensors: dict[str, np.ndarray], meta: dict[str, An
     present = set(files.list_names(url))
     if name in present:
         name = f"step-{step:08d}-{checksum}.safetensors"
-    files.write_atomic(files.join(url, name), content)
     newest = Generation(file=name, step=step, bytes=len(content), xxh3=checksum, meta=meta)
     pointer = Pointer(generations=[newest, *older[: KEPT - 1]])
-    files.write_atomic(files.join(url, POINTER), pointer.model_dump_json().encode())
+    encoded = pointer.model_dump_json().encode()
+    files.write_atomic(files.join(url, name), content)
+    files.write_atomic(files.join(url, POINTER), encoded)
     kept = {generation.file for generation in pointer.generations}
     for stale in sorted(present - kept):
         if stale.startswith("step-") and stale.endswith(".safetensors"):

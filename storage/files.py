@@ -20,6 +20,8 @@ from fsspec.implementations.local import LocalFileSystem
 
 from storage.errors import SaescaleError
 
+Content = bytes | memoryview | Callable[[BinaryIO], None]
+
 # A live writer touches its temporary file far more often than this; an older one belongs to a dead process.
 ORPHAN_SECONDS = 900.0
 _PARTIAL = re.compile(r"^\.(.+)\.[0-9a-f]{32}\.partial$")
@@ -111,7 +113,7 @@ def remove(url: str) -> None:
         raise SaescaleError(f"cannot remove {url}: {_one_line(error)}; check its permissions") from error
 
 
-def write_atomic(url: str, data: bytes | Callable[[BinaryIO], None]) -> int:
+def write_atomic(url: str, data: Content) -> int:
     """Writes the file whole or not at all, also when the process is killed; returns its size in bytes.
 
     `data` is the content, or a function that writes it to a binary file. Local: a temporary name in the same
@@ -120,28 +122,28 @@ def write_atomic(url: str, data: bytes | Callable[[BinaryIO], None]) -> int:
     fs, path = filesystem(url)
     if isinstance(fs, LocalFileSystem):
         return _write_local(url, path, data)
-    if not isinstance(data, bytes):
+    if callable(data):
         buffer = io.BytesIO()
         data(buffer)
-        data = buffer.getvalue()
+        data = buffer.getbuffer()
     try:
-        fs.pipe_file(path, data)
+        fs.pipe_file(path, bytes(data))
     except Exception as error:
         raise _write_error(url, error) from error
     return len(data)
 
 
-def _write_local(url: str, path: str, data: bytes | Callable[[BinaryIO], None]) -> int:
+def _write_local(url: str, path: str, data: Content) -> int:
     folder, name = os.path.split(path)
     temporary = os.path.join(folder, f".{name}.{uuid.uuid4().hex}.partial")
     try:
         os.makedirs(folder, exist_ok=True)
         _remove_orphans(folder, name)
         with open(temporary, "xb") as file:
-            if isinstance(data, bytes):
-                file.write(data)
-            else:
+            if callable(data):
                 data(file)
+            else:
+                file.write(data)
             file.flush()
             os.fsync(file.fileno())
             written = os.fstat(file.fileno()).st_size

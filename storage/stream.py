@@ -138,7 +138,7 @@ class Stream:
         return self
 
     def __next__(self) -> np.ndarray:
-        if self._next == self._end:
+        if self._next == self._end or (self._closed and self._error is None):
             self.close()
             raise StopIteration
         parts: list[np.ndarray] = []

@@ -1,10 +1,13 @@
 """The stream: which rows come when, at any world size, from any start; and what happens when reading fails."""
 
+import subprocess
+import sys
 import threading
 import time
 import uuid
 from collections.abc import Callable, Iterable, Iterator
 from itertools import chain
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -244,6 +247,8 @@ def test_close_does_not_hang_whatever_the_thread_does(store: ActivationStore, mo
             next(stream)
         stream.close()
         stream.close()
+        with pytest.raises(StopIteration):
+            next(stream)
 
     original = ActivationStore.read_row_group
 
@@ -256,6 +261,25 @@ def test_close_does_not_hang_whatever_the_thread_does(store: ActivationStore, mo
     stream.close()
     with pytest.raises(StopIteration):
         next(stream)
+
+
+def test_a_process_that_forgets_to_close_ends_all_the_same(build_store: BuildStore, tmp_path: Path) -> None:
+    build_store(str(tmp_path))
+    program = (
+        "import sys\n"
+        "from storage.activations import ActivationStore\n"
+        "from storage.stream import Stream\n"
+        "print(next(Stream(ActivationStore.open(sys.argv[1]), batch_tokens=4, seed=0)).shape)\n"
+    )
+    ended = subprocess.run(
+        [sys.executable, "-c", program, str(tmp_path)],
+        cwd=Path(stream_module.__file__).parents[1],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert (ended.returncode, ended.stdout, ended.stderr) == (0, "(4, 4)\n", "")
 
 
 def test_waiting_is_counted(store: ActivationStore, monkeypatch: pytest.MonkeyPatch) -> None:
