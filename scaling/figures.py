@@ -1,6 +1,6 @@
 """Three figures for a paper: nmse against N, nmse against compute, dead latents. PNG through matplotlib's Agg."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from io import BytesIO
 from typing import Any
 
@@ -13,7 +13,7 @@ from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
 from scaling.estimate import Fit
 from scaling.fit import Laws
-from scaling.laws import C_FLOOR, N_K
+from scaling.laws import C_FLOOR, N_FLOOR, N_K
 from storage.files import join, write_atomic
 
 Colour = tuple[float, float, float, float]
@@ -66,13 +66,14 @@ def draw_nmse_against_n(laws: Laws) -> Figure:
     figure, axes = _axes("Latents N", "Held-out normalised MSE (nmse)")
     results, colours = laws.results, _colours(laws.results["k"])
     n_k = next((fit for fit in laws.fits if fit.law is N_K), None)
+    at_k = _one_form(laws, "n")
     labels = []
     n = np.geomspace(results["n_latents"].min(), results["n_latents"].max(), 100)
     for k, colour in colours.items():
         own = results["k"] == k
         axes.plot(results["n_latents"][own], results["nmse"][own], "o", ms=5.5, color=colour, mec="white", mew=0.7,
                   zorder=3)  # fmt: skip
-        fit = n_k or _at(laws.fits, "n", k)
+        fit = n_k or at_k.get(k)
         end = results["nmse"][own][np.argmax(results["n_latents"][own])]
         label = f"k = {k:g}"
         if fit is not None:
@@ -91,11 +92,12 @@ def draw_nmse_against_n(laws: Laws) -> Figure:
     _count_axis(axes, results["n_latents"])
     if n_k:
         _caption(figure, [_N_K_FORMULA, *_coefficients(n_k)])
-    elif any(fit.law.name == "n" for fit in laws.fits):
-        _caption(figure, [r"$\mathrm{nmse} = A\,n^{-a}\ (+\,E)$ fitted at each $k$; shaded: 95 % bootstrap interval"])
+    elif at_k:
+        floor = r" + E" if N_FLOOR in [fit.law for fit in at_k.values()] else ""
+        _caption(figure, [rf"$\mathrm{{nmse}} = A\,n^{{-a}}{floor}$ at each $k$. Shaded: 95 % bootstrap interval."])
     else:
         _caption(figure, ["No law fitted (the report says why). Dotted lines join the cells of one k."])
-    _label_ends(axes, float(results["n_latents"].max()), labels)
+    _label_ends(figure, axes, float(results["n_latents"].max()), labels)
     return figure
 
 
@@ -104,7 +106,8 @@ def draw_nmse_against_compute(laws: Laws) -> Figure:
     figure, axes = _axes("Training compute (FLOPs, sparse)", "Held-out normalised MSE (nmse)", labels=0.26)
     colours = _colours(laws.results["k"])
     frontiers = {f.k: f for f in laws.frontiers}
-    seen, labels, exponents, ends_at = [], [], [], []
+    of_compute = _one_form(laws, "c")
+    seen, labels, ends_at = [], [], []
     right = 0.0
     for k, curves in laws.curves.items():
         ends = []
@@ -121,12 +124,11 @@ def draw_nmse_against_compute(laws: Laws) -> Figure:
         if k in frontiers:
             frontier = frontiers[k]
             axes.plot(frontier.flops, frontier.nmse, "-", lw=2.6, color=colours[k], zorder=3)
-            fit = _at(laws.fits, "c", k)
+            fit = of_compute.get(k)
             if fit is not None:
                 c = np.geomspace(frontier.flops[0], frontier.flops[-1], 60)
                 axes.plot(c, fit.predict({"flops": c}).value, "--", lw=1.1, color="black", zorder=4)
                 label += f" (a = {fit.law.to_reported(fit.raw)[1]:.2f})"
-                exponents.append(fit.law is C_FLOOR)
         labels.append((max(ends)[1], label, colours[k]))
     values = np.concatenate(seen)
     # nmse = 1 is what the mean reconstructs: what lies above is the start of training.
@@ -138,11 +140,11 @@ def draw_nmse_against_compute(laws: Laws) -> Figure:
     note = "Thin: held-out curves of all cells."
     if laws.frontiers:
         note += " Thick: compute frontier at each k."
-    if exponents:
-        form = r"A\,C^{-a} + E" if all(exponents) else r"A\,C^{-a}\ (+\,E)" if any(exponents) else r"A\,C^{-a}"
+    if of_compute:
+        form = r"A\,C^{-a} + E" if C_FLOOR in [fit.law for fit in of_compute.values()] else r"A\,C^{-a}"
         note += rf" Dashed: its law $\mathrm{{nmse}} = {form}$."
     _caption(figure, [note])
-    _label_ends(axes, right, labels)
+    _label_ends(figure, axes, right, labels)
     return figure
 
 
@@ -161,7 +163,7 @@ def draw_dead_fraction(laws: Laws) -> Figure:
         labels.append((float(per_size[-1].mean()), f"k = {k:g}", colour))
     axes.set_ylim(0, max(1.0, 105 * float(results["dead_fraction"].max())))
     _count_axis(axes, results["n_latents"])
-    _label_ends(axes, float(results["n_latents"].max()), labels)
+    _label_ends(figure, axes, float(results["n_latents"].max()), labels)
     return figure
 
 
@@ -190,14 +192,21 @@ def _colours(ks: np.ndarray) -> dict[float, Colour]:
     return {float(k): matplotlib.colormaps["viridis"](p) for k, p in zip(values, places, strict=True)}
 
 
-def _at(fits: Sequence[Fit], name: str, k: float) -> Fit | None:
-    """The fit of a law at k, of its two forms the one with the smaller held-out error, else the first."""
-    own = [fit for fit in fits if fit.law.name == name and fit.at.get("k") == k]
-    return min(own, key=_held_out_error) if own else None
+def _one_form(laws: Laws, name: str) -> dict[float, Fit]:
+    """The fits of law `name` by k, all of one form so that their exponents compare: with the floor where its
+    held-out error is the smaller on average, else without."""
+    by_form: dict[str, dict[float, Fit]] = {}
+    for fit in laws.fits:
+        if fit.law.name == name:
+            by_form.setdefault(fit.law.formula, {})[fit.at["k"]] = fit
+    forms = list(by_form.values())
+    complete = [form for form in forms if len(form) == max(map(len, forms))]
+    return min(complete, key=_held_out_error) if complete else {}
 
 
-def _held_out_error(fit: Fit) -> float:
-    return float(str(fit.holdout["rms_log_error"])) if fit.holdout else np.inf
+def _held_out_error(form: dict[float, Fit]) -> float:
+    errors = [float(str(fit.holdout["rms_log_error"])) if fit.holdout else np.inf for fit in form.values()]
+    return float(np.mean(errors))
 
 
 def _count_axis(axes: Axes, counts: np.ndarray) -> None:
@@ -229,12 +238,12 @@ def _log_axis(axes: Axes, values: np.ndarray) -> None:
     axes.yaxis.set_major_formatter(FuncFormatter(lambda v, _: f"{v:.4g}"))
 
 
-def _label_ends(axes: Axes, x: float, labels: list[tuple[float, str, Colour]]) -> None:
+def _label_ends(figure: Figure, axes: Axes, x: float, labels: list[tuple[float, str, Colour]]) -> None:
     """Labels right of the lines' ends at (x, y), moved apart where they would overlap."""
     to_axes = axes.transData + axes.transAxes.inverted()
     wanted = np.array([to_axes.transform((x, y))[1] for y, _, _ in labels])
     order = np.argsort(wanted)
-    height = axes.get_window_extent().height / axes.get_figure(root=True).dpi
+    height = axes.get_window_extent().height / figure.dpi
     places = _spread(np.clip(wanted[order], 0.0, 1.0), gap=9.5 * 1.25 / 72 / height)
     for place, i in zip(places, order, strict=True):
         _, text, colour = labels[i]

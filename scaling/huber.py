@@ -7,7 +7,7 @@ thousand bootstrap fits take about a second.
 from typing import NamedTuple
 
 import numpy as np
-from scipy.optimize import minimize
+from scipy.optimize import Bounds, minimize
 
 from scaling.laws import log_sum
 
@@ -78,9 +78,14 @@ def polish(problem: Problem, raw: np.ndarray, log_y: np.ndarray, weights: np.nda
         scale = problem.delta**-2
         return float((weights * _huber(residuals, problem.delta)).sum() * scale), slope @ jacobian * scale
 
-    options = {"maxiter": 5000, "maxfun": 20000, "ftol": 1e-15, "gtol": 1e-9, "maxcor": 30}
-    bounds = list(zip(problem.low, problem.high, strict=True))
-    found = minimize(loss_and_gradient, raw, jac=True, method="L-BFGS-B", bounds=bounds, options=options)
+    found = minimize(
+        loss_and_gradient,
+        raw,
+        jac=True,
+        method="L-BFGS-B",
+        bounds=Bounds(problem.low, problem.high),
+        options={"maxiter": 5000, "maxfun": 20000, "ftol": 1e-15, "gtol": 1e-9, "maxcor": 30},
+    )
     return np.asarray(found.x) if found.fun <= loss_and_gradient(raw)[0] else raw
 
 

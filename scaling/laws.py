@@ -141,6 +141,9 @@ N_K = Law(
         Term("zeta", (Exponent("eta", ("k",)),), logarithmic=True),
     ),
 )
+# L(N, k) of GPT-4's SAEs as published (Gao et al. 2024, 2406.04093).
+GPT4 = {"alpha": -0.50, "beta_k": 0.26, "beta_n": -0.017, "gamma": -0.042, "zeta": -1.32, "eta": -0.085}
+
 N = Law("n", "nmse = A n^-a", ("n_latents",), (Term("A", (Exponent("a", ("n_latents",), sign=-1.0),)),))
 N_FLOOR = Law("n", "nmse = A n^-a + E", ("n_latents",), (*N.terms, Term("E")))
 C = Law("c", "nmse = A C^-a", ("flops",), (Term("A", (Exponent("a", ("flops",), sign=-1.0),)),))

@@ -91,7 +91,7 @@ def summarise(document: Mapping[str, Any], results: Table) -> list[str]:
         sentences.append("L(N, k) was not fitted" + (f" ({reasons[0]})." if reasons else "."))
     else:
         exponents = n_k["exponent_of_n_at_k"]
-        first, last = list(exponents)[0], list(exponents)[-1]
+        first, last = min(exponents, key=float), max(exponents, key=float)
         sentences.append(
             f"At fixed k the reducible part of nmse falls as a power of n: exponent {_value(exponents[first])} at "
             f"k = {first}, {_value(exponents[last])} at k = {last} (95 % bootstrap intervals over cells). "
@@ -110,9 +110,8 @@ def summarise(document: Mapping[str, Any], results: Table) -> list[str]:
 
 
 def _title(results: Table) -> str:
-    subject = f" of {results['subject'][0]}" if "subject" in results and results["subject"][0] else ""
-    site = f", {results['site'][0]}" if subject and "site" in results and results["site"][0] else ""
-    return f"Scaling of sparse autoencoders{subject}{site}"
+    names = [results[name][0] for name in ("subject", "site") if name in results and results[name].dtype.kind == "U"]
+    return " of ".join(["Scaling of sparse autoencoders", *filter(None, [", ".join(filter(None, names))])])
 
 
 def _totals(results: Table) -> dict[str, str]:
@@ -140,16 +139,16 @@ def _value(value: Mapping[str, float | None]) -> str:
 def _cell_texts(results: Table) -> list[list[str]]:
     order = np.lexsort([results["k"], results["n_latents"]])
     columns = [results[name] for name in _CELL_COLUMNS if name in results]
-    return [
-        [f"{c[row]:.5g}" if c.dtype.kind == "f" and c[row] % 1 else _whole(c[row]) for c in columns] for row in order
-    ]
+    return [[_text(column[row]) for column in columns] for row in order]
 
 
-def _whole(value: Any) -> str:
-    """Text as it is; a whole number without a decimal point, large ones in powers of ten."""
+def _text(value: Any) -> str:
+    """Text as it is; whole numbers in full, others to five digits; nothing for a missing number."""
     if isinstance(value, str):
         return value
-    return f"{value:.0f}" if value < 1e10 else f"{value:.4g}"
+    if np.isnan(value):
+        return ""
+    return f"{value:.0f}" if value % 1 == 0 and abs(value) < 1e10 else f"{value:.5g}"
 
 
 @cache

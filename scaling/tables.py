@@ -14,6 +14,7 @@ from storage.files import exists, join, open_input
 from storage.rundir import RunDirectory
 
 _POSITIVE = ("nmse", "loss", "n_latents", "k", "tokens", "flops", "flops_dense")
+_NUMERIC = (pa.types.is_integer, pa.types.is_floating, pa.types.is_boolean, pa.types.is_null)
 _COMPARABLE = ("subject", "site", "d_model", "activation")
 
 
@@ -38,7 +39,8 @@ class Table:
         columns = {}
         for name, column in zip(table.column_names, table.columns, strict=True):
             kind = column.type
-            if pa.types.is_integer(kind) or pa.types.is_floating(kind) or pa.types.is_boolean(kind):
+            # A CSV column without any value has the type null.
+            if any(is_kind(kind) for is_kind in _NUMERIC):
                 columns[name] = column.cast(pa.float64()).to_numpy(zero_copy_only=False)
             else:
                 columns[name] = np.array(["" if v is None else str(v) for v in column.to_pylist()], dtype=str)

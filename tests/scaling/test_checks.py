@@ -1,0 +1,64 @@
+"""Each warning appears where the data cannot carry the claim, and only there."""
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+
+from scaling.fit import fit_all, fit_laws
+from scaling.tables import Table
+
+Rows = list[dict[str, Any]]
+SIZES, KS = (512, 1024, 2048, 4096), (8, 16, 32, 64)
+
+
+def test_a_good_grid_has_no_warning_about_its_cells(cells: Callable[..., Rows], curves_of: Callable[..., Rows]) -> None:
+    rows = cells(SIZES, KS)
+    document = fit_all(Table.from_rows(rows), Table.from_rows(curves_of(rows)), bootstraps=0, laws=("n_k",))
+    assert document["warnings"] == []
+
+
+@pytest.mark.parametrize(
+    ("change", "warning"),
+    [
+        (lambda rows: [r for r in rows if r["n_latents"] < 4096], "N spans only a factor of 4"),
+        (lambda rows: [r for r in rows if r["k"] < 64], "k spans only a factor of 4"),
+        (lambda rows: [r | {"d_model": 128} for r in rows], "k = 64 is above d_model / 4 = 32"),
+        (lambda rows: [rows[0] | {"dead_fraction": 0.4}, *rows[1:]], "N = 512, k = 8: 40%"),
+        (lambda rows: [*rows[:-1], rows[-1] | {"nmse": 0.9}], r"nmse does not fall with N at k = 64 \(from N = 2048"),
+    ],
+)
+def test_warnings_about_cells(cells: Callable[..., Rows], change: Callable[[Rows], Rows], warning: str) -> None:
+    document = fit_all(Table.from_rows(change(cells(SIZES, KS))), bootstraps=0, laws=("n_k",))
+    assert len(document["warnings"]) == 1
+    with pytest.raises(AssertionError, match=warning):
+        raise AssertionError(document["warnings"][0])
+
+
+def test_unconverged_cells(cells: Callable[..., Rows], curves_of: Callable[..., Rows]) -> None:
+    rows = cells(SIZES, KS)
+    curves = Table.from_rows(curves_of(rows, late_fall=0.2))
+    (warning,) = fit_all(Table.from_rows(rows), curves, bootstraps=0, laws=("n_k",))["warnings"]
+    assert warning.startswith("16 cells are not converged")
+
+
+def test_floor_and_exponent_traded_off(cells: Callable[..., Rows]) -> None:
+    rows = cells(tuple(2 ** np.arange(9, 15)), (32,), noise=0.01)
+    fits = fit_laws(Table.from_rows(rows), bootstraps=200, laws=("n",)).fits
+    assert [fit.law.has_floor for fit in fits] == [False, True]
+    assert not any("floor" in w for w in fits[0].warnings)
+    assert any("traded off" in w or "not told apart" in w for w in fits[1].warnings)
+
+
+def test_exponent_swamped_by_noise(cells: Callable[..., Rows]) -> None:
+    rows = cells(SIZES, KS, noise=0.3)
+    (entry,) = fit_all(Table.from_rows(rows), bootstraps=200, laws=("n_k",))["fits"]
+    assert any("cannot be told from 0" in w for w in entry["warnings"])
+
+
+def test_nothing_left_to_hold_out(cells: Callable[..., Rows]) -> None:
+    document = fit_all(Table.from_rows(cells(SIZES, (8,))), bootstraps=0, laws=("n",))
+    (entry,) = document["fits"]
+    assert entry["holdout"] is None
+    assert any("nothing was held out" in w for w in entry["warnings"])

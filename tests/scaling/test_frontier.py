@@ -1,0 +1,55 @@
+"""The compute frontier of curves whose envelope is known."""
+
+import numpy as np
+import pytest
+
+from scaling.frontier import Curve, find_frontier, fit_frontier, read_curves
+from scaling.laws import C
+from scaling.tables import Table
+from storage.errors import SaescaleError
+
+
+def tangent_curves(sizes: int = 7) -> tuple[Curve, ...]:
+    """Curves that touch L = C^-0.1 from above, each at a point that grows with its size."""
+    curves = []
+    for i in range(sizes):
+        flops = 10.0**12 * 4.0**i * np.geomspace(0.02, 8, 300)
+        distance = np.log(flops) - np.log(1e12 * 4.0**i)
+        curves.append(Curve(f"cell{i}", 512.0 * 2**i, flops, -0.1 * np.log(flops) + 0.05 * distance**2))
+    return tuple(curves)
+
+
+def test_envelope_of_tangent_curves() -> None:
+    frontier = find_frontier(8, tangent_curves())
+    fit = fit_frontier(C, frontier, bootstraps=200, seed=0)
+    middle = frontier.flops < 1e12 * 4.0**6
+    np.testing.assert_allclose(np.log(frontier.nmse[middle]), -0.1 * np.log(frontier.flops[middle]), atol=0.03)
+    assert fit.at == {"k": 8}
+    assert C.to_reported(fit.raw)[1] == pytest.approx(0.1, abs=0.01)
+    low, high = np.percentile(C.to_reported(fit.draws)[:, 1], [2.5, 97.5])
+    assert low < high
+
+
+def test_points_that_bend_the_law_are_dropped() -> None:
+    curves = tangent_curves()
+    frontier = find_frontier(8, curves)
+    assert all(frontier.curves[i].cell_id != "cell0" for i in frontier.winner[frontier.kept])
+    assert (np.diff(frontier.nmse) < 0).all()
+    for curve, row in zip(curves, frontier.envelope, strict=True):
+        assert np.isinf(row[frontier.grid < 0.05 * curve.flops[-1]]).all()
+
+
+def test_too_few_sizes() -> None:
+    with pytest.raises(SaescaleError, match="curves of 2 different n"):
+        find_frontier(8, tangent_curves(2))
+
+
+def test_curves_of_finished_cells_only_on_either_axis() -> None:
+    cell = {"n_latents": 512, "k": 8, "flops": 1e9, "flops_dense": 4e9}
+    results = Table.from_rows([{"cell_id": "a", **cell}])
+    rows = [{"cell_id": c, "flops": f, "nmse": 1 / f} for c in "ab" for f in (1e8, 5e8, 1e9)]
+    curves = Table.from_rows([*rows, {"cell_id": "a", "flops": 7e8, "nmse": None}])
+    (curve,) = read_curves(results, curves, 8)
+    np.testing.assert_allclose(curve.flops, [1e8, 5e8, 1e9])
+    (dense,) = read_curves(results, curves, 8, axis="flops_dense")
+    np.testing.assert_allclose(dense.flops, [4e8, 2e9, 4e9])
