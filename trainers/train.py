@@ -15,7 +15,6 @@ from typing import Any, NamedTuple
 import lightning.pytorch as L
 import numpy as np
 import torch
-from fsspec.implementations.local import LocalFileSystem
 from pydantic import BaseModel, ConfigDict, Field
 
 from storage import checkpoint, files
@@ -179,7 +178,4 @@ def _logger(job: PackJob) -> CellLogger:
 
 def wandb_directory(run: str) -> str:
     """Where W&B keeps the files of a sweep on this machine: the run directory, or the cache when that is remote."""
-    filesystem, path = files.filesystem(run)
-    if isinstance(filesystem, LocalFileSystem):
-        return path
-    return str(cache_folder() / "wandb" / hashlib.sha256(run.encode()).hexdigest()[:12])
+    return files.local_path(run) or str(cache_folder() / "wandb" / hashlib.sha256(run.encode()).hexdigest()[:12])

@@ -1,0 +1,129 @@
+"""What a person sees while a command works: bars on a terminal, a line now and then where there is none."""
+
+import time
+import warnings
+from collections.abc import Mapping
+from types import TracebackType
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn
+from rich.table import Table
+
+from cluster.driver import SweepProgress
+from scaling.fit import coefficient_rows
+
+LINE_EVERY_S = 10.0
+
+
+class Display:
+    """Stages, harvest and sweep progress, warnings; a context manager around one command's work."""
+
+    def __init__(self, console: Console) -> None:
+        self.console = console
+        self._bars = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=None),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[rate]}"),
+            TextColumn("{task.fields[left]}"),
+            console=console,
+            refresh_per_second=4,
+        )
+        self._task: TaskID | None = None
+        self._kind = ""
+        self._stage = ""
+        self._began = self._line = 0.0
+
+    def __enter__(self) -> "Display":
+        if self.console.is_terminal:
+            self._bars.start()
+        self._showwarning, warnings.showwarning = warnings.showwarning, self._warn
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        warnings.showwarning = self._showwarning
+        self._end_bar()
+        self._bars.stop()
+
+    def stage(self, text: str) -> None:
+        self._end_bar()
+        if text != self._stage:
+            self._stage = text
+            self.console.print(f"[bold]·[/] {text}", highlight=False)
+
+    def harvest(self, done: int, total: int, tokens_per_s: float, stage: str) -> None:
+        """Progress of a harvest: rows of `total`."""
+        if done == 0 and tokens_per_s == 0:
+            self.stage(stage)
+            return
+        left = (total - done) / tokens_per_s if tokens_per_s else None
+        self._show("harvest", done, total, f"{tokens_per_s:,.0f} tokens/s", left)
+
+    def sweep(self, progress: SweepProgress) -> None:
+        """Progress of a sweep: finished cells of all, rate, and time left from the share of the FLOPs done."""
+        elapsed = time.monotonic() - self._began if self._kind == "cells" else 0.0
+        # A few seconds of a pack's start say nothing about its speed.
+        left = elapsed * (1 - progress.fraction) / progress.fraction if progress.fraction > 0.01 else None
+        finished = progress.done + progress.failed
+        failed = f" ({progress.failed} failed)" if progress.failed else ""
+        rate = f"{progress.fraction:.0%} of the FLOPs{failed}, {progress.tokens_per_s:,.0f} SAE tokens/s"
+        self._show("cells", finished, progress.cells, rate, left)
+
+    def _show(self, kind: str, done: int, total: int, rate: str, left: float | None) -> None:
+        if kind != self._kind:
+            self._end_bar()
+            self._kind, self._began, self._line = kind, time.monotonic(), time.monotonic()
+        remaining = f"{duration(left)} left" if left is not None else "time left: measuring"
+        if self.console.is_terminal:
+            if self._task is None:
+                self._task = self._bars.add_task(kind, total=total, rate="", left="")
+            self._bars.update(self._task, completed=done, rate=rate, left=remaining)
+        elif time.monotonic() - self._line >= LINE_EVERY_S or done == total:
+            self._line = time.monotonic()
+            self.console.print(f"  {kind} {done:,}/{total:,}, {rate}, {remaining}", highlight=False)
+            if done == total:
+                self._line = float("inf")
+
+    def _end_bar(self) -> None:
+        if self._task is not None:
+            self._bars.update(self._task, left="")
+            self._bars.stop_task(self._task)
+        self._task, self._kind = None, ""
+
+    def _warn(self, message: Warning | str, category: type[Warning], *_: Any, **__: Any) -> None:
+        # A user can act on what saescale says, not on what its libraries say to programmers.
+        if category is UserWarning:
+            self.console.print(f"[yellow]warning:[/] {message}", highlight=False)
+
+
+def duration(seconds: float) -> str:
+    """`75` -> `1 min 15 s`."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    if hours:
+        return f"{hours} h {minutes} min"
+    return f"{minutes} min {rest:02d} s" if minutes else f"{rest} s"
+
+
+def coefficient_table(fits: Mapping[str, Any]) -> Table:
+    """The coefficients of fits.json with their 95 % intervals."""
+    table = Table(box=None, header_style="bold", pad_edge=False)
+    for name, justify in (("law", "left"), ("coefficient", "left"), ("value", "right"), ("95 % interval", "left")):
+        table.add_column(name, justify=justify)  # type: ignore[arg-type]
+    previous = ""
+    for row in coefficient_rows(dict(fits)):
+        interval = "" if row.low is None or row.high is None else f"[{row.low:.3g}, {row.high:.3g}]"
+        table.add_row(row.law if row.law != previous else "", row.coefficient, f"{row.value:.4g}", interval.replace("[", r"\["))
+        previous = row.law
+    return table
+
+
+def fit_notes(fits: Mapping[str, Any]) -> list[str]:
+    """What must be said beside the coefficients: laws that were not fitted, and warnings."""
+    notes = [f"{entry['law']} not fitted: {entry['reason']}" for entry in fits["skipped"]]
+    notes += list(fits["warnings"])
+    for entry in fits["fits"]:
+        at = "".join(f" at {key} = {value:g}" for key, value in entry.get("at", {}).items())
+        notes += [f"{entry['law']}{at}: {warning}" for warning in entry["warnings"]]
+    return notes

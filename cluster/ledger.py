@@ -1,0 +1,109 @@
+"""The ledger: what each cell of a sweep has reached. The truth is in the run directory, this is its bookkeeping."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from importlib.metadata import version
+from typing import Any, get_args
+
+import pyarrow as pa
+
+from cluster.spec import SweepSpec
+from storage import checkpoint
+from storage.activations import ActivationStore
+from storage.errors import SaescaleError
+from storage.rundir import CURVES_SCHEMA, RunDirectory
+from trainers.callbacks import checkpoint_url
+from trainers.cell import Cell
+from trainers.device import Precision
+
+# Parts of a sweep that may change between two calls of the same sweep: they do not change what its cells are.
+_FREE = ("store", "out", "resources", "wandb", "versions")
+_PACKAGES = ("saescale", "torch", "ray", "lightning", "numpy", "numba", "pyarrow")
+
+
+class Ledger:
+    """Results of finished cells; written to results.parquet and curves.parquet whenever a cell finishes.
+
+    A cell is finished when its own result.json exists, which its worker writes last, so a driver that dies
+    between the two loses nothing: opening the ledger again reads what the cells say.
+    """
+
+    def __init__(self, run: RunDirectory, cells: Sequence[Cell]) -> None:
+        self.run, self.cells = run, list(cells)
+        self.results: dict[str, dict[str, Any]] = {}
+        finished = run.cells_with_results()
+        for cell in cells:
+            if cell.cell_id in finished and (result := run.read_cell_result(cell.cell_id)) is not None:
+                self.results[cell.cell_id] = result
+
+    @property
+    def pending(self) -> list[Cell]:
+        return [cell for cell in self.cells if cell.cell_id not in self.results]
+
+    def checkpoint_steps(self) -> dict[str, int]:
+        """The newest checkpointed step of each pending cell; cells without one are absent."""
+        steps = {cell.cell_id: checkpoint.steps(checkpoint_url(self.run, cell.cell_id)) for cell in self.pending}
+        return {cell_id: found[0] for cell_id, found in steps.items() if found}
+
+    def record(self, results: Iterable[Mapping[str, Any]]) -> None:
+        self.results |= {result["cell_id"]: dict(result) for result in results}
+        self.write()
+
+    def write(self) -> None:
+        """results.parquet with one row for every cell of the sweep, and the curves of the finished ones."""
+        rows = [self.results.get(cell.cell_id, {"cell_id": cell.cell_id, "status": "pending"}) for cell in self.cells]
+        described = [
+            {"n_latents": cell.n_latents, "k": cell.k, "d_model": cell.d_model, "seed": cell.seed} | row
+            for cell, row in zip(self.cells, rows, strict=True)
+        ]
+        curves = [row for cell_id in self.results for row in self.run.read_cell_curve(cell_id)]
+        self.run.write_curves(pa.Table.from_pylist(curves, CURVES_SCHEMA))
+        self.run.write_results(described)
+
+
+def recorded_precision(run: RunDirectory) -> Precision | None:
+    """What `precision: auto` was when the sweep in `run` began: it goes on with that wherever it is resumed."""
+    found = run.read_spec()
+    return found["precision"] if found and found.get("precision") in get_args(Precision) else None
+
+
+def open_ledger(run: RunDirectory, spec: SweepSpec, store: ActivationStore, precision: Precision) -> Ledger:
+    """Starts or picks up the sweep in `run`. Raises SaescaleError where it holds another sweep."""
+    cells = spec.cells(store, precision)
+    wanted = resolved(spec, store, precision)
+    found = run.read_spec()
+    if found is not None:
+        differences = _differences(_identity(found), _identity(wanted))
+        if differences:
+            raise SaescaleError(
+                f"{run.url} holds another sweep ({'; '.join(differences[:3])}); "
+                "give this one another run directory (out), or remove that one"
+            )
+    else:
+        run.write_spec(wanted)
+    return Ledger(run, cells)
+
+
+def resolved(spec: SweepSpec, store: ActivationStore, precision: Precision) -> dict[str, Any]:
+    """What sweep.yaml says: the spec with its defaults, what `auto` came to, the store, and the versions."""
+    return spec.model_dump(mode="json") | {
+        "precision": precision,
+        "store_fingerprint": store.fingerprint,
+        "subject": store.manifest.subject,
+        "versions": versions(),
+    }
+
+
+def versions() -> dict[str, str]:
+    """Of saescale and of what its numbers depend on."""
+    return {name: version(name) for name in _PACKAGES}
+
+
+def _identity(document: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in document.items() if key not in _FREE}
+
+
+def _differences(there: Any, here: Any, path: str = "") -> list[str]:
+    if isinstance(there, Mapping) and isinstance(here, Mapping):
+        keys = sorted({*there, *here})
+        return [d for key in keys for d in _differences(there.get(key), here.get(key), f"{path}.{key}" if path else key)]
+    return [] if there == here else [f"{path} is {there} there and {here} here"]

@@ -1,0 +1,63 @@
+"""`saescale quickstart`: from SmolLM2-135M to a fitted L(N, k) on this machine."""
+
+import gc
+import os
+from typing import NamedTuple
+
+from cluster.display import Display
+from cluster.driver import SweepOutcome, run_sweep
+from cluster.spec import SweepSpec, parse_spec
+from storage.files import join
+from trainers.device import set_threads
+from trainers.harvest import HarvestSpec, harvest
+
+
+class Recipe(NamedTuple):
+    harvest: HarvestSpec
+    sweep: SweepSpec
+
+
+def recipe(tiny: bool, out: str | None, wandb: str) -> Recipe:
+    """What the quickstart harvests and sweeps; `out` replaces the run directory.
+
+    On so little data it takes small batches, several passes and four times the paper's learning rate for cells to
+    come near convergence; the dead window and the average of the weights are scaled to the short run.
+    """
+    name = "quickstart-tiny" if tiny else "quickstart"
+    store = f"stores/smollm2-135m-l22{'-tiny' if tiny else ''}"
+    sizes = {"tokens": 4_096, "heldout_tokens": 1_024, "shard_rows": 4_096, "row_group_rows": 512} if tiny else {}
+    grid = {"n_latents": [256, 512], "k": [8, 16]} if tiny else {"n_latents": [512, 1024, 2048, 4096], "k": [8, 16, 32, 64]}
+    sweep = {
+        "name": name,
+        "store": store,
+        "out": out or f"runs/{name}",
+        "grid": grid,
+        "train": {
+            "tokens": 16_384 if tiny else 786_432,
+            "batch_tokens": 256 if tiny else 1_024,
+            "lr": {"at": 16_384, "value": 8e-4, "exponent": -0.5},
+            "auxk": {"dead_after_tokens": 4_096 if tiny else 65_536},
+            "ema": 0.9 if tiny else 0.99,
+        },
+        "eval": {"tokens": 1_024 if tiny else 32_768, "every_tokens": 4_096 if tiny else 49_152},
+        "wandb": {"mode": wandb},
+    }
+    return Recipe(HarvestSpec(subject="smollm2-135m", layer=22, out=store, **sizes), parse_spec(sweep, "the quickstart"))
+
+
+def run_quickstart(recipe: Recipe, display: Display) -> SweepOutcome:
+    """Harvests what is missing, trains what is missing, fits. Raises what `harvest` and `run_sweep` raise."""
+    set_threads(os.cpu_count() or 1)
+    harvest(recipe.harvest, display.harvest)
+    gc.collect()  # the subject is not needed any more, and the workers need its memory
+    return run_sweep(recipe.sweep, display)
+
+
+def next_commands(recipe: Recipe) -> list[tuple[str, str]]:
+    """Three commands that go on from here, and what each does."""
+    run, grid = recipe.sweep.out, recipe.sweep.grid
+    return [
+        (f"saescale fit {run} --law n_k", "fit one law again, or the results of several people's runs"),
+        (f"saescale inspect {join(run, 'cells')}/n{max(grid.n_latents)}-k{max(grid.k)}*", "look at one trained SAE"),
+        ("saescale sweep deploy/sweeps/smollm2.yaml", "edit this file and sweep your own grid, store or cluster"),
+    ]
