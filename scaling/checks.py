@@ -7,7 +7,7 @@ from scipy.stats import spearmanr
 
 from scaling.estimate import Fit
 from scaling.laws import SYMBOLS
-from scaling.tables import Table
+from scaling.tables import Table, number
 
 _RANGE = 8.0
 _DEAD = 0.1
@@ -33,7 +33,7 @@ def data_warnings(results: Table, curves: Table | None) -> list[str]:
         low, high = results[column].min(), results[column].max()
         if high / low < _RANGE:
             warnings.append(
-                f"{symbol} spans only a factor of {high / low:.3g} ({low:g} to {high:g}): exponents from "
+                f"{symbol} spans only a factor of {high / low:.3g} ({number(low)} to {number(high)}): exponents from "
                 f"less than a factor of {_RANGE:g} are local slopes, not laws"
             )
     if "d_model" in results:
@@ -49,7 +49,7 @@ def data_warnings(results: Table, curves: Table | None) -> list[str]:
         if len(rows):
             cells = _Cells(
                 [
-                    f"N = {results['n_latents'][r]:g}, k = {results['k'][r]:g}: {results['dead_fraction'][r]:.0%}"
+                    f"N = {number(results['n_latents'][r])}, k = {results['k'][r]:g}: {results['dead_fraction'][r]:.0%}"
                     for r in rows
                 ]
             )
@@ -61,7 +61,7 @@ def data_warnings(results: Table, curves: Table | None) -> list[str]:
         own = results["k"] == k
         sizes = np.unique(results["n_latents"][own])
         means = [np.log(results["nmse"][own & (results["n_latents"] == n)]).mean() for n in sizes]
-        rises = [f"{a:g} to {b:g}" for a, b, fall in zip(sizes[:-1], sizes[1:], np.diff(means), strict=True)
+        rises = [f"{number(a)} to {number(b)}" for a, b, fall in zip(sizes[:-1], sizes[1:], np.diff(means), strict=True)
                  if fall >= 0]  # fmt: skip
         if rises:
             warnings.append(
@@ -150,5 +150,5 @@ def _unconverged(results: Table, curves: Table) -> list[str]:
         tokens, nmse = curves["tokens"][own][order], curves["nmse"][own][order]
         fall = 1 - nmse[-1] / np.interp(0.75 * tokens[-1], tokens, nmse)
         if fall > _FALL:
-            falling.append(f"N = {results['n_latents'][row]:g}, k = {results['k'][row]:g}: {fall:.1%}")
+            falling.append(f"N = {number(results['n_latents'][row])}, k = {results['k'][row]:g}: {fall:.1%}")
     return falling

@@ -9,6 +9,7 @@ from scipy.optimize import nnls
 
 from scaling.huber import Problem, losses, minimise, polish
 from scaling.laws import SYMBOLS, Law
+from scaling.tables import number
 from storage.errors import SaescaleError
 
 STARTS = 64
@@ -174,7 +175,7 @@ def hold_out(fit: Fit, column: str, at_least: float, seed: int = 0) -> dict[str,
             row |= {"low": float(prediction.low[i]), "high": float(prediction.high[i])}
         rows.append(row)
     return {
-        "held_out": f"{SYMBOLS[column]} >= {at_least:g}",
+        "held_out": f"{SYMBOLS[column]} >= {number(at_least)}",
         "points": len(rows),
         "rms_log_error": float(np.sqrt(np.mean(errors**2))),
         "predictions": rows,

@@ -1,6 +1,8 @@
 """The laws of a sweep: everything that its cells and curves can carry, as the document fits.json."""
 
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -9,7 +11,7 @@ from scaling.checks import data_warnings, fit_warnings, unstable_exponent
 from scaling.estimate import Fit, fit_law, hold_out
 from scaling.frontier import Curve, Frontier, find_frontier, fit_frontier, read_curves
 from scaling.laws import C_FLOOR, N_D, N_FLOOR, N_K, SYMBOLS, C, Law, N, find_law
-from scaling.tables import Table, comparable
+from scaling.tables import Table, comparable, number
 from storage.errors import SaescaleError
 
 FORMAT = 1
@@ -79,57 +81,49 @@ def fit_laws(
             raise SaescaleError(f"unknown law {name}; there are {', '.join(LAW_NAMES)}")
     results = comparable(results)
     results.require(("n_latents", "k", "nmse", *(("tokens",) if "n_d" in laws else ())))
-    ks = np.unique(results["k"])
+    ks = [float(k) for k in np.unique(results["k"])]
     fits: list[Fit] = []
     frontiers: list[Frontier] = []
     skipped: list[Skipped] = []
 
-    def attempt(name: str, forms: tuple[Law, ...], at: dict[str, float]) -> None:
-        own = np.all([results[c] == v for c, v in at.items()], axis=0) if at else np.full(len(results), True)
-        cells = results.select(own)
+    def attempt(forms: tuple[Law, ...], fit_one: Callable[[Law], Fit], held_column: str, at_least: float) -> None:
         done = []
         for law in forms:
             try:
-                fit = fit_law(law, cells.columns, cells["nmse"], bootstraps=bootstraps, seed=seed, at=at,
-                              excluded=results.excluded)  # fmt: skip
+                done.append(_checked(fit_one(law), held_column, at_least, seed))
             except SaescaleError as error:
-                skipped.append(Skipped(name, str(error)))
-                continue
-            done.append(_checked(fit, "n_latents", float(cells["n_latents"].max()), seed))
+                skipped.append(Skipped(law.name, str(error)))
         fits.extend(_compared(done))
 
+    def attempt_cells(forms: tuple[Law, ...], cells: Table, at: dict[str, float]) -> None:
+        def fit_one(law: Law) -> Fit:
+            return fit_law(
+                law, cells.columns, cells["nmse"], bootstraps=bootstraps, seed=seed, at=at, excluded=cells.excluded
+            )
+
+        attempt(forms, fit_one, "n_latents", float(cells["n_latents"].max()))
+
     if "n_k" in laws:
-        attempt("n_k", (N_K,), {})
-    if "n" in laws:
-        for k in ks:
-            attempt("n", (N, N_FLOOR), {"k": float(k)})
-    if "n_d" in laws:
-        for k in ks:
-            attempt("n_d", (N_D,), {"k": float(k)})
-    own_curves = {} if curves is None else {float(k): read_curves(results, curves, float(k)) for k in ks}
+        attempt_cells((N_K,), results, {})
+    for name, forms in (("n", (N, N_FLOOR)), ("n_d", (N_D,))):
+        if name in laws:
+            for k in ks:
+                attempt_cells(forms, results.select(results["k"] == k), {"k": k})
+    curves_at = {} if curves is None else {k: read_curves(results, curves, k) for k in ks}
     if "c" in laws and curves is None:
         skipped.append(Skipped("c", "no curves: the compute frontier takes a run directory with curves.parquet"))
-    elif "c" in laws:
-        for k, of_k in own_curves.items():
-            done = []
-            try:
-                frontier = find_frontier(k, of_k)
-            except SaescaleError as error:
-                skipped.append(Skipped("c", str(error)))
-                continue
-            frontiers.append(frontier)
-            for law in (C, C_FLOOR):
-                try:
-                    fit = fit_frontier(law, frontier, bootstraps, seed)
-                except SaescaleError as error:
-                    skipped.append(Skipped("c", str(error)))
-                    continue
-                fit = replace(fit, warnings=tuple(_frontier_warnings(frontier)))
-                # The upper half of the compute, so that the hold-out is an extrapolation by a factor of 2.
-                done.append(_checked(fit, "flops", float(frontier.flops.max() / 2), seed))
-            fits.extend(_compared(done))
+    for k in curves_at if "c" in laws else ():
+        try:
+            frontier = find_frontier(k, curves_at[k])
+        except SaescaleError as error:
+            skipped.append(Skipped("c", str(error)))
+            continue
+        frontiers.append(frontier)
+        # The upper half of the compute is held out: an extrapolation by a factor of 2.
+        half = float(frontier.flops.max(initial=0.0)) / 2
+        attempt((C, C_FLOOR), partial(_fit_to, frontier, bootstraps, seed), "flops", half)
     warnings = data_warnings(results, curves)
-    return Laws(results.source, results, tuple(fits), own_curves, tuple(frontiers), tuple(skipped), tuple(warnings))
+    return Laws(results.source, results, tuple(fits), curves_at, tuple(frontiers), tuple(skipped), tuple(warnings))
 
 
 def fit_all(
@@ -143,7 +137,7 @@ def fit_all(
     return fit_laws(results, curves, bootstraps=bootstraps, seed=seed, laws=laws).document()
 
 
-def predict(entry: dict[str, Any], **columns: float | np.ndarray) -> np.ndarray:
+def predict(entry: Mapping[str, Any], **columns: float | np.ndarray) -> np.ndarray:
     """nmse by one entry of fits.json's "fits" at n_latents=..., k=..., flops=... or tokens=... ([points]).
 
     Raises SaescaleError when a column that the law needs is missing or not positive.
@@ -162,13 +156,13 @@ def predict(entry: dict[str, Any], **columns: float | np.ndarray) -> np.ndarray:
     return law.value({name: c["value"] for name, c in entry["coefficients"].items()}, points)
 
 
-def law_label(entry: dict[str, Any]) -> str:
+def law_label(entry: Mapping[str, Any]) -> str:
     """A short name of one entry of "fits", such as "n at k = 32, with floor"."""
     label = str(entry["law"]) + "".join(f" at {c} = {v:g}" for c, v in entry["at"].items())
     return label + (", with floor" if "E" in entry["coefficients"] else "")
 
 
-def coefficient_rows(document: dict[str, Any]) -> list[CoefficientRow]:
+def coefficient_rows(document: Mapping[str, Any]) -> list[CoefficientRow]:
     """The coefficient table of a fits.json document, exponents of n at each k included."""
     rows = []
     for entry in document["fits"]:
@@ -183,8 +177,14 @@ def _checked(fit: Fit, held_column: str, at_least: float, seed: int) -> Fit:
     holdout = hold_out(fit, held_column, at_least, seed)
     warnings = [*fit.warnings, *fit_warnings(fit)]
     if holdout is None:
-        warnings.append(f"too few points remain without {SYMBOLS[held_column]} >= {at_least:g}: nothing was held out")
+        warnings.append(
+            f"too few points remain without {SYMBOLS[held_column]} >= {number(at_least)}: nothing was held out"
+        )
     return replace(fit, holdout=holdout, warnings=tuple(warnings))
+
+
+def _fit_to(frontier: Frontier, bootstraps: int, seed: int, law: Law) -> Fit:
+    return replace(fit_frontier(law, frontier, bootstraps, seed), warnings=tuple(_frontier_warnings(frontier)))
 
 
 def _compared(fits: list[Fit]) -> list[Fit]:
@@ -200,7 +200,7 @@ def _frontier_warnings(frontier: Frontier) -> list[str]:
     share = np.mean([frontier.curves[i].n_latents == largest for i in winners])
     if share > 0.5:
         return [
-            f"{share:.0%} of the frontier's points belong to the largest N = {largest:g}: larger cells might do "
+            f"{share:.0%} of the frontier's points belong to the largest N = {number(largest)}: larger cells might do "
             "better there, so the frontier is an upper bound"
         ]
     return []

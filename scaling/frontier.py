@@ -49,9 +49,8 @@ def read_curves(results: Table, curves: Table, k: float, axis: str = "flops") ->
     """The held-out curves of the finished cells at `k`, by number of latents.
 
     `axis` is "flops" (sparse FLOPs, as in the curves) or "flops_dense" (dense-equivalent: the curve's FLOPs
-    times the cell's ratio of the two). Evaluations without a held-out nmse are passed over.
+    times the cell's ratio of the two). Evaluations without a held-out nmse, or before any training, are passed over.
     """
-    curves.require(("flops",))
     found = []
     for row in np.flatnonzero(results["k"] == k):
         own = curves["cell_id"] == results["cell_id"][row]

@@ -40,7 +40,7 @@ class Term:
 
 @dataclass(frozen=True)
 class Law:
-    """A law for nmse. Terms after the first are what more latents or compute at the first's expense leave.
+    """A law for nmse: its first term falls with more latents or compute, its last is what remains.
 
     "raw" coefficients are what the fit works with: log amplitudes and signed exponents, [..., coefficients].
     Reported coefficients are those of `formula`, in the order of `names`.

@@ -10,7 +10,7 @@ import numpy as np
 
 from scaling.figures import draw_figures
 from scaling.fit import CoefficientRow, coefficient_rows, fit_laws, law_label
-from scaling.tables import Table, load_curves, load_results
+from scaling.tables import Table, load_curves, load_results, number
 from storage.files import join, write_atomic
 from storage.rundir import RunDirectory
 
@@ -60,13 +60,12 @@ def write_report(
     page = _template().render(
         title=_title(results),
         summary=summarise(document, results),
-        rows=[_coefficient_texts(row) for row in coefficient_rows(dict(document))],
+        rows=[_coefficient_texts(r) for r in coefficient_rows(document) if not r.coefficient.startswith("exponent")],
         fits=labelled,
         n_k=next((entry for entry in labelled if entry["law"] == "n_k"), None),
         skipped=document["skipped"],
         excluded=document["excluded"],
-        warnings=[("all laws", w) for w in document["warnings"]]
-        + [(entry["label"], w) for entry in labelled for w in entry["warnings"]],
+        warnings=warnings_by_text(document),
         figures=[(CAPTIONS[name], base64.b64encode(png).decode()) for name, png in figures.items()],
         header=[label for name, label in _CELL_COLUMNS.items() if name in results],
         cells=_cell_texts(results),
@@ -82,8 +81,8 @@ def summarise(document: Mapping[str, Any], results: Table) -> list[str]:
     n, k, nmse = results["n_latents"], results["k"], results["nmse"]
     best = int(np.argmin(nmse))
     sentences = [
-        f"{len(results)} cells, N from {n.min():g} to {n.max():g} and k from {k.min():g} to {k.max():g}. The lowest "
-        f"held-out nmse is {nmse[best]:.4f}, at N = {n[best]:g} and k = {k[best]:g}."
+        f"{len(results)} cells, N from {number(n.min())} to {number(n.max())} and k from {k.min():g} to {k.max():g}. "
+        f"The lowest held-out nmse is {nmse[best]:.4f}, at N = {number(n[best])} and k = {k[best]:g}."
     ]
     n_k = next((entry for entry in document["fits"] if entry["law"] == "n_k"), None)
     if n_k is None:
@@ -102,11 +101,20 @@ def summarise(document: Mapping[str, Any], results: Table) -> list[str]:
                 f"Fitted without {n_k['holdout']['held_out']}, it predicts those cells within "
                 f"{n_k['holdout']['rms_log_error']:.2%} rms."
             )
-    count = len(document["warnings"]) + sum(len(entry["warnings"]) for entry in document["fits"])
+    count = len(warnings_by_text(document))
     if count:
-        sentences.append("One warning limits" if count == 1 else f"{count} warnings limit")
-        sentences[-1] += " what can be claimed; see below."
+        limit = "One warning limits" if count == 1 else f"{count} warnings limit"
+        sentences.append(f"{limit} what can be claimed; see below.")
     return sentences
+
+
+def warnings_by_text(document: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """(the laws it concerns, warning), each warning once."""
+    concerned: dict[str, list[str]] = {warning: ["all laws"] for warning in document["warnings"]}
+    for entry in document["fits"]:
+        for warning in entry["warnings"]:
+            concerned.setdefault(warning, []).append(law_label(entry))
+    return [("; ".join(labels), warning) for warning, labels in concerned.items()]
 
 
 def _title(results: Table) -> str:

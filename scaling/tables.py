@@ -89,7 +89,7 @@ class Table:
         parts = [f"cell {self.columns['cell_id'][row]}"] if "cell_id" in self.columns else []
         for name, label in (("n_latents", "N"), ("k", "k")):
             if name in self.columns and self.columns[name].dtype.kind == "f":
-                parts.append(f"{label} = {self.columns[name][row]:g}")
+                parts.append(f"{label} = {number(self.columns[name][row])}")
         return ", ".join(parts) or f"row {row + 1}"
 
 
@@ -155,6 +155,11 @@ def comparable(table: Table) -> Table:
     mask = np.array([text == most for text in texts])
     reasons = [f"{table.describe(int(row))}: {texts[row]}; the laws describe {most}" for row in np.flatnonzero(~mask)]
     return table.select(mask, reasons)
+
+
+def number(value: float) -> str:
+    """Counts in full, whatever is above a billion or not whole to three digits."""
+    return f"{value:.0f}" if value % 1 == 0 and abs(value) < 1e9 else f"{value:.3g}"
 
 
 def _read_file(url: str) -> Table:

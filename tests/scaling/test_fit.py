@@ -41,7 +41,7 @@ def test_published_coefficients_within_intervals_under_noise(cells: Callable[...
         assert exponent["value"] == pytest.approx(true, abs=0.01)
     assert entry["points"] == 42
     assert entry["rms_log_residual"] == pytest.approx(0.005, rel=0.4)
-    assert entry["holdout"]["held_out"] == "n >= 2.09715e+06"
+    assert entry["holdout"]["held_out"] == "n >= 2097152"
     assert entry["holdout"]["rms_log_error"] < 0.02
 
 

@@ -48,7 +48,9 @@ def test_curves_of_finished_cells_only_on_either_axis() -> None:
     cell = {"n_latents": 512, "k": 8, "flops": 1e9, "flops_dense": 4e9}
     results = Table.from_rows([{"cell_id": "a", **cell}])
     rows = [{"cell_id": c, "flops": f, "nmse": 1 / f} for c in "ab" for f in (1e8, 5e8, 1e9)]
-    curves = Table.from_rows([*rows, {"cell_id": "a", "flops": 7e8, "nmse": None}])
+    curves = Table.from_rows(
+        [*rows, {"cell_id": "a", "flops": 7e8, "nmse": None}, {"cell_id": "a", "flops": 0, "nmse": 1}]
+    )
     (curve,) = read_curves(results, curves, 8)
     np.testing.assert_allclose(curve.flops, [1e8, 5e8, 1e9])
     (dense,) = read_curves(results, curves, 8, axis="flops_dense")
