@@ -9,7 +9,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
+from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, NullLocator
 
 from scaling.estimate import Fit
 from scaling.fit import Laws
@@ -137,6 +137,9 @@ def draw_nmse_against_compute(laws: Laws) -> Figure:
     axes.set_xscale("log")
     axes.set_xlim(low * 0.9, right * 1.1)
     axes.xaxis.set_minor_locator(NullLocator())
+    if right / low < 100:
+        axes.xaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+        axes.xaxis.set_major_formatter(FuncFormatter(lambda v, _: _scientific(v)))
     note = "Thin: held-out curves of all cells."
     if laws.frontiers:
         note += " Thick: compute frontier at each k."
@@ -236,6 +239,11 @@ def _log_axis(axes: Axes, values: np.ndarray) -> None:
     axes.yaxis.set_major_locator(FixedLocator(ticks.tolist()))
     axes.yaxis.set_minor_locator(NullLocator())
     axes.yaxis.set_major_formatter(FuncFormatter(lambda v, _: f"{v:.4g}"))
+
+
+def _scientific(value: float) -> str:
+    power = int(np.floor(np.log10(value) + 1e-9))
+    return rf"${value / 10.0**power:.0f}\times10^{{{power}}}$"
 
 
 def _label_ends(figure: Figure, axes: Axes, x: float, labels: list[tuple[float, str, Colour]]) -> None:
