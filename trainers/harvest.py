@@ -22,6 +22,7 @@ from pydantic import BaseModel, ConfigDict, model_validator
 
 from storage import files
 from storage.activations import (
+    FORMAT,
     MANIFEST,
     ActivationStore,
     Manifest,
@@ -115,8 +116,8 @@ def harvest(spec: HarvestSpec, progress: Progress | None = None, cache: str | No
 
     meter.say(f"loading {spec.subject}")
     subject = get_subject(spec.subject, cache=cache, dtype=spec.compute_dtype, notify=meter.say)
-    subject.check_layer(spec.layer)
     prefix = _prefix(subject)
+    subject.check_site(spec.layer, len(prefix) + spec.context_length)
     meter.say(f"tokenizing {spec.corpus}")
     contexts = _collect(spec, subject)
     computed_in = str(subject.dtype).removeprefix("torch.")
@@ -127,9 +128,7 @@ def harvest(spec: HarvestSpec, progress: Progress | None = None, cache: str | No
         "computed_in": computed_in,
         "tokens_xxh3": _hash(contexts),
     }
-    if found is None:
-        files.write_atomic(files.join(spec.out, PLAN), (json.dumps(plan, indent=1) + "\n").encode())
-    else:
+    if found is not None:
         _refuse_difference(spec.out, found, plan)
 
     shards: list[Shard] = []
@@ -145,13 +144,18 @@ def harvest(spec: HarvestSpec, progress: Progress | None = None, cache: str | No
                 meter.skip(len(act), f"keeping {name}")
             else:
                 act = _activations(spec, subject, prefix, part.ids, meter, name)[order]
-                shard = write_shard(spec.out, name, split, Rows(act, token, pos, doc), spec.dtype, spec.row_group_rows)
+                if found is None:  # only now, so that what fails in the first shard leaves an empty folder
+                    files.write_atomic(files.join(spec.out, PLAN), (json.dumps(plan, indent=1) + "\n").encode())
+                    found = plan
+                rows = Rows(act, token, pos, doc)
+                shard = write_shard(spec.out, name, split, rows, spec.dtype, spec.row_group_rows)
             shards.append(shard)
             if split == "train":
                 shard_sum, shard_square = _moments(act, spec.dtype)
                 total += shard_sum
                 total_square += shard_square
     manifest = Manifest(
+        format=FORMAT,
         subject=spec.subject,
         fingerprint=subject.fingerprint,
         site=Site(layer=spec.layer, positions="all but BOS" if prefix else "all"),
@@ -301,7 +305,7 @@ def _raw(resid: torch.Tensor, spec: HarvestSpec) -> np.ndarray:
     if spec.dtype == "bfloat16":
         return resid.to(torch.bfloat16).view(torch.int16).cpu().numpy().view(np.uint16)
     largest = float(resid.abs().max())
-    if np.isfinite(largest) and largest > np.finfo(np.float16).max:
+    if np.isfinite(largest) and largest > float(np.finfo(np.float16).max):
         raise SaescaleError(
             f"an activation of {spec.subject} at layer {spec.layer} is {largest:.4g}, too large for float16; harvest "
             "with --dtype bfloat16"

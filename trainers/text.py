@@ -5,6 +5,7 @@ import json
 import sysconfig
 import warnings
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -46,7 +47,8 @@ def documents(corpus: str, seed: int) -> Iterator[str]:
 # --- what CPython ships
 
 
-def python_prose() -> list[str]:
+@cache
+def python_prose() -> tuple[str, ...]:
     """English prose in the order topics, docstrings: `pydoc_data.topics` and the standard library's docstrings.
 
     Docstrings are taken from the source files (over 200 characters each, tests left out); no text comes twice.
@@ -59,7 +61,7 @@ def python_prose() -> list[str]:
     for path in sorted(library.rglob("*.py")):
         if not _SKIPPED_FOLDERS.intersection(path.relative_to(library).parts):
             found.update(dict.fromkeys(_docstrings(path)))
-    return list(found)
+    return tuple(found)
 
 
 def _docstrings(path: Path) -> Iterator[str]:
@@ -117,7 +119,9 @@ def _read(fs: AbstractFileSystem, path: str) -> Iterator[str]:
     try:
         with fs.open(path, "rb", compression=compression) as file:
             yield from readers[kind](file, path)
-    except (OSError, EOFError, pa.ArrowException) as error:
+    except SaescaleError:
+        raise
+    except Exception as error:  # compressors, Arrow and object stores raise classes of their own
         raise SaescaleError(f"{path}: cannot be read ({_one_line(error)})") from error
 
 

@@ -47,11 +47,16 @@ class Subject:
         encoded = self.tokenizer(list(texts), add_special_tokens=False, return_attention_mask=False, verbose=False)
         return [np.asarray(ids, dtype=np.int32) for ids in encoded["input_ids"]]
 
-    def check_layer(self, layer: int) -> None:
-        """Raises SaescaleError unless the subject has block `layer`."""
+    def check_site(self, layer: int, length: int) -> None:
+        """Raises SaescaleError unless the subject has block `layer` and takes contexts of `length` tokens."""
         if not 0 <= layer < self.n_layers:
             raise SaescaleError(
                 f"{self.name} has no layer {layer}: its {self.n_layers} layers are 0 to {self.n_layers - 1}"
+            )
+        if self.max_positions is not None and length > self.max_positions:
+            raise SaescaleError(
+                f"{self.name} takes contexts of at most {self.max_positions} tokens, not {length}: "
+                "use a smaller context_length"
             )
 
     def resid_post(self, ids: torch.Tensor, layer: int) -> torch.Tensor:
@@ -61,12 +66,7 @@ class Subject:
         site: later blocks, the final norm and the LM head are not computed. Raises SaescaleError when the
         subject has no such layer or the contexts are longer than it takes.
         """
-        self.check_layer(layer)
-        if self.max_positions is not None and ids.shape[1] > self.max_positions:
-            raise SaescaleError(
-                f"{self.name} takes contexts of at most {self.max_positions} tokens, not {ids.shape[1]}: "
-                "use a smaller context_length"
-            )
+        self.check_site(layer, ids.shape[1])
 
         def stop(module: nn.Module, inputs: object, output: Any) -> None:
             raise _AtSite(output[0] if isinstance(output, tuple) else output)
@@ -100,19 +100,23 @@ def load(name: str, source: str, dtype: str = "auto", fingerprint: str | None = 
         source = str(Path(source).expanduser())
         if not Path(source).is_dir():
             raise SaescaleError(f"subject {name}: there is no folder {source}")
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    wanted = compute_dtype(dtype, device)
     try:
         with quiet_transformers():
             tokenizer = AutoTokenizer.from_pretrained(source)
-            model = AutoModelForCausalLM.from_pretrained(source, dtype="auto")
+            model: Any = AutoModelForCausalLM.from_pretrained(source, dtype=wanted if fingerprint else "auto")
+            fingerprint = fingerprint or _hash_weights(model)
+            if model.dtype != wanted:
+                # Loaded again rather than cast: a cast would round buffers (rotary frequencies) as well.
+                model = AutoModelForCausalLM.from_pretrained(source, dtype=wanted)
     except Exception as error:  # hub, file, JSON, safetensors and configuration errors share no base class
         raise SaescaleError(
             f"cannot load the subject {name} from {source}: {first_line(error)}; check the name, that this "
             "machine reaches the hub (or give a local folder as hf:/path), and that it is a causal language model"
         ) from error
-    model = model.eval().requires_grad_(False)
-    fingerprint = fingerprint or _hash_weights(model)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    return Subject(name, model.to(device, compute_dtype(dtype, device)), tokenizer, fingerprint)
+    model.eval().requires_grad_(False)
+    return Subject(name, model.to(device), tokenizer, fingerprint)
 
 
 def compute_dtype(choice: str, device: torch.device) -> torch.dtype:

@@ -1,0 +1,90 @@
+"""Corpora: what they yield, in which order, and what is said of broken ones."""
+
+import gzip
+import json
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from storage import files
+from storage.errors import SaescaleError
+from trainers.text import TXT_CHARACTERS, TXT_CHARACTERS_MOST, documents, python_prose
+
+
+def test_python_prose_is_long_english_without_doubles_in_a_seeded_order() -> None:
+    prose = python_prose()
+    assert sum(map(len, prose)) > 1_500_000  # about 400 k SmolLM2 tokens
+    assert len(set(prose)) == len(prose)
+    assert any(text.startswith('The "if" statement') for text in prose)
+    first, again, other = (list(documents("python-prose", seed)) for seed in (0, 0, 1))
+    assert first == again
+    assert first != other
+    assert sorted(first) == sorted(other) == sorted(prose)
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    (tmp_path / "a.txt").write_text("alpha\n\nbeta\n")
+    (tmp_path / "blank.txt").write_text(" \n")
+    with gzip.open(tmp_path / "b.jsonl.gz", "wt") as file:
+        file.write(json.dumps({"text": "gámma", "id": 1}) + "\n\n" + json.dumps({"text": "delta"}) + "\n")
+    pq.write_table(pa.table({"text": ["epsilon", None, "zeta"]}), tmp_path / "c.parquet", row_group_size=2)
+    return tmp_path
+
+
+def test_every_format_compression_and_way_to_name_files(folder: Path) -> None:
+    everything = ["alpha\n\nbeta\n", "gámma", "delta", "epsilon", "zeta"]
+    assert list(documents(str(folder), 0)) == everything
+    assert list(documents(f"{folder}/*.*", 0)) == everything
+    assert list(documents(f"file://{folder}/b.jsonl.gz", 0)) == ["gámma", "delta"]
+
+
+def test_text_is_read_from_object_stores(s3_url: str) -> None:
+    files.write_atomic(f"{s3_url}/one.txt", b"one")
+    files.write_atomic(f"{s3_url}/two.txt", b"two")
+    assert list(documents(f"{s3_url}/*.txt", 0)) == ["one", "two"]
+
+
+def test_a_long_text_file_is_cut_at_blank_lines(tmp_path: Path) -> None:
+    paragraph = "word " * 300 + "\n\n"
+    (tmp_path / "long.txt").write_text(paragraph * 20)
+    pieces = list(documents(f"{tmp_path}/long.txt", 0))
+    assert "".join(pieces) == paragraph * 20
+    assert all(TXT_CHARACTERS < len(piece) < TXT_CHARACTERS + 2 * len(paragraph) for piece in pieces[:-1])
+    (tmp_path / "lines.txt").write_text("a line without a blank one after it\n" * 3000)
+    pieces = list(documents(f"{tmp_path}/lines.txt", 0))
+    assert len(pieces) > 2
+    assert max(map(len, pieces)) < TXT_CHARACTERS_MOST + 100
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "said"),
+    [
+        ("x.jsonl", b'{"text": "fine"}\n{"body": "not"}\n', r"x\.jsonl, line 2: no field 'text'"),
+        ("x.jsonl", b'{"text": 3}\n', r"x\.jsonl, line 1: no field 'text' that holds a string"),
+        ("x.jsonl", b'{"text": "fine"}\n{"text\n', r"x\.jsonl, line 2: not JSON"),
+        ("x.txt", b"fine\n\xff\xfe\n", r"x\.txt, line 2: not UTF-8"),
+        ("x.txt.gz", b"not gzip at all", r"x\.txt\.gz: cannot be read"),
+        ("x.parquet", b"not parquet at all", r"x\.parquet: cannot be read"),
+        ("x.csv", b"a,b\n", r"x\.csv: the corpus must be \.txt, \.jsonl, \.parquet"),
+    ],
+)
+def test_a_broken_file_is_named(tmp_path: Path, name: str, content: bytes, said: str) -> None:
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(SaescaleError, match=said) as caught:
+        list(documents(f"{tmp_path}/{name}", 0))
+    assert "\n" not in str(caught.value)
+
+
+def test_a_parquet_file_without_text_is_named(tmp_path: Path) -> None:
+    pq.write_table(pa.table({"body": ["x"]}), tmp_path / "x.parquet")
+    with pytest.raises(SaescaleError, match=r"x\.parquet: no column 'text' of strings \(it has body\)"):
+        list(documents(str(tmp_path), 0))
+
+
+def test_no_match_is_told_before_anything_is_read(tmp_path: Path) -> None:
+    for corpus in ("python-pros", f"{tmp_path}/*.txt", str(tmp_path)):
+        with pytest.raises(SaescaleError, match="no text file matches"):
+            documents(corpus, 0)
