@@ -146,6 +146,8 @@ class WandbLogger:
         if self._mode == "off":
             return
         subject = str(context.get("subject", ""))
+        fields = cell.model_dump()
+        shared = {f"context_{key}" if key in fields else key: value for key, value in context.items()}
         try:
             run = _init(
                 self._settings,
@@ -156,7 +158,7 @@ class WandbLogger:
                 group=self._sweep,
                 job_type="cell",
                 tags=[tag[:64] for tag in (cell.activation, subject) if tag],
-                config=_without_secrets({**context, **cell.model_dump(), "cell_id": cell.cell_id}),
+                config=_without_secrets({**shared, **fields, "cell_id": cell.cell_id}),
             )
             run.define_metric("tokens")
             run.define_metric("flops")
@@ -326,6 +328,8 @@ def _init(settings: WandbSettings, mode: Mode, directory: str, **what: Any) -> "
     """Opens a run within INIT_TIMEOUT seconds or raises; an existing one with the same id is continued."""
     wandb = _import_wandb()
     os.makedirs(directory, exist_ok=True)  # else wandb silently writes to a temporary folder
+    # Artifacts and tables that wait for their upload lie beside the runs, not in the user's home.
+    os.environ.setdefault("WANDB_DATA_DIR", os.path.abspath(os.path.join(directory, "wandb")))
     run: Run = wandb.init(
         project=settings.project,
         entity=settings.entity,
@@ -414,4 +418,4 @@ def _one_line(error: BaseException) -> str:
 
 
 def _warn(text: str) -> None:
-    warnings.warn(f"W&B: {text}", stacklevel=3)
+    warnings.warn(f"W&B: {text}", stacklevel=2)

@@ -1,0 +1,511 @@
+"""The real W&B client: offline, read back from disk; online, against a loopback server that records what arrives."""
+
+import gzip
+import json
+import os
+import pty
+import re
+import socket
+import subprocess
+import sys
+import threading
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import matplotlib.image
+import numpy as np
+import pyarrow as pa
+import pytest
+import wandb
+from pydantic import ValidationError
+from wandb.sdk.lib import wbauth
+
+from trainers import wandb_logger
+from trainers.cell import Cell, CurveRow
+from trainers.wandb_logger import WandbLogger, WandbSettings, how_to_read, log_summary, resolve_mode
+
+KEY = "0123456789abcdef" * 2 + "01234567"
+OFFLINE = WandbSettings(mode="offline")
+CONTEXT = {"subject": "toy", "site": {"layer": 3, "hook": "resid_post"}, "store": "s3://me:hush@bucket/store"}
+DONE = {"status": "done", "error": None, "nmse": 0.25, "l0": 4.0, "dead_fraction": 0.5, "dead_fraction_long": 0.125}
+
+
+@pytest.fixture(autouse=True)
+def bare_machine(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
+    """No key, no settings and no memory of other tests."""
+    for name in [name for name in os.environ if name.startswith("WANDB_")]:
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
+    monkeypatch.setenv("WANDB_CONFIG_DIR", str(tmp_path / "config"))
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    monkeypatch.setenv("WANDB_ERROR_REPORTING", "false")
+    wandb.teardown()
+    wbauth.unauthenticate_session(update_settings=False)
+    yield
+    wandb.teardown()
+    wbauth.unauthenticate_session(update_settings=False)
+
+
+def cell(n_latents: int = 16, **fields: Any) -> Cell:
+    defaults: dict[str, Any] = {
+        "store": "abc", "d_model": 8, "k": 4, "tokens": 64, "batch_tokens": 8, "lr": 1e-3,
+        "k_aux": 4, "dead_after_tokens": 32,
+    }  # fmt: skip
+    return Cell(n_latents=n_latents, **(defaults | fields))
+
+
+def row(step: int, nmse: float = 0.5) -> CurveRow:
+    return CurveRow(step, 8 * step, 1e6 * step, nmse, 0.75, 4.0, 0.5, 0.25, 1e-3, 1234.5)
+
+
+class Offline(NamedTuple):
+    record: dict[str, Any]  # id, name, group, job type, tags
+    history: list[dict[str, Any]]
+    metrics: dict[str, str | None]  # defined metric -> its step axis
+    overview: dict[str, Any]  # config, summary, exit_code
+
+
+def inspect(run: Path, *options: str) -> str:
+    command = [sys.executable, "-m", "wandb", "leet", "inspect", "--json", *options, str(run)]
+    return subprocess.run(command, capture_output=True, text=True, check=True, timeout=60).stdout
+
+
+def runs(directory: Path) -> list[Offline]:
+    """All offline runs under `directory`, oldest first, as W&B's own reader sees them."""
+    found = []
+    for folder in sorted((directory / "wandb").glob("offline-run-*"), key=lambda f: f.stat().st_ctime_ns):
+        records = [json.loads(line) for line in inspect(folder).splitlines()]
+        metrics = [r["metric"] for r in records if r["type"] == "metric"]
+        found.append(
+            Offline(
+                record=next(r["run"] for r in records if r["type"] == "run"),
+                history=[r["history"]["item"] for r in records if r["type"] == "history"],
+                metrics={m["name"]: m.get("step_metric") for m in metrics},
+                overview=json.loads(inspect(folder, "--summary")),
+            )
+        )
+    return found
+
+
+def test_two_cells_are_two_runs_of_one_group(tmp_path: Path) -> None:
+    logger = WandbLogger(OFFLINE, "my sweep", str(tmp_path))
+    cells = [cell(16), cell(32, seed=1)]
+    logger.open(cells, CONTEXT)
+    for step in (2, 4):
+        for c in cells:
+            logger.log(c, row(step, nmse=1 / (step * c.n_latents)))
+    logger.finish(cells[0], DONE)
+    logger.finish(cells[1], {"status": "failed", "error": "loss is NaN at step 4"})
+    logger.close()
+
+    by_id = {run.record["run_id"].rsplit("-", 1)[0]: run for run in runs(tmp_path)}
+    assert set(by_id) == {c.cell_id for c in cells}
+    first, second = (by_id[c.cell_id] for c in cells)
+    assert [r["_step"] for r in first.history] == [2, 4]
+    for logged, step in zip(first.history, (2, 4), strict=True):
+        expected = row(step, nmse=1 / (step * 16))._asdict()
+        del expected["step"]
+        assert {name: logged[name] for name in expected} == expected
+    assert [r["nmse"] for r in second.history] == [1 / 64, 1 / 128]
+
+    assert first.record["run_group"] == second.record["run_group"] == "my sweep"
+    assert first.record["job_type"] == "cell"
+    assert first.record["project"] == "saescale"
+    assert (first.record["display_name"], second.record["display_name"]) == ("n16 k4", "n32 k4 seed 1")
+    assert set(first.record["tags"]) == {"topk", "toy"}
+    for name in ("nmse", "train_nmse", "l0", "dead_fraction", "dead_fraction_long", "lr", "tokens_per_s"):
+        assert first.metrics[name] == "tokens"
+    assert first.metrics["tokens"] is None
+    assert first.metrics["flops"] is None
+
+    config = first.overview["config"]
+    assert {name: config[name] for name in cells[0].model_dump()} == cells[0].model_dump()
+    assert config["cell_id"] == cells[0].cell_id
+    assert config["site"]["layer"] == 3
+    summary = first.overview["summary"]
+    assert {name: summary.get(name) for name in DONE} == DONE
+    assert first.overview["exit_code"] == 0
+    assert second.overview["exit_code"] == 1
+    assert second.overview["summary"]["error"] == "loss is NaN at step 4"
+
+
+def test_a_resumed_cell_has_the_same_run(tmp_path: Path) -> None:
+    logger = WandbLogger(OFFLINE, "sweep", str(tmp_path))
+    for step in (2, 4):
+        logger.open([cell()], CONTEXT)
+        logger.log(cell(), row(step))
+        if step == 4:
+            logger.finish(cell(), DONE)
+        logger.close()
+    before, after = runs(tmp_path)
+    assert before.record["run_id"] == after.record["run_id"]
+    assert after.record["resume"]
+    assert before.overview["summary"]["status"] == "interrupted"
+    assert [r["_step"] for r in before.history + after.history] == [2, 4]
+    assert (before.overview["exit_code"], after.overview["exit_code"]) == (1, 0)
+
+
+def test_sweeps_do_not_share_runs() -> None:
+    assert wandb_logger._run_id("cell", "a") != wandb_logger._run_id("cell", "b")
+
+
+def test_secrets_stay_here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WANDB_API_KEY", KEY)
+    context = {
+        **CONTEXT,
+        "storage_options": {"key": "hush", "secret": "hush", "token": "hush", "endpoint": "http://u:hush@host:9000/x"},
+        "urls": ["https://b/x?X-Amz-Signature=hush&other=1"],
+    }
+    logger = WandbLogger(OFFLINE, "sweep", str(tmp_path))
+    logger.open([cell()], context)
+    logger.finish(cell(), {"status": "failed", "error": "cannot read s3://me:hush@bucket/x"})
+    logger.close()
+    written = [path.read_bytes() for path in (tmp_path / "wandb").rglob("*") if path.is_file()]
+    assert written
+    assert not [data for data in written if b"hush" in data or KEY.encode() in data]
+    config = runs(tmp_path)[0].overview["config"]
+    assert config["context_store"] == "s3://bucket/store"
+    assert config["store"] == cell().store
+    assert config["storage_options"] == {"endpoint": "http://host:9000/x"}
+    assert config["tokens"] == 64
+
+
+FITS = {
+    "format": 1,
+    "source": "runs/x",
+    "fits": [
+        {
+            "law": "n_k",
+            "formula": "L = ...",
+            "coefficients": {
+                "alpha": {"value": -0.5, "low": -0.6, "high": -0.4},
+                "zeta": {"value": 1.0, "low": None, "high": None},
+            },
+            "exponent_of_n_at_k": {"32": {"value": 0.1, "low": 0.05, "high": 0.2}},
+            "points": 20,
+            "rms_log_residual": 0.01,
+        },
+        {"law": "c", "formula": "L = a C^b", "coefficients": {"b": {"value": -0.1, "low": -0.2, "high": 0.0}}},
+    ],
+}
+RESULTS = pa.table({"cell_id": ["a", "b"], "n_latents": [16, 32], "nmse": [0.5, float("nan")], "error": [None, "bad"]})
+
+
+def test_summary_run(tmp_path: Path) -> None:
+    figure = tmp_path / "nmse.png"
+    matplotlib.image.imsave(figure, np.zeros((4, 4, 3)))
+    for _ in range(2):
+        assert log_summary(OFFLINE, "sweep", CONTEXT, FITS, RESULTS, [str(figure)], str(tmp_path)) is None
+    first, again = runs(tmp_path)
+    assert first.record["run_id"] == again.record["run_id"]
+    assert (first.record["job_type"], first.record["run_group"]) == ("summary", "sweep")
+    assert first.overview["config"]["laws"] == {"n_k": "L = ...", "c": "L = a C^b"}
+    assert first.overview["exit_code"] == 0
+    assert first.overview["summary"]["n_k/alpha/value"] == -0.5
+    assert first.overview["summary"]["n_k/alpha/high"] == -0.4
+    assert first.overview["summary"]["n_k/exponent_of_n_at_k32/low"] == 0.05
+    assert first.overview["summary"]["c/b/value"] == -0.1
+    assert first.overview["summary"]["n_k/points"] == 20
+    assert first.overview["summary"]["figures/nmse"]["_type"] == "image-file"
+    assert list((tmp_path / "wandb" / "artifacts").rglob("*"))
+    media = next((tmp_path / "wandb").glob("offline-run-*/files/media"))
+    tables = {path.name.split("_")[0]: json.loads(path.read_text()) for path in media.rglob("*.table.json")}
+    assert tables["coefficients"]["data"][0] == ["n_k", "alpha", -0.5, -0.6, -0.4]
+    assert [r[0] for r in tables["results"]["data"]] == ["a", "b"]
+
+
+def test_off_writes_nothing(tmp_path: Path) -> None:
+    off = WandbSettings(mode="off")
+    logger = WandbLogger(off, "sweep", str(tmp_path / "w"))
+    logger.open([cell()], CONTEXT)
+    logger.log(cell(), row(1))
+    logger.finish(cell(), DONE)
+    logger.close()
+    assert log_summary(off, "sweep", CONTEXT, FITS, RESULTS, [], str(tmp_path / "w")) is None
+    assert not (tmp_path / "w").exists()
+
+
+@pytest.mark.parametrize(
+    ("setting", "environment", "mode"),
+    [
+        ("auto", {}, "offline"),
+        ("auto", {"WANDB_API_KEY": KEY}, "online"),
+        ("auto", {"WANDB_API_KEY": KEY, "WANDB_MODE": "offline"}, "offline"),
+        ("auto", {"WANDB_API_KEY": KEY, "WANDB_MODE": "disabled"}, "off"),
+        ("auto", {"WANDB_BASE_URL": "http://wandb.example"}, "online"),
+        ("auto", {"WANDB_BASE_URL": "http://other.example"}, "offline"),
+        ("online", {"WANDB_API_KEY": KEY, "WANDB_MODE": "offline"}, "online"),
+        ("offline", {"WANDB_API_KEY": KEY}, "offline"),
+        ("off", {"WANDB_API_KEY": KEY}, "off"),
+    ],
+)
+def test_mode(
+    setting: Any, environment: dict[str, str], mode: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "netrc").write_text(f"machine wandb.example\n  login user\n  password {KEY}\n")
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    assert resolve_mode(WandbSettings(mode=setting)) == mode
+
+
+def test_bad_key_is_a_warning(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WANDB_API_KEY", "too-short")
+    with pytest.warns(UserWarning, match="logging offline") as caught:
+        assert resolve_mode(WandbSettings()) == "offline"
+    assert "too-short" not in str(caught[0].message)
+
+
+@pytest.mark.parametrize("mode", ["auto", "online"])
+def test_without_a_key_nobody_is_asked(mode: str, tmp_path: Path) -> None:
+    """On a terminal, where W&B would ask for a key and wait."""
+    script = f"""
+from trainers.wandb_logger import *
+from tests_cell import cell
+logger = WandbLogger(WandbSettings(mode={mode!r}), "sweep", {str(tmp_path)!r})
+logger.open([cell], {{}})
+logger.close()
+"""
+    (tmp_path / "tests_cell.py").write_text(f"from trainers.cell import Cell\ncell = Cell(**{cell().model_dump()!r})\n")
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), os.getcwd()])}
+    terminal, side = pty.openpty()
+    command = [sys.executable, "-c", script]
+    process = subprocess.Popen(command, stdin=side, stdout=side, stderr=side, env=environment)
+    os.close(side)
+    assert process.wait(timeout=60) == 0
+    said = os.read(terminal, 10_000).decode() if mode == "online" else ""
+    os.close(terminal)
+    assert ("has no key" in said) == (mode == "online")
+    assert len(runs(tmp_path)) == 1
+
+
+def test_import_is_cheap() -> None:
+    script = "import sys, trainers.wandb_logger; sys.exit('wandb' in sys.modules or 'torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", script], timeout=60, stdin=subprocess.DEVNULL).returncode == 0
+
+
+def messages(act: Callable[[], object]) -> list[str]:
+    """The warnings of `act`, whatever thread they come from."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        act()
+    return [str(w.message) for w in caught if str(w.message).startswith("W&B")]
+
+
+def train(settings: WandbSettings, directory: Path, cells: list[Cell]) -> None:
+    logger = WandbLogger(settings, "sweep", str(directory))
+    logger.open(cells, CONTEXT)
+    for c in cells:
+        logger.log(c, row(1))
+        logger.finish(c, DONE)
+    logger.close()
+
+
+def raising(*_: Any, **__: Any) -> Any:
+    raise OSError(28, "No space left on device")
+
+
+def test_a_failing_client_costs_one_warning(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(wandb, "init", raising)
+    (said,) = messages(lambda: train(OFFLINE, tmp_path, [cell(16), cell(32)]))
+    assert "No space left" in said
+    (said,) = messages(lambda: log_summary(OFFLINE, "sweep", CONTEXT, FITS, RESULTS, [], str(tmp_path)))
+    assert "No space left" in said
+
+
+def test_a_failing_log_turns_that_run_off(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(wandb.Run, "log", raising)
+    assert len(messages(lambda: train(OFFLINE, tmp_path, [cell(16), cell(32)]))) == 2
+
+
+def test_a_folder_that_cannot_be_is_a_warning(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    assert len(messages(lambda: train(OFFLINE, tmp_path / "file", [cell()]))) == 1
+
+
+def test_a_missing_figure_does_not_raise(tmp_path: Path) -> None:
+    act = lambda: log_summary(OFFLINE, "s", CONTEXT, FITS, RESULTS, [str(tmp_path / "no.png")], str(tmp_path))  # noqa: E731
+    assert len(messages(act)) == 1
+
+
+def closed_port() -> int:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return int(s.getsockname()[1])
+
+
+def test_a_server_out_of_reach_means_offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WANDB_API_KEY", KEY)
+    monkeypatch.setenv("WANDB_BASE_URL", f"http://127.0.0.1:{closed_port()}")
+    (said,) = messages(lambda: train(WandbSettings(), tmp_path, [cell(16), cell(32)]))
+    assert "no answer" in said
+    assert "wandb sync" in said
+    assert len(runs(tmp_path)) == 2
+
+
+def test_a_server_that_never_lets_a_run_start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first run costs one (short) time-out, those after it go to disk."""
+    monkeypatch.setenv("WANDB_API_KEY", KEY)
+    monkeypatch.setenv("WANDB_BASE_URL", f"http://127.0.0.1:{closed_port()}")
+    monkeypatch.setattr(wandb_logger, "_reachable", lambda mode, directory: mode)
+    monkeypatch.setattr(wandb_logger, "INIT_TIMEOUT", 2.0)
+    (said,) = messages(lambda: train(WandbSettings(), tmp_path, [cell(16), cell(32), cell(64)]))
+    assert cell(16).cell_id in said
+    assert [run.overview["config"]["n_latents"] for run in runs(tmp_path)] == [32, 64]
+
+
+class Recorder(BaseHTTPRequestHandler):
+    """As much of a W&B server as a run needs; keeps what it receives in `server.received`."""
+
+    protocol_version = "HTTP/1.1"
+
+    def log_message(self, format: str, *args: Any) -> None: ...
+
+    def _read(self) -> bytes:
+        if self.headers.get("Transfer-Encoding") == "chunked":
+            data = b""
+            while length := int(self.rfile.readline(), 16):
+                data += self.rfile.read(length)
+                self.rfile.readline()
+            self.rfile.readline()
+        else:
+            data = self.rfile.read(int(self.headers.get("Content-Length") or 0))
+        return gzip.decompress(data) if self.headers.get("Content-Encoding") == "gzip" else data
+
+    def _answer(self, value: Any) -> None:
+        data = json.dumps(value).encode()
+        self.send_response(200)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(data)))
+        self.end_headers()
+        self.wfile.write(data)
+
+    def do_GET(self) -> None:
+        self._answer({})
+
+    def do_PUT(self) -> None:
+        self._read()
+        self._answer({})
+
+    def do_POST(self) -> None:
+        body = json.loads(self._read())
+        received: list[tuple[str, Any]] = self.server.received  # type: ignore[attr-defined]
+        if not self.path.endswith("/graphql"):
+            received.append((self.path, body))
+            return self._answer({})
+        operation = re.search(r"(?:query|mutation)\s+(\w+)", body["query"])
+        assert operation
+        name, variables = operation.group(1), body.get("variables") or {}
+        received.append((name, variables))
+        project = {"id": "p", "name": variables.get("project"), "entity": {"id": "e", "name": "me"}}
+        files = [
+            {"name": f, "uploadUrl": f"http://127.0.0.1:{self.server.server_address[1]}/up"}
+            for f in variables.get("files", [])
+        ]
+        bucket = {"id": "b", "name": variables.get("name"), "displayName": "x", "config": "{}", "project": project}
+        answers = {
+            "Viewer": {"viewer": {"id": "u", "entity": "me", "username": "me", "flags": "{}", "teams": {"edges": []}}},
+            "ServerFeaturesQuery": {"serverInfo": {"features": []}},
+            "RunResumeStatus": {"model": None},
+            "UpsertBucket": {"upsertBucket": {"bucket": {**bucket, "historyLineCount": 0}, "inserted": True}},
+            "CreateRunFiles": {"createRunFiles": {"runID": "b", "uploadHeaders": [], "files": files}},
+        }
+        self._answer({"data": answers.get(name, {})})
+
+
+class Quiet(ThreadingHTTPServer):
+    received: list[tuple[str, Any]]
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """The client drops idle connections when it ends."""
+
+
+@pytest.fixture
+def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[Quiet]:
+    server = Quiet(("127.0.0.1", 0), Recorder)
+    server.received = []
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    monkeypatch.setenv("WANDB_API_KEY", KEY)
+    monkeypatch.setenv("WANDB_BASE_URL", f"http://127.0.0.1:{server.server_port}")
+    yield server
+    server.shutdown()
+    server.server_close()
+
+
+def test_online(server: Quiet, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    cells = [cell(16), cell(32)]
+    assert messages(lambda: train(WandbSettings(entity="me"), tmp_path, cells)) == []
+    opened = {v["name"]: v for name, v in server.received if name == "UpsertBucket" and v.get("groupName")}
+    assert {v["displayName"] for v in opened.values()} == {"n16 k4", "n32 k4"}
+    assert {v["groupName"] for v in opened.values()} == {"sweep"}
+    assert {v["project"] for v in opened.values()} == {"saescale"}
+    for run_id in opened:
+        streamed = [b for path, b in server.received if path == f"/files/me/saescale/{run_id}/file_stream"]
+        lines = [
+            line for b in streamed for line in b.get("files", {}).get("wandb-history.jsonl", {}).get("content", [])
+        ]
+        assert [json.loads(line)["nmse"] for line in lines] == [0.5]
+        assert [b["exitcode"] for b in streamed if b.get("complete")] == [0]
+    asked = [v["name"] for name, v in server.received if name == "RunResumeStatus"]
+    assert set(asked) == set(opened)
+    assert "hush" not in json.dumps(server.received)
+    assert KEY not in json.dumps(server.received)
+    assert capfd.readouterr() == ("", "")
+
+
+def test_a_server_that_dies_holds_nobody_up(server: Quiet, tmp_path: Path) -> None:
+    """All cells together wait once for their uploads, and the process ends."""
+    script = f"""
+from trainers import wandb_logger
+from trainers.wandb_logger import *
+from trainers.cell import Cell
+wandb_logger.FINISH_TIMEOUT = 2.0
+cells = [Cell(**fields) for fields in {[cell(n).model_dump() for n in (16, 32, 64, 128)]!r}]
+logger = WandbLogger(WandbSettings(), "sweep", {str(tmp_path)!r})
+logger.open(cells, {{}})
+input()
+for cell in cells:
+    logger.finish(cell, {{"status": "done"}})
+logger.close()
+"""
+    process = subprocess.Popen(
+        [sys.executable, "-W", "always", "-c", script], stdin=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    while len({v["name"] for name, v in server.received if name == "UpsertBucket"}) < 4:
+        assert process.poll() is None
+        time.sleep(0.05)
+    server.shutdown()
+    server.server_close()
+    said = process.communicate("\n", timeout=60)[1]
+    assert process.returncode == 0
+    assert said.count("W&B: ") == 1
+    assert "Traceback" not in said
+
+
+def test_how_to_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WANDB_BASE_URL", "http://wandb.example")
+    line = how_to_read("offline", str(tmp_path / "my runs"), OFFLINE, "sweep")
+    assert f"wandb leet '{tmp_path}/my runs/wandb'`" in line
+    assert f"wandb sync '{tmp_path}/my runs/wandb'/offline-run-*`" in line
+    online = how_to_read("online", "x", WandbSettings(entity="me"), "a/b")
+    assert "http://wandb.example/me/saescale/groups/a%2Fb" in online
+    assert "a/b" in how_to_read("online", "x", WandbSettings(), "a/b")
+    assert "\n" not in line + online
+
+
+def test_the_command_to_upload_finds_the_runs(tmp_path: Path) -> None:
+    train(OFFLINE, tmp_path, [cell(16), cell(32)])
+    command = re.findall(r"`(wandb sync [^`]*)`", how_to_read("offline", str(tmp_path), OFFLINE, "sweep"))[0]
+    shell = f"{sys.executable} -m {command} --dry-run"
+    done = subprocess.run(
+        shell, shell=True, capture_output=True, text=True, timeout=60, env=os.environ | {"WANDB_SILENT": "false"}
+    )
+    assert "Would sync 2 run(s)" in done.stdout + done.stderr
+
+
+def test_settings_refuse_unknown_keys() -> None:
+    with pytest.raises(ValidationError):
+        WandbSettings(projekt="x")  # type: ignore[call-arg]
