@@ -41,7 +41,9 @@ class Display:
         self._showwarning, warnings.showwarning = warnings.showwarning, self._warn
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         warnings.showwarning = self._showwarning
         self._end_bar()
         self._bars.stop()
@@ -113,8 +115,8 @@ def coefficient_table(fits: Mapping[str, Any]) -> Table:
         table.add_column(name, justify=justify)  # type: ignore[arg-type]
     previous = ""
     for row in coefficient_rows(dict(fits)):
-        interval = "" if row.low is None or row.high is None else f"[{row.low:.3g}, {row.high:.3g}]"
-        table.add_row(row.law if row.law != previous else "", row.coefficient, f"{row.value:.4g}", interval.replace("[", r"\["))
+        interval = "" if row.low is None or row.high is None else f"{row.low:.3g} to {row.high:.3g}"
+        table.add_row(row.law if row.law != previous else "", row.coefficient, f"{row.value:.4g}", interval)
         previous = row.law
     return table
 

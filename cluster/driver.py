@@ -1,11 +1,10 @@
 """Runs a sweep from its spec to its report: plans packs, hands them to the pool, keeps the ledger, fits the laws."""
 
-import time
 import warnings
 from collections import deque
 from typing import Any, NamedTuple, Protocol
 
-from cluster.ledger import Ledger, open_ledger, recorded_precision, versions
+from cluster.ledger import Ledger, open_ledger, provenance_of, recorded_precision
 from cluster.plan import cost, plan_packs
 from cluster.spec import SweepSpec
 from scaling.report import analyse
@@ -16,7 +15,7 @@ from storage.rundir import RunDirectory
 from trainers.callbacks import Progress
 from trainers.cell import Cell
 from trainers.train import PackJob, PackOutcome, wandb_directory
-from trainers.wandb_logger import log_summary, resolve_mode
+from trainers.wandb_logger import how_to_read, log_summary, resolve_mode
 
 FULL_VERIFY_BYTES = 8 * 2**30  # stores up to this size are read whole before training starts
 MAX_ATTEMPTS = 4  # of a pack that dies again and again without reaching a further checkpoint
@@ -49,7 +48,7 @@ class SweepOutcome(NamedTuple):
     cells: int
     failed: int
     trained: int  # cells that this call trained; 0 where all were done before
-    wall_s: float
+    wandb: str | None  # how to read what was logged
 
 
 def run_sweep(spec: SweepSpec, display: Display, address: str | None = None, bootstraps: int = 1000) -> SweepOutcome:
@@ -58,7 +57,6 @@ def run_sweep(spec: SweepSpec, display: Display, address: str | None = None, boo
     It can be killed at any moment and called again. Raises SaescaleError on a store or run directory that cannot be
     used, and KeyboardInterrupt after the workers have saved their checkpoints.
     """
-    began = time.monotonic()
     store, run = ActivationStore.open(spec.store), RunDirectory(spec.out)
     precision = recorded_precision(run)
     ledger = open_ledger(run, spec, store, precision) if precision else None
@@ -74,9 +72,11 @@ def run_sweep(spec: SweepSpec, display: Display, address: str | None = None, boo
             trained = len(ledger.pending)
             ledger.write()
             _Sweep(spec, ledger, pool, display).run()
-    fits = _analyse(spec, store, ledger, display, bootstraps)
+    fits = _analyse(spec, ledger, display, bootstraps)
     failed = sum(result["status"] == "failed" for result in ledger.results.values())
-    return SweepOutcome(run, fits, len(ledger.cells), failed, trained, time.monotonic() - began)
+    mode = resolve_mode(spec.wandb)
+    wandb = how_to_read(mode, wandb_directory(run.url), spec.wandb, spec.name) if mode != "off" else None
+    return SweepOutcome(run, fits, len(ledger.cells), failed, trained, wandb)
 
 
 def verify(store: ActivationStore, display: Display) -> None:
@@ -116,8 +116,7 @@ class _Sweep:
                 while self.waiting and idle:
                     self._start(idle.pop(), *self.waiting.popleft())
                 ready, _ = ray.wait(list(self.running), num_returns=1, timeout=POLL_S)
-                for reference in ready:
-                    idle.append(self._finish(reference))
+                idle.extend(self._finish(reference) for reference in ready)
                 self.display.sweep(self._progress())
         except KeyboardInterrupt:
             self._stop()
@@ -203,9 +202,7 @@ class _Sweep:
                 warnings.warn(f"a worker failed while stopping: {error}", stacklevel=2)
 
 
-def _analyse(
-    spec: SweepSpec, store: ActivationStore, ledger: Ledger, display: Display, bootstraps: int
-) -> dict[str, Any]:
+def _analyse(spec: SweepSpec, ledger: Ledger, display: Display, bootstraps: int) -> dict[str, Any]:
     """Fits, figures, report and the summary run in W&B; read back where they are there for these results already."""
     run = ledger.run
     recorded = {row["cell_id"]: row["status"] for row in run.read_results().to_pylist()}
@@ -216,14 +213,7 @@ def _analyse(
         return fits
     ledger.write()
     display.stage("fitting the laws, drawing the figures, writing the report")
-    provenance = {
-        "subject": store.manifest.subject,
-        "site": f"{store.manifest.site.hook} of layer {store.manifest.site.layer}, {store.manifest.site.positions}",
-        "store": f"{store.url} ({store.fingerprint})",
-        "training rows": f"{store.rows('train'):,}",
-        "held-out rows": f"{spec.eval.tokens:,}",
-        "versions": ", ".join(f"{name} {number}" for name, number in versions().items()),
-    }
+    provenance = provenance_of(run)
     fits = analyse(run, bootstraps=bootstraps, provenance=provenance)
     if resolve_mode(spec.wandb) != "off":
         figures = [join(run.url, "figures", name) for name in list_names(join(run.url, "figures"))]

@@ -98,6 +98,39 @@ def versions() -> dict[str, str]:
     return {name: version(name) for name in _PACKAGES}
 
 
+def provenance_of(run: RunDirectory) -> dict[str, str]:
+    """What the report says about where a run's numbers come from, all of it from sweep.yaml."""
+    spec = run.read_spec() or {}
+    return {
+        "sweep": str(spec.get("name")),
+        "store": f"{spec.get('store')} ({spec.get('store_fingerprint')})",
+        "subject": str(spec.get("subject")),
+        "held-out rows": f"{spec.get('eval', {}).get('tokens'):,}",
+        "precision": str(spec.get("precision")),
+        "versions": ", ".join(f"{name} {number}" for name, number in spec.get("versions", {}).items()),
+    }
+
+
+def read_status(url: str) -> list[dict[str, Any]]:
+    """One row a cell: cell_id, n_latents, k, status, step, nmse, dead_fraction, wall_s, error.
+
+    Status is `done`, `failed`, `started` (there is a checkpoint) or `pending`. Raises SaescaleError where `url` is no run.
+    """
+    run = RunDirectory(url)
+    if run.read_spec() is None:
+        raise SaescaleError(f"{url} is not a run directory: there is no sweep.yaml in it")
+    rows = []
+    for row in run.read_results().to_pylist():
+        cell_id = row["cell_id"]
+        row |= run.read_cell_result(cell_id) or {}
+        steps = checkpoint.steps(checkpoint_url(run, cell_id)) if row["status"] == "pending" else []
+        if steps:
+            row["status"] = "started"
+        kept = ("cell_id", "n_latents", "k", "status", "nmse", "dead_fraction", "wall_s", "error")
+        rows.append({key: row[key] for key in kept} | {"step": steps[0] if steps else None})
+    return rows
+
+
 def _identity(document: Mapping[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in document.items() if key not in _FREE}
 
@@ -105,5 +138,6 @@ def _identity(document: Mapping[str, Any]) -> dict[str, Any]:
 def _differences(there: Any, here: Any, path: str = "") -> list[str]:
     if isinstance(there, Mapping) and isinstance(here, Mapping):
         keys = sorted({*there, *here})
-        return [d for key in keys for d in _differences(there.get(key), here.get(key), f"{path}.{key}" if path else key)]
+        names = {key: f"{path}.{key}" if path else key for key in keys}
+        return [d for key in keys for d in _differences(there.get(key), here.get(key), names[key])]
     return [] if there == here else [f"{path} is {there} there and {here} here"]

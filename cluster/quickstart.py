@@ -8,8 +8,9 @@ from cluster.display import Display
 from cluster.driver import SweepOutcome, run_sweep
 from cluster.spec import SweepSpec, parse_spec
 from storage.files import join
+from trainers import harvest as harvesting
 from trainers.device import set_threads
-from trainers.harvest import HarvestSpec, harvest
+from trainers.harvest import HarvestSpec
 
 
 class Recipe(NamedTuple):
@@ -26,7 +27,9 @@ def recipe(tiny: bool, out: str | None, wandb: str) -> Recipe:
     name = "quickstart-tiny" if tiny else "quickstart"
     store = f"stores/smollm2-135m-l22{'-tiny' if tiny else ''}"
     sizes = {"tokens": 4_096, "heldout_tokens": 1_024, "shard_rows": 4_096, "row_group_rows": 512} if tiny else {}
-    grid = {"n_latents": [256, 512], "k": [8, 16]} if tiny else {"n_latents": [512, 1024, 2048, 4096], "k": [8, 16, 32, 64]}
+    grid = {"n_latents": [512, 1024, 2048, 4096], "k": [8, 16, 32, 64]}
+    if tiny:
+        grid = {"n_latents": [256, 512], "k": [8, 16]}
     sweep = {
         "name": name,
         "store": store,
@@ -42,13 +45,14 @@ def recipe(tiny: bool, out: str | None, wandb: str) -> Recipe:
         "eval": {"tokens": 1_024 if tiny else 32_768, "every_tokens": 4_096 if tiny else 49_152},
         "wandb": {"mode": wandb},
     }
-    return Recipe(HarvestSpec(subject="smollm2-135m", layer=22, out=store, **sizes), parse_spec(sweep, "the quickstart"))
+    harvest = HarvestSpec.model_validate({"subject": "smollm2-135m", "layer": 22, "out": store, **sizes})
+    return Recipe(harvest, parse_spec(sweep, "the quickstart"))
 
 
 def run_quickstart(recipe: Recipe, display: Display) -> SweepOutcome:
     """Harvests what is missing, trains what is missing, fits. Raises what `harvest` and `run_sweep` raise."""
     set_threads(os.cpu_count() or 1)
-    harvest(recipe.harvest, display.harvest)
+    harvesting.harvest(recipe.harvest, display.harvest)
     gc.collect()  # the subject is not needed any more, and the workers need its memory
     return run_sweep(recipe.sweep, display)
 

@@ -1,0 +1,290 @@
+"""The command line. Each command imports what it needs when it runs, so that `saescale --help` answers at once."""
+
+import json
+import os
+import signal
+import sys
+import time
+import traceback
+from types import FrameType
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from storage.errors import SaescaleError
+
+if TYPE_CHECKING:
+    from cluster.driver import SweepOutcome
+
+app = typer.Typer(
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+    help="Measures how sparse autoencoders scale: harvest activations, sweep N and k, fit the laws.",
+)
+console = Console()
+
+Wandb = Annotated[str, typer.Option(help="auto (online when a key is configured, else offline), online, offline, off.")]
+
+
+def main() -> None:
+    """Runs a command; what a user can act on becomes one line and status 2, the rest one line and status 1."""
+    # A batch system's polite end is treated as Ctrl-C: the workers save their checkpoints first.
+    signal.signal(signal.SIGTERM, _interrupt)
+    debug = "--debug" in sys.argv
+    try:
+        app()
+    except KeyboardInterrupt:
+        _say("interrupted; run the same command again to go on from here")
+        sys.exit(130)
+    except SaescaleError as error:
+        if debug:
+            traceback.print_exc()
+        _say(f"error: {error}")
+        sys.exit(2)
+    except Exception as error:
+        if debug:
+            raise
+        _say(f"unexpected {type(error).__name__}: {' '.join(str(error).split())} (run with --debug for the traceback)")
+        sys.exit(1)
+
+
+def _interrupt(number: int, frame: FrameType | None) -> None:
+    raise KeyboardInterrupt
+
+
+def _say(line: str) -> None:
+    print(line, file=sys.stderr)
+
+
+@app.callback()
+def options(
+    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
+) -> None:
+    """Measures how sparse autoencoders scale: harvest activations, sweep N and k, fit the laws."""
+
+
+@app.command()
+def quickstart(
+    tiny: Annotated[bool, typer.Option("--tiny", help="A few thousand tokens and a 2x2 grid, in under 90 seconds.")] = False,
+    out: Annotated[str | None, typer.Option(help="Run directory (default: runs/quickstart).")] = None,
+    wandb: Wandb = "auto",
+) -> None:
+    """From SmolLM2-135M to a fitted L(N, k): harvest, 16 cells, laws, report. Run again, it goes on where it was.
+
+    Example: [bold]saescale quickstart --tiny[/]
+    """
+    from cluster.quickstart import next_commands, recipe, run_quickstart
+
+    steps = recipe(tiny, out, wandb)
+    with _display() as display:
+        began = time.monotonic()
+        outcome = run_quickstart(steps, display)
+    _summary(outcome, time.monotonic() - began, store=steps.sweep.store)
+    console.print("\n[bold]Next[/]")
+    for command, meaning in next_commands(steps):
+        console.print(f"  {command}\n      {meaning}", highlight=False, soft_wrap=True)
+
+
+@app.command()
+def harvest(
+    subject: Annotated[str, typer.Argument(help="smollm2-135m, hf:<org>/<name> or hf:/path/to/folder.")],
+    out: Annotated[str, typer.Option(help="URL of the activation store to write.")],
+    layer: Annotated[int, typer.Option(help="The site is resid_post of this layer, counted from 0.")],
+    corpus: Annotated[str, typer.Option(help="python-prose, or a path or URL of .txt, .jsonl or .parquet files.")] = "python-prose",
+    tokens: Annotated[int, typer.Option(help="Training rows.")] = 262_144,
+    heldout_tokens: Annotated[int, typer.Option(help="Held-out rows, of other documents.")] = 32_768,
+    context_length: Annotated[int, typer.Option(help="Text tokens per context.")] = 64,
+    dtype: Annotated[str, typer.Option(help="float16 or bfloat16, as stored.")] = "float16",
+    seed: Annotated[int, typer.Option(help="Of the split and the order of documents and rows.")] = 0,
+) -> None:
+    """Writes the residual stream of a subject on a text into an activation store.
+
+    Example: [bold]saescale harvest hf:openai-community/gpt2 --layer 8 --corpus 'data/*.jsonl' --out stores/gpt2-l8[/]
+    """
+    from pydantic import ValidationError
+
+    from trainers.device import set_threads
+    from trainers.harvest import HarvestSpec
+    from trainers.harvest import harvest as run_harvest
+
+    given = {
+        "subject": subject, "out": out, "layer": layer, "corpus": corpus, "tokens": tokens, "dtype": dtype,
+        "heldout_tokens": heldout_tokens, "context_length": context_length, "seed": seed,
+    }  # fmt: skip
+    try:
+        spec = HarvestSpec.model_validate(given)
+    except ValidationError as error:
+        problem = error.errors()[0]
+        raise SaescaleError(f"harvest: {'.'.join(map(str, problem['loc']))}: {problem['msg']}") from error
+    set_threads(os.cpu_count() or 1)
+    with _display() as display:
+        manifest = run_harvest(spec, display.harvest)
+    rows = sum(shard.rows for shard in manifest.shards)
+    console.print(f"{out}: {rows:,} rows of {manifest.subject} resid_post {manifest.site.layer}, d_model {manifest.d_model}")
+    console.print(f"Next: saescale inspect {out}", highlight=False)
+
+
+@app.command()
+def sweep(
+    spec: Annotated[str, typer.Argument(help="A sweep file (YAML); deploy/sweeps holds examples.")],
+    out: Annotated[str | None, typer.Option(help="Run directory in place of the file's.")] = None,
+    address: Annotated[str | None, typer.Option(help="Ray cluster (default: RAY_ADDRESS, else a local one).")] = None,
+    wandb: Annotated[str | None, typer.Option(help="W&B mode in place of the file's: auto, online, offline, off.")] = None,
+    bootstraps: Annotated[int, typer.Option(help="Bootstrap fits behind each interval.")] = 1000,
+) -> None:
+    """Trains every cell of a grid and fits the laws. Run again, it trains only what has no result yet.
+
+    Example: [bold]saescale sweep deploy/sweeps/smollm2.yaml[/]
+    """
+    from cluster.driver import run_sweep
+    from cluster.spec import load_spec
+
+    loaded = load_spec(spec, {"out": out} if out else {})
+    if wandb:
+        loaded = load_spec(spec, {**({"out": out} if out else {}), "wandb": {**loaded.wandb.model_dump(), "mode": wandb}})
+    with _display() as display:
+        began = time.monotonic()
+        outcome = run_sweep(loaded, display, address, bootstraps)
+    _summary(outcome, time.monotonic() - began, store=loaded.store)
+    console.print(f"\nNext: saescale fit {loaded.out} --law n_k", highlight=False)
+
+
+@app.command()
+def status(
+    run: Annotated[str, typer.Argument(help="URL of a run directory.")],
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON document on stdout.")] = False,
+) -> None:
+    """What each cell of a sweep has reached, from its ledger.
+
+    Example: [bold]saescale status runs/quickstart[/]
+    """
+    from cluster.ledger import read_status
+
+    rows = read_status(run)
+    if as_json:
+        print(json.dumps(rows))
+        return
+    table = _table("cell", "status", "step", "nmse", "dead", "seconds")
+    for row in rows:
+        numbers = (row["step"], row["nmse"], row["dead_fraction"], row["wall_s"])
+        shown = ["" if value is None else f"{value:.4g}" for value in numbers]
+        table.add_row(row["cell_id"], row["status"] + (f": {row['error']}" if row["error"] else ""), *shown)
+    console.print(table)
+    counts = {name: sum(row["status"] == name for row in rows) for name in ("done", "failed", "started", "pending")}
+    console.print(", ".join(f"{count} {name}" for name, count in counts.items() if count))
+
+
+@app.command()
+def fit(
+    source: Annotated[str, typer.Argument(help="A run directory, or a CSV or Parquet table with columns n_latents, k, nmse.")],
+    law: Annotated[list[str] | None, typer.Option(help="n_k, n, c or n_d; may be given several times.")] = None,
+    out: Annotated[str | None, typer.Option(help="Folder for fits.json (default: only shown).")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="The document of fits.json alone on stdout.")] = False,
+    bootstraps: Annotated[int, typer.Option(help="Bootstrap fits behind each interval.")] = 1000,
+) -> None:
+    """Fits the scaling laws to a run or to a table of results.
+
+    Example: [bold]saescale fit runs/quickstart --law n_k --json[/]
+    """
+    from cluster.display import coefficient_table, fit_notes
+    from scaling.fit import DEFAULT_LAWS, fit_all
+    from scaling.tables import load_curves, load_results
+    from storage.rundir import RunDirectory
+
+    laws = tuple(law) if law else DEFAULT_LAWS
+    document = fit_all(load_results(source), load_curves(source), bootstraps, laws=laws)
+    if out:
+        RunDirectory(out).write_json("fits.json", document)
+    if as_json:
+        print(json.dumps(document))
+        return
+    console.print(coefficient_table(document))
+    _notes(fit_notes(document))
+    if out:
+        console.print(f"wrote {out}/fits.json")
+    console.print(f"Next: saescale fit {source} --json" if not out else f"Next: saescale fit {source}", highlight=False)
+
+
+@app.command()
+def report(
+    run: Annotated[str, typer.Argument(help="URL of a run directory.")],
+    bootstraps: Annotated[int, typer.Option(help="Bootstrap fits behind each interval.")] = 1000,
+) -> None:
+    """Fits the laws again and writes fits.json, the figures and report.html of a run directory.
+
+    Example: [bold]saescale report runs/quickstart[/]
+    """
+    from cluster.ledger import provenance_of
+    from scaling.report import analyse
+    from storage.rundir import RunDirectory
+
+    directory = RunDirectory(run)
+    analyse(directory, bootstraps=bootstraps, provenance=provenance_of(directory))
+    console.print(f"wrote {run}/report.html, {run}/fits.json and {run}/figures/", highlight=False)
+    console.print(f"Next: open {run}/report.html in a browser", highlight=False)
+
+
+@app.command()
+def inspect(
+    url: Annotated[str, typer.Argument(help="An activation store, a run directory or one cell's folder.")],
+    verify: Annotated[bool, typer.Option("--verify", help="Read every byte of a store and check it.")] = False,
+) -> None:
+    """Says what lies at a URL: a store, a run or a trained SAE.
+
+    Example: [bold]saescale inspect stores/smollm2-135m-l22 --verify[/]
+    """
+    from cluster.inspection import describe
+
+    for name, value in describe(url, verify).items():
+        console.print(f"[bold]{name:<16}[/]{value}", highlight=False, soft_wrap=True)
+
+
+def _display() -> Any:
+    from cluster.display import Display
+
+    return Display(console)
+
+
+def _summary(outcome: "SweepOutcome", wall_s: float, store: str) -> None:
+    """What a sweep did, its coefficients, and where things lie."""
+    from cluster.display import coefficient_table, duration, fit_notes
+
+    url = outcome.run.url
+    if outcome.trained:
+        done = f"{outcome.trained} of {outcome.cells} cells trained now, the others before"
+        done = f"all {outcome.cells} cells trained" if outcome.trained == outcome.cells else done
+    else:
+        done = f"all {outcome.cells} cells were done"
+    failed = f"; {outcome.failed} failed, see saescale status {url}" if outcome.failed else ""
+    console.print(f"\n[bold green]{done}[/] in {duration(wall_s)}{failed}", highlight=False)
+    console.print()
+    console.print(coefficient_table(outcome.fits))
+    _notes(fit_notes(outcome.fits))
+    console.print()
+    for name, place in (
+        ("report", f"{url}/report.html"), ("figures", f"{url}/figures/"), ("fits", f"{url}/fits.json"),
+        ("results", f"{url}/results.parquet, curves.parquet"), ("trained SAEs", f"{url}/cells/*/sae.safetensors"),
+        ("activations", store),
+    ):  # fmt: skip
+        console.print(f"  {name:<13} {place}", highlight=False, soft_wrap=True)
+    if outcome.wandb:
+        console.print(f"  {outcome.wandb}", highlight=False, soft_wrap=True)
+
+
+def _notes(notes: list[str]) -> None:
+    for note in notes:
+        console.print(f"[yellow]note:[/] {note}", highlight=False, soft_wrap=True)
+
+
+def _table(*columns: str) -> Table:
+    table = Table(box=None, header_style="bold", pad_edge=False)
+    for column in columns:
+        table.add_column(column, justify="left" if column in ("cell", "status") else "right")
+    return table
+
+
+if __name__ == "__main__":
+    main()
