@@ -231,6 +231,9 @@ def log_summary(
         mode = _reachable(resolve_mode(settings), directory)
         if mode == "off":
             return None
+        # Errors of cells and sources of fits quote URLs.
+        fits = _without_secrets(fits)
+        results = pa.Table.from_pylist(_without_secrets(results.to_pylist()), schema=results.schema)
         return _log_summary(settings, mode, sweep, context, fits, results, figures, directory)
     except Exception as error:
         _warn(f"the summary of {sweep}: {_one_line(error)}; the run directory has all of it")

@@ -164,10 +164,13 @@ def test_secrets_stay_here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     logger.open([cell()], context)
     logger.finish(cell(), {"status": "failed", "error": "cannot read s3://me:hush@bucket/x"})
     logger.close()
+    bad = pa.table({"cell_id": ["a"], "error": ["cannot read s3://me:hush@bucket/x"]})
+    log_summary(OFFLINE, "sweep", context, {**FITS, "source": "s3://me:hush@bucket/x"}, bad, [], str(tmp_path))
     written = [path.read_bytes() for path in (tmp_path / "wandb").rglob("*") if path.is_file()]
     assert written
     assert not [data for data in written if b"hush" in data or KEY.encode() in data]
-    config = runs(tmp_path)[0].overview["config"]
+    config, of_summary = (run.overview["config"] for run in runs(tmp_path))
+    assert of_summary["store"] == "s3://bucket/store"
     assert config["context_store"] == "s3://bucket/store"
     assert config["store"] == cell().store
     assert config["storage_options"] == {"endpoint": "http://host:9000/x"}
