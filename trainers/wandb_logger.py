@@ -36,6 +36,8 @@ Mode = Literal["online", "offline", "off"]
 INIT_TIMEOUT = 30.0
 FINISH_TIMEOUT = 60.0
 PROBE_TIMEOUT = 10.0
+# At most so many seconds of points are lost when the process is killed.
+FLUSH_INTERVAL = 2.0
 
 _FINAL = ("nmse", "l0", "dead_fraction", "dead_fraction_long", "tokens", "flops", "flops_dense", "wall_s")
 _SUMMARY = (*_FINAL, "status", "error")
@@ -347,6 +349,7 @@ def _init(settings: WandbSettings, mode: Mode, directory: str, **what: Any) -> "
             init_timeout=INIT_TIMEOUT,
             finish_timeout=FINISH_TIMEOUT,
             finish_timeout_raises=True,
+            x_transaction_log_flush_interval=FLUSH_INTERVAL,
             # The folder in which a user happens to stand is not part of the experiment: upload none of it.
             disable_git=True,
             disable_code=True,

@@ -149,6 +149,27 @@ def test_a_resumed_cell_has_the_same_run(tmp_path: Path) -> None:
     assert (before.overview["exit_code"], after.overview["exit_code"]) == (1, 0)
 
 
+def test_a_killed_process_leaves_its_points(tmp_path: Path) -> None:
+    script = f"""
+from trainers.wandb_logger import *
+from trainers.cell import Cell, CurveRow
+cell = Cell(**{cell().model_dump()!r})
+logger = WandbLogger(WandbSettings(mode="offline"), "sweep", {str(tmp_path)!r})
+logger.open([cell], {{}})
+logger.log(cell, CurveRow(*{tuple(row(2))!r}))
+logger._thread.submit(print, "logged", flush=True)
+input()
+"""
+    process = subprocess.Popen([sys.executable, "-c", script], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    assert process.stdout
+    assert process.stdout.readline() == "logged\n"
+    time.sleep(4 * wandb_logger.FLUSH_INTERVAL)
+    process.kill()
+    process.communicate()
+    (run,) = runs(tmp_path)
+    assert [r["_step"] for r in run.history] == [2]
+
+
 def test_sweeps_do_not_share_runs() -> None:
     assert wandb_logger._run_id("cell", "a") != wandb_logger._run_id("cell", "b")
 
