@@ -31,6 +31,9 @@ Wandb = Annotated[str, typer.Option(help="auto (online when a key is configured,
 
 def main() -> None:
     """Runs a command; what a user can act on becomes one line and status 2, the rest one line and status 1."""
+    # Before torch is imported, here and in the workers: threads that spin while they wait collapse as soon as another
+    # process wants a core (measured on two cores beside one busy process: 130 tokens/s of harvest in place of 1,000).
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     # A batch system's polite end is treated as Ctrl-C: the workers save their checkpoints first.
     signal.signal(signal.SIGTERM, _interrupt)
     debug = "--debug" in sys.argv

@@ -1,4 +1,4 @@
-"""Small real language models with random weights, for tests that need a subject but not its knowledge."""
+"""Small real language models with random weights, and a synthetic store, for tests of what happens to them."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -7,6 +7,9 @@ from typing import Any
 import pytest
 import torch
 
+from storage.activations import ActivationStore
+from tests.trainers.synthetic import D_MODEL, sparse_rows, write_store
+from trainers.cell import Cell
 from trainers.text import python_prose
 
 SaveSubject = Callable[..., str]
@@ -68,3 +71,29 @@ def tiny_corpus(tmp_path_factory: pytest.TempPathFactory) -> str:
     texts = [text[:600] for text in python_prose()[-120:]]
     (folder / "prose.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
     return str(folder / "prose.jsonl")
+
+
+@pytest.fixture(scope="session")
+def sparse_store(tmp_path_factory: pytest.TempPathFactory) -> ActivationStore:
+    url = str(tmp_path_factory.mktemp("sparse") / "store")
+    write_store(url, sparse_rows(16_384, seed=0), sparse_rows(2_048, seed=1))
+    return ActivationStore.open(url)
+
+
+@pytest.fixture(scope="session")
+def make_cell(sparse_store: ActivationStore) -> Callable[..., Cell]:
+    """Cells over `sparse_store`, small and quick unless told otherwise."""
+
+    def make(**fields: object) -> Cell:
+        defaults = {
+            "store": sparse_store.fingerprint, "d_model": D_MODEL, "n_latents": 64, "k": 3, "tokens": 8_192,
+            "batch_tokens": 256, "lr": 3e-3, "k_aux": 16, "dead_after_tokens": 2_048, "ema": 0.9,
+        }  # fmt: skip
+        return Cell.model_validate(defaults | fields)
+
+    return make
+
+
+@pytest.fixture
+def run_url(tmp_path: Path) -> str:
+    return str(tmp_path / "run")

@@ -21,7 +21,7 @@ from trainers.harvest import HarvestSpec, harvest
 from trainers.subjects import get_subject
 from trainers.text import documents
 
-REPOSITORY = Path(__file__).parents[2]
+REPOSITORY = Path(__file__).parents[3]
 
 
 @pytest.fixture

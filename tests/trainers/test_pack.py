@@ -1,0 +1,222 @@
+"""A pack from stream to results: a known dictionary recovered, exact resume after SIGKILL, single cells that fail."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from storage import checkpoint
+from storage.activations import ActivationStore
+from storage.errors import SaescaleError
+from storage.files import exists, join
+from storage.rundir import RunDirectory
+from tests.trainers.synthetic import D_MODEL, sparse_rows, true_dictionary, write_store
+from trainers.callbacks import Progress, checkpoint_url
+from trainers.cell import Cell
+from trainers.evaluate import HeldOut
+from trainers.optimiser import SAEAdam
+from trainers.preprocess import Centre, geometric_median, measure_centre, normalise
+from trainers.sae import SAE
+from trainers.train import EvalSpec, PackJob, PackOutcome, train_pack
+from trainers.trained import load_trained
+
+MakeCell = Callable[..., Cell]
+
+
+def job(cells: list[Cell], store: ActivationStore, run: str, **fields: object) -> PackJob:
+    return PackJob(
+        cells=cells, store=store.url, run=run, sweep="test", eval=EvalSpec(tokens=2_048, every_tokens=2_048), **fields
+    )  # type: ignore[arg-type]
+
+
+def weights(run: str, cell: Cell) -> dict[str, torch.Tensor]:
+    return load_trained(join(RunDirectory(run).cell_url(cell.cell_id), "sae.safetensors")).sae.state_dict()
+
+
+def comparable(outcome: PackOutcome) -> dict[str, dict[str, object]]:
+    """Results without what may differ between two equal trainings: times."""
+    return {r["cell_id"]: {k: v for k, v in r.items() if k != "wall_s"} for r in outcome.results}
+
+
+def test_a_known_dictionary_is_recovered(sparse_store: ActivationStore, make_cell: MakeCell, run_url: str) -> None:
+    cell = make_cell(n_latents=128, tokens=16_384 * 8, batch_tokens=128, ema=0.99, lr=4e-3, dead_after_tokens=4_096)
+    result = train_pack(job([cell], sparse_store, run_url)).results[0]
+    decoder = weights(run_url, cell)["W_dec"]
+    decoder = decoder / decoder.norm(dim=1, keepdim=True)
+    # Preprocessing takes the mean over d_model off every direction, from the true ones too.
+    truth = normalise(torch.from_numpy(true_dictionary()))
+    similarity = (truth @ decoder.T).max(dim=1).values
+    assert float((similarity > 0.9).float().mean()) > 0.9, similarity.sort().values
+    assert result["nmse"] < 0.12
+    assert result["l0"] <= cell.k
+
+
+def test_results_and_curves_are_complete(sparse_store: ActivationStore, make_cell: MakeCell, run_url: str) -> None:
+    cells = [make_cell(), make_cell(n_latents=96, k=5, tokens=4_096), make_cell(multi_topk=True)]
+    seen: list[Progress] = []
+    outcome = train_pack(job(cells, sparse_store, run_url), report=seen.append)
+    run = RunDirectory(run_url)
+    assert not outcome.stopped
+    assert {r["cell_id"] for r in outcome.results} == run.cells_with_results() == {c.cell_id for c in cells}
+    assert seen[-1].done == 3
+    for cell in cells:
+        result, curve = run.read_cell_result(cell.cell_id), run.read_cell_curve(cell.cell_id)
+        assert result is not None
+        assert result["status"] == "done"
+        assert result["tokens"] == cell.tokens == curve[-1]["tokens"]
+        assert result["nmse"] == curve[-1]["nmse"] > 0
+        assert [row["tokens"] for row in curve] == list(range(2_048, cell.tokens + 1, 2_048))
+        assert result["flops"] == curve[-1]["flops"] == cell.flops(cell.tokens).sparse
+        assert 0 <= result["dead_fraction_long"] <= result["dead_fraction"] <= 1
+        assert not exists(checkpoint_url(run, cell.cell_id))
+
+
+def test_a_cell_does_not_depend_on_its_pack(sparse_store: ActivationStore, make_cell: MakeCell, tmp_path: Path) -> None:
+    cell, other = make_cell(), make_cell(n_latents=80, k=4, seed=3)
+    alone = train_pack(job([cell], sparse_store, str(tmp_path / "alone")))
+    together = train_pack(job([other, cell], sparse_store, str(tmp_path / "together")))
+    assert comparable(alone)[cell.cell_id] == comparable(together)[cell.cell_id]
+    for name, tensor in weights(str(tmp_path / "alone"), cell).items():
+        assert torch.equal(tensor, weights(str(tmp_path / "together"), cell)[name])
+
+
+def test_a_stopped_pack_goes_on_to_the_same_bits(
+    sparse_store: ActivationStore, make_cell: MakeCell, tmp_path: Path
+) -> None:
+    cells = [make_cell(), make_cell(n_latents=96, k=5, tokens=4_096)]
+    undisturbed = train_pack(job(cells, sparse_store, str(tmp_path / "a")))
+    calls = iter(range(10**6))
+    stopped = train_pack(job(cells, sparse_store, str(tmp_path / "b")), should_stop=lambda: next(calls) == 9)
+    assert stopped.stopped
+    assert checkpoint.steps(checkpoint_url(RunDirectory(str(tmp_path / "b")), cells[0].cell_id)) == [10]
+    resumed = train_pack(job(cells, sparse_store, str(tmp_path / "b")))
+    assert comparable(resumed) == comparable(undisturbed)
+    for cell in cells:
+        a, b = RunDirectory(str(tmp_path / "a")), RunDirectory(str(tmp_path / "b"))
+        rows = [[{**row, "tokens_per_s": 0} for row in run.read_cell_curve(cell.cell_id)] for run in (a, b)]
+        assert rows[0] == rows[1]
+        for name, tensor in weights(str(tmp_path / "a"), cell).items():
+            assert torch.equal(tensor, weights(str(tmp_path / "b"), cell)[name])
+
+
+def test_sigkill_at_any_moment_loses_nothing(
+    sparse_store: ActivationStore, make_cell: MakeCell, tmp_path: Path
+) -> None:
+    cells = [make_cell(tokens=49_152), make_cell(n_latents=96, k=5, tokens=49_152)]
+    undisturbed = train_pack(job(cells, sparse_store, str(tmp_path / "a"), checkpoint_every_s=0.05))
+    request = job(cells, sparse_store, str(tmp_path / "b"), checkpoint_every_s=0.05)
+    script = "import sys; from trainers.train import *; train_pack(PackJob.model_validate_json(sys.argv[1]))"
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    run = RunDirectory(str(tmp_path / "b"))
+    rng, kills = np.random.default_rng(0), 0
+    for _ in range(4):
+        process = subprocess.Popen([sys.executable, "-c", script, request.model_dump_json()], env=environment)
+        deadline = time.monotonic() + 120
+        before = len(run.cells_with_results())
+        first = checkpoint.steps(checkpoint_url(run, cells[0].cell_id))
+        while process.poll() is None and time.monotonic() < deadline:
+            if checkpoint.steps(checkpoint_url(run, cells[0].cell_id)) != first or before:
+                break
+            time.sleep(0.01)
+        time.sleep(float(rng.uniform(0, 0.3)))
+        if process.poll() is None:
+            process.send_signal(signal.SIGKILL)
+            kills += 1
+        process.wait()
+    assert kills >= 2
+    resumed = train_pack(request)
+    assert comparable(resumed) == comparable(undisturbed)
+    for cell in cells:
+        for name, tensor in weights(str(tmp_path / "a"), cell).items():
+            assert torch.equal(tensor, weights(str(tmp_path / "b"), cell)[name])
+
+
+def test_a_damaged_newest_checkpoint_falls_back_to_the_one_before(
+    sparse_store: ActivationStore, make_cell: MakeCell, tmp_path: Path
+) -> None:
+    cell = make_cell()
+    undisturbed = train_pack(job([cell], sparse_store, str(tmp_path / "a")))
+    for stop_at in (5, 8):
+        calls = iter(range(10**6))
+        train_pack(
+            job([cell], sparse_store, str(tmp_path / "b")), should_stop=lambda: next(calls) == stop_at  # noqa: B023
+        )  # fmt: skip
+    url = checkpoint_url(RunDirectory(str(tmp_path / "b")), cell.cell_id)
+    newest = max(Path(url).glob("*.safetensors"))
+    newest.write_bytes(newest.read_bytes()[:-8] + b"garbage!")
+    with pytest.warns(UserWarning, match="damaged"):
+        resumed = train_pack(job([cell], sparse_store, str(tmp_path / "b")))
+    assert comparable(resumed) == comparable(undisturbed)
+
+
+def test_a_cell_that_diverges_fails_alone(sparse_store: ActivationStore, make_cell: MakeCell, run_url: str) -> None:
+    healthy, poisoned = make_cell(), make_cell(lr=1e30)
+    results = {r["cell_id"]: r for r in train_pack(job([poisoned, healthy], sparse_store, run_url)).results}
+    assert results[poisoned.cell_id]["status"] == "failed"
+    assert "diverged" in results[poisoned.cell_id]["error"]
+    assert results[poisoned.cell_id]["nmse"] is None
+    assert results[healthy.cell_id]["status"] == "done"
+
+
+def test_finished_cells_are_not_trained_again(sparse_store: ActivationStore, make_cell: MakeCell, run_url: str) -> None:
+    request = job([make_cell()], sparse_store, run_url)
+    first = train_pack(request)
+    assert train_pack(request, report=lambda progress: pytest.fail("it trained again")) == first
+
+
+def test_nan_activations_are_named(make_cell: MakeCell, tmp_path: Path) -> None:
+    """A store damaged after it was written: its values are checked when a row group is first read."""
+    good = sparse_rows(4_096, seed=0)
+    url = write_store(str(tmp_path / "store"), good, sparse_rows(2_048, seed=1))
+    shard = tmp_path / "store" / "train-00000.parquet"
+    data = shard.read_bytes()
+    position = data.index(good[2_000].tobytes())
+    shard.write_bytes(data[:position] + np.full(1, np.nan, np.float16).tobytes() + data[position + 2 :])
+    store = ActivationStore.open(url)
+    with pytest.raises(SaescaleError, match=r"train-00000\.parquet.*row group 1"):
+        train_pack(job([make_cell(store=store.fingerprint)], store, str(tmp_path / "run")))
+
+
+def test_another_store_is_refused(sparse_store: ActivationStore, make_cell: MakeCell, run_url: str) -> None:
+    with pytest.raises(SaescaleError, match="not the store that these cells were planned for"):
+        train_pack(job([make_cell(store="0" * 16)], sparse_store, run_url))
+
+
+def test_held_out_nmse_is_global_and_exact(sparse_store: ActivationStore) -> None:
+    sae = SAE(D_MODEL, 64, 3)
+    sae.initialise(torch.zeros(D_MODEL), seed=0)
+    centre = Centre(torch.zeros(D_MODEL), 1.0)
+    got = HeldOut(sparse_store, 2_000).evaluate([SAEAdam(sae, 1e-3, 0.9)], centre, ["fp32"])[0]
+    x = normalise(torch.from_numpy(sparse_store.read_split("heldout", 2_000))).double()
+    error = x - sae.double()(x).reconstruction
+    wanted = error.square().sum() / (x - x.mean(dim=0)).square().sum()
+    assert got.nmse == pytest.approx(float(wanted.detach()), rel=1e-6)
+
+
+def test_preprocessing_and_geometric_median() -> None:
+    x = normalise(torch.randn(100, 16) * 50 + 3)
+    assert torch.allclose(x.mean(dim=1), torch.zeros(100), atol=1e-6)
+    assert torch.allclose(x.norm(dim=1), torch.ones(100), atol=1e-6)
+    # An outlier moves the mean and hardly the median.
+    points = torch.cat([torch.randn(200, 4, generator=torch.Generator().manual_seed(0)), torch.full((10, 4), 1e3)])
+    median = geometric_median(points)
+    assert median.norm() < 1.0 < points.mean(dim=0).norm()
+    distance = lambda at: float((points - at).norm(dim=1).sum())  # noqa: E731
+    assert all(distance(median) <= distance(median + 0.05 * torch.randn(4)) + 1e-2 for _ in range(20))
+    assert measure_centre(x).variance == pytest.approx(float((x - x.mean(dim=0)).square().mean()), rel=1e-5)
+
+
+def test_cell_names_follow_from_what_defines_them(make_cell: MakeCell) -> None:
+    assert make_cell().cell_id == make_cell().cell_id
+    assert make_cell().cell_id.startswith("n64-k3-s0-")
+    different = [make_cell(), make_cell(lr=1e-3), make_cell(seed=1), make_cell(multi_topk=True), make_cell(ema=0.5)]
+    assert len({cell.cell_id for cell in different}) == len(different)
+    assert Cell.model_validate(json.loads(make_cell().model_dump_json())) == make_cell()

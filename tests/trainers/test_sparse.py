@@ -1,0 +1,250 @@
+"""The fast path held to the dense reference: losses, every gradient, selection, the optimiser's order."""
+
+import copy
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from trainers import reference, sparse_cpu
+from trainers.optimiser import EPS, SAEAdam
+from trainers.reference import Objective
+from trainers.sae import SAE
+from trainers.sparse import Batch, DeadLatents, residuals, step
+
+
+def random_sae(d_model: int, n_latents: int, k: int, seed: int) -> SAE:
+    """An SAE away from its initialisation: untied, with biases."""
+    sae = SAE(d_model, n_latents, k)
+    generator = torch.Generator().manual_seed(seed)
+    sae.initialise(torch.randn(d_model, generator=generator) * 0.1, seed)
+    with torch.no_grad():
+        sae.W_enc += 0.1 * torch.randn(sae.W_enc.shape, generator=generator)
+        sae.b_enc += 0.1 * torch.randn(sae.b_enc.shape, generator=generator)
+    return sae
+
+
+def reference_step(sae: SAE, x: torch.Tensor, objective: Objective, dead: torch.Tensor) -> tuple[reference.Losses, SAE]:
+    """Losses and gradients of the dense reference in float64."""
+    exact = copy.deepcopy(sae).double()
+    for parameter in exact.parameters():
+        parameter.grad = None
+    losses = reference.losses(exact, x.double(), dead, objective)
+    losses.total.backward()  # type: ignore[no-untyped-call]
+    return losses, exact
+
+
+def assert_same_gradients(sae: SAE, exact: SAE, tolerance: float = 2e-5) -> None:
+    for (name, parameter), other in zip(sae.named_parameters(), exact.parameters(), strict=True):
+        assert parameter.grad is not None
+        wanted = torch.zeros_like(other) if other.grad is None else other.grad
+        scale = float(wanted.abs().max()) + 1e-12
+        assert float((parameter.grad - wanted).abs().max()) / scale < tolerance, name
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    batch=st.integers(2, 40),
+    d_model=st.integers(2, 40),
+    n_latents=st.integers(1, 150),
+    k_share=st.floats(0, 1),
+    k_aux=st.integers(0, 40),
+    multi=st.booleans(),
+    dead_share=st.floats(0, 1),
+    seed=st.integers(0, 1000),
+)
+def test_losses_and_gradients_equal_the_float64_reference(
+    batch: int, d_model: int, n_latents: int, k_share: float, k_aux: int, multi: bool, dead_share: float, seed: int
+) -> None:
+    k = max(1, round(k_share * n_latents))
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(batch, d_model, generator=generator)
+    origin = torch.randn(d_model, generator=generator)
+    sae = random_sae(d_model, n_latents, k, seed)
+    objective = Objective(k, variance=0.7, k_aux=k_aux, multi_topk=multi)
+    dead = DeadLatents(n_latents)
+    dead.tokens_since[torch.rand(n_latents, generator=generator) < dead_share] = 1000
+
+    got = step(sae, Batch(x - origin, origin), objective, dead, dead_after_tokens=1000)
+
+    losses, exact = reference_step(sae, x, objective, dead.after(1000))
+    assert got.main == pytest.approx(float(losses.main.detach()), rel=1e-4)
+    assert got.multi == pytest.approx(float(losses.multi.detach()), rel=1e-4)
+    assert got.auxk == pytest.approx(float(losses.auxk.detach()), rel=1e-3, abs=1e-6)
+    assert_same_gradients(sae, exact, tolerance=1e-3)
+
+
+def test_reference_gradients_agree_with_finite_differences() -> None:
+    torch.manual_seed(0)
+    sae = random_sae(d_model=5, n_latents=12, k=3, seed=3).double()
+    x = torch.randn(7, 5, dtype=torch.float64)
+    dead = torch.arange(12) % 2 == 0
+    parameters = list(sae.parameters())
+    names = [name for name, _ in sae.named_parameters()]
+
+    # The residual is a constant to AuxK, so finite differences may only move AuxK's own path: main and AuxK apart.
+    def main(*values: torch.Tensor) -> torch.Tensor:
+        return _losses_at(sae, names, values, x, dead, Objective(3, 1.0, multi_topk=True)).total
+
+    assert torch.autograd.gradcheck(main, parameters, eps=1e-7, atol=1e-5)
+
+
+def _losses_at(sae: SAE, names: list[str], values: tuple[torch.Tensor, ...], x: torch.Tensor, dead: torch.Tensor,
+               objective: Objective) -> reference.Losses:  # fmt: skip
+    functional = _Functional(sae)
+    for name, value in zip(names, values, strict=True):
+        setattr(functional, name, value)
+    return reference.losses(functional, x, dead, objective)  # type: ignore[arg-type]
+
+
+class _Functional:
+    """An SAE whose parameters are plain tensors, so that gradcheck can move them."""
+
+    def __init__(self, sae: SAE) -> None:
+        self.n_latents, self.k = sae.n_latents, sae.k
+
+    encode, forward = SAE.encode, SAE.forward
+    __call__ = SAE.forward
+
+
+def test_auxk_reaches_encoder_and_decoder_of_dead_latents_and_nothing_else() -> None:
+    torch.manual_seed(1)
+    x = torch.randn(30, 8)
+    dead = DeadLatents(40)
+    dead.tokens_since[:20] = 10_000
+    grads = {}
+    for k_aux in (0, 8):
+        sae = random_sae(8, 40, 2, seed=5)
+        # Dead latents that never win a place among the k largest.
+        with torch.no_grad():
+            sae.b_enc[:20] -= 0.5
+        counted = copy.deepcopy(dead)
+        step(sae, Batch(x, torch.zeros(8)), Objective(2, 1.0, k_aux, auxk_coefficient=1.0), counted, 5_000)
+        grads[k_aux] = {name: parameter.grad.clone() for name, parameter in sae.named_parameters()}  # type: ignore[union-attr]
+        alive = ~counted.after(5_000)
+    assert (~alive).sum() >= 10
+    for name in ("W_enc", "b_enc", "W_dec"):
+        change = (grads[8][name] - grads[0][name]).abs()
+        assert change[~alive].max() > 1e-5, f"AuxK gives {name} of dead latents no gradient"
+        assert change[alive].max() < 1e-7, f"AuxK moves {name} of live latents"
+    assert (grads[8]["b_pre"] - grads[0]["b_pre"]).abs().max() > 1e-6
+
+
+def test_no_dead_latents_gives_no_auxk_and_no_nan() -> None:
+    sae = random_sae(8, 16, 2, seed=0)
+    result = step(sae, Batch(torch.randn(5, 8), torch.zeros(8)), Objective(2, 1.0, k_aux=4), DeadLatents(16), 1000)
+    assert result.auxk == 0.0
+    assert all(torch.isfinite(p.grad).all() for p in sae.parameters())  # type: ignore[arg-type]
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    n=st.integers(1, 200), k_share=st.floats(0, 1), group=st.integers(1, 40), seed=st.integers(0, 10_000),
+    kind=st.sampled_from(["normal", "ties", "negative", "zeros"]), half=st.booleans(),
+)  # fmt: skip
+def test_two_level_top_k_is_exact(n: int, k_share: float, group: int, seed: int, kind: str, half: bool) -> None:
+    k = max(1, round(k_share * n))
+    pre = torch.randn(6, n, generator=torch.Generator().manual_seed(seed))
+    pre = {"normal": pre, "ties": (2 * pre).round() / 2, "negative": -pre.abs(), "zeros": torch.zeros(6, n)}[kind]
+    pre = pre.bfloat16() if half else pre
+    indices = np.empty((6, k), np.int32)
+    sparse_cpu.select(pre.view(torch.int16 if half else torch.int32).numpy(), k, group, indices)
+
+    order = pre.float().sort(dim=1, descending=True, stable=True)
+    for row in range(6):
+        wanted = [int(i) for i, v in zip(order.indices[row, :k], order.values[row, :k], strict=True) if v > 0]
+        assert sorted(i for i in indices[row] if i >= 0) == sorted(wanted)  # ties included: the lower index is kept
+
+
+def test_bf16_selection_keeps_the_loss() -> None:
+    torch.manual_seed(0)
+    x = torch.randn(256, 48)
+    sae = random_sae(48, 300, 12, seed=1)
+    objective = Objective(12, 1.0)
+    exact = step(sae, Batch(x, torch.zeros(48)), objective, DeadLatents(300), 10**9, "fp32")
+    rough = step(sae, Batch(x, torch.zeros(48)), objective, DeadLatents(300), 10**9, "bf16")
+    assert rough.main == pytest.approx(exact.main, rel=5e-3)
+
+
+def test_residuals_equal_the_dense_forward() -> None:
+    torch.manual_seed(0)
+    sae, x, origin = random_sae(16, 50, 5, seed=2), torch.randn(20, 16), torch.randn(16)
+    error, active = residuals(sae, Batch(x - origin, origin))
+    forward = sae(x)
+    assert torch.allclose(error, x - forward.reconstruction, atol=1e-5)
+    assert active == int((forward.latents > 0).sum())
+
+
+def test_dead_latents_are_counted_in_tokens() -> None:
+    dead = DeadLatents(3)
+    for fired in ([True, False, True], [True, False, False], [False, False, False]):
+        dead.update(torch.tensor(fired), tokens=100)
+    assert dead.tokens_since.tolist() == [100, 300, 200]
+    assert dead.after(200).tolist() == [False, True, True]
+
+
+def test_a_latent_that_fires_in_the_batch_is_not_dead_in_it() -> None:
+    sae = random_sae(8, 16, 16, seed=4)  # k = N: every latent with a positive pre-activation fires
+    dead = DeadLatents(16)
+    dead.tokens_since[:] = 10**6
+    step(sae, Batch(torch.randn(400, 8), torch.zeros(8)), Objective(16, 1.0, k_aux=4), dead, 10**6)
+    assert not dead.after(10**6).any()
+
+
+def test_fused_optimiser_equals_the_plain_order_and_keeps_unit_rows() -> None:
+    torch.manual_seed(0)
+    fused, plain = random_sae(20, 30, 4, seed=0), random_sae(20, 30, 4, seed=0)
+    fast, slow = SAEAdam(fused, 1e-2, 0.9), SAEAdam(plain, 1e-2, 0.9)
+    for _ in range(30):
+        for a, b in zip(fused.parameters(), plain.parameters(), strict=True):
+            a.grad = torch.randn(a.shape)
+            b.grad = a.grad.clone()
+        fast.step()
+        slow.step_plain()
+    for name, tensor in fast.tensors().items():
+        assert torch.allclose(tensor, slow.tensors()[name], atol=2e-5), name
+    assert torch.allclose(fused.W_dec.norm(dim=1), torch.ones(30), atol=1e-6)
+    for a, b in zip(fast.averaged().parameters(), slow.averaged().parameters(), strict=True):
+        assert torch.allclose(a, b, atol=2e-5)
+
+
+def test_plain_optimiser_is_torch_adam_with_the_paper_constants_and_a_projected_decoder() -> None:
+    torch.manual_seed(0)
+    sae = random_sae(6, 9, 2, seed=0)
+    twin = copy.deepcopy(sae)
+    ours = SAEAdam(sae, 1e-2, 0.9)
+    adam = torch.optim.Adam(twin.parameters(), lr=1e-2, betas=(0.9, 0.999), eps=EPS)
+    for _ in range(5):
+        for a, b in zip(sae.parameters(), twin.parameters(), strict=True):
+            a.grad = torch.randn(a.shape)
+            b.grad = a.grad.clone()
+        assert twin.W_dec.grad is not None
+        twin.W_dec.grad -= (twin.W_dec.grad * twin.W_dec).sum(1, keepdim=True) * twin.W_dec.detach()
+        adam.step()
+        with torch.no_grad():
+            twin.W_dec /= twin.W_dec.norm(dim=1, keepdim=True)
+        ours.step_plain()
+    for a, b in zip(sae.parameters(), twin.parameters(), strict=True):
+        assert torch.allclose(a, b, atol=1e-6)
+
+
+def test_average_is_bias_corrected() -> None:
+    sae = random_sae(4, 6, 2, seed=0)
+    optimiser = SAEAdam(sae, 1e-9, 0.99)
+    for parameter in sae.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    optimiser.step()
+    for average, parameter in zip(optimiser.averaged().parameters(), sae.parameters(), strict=True):
+        assert torch.allclose(average, parameter, rtol=1e-4, atol=1e-6)
+
+
+def test_initialisation_is_tied_unit_and_at_the_right_norm() -> None:
+    sae = SAE(64, 256, 16)
+    sae.initialise(torch.zeros(64), seed=0)
+    assert torch.allclose(sae.W_dec.norm(dim=1), torch.ones(256), atol=1e-6)
+    ratio = sae.W_enc / sae.W_dec
+    assert torch.allclose(ratio, ratio[0, 0].expand_as(ratio), rtol=1e-3)
+    x = torch.nn.functional.normalize(torch.randn(2000, 64, generator=torch.Generator().manual_seed(9)), dim=1)
+    assert float(sae(x).reconstruction.detach().norm(dim=1).mean()) == pytest.approx(1.0, abs=0.05)
