@@ -26,6 +26,9 @@ app = typer.Typer(
 )
 console = Console()
 
+Corpus = Annotated[str, typer.Option(help="python-prose, or a path or URL of .txt, .jsonl or .parquet files.")]
+Address = Annotated[str | None, typer.Option(help="Ray cluster (default: RAY_ADDRESS, else a local one).")]
+Source = Annotated[str, typer.Argument(help="A run directory, or a CSV or Parquet table with n_latents, k, nmse.")]
 Wandb = Annotated[str, typer.Option(help="auto (online when a key is configured, else offline), online, offline, off.")]
 
 
@@ -71,7 +74,7 @@ def options(
 
 @app.command()
 def quickstart(
-    tiny: Annotated[bool, typer.Option("--tiny", help="A few thousand tokens and a 2x2 grid, in under 90 seconds.")] = False,
+    tiny: Annotated[bool, typer.Option("--tiny", help="A few thousand tokens and a 2x2 grid.")] = False,
     out: Annotated[str | None, typer.Option(help="Run directory (default: runs/quickstart).")] = None,
     wandb: Wandb = "auto",
 ) -> None:
@@ -96,7 +99,7 @@ def harvest(
     subject: Annotated[str, typer.Argument(help="smollm2-135m, hf:<org>/<name> or hf:/path/to/folder.")],
     out: Annotated[str, typer.Option(help="URL of the activation store to write.")],
     layer: Annotated[int, typer.Option(help="The site is resid_post of this layer, counted from 0.")],
-    corpus: Annotated[str, typer.Option(help="python-prose, or a path or URL of .txt, .jsonl or .parquet files.")] = "python-prose",
+    corpus: Corpus = "python-prose",
     tokens: Annotated[int, typer.Option(help="Training rows.")] = 262_144,
     heldout_tokens: Annotated[int, typer.Option(help="Held-out rows, of other documents.")] = 32_768,
     context_length: Annotated[int, typer.Option(help="Text tokens per context.")] = 64,
@@ -125,8 +128,8 @@ def harvest(
     set_threads(os.cpu_count() or 1)
     with _display() as display:
         manifest = run_harvest(spec, display.harvest)
-    rows = sum(shard.rows for shard in manifest.shards)
-    console.print(f"{out}: {rows:,} rows of {manifest.subject} resid_post {manifest.site.layer}, d_model {manifest.d_model}")
+    rows, site = sum(shard.rows for shard in manifest.shards), f"{manifest.site.hook} of layer {manifest.site.layer}"
+    console.print(f"{out}: {rows:,} rows of {manifest.subject}, {site}, d_model {manifest.d_model}")
     console.print(f"Next: saescale inspect {out}", highlight=False)
 
 
@@ -134,8 +137,8 @@ def harvest(
 def sweep(
     spec: Annotated[str, typer.Argument(help="A sweep file (YAML); deploy/sweeps holds examples.")],
     out: Annotated[str | None, typer.Option(help="Run directory in place of the file's.")] = None,
-    address: Annotated[str | None, typer.Option(help="Ray cluster (default: RAY_ADDRESS, else a local one).")] = None,
-    wandb: Annotated[str | None, typer.Option(help="W&B mode in place of the file's: auto, online, offline, off.")] = None,
+    address: Address = None,
+    wandb: Annotated[str | None, typer.Option(help="W&B mode in place of the file's.")] = None,
     bootstraps: Annotated[int, typer.Option(help="Bootstrap fits behind each interval.")] = 1000,
 ) -> None:
     """Trains every cell of a grid and fits the laws. Run again, it trains only what has no result yet.
@@ -145,9 +148,7 @@ def sweep(
     from cluster.driver import run_sweep
     from cluster.spec import load_spec
 
-    loaded = load_spec(spec, {"out": out} if out else {})
-    if wandb:
-        loaded = load_spec(spec, {**({"out": out} if out else {}), "wandb": {**loaded.wandb.model_dump(), "mode": wandb}})
+    loaded = load_spec(spec, out=out, wandb=wandb)
     with _display() as display:
         began = time.monotonic()
         outcome = run_sweep(loaded, display, address, bootstraps)
@@ -182,7 +183,7 @@ def status(
 
 @app.command()
 def fit(
-    source: Annotated[str, typer.Argument(help="A run directory, or a CSV or Parquet table with columns n_latents, k, nmse.")],
+    source: Source,
     law: Annotated[list[str] | None, typer.Option(help="n_k, n, c or n_d; may be given several times.")] = None,
     out: Annotated[str | None, typer.Option(help="Folder for fits.json (default: only shown).")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="The document of fits.json alone on stdout.")] = False,

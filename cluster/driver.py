@@ -130,6 +130,7 @@ class _Sweep:
             sweep=self.spec.name,
             eval=self.spec.eval,
             wandb=self.spec.wandb,
+            checkpoint_every_s=self.spec.resources.checkpoint_every_s,
             threads=self.pool.threads,
         )
         self.running[worker.train.remote(job)] = _Running(worker, cells, attempt)

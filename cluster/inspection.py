@@ -14,22 +14,25 @@ def describe(url: str, verify: bool = False) -> dict[str, str]:
         return _run(RunDirectory(url))
     if exists(join(url, "sae.safetensors")):
         return _cell(url)
-    raise SaescaleError(f"{url}: no activation store (manifest.json), run directory (sweep.yaml) or cell (sae.safetensors)")
+    raise SaescaleError(
+        f"{url}: no activation store (manifest.json), run directory (sweep.yaml) or cell (sae.safetensors)"
+    )
 
 
 def _store(url: str, verify: bool) -> dict[str, str]:
     store = ActivationStore.open(url)
     store.verify(full=verify)
     manifest = store.manifest
+    size, dropped = sum(shard.bytes for shard in manifest.shards) / 2**20, ", ".join(manifest.dropped) or "nothing"
     return {
         "store": f"{url} ({store.fingerprint})",
         "subject": f"{manifest.subject} ({manifest.fingerprint})",
         "site": f"{manifest.site.hook} of layer {manifest.site.layer}, {manifest.site.positions}",
         "rows": f"{store.rows('train'):,} train, {store.rows('heldout'):,} held out, d_model {manifest.d_model}",
-        "stored as": f"{manifest.dtype}, {sum(s.bytes for s in manifest.shards) / 2**20:,.1f} MiB in {len(manifest.shards)} shards",
-        "text": f"{manifest.corpus}, contexts of {manifest.context_length} tokens, dropped: {', '.join(manifest.dropped) or 'nothing'}",
+        "stored as": f"{manifest.dtype}, {size:,.1f} MiB in {len(manifest.shards)} shards",
+        "text": f"{manifest.corpus}, contexts of {manifest.context_length} tokens, dropped: {dropped}",
         "mean square": f"{manifest.mean_square:.5g} per row and dimension",
-        "checked": "every byte: checksums, shapes, values" if verify else "sizes and shapes (--verify reads every byte)",
+        "checked": "checksums, shapes and values" if verify else "sizes and shapes (--verify reads every byte)",
     }
 
 

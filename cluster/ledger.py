@@ -114,7 +114,8 @@ def provenance_of(run: RunDirectory) -> dict[str, str]:
 def read_status(url: str) -> list[dict[str, Any]]:
     """One row a cell: cell_id, n_latents, k, status, step, nmse, dead_fraction, wall_s, error.
 
-    Status is `done`, `failed`, `started` (there is a checkpoint) or `pending`. Raises SaescaleError where `url` is no run.
+    Status is `done`, `failed`, `started` (there is a checkpoint) or `pending`. Raises SaescaleError where `url` holds
+    no run.
     """
     run = RunDirectory(url)
     if run.read_spec() is None:

@@ -40,7 +40,6 @@ class Grid(_Model):
             )
         return self
 
-
     @property
     def size(self) -> int:
         """Number of cells."""
@@ -95,6 +94,7 @@ class Resources(_Model):
 
     workers: Positive | Literal["auto"] = "auto"
     gpus_per_worker: Annotated[float, Field(ge=0)] | Literal["auto"] = "auto"
+    checkpoint_every_s: float = Field(default=60.0, gt=0)  # the most work, in seconds, that a killed worker loses
 
 
 class SweepSpec(_Model):
@@ -147,8 +147,8 @@ def _law(value: float, law: TokenLaw | RateLaw, n_latents: int) -> float:
     return value * math.pow(n_latents / law.at, law.exponent)
 
 
-def load_spec(url: str, overrides: Mapping[str, Any] | None = None) -> SweepSpec:
-    """Reads a sweep file (YAML). `overrides`: top-level keys that replace those of the file.
+def load_spec(url: str, out: str | None = None, wandb: str | None = None) -> SweepSpec:
+    """Reads a sweep file (YAML). `out` and `wandb` replace the file's run directory and W&B mode.
 
     Raises SaescaleError that names the file, the path of the wrong key and the nearest valid name.
     """
@@ -160,7 +160,12 @@ def load_spec(url: str, overrides: Mapping[str, Any] | None = None) -> SweepSpec
         raise SaescaleError(f"{url} is not valid YAML: {' '.join(str(error).split())}") from error
     if not isinstance(document, dict):
         raise SaescaleError(f"{url} holds no sweep: it should have the keys {', '.join(SweepSpec.model_fields)}")
-    return parse_spec(document | dict(overrides or {}), url)
+    if out:
+        document["out"] = out
+    if wandb:
+        section = document.get("wandb")
+        document["wandb"] = (section if isinstance(section, dict) else {}) | {"mode": wandb}
+    return parse_spec(document, url)
 
 
 def parse_spec(document: Mapping[str, Any], where: str) -> SweepSpec:

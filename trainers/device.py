@@ -1,5 +1,6 @@
 """Which device, precision and number of threads a process trains with."""
 
+from pathlib import Path
 from typing import Literal
 
 import numba
@@ -21,7 +22,16 @@ def fast_precision(device: torch.device | str) -> Precision:
     """
     if torch.device(device).type == "cuda":
         return "bf16" if torch.cuda.is_bf16_supported() else "fp32"
-    return "bf16" if torch.cpu._is_amx_tile_supported() else "fp32"
+    return "bf16" if "amx_bf16" in _cpu_flags() else "fp32"
+
+
+def _cpu_flags() -> set[str]:
+    # The kernel's list, not cpuid: the units are unusable where the kernel does not offer their state.
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return set()
+    return {flag for line in lines if line.startswith("flags") for flag in line.split()}
 
 
 def set_threads(threads: int) -> None:

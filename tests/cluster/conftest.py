@@ -1,0 +1,83 @@
+"""One Ray cluster of two nodes for all tests of this folder, and sweeps small enough to run on it."""
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from cluster.driver import SweepProgress
+from storage.activations import ActivationStore
+from tests.trainers.synthetic import sparse_rows, write_store
+
+
+@pytest.fixture(scope="session")
+def two_nodes(s3_endpoint: str) -> Iterator[Any]:
+    """A `ray.cluster_utils.Cluster` with two nodes of one CPU each; the session is connected to it.
+
+    It needs `s3_endpoint` so that the nodes inherit the environment that points at the S3 server.
+    """
+    import ray
+    from ray.cluster_utils import Cluster
+
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "object_store_memory": 80 * 2**20})
+    cluster.add_node(num_cpus=1, object_store_memory=80 * 2**20)
+    ray.init(address=cluster.address, log_to_driver=False, logging_level="ERROR")
+    yield cluster
+    ray.shutdown()
+    cluster.shutdown()
+
+
+@pytest.fixture(scope="session")
+def store(tmp_path_factory: pytest.TempPathFactory) -> ActivationStore:
+    url = str(tmp_path_factory.mktemp("cluster") / "store")
+    write_store(url, sparse_rows(16_384, seed=0), sparse_rows(2_048, seed=1))
+    return ActivationStore.open(url)
+
+
+@pytest.fixture
+def document(store: ActivationStore, tmp_path: Path) -> dict[str, Any]:
+    """A valid sweep over `store`: 3 x 3 cells of a few seconds."""
+    return {
+        "name": "small",
+        "store": store.url,
+        "out": str(tmp_path / "run"),
+        "grid": {"n_latents": [32, 64, 128], "k": [2, 4, 8]},
+        "train": {
+            "tokens": 16_384,
+            "batch_tokens": 256,
+            "lr": {"at": 64, "value": 3e-3},
+            "auxk": {"k": 8, "dead_after_tokens": 4_096},
+            "ema": 0.9,
+        },
+        "eval": {"tokens": 2_048, "every_tokens": 4_096},
+        "resources": {"workers": 2, "checkpoint_every_s": 0.2},
+        "wandb": {"mode": "off"},
+    }
+
+
+@pytest.fixture
+def sweep_file(tmp_path: Path) -> Callable[[dict[str, Any]], str]:
+    def write(document: dict[str, Any]) -> str:
+        path = tmp_path / "sweep.yaml"
+        path.write_text(yaml.safe_dump(document))
+        return str(path)
+
+    return write
+
+
+class Recorder:
+    """A display that remembers; `during` is called with every progress."""
+
+    def __init__(self, during: Callable[[SweepProgress], None] = lambda progress: None) -> None:
+        self.stages: list[str] = []
+        self.seen: list[SweepProgress] = []
+        self.during = during
+
+    def stage(self, text: str) -> None:
+        self.stages.append(text)
+
+    def sweep(self, progress: SweepProgress) -> None:
+        self.seen.append(progress)
+        self.during(progress)

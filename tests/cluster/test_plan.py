@@ -1,0 +1,57 @@
+"""Packs: everything once, equal cost, longest first, memory kept, only what can go on together."""
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from cluster.plan import cost, pack_bytes, plan_packs
+from storage.errors import SaescaleError
+from trainers.cell import Cell
+
+
+def cell(n_latents: int, k: int = 4, **fields: object) -> Cell:
+    defaults = {
+        "store": "s", "d_model": 64, "tokens": 65_536, "batch_tokens": 1024, "lr": 1e-3, "k_aux": 8,
+        "dead_after_tokens": 1000,
+    }  # fmt: skip
+    return Cell.model_validate(defaults | {"n_latents": n_latents, "k": k} | fields)
+
+
+@settings(deadline=None)
+@given(
+    sizes=st.lists(st.integers(8, 4096), min_size=1, max_size=40),
+    workers=st.integers(1, 8),
+    memory_cells=st.floats(1.0, 10.0),
+    started=st.lists(st.integers(0, 2), min_size=40, max_size=40),
+)
+def test_every_cell_once_within_memory_longest_first(
+    sizes: list[int], workers: int, memory_cells: float, started: list[int]
+) -> None:
+    cells = [cell(n, seed=i) for i, n in enumerate(sizes)]
+    steps = {c.cell_id: 10 * s for c, s in zip(cells, started, strict=False)}
+    memory = memory_cells * max(pack_bytes([c]) for c in cells)
+    packs = plan_packs(cells, steps, workers, memory)
+    assert sorted(c.cell_id for pack in packs for c in pack) == sorted(c.cell_id for c in cells)
+    assert all(pack_bytes(pack) <= memory for pack in packs)
+    costs = [sum(cost(c) for c in pack) for pack in packs]
+    assert costs == sorted(costs, reverse=True)
+    assert all(len({steps[c.cell_id] for c in pack}) == 1 for pack in packs)
+
+
+def test_the_quickstart_grid_is_balanced_over_two_workers() -> None:
+    cells = [cell(n, k) for n in (512, 1024, 2048, 4096) for k in (8, 16, 32, 64)]
+    packs = plan_packs(cells, {}, workers=2, memory=1e12)
+    costs = [sum(cost(c) for c in pack) for pack in packs]
+    assert len(packs) == 4
+    assert max(costs) < 1.1 * min(costs)
+
+
+def test_different_streams_are_never_packed_together() -> None:
+    cells = [cell(64, batch_tokens=b, stream_seed=s, seed=i) for i in range(3) for b in (512, 1024) for s in (0, 1)]
+    for pack in plan_packs(cells, {}, workers=1, memory=1e12):
+        assert len({(c.batch_tokens, c.stream_seed) for c in pack}) == 1
+
+
+def test_a_cell_that_fits_nowhere_is_named() -> None:
+    with pytest.raises(SaescaleError, match=r"cell n4096-k4-.* needs .* GiB and a worker has 0\.0 GiB"):
+        plan_packs([cell(64), cell(4096)], {}, workers=1, memory=2**20)

@@ -1,0 +1,92 @@
+"""The sweep file: what it means as cells, and what it says about mistakes."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from cluster.spec import load_spec, parse_spec
+from storage.activations import ActivationStore
+from storage.errors import SaescaleError
+
+EXAMPLES = sorted((Path(__file__).parents[2] / "deploy" / "sweeps").glob("*.yaml"))
+
+
+def changed(document: dict[str, Any], path: str, value: Any) -> dict[str, Any]:
+    document = yaml.safe_load(yaml.safe_dump(document))
+    *parents, last = path.split(".")
+    section = document
+    for parent in parents:
+        section = section[parent]
+    if value is KeyError:
+        del section[last]
+    else:
+        section[last] = value
+    return document
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "said"),
+    [
+        ("train.batch_token", 256, "train.batch_token is not a key, did you mean batch_tokens?"),
+        ("grids", {}, "grids is not a key, did you mean grid?"),
+        ("train.auxk.dead_after", 5, "train.auxk.dead_after is not a key, did you mean dead_after_tokens?"),
+        ("train.lr.val", 5, "train.lr.val is not a key, did you mean value?"),
+        ("train.tokens", "many", "train.tokens:"),
+        ("train.ema", 1.5, "train.ema: input should be less than 1 (given: 1.5)"),
+        ("grid.k", 8, "grid.k: input should be a valid list (given: 8)"),
+        ("grid.k", [8, "x"], "grid.k.1: input should be a valid integer"),
+        ("grid.n_latents", [0], "grid.n_latents.0: input should be greater than 0 (given: 0)"),
+        ("grid.n_latents", [4, 64], "grid: k = 8 is larger than n_latents = 4"),
+        ("grid.n_latents", [], "grid.n_latents: list should have at least 1 item"),
+        ("grid.activation", ["relu"], "grid.activation.0: input should be 'topk'"),
+        ("train.tokens", 1000, "train: tokens = 1000 is not a multiple of batch_tokens = 256"),
+        ("train.tokens", KeyError, "train.tokens is missing"),
+        ("store", KeyError, "store is missing"),
+        ("wandb.mode", "yes", "wandb.mode: input should be 'auto', 'online', 'offline' or 'off'"),
+        ("name", "no/slashes", "name: string should match pattern"),
+    ],
+)
+def test_mistakes_are_named(document: dict[str, Any], sweep_file: Callable[[Any], str], path: str, value: Any,
+                            said: str) -> None:  # fmt: skip
+    url = sweep_file(changed(document, path, value))
+    with pytest.raises(SaescaleError) as caught:
+        load_spec(url)
+    assert str(caught.value).startswith(f"{url}: ")
+    assert said in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_files_that_are_no_sweep(tmp_path: Path) -> None:
+    for content, said in (("a: [1", "not valid YAML"), ("- 1", "holds no sweep"), ("", "holds no sweep")):
+        (tmp_path / "sweep.yaml").write_text(content)
+        with pytest.raises(SaescaleError, match=said):
+            load_spec(str(tmp_path / "sweep.yaml"))
+    with pytest.raises(SaescaleError, match="no sweep file"):
+        load_spec(str(tmp_path / "none.yaml"))
+
+
+def test_a_grid_becomes_cells(document: dict[str, Any], store: ActivationStore) -> None:
+    document["train"]["tokens"] = {"at": 64, "tokens": 16384, "exponent": 1.0}
+    spec = parse_spec(document, "test")
+    cells = spec.cells(store, "fp32")
+    assert len(cells) == spec.grid.size == 9
+    assert len({cell.cell_id for cell in cells}) == 9
+    by_n = {cell.n_latents: cell for cell in cells}
+    assert {n: cell.tokens for n, cell in by_n.items()} == {32: 8192, 64: 16384, 128: 32768}
+    assert by_n[128].lr == pytest.approx(3e-3 * 2**-0.5)
+    assert all(cell.store == store.fingerprint and cell.d_model == store.d_model for cell in cells)
+
+
+def test_auto_k_aux_is_the_power_of_two_nearest_half_of_d_model(
+    document: dict[str, Any], store: ActivationStore
+) -> None:
+    document["train"]["auxk"]["k"] = "auto"
+    assert {cell.k_aux for cell in parse_spec(document, "test").cells(store, "fp32")} == {16}  # d_model 32
+
+
+@pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.name)
+def test_the_examples_are_valid(path: Path) -> None:
+    assert load_spec(str(path)).grid.size >= 16

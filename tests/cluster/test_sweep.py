@@ -1,0 +1,150 @@
+"""Sweeps on a real two-node Ray cluster: results, kills, resume, the ledger, W&B files."""
+
+import os
+import signal
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from cluster.driver import SweepProgress, run_sweep
+from cluster.ledger import read_status
+from cluster.spec import parse_spec
+from storage.errors import SaescaleError
+from storage.rundir import RunDirectory
+from tests.cluster.conftest import Recorder
+
+TIMES = ("wall_s", "tokens_per_s")
+
+
+def without_times(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    rows = [{key: value for key, value in row.items() if key not in TIMES} for row in rows]
+    return sorted(rows, key=lambda row: (row["cell_id"], row.get("step") or 0))
+
+
+def workers_that_train() -> list[psutil.Process]:
+    """Processes of pool workers that are training right now; Ray puts the running method into the title."""
+    titles = {process: " ".join(process.info["cmdline"] or []) for process in psutil.process_iter(["cmdline"])}
+    return [process for process, title in titles.items() if "ray::Worker.train" in title]
+
+
+def test_a_killed_worker_changes_no_result(two_nodes: Any, document: dict[str, Any], tmp_path: Path) -> None:
+    quiet = Recorder()
+    undisturbed = run_sweep(parse_spec(document, "test"), quiet, bootstraps=50)
+    assert undisturbed.trained == undisturbed.cells == 9
+    assert quiet.seen[-1].done <= 9
+
+    killed: list[int] = []
+
+    def kill_once(progress: SweepProgress) -> None:
+        if not killed and 0.15 < progress.fraction < 0.9 and (training := workers_that_train()):
+            os.kill(training[0].pid, signal.SIGKILL)
+            killed.append(training[0].pid)
+
+    document["out"] = str(tmp_path / "disturbed")
+    with pytest.warns(UserWarning, match="a worker died"):
+        disturbed = run_sweep(parse_spec(document, "test"), Recorder(kill_once), bootstraps=50)
+    assert killed
+    a, b = undisturbed.run, disturbed.run
+    assert without_times(a.read_results().to_pylist()) == without_times(b.read_results().to_pylist())
+    assert without_times(a.read_curves().to_pylist()) == without_times(b.read_curves().to_pylist())
+    for fits in (undisturbed.fits, disturbed.fits):
+        assert {fit["law"] for fit in fits["fits"]} >= {"n_k"}
+    strip = lambda fits: {key: value for key, value in fits.items() if key != "source"}  # noqa: E731
+    assert strip(undisturbed.fits) == strip(disturbed.fits)
+
+
+def test_a_finished_sweep_is_not_trained_again(two_nodes: Any, document: dict[str, Any]) -> None:
+    document["grid"] = {"n_latents": [32], "k": [2, 4]}
+    first = run_sweep(parse_spec(document, "test"), Recorder(), bootstraps=10)
+    again = Recorder()
+    second = run_sweep(parse_spec(document, "test"), again, bootstraps=10)
+    assert (first.trained, second.trained) == (2, 0)
+    assert second.fits == first.fits
+    assert again.stages == []
+
+
+def test_an_interrupted_sweep_goes_on(two_nodes: Any, document: dict[str, Any], tmp_path: Path) -> None:
+    whole = run_sweep(parse_spec(document, "test"), Recorder(), bootstraps=10)
+
+    def interrupt(progress: SweepProgress) -> None:
+        if progress.fraction > 0.2:
+            raise KeyboardInterrupt
+
+    document["out"] = str(tmp_path / "interrupted")
+    with pytest.raises(KeyboardInterrupt):
+        run_sweep(parse_spec(document, "test"), Recorder(interrupt), bootstraps=10)
+    statuses = {row["status"] for row in read_status(document["out"])}
+    assert statuses & {"started", "done"}
+    outcome = run_sweep(parse_spec(document, "test"), Recorder(), bootstraps=10)
+    assert outcome.cells == 9
+    assert without_times(outcome.run.read_results().to_pylist()) == without_times(whole.run.read_results().to_pylist())
+
+
+def test_results_whose_driver_died_before_the_ledger_are_kept(two_nodes: Any, document: dict[str, Any]) -> None:
+    document["grid"] = {"n_latents": [32], "k": [2, 4]}
+    outcome = run_sweep(parse_spec(document, "test"), Recorder(), bootstraps=10)
+    wanted = outcome.run.read_results().to_pylist()
+    outcome.run.write_results([{"cell_id": row["cell_id"], "status": "pending"} for row in wanted])
+    again = run_sweep(parse_spec(document, "test"), Recorder(), bootstraps=10)
+    assert again.trained == 0
+    assert again.run.read_results().to_pylist() == wanted
+
+
+def test_another_sweep_in_the_run_directory_is_refused(two_nodes: Any, document: dict[str, Any]) -> None:
+    document["grid"] = {"n_latents": [32], "k": [2]}
+    run_sweep(parse_spec(document, "test"), Recorder(), bootstraps=10)
+    before = RunDirectory(document["out"]).read_results().to_pylist()
+    document["train"]["ema"] = 0.5
+    with pytest.raises(SaescaleError, match=r"holds another sweep \(train.ema is 0.9 there and 0.5 here\)"):
+        run_sweep(parse_spec(document, "test"), Recorder(), bootstraps=10)
+    assert RunDirectory(document["out"]).read_results().to_pylist() == before
+
+
+def test_a_poisoned_cell_fails_beside_healthy_ones(two_nodes: Any, document: dict[str, Any]) -> None:
+    document["grid"] = {"n_latents": [32, 64], "k": [2]}
+    document["train"]["lr"] = {"at": 32, "value": 1e-3, "exponent": 100.0}  # 1.3e27 at 64 latents
+    outcome = run_sweep(parse_spec(document, "test"), Recorder(), bootstraps=10)
+    rows = {row["n_latents"]: row for row in outcome.run.read_results().to_pylist()}
+    assert outcome.failed == 1
+    assert rows[32]["status"] == "done"
+    assert rows[64]["status"] == "failed"
+    assert "diverged" in rows[64]["error"]
+
+
+def test_a_sweep_in_object_storage_with_wandb_offline(
+    two_nodes: Any, document: dict[str, Any], store: Any, s3_url: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    import fsspec
+
+    from storage.files import join, list_names
+
+    target = fsspec.filesystem("s3")
+    target.put(store.url + "/", join(s3_url, "store"), recursive=True)
+    monkeypatch.setenv("SAESCALE_CACHE", str(tmp_path / "cache"))
+    document |= {"store": join(s3_url, "store"), "out": join(s3_url, "run"), "wandb": {"mode": "offline"}}
+    document["grid"] = {"n_latents": [32, 64], "k": [2]}
+    outcome = run_sweep(parse_spec(document, "test"), Recorder(), bootstraps=10)
+    assert outcome.trained == 2
+    assert "report.html" in list_names(document["out"])
+    assert {row["status"] for row in outcome.run.read_results().to_pylist()} == {"done"}
+
+
+def test_wandb_offline_runs_lie_in_the_run_directory(two_nodes: Any, document: dict[str, Any]) -> None:
+    document["grid"] = {"n_latents": [32, 64], "k": [2]}
+    document["wandb"] = {"mode": "offline"}
+    outcome = run_sweep(parse_spec(document, "test"), Recorder(), bootstraps=10)
+    runs = list((Path(outcome.run.url) / "wandb" / "wandb").glob("offline-run-*"))
+    assert len(runs) == 3  # two cells and the summary
+    assert outcome.wandb is not None
+    assert "wandb sync" in outcome.wandb
+
+
+def test_progress_only_rises(two_nodes: Any, document: dict[str, Any]) -> None:
+    recorder = Recorder()
+    run_sweep(parse_spec(document, "test"), recorder, bootstraps=10)
+    finished = [progress.done for progress in recorder.seen]
+    assert finished[-1] == 9
+    assert all(0 <= progress.fraction <= 1 for progress in recorder.seen)
+    assert recorder.seen[-1].fraction == pytest.approx(1.0)
