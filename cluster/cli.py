@@ -90,7 +90,7 @@ def quickstart(
         outcome = run_quickstart(steps, display)
     _summary(outcome, time.monotonic() - began, store=steps.sweep.store)
     console.print("\n[bold]Next[/]")
-    for command, meaning in next_commands(steps):
+    for command, meaning in next_commands(outcome):
         console.print(f"  {command}\n      {meaning}", highlight=False, soft_wrap=True)
 
 
@@ -265,7 +265,7 @@ def _summary(outcome: "SweepOutcome", wall_s: float, store: str) -> None:
     failed = f"; {outcome.failed} failed, see saescale status {url}" if outcome.failed else ""
     console.print(f"\n[bold green]{done}[/] in {duration(wall_s)}{failed}", highlight=False)
     console.print()
-    console.print(coefficient_table(outcome.fits))
+    console.print(coefficient_table(outcome.fits, full=False))
     _notes(fit_notes(outcome.fits))
     console.print()
     for name, place in (

@@ -1,5 +1,6 @@
 """What a person sees while a command works: bars on a terminal, a line now and then where there is none."""
 
+import re
 import time
 import warnings
 from collections.abc import Mapping
@@ -11,7 +12,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 from rich.table import Table
 
 from cluster.driver import SweepProgress
-from scaling.fit import coefficient_rows
+from scaling.fit import coefficient_rows, law_label
 
 LINE_EVERY_S = 10.0
 
@@ -108,13 +109,15 @@ def duration(seconds: float) -> str:
     return f"{minutes} min {rest:02d} s" if minutes else f"{rest} s"
 
 
-def coefficient_table(fits: Mapping[str, Any]) -> Table:
-    """The coefficients of fits.json with their 95 % intervals."""
+def coefficient_table(fits: Mapping[str, Any], full: bool = True) -> Table:
+    """The coefficients of fits.json with their 95 % intervals; not `full`: of laws at one k the exponent alone."""
     table = Table(box=None, header_style="bold", pad_edge=False)
     for name, justify in (("law", "left"), ("coefficient", "left"), ("value", "right"), ("95 % interval", "left")):
         table.add_column(name, justify=justify)  # type: ignore[arg-type]
     previous = ""
     for row in coefficient_rows(dict(fits)):
+        if not full and row.law != "n_k" and row.coefficient != "a":
+            continue
         interval = "" if row.low is None or row.high is None else f"{row.low:.3g} to {row.high:.3g}"
         table.add_row(row.law if row.law != previous else "", row.coefficient, f"{row.value:.4g}", interval)
         previous = row.law
@@ -122,10 +125,13 @@ def coefficient_table(fits: Mapping[str, Any]) -> Table:
 
 
 def fit_notes(fits: Mapping[str, Any]) -> list[str]:
-    """What must be said beside the coefficients: laws that were not fitted, and warnings."""
-    notes = [f"{entry['law']} not fitted: {entry['reason']}" for entry in fits["skipped"]]
-    notes += list(fits["warnings"])
-    for entry in fits["fits"]:
-        at = "".join(f" at {key} = {value:g}" for key, value in entry.get("at", {}).items())
-        notes += [f"{entry['law']}{at}: {warning}" for warning in entry["warnings"]]
-    return notes
+    """What must be said beside the coefficients: laws that were not fitted, and warnings; once for all k alike."""
+    notes = [f"not fitted: {entry['reason']}" for entry in fits["skipped"]] + list(fits["warnings"])
+    notes += [f"{law_label(entry)}: {warning}" for entry in fits["fits"] for warning in entry["warnings"]]
+    at: dict[str, list[str]] = {}
+    for note in notes:
+        at.setdefault(_AT_K.sub("at k = {}", note, count=1), []).extend(_AT_K.findall(note)[:1])
+    return [note.replace("{}", ", ".join(ks), 1) for note, ks in at.items()]
+
+
+_AT_K = re.compile(r"at k = (\d+)")

@@ -7,7 +7,6 @@ from typing import NamedTuple
 from cluster.display import Display
 from cluster.driver import SweepOutcome, run_sweep
 from cluster.spec import SweepSpec, parse_spec
-from storage.files import join
 from trainers import harvest as harvesting
 from trainers.device import set_threads
 from trainers.harvest import HarvestSpec
@@ -57,11 +56,12 @@ def run_quickstart(recipe: Recipe, display: Display) -> SweepOutcome:
     return run_sweep(recipe.sweep, display)
 
 
-def next_commands(recipe: Recipe) -> list[tuple[str, str]]:
+def next_commands(outcome: SweepOutcome) -> list[tuple[str, str]]:
     """Three commands that go on from here, and what each does."""
-    run, grid = recipe.sweep.out, recipe.sweep.grid
+    finished = [row for row in outcome.run.read_results().to_pylist() if row["status"] == "done"]
+    cells = [outcome.run.cell_url(min(finished, key=lambda row: row["nmse"])["cell_id"])] if finished else []
     return [
-        (f"saescale fit {run} --law n_k", "fit one law again, or the results of several people's runs"),
-        (f"saescale inspect {join(run, 'cells')}/n{max(grid.n_latents)}-k{max(grid.k)}*", "look at one trained SAE"),
-        ("saescale sweep deploy/sweeps/smollm2.yaml", "edit this file and sweep your own grid, store or cluster"),
+        (f"saescale fit {outcome.run.url} --law n", "one law again, with all coefficients; also of your own CSV"),
+        *((f"saescale inspect {url}", "the SAE with the lowest nmse") for url in cells),
+        ("saescale sweep deploy/sweeps/smollm2.yaml", "edit this file to sweep your own grid, store or cluster"),
     ]
