@@ -86,10 +86,15 @@ def verify(store: ActivationStore, display: Display) -> None:
     store.verify(full=total <= FULL_VERIFY_BYTES)
 
 
+class _Pack(NamedTuple):
+    cells: list[Cell]
+    attempt: int  # since the pack last got further
+    reached: int  # sum of the checkpointed steps of its cells when the attempt began
+
+
 class _Running(NamedTuple):
     worker: Any
-    cells: list[Cell]
-    attempt: int
+    pack: _Pack
 
 
 class _Sweep:
@@ -99,7 +104,7 @@ class _Sweep:
         self.spec, self.ledger, self.pool, self.display = spec, ledger, pool, display
         steps = ledger.checkpoint_steps()
         packs = plan_packs(ledger.pending, steps, len(pool.workers), pool.memory)
-        self.waiting = deque((pack, 1) for pack in packs)
+        self.waiting = deque(_Pack(cells, 1, ledger.steps_reached(cells)) for cells in packs)
         self.running: dict[Any, _Running] = {}
         self.total = sum(cost(cell) for cell in ledger.pending)
         # What is behind the checkpoints is done, but not by this call.
@@ -114,17 +119,18 @@ class _Sweep:
         try:
             while self.waiting or self.running:
                 while self.waiting and idle:
-                    self._start(idle.pop(), *self.waiting.popleft())
+                    self._start(idle.pop(), self.waiting.popleft())
                 ready, _ = ray.wait(list(self.running), num_returns=1, timeout=POLL_S)
                 idle.extend(self._finish(reference) for reference in ready)
                 self.display.sweep(self._progress())
-        except KeyboardInterrupt:
+        except BaseException:
+            # Whatever ends the sweep, what the other workers have done is saved.
             self._stop()
             raise
 
-    def _start(self, worker: Any, cells: list[Cell], attempt: int) -> None:
+    def _start(self, worker: Any, pack: _Pack) -> None:
         job = PackJob(
-            cells=cells,
+            cells=pack.cells,
             store=self.spec.store,
             run=self.spec.out,
             sweep=self.spec.name,
@@ -133,30 +139,30 @@ class _Sweep:
             checkpoint_every_s=self.spec.resources.checkpoint_every_s,
             threads=self.pool.threads,
         )
-        self.running[worker.train.remote(job)] = _Running(worker, cells, attempt)
+        self.running[worker.train.remote(job)] = _Running(worker, pack)
 
     def _finish(self, reference: Any) -> Any:
         """Records what a pack gave, or queues it again when its worker died; returns a worker that is free."""
         import ray
 
-        worker, cells, attempt = self.running.pop(reference)
+        worker, pack = self.running.pop(reference)
         try:
             outcome: PackOutcome = ray.get(reference)
             self.ledger.record(outcome.results)
             return worker
         except ray.exceptions.RayTaskError as error:
-            if isinstance(error.cause, SaescaleError):
-                raise error.cause from None
-            raise
+            raise error.cause from (None if isinstance(error.cause, SaescaleError) else error)
         except ray.exceptions.RayActorError as error:
-            if attempt >= MAX_ATTEMPTS:
-                names = ", ".join(cell.cell_id for cell in cells)
+            reached = self.ledger.steps_reached(pack.cells)
+            attempt = 1 if reached > pack.reached else pack.attempt + 1
+            if attempt > MAX_ATTEMPTS:
+                names = ", ".join(cell.cell_id for cell in pack.cells)
                 raise SaescaleError(
-                    f"the worker died {attempt} times training {names}: {' '.join(str(error).split())[:300]}; "
+                    f"the worker died {MAX_ATTEMPTS} times training {names}: {' '.join(str(error).split())[:300]}; "
                     "if it ran out of memory use fewer workers (resources.workers), then run the same command again"
                 ) from error
-            warnings.warn(f"a worker died; its {len(cells)} cells go on from their checkpoints", stacklevel=2)
-            self.waiting.append((cells, attempt + 1))
+            warnings.warn(f"a worker died; its {len(pack.cells)} cells go on from their checkpoints", stacklevel=2)
+            self.waiting.append(_Pack(pack.cells, attempt, reached))
             return self.pool.start_worker()
 
     def _progress(self) -> SweepProgress:
@@ -173,7 +179,7 @@ class _Sweep:
                 continue  # the worker just died: its pack's reference will say so
             if progress is None:
                 continue
-            cells = references[reference].cells
+            cells = references[reference].pack.cells
             done += sum(cost(cell) * min(1.0, progress.step / cell.steps) for cell in cells)
             rate += progress.tokens_per_s * progress.running
             finished += progress.done

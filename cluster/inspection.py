@@ -31,7 +31,7 @@ def _store(url: str, verify: bool) -> dict[str, str]:
         "rows": f"{store.rows('train'):,} train, {store.rows('heldout'):,} held out, d_model {manifest.d_model}",
         "stored as": f"{manifest.dtype}, {size:,.1f} MiB in {len(manifest.shards)} shards",
         "text": f"{manifest.corpus}, contexts of {manifest.context_length} tokens, dropped: {dropped}",
-        "mean square": f"{manifest.mean_square:.5g} per row and dimension",
+        "mean square": f"{manifest.mean_square:.5g}, the mean squared norm of a row",
         "checked": "checksums, shapes and values" if verify else "sizes and shapes (--verify reads every byte)",
     }
 

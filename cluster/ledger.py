@@ -44,6 +44,12 @@ class Ledger:
         steps = {cell.cell_id: checkpoint.steps(checkpoint_url(self.run, cell.cell_id)) for cell in self.pending}
         return {cell_id: found[0] for cell_id, found in steps.items() if found}
 
+    def steps_reached(self, cells: Iterable[Cell]) -> int:
+        """Steps of `cells` that no kill can undo: the newest checkpoint's, or all of a cell that has its result."""
+        newest = self.checkpoint_steps()
+        finished = self.run.cells_with_results()
+        return sum(cell.steps if cell.cell_id in finished else newest.get(cell.cell_id, 0) for cell in cells)
+
     def record(self, results: Iterable[Mapping[str, Any]]) -> None:
         self.results |= {result["cell_id"]: dict(result) for result in results}
         self.write()

@@ -80,11 +80,15 @@ class Pool:
         cpus, gpus = int(resources.get("CPU", 1)), resources.get("GPU", 0.0)
         self._gpus = (1.0 if gpus else 0.0) if isinstance(gpus_per_worker, str) else gpus_per_worker
         slots = int(gpus / self._gpus) if self._gpus else cpus
-        count = min(cells, slots) if isinstance(workers, str) else workers
+        count = max(1, min(cells, slots)) if isinstance(workers, str) else workers
         if self._gpus and count * self._gpus > gpus:
-            raise SaescaleError(f"{count} workers with {self._gpus:g} GPUs each, but the cluster has {gpus:g} GPUs")
-        self.threads = max(1, cpus // count)
-        self._cpus = min(1.0, cpus / count)
+            raise SaescaleError(
+                f"{count} workers with {self._gpus:g} GPUs each, but the cluster has {gpus:g} GPUs; "
+                "ask for fewer (resources.workers) or a smaller share (resources.gpus_per_worker)"
+            )
+        self.threads = _threads([int(node["Resources"].get("CPU", 0)) for node in ray.nodes() if node["Alive"]], count)
+        # Claimed in full, so that Ray spreads the workers over the nodes.
+        self._cpus = float(self.threads) if count <= cpus else cpus / count
         self._memory = 0.8 * resources.get("memory", 4 * 2**30) / count
         self.workers: list[Any] = [self.start_worker() for _ in range(count)]
         try:
@@ -130,14 +134,20 @@ class Pool:
         self.close()
 
 
+def _threads(cores: list[int], workers: int) -> int:
+    """The most threads that each of `workers` can have on nodes with so many `cores`; at least 1."""
+    return next((t for t in range(max(cores), 1, -1) if sum(c // t for c in cores) >= workers), 1)
+
+
 def _connect(address: str | None) -> None:
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     address = address or os.environ.get("RAY_ADDRESS")
     # Checkpoints and results go through the run directory, so the object store carries next to nothing.
+    # Without an address Ray would join any cluster that happens to run on this machine.
     local: dict[str, Any] = {} if address else {"include_dashboard": False, "object_store_memory": 128 * 2**20}
     started = time.monotonic()
     try:
-        ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR, **local)
+        ray.init(address=address or "local", log_to_driver=False, logging_level=logging.ERROR, **local)
     except (ConnectionError, RuntimeError, ValueError, TimeoutError) as error:
         where = f"the Ray cluster at {address}" if address else "a local Ray"
         reason = " ".join(str(error).split()) or type(error).__name__

@@ -1,7 +1,8 @@
 """CPU kernels of the sparse algebra (numba). Everything here touches k of the N latents of a token.
 
 Rows are shared out over threads whole (a token, or a latent), and the contributions to a latent are summed in the
-order of the tokens, so results do not depend on the number of threads.
+order of the tokens, so results do not depend on the number of threads. The GIL is released, so that the stream's
+prefetch thread reads on meanwhile.
 """
 
 from typing import Any, NamedTuple
@@ -14,7 +15,7 @@ from numba import njit, prange
 _FAST = {"contract", "reassoc", "nsz", "arcp"}
 
 
-@njit(parallel=True, cache=True)
+@njit(parallel=True, nogil=True, cache=True)
 def select(bits: np.ndarray, k: int, group: int, indices: np.ndarray) -> None:
     """Exact two-level top-k of the positive entries: bits [batch, n] -> indices [batch, k], -1 where there are fewer.
 
@@ -72,7 +73,7 @@ def select(bits: np.ndarray, k: int, group: int, indices: np.ndarray) -> None:
             indices[b, i] = -1
 
 
-@njit(parallel=True, fastmath=_FAST, cache=True)
+@njit(parallel=True, fastmath=_FAST, nogil=True, cache=True)
 def activations(x: np.ndarray, W_enc: np.ndarray, bias: np.ndarray, indices: np.ndarray, z: np.ndarray) -> None:
     """z[b, j] = ReLU(W_enc[i] . x[b] + bias[i]) in float32 for i = indices[b, j]; 0 where the index is -1."""
     batch, k = indices.shape
@@ -89,7 +90,7 @@ def activations(x: np.ndarray, W_enc: np.ndarray, bias: np.ndarray, indices: np.
             z[b, j] = np.float32(0) if total <= 0 else total
 
 
-@njit(parallel=True, fastmath=_FAST, cache=True)
+@njit(parallel=True, fastmath=_FAST, nogil=True, cache=True)
 def residual(
     x: np.ndarray, indices: np.ndarray, z: np.ndarray, W_dec: np.ndarray, offset: np.ndarray, error: np.ndarray
 ) -> None:
@@ -107,7 +108,7 @@ def residual(
                     error[b, i] -= value * W_dec[n, i]
 
 
-@njit(parallel=True, fastmath=_FAST, cache=True)
+@njit(parallel=True, fastmath=_FAST, nogil=True, cache=True)
 def latent_gradients(
     error: np.ndarray, scale: float, indices: np.ndarray, z: np.ndarray, W_dec: np.ndarray, dz: np.ndarray
 ) -> None:
@@ -133,7 +134,7 @@ class ByLatent(NamedTuple):
     dz: Any  # float32 [pairs]
 
 
-@njit(cache=True)
+@njit(nogil=True, cache=True)
 def transpose(indices: np.ndarray, z: np.ndarray, dz: np.ndarray, n_latents: int) -> ByLatent:
     """Counting sort of the active pairs of [batch, k] arrays by latent. Pairs with z = 0 have no gradient and go."""
     batch, k = indices.shape
@@ -161,7 +162,7 @@ def transpose(indices: np.ndarray, z: np.ndarray, dz: np.ndarray, n_latents: int
     return ByLatent(starts, tokens, values, gradients)
 
 
-@njit(parallel=True, fastmath=_FAST, cache=True)
+@njit(parallel=True, fastmath=_FAST, nogil=True, cache=True)
 def weight_gradients(
     pairs: ByLatent,
     error: np.ndarray,
@@ -188,7 +189,7 @@ def weight_gradients(
                 grad_W_enc[n, i] += gradient * x[b, i]
 
 
-@njit(parallel=True, fastmath=_FAST, cache=True)
+@njit(parallel=True, fastmath=_FAST, nogil=True, cache=True)
 def adam(
     param: np.ndarray,
     grad: np.ndarray,
