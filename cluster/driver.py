@@ -103,7 +103,7 @@ class _Sweep:
     def __init__(self, spec: SweepSpec, ledger: Ledger, pool: Any, display: Display) -> None:
         self.spec, self.ledger, self.pool, self.display = spec, ledger, pool, display
         steps = ledger.checkpoint_steps()
-        packs = plan_packs(ledger.pending, steps, len(pool.workers), pool.memory)
+        packs = plan_packs(ledger.pending, steps, len(pool.workers), pool.memory, pool.dense)
         self.waiting = deque(_Pack(cells, 1, ledger.steps_reached(cells)) for cells in packs)
         self.running: dict[Any, _Running] = {}
         self.total = sum(cost(cell) for cell in ledger.pending)

@@ -118,6 +118,11 @@ class Pool:
         """Bytes that the smallest worker has."""
         return min(info.memory for info in self.infos)
 
+    @property
+    def dense(self) -> bool:
+        """Whether any worker trains by the dense reference: the sparse path runs on CPUs."""
+        return any(info.device != "cpu" for info in self.infos)
+
     def close(self) -> None:
         """Ends the workers, and Ray where this pool started or joined it."""
         for worker in getattr(self, "workers", []):

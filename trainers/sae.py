@@ -57,7 +57,6 @@ class SAE(nn.Module):
 
 
 def _top_k(pre: Tensor, k: int) -> Tensor:
-    """`pre` [batch, n] with all but each row's k largest entries set to zero (ties go to the lower index)."""
-    # A stable descending sort is slower than topk, but says which of equal entries is kept.
-    order = pre.sort(dim=-1, descending=True, stable=True).indices[..., :k]
-    return torch.zeros_like(pre).scatter(-1, order, pre.gather(-1, order))
+    """`pre` [batch, n] with all but each row's k largest entries set to zero."""
+    largest = pre.topk(k, dim=-1)
+    return torch.zeros_like(pre).scatter(-1, largest.indices, largest.values)
