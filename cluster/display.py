@@ -13,6 +13,7 @@ from rich.table import Table
 
 from cluster.driver import SweepProgress
 from scaling.fit import coefficient_rows, law_label
+from storage.errors import SaescaleWarning
 
 LINE_EVERY_S = 10.0
 
@@ -96,7 +97,7 @@ class Display:
 
     def _warn(self, message: Warning | str, category: type[Warning], *_: Any, **__: Any) -> None:
         # A user can act on what saescale says, not on what its libraries say to programmers.
-        if category is UserWarning:
+        if issubclass(category, SaescaleWarning):
             self.console.print(f"[yellow]warning:[/] {message}", highlight=False)
 
 

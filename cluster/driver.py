@@ -2,20 +2,23 @@
 
 import warnings
 from collections import deque
-from typing import Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 from cluster.ledger import Ledger, open_ledger, provenance_of, recorded_precision
 from cluster.plan import cost, plan_packs
 from cluster.spec import SweepSpec
 from scaling.report import analyse
 from storage.activations import ActivationStore
-from storage.errors import SaescaleError
+from storage.errors import SaescaleError, SaescaleWarning
 from storage.files import exists, join, list_names
 from storage.rundir import RunDirectory
-from trainers.callbacks import Progress
 from trainers.cell import Cell
+from trainers.evaluate import check_eval_tokens
 from trainers.train import PackJob, PackOutcome, wandb_directory
 from trainers.wandb_logger import how_to_read, log_summary, resolve_mode
+
+if TYPE_CHECKING:
+    from cluster.pool import WorkerState
 
 FULL_VERIFY_BYTES = 8 * 2**30  # stores up to this size are read whole before training starts
 MAX_ATTEMPTS = 4  # of a pack that dies again and again without reaching a further checkpoint
@@ -62,7 +65,7 @@ def run_sweep(spec: SweepSpec, display: Display, address: str | None = None, boo
     ledger = open_ledger(run, spec, store, precision) if precision else None
     trained = 0
     if ledger is None or ledger.pending:
-        verify(store, display)
+        verify(store, spec.eval.tokens, display)
         display.stage("starting the workers")
         from cluster.pool import Pool
 
@@ -79,8 +82,9 @@ def run_sweep(spec: SweepSpec, display: Display, address: str | None = None, boo
     return SweepOutcome(run, fits, len(ledger.cells), failed, trained, wandb)
 
 
-def verify(store: ActivationStore, display: Display) -> None:
+def verify(store: ActivationStore, eval_tokens: int, display: Display) -> None:
     """Before any training time is spent: every shard's size and schema, and all its bytes where that is soon done."""
+    check_eval_tokens(store, eval_tokens)
     total = sum(shard.bytes for shard in store.manifest.shards)
     display.stage("checking the activation store")
     store.verify(full=total <= FULL_VERIFY_BYTES)
@@ -109,6 +113,7 @@ class _Sweep:
         self.total = sum(cost(cell) for cell in ledger.pending)
         # What is behind the checkpoints is done, but not by this call.
         self.before = sum(cost(cell) * steps.get(cell.cell_id, 0) / cell.steps for cell in ledger.pending)
+        self.warned: set[str] = set()
         self.asked = {cell.cell_id: cell for cell in ledger.pending}
 
     def run(self) -> None:
@@ -161,22 +166,25 @@ class _Sweep:
                     f"the worker died {MAX_ATTEMPTS} times training {names}: {' '.join(str(error).split())[:300]}; "
                     "if it ran out of memory use fewer workers (resources.workers), then run the same command again"
                 ) from error
-            warnings.warn(f"a worker died; its {len(pack.cells)} cells go on from their checkpoints", stacklevel=2)
+            self._warn(f"a worker died; its {len(pack.cells)} cells go on from their checkpoints")
             self.waiting.append(_Pack(pack.cells, attempt, reached))
             return self.pool.start_worker()
 
     def _progress(self) -> SweepProgress:
         import ray
 
-        references = {running.worker.progress.remote(): running for running in self.running.values()}
+        references = {running.worker.state.remote(): running for running in self.running.values()}
         ready, _ = ray.wait(list(references), num_returns=len(references), timeout=POLL_S) if references else ([], [])
         done = sum(cost(cell) for cell_id, cell in self.asked.items() if cell_id in self.ledger.results)
         rate, finished, failed = 0.0, 0, 0
         for reference in ready:
             try:
-                progress: Progress | None = ray.get(reference)
+                state: WorkerState = ray.get(reference)
             except ray.exceptions.RayError:
                 continue  # the worker just died: its pack's reference will say so
+            for note in state.notes:
+                self._warn(note)
+            progress = state.progress
             if progress is None:
                 continue
             cells = references[reference].pack.cells
@@ -194,6 +202,12 @@ class _Sweep:
             workers=len(self.running),
         )
 
+    def _warn(self, text: str) -> None:
+        """Shows a warning, the workers' too, once however often it comes."""
+        if text not in self.warned:
+            self.warned.add(text)
+            warnings.warn(text, SaescaleWarning, stacklevel=3)
+
     def _stop(self) -> None:
         """Lets the workers save their checkpoints before they are ended."""
         import ray
@@ -206,7 +220,7 @@ class _Sweep:
             try:
                 self.ledger.record(ray.get(reference).results)
             except ray.exceptions.RayError as error:
-                warnings.warn(f"a worker failed while stopping: {error}", stacklevel=2)
+                self._warn(f"a worker failed while stopping: {' '.join(str(error).split())[:300]}")
 
 
 def _analyse(spec: SweepSpec, ledger: Ledger, display: Display, bootstraps: int) -> dict[str, Any]:

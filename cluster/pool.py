@@ -7,12 +7,13 @@ import logging
 import os
 import threading
 import time
+import warnings
 from types import TracebackType
 from typing import Any, NamedTuple
 
 import ray
 
-from storage.errors import SaescaleError
+from storage.errors import SaescaleError, SaescaleWarning
 from trainers.callbacks import Progress
 from trainers.device import Precision
 from trainers.train import PackJob, PackOutcome
@@ -28,6 +29,13 @@ class WorkerInfo(NamedTuple):
     memory: float  # bytes
 
 
+class WorkerState(NamedTuple):
+    """How far a worker's pack is, and the warnings that came up so far."""
+
+    progress: Progress | None
+    notes: tuple[str, ...]
+
+
 class Worker:
     """Runs in its own process and trains one pack at a time; the other methods answer while it does."""
 
@@ -35,6 +43,8 @@ class Worker:
         self._memory = memory
         self._progress: Progress | None = None
         self._stop = threading.Event()
+        self._notes: list[str] = []
+        warnings.showwarning = self._note
 
     def describe(self) -> WorkerInfo:
         import torch
@@ -55,8 +65,12 @@ class Worker:
     def _report(self, progress: Progress) -> None:
         self._progress = progress
 
-    def progress(self) -> Progress | None:
-        return self._progress
+    def _note(self, message: Warning | str, category: type[Warning], *_: Any, **__: Any) -> None:
+        if issubclass(category, SaescaleWarning):
+            self._notes.append(str(message))
+
+    def state(self) -> WorkerState:
+        return WorkerState(self._progress, tuple(self._notes))
 
     def stop(self) -> None:
         """Asks the pack to save its checkpoint and return."""
@@ -86,7 +100,9 @@ class Pool:
                 f"{count} workers with {self._gpus:g} GPUs each, but the cluster has {gpus:g} GPUs; "
                 "ask for fewer (resources.workers) or a smaller share (resources.gpus_per_worker)"
             )
-        self.threads = _threads([int(node["Resources"].get("CPU", 0)) for node in ray.nodes() if node["Alive"]], count)
+        self.threads = threads_for(
+            [int(node["Resources"].get("CPU", 0)) for node in ray.nodes() if node["Alive"]], count
+        )
         # Claimed in full, so that Ray spreads the workers over the nodes.
         self._cpus = float(self.threads) if count <= cpus else cpus / count
         self._memory = 0.8 * resources.get("memory", 4 * 2**30) / count
@@ -104,7 +120,7 @@ class Pool:
 
     def start_worker(self) -> Any:
         """A new actor, in place of one that died or at the start."""
-        # Four threads: one trains, the others answer progress, stop and describe meanwhile.
+        # Four threads: one trains, the others answer state, stop and describe meanwhile.
         options = {"num_cpus": self._cpus, "num_gpus": self._gpus, "max_concurrency": 4}
         return ray.remote(Worker).options(**options).remote(self._memory)
 
@@ -139,7 +155,7 @@ class Pool:
         self.close()
 
 
-def _threads(cores: list[int], workers: int) -> int:
+def threads_for(cores: list[int], workers: int) -> int:
     """The most threads that each of `workers` can have on nodes with so many `cores`; at least 1."""
     return next((t for t in range(max(cores), 1, -1) if sum(c // t for c in cores) >= workers), 1)
 

@@ -14,7 +14,7 @@ from safetensors import SafetensorError
 from safetensors import numpy as safetensors
 
 from storage import files
-from storage.errors import SaescaleError
+from storage.errors import SaescaleError, SaescaleWarning
 
 POINTER = "latest.json"
 KEPT = 2
@@ -88,7 +88,7 @@ def load(url: str, step: int | None = None) -> tuple[dict[str, np.ndarray], dict
         except SaescaleError as error:
             faults.append(str(error))
             if generation is not wanted[-1]:
-                warnings.warn(f"{error}; going back to the checkpoint before it", stacklevel=2)
+                warnings.warn(f"{error}; going back to the checkpoint before it", SaescaleWarning, stacklevel=2)
     raise SaescaleError(f"no sound checkpoint in {url}: {'; '.join(faults)}; remove the folder to start anew")
 
 

@@ -1,8 +1,15 @@
-"""The one error that users are meant to read."""
+"""The error and the warning that users are meant to read."""
 
 
 class SaescaleError(Exception):
     """A problem that the user can act on: one line that says what is wrong, where, and what to do about it.
 
     The command line prints the message alone and exits with status 2; `--debug` adds the traceback.
+    """
+
+
+class SaescaleWarning(UserWarning):
+    """Something that the user should know of and that work went on after: one line.
+
+    The command line shows these and no other warnings, those of its workers included.
     """

@@ -20,16 +20,21 @@ class Evaluation(NamedTuple):
     l0: float  # mean number of active latents per token
 
 
+def check_eval_tokens(store: ActivationStore, tokens: int) -> None:
+    """Raises SaescaleError when `store` has fewer than `tokens` held-out rows."""
+    available = store.rows("heldout")
+    if tokens > available:
+        raise SaescaleError(
+            f"{store.url}: eval.tokens is {tokens} but the store holds {available} held-out rows; "
+            f"set eval.tokens to at most {available} or harvest more"
+        )
+
+
 class HeldOut:
     """The first `tokens` held-out rows of a store, kept in memory as they are stored (2 bytes a number)."""
 
     def __init__(self, store: ActivationStore, tokens: int, device: torch.device | str = "cpu") -> None:
-        available = store.rows("heldout")
-        if tokens > available:
-            raise SaescaleError(
-                f"{store.url}: eval.tokens is {tokens} but the store holds {available} held-out rows; "
-                f"set eval.tokens to at most {available} or harvest more"
-            )
+        check_eval_tokens(store, tokens)
         self._raw = to_tensor(store.read_split("heldout", tokens), store.manifest.dtype)
         self._device = torch.device(device)
         self.tokens = tokens

@@ -19,7 +19,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from storage import checkpoint, files
 from storage.activations import ActivationStore
-from storage.errors import SaescaleError
+from storage.errors import SaescaleError, SaescaleWarning
 from storage.rundir import RunDirectory
 from storage.stream import Stream
 from trainers.callbacks import Checkpoint, Evaluate, Progress, Report, checkpoint_url
@@ -86,9 +86,10 @@ def train_pack(
     for training_cell, (tensors, state) in zip(pack.training_cells, states, strict=False):
         training_cell.restore(tensors, state)
 
+    held_out = HeldOut(store, job.eval.tokens, device)
     logger = _logger(job)
     logger.open(cells, _context(job, store))
-    evaluate = Evaluate(HeldOut(store, job.eval.tokens, device), job.eval.every_tokens, run, store, logger)
+    evaluate = Evaluate(held_out, job.eval.every_tokens, run, store, logger)
     # The order matters: a stop is noticed by Report and saved by Checkpoint, and finished cells are saved no more.
     callbacks = [evaluate, Report(report, should_stop, start), Checkpoint(run, job.checkpoint_every_s)]
     try:
@@ -119,7 +120,8 @@ def _last_common_checkpoint(
         try:
             return step, [checkpoint.load(url, step)[:2] for url in urls]
         except SaescaleError as error:
-            warnings.warn(f"checkpoint at step {step} is damaged, going back to the one before: {error}", stacklevel=2)
+            text = f"checkpoint at step {step} is damaged, going back to the one before: {error}"
+            warnings.warn(text, SaescaleWarning, stacklevel=2)
     return 0, []
 
 

@@ -25,6 +25,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from pydantic import BaseModel, ConfigDict
 
+from storage.errors import SaescaleWarning
 from trainers.cell import Cell, CurveRow
 
 if TYPE_CHECKING:
@@ -424,4 +425,4 @@ def _one_line(error: BaseException) -> str:
 
 
 def _warn(text: str) -> None:
-    warnings.warn(f"W&B: {text}", stacklevel=2)
+    warnings.warn(f"W&B: {text}", SaescaleWarning, stacklevel=2)

@@ -5,6 +5,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cluster.plan import cost, pack_bytes, plan_packs
+from cluster.pool import threads_for
 from storage.errors import SaescaleError
 from trainers.cell import Cell
 
@@ -55,3 +56,19 @@ def test_different_streams_are_never_packed_together() -> None:
 def test_a_cell_that_fits_nowhere_is_named() -> None:
     with pytest.raises(SaescaleError, match=r"cell n4096-k4-.* needs .* GiB and a worker has 0\.0 GiB"):
         plan_packs([cell(64), cell(4096)], {}, workers=1, memory=2**20)
+
+
+@pytest.mark.parametrize(
+    ("cores", "workers", "threads"),
+    [([2], 1, 2), ([2], 2, 1), ([2], 5, 1), ([1, 1], 2, 1), ([16, 16], 2, 16), ([16, 16], 3, 8), ([16, 4], 3, 5)],
+)
+def test_threads_fill_the_nodes_without_sharing_cores(cores: list[int], workers: int, threads: int) -> None:
+    assert threads_for(cores, workers) == threads
+
+
+def test_the_dense_reference_is_given_smaller_packs() -> None:
+    cells = [cell(4096, seed=i, batch_tokens=16_384) for i in range(8)]
+    memory = 1.5 * pack_bytes(cells[:1], dense=True)
+    sparse, dense = (plan_packs(cells, {}, 1, memory, dense) for dense in (False, True))
+    assert len(dense) > len(sparse)
+    assert all(pack_bytes(pack, dense=True) <= memory for pack in dense)

@@ -11,7 +11,7 @@ import pytest
 from cluster.driver import SweepProgress, run_sweep
 from cluster.ledger import read_status
 from cluster.spec import parse_spec
-from storage.errors import SaescaleError
+from storage.errors import SaescaleError, SaescaleWarning
 from storage.rundir import RunDirectory
 from tests.cluster.conftest import Recorder
 
@@ -150,3 +150,28 @@ def test_progress_only_rises(two_nodes: Any, document: dict[str, Any]) -> None:
     assert finished[-1] == 9
     assert all(0 <= progress.fraction <= 1 for progress in recorder.seen)
     assert recorder.seen[-1].fraction == pytest.approx(1.0)
+
+
+def test_warnings_of_workers_reach_the_user(two_nodes: Any, document: dict[str, Any]) -> None:
+    """A damaged checkpoint is met in a worker process; the driver says so, and the result is the same."""
+    document["grid"] = {"n_latents": [64], "k": [2]}
+    document["train"]["tokens"] = 262_144
+
+    def interrupt(progress: SweepProgress) -> None:
+        if len(list(Path(document["out"]).glob("cells/*/checkpoint/*.safetensors"))) == 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run_sweep(parse_spec(document, "test"), Recorder(interrupt), bootstraps=10)
+    newest = max(Path(document["out"]).glob("cells/*/checkpoint/*.safetensors"))
+    newest.write_bytes(newest.read_bytes()[:-8] + b"garbage!")
+    with pytest.warns(SaescaleWarning, match="damaged, going back to the one before"):
+        outcome = run_sweep(parse_spec(document, "test"), Recorder(), bootstraps=10)
+    assert outcome.run.read_results().to_pylist()[0]["status"] == "done"
+
+
+def test_too_few_held_out_rows_are_named_before_training(document: dict[str, Any]) -> None:
+    document["eval"]["tokens"] = 4_096
+    with pytest.raises(SaescaleError, match="eval.tokens is 4096 but the store holds 2048 held-out rows"):
+        run_sweep(parse_spec(document, "test"), Recorder())
+    assert not Path(document["out"]).exists()
