@@ -113,8 +113,8 @@ def duration(seconds: float) -> str:
 def coefficient_table(fits: Mapping[str, Any], full: bool = True) -> Table:
     """The coefficients of fits.json with their 95 % intervals; not `full`: of laws at one k the exponent alone."""
     table = Table(box=None, header_style="bold", pad_edge=False)
-    for name, justify in (("law", "left"), ("coefficient", "left"), ("value", "right"), ("95 % interval", "left")):
-        table.add_column(name, justify=justify)  # type: ignore[arg-type]
+    for name in ("law", "coefficient", "value", "95 % interval"):
+        table.add_column(name, justify="right" if name == "value" else "left")
     previous = ""
     for row in coefficient_rows(dict(fits)):
         if not full and row.law != "n_k" and row.coefficient != "a":

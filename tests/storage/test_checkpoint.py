@@ -86,7 +86,7 @@ def test_a_damaged_newest_falls_back_with_a_warning(tmp_path: Path, damage: obje
         if damage is None:
             path.unlink()
         else:
-            path.write_bytes(damage(path.read_bytes()))  # type: ignore[operator]
+            path.write_bytes(damage(path.read_bytes()))
         if step == 2:
             with pytest.warns(UserWarning, match=rf"step-00000002\.safetensors .*{text}.*; going back"):
                 check(url, 1)
@@ -130,7 +130,7 @@ def test_a_kill_between_any_two_operations_leaves_a_sound_newest(
                 if left == 0:
                     raise Killed
                 left -= 1
-                return original(*args)  # type: ignore[operator]
+                return original(*args)
 
             return operation
 

@@ -287,7 +287,7 @@ def test_waiting_is_counted(store: ActivationStore, monkeypatch: pytest.MonkeyPa
 
     def slow(self: Stream, *args: object) -> np.ndarray:
         time.sleep(0.2)
-        return original(self, *args)  # type: ignore[arg-type]
+        return original(self, *args)
 
     monkeypatch.setattr(stream_module.Stream, "_read_window", slow)
     with Stream(store, batch_tokens=8, seed=0) as stream:

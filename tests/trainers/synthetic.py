@@ -27,7 +27,7 @@ def write_store(url: str, train: np.ndarray, heldout: np.ndarray, row_group_rows
     for split, act in (("train", train), ("heldout", heldout)):
         count = len(act)
         rows = Rows(act, np.zeros(count, np.int32), np.ones(count, np.int16), np.arange(count, dtype=np.int32))
-        shards.append(write_shard(url, f"{split}-00000.parquet", split, rows, "float16", row_group_rows))  # type: ignore[arg-type]
+        shards.append(write_shard(url, f"{split}-00000.parquet", split, rows, "float16", row_group_rows))
     write_manifest(
         url,
         Manifest(

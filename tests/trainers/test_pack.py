@@ -34,7 +34,7 @@ MakeCell = Callable[..., Cell]
 def job(cells: list[Cell], store: ActivationStore, run: str, **fields: object) -> PackJob:
     return PackJob(
         cells=cells, store=store.url, run=run, sweep="test", eval=EvalSpec(tokens=2_048, every_tokens=2_048), **fields
-    )  # type: ignore[arg-type]
+    )
 
 
 def weights(run: str, cell: Cell) -> dict[str, torch.Tensor]:

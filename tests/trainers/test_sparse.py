@@ -32,7 +32,7 @@ def reference_step(sae: SAE, x: torch.Tensor, objective: Objective, dead: torch.
     for parameter in exact.parameters():
         parameter.grad = None
     losses = reference.losses(exact, x.double(), dead, objective)
-    losses.total.backward()  # type: ignore[no-untyped-call]
+    losses.total.backward()
     return losses, exact
 
 
@@ -96,7 +96,7 @@ def _losses_at(sae: SAE, names: list[str], values: tuple[torch.Tensor, ...], x: 
     functional = _Functional(sae)
     for name, value in zip(names, values, strict=True):
         setattr(functional, name, value)
-    return reference.losses(functional, x, dead, objective)  # type: ignore[arg-type]
+    return reference.losses(functional, x, dead, objective)
 
 
 class _Functional:
@@ -122,7 +122,7 @@ def test_auxk_reaches_encoder_and_decoder_of_dead_latents_and_nothing_else() -> 
             sae.b_enc[:20] -= 0.5
         counted = copy.deepcopy(dead)
         step(sae, Batch(x, torch.zeros(8)), Objective(2, 1.0, k_aux, auxk_coefficient=1.0), counted, 5_000)
-        grads[k_aux] = {name: parameter.grad.clone() for name, parameter in sae.named_parameters()}  # type: ignore[union-attr]
+        grads[k_aux] = {name: parameter.grad.clone() for name, parameter in sae.named_parameters()}
         alive = ~counted.after(5_000)
     assert (~alive).sum() >= 10
     for name in ("W_enc", "b_enc", "W_dec"):
@@ -136,7 +136,7 @@ def test_no_dead_latents_gives_no_auxk_and_no_nan() -> None:
     sae = random_sae(8, 16, 2, seed=0)
     result = step(sae, Batch(torch.randn(5, 8), torch.zeros(8)), Objective(2, 1.0, k_aux=4), DeadLatents(16), 1000)
     assert result.auxk == 0.0
-    assert all(torch.isfinite(p.grad).all() for p in sae.parameters())  # type: ignore[arg-type]
+    assert all(torch.isfinite(p.grad).all() for p in sae.parameters())
 
 
 @settings(max_examples=150, deadline=None)

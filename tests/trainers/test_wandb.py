@@ -416,7 +416,7 @@ class Recorder(BaseHTTPRequestHandler):
 
     def do_POST(self) -> None:
         body = json.loads(self._read())
-        received: list[tuple[str, Any]] = self.server.received  # type: ignore[attr-defined]
+        received: list[tuple[str, Any]] = self.server.received
         if not self.path.endswith("/graphql"):
             received.append((self.path, body))
             return self._answer({})
@@ -532,4 +532,4 @@ def test_the_command_to_upload_finds_the_runs(tmp_path: Path) -> None:
 
 def test_settings_refuse_unknown_keys() -> None:
     with pytest.raises(ValidationError):
-        WandbSettings(projekt="x")  # type: ignore[call-arg]
+        WandbSettings(projekt="x")
