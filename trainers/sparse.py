@@ -70,7 +70,7 @@ def step(
 ) -> Step:
     """Sets the gradients of the cell's loss (reference.losses) on `sae` and counts the batch in `dead`."""
     if batch.x.device.type != "cpu":
-        return _dense_step(sae, batch, objective, dead, dead_after_tokens)
+        return dense_step(sae, batch, objective, dead, dead_after_tokens, precision)
 
     x = batch.x.numpy()
     offset = sae.b_pre - batch.origin
@@ -195,12 +195,21 @@ def _auxk(
     return float(miss.square().mean()) / denominator
 
 
-def _dense_step(sae: SAE, batch: Batch, objective: Objective, dead: DeadLatents, dead_after_tokens: int) -> Step:
+@torch.no_grad()
+def dense_step(
+    sae: SAE,
+    batch: Batch,
+    objective: Objective,
+    dead: DeadLatents,
+    dead_after_tokens: int,
+    precision: Precision = "fp32",
+) -> Step:
+    """The same by the dense reference and autograd, on any device; bf16 products through autocast."""
     x = batch.x + batch.origin
-    dead.update(reference.fired(sae(x).latents), len(x))
     for parameter in sae.parameters():
         parameter.grad = None
-    with torch.enable_grad():
+    with torch.autocast(x.device.type, torch.bfloat16, enabled=precision == "bf16"), torch.enable_grad():
+        dead.update(reference.fired(sae(x).latents.detach()), len(x))
         losses = reference.losses(sae, x, dead.after(dead_after_tokens), objective)
         losses.total.backward()
     return Step(float(losses.main), float(losses.multi), float(losses.auxk))

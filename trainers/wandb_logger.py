@@ -23,7 +23,7 @@ from urllib.parse import quote
 import fsspec
 import pyarrow as pa
 import pyarrow.parquet as pq
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, field_validator
 
 from storage.errors import SaescaleWarning
 from trainers.cell import Cell, CurveRow
@@ -55,6 +55,12 @@ class WandbSettings(BaseModel):
     project: str = "saescale"
     entity: str | None = None
     mode: Literal["auto", "online", "offline", "off"] = "auto"
+
+    @field_validator("mode", mode="before")
+    @classmethod
+    def _yaml_off(cls, mode: object) -> object:
+        # YAML reads an unquoted `off` as false.
+        return "off" if mode is False else mode
 
 
 # --- online, offline or off

@@ -59,6 +59,10 @@ def test_mistakes_are_named(document: dict[str, Any], sweep_file: Callable[[Any]
     assert "\n" not in str(caught.value)
 
 
+def test_an_unquoted_off_is_off(document: dict[str, Any], sweep_file: Callable[[Any], str]) -> None:
+    assert load_spec(sweep_file(changed(document, "wandb.mode", False))).wandb.mode == "off"
+
+
 def test_files_that_are_no_sweep(tmp_path: Path) -> None:
     for content, said in (("a: [1", "not valid YAML"), ("- 1", "holds no sweep"), ("", "holds no sweep")):
         (tmp_path / "sweep.yaml").write_text(content)

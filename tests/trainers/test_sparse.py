@@ -9,10 +9,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from trainers import reference, sparse_cpu
+from trainers.device import Precision
 from trainers.optimiser import EPS, SAEAdam
 from trainers.reference import Objective
 from trainers.sae import SAE
-from trainers.sparse import Batch, DeadLatents, residuals, step
+from trainers.sparse import Batch, DeadLatents, dense_step, residuals, step
 
 
 def random_sae(d_model: int, n_latents: int, k: int, seed: int) -> SAE:
@@ -166,6 +167,26 @@ def test_bf16_selection_keeps_the_loss() -> None:
     exact = step(sae, Batch(x, torch.zeros(48)), objective, DeadLatents(300), 10**9, "fp32")
     rough = step(sae, Batch(x, torch.zeros(48)), objective, DeadLatents(300), 10**9, "bf16")
     assert rough.main == pytest.approx(exact.main, rel=5e-3)
+
+
+@pytest.mark.parametrize(("precision", "tolerance"), [("fp32", 1e-4), ("bf16", 0.1)])
+def test_the_dense_step_of_other_devices_gives_the_same(precision: Precision, tolerance: float) -> None:
+    torch.manual_seed(0)
+    x, origin = torch.randn(256, 48), torch.randn(48)
+    sae, twin = random_sae(48, 300, 12, seed=1), random_sae(48, 300, 12, seed=1)
+    dead, other = DeadLatents(300), DeadLatents(300)
+    for counters in (dead, other):
+        counters.tokens_since[:150] = 1000
+    objective = Objective(12, 1.0, k_aux=16, multi_topk=True)
+    fast = step(sae, Batch(x - origin, origin), objective, dead, 1000)
+    dense = dense_step(twin, Batch(x - origin, origin), objective, other, 1000, precision)
+    assert list(dense) == pytest.approx(list(fast), rel=tolerance / 10)
+    for (name, a), b in zip(sae.named_parameters(), twin.parameters(), strict=True):
+        assert a.grad is not None
+        assert b.grad is not None
+        assert float((a.grad - b.grad).norm() / a.grad.norm()) < tolerance, name
+    if precision == "fp32":
+        assert torch.equal(dead.tokens_since, other.tokens_since)
 
 
 def test_residuals_equal_the_dense_forward() -> None:
