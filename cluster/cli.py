@@ -2,18 +2,21 @@
 
 import json
 import os
+import shutil
 import signal
 import sys
 import time
 import traceback
+from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
-from storage.errors import SaescaleError
+from storage.errors import SaescaleError, one_line
 
 if TYPE_CHECKING:
     from cluster.driver import SweepOutcome
@@ -34,17 +37,18 @@ Wandb = Annotated[str, typer.Option(help="auto (online when a key is configured,
 
 def main() -> None:
     """Runs a command; what a user can act on becomes one line and status 2, the rest one line and status 1."""
-    # Before torch is imported, here and in the workers: threads that spin while they wait collapse as soon as another
-    # process wants a core (measured on two cores beside one busy process: 130 tokens/s of harvest in place of 1,000).
+    # Before torch is imported, here and in the workers: threads that spin while they wait make everything many times
+    # slower as soon as another process wants a core.
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     # A batch system's polite end is treated as Ctrl-C: the workers save their checkpoints first.
     signal.signal(signal.SIGTERM, _interrupt)
     debug = "--debug" in sys.argv
     try:
         app()
-    except KeyboardInterrupt:
-        _say("interrupted; run the same command again to go on from here")
-        sys.exit(130)
+    except SystemExit as end:
+        if end.code == 130:  # what typer makes of KeyboardInterrupt
+            _say("interrupted; run the same command again to go on from here")
+        raise
     except SaescaleError as error:
         if debug:
             traceback.print_exc()
@@ -53,7 +57,7 @@ def main() -> None:
     except Exception as error:
         if debug:
             raise
-        _say(f"unexpected {type(error).__name__}: {' '.join(str(error).split())} (run with --debug for the traceback)")
+        _say(f"unexpected {type(error).__name__}: {one_line(error)} (traceback: saescale --debug COMMAND ...)")
         sys.exit(1)
 
 
@@ -90,8 +94,9 @@ def quickstart(
         outcome = run_quickstart(steps, display)
     _summary(outcome, time.monotonic() - began, store=steps.sweep.store)
     console.print("\n[bold]Next[/]")
+    program = _program()
     for command, meaning in next_commands(outcome):
-        console.print(f"  {command}\n      {meaning}", highlight=False, soft_wrap=True)
+        console.print(f"  {program} {command}\n      {meaning}", highlight=False, soft_wrap=True)
 
 
 @app.command()
@@ -175,7 +180,7 @@ def status(
     for row in rows:
         numbers = (row["step"], row["nmse"], row["dead_fraction"], row["wall_s"])
         shown = ["" if value is None else f"{value:.4g}" for value in numbers]
-        table.add_row(row["cell_id"], row["status"] + (f": {row['error']}" if row["error"] else ""), *shown)
+        table.add_row(row["cell_id"], escape(row["status"] + (f": {row['error']}" if row["error"] else "")), *shown)
     console.print(table)
     counts = {name: sum(row["status"] == name for row in rows) for name in ("done", "failed", "started", "pending")}
     console.print(", ".join(f"{count} {name}" for name, count in counts.items() if count))
@@ -193,8 +198,8 @@ def fit(
 
     Example: [bold]saescale fit runs/quickstart --law n_k --json[/]
     """
-    from cluster.display import coefficient_table, fit_notes
-    from scaling.fit import DEFAULT_LAWS, fit_all
+    from cluster.display import coefficient_table
+    from scaling.fit import DEFAULT_LAWS, fit_all, fit_notes
     from scaling.tables import load_curves, load_results
     from storage.rundir import RunDirectory
 
@@ -204,9 +209,13 @@ def fit(
         RunDirectory(out).write_json("fits.json", document)
     if as_json:
         print(json.dumps(document))
+    else:
+        console.print(coefficient_table(document))
+        _notes(fit_notes(document))
+    if law and not document["fits"]:
+        raise SaescaleError(f"{source}: {document['skipped'][0]['reason']}")
+    if as_json:
         return
-    console.print(coefficient_table(document))
-    _notes(fit_notes(document))
     if out:
         console.print(f"wrote {out}/fits.json")
     console.print(f"Next: saescale fit {source} --json" if not out else f"Next: saescale fit {source}", highlight=False)
@@ -243,7 +252,7 @@ def inspect(
     from cluster.inspection import describe
 
     for name, value in describe(url, verify).items():
-        console.print(f"[bold]{name:<16}[/]{value}", highlight=False, soft_wrap=True)
+        console.print(f"[bold]{name:<16}[/]{escape(value)}", highlight=False, soft_wrap=True)
 
 
 def _display() -> Any:
@@ -254,7 +263,8 @@ def _display() -> Any:
 
 def _summary(outcome: "SweepOutcome", wall_s: float, store: str) -> None:
     """What a sweep did, its coefficients, and where things lie."""
-    from cluster.display import coefficient_table, duration, fit_notes
+    from cluster.display import coefficient_table, duration
+    from scaling.fit import fit_notes
 
     url = outcome.run.url
     if outcome.trained:
@@ -278,9 +288,18 @@ def _summary(outcome: "SweepOutcome", wall_s: float, store: str) -> None:
         console.print(f"  {outcome.wandb}", highlight=False, soft_wrap=True)
 
 
+def _program() -> str:
+    """How the user can call saescale from here: by name where the shell finds it, else by the path that ran."""
+    ran = Path(sys.argv[0]).absolute()
+    found = shutil.which("saescale")
+    if found and Path(found).absolute() == ran:
+        return "saescale"
+    return os.path.relpath(ran) if ran.is_relative_to(Path.cwd()) else str(ran)
+
+
 def _notes(notes: list[str]) -> None:
     for note in notes:
-        console.print(f"[yellow]note:[/] {note}", highlight=False, soft_wrap=True)
+        console.print(f"[yellow]note:[/] {escape(note)}", highlight=False, soft_wrap=True)
 
 
 def _table(*columns: str) -> Table:

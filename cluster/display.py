@@ -1,21 +1,41 @@
 """What a person sees while a command works: bars on a terminal, a line now and then where there is none."""
 
-import re
 import time
 import warnings
 from collections.abc import Mapping
 from types import TracebackType
-from typing import Any
+from typing import Any, NamedTuple, Protocol
 
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn
 from rich.table import Table
 
-from cluster.driver import SweepProgress
-from scaling.fit import coefficient_rows, law_label
+from scaling.fit import coefficient_rows
 from storage.errors import SaescaleWarning
 
 LINE_EVERY_S = 10.0
+
+
+class SweepProgress(NamedTuple):
+    """Where a sweep stands, for whoever shows it."""
+
+    cells: int
+    done: int
+    failed: int
+    fraction: float  # of the FLOPs of the cells that this call has to train
+    tokens_per_s: float  # SAE training tokens: stream tokens times the cells that each trains, over all workers
+    workers: int  # that train right now
+
+
+class SweepDisplay(Protocol):
+    """What shows the progress of a sweep."""
+
+    def stage(self, text: str) -> None:
+        """A new part of the work begins."""
+
+    def sweep(self, progress: SweepProgress) -> None:
+        """About twice a second while cells are trained."""
 
 
 class Display:
@@ -54,7 +74,7 @@ class Display:
         self._end_bar()
         if text != self._stage:
             self._stage = text
-            self.console.print(f"[bold]·[/] {text}", highlight=False)
+            self.console.print(f"[bold]·[/] {escape(text)}", highlight=False, soft_wrap=True)
 
     def harvest(self, done: int, total: int, tokens_per_s: float, stage: str) -> None:
         """Progress of a harvest: rows of `total`."""
@@ -98,7 +118,7 @@ class Display:
     def _warn(self, message: Warning | str, category: type[Warning], *_: Any, **__: Any) -> None:
         # A user can act on what saescale says, not on what its libraries say to programmers.
         if issubclass(category, SaescaleWarning):
-            self.console.print(f"[yellow]warning:[/] {message}", highlight=False)
+            self.console.print(f"[yellow]warning:[/] {escape(str(message))}", highlight=False, soft_wrap=True)
 
 
 def duration(seconds: float) -> str:
@@ -123,16 +143,3 @@ def coefficient_table(fits: Mapping[str, Any], full: bool = True) -> Table:
         table.add_row(row.law if row.law != previous else "", row.coefficient, f"{row.value:.4g}", interval)
         previous = row.law
     return table
-
-
-def fit_notes(fits: Mapping[str, Any]) -> list[str]:
-    """What must be said beside the coefficients: laws that were not fitted, and warnings; once for all k alike."""
-    notes = [f"not fitted: {entry['reason']}" for entry in fits["skipped"]] + list(fits["warnings"])
-    notes += [f"{law_label(entry)}: {warning}" for entry in fits["fits"] for warning in entry["warnings"]]
-    at: dict[str, list[str]] = {}
-    for note in notes:
-        at.setdefault(_AT_K.sub("at k = {}", note, count=1), []).extend(_AT_K.findall(note)[:1])
-    return [note.replace("{}", ", ".join(ks), 1) for note, ks in at.items()]
-
-
-_AT_K = re.compile(r"at k = (\d+)")

@@ -43,7 +43,7 @@ def _run(run: RunDirectory) -> dict[str, str]:
     fits = run.read_json("fits.json")
     return {
         "run": f"{run.url}: {spec.get('name')}",
-        "store": f"{spec.get('store')} ({spec.get('store_fingerprint')})",
+        "store": f"{spec.get('store')} ({spec.get('resolved', {}).get('store_fingerprint')})",
         "grid": ", ".join(f"{name} {values}" for name, values in spec.get("grid", {}).items()),
         "cells": ", ".join(f"{statuses.count(s)} {s}" for s in sorted(set(statuses))),
         "laws": ", ".join(entry["law"] for entry in fits["fits"]) if fits else "not fitted yet",

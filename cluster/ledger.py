@@ -10,13 +10,14 @@ from cluster.spec import SweepSpec
 from storage import checkpoint
 from storage.activations import ActivationStore
 from storage.errors import SaescaleError
+from storage.files import remove
 from storage.rundir import CURVES_SCHEMA, RunDirectory
 from trainers.callbacks import checkpoint_url
 from trainers.cell import Cell
 from trainers.device import Precision
 
 # Parts of a sweep that may change between two calls of the same sweep: they do not change what its cells are.
-_FREE = ("store", "out", "resources", "wandb", "versions")
+_FREE = ("store", "out", "resources", "wandb")
 _PACKAGES = ("saescale", "torch", "ray", "lightning", "numpy", "numba", "pyarrow")
 
 
@@ -27,16 +28,37 @@ class Ledger:
     between the two loses nothing: opening the ledger again reads what the cells say.
     """
 
-    def __init__(self, run: RunDirectory, cells: Sequence[Cell]) -> None:
-        self.run, self.cells = run, list(cells)
+    def __init__(self, run: RunDirectory, cells: Sequence[Cell], document: Mapping[str, Any]) -> None:
+        self.run, self.cells, self._document = run, list(cells), dict(document)
         self.results: dict[str, dict[str, Any]] = {}
         finished = run.cells_with_results()
         for cell in cells:
             if cell.cell_id in finished and (result := run.read_cell_result(cell.cell_id)) is not None:
                 self.results[cell.cell_id] = result
 
+    def begin(self) -> None:
+        """Writes sweep.yaml, where it is not there yet, and the ledger: from now on `run` is this sweep's."""
+        if self.run.read_spec() is None:
+            self.run.write_spec(self._document)
+        self.write()
+
+    def settle(self) -> None:
+        """Makes the tables say what the cells say, where a driver died before it could."""
+        recorded = {row["cell_id"]: (row["status"], row["nmse"]) for row in self.run.read_results().to_pylist()}
+        if recorded != {cell_id: (row["status"], row["nmse"]) for cell_id, row in self.results.items()}:
+            self.remove_leftovers(self.cells)
+            self.write()
+
+    def remove_leftovers(self, cells: Iterable[Cell]) -> None:
+        """Removes the checkpoints of cells that have their result: a worker killed between the two leaves them."""
+        finished = self.run.cells_with_results()
+        for cell in cells:
+            if cell.cell_id in finished:
+                remove(checkpoint_url(self.run, cell.cell_id))
+
     @property
     def pending(self) -> list[Cell]:
+        """Cells without a result."""
         return [cell for cell in self.cells if cell.cell_id not in self.results]
 
     def checkpoint_steps(self) -> dict[str, int]:
@@ -51,6 +73,7 @@ class Ledger:
         return sum(cell.steps if cell.cell_id in finished else newest.get(cell.cell_id, 0) for cell in cells)
 
     def record(self, results: Iterable[Mapping[str, Any]]) -> None:
+        """Takes up results of cells and writes the ledger."""
         self.results |= {result["cell_id"]: dict(result) for result in results}
         self.write()
 
@@ -68,14 +91,16 @@ class Ledger:
 
 def recorded_precision(run: RunDirectory) -> Precision | None:
     """What `precision: auto` was when the sweep in `run` began: it goes on with that wherever it is resumed."""
-    found = run.read_spec()
-    return found["precision"] if found and found.get("precision") in get_args(Precision) else None
+    found = (run.read_spec() or {}).get("resolved", {}).get("precision")
+    return found if found in get_args(Precision) else None
 
 
 def open_ledger(run: RunDirectory, spec: SweepSpec, store: ActivationStore, precision: Precision) -> Ledger:
-    """Starts or picks up the sweep in `run`. Raises SaescaleError where it holds another sweep."""
-    cells = spec.cells(store, precision)
-    wanted = resolved(spec, store, precision)
+    """Picks up the sweep in `run`, or gives the ledger of a new one, of which nothing is written before `begin`.
+
+    Raises SaescaleError where `run` holds another sweep.
+    """
+    wanted = _resolved(spec, store, precision)
     found = run.read_spec()
     if found is not None:
         differences = _differences(_identity(found), _identity(wanted))
@@ -84,37 +109,43 @@ def open_ledger(run: RunDirectory, spec: SweepSpec, store: ActivationStore, prec
                 f"{run.url} holds another sweep ({'; '.join(differences[:3])}); "
                 "give this one another run directory (out), or remove that one"
             )
-    else:
-        run.write_spec(wanted)
-    return Ledger(run, cells)
+    return Ledger(run, spec.cells(store, precision), wanted)
 
 
-def resolved(spec: SweepSpec, store: ActivationStore, precision: Precision) -> dict[str, Any]:
+def _resolved(spec: SweepSpec, store: ActivationStore, precision: Precision) -> dict[str, Any]:
     """What sweep.yaml says: the spec with its defaults, what `auto` came to, the store, and the versions."""
     return spec.model_dump(mode="json") | {
-        "precision": precision,
-        "store_fingerprint": store.fingerprint,
-        "subject": store.manifest.subject,
-        "versions": versions(),
+        "resolved": {
+            "precision": precision,
+            "store_fingerprint": store.fingerprint,
+            "subject": store.manifest.subject,
+            "versions": {name: version(name) for name in _PACKAGES},
+        }
     }
-
-
-def versions() -> dict[str, str]:
-    """Of saescale and of what its numbers depend on."""
-    return {name: version(name) for name in _PACKAGES}
 
 
 def provenance_of(run: RunDirectory) -> dict[str, str]:
-    """What the report says about where a run's numbers come from, all of it from sweep.yaml."""
-    spec = run.read_spec() or {}
+    """What the report says about where a run's numbers come from, all of it from sweep.yaml.
+
+    Raises SaescaleError where `run` holds no sweep.
+    """
+    spec = _spec_of(run)
+    resolved = spec["resolved"]
     return {
-        "sweep": str(spec.get("name")),
-        "store": f"{spec.get('store')} ({spec.get('store_fingerprint')})",
-        "subject": str(spec.get("subject")),
-        "held-out rows": f"{spec.get('eval', {}).get('tokens'):,}",
-        "precision": str(spec.get("precision")),
-        "versions": ", ".join(f"{name} {number}" for name, number in spec.get("versions", {}).items()),
+        "sweep": spec["name"],
+        "store": f"{spec['store']} ({resolved['store_fingerprint']})",
+        "subject": resolved["subject"],
+        "held-out rows": f"{spec['eval']['tokens']:,}",
+        "precision": resolved["precision"],
+        "versions": ", ".join(f"{name} {number}" for name, number in resolved["versions"].items()),
     }
+
+
+def _spec_of(run: RunDirectory) -> dict[str, Any]:
+    spec = run.read_spec()
+    if spec is None or "resolved" not in spec:
+        raise SaescaleError(f"{run.url} is not a run directory: there is no sweep.yaml of a sweep that ran in it")
+    return spec
 
 
 def read_status(url: str) -> list[dict[str, Any]]:
@@ -124,8 +155,7 @@ def read_status(url: str) -> list[dict[str, Any]]:
     no run.
     """
     run = RunDirectory(url)
-    if run.read_spec() is None:
-        raise SaescaleError(f"{url} is not a run directory: there is no sweep.yaml in it")
+    _spec_of(run)
     rows = []
     for row in run.read_results().to_pylist():
         cell_id = row["cell_id"]
@@ -139,7 +169,10 @@ def read_status(url: str) -> list[dict[str, Any]]:
 
 
 def _identity(document: Mapping[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in document.items() if key not in _FREE}
+    """What makes a sweep this one: all that decides its cells and how they are measured."""
+    kept = {key: value for key, value in document.items() if key not in (*_FREE, "resolved")}
+    resolved = document.get("resolved", {})
+    return kept | {key: resolved.get(key) for key in ("precision", "store_fingerprint")}
 
 
 def _differences(there: Any, here: Any, path: str = "") -> list[str]:

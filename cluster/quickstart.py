@@ -59,11 +59,11 @@ def run_quickstart(recipe: Recipe, display: Display) -> SweepOutcome:
 
 
 def next_commands(outcome: SweepOutcome) -> list[tuple[str, str]]:
-    """Three commands that go on from here, and what each does."""
+    """Three commands of saescale that go on from here, and what each does."""
     finished = [row for row in outcome.run.read_results().to_pylist() if row["status"] == "done"]
     cells = [outcome.run.cell_url(min(finished, key=lambda row: row["nmse"])["cell_id"])] if finished else []
     return [
-        (f"saescale fit {outcome.run.url} --law n", "one law again, with all coefficients; also of your own CSV"),
-        *((f"saescale inspect {url}", "the SAE with the lowest nmse") for url in cells),
-        ("saescale sweep deploy/sweeps/smollm2.yaml", "edit this file to sweep your own grid, store or cluster"),
+        (f"fit {outcome.run.url} --law n", "one law again, with all coefficients; also of your own CSV"),
+        *((f"inspect {url}", "the SAE with the lowest nmse") for url in cells),
+        (f"sweep {outcome.run.url}/sweep.yaml --out runs/mine", "copy and edit this file to sweep your own grid"),
     ]

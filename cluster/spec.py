@@ -16,7 +16,9 @@ from trainers.cell import Cell, auto_k_aux
 from trainers.train import EvalSpec
 from trainers.wandb_logger import WandbSettings
 
-Positive = Annotated[int, Field(gt=0)]
+# Strict: `true`, "512" and 8.0 are mistakes in a sweep file. Reals are lax, because YAML reads 8e-4 as text.
+Positive = Annotated[int, Field(gt=0, strict=True)]
+NotNegative = Annotated[int, Field(ge=0, strict=True)]
 
 
 class _Model(BaseModel):
@@ -29,7 +31,7 @@ class Grid(_Model):
     n_latents: list[Positive] = Field(min_length=1)
     k: list[Positive] = Field(min_length=1)
     activation: list[Literal["topk"]] = Field(default=["topk"], min_length=1)
-    seed: list[Annotated[int, Field(ge=0)]] = Field(default=[0], min_length=1)
+    seed: list[NotNegative] = Field(default=[0], min_length=1)
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -65,7 +67,7 @@ class RateLaw(_Model):
 class AuxK(_Model):
     """The auxiliary loss that revives dead latents; `k: 0` switches it off."""
 
-    k: Annotated[int, Field(ge=0)] | Literal["auto"] = "auto"  # auto: the power of two nearest to d_model / 2
+    k: NotNegative | Literal["auto"] = "auto"  # auto: the power of two nearest to d_model / 2
     coefficient: float = Field(default=1 / 32, ge=0)
     dead_after_tokens: Positive = 10_000_000
 
@@ -80,7 +82,7 @@ class Train(_Model):
     multi_topk: bool = False
     ema: float = Field(default=0.999, ge=0, lt=1)
     precision: Literal["auto", "fp32", "bf16"] = "auto"  # of the encoder product; auto: the faster one on this machine
-    stream_seed: Annotated[int, Field(ge=0)] = 0  # of the order of the data
+    stream_seed: NotNegative = 0  # of the order of the data
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -108,6 +110,8 @@ class SweepSpec(_Model):
     eval: EvalSpec = EvalSpec()
     resources: Resources = Resources()
     wandb: WandbSettings = WandbSettings()
+    # What a run's sweep.yaml says besides; allowed here so that it can be swept again as it is, and not used.
+    resolved: dict[str, Any] = Field(default={}, exclude=True)
 
     def cells(self, store: ActivationStore, precision: Literal["fp32", "bf16"]) -> list[Cell]:
         """The grid over `store`; `precision` is what `train.precision: auto` means here."""

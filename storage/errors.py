@@ -13,3 +13,10 @@ class SaescaleWarning(UserWarning):
 
     The command line shows these and no other warnings, those of its workers included.
     """
+
+
+def one_line(error: BaseException) -> str:
+    """What an error says, on one line; of an OSError the reason alone."""
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    return " ".join(str(error).split()) or type(error).__name__

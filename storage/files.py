@@ -18,7 +18,7 @@ from fsspec import AbstractFileSystem
 from fsspec.core import url_to_fs
 from fsspec.implementations.local import LocalFileSystem
 
-from storage.errors import SaescaleError
+from storage.errors import SaescaleError, one_line
 
 Content = bytes | memoryview | Callable[[BinaryIO], None]
 
@@ -35,10 +35,10 @@ def filesystem(url: str) -> tuple[AbstractFileSystem, str]:
         fs, path = url_to_fs(url, **options)
     except ImportError as error:
         raise SaescaleError(
-            f"cannot open {url}: {_one_line(error)}; for s3:// run: pip install 'saescale[s3]'"
+            f"cannot open {url}: {one_line(error)}; for s3:// run: pip install 'saescale[s3]'"
         ) from error
     except Exception as error:
-        raise SaescaleError(f"cannot open {url}: {_one_line(error)}; use a path or an fsspec URL") from error
+        raise SaescaleError(f"cannot open {url}: {one_line(error)}; use a path or an fsspec URL") from error
     return fs, path
 
 
@@ -110,7 +110,7 @@ def remove(url: str) -> None:
         with suppress(FileNotFoundError):
             fs.rm(path, recursive=True)
     except Exception as error:
-        raise SaescaleError(f"cannot remove {url}: {_one_line(error)}; check its permissions") from error
+        raise SaescaleError(f"cannot remove {url}: {one_line(error)}; check its permissions") from error
 
 
 def write_atomic(url: str, data: Content) -> int:
@@ -180,12 +180,12 @@ def _sync_folder(folder: str) -> None:
 
 
 def _write_error(url: str, error: Exception) -> SaescaleError:
-    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
         return SaescaleError(
             f"disk full while writing {url}: free space and run the same command again; nothing half-written is left"
         )
     return SaescaleError(
-        f"cannot write {url}: {_one_line(error)}; check the address, permissions and credentials; "
+        f"cannot write {url}: {one_line(error)}; check the address, permissions and credentials; "
         "nothing half-written is left"
     )
 
@@ -198,11 +198,5 @@ def _reading(url: str) -> Iterator[None]:
         raise
     except Exception as error:  # object stores raise classes of their own (botocore's are no OSError)
         raise SaescaleError(
-            f"cannot read {url}: {_one_line(error)}; check the address, the network and the credentials"
+            f"cannot read {url}: {one_line(error)}; check the address, the network and the credentials"
         ) from error
-
-
-def _one_line(error: BaseException) -> str:
-    if isinstance(error, OSError) and error.strerror:
-        return error.strerror
-    return " ".join(str(error).split()) or type(error).__name__

@@ -16,7 +16,7 @@ from fsspec import AbstractFileSystem
 from fsspec.compression import compr
 
 from storage import files
-from storage.errors import SaescaleError
+from storage.errors import SaescaleError, one_line
 
 PYTHON_PROSE = "python-prose"
 COMPRESSED = {".gz": "gzip", ".bz2": "bz2", ".xz": "xz", ".zst": "zstd"}
@@ -91,7 +91,7 @@ def _find(corpus: str) -> tuple[AbstractFileSystem, list[str]]:
         else:
             candidates = [path] if fs.exists(path) else []
     except Exception as error:  # object stores raise classes of their own
-        raise SaescaleError(f"cannot look for the corpus {corpus}: {_one_line(error)}") from error
+        raise SaescaleError(f"cannot look for the corpus {corpus}: {one_line(error)}") from error
     if not candidates:
         raise SaescaleError(
             f"no text file matches the corpus {corpus!r}: give a path, glob or URL of {', '.join(FORMATS)} files, "
@@ -122,7 +122,7 @@ def _read(fs: AbstractFileSystem, path: str) -> Iterator[str]:
     except SaescaleError:
         raise
     except Exception as error:  # compressors, Arrow and object stores raise classes of their own
-        raise SaescaleError(f"{path}: cannot be read ({_one_line(error)})") from error
+        raise SaescaleError(f"{path}: cannot be read ({one_line(error)})") from error
 
 
 def _read_txt(file: BinaryIO, path: str) -> Iterator[str]:
@@ -146,7 +146,7 @@ def _read_jsonl(file: BinaryIO, path: str) -> Iterator[str]:
         try:
             record = json.loads(content)
         except ValueError as error:
-            raise SaescaleError(f"{path}, line {number}: not JSON ({_one_line(error)})") from error
+            raise SaescaleError(f"{path}, line {number}: not JSON ({one_line(error)})") from error
         text = record.get("text") if isinstance(record, dict) else None
         if not isinstance(text, str):
             raise SaescaleError(f"{path}, line {number}: no field 'text' that holds a string")
@@ -171,7 +171,3 @@ def _decode(line: bytes, path: str, number: int) -> str:
         raise SaescaleError(
             f"{path}, line {number}: not UTF-8 ({error.reason} at byte {error.start}); convert the file"
         ) from error
-
-
-def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split()) or type(error).__name__

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import yaml
 
-from cluster.driver import SweepProgress
+from cluster.display import SweepProgress
 from storage.activations import ActivationStore
 from tests.trainers.synthetic import sparse_rows, write_store
 

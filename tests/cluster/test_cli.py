@@ -6,7 +6,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,6 @@ import numpy as np
 import pytest
 
 from cluster.ledger import read_status
-from storage.activations import ActivationStore
 from storage.rundir import RunDirectory
 from tests.cluster.test_sweep import without_times
 from tests.trainers.synthetic import sparse_rows, write_store
@@ -82,7 +81,7 @@ def damage(url: Path, how: str) -> None:
         ("missing", ["train-00000.parquet"]),
         ("width", ["train-00000.parquet", "64"]),
         ("nan", ["train-00000.parquet", "row group 8"]),
-        ("empty", ["no train"]),
+        ("empty", ["is empty"]),
         ("unfinished", ["manifest.json"]),
     ],
 )
@@ -123,67 +122,77 @@ def test_no_network_for_the_first_download(tmp_path: Path) -> None:
     assert not list(tmp_path.rglob("*.parquet"))
 
 
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of 400 kB."""
+    folder = tmp_path / "small"
+    folder.mkdir()
+    if subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=400k", "tmpfs", str(folder)], capture_output=True
+    ).returncode:
+        pytest.skip("needs the right to mount a small disk; tests/storage simulates one in any case")
+    yield folder
+    subprocess.run(["umount", str(folder)], check=True)
+
+
 def test_a_full_disk_stops_with_one_line_and_goes_on_when_there_is_room(
-    document: dict[str, Any], sweep_file: Callable[[Any], str], tmp_path: Path
+    document: dict[str, Any], sweep_file: Callable[[Any], str], small_disk: Path
 ) -> None:
-    small = tmp_path / "small"
-    small.mkdir()
-    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=400k", "tmpfs", str(small)], capture_output=True)
-    if mounted.returncode:
-        # Without the right to mount: a limit on the size of files fails the same write in the same place.
-        import resource
-
-        limit = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (8_000, 8_000))  # noqa: E731
-    else:
-        limit = lambda: None  # noqa: E731
-    document |= {"out": str(small / "run"), "grid": {"n_latents": [128, 512], "k": [2, 4]}}
-    try:
-        result = subprocess.run(
-            [*SAESCALE, "sweep", sweep_file(document)], env=environment(), capture_output=True, text=True,
-            timeout=300, preexec_fn=limit,
-        )  # fmt: skip
-        assert result.returncode == 2, result.stdout + result.stderr
-        assert "disk full" in result.stderr or "while writing" in result.stderr
-        assert str(small) in result.stderr
-        assert not list(small.rglob("*.tmp*"))
-        if not mounted.returncode:
-            subprocess.run(["mount", "-o", "remount,size=64m", str(small)], check=True)
-        result = saescale("sweep", sweep_file(document))
-        assert result.returncode == 0, result.stderr
-        assert {row["status"] for row in read_status(document["out"])} == {"done"}
-    finally:
-        if not mounted.returncode:
-            subprocess.run(["umount", str(small)], check=True)
+    document |= {"out": str(small_disk / "run"), "grid": {"n_latents": [128, 512], "k": [2, 4]}}
+    assert_one_line(saescale("sweep", sweep_file(document)), f"error: disk full while writing {small_disk}")
+    assert not list(small_disk.rglob(".*.partial"))
+    subprocess.run(["mount", "-o", "remount,size=64m", str(small_disk)], check=True)
+    result = saescale("sweep", sweep_file(document))
+    assert result.returncode == 0, result.stderr
+    assert {row["status"] for row in read_status(document["out"])} == {"done"}
 
 
-@pytest.mark.parametrize("kill", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+@pytest.fixture(scope="module")
+def undisturbed() -> dict[str, list[dict[str, Any]]]:
+    """The results of the sweep that the next test interrupts, once for all ways of ending it."""
+    return {}
+
+
+@pytest.mark.parametrize("end", ["ctrl-c", "SIGTERM", "SIGKILL"])
 def test_a_driver_that_ends_early_goes_on_where_it_was(
-    document: dict[str, Any], sweep_file: Callable[[Any], str], store: ActivationStore, kill: signal.Signals
+    document: dict[str, Any],
+    sweep_file: Callable[[Any], str],
+    undisturbed: dict[str, list[dict[str, Any]]],
+    end: str,
 ) -> None:
     document["train"]["tokens"] = 65_536
-    file = sweep_file(document)
+    file, run = sweep_file(document), Path(document["out"])
     process = subprocess.Popen(
-        [*SAESCALE, "sweep", file], env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        [*SAESCALE, "sweep", file],
+        env=environment(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
     )
-    run, deadline = Path(document["out"]), time.monotonic() + 200
+    deadline = time.monotonic() + 200
     while not list(run.glob("cells/*/checkpoint/latest.json")) and time.monotonic() < deadline:
         assert process.poll() is None, process.communicate()
         time.sleep(0.05)
-    process.send_signal(kill)
+    if end == "ctrl-c":  # a terminal sends it to the whole group
+        os.killpg(process.pid, signal.SIGINT)
+    else:
+        process.send_signal(signal.Signals[end])
     _, errors = process.communicate(timeout=120)
-    if kill != signal.SIGKILL:
-        assert process.returncode == 130
-        assert errors.strip().splitlines()[-1] == "interrupted; run the same command again to go on from here"
+    if end != "SIGKILL":
+        assert process.returncode == 130, errors
+        assert errors.strip().splitlines() == ["interrupted; run the same command again to go on from here"]
     assert {row["status"] for row in read_status(document["out"])} & {"started", "done"}
 
     result = saescale("sweep", file)
     assert result.returncode == 0, result.stderr
     assert "9 cells" in result.stdout
-    disturbed = RunDirectory(document["out"])
-    document["out"] += "-whole"
-    assert saescale("sweep", sweep_file(document)).returncode == 0
-    whole = RunDirectory(document["out"])
-    assert without_times(disturbed.read_results().to_pylist()) == without_times(whole.read_results().to_pylist())
+    results = without_times(RunDirectory(document["out"]).read_results().to_pylist())
+    if not undisturbed:
+        document["out"] += "-whole"
+        assert saescale("sweep", sweep_file(document)).returncode == 0
+        undisturbed["results"] = without_times(RunDirectory(document["out"]).read_results().to_pylist())
+    assert results == undisturbed["results"]
 
 
 def test_fit_report_status_and_inspect(document: dict[str, Any], sweep_file: Callable[[Any], str]) -> None:
@@ -210,7 +219,11 @@ def test_fit_report_status_and_inspect(document: dict[str, Any], sweep_file: Cal
     assert "checksums" in saescale("inspect", document["store"], "--verify").stdout
     assert_one_line(saescale("inspect", str(Path(out) / "cells")), "no activation store")
     assert_one_line(saescale("fit", str(Path(out) / "nothing.csv")), "nothing.csv")
-    assert_one_line(saescale("status", str(Path(out) / "cells")), "not a run directory")
+    for command in ("status", "report"):
+        assert_one_line(saescale(command, str(Path(out) / "cells")), "not a run directory")
+    few = Path(out) / "few.csv"
+    few.write_text("n_latents,k,nmse\n64,2,0.5\n128,2,0.4\n")
+    assert_one_line(saescale("fit", str(few), "--law", "n_k"), "2 points for 6 coefficients")
 
 
 def test_debug_shows_the_traceback(tmp_path: Path) -> None:

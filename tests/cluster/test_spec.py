@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import yaml
 
+from cluster.quickstart import recipe
 from cluster.spec import load_spec, parse_spec
 from storage.activations import ActivationStore
 from storage.errors import SaescaleError
@@ -38,6 +39,9 @@ def changed(document: dict[str, Any], path: str, value: Any) -> dict[str, Any]:
         ("train.ema", 1.5, "train.ema: input should be less than 1 (given: 1.5)"),
         ("grid.k", 8, "grid.k: input should be a valid list (given: 8)"),
         ("grid.k", [8, "x"], "grid.k.1: input should be a valid integer"),
+        ("grid.n_latents", [True], "grid.n_latents.0: input should be a valid integer"),
+        ("grid.n_latents", ["64"], "grid.n_latents.0: input should be a valid integer"),
+        ("train.batch_tokens", 256.0, "train.batch_tokens: input should be a valid integer"),
         ("grid.n_latents", [0], "grid.n_latents.0: input should be greater than 0 (given: 0)"),
         ("grid.n_latents", [4, 64], "grid: k = 8 is larger than n_latents = 4"),
         ("grid.n_latents", [], "grid.n_latents: list should have at least 1 item"),
@@ -94,3 +98,12 @@ def test_auto_k_aux_is_the_power_of_two_nearest_half_of_d_model(
 @pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.name)
 def test_the_examples_are_valid(path: Path) -> None:
     assert load_spec(str(path)).grid.size >= 16
+
+
+def test_the_example_is_the_quickstart() -> None:
+    """The numbers of the quickstart's sweep stand in deploy/sweeps too, to be edited."""
+    example = load_spec(str(next(path for path in EXAMPLES if path.name == "smollm2.yaml")))
+    ours = recipe(False, None, "auto").sweep
+    assert example.grid == ours.grid
+    assert example.train == ours.train
+    assert (example.eval, example.store) == (ours.eval, ours.store)

@@ -1,5 +1,6 @@
 """Sweeps on a real two-node Ray cluster: results, kills, resume, the ledger, W&B files."""
 
+import contextlib
 import os
 import signal
 from pathlib import Path
@@ -8,9 +9,11 @@ from typing import Any
 import psutil
 import pytest
 
-from cluster.driver import SweepProgress, run_sweep
+from cluster.display import SweepProgress
+from cluster.driver import run_sweep
 from cluster.ledger import read_status
 from cluster.spec import parse_spec
+from scaling.report import analyse
 from storage.errors import SaescaleError, SaescaleWarning
 from storage.rundir import RunDirectory
 from tests.cluster.conftest import Recorder
@@ -24,9 +27,13 @@ def without_times(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def pool_workers() -> list[psutil.Process]:
-    """The processes of the pool's actors on this machine, by the title that Ray gives them."""
-    titles = {process: " ".join(process.info["cmdline"] or []) for process in psutil.process_iter(["cmdline"])}
-    return [process for process, title in titles.items() if title.startswith("ray::Worker")]
+    """The pool's actors on the nodes that this process started, by the title that Ray gives them."""
+    found = []
+    for process in psutil.Process().children(recursive=True):
+        with contextlib.suppress(psutil.NoSuchProcess):
+            if process.cmdline()[:1] and process.cmdline()[0].startswith("ray::Worker"):
+                found.append(process)
+    return found
 
 
 def test_a_killed_worker_changes_no_result(two_nodes: Any, document: dict[str, Any], tmp_path: Path) -> None:
@@ -39,7 +46,8 @@ def test_a_killed_worker_changes_no_result(two_nodes: Any, document: dict[str, A
     killed: list[int] = []
 
     def kill_once(progress: SweepProgress) -> None:
-        if not killed and 0.15 < progress.fraction < 0.9 and (workers := pool_workers()):
+        checkpoints = list(Path(document["out"]).glob("cells/*/checkpoint/latest.json"))
+        if not killed and checkpoints and (workers := pool_workers()):
             os.kill(workers[0].pid, signal.SIGKILL)
             killed.append(workers[0].pid)
 
@@ -146,10 +154,10 @@ def test_wandb_offline_runs_lie_in_the_run_directory(two_nodes: Any, document: d
 def test_progress_only_rises(two_nodes: Any, document: dict[str, Any]) -> None:
     recorder = Recorder()
     run_sweep(parse_spec(document, "test"), recorder, bootstraps=10)
-    finished = [progress.done for progress in recorder.seen]
-    assert finished[-1] == 9
-    assert all(0 <= progress.fraction <= 1 for progress in recorder.seen)
-    assert recorder.seen[-1].fraction == pytest.approx(1.0)
+    fractions, finished = [p.fraction for p in recorder.seen], [p.done for p in recorder.seen]
+    assert fractions == sorted(fractions)
+    assert finished == sorted(finished)
+    assert (fractions[-1], finished[-1]) == (pytest.approx(1.0), 9)
 
 
 def test_warnings_of_workers_reach_the_user(two_nodes: Any, document: dict[str, Any]) -> None:
@@ -175,3 +183,43 @@ def test_too_few_held_out_rows_are_named_before_training(document: dict[str, Any
     with pytest.raises(SaescaleError, match=r"eval\.tokens is 4096 but the store holds 2048 held-out rows"):
         run_sweep(parse_spec(document, "test"), Recorder())
     assert not Path(document["out"]).exists()
+
+
+def test_a_report_made_half_way_is_made_again_when_the_sweep_is_done(two_nodes: Any, document: dict[str, Any]) -> None:
+    document["train"]["tokens"] = 131_072
+
+    def interrupt(progress: SweepProgress) -> None:
+        if progress.done >= 1:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run_sweep(parse_spec(document, "test"), Recorder(interrupt), bootstraps=10)
+    run = RunDirectory(document["out"])
+    half = analyse(run, bootstraps=10)
+    assert half["cells"] < 9
+    whole = run_sweep(parse_spec(document, "test"), Recorder(), bootstraps=10)
+    assert whole.fits["cells"] == 9
+
+
+def test_a_sweep_that_cannot_be_planned_leaves_nothing(two_nodes: Any, document: dict[str, Any]) -> None:
+    document["train"] |= {"batch_tokens": 2**30, "tokens": 2**30}
+    with pytest.raises(SaescaleError, match=r"needs .* GiB and a worker has"):
+        run_sweep(parse_spec(document, "test"), Recorder())
+    assert not Path(document["out"]).exists()
+
+
+def test_a_lost_node_does_not_end_the_sweep(two_nodes: Any, document: dict[str, Any]) -> None:
+    """A node with its worker goes down in the middle; the other worker finishes, and the results are complete."""
+    document["train"]["tokens"] = 131_072
+    extra = two_nodes.add_node(num_cpus=1, object_store_memory=80 * 2**20)
+    document["resources"]["workers"] = 3
+    removed: list[bool] = []
+
+    def remove(progress: SweepProgress) -> None:
+        if not removed and list(Path(document["out"]).glob("cells/*/checkpoint/latest.json")):
+            two_nodes.remove_node(extra, allow_graceful=False)
+            removed.append(True)
+
+    outcome = run_sweep(parse_spec(document, "test"), Recorder(remove), bootstraps=10)
+    assert removed
+    assert {row["status"] for row in outcome.run.read_results().to_pylist()} == {"done"}
