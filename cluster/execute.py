@@ -181,7 +181,7 @@ class Execution:
             try:
                 self.ledger.record(ray.get(reference).results)
             except ray.exceptions.RayError as error:
-                self._warn(f"a worker failed while stopping: {one_line(error)[:300]}")
+                self._warn(f"a worker failed while stopping: {one_line(getattr(error, 'cause', None) or error)[:300]}")
 
     def _warn(self, text: str) -> None:
         """Shows a warning, the workers' too, once however often it comes."""

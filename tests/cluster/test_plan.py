@@ -68,7 +68,7 @@ def test_threads_fill_the_nodes_without_sharing_cores(cores: list[int], workers:
 
 def test_the_dense_reference_is_given_smaller_packs() -> None:
     cells = [cell(4096, seed=i, batch_tokens=16_384) for i in range(8)]
-    memory = 1.5 * pack_bytes(cells[:1], dense=True)
+    memory = pack_bytes(cells[:3], dense=True)
     sparse, dense = (plan_packs(cells, {}, 1, memory, dense) for dense in (False, True))
     assert len(dense) > len(sparse)
     assert all(pack_bytes(pack, dense=True) <= memory for pack in dense)
