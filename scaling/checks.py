@@ -6,6 +6,7 @@ import numpy as np
 from scipy.stats import spearmanr
 
 from scaling.estimate import Fit
+from scaling.frontier import Frontier
 from scaling.laws import SYMBOLS
 from scaling.tables import Table, number
 
@@ -15,6 +16,7 @@ _FALL = 0.02
 _TRADED = 0.9
 _WIDE = 0.25
 _SMALL_FLOOR = 0.02
+_LARGEST = 0.5
 
 
 @dataclass(frozen=True)
@@ -27,16 +29,20 @@ class _Cells:
 
 
 def data_warnings(results: Table, curves: Table | None) -> list[str]:
-    """What is wrong with the cells, whatever law is fitted to them."""
+    """What is wrong with the cells, whatever law is fitted to them; what their columns cannot tell is passed over."""
     warnings = []
     for column, symbol in (("n_latents", "N"), ("k", "k")):
+        if column not in results:
+            continue
         low, high = results[column].min(), results[column].max()
         if high / low < _RANGE:
             warnings.append(
                 f"{symbol} spans only a factor of {high / low:.3g} ({number(low)} to {number(high)}): exponents from "
                 f"less than a factor of {_RANGE:g} are local slopes, not laws"
             )
-    if "d_model" in results:
+    if "k" not in results:
+        warnings.append("no column k: all cells are taken for cells of one k")
+    elif "d_model" in results:
         near = np.unique(results["k"][results["k"] > results["d_model"] / 4])
         if len(near):
             values = ", ".join(f"{k:g}" for k in near)
@@ -47,28 +53,16 @@ def data_warnings(results: Table, curves: Table | None) -> list[str]:
     if "dead_fraction" in results:
         rows = np.flatnonzero(results["dead_fraction"] > _DEAD)
         if len(rows):
-            cells = _Cells(
-                [
-                    f"N = {number(results['n_latents'][r])}, k = {results['k'][r]:g}: {results['dead_fraction'][r]:.0%}"
-                    for r in rows
-                ]
-            )
+            cells = _Cells([f"{_size(results, int(r))}: {results['dead_fraction'][r]:.0%}" for r in rows])
             warnings.append(
                 f"{len(rows)} cells have more than {_DEAD:.0%} dead latents ({cells}): their effective N "
                 "is smaller, which flattens the law in N"
             )
-    for k in np.unique(results["k"]):
-        own = results["k"] == k
-        sizes = np.unique(results["n_latents"][own])
-        means = [np.log(results["nmse"][own & (results["n_latents"] == n)]).mean() for n in sizes]
-        rises = [f"{number(a)} to {number(b)}" for a, b, fall in zip(sizes[:-1], sizes[1:], np.diff(means), strict=True)
-                 if fall >= 0]  # fmt: skip
-        if rises:
-            warnings.append(
-                f"nmse does not fall with N at k = {k:g} (from N = {'; '.join(rises)}): those cells are "
-                "undertrained or too noisy for a law"
-            )
-    if curves is not None and "cell_id" in results:
+    if "n_latents" in results and (rises := _rises(results)):
+        warnings.append(
+            f"nmse does not fall with N{' or'.join(rises)}: those cells are undertrained or too noisy for a law"
+        )
+    if curves is not None:
         falling = _unconverged(results, curves)
         if falling:
             warnings.append(
@@ -99,15 +93,31 @@ def fit_warnings(fit: Fit) -> list[str]:
     return warnings
 
 
+def frontier_warnings(frontier: Frontier) -> list[str]:
+    """Where the points of a compute frontier are not what the best cells could reach."""
+    if frontier.ends_only:
+        return [
+            "without curves the frontier is made of the ends of cells, which is an upper bound: what a cell reaches on "
+            "its way is not in it, and for cells of equally many tokens C only stands for n"
+        ]
+    largest = max(curve.n_latents for curve in frontier.curves)
+    winners = frontier.winner[frontier.kept]
+    if np.mean([frontier.curves[i].n_latents == largest for i in winners]) > _LARGEST:
+        return [
+            f"more than half of the frontier's points belong to the largest N = {number(largest)}: larger cells might "
+            "do better there, so the frontier is an upper bound"
+        ]
+    return []
+
+
 def unstable_exponent(with_floor: Fit, without: Fit) -> str | None:
     """In words, when a floor changes the exponent by a quarter or more while the residual hardly changes."""
     a, b = (f.law.to_reported(f.raw)[1] for f in (with_floor, without))
     similar = without.rms_log_residual < 1.5 * with_floor.rms_log_residual + 1e-3
     if similar and abs(a - b) > _WIDE * abs(b):
         return (
-            f"floor and exponent are not told apart: the exponent is {a:.3g} with and {b:.3g} without the irreducible "
-            f"term at nearly the same residual ({with_floor.rms_log_residual:.2g} and "
-            f"{without.rms_log_residual:.2g})"
+            "floor and exponent are not told apart: with the irreducible term the exponent changes by more than "
+            f"{_WIDE:.0%} at nearly the same residual"
         )
     return None
 
@@ -119,12 +129,12 @@ def _floor_warnings(fit: Fit) -> list[str]:
     own = law.term_of == len(law.terms) - 1
     floor = fit.draws[:, own] @ design[own]
     total = law.log_value(fit.draws, {c: np.array([v]) for c, v in centre.items()})[:, 0]
-    low, high = np.percentile(np.exp(floor - total), [2.5, 97.5])
+    low = np.percentile(np.exp(floor - total), 2.5)
     warnings = []
     if low < _SMALL_FLOOR:
         warnings.append(
-            f"the data do not determine the irreducible term: at their centre it is between {low:.0%} and "
-            f"{high:.0%} of nmse"
+            "the data do not determine the irreducible term: at their centre its interval reaches down to less than "
+            f"{_SMALL_FLOOR:.0%} of nmse"
         )
     column = law.columns[0]
     exponent = law.exponent_of(fit.draws, column, centre)
@@ -133,11 +143,33 @@ def _floor_warnings(fit: Fit) -> list[str]:
         least, middle, most = np.percentile(exponent, [2.5, 50, 97.5])
         if abs(correlation) > _TRADED and most - least > _WIDE * abs(middle):
             warnings.append(
-                f"floor and exponent are traded off: the exponent of {SYMBOLS[column]} lies between "
-                f"{least:.3g} and {most:.3g} depending on the irreducible term (rank correlation "
-                f"{correlation:.2f} over the resamples)"
+                f"floor and exponent are traded off: the exponent of {SYMBOLS[column]} follows the irreducible term "
+                f"through its wide interval (rank correlation above {_TRADED:g} over the resamples)"
             )
     return warnings
+
+
+def _size(results: Table, row: int) -> str:
+    """Such as "N = 512, k = 8"."""
+    symbols = {"n_latents": "N", "k": "k"}
+    named = [f"{symbol} = {number(results[column][row])}" for column, symbol in symbols.items() if column in results]
+    return ", ".join(named) or f"row {row + 1}"
+
+
+def _rises(results: Table) -> list[str]:
+    """Where nmse, averaged over cells of one size, does not fall from one N to the next: one phrase for each k."""
+    ks = results["k"] if "k" in results else np.zeros(len(results))
+    phrases = []
+    for k in np.unique(ks):
+        own = ks == k
+        sizes = np.unique(results["n_latents"][own])
+        means = [np.log(results["nmse"][own & (results["n_latents"] == n)]).mean() for n in sizes]
+        steps = zip(sizes[:-1], sizes[1:], np.diff(means), strict=True)
+        rises = [f"{number(low)} to {number(high)}" for low, high, fall in steps if fall >= 0]
+        if rises:
+            at = f" at k = {k:g}" if "k" in results else ""
+            phrases.append(f"{at} (from N = {'; '.join(rises)})")
+    return phrases
 
 
 def _unconverged(results: Table, curves: Table) -> list[str]:
@@ -150,5 +182,5 @@ def _unconverged(results: Table, curves: Table) -> list[str]:
         tokens, nmse = curves["tokens"][own][order], curves["nmse"][own][order]
         fall = 1 - nmse[-1] / np.interp(0.75 * tokens[-1], tokens, nmse)
         if fall > _FALL:
-            falling.append(f"N = {number(results['n_latents'][row])}, k = {results['k'][row]:g}: {fall:.1%}")
+            falling.append(f"{_size(results, row)}: {fall:.1%}")
     return falling

@@ -39,7 +39,7 @@ class Prediction(NamedTuple):
 @dataclass(frozen=True)
 class Fit:
     """A fitted law. `raw` [coefficients] and `draws` [bootstraps, coefficients] are raw coefficients (laws.py);
-    `at` is what is held fixed, such as {"k": 32}."""
+    `at` is what is held fixed, such as {"k": 32}; `columns` and `nmse` are the points, [points] each."""
 
     law: Law
     at: dict[str, float]
@@ -56,11 +56,13 @@ class Fit:
 
     @property
     def rms_log_residual(self) -> float:
+        """Root mean square of ln predicted - ln measured over the points: 0.01 is about 1 % of nmse."""
         residuals = self.law.log_value(self.raw, self.columns) - np.log(self.nmse)
         return float(np.sqrt(np.mean(residuals**2)))
 
     def predict(self, columns: Mapping[str, np.ndarray]) -> Prediction:
-        """The law at the points of `columns` ([points] each; those that the law names)."""
+        """The law at the points of `columns` ([points] each; those that the law names, FLOPs and tokens as in
+        results.parquet)."""
         value = np.exp(self.law.log_value(self.raw, columns))
         if not len(self.draws):
             return Prediction(value, np.full_like(value, np.nan), np.full_like(value, np.nan))
@@ -70,6 +72,7 @@ class Fit:
     def document(self) -> dict[str, object]:
         """This fit's entry in fits.json."""
         entry: dict[str, object] = {"law": self.law.name, "formula": self.law.formula, "at": dict(self.at)}
+        entry["floor"] = self.law.has_floor
         reported, draws = self.law.to_reported(self.raw), self.law.to_reported(self.draws)
         entry["coefficients"] = {name: interval(reported[i], draws[:, i]) for i, name in enumerate(self.law.names)}
         if {"n_latents", "k"} <= set(self.law.columns):
@@ -117,19 +120,20 @@ def fit_law(
     come from refits to `bootstraps` resamples, by default of the points (cells), deterministic in `seed`.
 
     Raises SaescaleError when the points are fewer than coefficients + 2 or a column takes too few values.
+
+    The loss, summed over points and minimised from many starts, is that of Hoffmann et al. 2022 (2203.15556,
+    approach 3), with nmse in place of the language model's loss.
     """
     columns = {c: np.asarray(columns[c], dtype=np.float64) for c in law.columns}
-    label = law.name + "".join(f" at {c} = {v:g}" for c, v in (at or {}).items())
     if len(nmse) < len(law.names) + 2:
         raise SaescaleError(
-            f"law {label}, {law.formula}: {len(nmse)} points for {len(law.names)} coefficients; it takes at "
-            f"least {len(law.names) + 2}. Add cells"
+            f"{len(nmse)} points for {len(law.names)} coefficients; it takes at least {len(law.names) + 2}. Add cells"
         )
     for column, values in columns.items():
         if len(np.unique(values)) < _levels(law):
             raise SaescaleError(
-                f"law {label}, {law.formula}: {SYMBOLS[column]} takes {len(np.unique(values))} different "
-                f"values; it takes at least {_levels(law)}. Add cells"
+                f"{SYMBOLS[column]} takes {len(np.unique(values))} different values; "
+                f"it takes at least {_levels(law)}. Add cells"
             )
     rng = np.random.default_rng(seed)
     log_nmse = np.log(nmse)
@@ -152,7 +156,8 @@ def fit_law(
 def hold_out(fit: Fit, column: str, at_least: float, seed: int = 0) -> dict[str, object] | None:
     """What the law, fitted to the points with `column` < `at_least`, predicts for the others.
 
-    None when too few points remain. `log_error` is ln predicted - ln measured.
+    `columns[column]` and `at_least` are in the column's unit. None when too few points remain for a fit.
+    `log_error` is ln predicted - ln measured.
     """
     held = fit.columns[column] >= at_least
     rest = {c: v[~held] for c, v in fit.columns.items()}

@@ -9,7 +9,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, NullLocator
+from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, NullFormatter, NullLocator
 
 from scaling.estimate import Fit
 from scaling.fit import Laws
@@ -33,6 +33,7 @@ _STYLE: dict[Any, Any] = {
     "savefig.dpi": 200,
     "mathtext.fontset": "dejavusans",
 }
+_BAND = 1.5
 _SYMBOLS = {
     "alpha": r"\alpha", "beta_k": r"\beta_k", "beta_n": r"\beta_n", "gamma": r"\gamma",
     "zeta": r"\zeta", "eta": r"\eta",
@@ -46,7 +47,8 @@ _N_K_FORMULA = (
 def draw_figures(laws: Laws, folder: str) -> dict[str, bytes]:
     """Writes the figures to `folder` (any fsspec URL) and returns their PNG bytes by file name.
 
-    A figure without data (no curves, no dead fraction) is left out.
+    `laws.results` has columns n_latents and k. A figure without data (no curves, no dead fraction) is left out.
+    Raises SaescaleError when `folder` cannot be written.
     """
     figures = {"nmse_against_n.png": draw_nmse_against_n}
     if any(laws.curves.values()):
@@ -68,6 +70,7 @@ def draw_nmse_against_n(laws: Laws) -> Figure:
     n_k = next((fit for fit in laws.fits if fit.law is N_K), None)
     at_k = _one_form(laws, "n")
     labels = []
+    shown = [results["nmse"]]
     n = np.geomspace(results["n_latents"].min(), results["n_latents"].max(), 100)
     for k, colour in colours.items():
         own = results["k"] == k
@@ -82,13 +85,16 @@ def draw_nmse_against_n(laws: Laws) -> Figure:
             axes.plot(n, line.value, "-", lw=1.5, color=colour)
             if np.isfinite(line.low).all():
                 axes.fill_between(n, line.low, line.high, color=colour, alpha=0.18, lw=0)
+                shown += [line.low, line.high]
             if fit is not n_k:
                 label += f" (a = {fit.law.to_reported(fit.raw)[1]:.3f})"
         else:
             order = np.argsort(results["n_latents"][own])
             axes.plot(results["n_latents"][own][order], results["nmse"][own][order], ":", lw=1, color=colour)
         labels.append((float(end), label, colour))
-    _log_axis(axes, results["nmse"])
+    # Bands may be as wide as they like, but must not squeeze the cells together.
+    least, most = results["nmse"].min() / _BAND, results["nmse"].max() * _BAND
+    _log_axis(axes, np.clip(np.concatenate(shown), least, most))
     _count_axis(axes, results["n_latents"])
     if n_k:
         _caption(figure, [_N_K_FORMULA, *_coefficients(n_k)])
@@ -105,7 +111,7 @@ def draw_nmse_against_compute(laws: Laws) -> Figure:
     """Every cell's held-out curve (thin) and, at each k, the frontier (thick) with its law (dashed)."""
     figure, axes = _axes("Training compute (FLOPs, sparse)", "Held-out normalised MSE (nmse)", labels=0.26)
     colours = _colours(laws.results["k"])
-    frontiers = {f.k: f for f in laws.frontiers}
+    frontiers = {f.at["k"]: f for f in laws.frontiers}
     of_compute = _one_form(laws, "c")
     seen, labels, ends_at = [], [], []
     right = 0.0
@@ -136,10 +142,11 @@ def draw_nmse_against_compute(laws: Laws) -> Figure:
     low = min(float(c.flops[0]) for curves in laws.curves.values() for c in curves)
     axes.set_xscale("log")
     axes.set_xlim(low * 0.9, right * 1.1)
-    axes.xaxis.set_minor_locator(NullLocator())
     if right / low < 100:
         axes.xaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
         axes.xaxis.set_major_formatter(FuncFormatter(lambda v, _: _scientific(v)))
+    axes.xaxis.set_minor_locator(LogLocator(subs=tuple(range(1, 10)), numticks=99))
+    axes.xaxis.set_minor_formatter(NullFormatter())
     note = "Thin: held-out curves of all cells."
     if laws.frontiers:
         note += " Thick: compute frontier at each k."
@@ -224,20 +231,25 @@ def _count_axis(axes: Axes, counts: np.ndarray) -> None:
 
 
 def _log_axis(axes: Axes, values: np.ndarray) -> None:
-    """A log y axis with round ticks in plain numbers, also over much less than a decade."""
+    """A log y axis with round ticks in plain numbers, also over much less than a decade, and finer ones between."""
     low, high = float(values.min()) * 0.96, float(values.max()) * 1.04
     axes.set_yscale("log")
     axes.set_ylim(low, high)
     decades = 10.0 ** np.arange(np.floor(np.log10(low)), np.ceil(np.log10(high)) + 1)
     choices = ([1], [1, 2, 5], [1, 2, 3, 5, 7], range(1, 10), np.arange(1, 10, 0.5), np.arange(1, 10, 0.2),
                np.arange(1, 10, 0.1), np.arange(1, 10, 0.02))  # fmt: skip
-    for mantissas in choices:
-        ticks = np.outer(decades, mantissas).ravel()
-        ticks = ticks[(ticks >= low) & (ticks <= high)]
-        if len(ticks) >= 4:
-            break
-    axes.yaxis.set_major_locator(FixedLocator(ticks.tolist()))
-    axes.yaxis.set_minor_locator(NullLocator())
+    ticks = [np.outer(decades, mantissas).ravel() for mantissas in choices]
+    ticks = [values[(values >= low) & (values <= high)] for values in ticks]
+    enough = next((i for i, values in enumerate(ticks) if len(values) >= 4), len(ticks) - 1)
+    major = ticks[enough]
+    axes.yaxis.set_major_locator(FixedLocator(major.tolist()))
+    divided = (
+        v
+        for v in ticks[enough + 1 :]
+        if len(v) > 1.5 * len(major) and np.isclose(v[:, None], major).sum() == len(major)
+    )
+    axes.yaxis.set_minor_locator(FixedLocator(next(divided, major).tolist()))
+    axes.yaxis.set_minor_formatter(NullFormatter())
     axes.yaxis.set_major_formatter(FuncFormatter(lambda v, _: f"{v:.4g}"))
 
 

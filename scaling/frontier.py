@@ -1,5 +1,9 @@
-"""The compute frontier L(C): the lowest held-out nmse that any cell reaches with C training FLOPs."""
+"""The compute frontier L(C): the lowest held-out nmse that any cell reaches with C training FLOPs.
 
+The compute-MSE frontier of Gao et al. 2024 (2406.04093), here at each k.
+"""
+
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -26,47 +30,51 @@ class Curve(NamedTuple):
 
 @dataclass(frozen=True)
 class Frontier:
-    """The frontier at one k. `envelope` is ln nmse of every cell's smoothed curve on one grid of compute,
-    [cells, grid], infinite outside the curve; `kept` [grid] marks the points that count for the law."""
+    """The frontier of the cells of one k, `at` = {"k": k} (or {}, where the cells name none).
 
-    k: float
+    `envelope` is ln nmse of every cell's smoothed curve on `grid`, one grid of training FLOPs: [cells, grid],
+    infinite outside the curve. `kept` [grid] marks the points that count for the law, `winner` [grid] the cell
+    that is lowest, `edge` [cells] cells whose points never count. `ends_only`: made of cells' last points.
+    """
+
+    at: dict[str, float]
     curves: tuple[Curve, ...]
     grid: np.ndarray
     envelope: np.ndarray
     kept: np.ndarray
     winner: np.ndarray
+    edge: np.ndarray
+    ends_only: bool = False
 
     @property
     def flops(self) -> np.ndarray:
+        """Training FLOPs of the points that count, [points]."""
         return self.grid[self.kept]
 
     @property
     def nmse(self) -> np.ndarray:
+        """The lowest held-out nmse there, [points]."""
         return np.exp(self.envelope.min(axis=0)[self.kept])
 
 
-def read_curves(results: Table, curves: Table, k: float, axis: str = "flops") -> tuple[Curve, ...]:
-    """The held-out curves of the finished cells at `k`, by number of latents.
+def read_curves(cells: Table, curves: Table) -> tuple[Curve, ...]:
+    """The held-out curves of `cells`, by number of latents; cells with fewer than three evaluations have none.
 
-    `axis` is "flops" (sparse FLOPs, as in the curves) or "flops_dense" (dense-equivalent: the curve's FLOPs
-    times the cell's ratio of the two). Evaluations without a held-out nmse, or before any training, are passed over.
+    Evaluations without a held-out nmse, or before any training, are passed over. Compute is sparse training FLOPs.
     """
     found = []
-    for row in np.flatnonzero(results["k"] == k):
-        own = curves["cell_id"] == results["cell_id"][row]
+    for row in range(len(cells)):
+        own = curves["cell_id"] == cells["cell_id"][row]
         own &= np.isfinite(curves["nmse"]) & (curves["nmse"] > 0) & (curves["flops"] > 0)
         if own.sum() < 3:
             continue
         flops, first = np.unique(curves["flops"][own], return_index=True)
-        if axis == "flops_dense":
-            flops = flops * results["flops_dense"][row] / results["flops"][row]
         log_nmse = np.log(curves["nmse"][own][first])
-        cell_id = str(results["cell_id"][row])
-        found.append(Curve(cell_id, float(results["n_latents"][row]), flops, log_nmse))
+        found.append(Curve(str(cells["cell_id"][row]), float(cells["n_latents"][row]), flops, log_nmse))
     return tuple(sorted(found, key=lambda c: (c.n_latents, c.cell_id)))
 
 
-def find_frontier(k: float, curves: tuple[Curve, ...]) -> Frontier:
+def find_frontier(at: Mapping[str, float], curves: tuple[Curve, ...]) -> Frontier:
     """Smooths the curves lightly and takes their lower envelope on a logarithmic grid of compute.
 
     Points are dropped where they would bend the law: the first 5 % of every curve (warm-up), where the
@@ -77,8 +85,8 @@ def find_frontier(k: float, curves: tuple[Curve, ...]) -> Frontier:
     """
     if len({c.n_latents for c in curves}) < _LEAST_CELLS:
         raise SaescaleError(
-            f"law c at k = {k:g}: curves of {len({c.n_latents for c in curves})} different n; a frontier takes "
-            f"at least {_LEAST_CELLS}. Add cells"
+            f"curves of {len({c.n_latents for c in curves})} different n; a frontier takes at least {_LEAST_CELLS}. "
+            "Add cells"
         )
     starts = [max(c.flops[0], _WARM_UP * c.flops[-1]) for c in curves]
     grid = np.geomspace(min(starts), max(c.flops[-1] for c in curves), _POINTS)
@@ -88,8 +96,21 @@ def find_frontier(k: float, curves: tuple[Curve, ...]) -> Frontier:
     for i, (curve, start) in enumerate(zip(curves, starts, strict=True)):
         inside = (grid >= start) & (grid <= curve.flops[-1])
         envelope[i, inside] = np.interp(np.log(grid[inside]), np.log(curve.flops), _smooth(curve.log_nmse))
-    kept, winner = _keep(envelope[None], _cheapest(curves))
-    return Frontier(k, curves, grid, envelope, kept[0], winner[0])
+    edge = _cheapest(curves)
+    kept, winner = _keep(envelope[None], edge)
+    return Frontier(dict(at), curves, grid, envelope, kept[0], winner[0], edge)
+
+
+def frontier_of_ends(at: Mapping[str, float], cells: Table) -> Frontier:
+    """The frontier where only the ends of cells are known: those that no cell with less compute equals.
+
+    `cells` has columns flops and nmse. All cells may count, the smallest too: an end is where its cell is best.
+    """
+    grid = np.unique(cells["flops"])
+    envelope = np.where(cells["flops"][:, None] == grid, np.log(cells["nmse"])[:, None], np.inf)
+    edge = np.zeros(len(cells), dtype=bool)
+    kept, winner = _keep(envelope[None], edge)
+    return Frontier(dict(at), (), grid, envelope, kept[0], winner[0], edge, ends_only=True)
 
 
 def fit_frontier(law: Law, frontier: Frontier, bootstraps: int, seed: int) -> Fit:
@@ -97,32 +118,34 @@ def fit_frontier(law: Law, frontier: Frontier, bootstraps: int, seed: int) -> Fi
 
     Raises SaescaleError when too few points of the frontier count.
     """
-    count = len(frontier.curves)
-    cheapest = _cheapest(frontier.curves)
 
     def resample(bootstraps: int, rng: np.random.Generator) -> Resamples:
         def enough(counts: np.ndarray) -> np.ndarray:
-            kept, _ = _keep(_only(frontier.envelope, counts > 0), cheapest)
+            kept, _ = _keep(_only(frontier.envelope, counts > 0), frontier.edge)
             return kept[:, frontier.kept].sum(axis=1) >= len(law.names)
 
-        counts, redrawn = draw_counts(count, bootstraps, enough, rng)
+        counts, redrawn = draw_counts(len(frontier.envelope), bootstraps, enough, rng)
         envelope = _only(frontier.envelope, counts > 0)
-        kept, _ = _keep(envelope, cheapest)
+        kept, _ = _keep(envelope, frontier.edge)
         log_nmse = np.where(kept, envelope.min(axis=1), 0.0)
         return Resamples(log_nmse[:, frontier.kept], kept[:, frontier.kept].astype(float), redrawn)
 
+    dropped = int((~frontier.kept).sum())
+    if frontier.ends_only:
+        excluded = f"{dropped} of {len(frontier.grid)} points of compute: no better than with less compute"
+    else:
+        excluded = (
+            f"{dropped} of {_POINTS} points of compute: warm-up, edge of the grid, or no better than with less compute"
+        )
     return fit_law(
         law,
         {"flops": frontier.flops},
         frontier.nmse,
         bootstraps=bootstraps,
         seed=seed,
-        at={"k": frontier.k},
+        at=frontier.at,
         resampler=resample,
-        excluded=(
-            f"{int((~frontier.kept).sum())} of {_POINTS} points of compute: warm-up, edge of the grid, "
-            "or no better than with less compute",
-        ),
+        excluded=(excluded,) if dropped else (),
     )
 
 
@@ -131,12 +154,12 @@ def _only(envelope: np.ndarray, chosen: np.ndarray) -> np.ndarray:
     return np.where(chosen[:, :, None], envelope[None], np.inf)
 
 
-def _keep(envelope: np.ndarray, cheapest: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def _keep(envelope: np.ndarray, edge: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Which points of the envelopes [resamples, cells, grid] count, and which cell wins each: [resamples, grid]."""
     lowest = envelope.min(axis=1)
     winner = envelope.argmin(axis=1)
     before = np.minimum.accumulate(np.pad(lowest, ((0, 0), (1, 0)), constant_values=np.inf)[:, :-1], axis=1)
-    return np.isfinite(lowest) & (lowest < before) & ~cheapest[winner], winner
+    return np.isfinite(lowest) & (lowest < before) & ~edge[winner], winner
 
 
 def _cheapest(curves: tuple[Curve, ...]) -> np.ndarray:

@@ -2,7 +2,7 @@
 
 Every law here is L(x) = sum over terms of  amplitude * exp(sum over exponents of  e * product of ln(columns)).
 In logarithms of the amplitudes, ln L is a log-sum-exp of affine functions, which gives every law exact
-gradients and the same well-conditioned fit (see fit.py). A new law is a few lines of data.
+gradients and the same well-conditioned fit (see estimate.py). A new law is a few lines of data.
 """
 
 from collections.abc import Mapping
@@ -62,7 +62,7 @@ class Law:
 
     @property
     def has_floor(self) -> bool:
-        """Whether the last term is an irreducible constant."""
+        """Whether the last term is an irreducible constant, which other forms of the same law may lack."""
         return len(self.terms) > 1 and not self.terms[-1].exponents
 
     def design(self, logs: Mapping[str, np.ndarray]) -> np.ndarray:
@@ -96,7 +96,7 @@ class Law:
         return reported
 
     def to_raw(self, coefficients: Mapping[str, float]) -> np.ndarray:
-        """The inverse of `to_reported`, from a mapping of names; [coefficients]."""
+        """The inverse of `to_reported`, from a mapping of names; [coefficients]. Raises KeyError for a missing one."""
         raw = []
         for term in self.terms:
             amplitude = coefficients[term.amplitude]
@@ -124,6 +124,7 @@ def log_sum(raw: np.ndarray, design: np.ndarray, term_of: np.ndarray) -> tuple[n
     return top + np.log(total), shares[..., term_of] * design
 
 
+# L(n, k) of Gao et al. 2024 (2406.04093), jointly fitted over latents and sparsity.
 N_K = Law(
     name="n_k",
     formula="nmse = exp(alpha + beta_k ln k + beta_n ln n + gamma ln k ln n) + exp(zeta + eta ln k)",
@@ -141,13 +142,15 @@ N_K = Law(
         Term("zeta", (Exponent("eta", ("k",)),), logarithmic=True),
     ),
 )
-# L(N, k) of GPT-4's SAEs as published (Gao et al. 2024, 2406.04093).
+# Its coefficients for GPT-4's SAEs, as published there.
 GPT4 = {"alpha": -0.50, "beta_k": 0.26, "beta_n": -0.017, "gamma": -0.042, "zeta": -1.32, "eta": -0.085}
 
+# L(n) and L(C) of the same paper: powers, with and without an irreducible constant.
 N = Law("n", "nmse = A n^-a", ("n_latents",), (Term("A", (Exponent("a", ("n_latents",), sign=-1.0),)),))
 N_FLOOR = Law("n", "nmse = A n^-a + E", ("n_latents",), (*N.terms, Term("E")))
 C = Law("c", "nmse = A C^-a", ("flops",), (Term("A", (Exponent("a", ("flops",), sign=-1.0),)),))
 C_FLOOR = Law("c", "nmse = A C^-a + E", ("flops",), (*C.terms, Term("E")))
+# L(N, D) of Hoffmann et al. 2022 (2203.15556), with latents in place of parameters.
 N_D = Law(
     name="n_d",
     formula="nmse = A n^-a + B D^-b + E",

@@ -1,7 +1,7 @@
 """From a run directory to fits.json, figures and one self-contained report.html."""
 
 import base64
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import cache
 from typing import Any
 
@@ -9,11 +9,23 @@ import jinja2
 import numpy as np
 
 from scaling.figures import draw_figures
-from scaling.fit import CoefficientRow, coefficient_rows, fit_laws, law_label
+from scaling.fit import (
+    BOOTSTRAPS,
+    DEFAULT_LAWS,
+    FORMAT,
+    CoefficientRow,
+    coefficient_rows,
+    describe_input,
+    fit_laws,
+    fit_notes,
+    law_label,
+)
 from scaling.tables import Table, load_curves, load_results, number
-from storage.files import join, write_atomic
+from storage.errors import SaescaleError
+from storage.files import exists, join, write_atomic
 from storage.rundir import RunDirectory
 
+REPORT = "report.html"
 CAPTIONS = {
     "nmse_against_n.png": "Held-out nmse of every cell against the number of latents N, with the fitted law.",
     "nmse_against_compute.png": "Held-out nmse during training against compute, with the frontier at each k.",
@@ -29,23 +41,44 @@ _CELL_COLUMNS = {
 def analyse(
     run: RunDirectory,
     *,
-    bootstraps: int = 1000,
+    bootstraps: int = BOOTSTRAPS,
     seed: int = 0,
     provenance: Mapping[str, Any] | None = None,
-    laws: tuple[str, ...] = ("n_k", "n", "c"),
+    laws: Sequence[str] = DEFAULT_LAWS,
 ) -> dict[str, Any]:
-    """Fits all laws to a run's finished cells; writes fits.json, figures/*.png and report.html into the run.
+    """Fits the laws to a run's finished cells; writes figures/*.png, report.html and last fits.json into the run.
 
     `provenance` (subject, store fingerprint, versions ...) is shown in the report. Deterministic in `seed`.
-    Returns the document of fits.json. Raises SaescaleError when the run has no finished cell.
+    Returns the document of fits.json. Raises SaescaleError when the run has no finished cell, for an unknown law, and
+    when the run cannot be written.
     """
     results, curves = load_results(run), load_curves(run)
+    results.require(("n_latents", "k"))
     fitted = fit_laws(results, curves, bootstraps=bootstraps, seed=seed, laws=laws)
     document = fitted.document()
-    run.write_json("fits.json", document)
     figures = draw_figures(fitted, join(run.url, "figures"))
     write_report(run.url, document, fitted.results, figures, provenance or {})
+    # Last, so that what fits.json says it was made from holds for the rest too.
+    run.write_json("fits.json", document)
     return document
+
+
+def is_current(
+    run: RunDirectory, *, bootstraps: int = BOOTSTRAPS, seed: int = 0, laws: Sequence[str] = DEFAULT_LAWS
+) -> bool:
+    """Whether `analyse` with these arguments would write the fits and the report that are there already.
+
+    False too where files are missing or damaged, or no cell is finished. Provenance and times do not count. Raises
+    SaescaleError for an unknown law.
+    """
+    try:
+        there = run.read_json("fits.json")
+        if not isinstance(there, dict) or there.get("format") != FORMAT or not exists(join(run.url, REPORT)):
+            return False
+        results, curves = load_results(run), load_curves(run)
+    except SaescaleError:
+        return False
+    return there.get("made_from") == describe_input(results, curves, bootstraps, seed, laws)
 
 
 def write_report(
@@ -55,29 +88,34 @@ def write_report(
     figures: Mapping[str, bytes],
     provenance: Mapping[str, Any],
 ) -> str:
-    """Writes RUN/report.html: one page with its figures inside, nothing fetched when read. Returns its URL."""
+    """Writes RUN/report.html: one page with its figures inside, nothing fetched when read. Returns its URL.
+
+    `document` is that of fits.json, `results` the cells that it describes, with n_latents and k; `figures` are PNGs
+    by file name, in order. Raises SaescaleError when the file cannot be written.
+    """
     labelled = [{**entry, "label": law_label(entry)} for entry in document["fits"]]
     page = _template().render(
         title=_title(results),
         summary=summarise(document, results),
         rows=[_coefficient_texts(r) for r in coefficient_rows(document) if not r.coefficient.startswith("exponent")],
+        notes=fit_notes(document),
         fits=labelled,
+        formulas=_formulas(document),
         n_k=next((entry for entry in labelled if entry["law"] == "n_k"), None),
-        skipped=document["skipped"],
         excluded=document["excluded"],
-        warnings=warnings_by_text(document),
         figures=[(CAPTIONS[name], base64.b64encode(png).decode()) for name, png in figures.items()],
-        header=[label for name, label in _CELL_COLUMNS.items() if name in results],
+        common=_common_columns(results),
+        header=[_CELL_COLUMNS[name] for name in _shown_columns(results)],
         cells=_cell_texts(results),
         provenance={**_totals(results), **provenance},
     )
-    url = join(run_url, "report.html")
+    url = join(run_url, REPORT)
     write_atomic(url, page.encode())
     return url
 
 
 def summarise(document: Mapping[str, Any], results: Table) -> list[str]:
-    """What the run shows, in a few sentences of plain text."""
+    """What the run shows, in a few sentences of plain text; `results` has n_latents, k and nmse."""
     n, k, nmse = results["n_latents"], results["k"], results["nmse"]
     best = int(np.argmin(nmse))
     sentences = [
@@ -101,20 +139,12 @@ def summarise(document: Mapping[str, Any], results: Table) -> list[str]:
                 f"Fitted without {n_k['holdout']['held_out']}, it predicts those cells within "
                 f"{n_k['holdout']['rms_log_error']:.2%} rms."
             )
-    count = len(warnings_by_text(document))
-    if count:
-        limit = "One warning limits" if count == 1 else f"{count} warnings limit"
-        sentences.append(f"{limit} what can be claimed; see below.")
     return sentences
 
 
-def warnings_by_text(document: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """(the laws it concerns, warning), each warning once."""
-    concerned: dict[str, list[str]] = {warning: ["all laws"] for warning in document["warnings"]}
-    for entry in document["fits"]:
-        for warning in entry["warnings"]:
-            concerned.setdefault(warning, []).append(law_label(entry))
-    return [("; ".join(labels), warning) for warning, labels in concerned.items()]
+def _formulas(document: Mapping[str, Any]) -> dict[str, str]:
+    """The formula of each law that was fitted, by its name with or without floor."""
+    return {law_label(entry | {"at": {}}): entry["formula"] for entry in document["fits"]}
 
 
 def _title(results: Table) -> str:
@@ -144,9 +174,23 @@ def _value(value: Mapping[str, float | None]) -> str:
     return text if value["low"] is None else text + f" [{value['low']:.3f}, {value['high']:.3f}]"
 
 
+def _shown_columns(results: Table) -> list[str]:
+    """The columns in which cells differ; N and k always."""
+    always = ("n_latents", "k", "nmse")
+    names = [name for name in _CELL_COLUMNS if name in results]
+    return [name for name in names if name in always or len(np.unique(results[name])) > 1]
+
+
+def _common_columns(results: Table) -> str:
+    """What all cells have in common, such as "activation topk, seed 0"."""
+    names = [name for name in _CELL_COLUMNS if name in results and name not in _shown_columns(results)]
+    texts = {_CELL_COLUMNS[name]: _text(results[name][0]) for name in names}
+    return ", ".join(f"{label} {text}" for label, text in texts.items() if text)
+
+
 def _cell_texts(results: Table) -> list[list[str]]:
     order = np.lexsort([results["k"], results["n_latents"]])
-    columns = [results[name] for name in _CELL_COLUMNS if name in results]
+    columns = [results[name] for name in _shown_columns(results)]
     return [[_text(column[row]) for column in columns] for row in order]
 
 

@@ -8,6 +8,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.csv
 import pyarrow.parquet
+import xxhash
 
 from storage.errors import SaescaleError
 from storage.files import exists, join, open_input
@@ -15,6 +16,7 @@ from storage.rundir import RunDirectory
 
 _POSITIVE = ("nmse", "loss", "n_latents", "k", "tokens", "flops", "flops_dense")
 _NUMERIC = (pa.types.is_integer, pa.types.is_floating, pa.types.is_boolean, pa.types.is_null)
+_TIMES = ("wall_s", "tokens_per_s")
 _COMPARABLE = ("subject", "site", "d_model", "activation")
 
 
@@ -31,6 +33,7 @@ class Table:
 
     @classmethod
     def from_rows(cls, rows: Iterable[dict[str, Any]], source: str = "rows") -> Self:
+        """A table of dictionaries with the columns as keys; `source` is what errors call it."""
         return cls.from_arrow(pa.Table.from_pylist(list(rows)), source)
 
     @classmethod
@@ -94,10 +97,11 @@ class Table:
 
 
 def load_results(source: str | RunDirectory) -> Table:
-    """The finished cells of a run directory or of a CSV or Parquet table with the columns of results.parquet.
+    """The finished cells of a run directory or of a CSV or Parquet table with columns of results.parquet.
 
-    Rows whose `status` is not "done" are excluded, with the reason. Raises SaescaleError when the source is
-    missing or unreadable or has no finished cell, and for values that no law could use.
+    Only nmse must be there; each law says what else it needs. Rows whose `status` is not "done" are excluded, with
+    the reason. Raises SaescaleError when the source is missing or unreadable or has no finished cell, and for
+    values of nmse, n_latents or k that no law could use.
     """
     if isinstance(source, RunDirectory):
         table = Table.from_arrow(source.read_results(), join(source.url, "results.parquet"))
@@ -109,7 +113,10 @@ def load_results(source: str | RunDirectory) -> Table:
     else:
         raise SaescaleError(f"{source}: neither a run directory with results.parquet nor a .csv or .parquet file")
     table = finished(table)
-    table.require(("n_latents", "k", "nmse"))
+    # results.parquet has all its columns always: one without any value is as good as absent.
+    valued = {n: v for n, v in table.columns.items() if n == "nmse" or v.dtype.kind != "f" or not np.isnan(v).all()}
+    table = replace(table, columns=valued)
+    check_cells(table)
     return table
 
 
@@ -124,21 +131,40 @@ def load_curves(source: str | RunDirectory) -> Table | None:
 
 
 def finished(table: Table) -> Table:
-    """Only the rows with status "done" (all rows where there is no such column)."""
+    """Only the rows with status "done" (all rows where there is no such column). Raises SaescaleError when none is."""
+    everything = table
     if "status" in table:
         done = table["status"] == "done"
         reasons = []
         for row in np.flatnonzero(~done):
-            error = f": {table['error'][row]}" if "error" in table and table["error"].dtype.kind == "U" else ""
-            reasons.append(
-                f"{table.describe(int(row))} is {table['status'][row] or 'without status'}" + error.rstrip(": ")
-            )
+            status = table["status"][row] or "without status"
+            reasons.append(f"{table.describe(int(row))} is {status}" + _because(table, int(row)))
         table = table.select(done, reasons)
     if not len(table):
-        raise SaescaleError(
-            f"{table.source}: no finished cell ({len(table.excluded)} rows are not done); finish the sweep first"
-        )
+        raise SaescaleError(f"{table.source}: no finished cell; {_what_to_do(everything)}")
     return table
+
+
+def check_cells(table: Table) -> None:
+    """Raises SaescaleError for a missing nmse and for values of nmse, n_latents or k that are not positive numbers."""
+    table.require(("nmse", *(name for name in ("n_latents", "k") if name in table)))
+
+
+def fingerprint(results: Table, curves: Table | None) -> str:
+    """xxh3-128 (hex) of all that fits come from: cells and curves, whatever the order of their rows, and which rows
+    are excluded; not how long anything took."""
+    content = xxhash.xxh3_128()
+    for table in (results, curves):
+        names = sorted(set(table.columns) - set(_TIMES)) if table is not None else []
+        if table is None or not names:
+            continue
+        order = np.lexsort([table[name] for name in names])
+        for name in names:
+            values = table[name][order]
+            content.update(f"{name}\n{len(values)}\n".encode())
+            content.update(values.tobytes() if values.dtype.kind == "f" else "\0".join(values).encode())
+        content.update("\n".join(sorted(table.excluded)).encode())
+    return content.hexdigest()
 
 
 def comparable(table: Table) -> Table:
@@ -155,6 +181,27 @@ def comparable(table: Table) -> Table:
     mask = np.array([text == most for text in texts])
     reasons = [f"{table.describe(int(row))}: {texts[row]}; the laws describe {most}" for row in np.flatnonzero(~mask)]
     return table.select(mask, reasons)
+
+
+def _because(table: Table, row: int) -> str:
+    """Why the cell in a row failed, after a colon; nothing where the table does not say it."""
+    error = str(table["error"][row]) if "error" in table and table["error"].dtype.kind == "U" else ""
+    return f": {error}" if error else ""
+
+
+def _what_to_do(table: Table) -> str:
+    """Advice about a table of which no row is done."""
+    statuses = table["status"].tolist() if "status" in table else []
+    failed = [row for row, status in enumerate(statuses) if status == "failed"]
+    others = len(table) - len(failed)
+    if not failed:
+        return f"{others} are still to be trained: run the sweep first" if others else "the table is empty"
+    first = f"{len(failed)} failed, the first ({table.describe(failed[0])})" + (
+        _because(table, failed[0]) or " without saying why"
+    )
+    if others:
+        return f"{first}; {others} are still to be trained: run the sweep to its end"
+    return f"{first}; remove the cause and the failed cells' folders below cells/, then run the sweep again"
 
 
 def number(value: float) -> str:

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from scaling.estimate import fit_law
-from scaling.fit import coefficient_rows, fit_all, predict
+from scaling.fit import coefficient_rows, fit_all, fit_notes, predict
 from scaling.laws import GPT4, N_D, N_FLOOR, N_K, N
 from scaling.tables import Table
 from storage.errors import SaescaleError
@@ -68,7 +68,8 @@ def test_floor_is_found_and_outliers_are_ignored() -> None:
 
 
 def test_document_is_deterministic_json_and_predicts(cells: Callable[..., Rows]) -> None:
-    table = Table.from_rows(cells((512, 1024, 2048, 4096), (8, 16, 32, 64), noise=0.005))
+    rows = [row | {"flops": None} for row in cells((512, 1024, 2048, 4096), (8, 16, 32, 64), noise=0.005)]
+    table = Table.from_rows(rows)
     document = fit_all(table, bootstraps=50, seed=3)
     assert json.dumps(document, allow_nan=False) == json.dumps(fit_all(table, bootstraps=50, seed=3))
     assert [fit["law"] for fit in document["fits"]] == ["n_k", "n", "n", "n", "n"]
@@ -80,10 +81,10 @@ def test_document_is_deterministic_json_and_predicts(cells: Callable[..., Rows])
     np.testing.assert_allclose(predict(at_8, n_latents=sizes), measured, rtol=0.02)
     with pytest.raises(SaescaleError, match="law n_k needs k"):
         predict(n_k, n_latents=512)
-    rows = coefficient_rows(document)
-    assert rows[0].law == "n_k"
-    assert "exponent of n at k = 8" in [row.coefficient for row in rows]
-    assert "n at k = 64" in [row.law for row in rows]
+    table_rows = coefficient_rows(document)
+    assert table_rows[0].law == "n_k"
+    assert "exponent of n at k = 8" in [row.coefficient for row in table_rows]
+    assert "n at k = 64" in [row.law for row in table_rows]
 
 
 def test_two_by_two_grid_gives_a_document_with_reasons(cells: Callable[..., Rows]) -> None:
@@ -101,8 +102,71 @@ def test_refusals_name_the_counts() -> None:
     grid = {"n_latents": np.tile(n, 4), "k": np.repeat([8.0, 16.0], 6)}
     with pytest.raises(SaescaleError, match="k takes 2 different values; it takes at least 3"):
         fit_law(N_K, grid, 1 / grid["n_latents"], bootstraps=0)
-    with pytest.raises(SaescaleError, match="unknown law nk; there are n_k"):
+    with pytest.raises(SaescaleError, match=r"unknown law nk; did you mean n_k\? there are n_k, n, c, n_d"):
         fit_all(Table.from_rows([{"n_latents": 1, "k": 1, "nmse": 1}]), laws=("nk",))
+
+
+def test_notes_say_each_thing_once() -> None:
+    def entry(law: str, k: float | None, floor: bool, **more: Any) -> dict[str, Any]:
+        return {"law": law, "at": {} if k is None else {"k": k}, "floor": floor, **more}
+
+    document = {
+        "skipped": [entry("n", k, True, reason="4 points") for k in (8.0, 16.0, 32.0)] +
+                   [entry("n_d", None, False, reason="no column tokens"), entry("n", 64.0, True, reason="3 points")],
+        "warnings": ["k spans only a factor of 2"],
+        "fits": [entry("n_k", None, False, warnings=["few starts"])] +
+                [entry("c", k, floor, warnings=["upper bound"]) for k in (8.0, 16.0) for floor in (False, True)] +
+                [entry("c", 32.0, False, warnings=["few starts"])],
+    }  # fmt: skip
+    assert fit_notes(document) == [
+        "not fitted: n at k = 8, 16, 32, with floor: 4 points",
+        "not fitted: n_d: no column tokens",
+        "not fitted: n at k = 64, with floor: 3 points",
+        "k spans only a factor of 2",
+        "n_k; c at k = 32: few starts",
+        "c at k = 8, 16; c at k = 8, 16, with floor: upper bound",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("law", "columns", "fits"),
+    [
+        ("n", ("n_latents",), 1),
+        ("n", ("n_latents", "k"), 2),
+        ("c", ("flops",), 1),
+        ("c", ("flops", "k"), 2),
+        ("n_k", ("n_latents", "k"), 1),
+    ],
+)
+def test_a_law_takes_its_own_columns_alone(
+    cells: Callable[..., Rows], law: str, columns: tuple[str, ...], fits: int
+) -> None:
+    ks = (8, 32, 128) if law == "n_k" else (8, 32) if "k" in columns else (8,)
+    rows = [{name: row[name] for name in (*columns, "nmse")} for row in cells(SIZES, ks)]
+    document = fit_all(Table.from_rows(rows), bootstraps=20, laws=(law,))
+    forms = 1 if law == "n_k" else 2
+    assert [entry["law"] for entry in document["fits"]] == [law] * (fits if law == "n_k" else fits * forms)
+    assert document["skipped"] == []
+    assert ("no column k: all cells are taken for cells of one k" in document["warnings"]) == ("k" not in columns)
+    assert any("made of the ends of cells" in note for note in fit_notes(document)) == (law == "c")
+
+
+@pytest.mark.parametrize(
+    ("law", "reason"),
+    [
+        ("n_k", "rows: no column n_latents, k; it has nmse, flops. Add what is missing"),
+        ("n", "rows: no column n_latents;"),
+        ("n_d", "rows: no column n_latents, tokens;"),
+    ],
+)
+def test_a_law_without_its_columns_is_skipped(law: str, reason: str) -> None:
+    document = fit_all(Table.from_rows([{"nmse": 0.5, "flops": 1e9}]), bootstraps=0, laws=(law,))
+    assert document["fits"] == []
+    (skipped,) = document["skipped"]
+    assert (skipped["law"], skipped["at"]) == (law, {})
+    assert skipped["reason"].startswith(reason)
+    without = fit_all(Table.from_rows([{"nmse": 0.5, "n_latents": 8}]), bootstraps=0, laws=("c",))
+    assert without["skipped"][0]["reason"].startswith("without curves law c takes the flops of cells: rows: no column")
 
 
 def test_degenerate_resamples_are_drawn_again() -> None:

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from scaling.frontier import Curve, find_frontier, fit_frontier, read_curves
+from scaling.frontier import Curve, find_frontier, fit_frontier, frontier_of_ends, read_curves
 from scaling.laws import C
 from scaling.tables import Table
 from storage.errors import SaescaleError
@@ -20,7 +20,7 @@ def tangent_curves(sizes: int = 7) -> tuple[Curve, ...]:
 
 
 def test_envelope_of_tangent_curves() -> None:
-    frontier = find_frontier(8, tangent_curves())
+    frontier = find_frontier({"k": 8.0}, tangent_curves())
     fit = fit_frontier(C, frontier, bootstraps=200, seed=0)
     middle = frontier.flops < 1e12 * 4.0**6
     np.testing.assert_allclose(np.log(frontier.nmse[middle]), -0.1 * np.log(frontier.flops[middle]), atol=0.03)
@@ -32,7 +32,7 @@ def test_envelope_of_tangent_curves() -> None:
 
 def test_points_that_bend_the_law_are_dropped() -> None:
     curves = tangent_curves()
-    frontier = find_frontier(8, curves)
+    frontier = find_frontier({"k": 8.0}, curves)
     assert all(frontier.curves[i].cell_id != "cell0" for i in frontier.winner[frontier.kept])
     assert (np.diff(frontier.nmse) < 0).all()
     for curve, row in zip(curves, frontier.envelope, strict=True):
@@ -41,17 +41,29 @@ def test_points_that_bend_the_law_are_dropped() -> None:
 
 def test_too_few_sizes() -> None:
     with pytest.raises(SaescaleError, match="curves of 2 different n"):
-        find_frontier(8, tangent_curves(2))
+        find_frontier({"k": 8.0}, tangent_curves(2))
 
 
-def test_curves_of_finished_cells_only_on_either_axis() -> None:
-    cell = {"n_latents": 512, "k": 8, "flops": 1e9, "flops_dense": 4e9}
-    results = Table.from_rows([{"cell_id": "a", **cell}])
+def test_curves_of_the_cells_alone() -> None:
+    cells = Table.from_rows([{"cell_id": "a", "n_latents": 512, "k": 8}])
     rows = [{"cell_id": c, "flops": f, "nmse": 1 / f} for c in "ab" for f in (1e8, 5e8, 1e9)]
     curves = Table.from_rows(
         [*rows, {"cell_id": "a", "flops": 7e8, "nmse": None}, {"cell_id": "a", "flops": 0, "nmse": 1}]
     )
-    (curve,) = read_curves(results, curves, 8)
+    (curve,) = read_curves(cells, curves)
+    assert (curve.cell_id, curve.n_latents) == ("a", 512)
     np.testing.assert_allclose(curve.flops, [1e8, 5e8, 1e9])
-    (dense,) = read_curves(results, curves, 8, axis="flops_dense")
-    np.testing.assert_allclose(dense.flops, [4e8, 2e9, 4e9])
+
+
+def test_frontier_of_ends_keeps_what_no_cheaper_cell_equals() -> None:
+    flops = 10.0 ** np.array([9, 10, 11, 12, 13, 14])
+    nmse = 5 * flops**-0.1
+    worse = {"flops": 3e11, "nmse": 0.9}
+    cells = Table.from_rows([*({"flops": c, "nmse": v} for c, v in zip(flops, nmse, strict=True)), worse])
+    frontier = frontier_of_ends({}, cells)
+    np.testing.assert_allclose(frontier.flops, flops)
+    np.testing.assert_allclose(frontier.nmse, nmse)
+    fit = fit_frontier(C, frontier, bootstraps=100, seed=0)
+    np.testing.assert_allclose(C.to_reported(fit.raw), [5, 0.1], rtol=1e-6)
+    assert np.isfinite(fit.draws).all()
+    assert fit.excluded == ("1 of 7 points of compute: no better than with less compute",)

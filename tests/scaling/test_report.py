@@ -1,6 +1,7 @@
 """A run directory becomes fits.json, figures and one page that fetches nothing."""
 
 import base64
+import html
 import json
 import re
 from collections.abc import Callable
@@ -10,7 +11,8 @@ from typing import Any
 import pyarrow as pa
 import pytest
 
-from scaling.report import analyse
+from scaling.fit import fit_notes
+from scaling.report import analyse, is_current
 from storage.rundir import RunDirectory
 
 Rows = list[dict[str, Any]]
@@ -45,6 +47,8 @@ def test_analyse(
         assert base64.b64decode(image) == (tmp_path / "figures" / name).read_bytes()
     assert not re.search(r"https?://|<script|<link|@import", page)
     assert "prefers-color-scheme: dark" in page
+    for note in fit_notes(document):
+        assert html.unescape(page).index(note) < html.unescape(page).index("<img")
     for text in ("gpt4", "abc123", "numpy 2.4", f"{sizes[-1]}x{ks[-1]}", "training FLOPs (sparse)"):
         assert text in page
     if fitted:
@@ -61,6 +65,57 @@ def test_results_without_curves_or_optional_columns(cells: Callable[..., Rows]) 
     document = analyse(run, bootstraps=0)
     assert [fit["law"] for fit in document["fits"]] == ["n_k", *["n"] * 4]
     assert document["fits"][0]["coefficients"]["alpha"]["low"] is None
+
+
+def test_current_until_anything_that_counts_changes(
+    tmp_path: Path, cells: Callable[..., Rows], curves_of: Callable[..., Rows]
+) -> None:
+    run = RunDirectory(str(tmp_path))
+    rows = cells((512, 1024, 2048), (8, 16))
+    assert not is_current(run)
+    waiting = {"cell_id": "2048x16", "n_latents": 2048, "k": 16, "status": "pending"}
+    run.write_results([*rows[:-1], waiting])
+    run.write_curves(pa.Table.from_pylist(curves_of(rows[:-1])))
+    assert not is_current(run)
+    analyse(run, bootstraps=5, seed=1)
+    assert is_current(run, bootstraps=5, seed=1)
+    assert not is_current(run, bootstraps=6, seed=1)
+    assert not is_current(run, bootstraps=5, seed=2)
+    assert not is_current(run, bootstraps=5, seed=1, laws=("n_k",))
+
+    run.write_results([*(row | {"wall_s": 1.0} for row in rows[:-1]), waiting])
+    assert is_current(run, bootstraps=5, seed=1)
+    run.write_results(rows)
+    assert not is_current(run, bootstraps=5, seed=1)
+    analyse(run, bootstraps=5, seed=1)
+    assert is_current(run, bootstraps=5, seed=1)
+    run.write_curves(pa.Table.from_pylist(curves_of(rows)))
+    assert not is_current(run, bootstraps=5, seed=1)
+
+    analyse(run, bootstraps=5, seed=1)
+    (tmp_path / "report.html").unlink()
+    assert not is_current(run, bootstraps=5, seed=1)
+    analyse(run, bootstraps=5, seed=1)
+    (tmp_path / "fits.json").write_text("{")
+    assert not is_current(run, bootstraps=5, seed=1)
+
+
+def test_an_analysis_that_is_cut_short_is_not_current(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, cells: Callable[..., Rows]
+) -> None:
+    run = RunDirectory(str(tmp_path))
+    rows = cells((512, 1024), (8, 16))
+    run.write_results(rows[:-1])
+    analyse(run, bootstraps=0)
+    run.write_results(rows)
+
+    def killed(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("scaling.report.write_report", killed)
+    with pytest.raises(KeyboardInterrupt):
+        analyse(run, bootstraps=0)
+    assert not is_current(run, bootstraps=0)
 
 
 def test_text_from_tables_is_escaped(tmp_path: Path, cells: Callable[..., Rows]) -> None:

@@ -8,7 +8,7 @@ import pyarrow as pa
 import pyarrow.csv
 import pytest
 
-from scaling.tables import Table, comparable, load_curves, load_results
+from scaling.tables import Table, comparable, fingerprint, finished, load_curves, load_results
 from storage.errors import SaescaleError
 from storage.rundir import RunDirectory
 
@@ -46,15 +46,28 @@ def test_unfinished_cells_are_excluded_with_the_reason(tmp_path: Path, cells: Ca
 
 def test_no_finished_cell(tmp_path: Path, cells: Callable[..., Rows]) -> None:
     run = RunDirectory(str(tmp_path))
-    run.write_results([row | {"status": "failed"} for row in cells((512,), (8,))])
-    with pytest.raises(SaescaleError, match=r"no finished cell \(1 rows are not done\)"):
+    run.write_results([row | {"status": "pending"} for row in cells((512,), (8, 16))])
+    with pytest.raises(SaescaleError, match="no finished cell; 2 are still to be trained: run the sweep first"):
+        load_results(run)
+
+
+def test_all_cells_failed(tmp_path: Path, cells: Callable[..., Rows]) -> None:
+    run = RunDirectory(str(tmp_path))
+    rows = [row | {"status": "failed", "nmse": None, "error": f"no {row['k']}"} for row in cells((512,), (8, 16))]
+    run.write_results(rows)
+    with pytest.raises(
+        SaescaleError, match=r"2 failed, the first \(cell 512x8, N = 512, k = 8\): no 8; remove the cause"
+    ):
+        load_results(run)
+    run.write_results([*rows, rows[0] | {"status": "pending", "error": None}])
+    with pytest.raises(SaescaleError, match=r"2 failed, .*; 1 are still to be trained: run the sweep to its end"):
         load_results(run)
 
 
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("n_latents,nmse\n512,0.3\n", "cells.csv: no column k; it has n_latents, nmse"),
+        ("n_latents,k\n512,8\n", "cells.csv: no column nmse; it has n_latents, k"),
         ("n_latents,k,nmse\n512,8,0.3\n1024,8,0\n", "nmse is 0 in row 2 .N = 1024, k = 8.*positive"),
         ("n_latents,k,nmse\n512,8,nan\n", "nmse is nan in row 1"),
         ("n_latents,k,nmse\n0,8,0.3\n", "n_latents is 0 in row 1"),
@@ -66,6 +79,35 @@ def test_bad_tables(tmp_path: Path, text: str, message: str) -> None:
     (tmp_path / "cells.csv").write_text(text)
     with pytest.raises(SaescaleError, match=message):
         load_results(str(tmp_path / "cells.csv"))
+
+
+def test_a_column_without_any_value_is_absent(tmp_path: Path, cells: Callable[..., Rows]) -> None:
+    run = RunDirectory(str(tmp_path))
+    run.write_results([row | {"flops": None} for row in cells((512, 1024), (8,))])
+    table = load_results(run)
+    assert "flops" not in table
+    assert "tokens" in table
+
+
+def test_fingerprint_is_of_what_fits_come_from(cells: Callable[..., Rows], curves_of: Callable[..., Rows]) -> None:
+    rows = cells((512, 1024), (8, 16))
+    curves = curves_of(rows, evaluations=4)
+
+    def of(rows: Rows, curves: Rows | None = None) -> str:
+        return fingerprint(finished(Table.from_rows(rows)), None if curves is None else Table.from_rows(curves))
+
+    same = of(rows, curves)
+    assert of(rows[::-1], curves[::-1]) == same
+    assert of([row | {"wall_s": 99.0} for row in rows], [row | {"tokens_per_s": 7.0} for row in curves]) == same
+    others = [
+        of(rows),
+        of(rows[:-1], curves),
+        of(rows, curves[:-1]),
+        of([rows[0] | {"nmse": 0.5}, *rows[1:]], curves),
+        of([rows[0] | {"cell_id": "another"}, *rows[1:]], curves),
+        of([*rows, rows[0] | {"status": "failed", "error": "NaN"}], curves),
+    ]
+    assert len({same, *others}) == 7
 
 
 def test_bad_sources(tmp_path: Path) -> None:
