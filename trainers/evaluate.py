@@ -9,7 +9,7 @@ from storage.activations import ActivationStore
 from storage.errors import SaescaleError
 from trainers.optimiser import SAEAdam
 from trainers.preprocess import Centre, normalise, to_tensor
-from trainers.sparse import Batch, Precision, residuals
+from trainers.sparse import Batch, Precision, reconstruct
 
 CHUNK_ROWS = 32_768  # preprocessed at a time
 BATCH_ROWS = 4_096  # encoded at a time, which bounds the pre-activations in memory
@@ -62,7 +62,7 @@ class HeldOut:
             for i, (optimiser, precision) in enumerate(zip(optimisers, precisions, strict=True)):
                 sae = optimiser.averaged()
                 for rows in x.split(BATCH_ROWS):
-                    error, count = residuals(sae, Batch(rows, centre.b_pre), precision)
-                    squared[i] += float(error.double().square().sum())
-                    active[i] += count
+                    result = reconstruct(sae, Batch(rows, centre.b_pre), precision)
+                    squared[i] += result.squared
+                    active[i] += result.active
         return [Evaluation(s / self._total, a / self.tokens) for s, a in zip(squared, active, strict=True)]

@@ -43,6 +43,14 @@ class Selected(NamedTuple):
     z: np.ndarray  # float32 [batch, k]
 
 
+class Reconstruction(NamedTuple):
+    """What the selected latents leave over, for evaluation."""
+
+    error: Tensor  # x - x_hat, float32 [batch, d_model]
+    squared: float  # ||error||^2 over the batch, summed in float64
+    active: int  # latents with z > 0, over all tokens
+
+
 class DeadLatents:
     """For each latent the number of tokens since it was last active (activation > 1e-3)."""
 
@@ -78,96 +86,123 @@ def step(
     # d loss / d x_hat is `scale` times (x - x_hat), for the mean over batch and d_model of the squared error over c.
     scale = -2.0 / (x.size * objective.variance)
 
-    for parameter in sae.parameters():
-        parameter.grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad.zero_()
     gradients = _Gradients(sae)
-
     selected = _select(sae, x, pre, bias, objective.k)
-    error = _residual(sae, x, selected, offset)
-    _accumulate(gradients, sae, x, selected, error, scale)
-    main = float(np.square(error, dtype=np.float64).mean()) / objective.variance
+    decoded = _decode(sae, x, selected, offset, scale)
+    gradients.take(selected, decoded, x, offset, scale, fresh=True)
+    main = decoded.squared / x.size / objective.variance
 
     multi = 0.0
     if objective.multi_topk:
         k = min(MULTI_TOPK_FACTOR * objective.k, sae.n_latents)
         wider = _select(sae, x, pre, bias, k)
-        wide_error = _residual(sae, x, wider, offset)
-        _accumulate(gradients, sae, x, wider, wide_error, scale * MULTI_TOPK_WEIGHT)
-        multi = float(np.square(wide_error, dtype=np.float64).mean()) / objective.variance
+        wide = _decode(sae, x, wider, offset, scale * MULTI_TOPK_WEIGHT)
+        gradients.take(wider, wide, x, offset, scale * MULTI_TOPK_WEIGHT, fresh=False)
+        multi = wide.squared / x.size / objective.variance
 
     # Has to go before AuxK: a latent that came back to life in this batch is no longer dead.
     fired = torch.zeros(sae.n_latents, dtype=torch.bool)
     fired[torch.from_numpy(selected.indices[selected.z > ACTIVE_ABOVE].astype(np.int64))] = True
     dead.update(fired, len(x))
-    auxk = _auxk(sae, batch.x, pre, torch.from_numpy(error), dead.after(dead_after_tokens), objective, gradients)
+    error, idle = torch.from_numpy(decoded.error), dead.after(dead_after_tokens)
+    auxk = _auxk(sae, batch.x, offset, pre, error, idle, objective, gradients)
 
-    # Both need the finished gradient of b_enc: pre-activations see x - b_pre, and so does b_pre with the opposite sign.
-    by_b_enc = torch.from_numpy(gradients.b_enc)
-    torch.from_numpy(gradients.W_enc).addr_(by_b_enc, offset, alpha=-1)
-    torch.from_numpy(gradients.b_pre).sub_(by_b_enc @ sae.W_enc)
+    # Needs the finished gradient of b_enc: pre-activations see x - b_pre.
+    torch.from_numpy(gradients.b_pre).sub_(torch.from_numpy(gradients.b_enc) @ sae.W_enc)
     return Step(main, multi, auxk)
 
 
 @torch.no_grad()
-def residuals(sae: SAE, batch: Batch, precision: Precision = "fp32") -> tuple[Tensor, int]:
-    """x - x_hat [batch, d_model] and the number of active latents over all tokens, for evaluation."""
+def reconstruct(sae: SAE, batch: Batch, precision: Precision = "fp32") -> Reconstruction:
+    """The forward pass alone."""
     if batch.x.device.type != "cpu":
-        forward = sae(batch.x + batch.origin)
-        return batch.x + batch.origin - forward.reconstruction, int((forward.latents > 0).sum())
-    x = batch.x.numpy()
+        x = batch.x + batch.origin
+        forward = sae(x)
+        error = x - forward.reconstruction
+        return Reconstruction(error, float(error.double().square().sum()), int((forward.latents > 0).sum()))
     offset = sae.b_pre - batch.origin
     pre, bias = _encode(sae, batch.x, offset, precision)
-    selected = _select(sae, x, pre, bias, sae.k)
-    return torch.from_numpy(_residual(sae, x, selected, offset)), int((selected.z > 0).sum())
+    selected = _select(sae, batch.x.numpy(), pre, bias, sae.k)
+    decoded = _decode(sae, batch.x.numpy(), selected, offset)
+    return Reconstruction(torch.from_numpy(decoded.error), decoded.squared, int((selected.z > 0).sum()))
 
 
 def _encode(sae: SAE, x: Tensor, offset: Tensor, precision: Precision) -> tuple[Tensor, Tensor]:
     """Pre-activations [batch, n_latents] in `precision`, and the bias [n_latents] that centred inputs need."""
     bias = sae.b_enc - sae.W_enc @ offset
-    if precision == "bf16":
-        return F.linear(x.bfloat16(), sae.W_enc.bfloat16(), bias.bfloat16()), bias
-    return F.linear(x, sae.W_enc, bias), bias
+    operands = (x, sae.W_enc, bias)
+    pre = F.linear(*((t.bfloat16() for t in operands) if precision == "bf16" else operands))
+    if not bool(bias.isfinite().all()):
+        # One bad weight shows in `bias`. The NaN that x86 makes is negative and would never be selected: a diverged
+        # encoder would look like one without active latents.
+        bias.fill_(torch.nan)
+        pre.fill_(torch.nan)
+    return pre, bias
 
 
 def _select(sae: SAE, x: np.ndarray, pre: Tensor, bias: Tensor, k: int) -> Selected:
-    # bf16 pre-activations choose the latents; their activations are then computed in float32.
     bits = pre.view(torch.int16 if pre.dtype == torch.bfloat16 else torch.int32).numpy()
-    indices = np.empty((len(x), k), np.int32)
-    # Few enough candidates per group, and enough groups for the bound to be tight.
-    group = max(1, min(32, sae.n_latents // (4 * k)))
-    sparse_cpu.select(bits, k, group, indices)
+    indices, values = np.empty((len(x), k), np.int32), np.empty((len(x), k), bits.dtype)
+    # Few enough entries per group, and enough groups for the bound to be tight.
+    sparse_cpu.select(bits, k, max(1, min(32, sae.n_latents // (8 * k))), indices, values)
+    if pre.dtype == torch.float32:
+        return Selected(indices, values.view(np.float32))
+    # bf16 pre-activations choose the latents; their activations are then computed in float32.
     z = np.empty((len(x), k), np.float32)
     sparse_cpu.activations(x, _array(sae.W_enc), bias.numpy(), indices, z)
     return Selected(indices, z)
 
 
-def _residual(sae: SAE, x: np.ndarray, selected: Selected, offset: Tensor) -> np.ndarray:
-    error = np.empty_like(x)
-    sparse_cpu.residual(x, selected.indices, selected.z, _array(sae.W_dec), offset.numpy(), error)
-    return error
+class _Decoded(NamedTuple):
+    error: np.ndarray  # x - x_hat, float32 [batch, d_model]
+    squared: float  # ||error||^2 over the batch, summed in float64
+    dz: np.ndarray  # float32 [batch, k]: the loss's gradient by z; [batch, 0] where none was asked for
+
+
+def _decode(sae: SAE, x: np.ndarray, selected: Selected, offset: Tensor, scale: float | None = None) -> _Decoded:
+    """`scale` times (x - x_hat) is d loss / d x_hat; without it there are no gradients."""
+    error, squared = np.empty_like(x), np.empty(len(x))
+    dz = np.empty((len(x), 0 if scale is None else selected.z.shape[1]), np.float32)
+    sparse_cpu.decode(
+        x, selected.indices, selected.z, _array(sae.W_dec), offset.numpy(), error, squared, scale or 0.0, dz
+    )  # fmt: skip
+    return _Decoded(error, float(squared.sum()), dz)
 
 
 class _Gradients:
-    """The SAE's gradients as arrays that the kernels add to."""
+    """The SAE's gradients as arrays that the kernels write to."""
 
     def __init__(self, sae: SAE) -> None:
+        for parameter in sae.parameters():
+            if parameter.grad is None:
+                parameter.grad = torch.empty_like(parameter)
         self.W_enc, self.b_enc = _gradient(sae.W_enc), _gradient(sae.b_enc)
         self.W_dec, self.b_pre = _gradient(sae.W_dec), _gradient(sae.b_pre)
 
+    def take(
+        self, selected: Selected, decoded: _Decoded, x: np.ndarray, offset: Tensor, scale: float, fresh: bool
+    ) -> None:
+        """The gradients of one reconstruction term: in place of what was there when `fresh`, else added to it.
 
-def _accumulate(
-    gradients: _Gradients, sae: SAE, x: np.ndarray, selected: Selected, error: np.ndarray, scale: float
-) -> None:
-    """Adds the gradients of one reconstruction term; x is centred, so W_enc still lacks its b_pre part."""
-    dz = np.empty_like(selected.z)
-    sparse_cpu.latent_gradients(error, scale, selected.indices, selected.z, _array(sae.W_dec), dz)
-    pairs = sparse_cpu.transpose(selected.indices, selected.z, dz, sae.n_latents)
-    sparse_cpu.weight_gradients(pairs, error, scale, x, gradients.W_dec, gradients.W_enc, gradients.b_enc)
-    gradients.b_pre += np.float32(scale) * error.sum(axis=0, dtype=np.float32)
+        b_pre still lacks its part through the encoder.
+        """
+        pairs = sparse_cpu.transpose(selected.indices, selected.z, decoded.dz, scale, len(self.b_enc))
+        sparse_cpu.weight_gradients(
+            pairs, decoded.error, x, offset.numpy(), fresh, self.W_dec, self.W_enc, self.b_enc
+        )  # fmt: skip
+        by_b_pre = np.float32(scale) * decoded.error.sum(axis=0, dtype=np.float32)
+        self.b_pre[:] = by_b_pre if fresh else self.b_pre + by_b_pre
 
 
 def _auxk(
-    sae: SAE, x: Tensor, pre: Tensor, error: Tensor, dead: Tensor, objective: Objective, gradients: _Gradients
+    sae: SAE,
+    x: Tensor,
+    offset: Tensor,
+    pre: Tensor,
+    error: Tensor,
+    dead: Tensor,
+    objective: Objective,
+    gradients: _Gradients,
 ) -> float:
     """The AuxK loss, its gradients added: dense, but over the dead latents alone.
 
@@ -190,8 +225,9 @@ def _auxk(
     grad = miss * (2 * objective.auxk_coefficient / (miss.numel() * denominator))
     grad_latents = (grad @ W_dec.T) * (latents > 0)
     torch.from_numpy(gradients.W_dec).index_add_(0, rows, latents.T @ grad)
-    torch.from_numpy(gradients.W_enc).index_add_(0, rows, grad_latents.T @ x)
-    torch.from_numpy(gradients.b_enc).index_add_(0, rows, grad_latents.sum(dim=0))
+    by_b_enc = grad_latents.sum(dim=0)
+    torch.from_numpy(gradients.W_enc).index_add_(0, rows, (grad_latents.T @ x).addr_(by_b_enc, offset, alpha=-1))
+    torch.from_numpy(gradients.b_enc).index_add_(0, rows, by_b_enc)
     return float(miss.square().mean()) / denominator
 
 

@@ -1,8 +1,9 @@
 """CPU kernels of the sparse algebra (numba). Everything here touches k of the N latents of a token.
 
 Rows are shared out over threads whole (a token, or a latent), and the contributions to a latent are summed in the
-order of the tokens, so results do not depend on the number of threads. The GIL is released, so that the stream's
-prefetch thread reads on meanwhile.
+order of the tokens, so what a kernel returns does not depend on the number of threads. (torch's products, which stand
+between the kernels, make no such promise.) The GIL is released, so that the stream's prefetch thread reads on
+meanwhile.
 """
 
 from typing import Any, NamedTuple
@@ -13,64 +14,94 @@ from numba import njit, prange
 # Reassociation lets the dot products use vector registers; NaN and infinity keep their meaning, so that
 # a diverged cell is noticed.
 _FAST = {"contract", "reassoc", "nsz", "arcp"}
+_CHUNK = 16  # rows that share a thread's buffers
 
 
 @njit(parallel=True, nogil=True, cache=True)
-def select(bits: np.ndarray, k: int, group: int, indices: np.ndarray) -> None:
-    """Exact two-level top-k of the positive entries: bits [batch, n] -> indices [batch, k], -1 where there are fewer.
+def select(bits: np.ndarray, k: int, group: int, indices: np.ndarray, values: np.ndarray) -> None:
+    """Exact two-level top-k of the positive entries of each row of `bits` [batch, n].
 
     `bits` are bfloat16 or float32 pre-activations seen as int16 or int32: for positive floats the order is the same,
-    and negative ones, which ReLU would set to zero, are negative integers. First level: the k largest
-    entries lie in the k groups with the largest maxima, so the k-th largest maximum bounds them from below.
-    Ties go to the lower index.
+    and negative ones, which ReLU would set to zero, are negative integers. Writes `indices` [batch, k], in no
+    particular order, and the entries themselves to `values` [batch, k], of the type of `bits`; -1 and 0 where fewer
+    than k are positive. Ties go to the lower index.
+
+    First level: if k groups of entries have maxima that reach a bound, the k largest entries reach it too, and only
+    groups whose maximum does can hold them. The `group` entries of a group stand a fixed stride apart, so that the
+    maxima of neighbouring groups come from one vector operation.
     """
     batch, n = bits.shape
-    whole = n // group
-    groups = whole + (1 if n % group else 0)
-    for b in prange(batch):
-        row = bits[b]
+    groups = -(-n // group)
+    for chunk in prange(-(-batch // _CHUNK)):
         maxima = np.empty(groups, bits.dtype)
-        for g in range(groups):
-            top = row[g * group]
-            for i in range(g * group + 1, min(g * group + group, n)):
-                top = max(top, row[i])
-            maxima[g] = top
-        bound = bits.dtype.type(1)
-        if groups > k:
-            bound = max(bound, np.partition(maxima, groups - k)[groups - k])
-
-        found = 0
         candidates = np.empty(n, np.int32)
-        values = np.empty(n, bits.dtype)
-        for g in range(groups):
-            if maxima[g] >= bound:
-                for i in range(g * group, min(g * group + group, n)):
-                    if row[i] >= bound:
-                        candidates[found] = i
-                        values[found] = row[i]
-                        found += 1
+        entries = np.empty(n, bits.dtype)
+        for b in range(chunk * _CHUNK, min(chunk * _CHUNK + _CHUNK, batch)):
+            row = bits[b]
+            for g in range(groups):
+                maxima[g] = row[g]
+            for first in range(groups, n, groups):
+                part = row[first : first + groups]
+                for g in range(len(part)):
+                    maxima[g] = max(maxima[g], part[g])
+            top = np.int64(0)
+            for g in range(groups):
+                top = max(top, np.int64(maxima[g]))
+            bound = bits.dtype.type(_threshold(maxima, k, top, k // 8))
 
-        kept = 0
-        if found <= k:
+            found = 0
+            for g in range(groups):
+                if maxima[g] >= bound:
+                    for i in range(g, n, groups):
+                        # Without a branch: it would be mispredicted at nearly every entry that is kept.
+                        candidates[found] = i
+                        entries[found] = row[i]
+                        found += row[i] >= bound
+
+            last = bits.dtype.type(_threshold(entries[:found], k, top, 0))
+            reaching = 0
             for i in range(found):
-                indices[b, i] = candidates[i]
-            kept = found
+                reaching += entries[i] >= last
+            kept = 0
+            for i in range(found):
+                if entries[i] > last or (entries[i] == last and reaching <= k):
+                    indices[b, kept] = candidates[i]
+                    values[b, kept] = entries[i]
+                    kept += 1
+            if reaching > k:
+                for i in range(n):
+                    if row[i] == last and kept < k:
+                        indices[b, kept] = i
+                        values[b, kept] = last
+                        kept += 1
+            for i in range(kept, k):
+                indices[b, i] = -1
+                values[b, i] = 0
+
+
+@njit(nogil=True, cache=True)
+def _threshold(values: np.ndarray, k: int, top: int, slack: int) -> int:
+    """By bisection, a number that at least k and at most k + slack of `values` (integers up to `top`) reach.
+
+    Where ties make that impossible it is the largest number that at least k reach; 1 where fewer than k are positive
+    or there are no more than k values. Counting is all vector operations, where a partition would branch.
+    """
+    low, high = 1, top + 1
+    if len(values) <= k:
+        return low
+    while high - low > 1:
+        middle = low + (high - low) // 2
+        bound = values.dtype.type(middle)
+        count = np.int32(0)
+        for i in range(len(values)):
+            count = np.int32(count + (values[i] >= bound))
+        if count < k:
+            high = middle
         else:
-            smallest = np.partition(values[:found], found - k)[found - k]
-            ties = k
-            for i in range(found):
-                if values[i] > smallest:
-                    ties -= 1
-            for i in range(found):
-                if values[i] > smallest:
-                    indices[b, kept] = candidates[i]
-                    kept += 1
-                elif values[i] == smallest and ties > 0:
-                    indices[b, kept] = candidates[i]
-                    kept += 1
-                    ties -= 1
-        for i in range(kept, k):
-            indices[b, i] = -1
+            low = middle
+            if count <= k + slack:
+                break
+    return low
 
 
 @njit(parallel=True, fastmath=_FAST, nogil=True, cache=True)
@@ -90,39 +121,71 @@ def activations(x: np.ndarray, W_enc: np.ndarray, bias: np.ndarray, indices: np.
             z[b, j] = np.float32(0) if total <= 0 else total
 
 
+@njit(fastmath=_FAST, nogil=True, cache=True)
+def _add_rows(out: np.ndarray, weights: np.ndarray, rows: np.ndarray, indices: np.ndarray) -> None:
+    """out [d_model] += sum_j weights[j] * rows[indices[j]], eight rows at a time so that `out` is passed over less."""
+    whole = len(indices) // 8 * 8
+    for j in range(0, whole, 8):
+        w0, w1, w2, w3 = weights[j], weights[j + 1], weights[j + 2], weights[j + 3]
+        w4, w5, w6, w7 = weights[j + 4], weights[j + 5], weights[j + 6], weights[j + 7]
+        r0, r1, r2, r3 = rows[indices[j]], rows[indices[j + 1]], rows[indices[j + 2]], rows[indices[j + 3]]
+        r4, r5, r6, r7 = rows[indices[j + 4]], rows[indices[j + 5]], rows[indices[j + 6]], rows[indices[j + 7]]
+        for i in range(len(out)):
+            low = (w0 * r0[i] + w1 * r1[i]) + (w2 * r2[i] + w3 * r3[i])
+            high = (w4 * r4[i] + w5 * r5[i]) + (w6 * r6[i] + w7 * r7[i])
+            out[i] += low + high
+    for j in range(whole, len(indices)):
+        weight, row = weights[j], rows[indices[j]]
+        for i in range(len(out)):
+            out[i] += weight * row[i]
+
+
 @njit(parallel=True, fastmath=_FAST, nogil=True, cache=True)
-def residual(
-    x: np.ndarray, indices: np.ndarray, z: np.ndarray, W_dec: np.ndarray, offset: np.ndarray, error: np.ndarray
+def decode(
+    x: np.ndarray,
+    indices: np.ndarray,
+    z: np.ndarray,
+    W_dec: np.ndarray,
+    offset: np.ndarray,
+    error: np.ndarray,
+    squared: np.ndarray,
+    scale: float,
+    dz: np.ndarray,
 ) -> None:
-    """error[b] = x[b] - offset - sum_j z[b, j] W_dec[indices[b, j]]: decode and compare, [batch, d_model]."""
+    """error[b] = x[b] - offset - sum_j z[b, j] W_dec[indices[b, j]] [batch, d_model]; squared[b] = ||error[b]||^2 in
+    float64; dz[b, j] = scale * error[b] . W_dec[indices[b, j]] where z[b, j] > 0, else 0 (ReLU).
+
+    A `dz` of [batch, 0] asks for no gradients. One kernel for both, since a token's decoder rows are still in the
+    cache after its error was computed.
+    """
     batch, k = indices.shape
     d_model = x.shape[1]
     for b in prange(batch):
+        row = error[b]
         for i in range(d_model):
-            error[b, i] = x[b, i] - offset[i]
-        for j in range(k):
-            value = z[b, j]
-            if value != 0:
-                n = indices[b, j]
-                for i in range(d_model):
-                    error[b, i] -= value * W_dec[n, i]
-
-
-@njit(parallel=True, fastmath=_FAST, nogil=True, cache=True)
-def latent_gradients(
-    error: np.ndarray, scale: float, indices: np.ndarray, z: np.ndarray, W_dec: np.ndarray, dz: np.ndarray
-) -> None:
-    """dz[b, j] = scale * error[b] . W_dec[indices[b, j]] where z[b, j] > 0, else 0 (ReLU): [batch, k]."""
-    batch, k = indices.shape
-    d_model = error.shape[1]
-    for b in prange(batch):
-        for j in range(k):
-            total = np.float32(0)
-            if z[b, j] > 0:
-                n = indices[b, j]
-                for i in range(d_model):
-                    total += error[b, i] * W_dec[n, i]
-            dz[b, j] = np.float32(scale) * total
+            row[i] = 0
+        # An index of -1 stands for the last row, with a weight of 0.
+        _add_rows(row, z[b], W_dec, indices[b])
+        total = 0.0
+        for i in range(d_model):
+            row[i] = x[b, i] - offset[i] - row[i]
+            total += np.float64(row[i]) * np.float64(row[i])
+        squared[b] = total
+        for j in range(0, dz.shape[1], 4):
+            # Four at a time; past the end the last one is computed again.
+            j1, j2, j3 = min(j + 1, k - 1), min(j + 2, k - 1), min(j + 3, k - 1)
+            r0, r1 = W_dec[indices[b, j]], W_dec[indices[b, j1]]
+            r2, r3 = W_dec[indices[b, j2]], W_dec[indices[b, j3]]
+            dot0 = dot1 = dot2 = dot3 = np.float32(0)
+            for i in range(d_model):
+                dot0 += row[i] * r0[i]
+                dot1 += row[i] * r1[i]
+                dot2 += row[i] * r2[i]
+                dot3 += row[i] * r3[i]
+            dz[b, j] = np.float32(scale) * dot0 if z[b, j] > 0 else np.float32(0)
+            dz[b, j1] = np.float32(scale) * dot1 if z[b, j1] > 0 else np.float32(0)
+            dz[b, j2] = np.float32(scale) * dot2 if z[b, j2] > 0 else np.float32(0)
+            dz[b, j3] = np.float32(scale) * dot3 if z[b, j3] > 0 else np.float32(0)
 
 
 class ByLatent(NamedTuple):
@@ -130,12 +193,12 @@ class ByLatent(NamedTuple):
 
     starts: Any  # int64 [n_latents + 1]: pairs of latent n are starts[n]:starts[n + 1]
     tokens: Any  # int32 [pairs]
-    z: Any  # float32 [pairs]
-    dz: Any  # float32 [pairs]
+    scaled_z: Any  # float32 [pairs]: scale * z, the weight of error[token] in the gradient of W_dec
+    dz: Any  # float32 [pairs]: the weight of x[token] in the gradient of W_enc
 
 
 @njit(nogil=True, cache=True)
-def transpose(indices: np.ndarray, z: np.ndarray, dz: np.ndarray, n_latents: int) -> ByLatent:
+def transpose(indices: np.ndarray, z: np.ndarray, dz: np.ndarray, scale: float, n_latents: int) -> ByLatent:
     """Counting sort of the active pairs of [batch, k] arrays by latent. Pairs with z = 0 have no gradient and go."""
     batch, k = indices.shape
     starts = np.zeros(n_latents + 1, np.int64)
@@ -148,7 +211,7 @@ def transpose(indices: np.ndarray, z: np.ndarray, dz: np.ndarray, n_latents: int
     position = starts[:-1].copy()
     pairs = starts[n_latents]
     tokens = np.empty(pairs, np.int32)
-    values = np.empty(pairs, np.float32)
+    scaled_z = np.empty(pairs, np.float32)
     gradients = np.empty(pairs, np.float32)
     for b in range(batch):
         for j in range(k):
@@ -157,36 +220,50 @@ def transpose(indices: np.ndarray, z: np.ndarray, dz: np.ndarray, n_latents: int
                 p = position[n]
                 position[n] += 1
                 tokens[p] = b
-                values[p] = z[b, j]
+                scaled_z[p] = np.float32(scale) * z[b, j]
                 gradients[p] = dz[b, j]
-    return ByLatent(starts, tokens, values, gradients)
+    return ByLatent(starts, tokens, scaled_z, gradients)
 
 
 @njit(parallel=True, fastmath=_FAST, nogil=True, cache=True)
 def weight_gradients(
     pairs: ByLatent,
     error: np.ndarray,
-    scale: float,
     x: np.ndarray,
+    offset: np.ndarray,
+    fresh: bool,
     grad_W_dec: np.ndarray,
     grad_W_enc: np.ndarray,
     grad_b_enc: np.ndarray,
 ) -> None:
-    """The sparse-transposed products. For every latent n and its pairs (n, token b) with values z and dz it adds
-    scale z error[b] to grad_W_dec[n], dz x[b] to grad_W_enc[n], and dz to grad_b_enc[n].
+    """The sparse-transposed products. Latent n gets, summed over its pairs (n, token b), scale z error[b] in
+    grad_W_dec[n], dz (x[b] - offset) in grad_W_enc[n], and dz in grad_b_enc[n].
 
-    error and x are [batch, d_model], the gradients [n_latents, d_model] and [n_latents].
+    error and x are [batch, d_model], the gradients [n_latents, d_model] and [n_latents]; they are overwritten when
+    `fresh`, else added to.
     """
+    starts, tokens, scaled_z, dz = pairs
     n_latents, d_model = grad_W_dec.shape
+    # Two passes, since `error` and `x` do not fit into the second-level cache together.
     for n in prange(n_latents):
-        for p in range(pairs.starts[n], pairs.starts[n + 1]):
-            b = pairs.tokens[p]
-            value = np.float32(scale) * pairs.z[p]
-            gradient = pairs.dz[p]
-            grad_b_enc[n] += gradient
+        start, end = starts[n], starts[n + 1]
+        if fresh:
             for i in range(d_model):
-                grad_W_dec[n, i] += value * error[b, i]
-                grad_W_enc[n, i] += gradient * x[b, i]
+                grad_W_dec[n, i] = 0
+        _add_rows(grad_W_dec[n], scaled_z[start:end], error, tokens[start:end])
+    for n in prange(n_latents):
+        start, end = starts[n], starts[n + 1]
+        if fresh:
+            grad_b_enc[n] = 0
+            for i in range(d_model):
+                grad_W_enc[n, i] = 0
+        _add_rows(grad_W_enc[n], dz[start:end], x, tokens[start:end])
+        total = np.float32(0)
+        for p in range(start, end):
+            total += dz[p]
+        grad_b_enc[n] += total
+        for i in range(d_model):
+            grad_W_enc[n, i] -= total * offset[i]
 
 
 @njit(parallel=True, fastmath=_FAST, nogil=True, cache=True)

@@ -13,7 +13,7 @@ from trainers.device import Precision
 from trainers.optimiser import EPS, SAEAdam
 from trainers.reference import Objective
 from trainers.sae import SAE
-from trainers.sparse import Batch, DeadLatents, dense_step, residuals, step
+from trainers.sparse import Batch, DeadLatents, dense_step, reconstruct, step
 
 
 def random_sae(d_model: int, n_latents: int, k: int, seed: int) -> SAE:
@@ -150,13 +150,15 @@ def test_two_level_top_k_is_exact(n: int, k_share: float, group: int, seed: int,
     pre = torch.randn(6, n, generator=torch.Generator().manual_seed(seed))
     pre = {"normal": pre, "ties": (2 * pre).round() / 2, "negative": -pre.abs(), "zeros": torch.zeros(6, n)}[kind]
     pre = pre.bfloat16() if half else pre
-    indices = np.empty((6, k), np.int32)
-    sparse_cpu.select(pre.view(torch.int16 if half else torch.int32).numpy(), k, group, indices)
+    bits = pre.view(torch.int16 if half else torch.int32).numpy()
+    indices, values = np.empty((6, k), np.int32), np.empty((6, k), bits.dtype)
+    sparse_cpu.select(bits, k, group, indices, values)
 
     order = pre.float().sort(dim=1, descending=True, stable=True)
     for row in range(6):
         wanted = [int(i) for i, v in zip(order.indices[row, :k], order.values[row, :k], strict=True) if v > 0]
         assert sorted(i for i in indices[row] if i >= 0) == sorted(wanted)  # ties included: the lower index is kept
+        assert (values[row] == np.where(indices[row] >= 0, bits[row, indices[row]], 0)).all()
 
 
 def test_bf16_selection_keeps_the_loss() -> None:
@@ -189,13 +191,26 @@ def test_the_dense_step_of_other_devices_gives_the_same(precision: Precision, to
         assert torch.equal(dead.tokens_since, other.tokens_since)
 
 
-def test_residuals_equal_the_dense_forward() -> None:
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("value", [float("nan"), -float("nan"), float("inf"), -float("inf")])
+def test_one_bad_encoder_weight_is_noticed(precision: Precision, value: float) -> None:
+    sae = random_sae(8, 16, 2, seed=0)
+    with torch.no_grad():
+        sae.W_enc[3, 5] = value
+    batch = Batch(torch.randn(20, 8, generator=torch.Generator().manual_seed(0)), sae.b_pre.detach().clone())
+    assert not np.isfinite(reconstruct(sae, batch, precision).squared)
+    assert not np.isfinite(step(sae, batch, Objective(2, 1.0), DeadLatents(16), 10**9, precision).main)
+
+
+def test_the_forward_pass_equals_the_dense_one() -> None:
     torch.manual_seed(0)
     sae, x, origin = random_sae(16, 50, 5, seed=2), torch.randn(20, 16), torch.randn(16)
-    error, active = residuals(sae, Batch(x - origin, origin))
+    got = reconstruct(sae, Batch(x - origin, origin))
     forward = sae(x)
-    assert torch.allclose(error, x - forward.reconstruction, atol=1e-5)
-    assert active == int((forward.latents > 0).sum())
+    wanted = (x - forward.reconstruction).detach()
+    assert torch.allclose(got.error, wanted, atol=1e-5)
+    assert got.squared == pytest.approx(float(wanted.square().sum()), rel=1e-5)
+    assert got.active == int((forward.latents > 0).sum())
 
 
 def test_dead_latents_are_counted_in_tokens() -> None:
