@@ -24,6 +24,7 @@ Split = Literal["train", "heldout"]
 _EXPONENT = {"float16": np.uint16(0x7C00), "bfloat16": np.uint16(0x7F80)}
 _MAGNITUDE = np.uint16(0x7FFF)
 _CHUNK_BYTES = 8 << 20
+CONSTANT = "zero norm once its mean is subtracted (all its values are equal)"
 
 
 class Site(BaseModel):
@@ -119,15 +120,24 @@ def to_float32(act: np.ndarray, dtype: str) -> np.ndarray:
 
 
 def find_bad_row(act: np.ndarray, dtype: str) -> tuple[int, str] | None:
-    """The first row of `act` [rows, d_model] that no SAE can use, as (row, what is wrong), or None."""
+    """The first row of `act` [rows, d_model] that no SAE can use, as (row, what is wrong), or None.
+
+    That is NaN or Inf in it, zero norm, or `CONSTANT`: preprocessing divides by the norm that is left without the mean.
+    """
     bits = act.view(np.uint16)
     step = max(1, _CHUNK_BYTES // 8 // max(1, 2 * bits.shape[1]))
     for first in range(0, len(bits), step):
-        largest = (bits[first : first + step] & _MAGNITUDE).max(axis=1)
+        part = bits[first : first + step]
+        largest = (part & _MAGNITUDE).max(axis=1)
         bad = (largest >= _EXPONENT[dtype]) | (largest == 0)
+        # Almost no row has equal ends, so this hardly reads anything.
+        suspects = np.flatnonzero(part[:, 0] == part[:, -1])
+        bad[suspects] |= (part[suspects] == part[suspects, :1]).all(axis=1)
         if bad.any():
             row = int(bad.argmax())
-            return first + row, "zero norm" if largest[row] == 0 else "NaN or Inf"
+            if largest[row] >= _EXPONENT[dtype]:
+                return first + row, "NaN or Inf"
+            return first + row, "zero norm" if largest[row] == 0 else CONSTANT
     return None
 
 
@@ -137,7 +147,8 @@ def find_bad_row(act: np.ndarray, dtype: str) -> tuple[int, str] | None:
 def write_shard(url: str, name: str, split: Split, rows: Rows, dtype: Dtype, row_group_rows: int) -> Shard:
     """Writes one shard of the store at `url` atomically and returns its entry for the manifest.
 
-    Raises SaescaleError on a row with NaN, Inf or zero norm, and when the store is sealed by a manifest.
+    Raises SaescaleError on a row with NaN, Inf or zero norm (also once its mean over d_model is subtracted), and when
+    the store is sealed by a manifest.
     """
     act = np.ascontiguousarray(rows.act)
     if act.ndim != 2 or act.dtype != raw_dtype(dtype) or any(len(column) != len(act) for column in rows):
@@ -277,7 +288,7 @@ class ActivationStore:
         return out
 
     def check_values(self, group: RowGroup, act: np.ndarray) -> None:
-        """SaescaleError naming file, row group and row when that group, `act`, has a NaN, Inf or zero row."""
+        """SaescaleError naming file, row group and row when that group, `act`, has a row of `find_bad_row`."""
         bad = find_bad_row(act, self.manifest.dtype)
         if bad is not None:
             raise self._damaged(group, f"has {bad[1]} in row {bad[0]}")
@@ -286,7 +297,7 @@ class ActivationStore:
         """Checks every shard; SaescaleError at the first fault names file, row group and what is wrong.
 
         Quick: presence, size in bytes, Parquet footer, width of `act`, row counts. Full: also the checksum
-        and every value (NaN, Inf, zero norm). `progress(done, total)` counts bytes of shards.
+        and every value (find_bad_row). `progress(done, total)` counts bytes of shards.
         """
         total = sum(shard.bytes for shard in self.manifest.shards)
         done = 0

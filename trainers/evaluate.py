@@ -1,5 +1,6 @@
 """Held-out nmse: sum ||x - x_hat||^2 / sum ||x - mean(x)||^2 over the whole held-out set, summed in float64."""
 
+import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -31,7 +32,10 @@ def check_eval_tokens(store: ActivationStore, tokens: int) -> None:
 
 
 class HeldOut:
-    """The first `tokens` held-out rows of a store, kept in memory as they are stored (2 bytes a number)."""
+    """The first `tokens` held-out rows of a store, kept in memory as they are stored (2 bytes a number).
+
+    Raises SaescaleError where there are fewer, and where nmse has no meaning because they do not vary.
+    """
 
     def __init__(self, store: ActivationStore, tokens: int, device: torch.device | str = "cpu") -> None:
         check_eval_tokens(store, tokens)
@@ -39,6 +43,12 @@ class HeldOut:
         self._device = torch.device(device)
         self.tokens = tokens
         self._total = self._variation()
+        # Rows have unit norm, so equal ones leave nothing but rounding.
+        if not math.isfinite(self._total) or self._total <= 1e-20 * tokens:
+            raise SaescaleError(
+                f"{store.url}: the first {tokens} held-out rows have a total variation of {self._total:.3g}, so nmse "
+                "has no meaning; set eval.tokens to take in rows that differ, or harvest again"
+            )
 
     def _variation(self) -> float:
         """sum ||x - mean(x)||^2 over all rows, in float64."""

@@ -15,7 +15,7 @@ BuildStore = Callable[..., ActivationStore]
 def numbered_rows(first: int, count: int, d_model: int, dtype: str) -> np.ndarray:
     """Rows [count, d_model] whose first two columns spell their number: every row of a store is unique."""
     number = np.arange(first, first + count)
-    act = np.ones((count, d_model), np.float32)
+    act = np.full((count, d_model), 0.5, np.float32)  # no number: a row of equal values is refused
     act[:, 0], act[:, 1] = number // 128, number % 128
     if dtype == "bfloat16":  # integers below 256 are exact in bfloat16, the upper half of a float32
         return (act.view(np.uint32) >> np.uint32(16)).astype(np.uint16)

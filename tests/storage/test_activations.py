@@ -39,6 +39,11 @@ def rows_of(act: np.ndarray) -> Rows:
     return Rows(act, number, number.astype(np.int16), number)
 
 
+def varied(rows: int, d_model: int) -> np.ndarray:
+    """Sound rows: 1 to d_model each."""
+    return np.tile(np.arange(1, d_model + 1, dtype=np.float16), (rows, 1))
+
+
 def rewrite_manifest(store: ActivationStore, **changes: Any) -> None:
     where = files.join(store.url, "manifest.json")
     files.write_atomic(where, json.dumps(json.loads(files.read_bytes(where)) | changes).encode())
@@ -67,7 +72,7 @@ def test_a_store_comes_back_on_every_file_system(build_store: BuildStore, any_ur
 
 @settings(max_examples=40, deadline=None)
 @given(
-    bits=hnp.arrays(np.uint16, st.tuples(st.integers(1, 70), st.integers(1, 9))),
+    bits=hnp.arrays(np.uint16, st.tuples(st.integers(1, 70), st.integers(2, 9))),
     dtype=st.sampled_from(["float16", "bfloat16"]),
     row_group_rows=st.integers(1, 80),
 )
@@ -75,6 +80,7 @@ def test_any_finite_rows_come_back_bit_for_bit(bits: np.ndarray, dtype: str, row
     exponent = 0x7C00 if dtype == "float16" else 0x7F80
     bits[(bits & exponent) == exponent] = 1
     bits[~((bits & 0x7FFF).any(axis=1)), 0] = 0x8001
+    bits[(bits == bits[:, :1]).all(axis=1), 0] ^= 1
     act = bits.view(np.float16) if dtype == "float16" else bits
     url = f"memory://{uuid.uuid4().hex}"
     rows = rows_of(act)
@@ -108,20 +114,23 @@ def test_bad_rows_are_those_that_the_values_show(bits: np.ndarray, dtype: str) -
     if dtype == "bfloat16":
         exact = torch.from_numpy(bits.view(np.int16)).view(torch.bfloat16).float().numpy()
         assert np.array_equal(values, exact, equal_nan=True)
-    bad = ~np.isfinite(values).all(axis=1) | (values == 0).all(axis=1)
+    bad = ~np.isfinite(values).all(axis=1) | (values == values[:, :1]).all(axis=1)
     found = find_bad_row(act, dtype)
     assert (found[0] if found else None) == (int(bad.argmax()) if bad.any() else None)
 
 
 def test_a_bad_row_far_into_a_large_block_is_found() -> None:
-    act = np.ones((300_000, 8), np.float16)
+    act = varied(300_000, 8)
     act[299_999, 3] = np.inf
     assert find_bad_row(act, "float16") == (299_999, "NaN or Inf")
 
 
-@pytest.mark.parametrize(("value", "what"), [(np.nan, "NaN or Inf"), (-np.inf, "NaN or Inf"), (0, "zero norm")])
+@pytest.mark.parametrize(
+    ("value", "what"),
+    [(np.nan, "NaN or Inf"), (-np.inf, "NaN or Inf"), (0, "zero norm;"), (7, "zero norm once its mean is subtracted")],
+)
 def test_bad_values_are_refused_when_written(tmp_path: Path, value: float, what: str) -> None:
-    act = np.ones((20, 4), np.float16)
+    act = varied(20, 4)
     act[13] = value
     with pytest.raises(SaescaleError, match=rf"a\.parquet: row 13 \(row group 1\) has {what}"):
         write_shard(str(tmp_path), "a.parquet", "train", rows_of(act), "float16", 8)
@@ -142,12 +151,20 @@ def plant(store: ActivationStore, act: np.ndarray) -> None:
     rewrite_manifest(store, shards=shards)
 
 
-@pytest.mark.parametrize(("value", "what"), [(np.nan, "NaN or Inf"), (np.inf, "NaN or Inf"), (0, "zero norm")])
+@pytest.mark.parametrize(
+    ("value", "what"),
+    [
+        (np.nan, "NaN or Inf"),
+        (np.inf, "NaN or Inf"),
+        (0, "zero norm"),
+        (7, r"zero norm once its mean is subtracted \(all its values are equal\)"),
+    ],
+)
 def test_bad_values_in_a_store_name_file_and_row_group(
     build_store: BuildStore, tmp_path: Path, value: float, what: str
 ) -> None:
     store = build_store(str(tmp_path))
-    act = np.ones((40, 4), np.float16)
+    act = varied(40, 4)
     act[21] = value
     plant(store, act)
     store = ActivationStore.open(str(tmp_path))
@@ -237,7 +254,7 @@ def test_an_unusable_manifest_is_one_clear_line(build_store: BuildStore, tmp_pat
 
 def test_a_sealed_store_is_immutable(build_store: BuildStore, any_url: str) -> None:
     store = build_store(any_url)
-    act = np.ones((3, 4), np.float16)
+    act = varied(3, 4)
     with pytest.raises(SaescaleError, match="immutable"):
         write_shard(any_url, "more.parquet", "train", rows_of(act), "float16", 8)
     with pytest.raises(SaescaleError, match="immutable"):
@@ -265,7 +282,7 @@ def test_a_shard_name_stays_inside_the_store() -> None:
 
 
 def test_columns_that_do_not_fit_are_refused(tmp_path: Path) -> None:
-    act = np.ones((3, 4), np.float16)
+    act = varied(3, 4)
     with pytest.raises(ValueError, match="equal length"):
         write_shard(str(tmp_path), "a", "train", rows_of(act)._replace(doc=np.arange(2)), "float16", 8)
     with pytest.raises(ValueError, match="uint16"):

@@ -201,6 +201,14 @@ def test_held_out_nmse_is_global_and_exact(sparse_store: ActivationStore) -> Non
     assert got.nmse == pytest.approx(float(wanted.detach()), rel=1e-6)
 
 
+def test_held_out_rows_that_do_not_vary_are_refused(tmp_path: Path) -> None:
+    same = np.repeat(sparse_rows(1, seed=0), 63, axis=0)
+    store = ActivationStore.open(write_store(str(tmp_path / "flat"), sparse_rows(64, seed=1), same))
+    for tokens in (1, 63):
+        with pytest.raises(SaescaleError, match=rf"flat: the first {tokens} held-out rows have a total variation of"):
+            HeldOut(store, tokens)
+
+
 def test_preprocessing_and_geometric_median() -> None:
     x = normalise(torch.randn(100, 16) * 50 + 3)
     assert torch.allclose(x.mean(dim=1), torch.zeros(100), atol=1e-6)
