@@ -51,7 +51,10 @@ class SAE(nn.Module):
 
     def forward(self, x: Tensor, k: int | None = None) -> Forward:
         """The dense reference: x [batch, d_model], preprocessed; `k` other than the SAE's own for Multi-TopK."""
-        pre = self.encode(x)
+        return self.decode(self.encode(x), k)
+
+    def decode(self, pre: Tensor, k: int | None = None) -> Forward:
+        """What `forward` makes of pre-activations [batch, n_latents]."""
         latents = _top_k(pre, self.k if k is None else k).relu()
         return Forward(pre, latents, latents @ self.W_dec + self.b_pre)
 

@@ -8,7 +8,7 @@ Inputs are centred once per batch for all cells of a pack: with x' = x - origin 
 W_enc (x - b_pre) + b_enc = W_enc x' + (b_enc - W_enc b), and x - x_hat = x' - b - z W_dec.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -117,7 +117,7 @@ def reconstruct(sae: SAE, batch: Batch, precision: Precision = "fp32") -> Recons
     """The forward pass alone."""
     if batch.x.device.type != "cpu":
         x = batch.x + batch.origin
-        forward = sae(x)
+        forward = sae.decode(_dense_encode(sae, x, precision))
         error = x - forward.reconstruction
         return Reconstruction(error, float(error.double().square().sum()), int((forward.latents > 0).sum()))
     offset = sae.b_pre - batch.origin
@@ -240,15 +240,39 @@ def dense_step(
     dead_after_tokens: int,
     precision: Precision = "fp32",
 ) -> Step:
-    """The same by the dense reference and autograd, on any device; bf16 products through autocast."""
+    """The same by the dense reference and autograd, on any device."""
     x = batch.x + batch.origin
     for parameter in sae.parameters():
         parameter.grad = None
-    with torch.autocast(x.device.type, torch.bfloat16, enabled=precision == "bf16"), torch.enable_grad():
-        dead.update(reference.fired(sae(x).latents.detach()), len(x))
-        losses = reference.losses(sae, x, dead.after(dead_after_tokens), objective)
+    with torch.enable_grad():
+        forward = sae.decode(_dense_encode(sae, x, precision), objective.k)
+        # Has to stand between the forward pass and AuxK: a latent that came back to life is no longer dead.
+        dead.update(reference.fired(forward.latents.detach()), len(x))
+        losses = reference.losses(sae, x, forward, dead.after(dead_after_tokens), objective)
         losses.total.backward()
     return Step(float(losses.main), float(losses.multi), float(losses.auxk))
+
+
+def _dense_encode(sae: SAE, x: Tensor, precision: Precision) -> Tensor:
+    """Pre-activations [batch, n_latents] in float32, from bf16 operands in bf16 `precision`."""
+    if precision == "fp32":
+        return sae.encode(x)
+    product: Tensor = _Bf16Product.apply(x - sae.b_pre, sae.W_enc)
+    return product + sae.b_enc
+
+
+class _Bf16Product(torch.autograd.Function):
+    """x [batch, d_model] @ W_enc.T with both rounded to bf16; the gradients are products of float32."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, W_enc: Tensor) -> Tensor:
+        ctx.save_for_backward(x, W_enc)
+        return (x.bfloat16() @ W_enc.bfloat16().T).float()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor]:
+        x, W_enc = ctx.saved_tensors
+        return gradient @ W_enc, gradient.T @ x
 
 
 def _array(parameter: Tensor) -> np.ndarray:
