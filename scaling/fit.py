@@ -274,9 +274,9 @@ def _checked(fit: Fit, held_column: str, at_least: float, seed: int) -> Fit:
     holdout = hold_out(fit, held_column, at_least, seed)
     warnings = [*fit.warnings, *fit_warnings(fit)]
     if holdout is None:
-        warnings.append(
-            f"too few points remain without {SYMBOLS[held_column]} >= {number(at_least)}: nothing was held out"
-        )
+        largest = f"{SYMBOLS[held_column]} >= {number(at_least)}"
+        held = "the upper half of the compute" if held_column == "flops" else largest
+        warnings.append(f"too few points remain without {held}: nothing was held out")
     return replace(fit, holdout=holdout, warnings=tuple(warnings))
 
 
