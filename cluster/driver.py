@@ -4,16 +4,12 @@ from typing import Any, NamedTuple
 
 from cluster.display import SweepDisplay
 from cluster.ledger import Ledger, open_ledger, provenance_of, recorded_precision
-from cluster.plan import plan_packs
 from cluster.spec import SweepSpec
 from scaling.report import analyse, is_current
 from storage.activations import ActivationStore
-from storage.errors import SaescaleError
 from storage.files import join, list_names
 from storage.rundir import RunDirectory
-from trainers.evaluate import check_eval_tokens
-from trainers.train import wandb_directory
-from trainers.wandb_logger import how_to_read, log_summary, resolve_mode
+from trainers.wandb_logger import how_to_read, log_summary, resolve_mode, wandb_directory
 
 FULL_VERIFY_BYTES = 2 * 2**30  # stores up to this size are read whole before training starts
 WANDB = "wandb.json"  # what was logged, and how to read it
@@ -43,8 +39,9 @@ def run_sweep(
     if ledger is None or ledger.pending:
         verify(store, spec.eval.tokens, display)
         display.stage("starting the workers")
-        # Only here: a sweep that is finished is shown without the seconds that Ray takes to import.
+        # Only here: a sweep that is finished is shown without the seconds that Ray and torch take to import.
         from cluster.execute import Execution
+        from cluster.plan import plan_packs
         from cluster.pool import Pool
 
         resources = spec.resources
@@ -63,9 +60,8 @@ def run_sweep(
 
 def verify(store: ActivationStore, eval_tokens: int, display: SweepDisplay) -> None:
     """Before any training time is spent: every shard's size and schema, and all its bytes where that is soon done."""
-    if store.rows("train") == 0:
-        raise SaescaleError(f"the activation store {store.url} has no train rows; harvest some first")
-    check_eval_tokens(store, eval_tokens)
+    store.require_rows("train", 1, "a sweep")
+    store.require_rows("heldout", eval_tokens, "eval.tokens")
     total = sum(shard.bytes for shard in store.manifest.shards)
     display.stage("checking the activation store")
     store.verify(full=total <= FULL_VERIFY_BYTES)

@@ -12,9 +12,7 @@ from storage.activations import ActivationStore
 from storage.errors import SaescaleError
 from storage.files import remove
 from storage.rundir import CURVES_SCHEMA, RunDirectory
-from trainers.callbacks import checkpoint_url
-from trainers.cell import Cell
-from trainers.device import Precision
+from trainers.cell import Cell, Precision
 
 # Parts of a sweep that may change between two calls of the same sweep: they do not change what its cells are.
 _FREE = ("store", "out", "resources", "wandb")
@@ -54,7 +52,7 @@ class Ledger:
         finished = self.run.cells_with_results()
         for cell in cells:
             if cell.cell_id in finished:
-                remove(checkpoint_url(self.run, cell.cell_id))
+                remove(self.run.checkpoint_url(cell.cell_id))
 
     @property
     def pending(self) -> list[Cell]:
@@ -63,7 +61,7 @@ class Ledger:
 
     def checkpoint_steps(self) -> dict[str, int]:
         """The newest checkpointed step of each pending cell; cells without one are absent."""
-        steps = {cell.cell_id: checkpoint.steps(checkpoint_url(self.run, cell.cell_id)) for cell in self.pending}
+        steps = {cell.cell_id: checkpoint.steps(self.run.checkpoint_url(cell.cell_id)) for cell in self.pending}
         return {cell_id: found[0] for cell_id, found in steps.items() if found}
 
     def steps_reached(self, cells: Iterable[Cell]) -> int:
@@ -160,7 +158,7 @@ def read_status(url: str) -> list[dict[str, Any]]:
     for row in run.read_results().to_pylist():
         cell_id = row["cell_id"]
         row |= run.read_cell_result(cell_id) or {}
-        steps = checkpoint.steps(checkpoint_url(run, cell_id)) if row["status"] == "pending" else []
+        steps = checkpoint.steps(run.checkpoint_url(cell_id)) if row["status"] == "pending" else []
         if steps:
             row["status"] = "started"
         kept = ("cell_id", "n_latents", "k", "status", "nmse", "dead_fraction", "wall_s", "error")

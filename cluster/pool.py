@@ -19,7 +19,8 @@ import torch
 from storage.errors import SaescaleError, SaescaleWarning, one_line
 from storage.rundir import RunDirectory
 from trainers.callbacks import Progress
-from trainers.device import Precision, default_device, fast_precision
+from trainers.cell import Precision
+from trainers.device import default_device, fast_precision
 from trainers.train import PackJob, train_pack
 
 _START_TIMEOUT_S = 300.0

@@ -12,8 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from storage import files
 from storage.activations import ActivationStore
 from storage.errors import SaescaleError
-from trainers.cell import Cell, auto_k_aux
-from trainers.train import EvalSpec
+from trainers.cell import Cell, EvalSpec, Precision, auto_k_aux
 from trainers.wandb_logger import WandbSettings
 
 # Strict: `true`, "512" and 8.0 are mistakes in a sweep file. Reals are lax, because YAML reads 8e-4 as text.
@@ -81,7 +80,7 @@ class Train(_Model):
     auxk: AuxK = AuxK()
     multi_topk: bool = False
     ema: float = Field(default=0.999, ge=0, lt=1)
-    precision: Literal["auto", "fp32", "bf16"] = "auto"  # of the encoder product; auto: the faster one on this machine
+    precision: Literal["auto"] | Precision = "auto"  # of the encoder product; auto: the faster one on this machine
     stream_seed: NotNegative = 0  # of the order of the data
 
     @model_validator(mode="after")
@@ -113,7 +112,7 @@ class SweepSpec(_Model):
     # What a run's sweep.yaml says besides; allowed here so that it can be swept again as it is, and not used.
     resolved: dict[str, Any] = Field(default={}, exclude=True)
 
-    def cells(self, store: ActivationStore, precision: Literal["fp32", "bf16"]) -> list[Cell]:
+    def cells(self, store: ActivationStore, precision: Precision) -> list[Cell]:
         """The grid over `store`; `precision` is what `train.precision: auto` means here."""
         grid, train = self.grid, self.train
         return [

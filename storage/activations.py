@@ -244,6 +244,14 @@ class ActivationStore:
         """Number of rows of the split."""
         return sum(shard.rows for shard in self.manifest.shards if shard.split == split)
 
+    def require_rows(self, split: str, wanted: int, setting: str) -> None:
+        """Raises SaescaleError, which names `setting`, where the split has fewer than `wanted` rows."""
+        if self.rows(split) < wanted:
+            raise SaescaleError(
+                f"the activation store {self.url} holds {self.rows(split)} {split} rows "
+                f"and {setting} asks for {wanted}; lower it, or harvest more"
+            )
+
     def row_groups(self, split: str) -> list[RowGroup]:
         """All row groups of the split in stored order, from the manifest alone."""
         return [

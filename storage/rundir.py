@@ -68,8 +68,12 @@ class RunDirectory:
         self.url = url
 
     def cell_url(self, cell_id: str) -> str:
-        """The folder of one cell; its checkpoints go into `checkpoint` below it."""
+        """The folder of one cell."""
         return files.join(self.url, "cells", cell_id)
+
+    def checkpoint_url(self, cell_id: str) -> str:
+        """The folder of one cell's checkpoints, there while it trains."""
+        return files.join(self.cell_url(cell_id), "checkpoint")
 
     # --- the spec
 

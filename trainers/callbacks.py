@@ -76,7 +76,7 @@ class Evaluate(L.Callback):
         if cell.error is None:
             save_trained(join(folder, "sae.safetensors"), cell.optimiser.averaged(), cell.cell)
         self.run.write_cell_result(name, result)
-        remove(join(folder, "checkpoint"))
+        remove(self.run.checkpoint_url(name))
         self.results[name] = result
         self.logger.finish(cell.cell, result)
 
@@ -128,7 +128,7 @@ class Checkpoint(L.Callback):
         """All running cells at the same step; each keeps its previous generation, so a common step always exists."""
         for cell in pack.running:
             checkpoint.save(
-                checkpoint_url(self.run, cell.cell.cell_id),
+                self.run.checkpoint_url(cell.cell.cell_id),
                 cell.step,
                 cell.tensors() | {"centre": pack.centre.b_pre.cpu().numpy()},
                 cell.state() | {"variance": pack.centre.variance},
@@ -165,7 +165,3 @@ class Report(L.Callback):
                     failed=sum(cell.error is not None for cell in cells),
                 )
             )
-
-
-def checkpoint_url(run: RunDirectory, cell_id: str) -> str:
-    return join(run.cell_url(cell_id), "checkpoint")

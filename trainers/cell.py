@@ -9,6 +9,17 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from scaling.compute import Flops, flops_per_token
 
+Precision = Literal["fp32", "bf16"]  # of the operands of the encoder product
+
+
+class EvalSpec(BaseModel):
+    """When and on what nmse is measured."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    tokens: int = Field(default=32_768, gt=0, strict=True)  # held-out rows
+    every_tokens: int = Field(default=16_384, gt=0, strict=True)  # training tokens between two points of the curve
+
 
 class Cell(BaseModel):
     """One SAE of a sweep: what it is (n_latents, k, activation, seed) and how it is trained.
@@ -34,7 +45,7 @@ class Cell(BaseModel):
     dead_after_tokens: int = Field(gt=0)
     multi_topk: bool = False
     ema: float = Field(default=0.999, ge=0, lt=1)
-    precision: Literal["fp32", "bf16"] = "fp32"
+    precision: Precision = "fp32"
 
     @model_validator(mode="after")
     def _check(self) -> Self:

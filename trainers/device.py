@@ -1,12 +1,11 @@
 """Which device, precision and number of threads a process trains with."""
 
 from pathlib import Path
-from typing import Literal
 
 import numba
 import torch
 
-Precision = Literal["fp32", "bf16"]
+from trainers.cell import Precision
 
 
 def default_device() -> torch.device:

@@ -71,7 +71,12 @@ class SAEAdam(torch.optim.Optimizer):
 
     @torch.no_grad()
     def averaged(self) -> SAE:
-        """A copy of the SAE with the bias-corrected exponential moving average of its weights, for evaluation."""
+        """A copy of the SAE with the bias-corrected exponential moving average of its weights, for evaluation.
+
+        Before the first step that is the SAE itself. The weights are the averages as they are, as in Gao et al. 2024:
+        a decoder row is a mean of unit vectors, so its norm is at most 1 (to rounding) and the smaller, the more its
+        direction moved. It is not scaled back to 1, which alone would change x_hat.
+        """
         copy = SAE(self.sae.d_model, self.sae.n_latents, self.sae.k).to(self.sae.W_enc.device)
         if self.steps == 0:
             copy.load_state_dict(self.sae.state_dict())

@@ -15,8 +15,10 @@ class Forward(NamedTuple):
 class SAE(nn.Module):
     """z = ReLU(TopK(W_enc (x - b_pre) + b_enc)), x_hat = z W_dec + b_pre (Gao et al. 2024, section 2.3).
 
-    W_enc [n_latents, d_model], b_enc [n_latents], W_dec [n_latents, d_model] with one unit-norm row per latent,
-    b_pre [d_model].
+    W_enc [n_latents, d_model], b_enc [n_latents], W_dec [n_latents, d_model] with one row per latent,
+    b_pre [d_model]. While an SAE trains its decoder rows have unit norm; those of averaged weights, which evaluation
+    uses and sae.safetensors holds, are slightly shorter (SAEAdam.averaged). Multiply z by a row's norm and divide the
+    row by it where unit directions are needed: that leaves x_hat as it is.
     """
 
     def __init__(self, d_model: int, n_latents: int, k: int) -> None:

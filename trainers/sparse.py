@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from trainers import reference, sparse_cpu
-from trainers.device import Precision
+from trainers.cell import Precision
 from trainers.reference import ACTIVE_ABOVE, MULTI_TOPK_FACTOR, MULTI_TOPK_WEIGHT, Objective
 from trainers.sae import SAE
 

@@ -6,7 +6,6 @@ Everything that must survive lies in the run directory: a pack that was killed a
 last common checkpoint when `train_pack` is called again, and ends with the same weights to the last bit.
 """
 
-import hashlib
 import logging
 import warnings
 from collections.abc import Callable, Sequence
@@ -15,31 +14,21 @@ from typing import Any, NamedTuple
 import lightning.pytorch as L
 import numpy as np
 import torch
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, Field
 
-from storage import checkpoint, files
+from storage import checkpoint
 from storage.activations import ActivationStore
 from storage.errors import SaescaleError, SaescaleWarning
 from storage.rundir import RunDirectory
 from storage.stream import Stream
-from trainers.callbacks import Checkpoint, Evaluate, Progress, Report, checkpoint_url
-from trainers.cell import Cell
+from trainers.callbacks import Checkpoint, Evaluate, Progress, Report
+from trainers.cell import Cell, EvalSpec
 from trainers.device import default_device, set_threads
 from trainers.evaluate import HeldOut
 from trainers.loggers import CellLogger, NoLogger
 from trainers.pack import Pack, stream_loader
 from trainers.preprocess import SAMPLE_TOKENS, Centre, measure_centre, normalise, to_tensor
-from trainers.subjects import cache_folder
-from trainers.wandb_logger import WandbLogger, WandbSettings, resolve_mode
-
-
-class EvalSpec(BaseModel):
-    """When and on what nmse is measured."""
-
-    model_config = ConfigDict(extra="forbid")
-
-    tokens: int = Field(default=32_768, gt=0)  # held-out rows
-    every_tokens: int = Field(default=16_384, gt=0)  # training tokens between two points of the curve
+from trainers.wandb_logger import WandbLogger, WandbSettings, resolve_mode, wandb_directory
 
 
 class PackJob(BaseModel):
@@ -114,7 +103,7 @@ def _last_common_checkpoint(
     run: RunDirectory, cells: Sequence[Cell]
 ) -> tuple[int, list[tuple[dict[str, np.ndarray], dict[str, Any]]]]:
     """The last step that all cells have a good checkpoint of, and their tensors and states there; (0, []) if none."""
-    urls = [checkpoint_url(run, cell.cell_id) for cell in cells]
+    urls = [run.checkpoint_url(cell.cell_id) for cell in cells]
     common = set.intersection(*(set(checkpoint.steps(url)) for url in urls))
     for step in sorted(common, reverse=True):
         try:
@@ -176,8 +165,3 @@ def _logger(job: PackJob) -> CellLogger:
     if resolve_mode(job.wandb) == "off":
         return NoLogger()
     return WandbLogger(job.wandb, job.sweep, wandb_directory(job.run))
-
-
-def wandb_directory(run: str) -> str:
-    """Where W&B keeps the files of a sweep on this machine: the run directory, or the cache when that is remote."""
-    return files.local_path(run) or str(cache_folder() / "wandb" / hashlib.sha256(run.encode()).hexdigest()[:12])

@@ -17,7 +17,11 @@ class Trained(NamedTuple):
 
 
 def save_trained(url: str, sae: SAE, cell: Cell) -> None:
-    """Writes W_enc and W_dec [n_latents, d_model], b_enc and b_pre as float32, the cell in the header."""
+    """Writes W_enc and W_dec [n_latents, d_model], b_enc and b_pre as float32, the cell in the header.
+
+    `sae` is meant to be SAEAdam.averaged(), whose decoder rows are at most of unit norm. Raises SaescaleError where
+    it cannot be written.
+    """
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in sae.state_dict().items()}
     files.write_atomic(url, save(tensors, metadata={"cell": cell.model_dump_json(), "preprocessing": "unit-norm"}))
 

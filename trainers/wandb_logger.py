@@ -26,7 +26,9 @@ import pyarrow.parquet as pq
 from pydantic import BaseModel, ConfigDict, field_validator
 
 from storage.errors import SaescaleWarning
+from storage.files import local_path
 from trainers.cell import Cell, CurveRow
+from trainers.subjects import cache_folder
 
 if TYPE_CHECKING:
     from wandb import Run, Settings
@@ -100,6 +102,11 @@ def how_to_read(mode: Mode, directory: str, settings: WandbSettings, sweep: str)
     if entity is None:
         return f"W&B: group {sweep!r} of your project {settings.project!r} at {_server().app_url}"
     return f"W&B: {_group_url(entity, settings.project, sweep)}"
+
+
+def wandb_directory(run: str) -> str:
+    """Where W&B keeps the files of a sweep on this machine: the run directory, or the cache when that is remote."""
+    return local_path(run) or str(cache_folder() / "wandb" / hashlib.sha256(run.encode()).hexdigest()[:12])
 
 
 # --- one run per cell

@@ -180,7 +180,7 @@ def test_warnings_of_workers_reach_the_user(two_nodes: Any, document: dict[str, 
 
 def test_too_few_held_out_rows_are_named_before_training(document: dict[str, Any]) -> None:
     document["eval"]["tokens"] = 4_096
-    with pytest.raises(SaescaleError, match=r"eval\.tokens is 4096 but the store holds 2048 held-out rows"):
+    with pytest.raises(SaescaleError, match=r"holds 2048 heldout rows and eval\.tokens asks for 4096"):
         run_sweep(parse_spec(document, "test"), Recorder())
     assert not Path(document["out"]).exists()
 

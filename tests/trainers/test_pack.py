@@ -19,13 +19,13 @@ from storage.errors import SaescaleError
 from storage.files import exists, join
 from storage.rundir import RunDirectory
 from tests.trainers.synthetic import D_MODEL, sparse_rows, true_dictionary, write_store
-from trainers.callbacks import Progress, checkpoint_url
-from trainers.cell import Cell
+from trainers.callbacks import Progress
+from trainers.cell import Cell, EvalSpec
 from trainers.evaluate import HeldOut
 from trainers.optimiser import SAEAdam
 from trainers.preprocess import Centre, geometric_median, measure_centre, normalise
 from trainers.sae import SAE
-from trainers.train import EvalSpec, PackJob, PackOutcome, train_pack
+from trainers.train import PackJob, PackOutcome, train_pack
 from trainers.trained import load_trained
 
 MakeCell = Callable[..., Cell]
@@ -76,7 +76,7 @@ def test_results_and_curves_are_complete(sparse_store: ActivationStore, make_cel
         assert [row["tokens"] for row in curve] == list(range(2_048, cell.tokens + 1, 2_048))
         assert result["flops"] == curve[-1]["flops"] == cell.flops(cell.tokens).sparse
         assert 0 <= result["dead_fraction_long"] <= result["dead_fraction"] <= 1
-        assert not exists(checkpoint_url(run, cell.cell_id))
+        assert not exists(run.checkpoint_url(cell.cell_id))
 
 
 def test_a_cell_does_not_depend_on_its_pack(sparse_store: ActivationStore, make_cell: MakeCell, tmp_path: Path) -> None:
@@ -96,7 +96,7 @@ def test_a_stopped_pack_goes_on_to_the_same_bits(
     calls = iter(range(10**6))
     stopped = train_pack(job(cells, sparse_store, str(tmp_path / "b")), should_stop=lambda: next(calls) == 9)
     assert stopped.stopped
-    assert checkpoint.steps(checkpoint_url(RunDirectory(str(tmp_path / "b")), cells[0].cell_id)) == [10]
+    assert checkpoint.steps(RunDirectory(str(tmp_path / "b")).checkpoint_url(cells[0].cell_id)) == [10]
     resumed = train_pack(job(cells, sparse_store, str(tmp_path / "b")))
     assert comparable(resumed) == comparable(undisturbed)
     for cell in cells:
@@ -121,9 +121,9 @@ def test_sigkill_at_any_moment_loses_nothing(
         process = subprocess.Popen([sys.executable, "-c", script, request.model_dump_json()], env=environment)
         deadline = time.monotonic() + 120
         before = len(run.cells_with_results())
-        first = checkpoint.steps(checkpoint_url(run, cells[0].cell_id))
+        first = checkpoint.steps(run.checkpoint_url(cells[0].cell_id))
         while process.poll() is None and time.monotonic() < deadline:
-            if checkpoint.steps(checkpoint_url(run, cells[0].cell_id)) != first or before:
+            if checkpoint.steps(run.checkpoint_url(cells[0].cell_id)) != first or before:
                 break
             time.sleep(0.01)
         time.sleep(float(rng.uniform(0, 0.3)))
@@ -149,7 +149,7 @@ def test_a_damaged_newest_checkpoint_falls_back_to_the_one_before(
         train_pack(
             job([cell], sparse_store, str(tmp_path / "b")), should_stop=lambda: next(calls) == stop_at  # noqa: B023
         )  # fmt: skip
-    url = checkpoint_url(RunDirectory(str(tmp_path / "b")), cell.cell_id)
+    url = RunDirectory(str(tmp_path / "b")).checkpoint_url(cell.cell_id)
     newest = max(Path(url).glob("*.safetensors"))
     newest.write_bytes(newest.read_bytes()[:-8] + b"garbage!")
     with pytest.warns(UserWarning, match="damaged"):

@@ -2,6 +2,7 @@
 
 import copy
 
+import numba
 import numpy as np
 import pytest
 import torch
@@ -9,7 +10,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from trainers import reference, sparse_cpu
-from trainers.device import Precision
+from trainers.cell import Precision
 from trainers.optimiser import EPS, SAEAdam
 from trainers.reference import Objective
 from trainers.sae import SAE
@@ -297,6 +298,53 @@ def test_average_is_bias_corrected() -> None:
     optimiser.step()
     for average, parameter in zip(optimiser.averaged().parameters(), sae.parameters(), strict=True):
         assert torch.allclose(average, parameter, rtol=1e-4, atol=1e-6)
+
+
+def test_averaged_weights_are_the_mean_of_those_in_use_and_their_decoder_rows_are_shorter() -> None:
+    torch.manual_seed(0)
+    sae = random_sae(8, 12, 3, seed=0)
+    optimiser = SAEAdam(sae, 1e-2, 0.9)
+    history = []
+    for _ in range(20):
+        for parameter in sae.parameters():
+            parameter.grad = torch.randn(parameter.shape)
+        optimiser.step()
+        history.append(copy.deepcopy(sae))
+    weight = 0.9 ** torch.arange(19, -1, -1.0)
+    averaged = optimiser.averaged()
+    for name, got in averaged.named_parameters():
+        wanted = sum(w * past.get_parameter(name).detach() for w, past in zip(weight, history, strict=True)) / sum(
+            weight
+        )
+        assert torch.allclose(got, wanted, atol=1e-5), name
+    assert torch.allclose(sae.W_dec.norm(dim=1), torch.ones(12), atol=1e-6)
+    norms = averaged.W_dec.detach().norm(dim=1)
+    assert bool(((norms > 0.9) & (norms < 0.9999)).all())
+
+    # Moving the norms from the decoder into z leaves the reconstruction as it is; dropping them does not.
+    x = torch.randn(30, 8)
+    forward = averaged(x)
+    unit = averaged.W_dec / norms[:, None]
+    assert torch.allclose((forward.latents * norms) @ unit + averaged.b_pre, forward.reconstruction, atol=1e-5)
+    assert not torch.allclose(forward.latents @ unit + averaged.b_pre, forward.reconstruction, atol=1e-3)
+
+
+def test_kernels_do_not_depend_on_the_number_of_threads() -> None:
+    torch.manual_seed(0)
+    x, twins = torch.randn(200, 24), []
+    before = numba.get_num_threads()
+    try:
+        for threads in (1, numba.config.NUMBA_NUM_THREADS):
+            numba.set_num_threads(threads)
+            sae = random_sae(24, 90, 7, seed=0)
+            optimiser = SAEAdam(sae, 1e-3, 0.9)
+            step(sae, Batch(x, torch.zeros(24)), Objective(7, 1.0, multi_topk=True), DeadLatents(90), 10**9)
+            optimiser.step()
+            twins.append(optimiser.tensors())
+    finally:
+        numba.set_num_threads(before)
+    for name, tensor in twins[0].items():
+        assert torch.equal(tensor, twins[1][name]), name
 
 
 def test_initialisation_is_tied_unit_and_at_the_right_norm() -> None:
