@@ -136,13 +136,14 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
 
 
 def test_a_full_disk_stops_with_one_line_and_goes_on_when_there_is_room(
-    document: dict[str, Any], sweep_file: Callable[[Any], str], small_disk: Path
+    two_nodes: Any, document: dict[str, Any], sweep_file: Callable[[Any], str], small_disk: Path
 ) -> None:
+    ray = {"RAY_ADDRESS": two_nodes.address}
     document |= {"out": str(small_disk / "run"), "grid": {"n_latents": [128, 512], "k": [2, 4]}}
-    assert_one_line(saescale("sweep", sweep_file(document)), f"error: disk full while writing {small_disk}")
+    assert_one_line(saescale("sweep", sweep_file(document), **ray), f"error: disk full while writing {small_disk}")
     assert not list(small_disk.rglob(".*.partial"))
     subprocess.run(["mount", "-o", "remount,size=64m", str(small_disk)], check=True)
-    result = saescale("sweep", sweep_file(document))
+    result = saescale("sweep", sweep_file(document), **ray)
     assert result.returncode == 0, result.stderr
     assert {row["status"] for row in read_status(document["out"])} == {"done"}
 
@@ -155,6 +156,7 @@ def undisturbed() -> dict[str, list[dict[str, Any]]]:
 
 @pytest.mark.parametrize("end", ["ctrl-c", "SIGTERM", "SIGKILL"])
 def test_a_driver_that_ends_early_goes_on_where_it_was(
+    two_nodes: Any,
     document: dict[str, Any],
     sweep_file: Callable[[Any], str],
     undisturbed: dict[str, list[dict[str, Any]]],
@@ -162,9 +164,10 @@ def test_a_driver_that_ends_early_goes_on_where_it_was(
 ) -> None:
     document["train"]["tokens"] = 65_536
     file, run = sweep_file(document), Path(document["out"])
+    ray = {"RAY_ADDRESS": two_nodes.address}
     process = subprocess.Popen(
         [*SAESCALE, "sweep", file],
-        env=environment(),
+        env=environment(**ray),
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -184,13 +187,13 @@ def test_a_driver_that_ends_early_goes_on_where_it_was(
         assert errors.strip().splitlines() == ["interrupted; run the same command again to go on from here"]
     assert {row["status"] for row in read_status(document["out"])} & {"started", "done"}
 
-    result = saescale("sweep", file)
+    result = saescale("sweep", file, **ray)
     assert result.returncode == 0, result.stderr
     assert "9 cells" in result.stdout
     results = without_times(RunDirectory(document["out"]).read_results().to_pylist())
     if not undisturbed:
         document["out"] += "-whole"
-        assert saescale("sweep", sweep_file(document)).returncode == 0
+        assert saescale("sweep", sweep_file(document), **ray).returncode == 0
         undisturbed["results"] = without_times(RunDirectory(document["out"]).read_results().to_pylist())
     assert results == undisturbed["results"]
 
