@@ -34,6 +34,11 @@ def _cpu_flags() -> set[str]:
 
 
 def set_threads(threads: int) -> None:
-    """CPU threads of torch and of the numba kernels, for the calling thread of this process."""
-    torch.set_num_threads(threads)
+    """CPU threads of torch and of the numba kernels, for the calling thread of this process.
+
+    To be called before the first kernel runs: the start of numba's threads sets OpenMP's number, which is torch's
+    too, to the number of cores, and torch's sums would have another order from then on.
+    """
+    # numba's threads start here if they have not yet, so torch has to have the last word.
     numba.set_num_threads(min(threads, numba.config.NUMBA_NUM_THREADS))
+    torch.set_num_threads(threads)
