@@ -11,6 +11,7 @@ from storage import checkpoint
 from storage.activations import ActivationStore
 from storage.files import join, remove
 from storage.rundir import RunDirectory
+from storage.stream import Stream
 from trainers.evaluate import HeldOut
 from trainers.loggers import CellLogger
 from trainers.pack import Pack, TrainingCell
@@ -111,8 +112,8 @@ class Evaluate(L.Callback):
 class Checkpoint(L.Callback):
     """Saves every running cell each `every_s` seconds, and at once when the pack is asked to stop."""
 
-    def __init__(self, run: RunDirectory, every_s: float) -> None:
-        self.run, self.every_s = run, every_s
+    def __init__(self, run: RunDirectory, every_s: float, stream: Stream) -> None:
+        self.run, self.every_s, self.stream = run, every_s, stream
         self._last = time.monotonic()
 
     def on_train_start(self, trainer: L.Trainer, pack: L.LightningModule) -> None:
@@ -125,13 +126,18 @@ class Checkpoint(L.Callback):
             self._last = time.monotonic()
 
     def save(self, pack: Pack) -> None:
-        """All running cells at the same step; each keeps its previous generation, so a common step always exists."""
+        """All running cells at the same step; each keeps its previous generation, so a common step always exists.
+
+        Raises SaescaleError, which names the file, where one cannot be written; what was saved before stays good.
+        """
         for cell in pack.running:
+            # Not the stream's own index: Lightning has fetched a batch ahead of the step.
+            position = self.stream.state() | {"batch": cell.step}
             checkpoint.save(
                 self.run.checkpoint_url(cell.cell.cell_id),
                 cell.step,
                 cell.tensors() | {"centre": pack.centre.b_pre.cpu().numpy()},
-                cell.state() | {"variance": pack.centre.variance},
+                cell.state() | {"variance": pack.centre.variance, "stream": position},
             )
 
 

@@ -42,10 +42,12 @@ class TrainingCell:
 
     @property
     def tokens(self) -> int:
+        """Trained on so far."""
         return self.step * self.cell.batch_tokens
 
     @property
     def running(self) -> bool:
+        """Neither finished nor failed."""
         return self.error is None and self.step < self.cell.steps
 
     def train_on(self, batch: Batch) -> None:
@@ -101,6 +103,7 @@ class TrainingCell:
         }
 
     def restore(self, tensors: dict[str, np.ndarray], state: Mapping[str, Any]) -> None:
+        """Goes back to where `tensors()` and `state()` were taken, to the last bit; KeyError where one is missing."""
         self.step, self.wall_s = state["step"], state["wall_s"]
         self._train_sum, self._train_steps = state["train"]
         self.curve = [CurveRow(**row) for row in state["curve"]]

@@ -3,7 +3,8 @@
     results = train_pack(PackJob(cells=[...], store="stores/smollm2", run="runs/grid", sweep="grid"))
 
 Everything that must survive lies in the run directory: a pack that was killed at any moment goes on from its cells'
-last common checkpoint when `train_pack` is called again, and ends with the same weights to the last bit.
+last common checkpoint when `train_pack` is called again, and ends with the same weights to the last bit, provided that
+it has the same number of threads: the kernels' sums do not depend on that, but torch's products between them may.
 """
 
 import logging
@@ -59,8 +60,7 @@ def train_pack(
     Raises SaescaleError where the store or a checkpoint is unusable. A cell whose loss diverges is not an error:
     its result has status `failed` and says why.
     """
-    if job.threads:
-        set_threads(job.threads)
+    set_threads(job.threads or torch.get_num_threads())
     store, run = ActivationStore.open(job.store), RunDirectory(job.run)
     _check(job.cells, store)
     finished = {cell.cell_id: run.read_cell_result(cell.cell_id) for cell in job.cells}
@@ -79,10 +79,12 @@ def train_pack(
     logger = _logger(job)
     logger.open(cells, _context(job, store))
     evaluate = Evaluate(held_out, job.eval.every_tokens, run, store, logger)
-    # The order matters: a stop is noticed by Report and saved by Checkpoint, and finished cells are saved no more.
-    callbacks = [evaluate, Report(report, should_stop, start), Checkpoint(run, job.checkpoint_every_s)]
+    position = states[0][1]["stream"] if states else None
     try:
-        with _stream(store, cells[0], max(cell.steps for cell in cells), start) as stream:
+        with _stream(store, cells[0], max(cell.steps for cell in cells), position) as stream:
+            # The order matters: a stop is noticed by Report and saved by Checkpoint, which skips finished cells.
+            checkpoints = Checkpoint(run, job.checkpoint_every_s, stream)
+            callbacks = [evaluate, Report(report, should_stop, start), checkpoints]
             _trainer(callbacks, device).fit(pack, stream_loader(stream, store.manifest.dtype, device))
     finally:
         logger.close()
@@ -102,15 +104,27 @@ def _check(cells: Sequence[Cell], store: ActivationStore) -> None:
 def _last_common_checkpoint(
     run: RunDirectory, cells: Sequence[Cell]
 ) -> tuple[int, list[tuple[dict[str, np.ndarray], dict[str, Any]]]]:
-    """The last step that all cells have a good checkpoint of, and their tensors and states there; (0, []) if none."""
+    """The last step that all cells have a good checkpoint of, and their tensors and states there; (0, []) if none.
+
+    Good means undamaged and, for all cells, from the same order of the stream.
+    """
     urls = [run.checkpoint_url(cell.cell_id) for cell in cells]
     common = set.intersection(*(set(checkpoint.steps(url)) for url in urls))
     for step in sorted(common, reverse=True):
         try:
-            return step, [checkpoint.load(url, step)[:2] for url in urls]
+            states = [checkpoint.load(url, step)[:2] for url in urls]
         except SaescaleError as error:
             text = f"checkpoint at step {step} is damaged, going back to the one before: {error}"
             warnings.warn(text, SaescaleWarning, stacklevel=2)
+            continue
+        positions = [state.get("stream") for _, state in states]
+        if positions[0] is not None and all(position == positions[0] for position in positions):
+            return step, states
+        text = (
+            f"checkpoints at step {step} in {run.url} do not say the order of their data, or differ in it: "
+            "going back to those before, or to the start"
+        )
+        warnings.warn(text, SaescaleWarning, stacklevel=2)
     return 0, []
 
 
@@ -123,15 +137,16 @@ def _centre(
         return Centre(torch.from_numpy(tensors["centre"]), state["variance"])
     rows = min(SAMPLE_TOKENS, store.rows("train"))
     batches = -(-rows // cell.batch_tokens)
-    with _stream(store, cell, batches, start=0) as stream:
+    with _stream(store, cell, batches) as stream:
         sample = torch.cat([normalise(to_tensor(act, store.manifest.dtype)) for act in stream])
     return measure_centre(sample[:rows])
 
 
-def _stream(store: ActivationStore, cell: Cell, batches: int, start: int) -> Stream:
-    return Stream(
-        store, "train", batch_tokens=cell.batch_tokens, seed=cell.stream_seed, batches=batches, start=start
-    )  # fmt: skip
+def _stream(store: ActivationStore, cell: Cell, batches: int, position: dict[str, Any] | None = None) -> Stream:
+    """From the first batch, or from a checkpoint's `position` on in the order that it was trained in until then."""
+    if position is not None:
+        return Stream.resume(store, position, batches=batches)
+    return Stream(store, "train", batch_tokens=cell.batch_tokens, seed=cell.stream_seed, batches=batches)
 
 
 def _trainer(callbacks: list[L.Callback], device: torch.device) -> L.Trainer:

@@ -18,6 +18,7 @@ from storage.activations import ActivationStore
 from storage.errors import SaescaleError
 from storage.files import exists, join
 from storage.rundir import RunDirectory
+from storage.stream import Stream
 from tests.trainers.synthetic import D_MODEL, sparse_rows, true_dictionary, write_store
 from trainers.callbacks import Progress
 from trainers.cell import Cell, EvalSpec
@@ -32,9 +33,9 @@ MakeCell = Callable[..., Cell]
 
 
 def job(cells: list[Cell], store: ActivationStore, run: str, **fields: object) -> PackJob:
-    return PackJob(
-        cells=cells, store=store.url, run=run, sweep="test", eval=EvalSpec(tokens=2_048, every_tokens=2_048), **fields
-    )
+    # One thread: bits are compared between processes.
+    defaults = {"eval": EvalSpec(tokens=2_048, every_tokens=2_048), "threads": 1}
+    return PackJob(cells=cells, store=store.url, run=run, sweep="test", **(defaults | fields))
 
 
 def weights(run: str, cell: Cell) -> dict[str, torch.Tensor]:
@@ -86,6 +87,21 @@ def test_a_cell_does_not_depend_on_its_pack(sparse_store: ActivationStore, make_
     assert comparable(alone)[cell.cell_id] == comparable(together)[cell.cell_id]
     for name, tensor in weights(str(tmp_path / "alone"), cell).items():
         assert torch.equal(tensor, weights(str(tmp_path / "together"), cell)[name])
+
+
+def test_the_first_kernel_does_not_change_the_number_of_threads(
+    sparse_store: ActivationStore, make_cell: MakeCell, tmp_path: Path
+) -> None:
+    script = """
+import sys, torch
+from trainers.train import *
+torch.set_num_threads(1)
+train_pack(PackJob.model_validate_json(sys.argv[1]))
+sys.exit(torch.get_num_threads() != 1)
+"""
+    request = job([make_cell(tokens=512)], sparse_store, str(tmp_path / "run"), threads=None)
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "NUMBA_NUM_THREADS": "2"}
+    subprocess.run([sys.executable, "-c", script, request.model_dump_json()], env=environment, check=True)
 
 
 def test_a_stopped_pack_goes_on_to_the_same_bits(
@@ -155,6 +171,39 @@ def test_a_damaged_newest_checkpoint_falls_back_to_the_one_before(
     with pytest.warns(UserWarning, match="damaged"):
         resumed = train_pack(job([cell], sparse_store, str(tmp_path / "b")))
     assert comparable(resumed) == comparable(undisturbed)
+
+
+def test_a_resumed_pack_keeps_the_order_of_its_checkpoint(
+    sparse_store: ActivationStore, make_cell: MakeCell, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cells = [make_cell(), make_cell(n_latents=96, k=5)]
+    undisturbed = train_pack(job(cells, sparse_store, str(tmp_path / "a")))
+    calls = iter(range(10**6))
+    train_pack(job(cells, sparse_store, str(tmp_path / "b")), should_stop=lambda: next(calls) == 9)
+    monkeypatch.setitem(Stream.__init__.__kwdefaults__, "mix_row_groups", 3)
+    other_order = train_pack(job(cells, sparse_store, str(tmp_path / "c")))
+    assert comparable(other_order) != comparable(undisturbed)
+    assert comparable(train_pack(job(cells, sparse_store, str(tmp_path / "b")))) == comparable(undisturbed)
+
+
+@pytest.mark.parametrize("position", [None, {"mix_row_groups": 3}])
+def test_checkpoints_without_one_order_of_the_data_are_not_used(
+    sparse_store: ActivationStore, make_cell: MakeCell, tmp_path: Path, position: dict[str, int] | None
+) -> None:
+    cells = [make_cell(), make_cell(n_latents=96, k=5)]
+    undisturbed = train_pack(job(cells, sparse_store, str(tmp_path / "a")))
+    calls = iter(range(10**6))
+    train_pack(job(cells, sparse_store, str(tmp_path / "b")), should_stop=lambda: next(calls) == 9)
+    pointer = Path(RunDirectory(str(tmp_path / "b")).checkpoint_url(cells[1].cell_id)) / "latest.json"
+    content = json.loads(pointer.read_text())
+    for generation in content["generations"]:
+        stream = generation["meta"].pop("stream")
+        if position is not None:
+            generation["meta"]["stream"] = stream | position
+    pointer.write_text(json.dumps(content))
+    with pytest.warns(UserWarning, match="order of their data"):
+        again = train_pack(job(cells, sparse_store, str(tmp_path / "b")))
+    assert comparable(again) == comparable(undisturbed)
 
 
 def test_a_cell_that_diverges_fails_alone(sparse_store: ActivationStore, make_cell: MakeCell, run_url: str) -> None:
