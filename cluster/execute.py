@@ -15,6 +15,7 @@ from cluster.pool import Pool, Trained, WorkerState
 from cluster.spec import SweepSpec
 from storage import files
 from storage.errors import SaescaleError, SaescaleWarning, one_line
+from trainers.callbacks import Progress
 from trainers.cell import Cell
 from trainers.train import PackJob
 
@@ -44,6 +45,7 @@ class Execution:
         self.spec, self.ledger, self.pool, self.display = spec, ledger, pool, display
         self.waiting = deque(_Pack(cells, 1, ledger.steps_reached(cells)) for cells in packs)
         self.running: dict[Any, _Running] = {}
+        self.seen: dict[Any, Progress] = {}  # what each running pack last said
         self.starting: dict[Any, Any] = dict(pool.starting)  # reference of describe() -> worker
         self.idle: deque[Any] = deque(pool.ready)
         self.asked = {cell.cell_id: cell for cell in ledger.pending}
@@ -114,6 +116,7 @@ class Execution:
     def _finish(self, reference: Any) -> None:
         """Records what a pack gave, or queues it again when its worker died."""
         worker, pack = self.running.pop(reference)
+        self.seen.pop(reference, None)
         try:
             trained: Trained = ray.get(reference)
         except ray.exceptions.RayTaskError as error:
@@ -141,21 +144,13 @@ class Execution:
         self._replace()
 
     def _progress(self) -> SweepProgress:
-        references = {running.worker.state.remote(): running for running in self.running.values()}
-        ready, _ = ray.wait(list(references), num_returns=len(references), timeout=POLL_S) if references else ([], [])
+        self._ask()
         done = sum(cost(cell) for cell_id, cell in self.asked.items() if cell_id in self.ledger.results)
         rate, finished, failed = 0.0, 0, 0
-        for reference in ready:
-            try:
-                state: WorkerState = ray.get(reference)
-            except ray.exceptions.RayError:
-                continue  # the worker just died: its pack's reference will say so
-            for note in state.notes:
-                self._warn(note)
-            if (progress := state.progress) is None:
+        for reference, running in self.running.items():
+            if (progress := self.seen.get(reference)) is None:
                 continue
-            cells = references[reference].pack.cells
-            done += sum(cost(cell) * min(1.0, progress.step / cell.steps) for cell in cells)
+            done += sum(cost(cell) * min(1.0, progress.step / cell.steps) for cell in running.pack.cells)
             rate += progress.tokens_per_s * progress.running
             finished += progress.done
             failed += progress.failed
@@ -168,6 +163,20 @@ class Execution:
             tokens_per_s=rate,
             workers=len(self.running),
         )
+
+    def _ask(self) -> None:
+        """Asks every worker where it stands; of one that is too busy to answer at once, what it last said counts."""
+        asked = {running.worker.state.remote(): reference for reference, running in self.running.items()}
+        ready, _ = ray.wait(list(asked), num_returns=len(asked), timeout=POLL_S) if asked else ([], [])
+        for answer in ready:
+            try:
+                state: WorkerState = ray.get(answer)
+            except ray.exceptions.RayError:
+                continue  # the worker just died: its pack's reference will say so
+            for note in state.notes:
+                self._warn(note)
+            if state.progress is not None:
+                self.seen[asked[answer]] = state.progress
 
     def _stop(self) -> None:
         """Lets the workers save their checkpoints before they are ended."""
