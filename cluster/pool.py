@@ -71,8 +71,10 @@ class Worker:
                 f"the node {socket.gethostname()} does not see the run directory {job.run}; "
                 "give a folder that all nodes share, or an object store (s3://...)"
             )
-        self._progress = None
-        outcome = train_pack(job, report=self._report, should_stop=self._stop.is_set)
+        try:
+            outcome = train_pack(job, report=self._report, should_stop=self._stop.is_set)
+        finally:
+            self._progress = None  # or it would be taken for the next pack's
         return Trained(outcome.results, tuple(self._notes))
 
     def state(self) -> WorkerState:
