@@ -210,7 +210,8 @@ def fit(
     if as_json:
         print(json.dumps(document))
     else:
-        console.print(coefficient_table(document))
+        if document["fits"]:
+            console.print(coefficient_table(document))
         _notes(fit_notes(document))
     if law and not document["fits"]:
         raise SaescaleError(f"{source}: {document['skipped'][0]['reason']}")
@@ -275,7 +276,8 @@ def _summary(outcome: "SweepOutcome", wall_s: float, store: str) -> None:
     failed = f"; {outcome.failed} failed, see saescale status {url}" if outcome.failed else ""
     console.print(f"\n[bold green]{done}[/] in {duration(wall_s)}{failed}", highlight=False)
     console.print()
-    console.print(coefficient_table(outcome.fits, full=False))
+    if outcome.fits["fits"]:
+        console.print(coefficient_table(outcome.fits, full=False))
     _notes(fit_notes(outcome.fits))
     console.print()
     for name, place in (

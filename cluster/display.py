@@ -53,8 +53,7 @@ class Display:
             refresh_per_second=4,
         )
         self._task: TaskID | None = None
-        self._kind = ""
-        self._stage = ""
+        self._kind = self._reached = self._stage = ""
         self._began = self._line = 0.0
 
     def __enter__(self) -> "Display":
@@ -98,21 +97,23 @@ class Display:
         if kind != self._kind:
             self._end_bar()
             self._kind, self._began, self._line = kind, time.monotonic(), time.monotonic()
+        self._reached = f"{kind} {done:,}/{total:,}"
         remaining = f"{duration(left)} left" if left is not None else "time left: measuring"
         if self.console.is_terminal:
             if self._task is None:
                 self._task = self._bars.add_task(kind, total=total, rate="", left="")
             self._bars.update(self._task, completed=done, rate=rate, left=remaining)
-        elif time.monotonic() - self._line >= LINE_EVERY_S or done == total:
+        elif time.monotonic() - self._line >= LINE_EVERY_S:
             self._line = time.monotonic()
-            self.console.print(f"  {kind} {done:,}/{total:,}, {rate}, {remaining}", highlight=False)
-            if done == total:
-                self._line = float("inf")
+            self.console.print(f"  {self._reached}, {rate}, {remaining}", highlight=False)
 
     def _end_bar(self) -> None:
+        """Leaves one line in place of the bar: how far it came, and how long that took."""
         if self._task is not None:
-            self._bars.update(self._task, left="")
-            self._bars.stop_task(self._task)
+            self._bars.remove_task(self._task)
+        if self._kind:
+            took = duration(time.monotonic() - self._began)
+            self.console.print(f"  {self._reached} in {took}", highlight=False)
         self._task, self._kind = None, ""
 
     def _warn(self, message: Warning | str, category: type[Warning], *_: Any, **__: Any) -> None:

@@ -1,0 +1,55 @@
+"""What a person sees, on a terminal and without one."""
+
+import io
+import warnings
+
+import pytest
+from rich.console import Console
+
+from cluster.display import Display, SweepProgress, coefficient_table, duration
+from storage.errors import SaescaleWarning
+
+
+def progress(done: int, fraction: float) -> SweepProgress:
+    return SweepProgress(cells=4, done=done, failed=0, fraction=fraction, tokens_per_s=1234.0, workers=2)
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+def test_each_part_of_the_work_leaves_one_line(terminal: bool) -> None:
+    out = io.StringIO()
+    with Display(Console(file=out, force_terminal=terminal, width=120)) as display:
+        display.harvest(0, 100, 0.0, "loading the subject")
+        for rows in (50, 100, 100):
+            display.harvest(rows, 100, 10.0, "harvesting")
+        display.stage("starting the workers")
+        for state in (progress(0, 0.0), progress(1, 0.4), progress(4, 1.0), progress(4, 1.0)):
+            display.sweep(state)
+        warnings.warn("a worker died at [/tmp/x]", SaescaleWarning, stacklevel=1)
+        warnings.warn("not for users", UserWarning, stacklevel=1)
+    shown = out.getvalue()
+    assert shown.count("harvest 100/100 in ") == 1
+    assert shown.count("cells 4/4 in ") == 1
+    assert "loading the subject" in shown
+    assert "a worker died at [/tmp/x]" in shown
+    assert "not for users" not in shown
+    assert ("━" in shown) == terminal  # a bar
+
+
+def test_lines_appear_now_and_then_without_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("cluster.display.LINE_EVERY_S", 0.0)
+    out = io.StringIO()
+    with Display(Console(file=out, width=120)) as display:
+        display.sweep(progress(0, 0.0))
+        display.sweep(progress(1, 0.5))
+    lines = out.getvalue().splitlines()
+    assert "measuring" in lines[0]
+    assert "50% of the FLOPs, 1,234 SAE tokens/s" in lines[1]
+    assert lines[1].endswith("left")
+
+
+def test_durations() -> None:
+    assert [duration(s) for s in (5, 75, 3700)] == ["5 s", "1 min 15 s", "1 h 1 min"]
+
+
+def test_a_document_without_fits_has_an_empty_table() -> None:
+    assert coefficient_table({"fits": []}).row_count == 0
