@@ -25,7 +25,6 @@ class SweepProgress(NamedTuple):
     failed: int
     fraction: float  # of the FLOPs of the cells that this call has to train
     tokens_per_s: float  # SAE training tokens: stream tokens times the cells that each trains, over all workers
-    workers: int  # that train right now
 
 
 class SweepDisplay(Protocol):

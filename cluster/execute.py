@@ -161,7 +161,6 @@ class Execution:
             failed=statuses.count("failed") + failed,
             fraction=min(1.0, max(0.0, done - self.before) / max(1.0, self.total - self.before)),
             tokens_per_s=rate,
-            workers=len(self.running),
         )
 
     def _ask(self) -> None:

@@ -11,7 +11,7 @@ from storage.errors import SaescaleWarning
 
 
 def progress(done: int, fraction: float) -> SweepProgress:
-    return SweepProgress(cells=4, done=done, failed=0, fraction=fraction, tokens_per_s=1234.0, workers=2)
+    return SweepProgress(cells=4, done=done, failed=0, fraction=fraction, tokens_per_s=1234.0)
 
 
 @pytest.mark.parametrize("terminal", [True, False])
