@@ -51,9 +51,7 @@ class Evaluate(L.Callback):
             then, batches = self._last
             elapsed = max(1e-9, time.monotonic() - then)
             rate = (pack.batches - batches) * due[0].cell.batch_tokens / elapsed
-            evaluations = self.held_out.evaluate(
-                [cell.optimiser for cell in due], pack.centre, [cell.cell.precision for cell in due]
-            )
+            evaluations = self.held_out.evaluate([cell.optimiser for cell in due], pack.centre)
             for cell, evaluation in zip(due, evaluations, strict=True):
                 if not np.isfinite(evaluation.nmse):
                     cell.fail(f"held-out nmse {evaluation.nmse}")

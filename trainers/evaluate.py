@@ -10,10 +10,9 @@ from storage.activations import ActivationStore
 from storage.errors import SaescaleError
 from trainers.optimiser import SAEAdam
 from trainers.preprocess import Centre, normalise, to_tensor
-from trainers.sparse import Batch, Precision, reconstruct
+from trainers.step import Batch, reconstruct
 
-CHUNK_ROWS = 32_768  # preprocessed at a time
-BATCH_ROWS = 4_096  # encoded at a time, which bounds the pre-activations in memory
+CHUNK_ROWS = 8_192  # preprocessed and encoded at a time
 
 
 class Evaluation(NamedTuple):
@@ -51,20 +50,18 @@ class HeldOut:
             total += (normalise(chunk).double() - mean).square().sum()
         return float(total)
 
-    def evaluate(
-        self, optimisers: Sequence[SAEAdam], centre: Centre, precisions: Sequence[Precision]
-    ) -> list[Evaluation]:
+    def evaluate(self, optimisers: Sequence[SAEAdam], centre: Centre) -> list[Evaluation]:
         """nmse and l0 of each SAE with its averaged weights; the rows are read and preprocessed once for all."""
         squared = [0.0] * len(optimisers)
         active = [0] * len(optimisers)
+        bf16 = any(optimiser.operand.dtype == torch.bfloat16 for optimiser in optimisers)
         for chunk in self._raw.split(CHUNK_ROWS):
-            x = normalise(chunk.to(self._device)) - centre.b_pre
-            for i, (optimiser, precision) in enumerate(zip(optimisers, precisions, strict=True)):
+            batch = Batch.of(normalise(chunk.to(self._device)), centre.b_pre, bf16)
+            for i, optimiser in enumerate(optimisers):
                 # Made again for every chunk: copies of all cells would double the pack's weights, and this is less
                 # than 1 % of a chunk (preprocessing the chunk again for each cell would be 10 to 40 %).
                 sae = optimiser.averaged()
-                for rows in x.split(BATCH_ROWS):
-                    result = reconstruct(sae, Batch(rows, centre.b_pre), precision)
-                    squared[i] += result.squared
-                    active[i] += result.active
+                result = reconstruct(sae, sae.W_enc.data.to(optimiser.operand.dtype), batch)
+                squared[i] += result.squared
+                active[i] += result.active
         return [Evaluation(s / self._total, a / self.tokens) for s, a in zip(squared, active, strict=True)]

@@ -1,73 +1,83 @@
 """Adam for one SAE, with the decoder constraint in the right order and an average of the weights."""
 
-from collections.abc import Callable
-from typing import Any
-
 import numpy as np
 import torch
 from torch import Tensor
 
-from trainers import sparse_cpu
+from trainers.cell import Precision
 from trainers.sae import SAE
+from trainers.sparse import AdamStep, Moments, Summands, kernels
+from trainers.step import Gradient
 
 BETAS = (0.9, 0.999)
 EPS = 6.25e-10
 
 
-class SAEAdam(torch.optim.Optimizer):
+class SAEAdam:
     """Every step: project W_dec's gradient off its unit rows, Adam, renormalise W_dec's rows, then the EMA.
 
-    Adam with betas (0.9, 0.999) and eps 6.25e-10, no weight decay (Gao et al. 2024, appendix A.3). On the CPU each
-    parameter is read and written once (sparse_cpu.adam); `step_plain` is the same in separate torch operations,
-    for other devices and as what the fast path is held to.
+    Adam with betas (0.9, 0.999) and eps 6.25e-10, no weight decay (Gao et al. 2024, appendix A.3). The two matrices
+    and their moments are read and written once a step (sparse.update_rows), and their gradients never exist in memory;
+    `step_plain` is the same in separate torch operations on dense gradients, which the tests hold `step` to.
+
+    `operand` is W_enc as the encoder product takes it: W_enc itself in fp32, a rounded copy in bf16 that each step
+    keeps up to date.
     """
 
-    def __init__(self, sae: SAE, lr: float, ema: float) -> None:
-        super().__init__(sae.parameters(), {"lr": lr})
+    def __init__(self, sae: SAE, lr: float, ema: float, precision: Precision = "fp32") -> None:
         self.sae, self.lr, self.ema = sae, lr, ema
         self.steps = 0
-        for parameter in sae.parameters():
-            self.state[parameter] = {name: torch.zeros_like(parameter) for name in ("exp_avg", "exp_avg_sq", "average")}
+        self.moments = {
+            name: Moments(*(torch.zeros_like(parameter.data) for _ in Moments._fields))
+            for name, parameter in sae.named_parameters()
+        }
+        self._rounded = sae.W_enc.data.bfloat16() if precision == "bf16" else None
+
+    @property
+    def operand(self) -> Tensor:
+        """[n_latents, d_model] in the precision of the encoder product."""
+        return self.sae.W_enc.data if self._rounded is None else self._rounded
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> None:  # type: ignore[override]
-        """Uses and keeps the parameters' `.grad`; `closure` is part of torch's interface and must be None."""
-        assert closure is None
-        if self.sae.W_enc.device.type != "cpu":
-            return self.step_plain()
-        self.steps += 1
-        correction1, correction2 = self._corrections()
-        for parameter in self.sae.parameters():
-            state = self.state[parameter]
-            tensors = (parameter, parameter.grad, state["exp_avg"], state["exp_avg_sq"], state["average"])
-            sparse_cpu.adam(
-                *(_rows(tensor) for tensor in tensors),
-                self.lr, *BETAS, EPS, correction1, correction2, self.ema, parameter is self.sae.W_dec,
-            )  # fmt: skip
-        return None
+    def step(self, gradient: Gradient) -> None:
+        """Updates the SAE by the gradient of one batch."""
+        sae, pairs, aux = self.sae, gradient.pairs, gradient.aux
+        sparse = kernels(sae.W_enc.device)
+        adam = self._next()
+        b_enc = sparse.latent_sums(pairs)
+        # What AuxK's rows have of the offset is in them already, so it is added after `shift` was taken.
+        shift = b_enc.clone()
+        b_enc.index_add_(0, aux.latents, aux.b_enc)
+        # Has to go before W_enc is updated: pre-activations see x - b_pre.
+        b_pre = gradient.b_pre - b_enc @ sae.W_enc
+
+        of_decoder = Summands(
+            pairs.starts, pairs.rows, pairs.decoder, gradient.errors, None, gradient.offset, aux.latents, aux.W_dec
+        )  # fmt: skip
+        of_encoder = Summands(
+            pairs.starts, pairs.rows, pairs.encoder, gradient.x, shift, gradient.offset, aux.latents, aux.W_enc
+        )  # fmt: skip
+        sparse.update_rows(sae.W_dec.data, self.moments["W_dec"], of_decoder, adam, True, None)
+        sparse.update_rows(sae.W_enc.data, self.moments["W_enc"], of_encoder, adam, False, self._rounded)
+        for name, grad in (("b_enc", b_enc), ("b_pre", b_pre)):
+            _plain(sae.get_parameter(name).data, self.moments[name], grad, adam, False)
 
     @torch.no_grad()
-    def step_plain(self) -> None:
-        """The same step, one operation at a time."""
-        self.steps += 1
-        correction1, correction2 = self._corrections()
-        for parameter in self.sae.parameters():
-            state, grad = self.state[parameter], parameter.grad
-            assert grad is not None
-            is_decoder = parameter is self.sae.W_dec
-            if is_decoder:
-                grad = grad - (grad * parameter).sum(dim=1, keepdim=True) * parameter
-            state["exp_avg"].lerp_(grad, 1 - BETAS[0])
-            state["exp_avg_sq"].mul_(BETAS[1]).addcmul_(grad, grad, value=1 - BETAS[1])
-            denominator = state["exp_avg_sq"].sqrt().mul_(correction2).add_(EPS)
-            parameter.addcdiv_(state["exp_avg"], denominator, value=-self.lr * correction1)
-            if is_decoder:
-                parameter.div_(parameter.norm(dim=1, keepdim=True))
-            # Has to come last: the EMA averages the weights that are in use.
-            state["average"].lerp_(parameter, 1 - self.ema)
+    def step_plain(self, gradients: dict[str, Tensor]) -> None:
+        """The same step, one operation at a time, from a dense gradient for each parameter's name."""
+        adam = self._next()
+        for name, parameter in self.sae.named_parameters():
+            _plain(parameter.data, self.moments[name], gradients[name], adam, name == "W_dec")
+        self._refresh()
 
-    def _corrections(self) -> tuple[float, float]:
-        return 1 / (1 - BETAS[0] ** self.steps), 1 / (1 - BETAS[1] ** self.steps) ** 0.5
+    def _next(self) -> AdamStep:
+        self.steps += 1
+        correction1, correction2 = 1 / (1 - BETAS[0] ** self.steps), 1 / (1 - BETAS[1] ** self.steps) ** 0.5
+        return AdamStep(self.lr, *BETAS, EPS, correction1, correction2, self.ema)
+
+    def _refresh(self) -> None:
+        if self._rounded is not None:
+            self._rounded.copy_(self.sae.W_enc)
 
     @torch.no_grad()
     def averaged(self) -> SAE:
@@ -82,8 +92,8 @@ class SAEAdam(torch.optim.Optimizer):
             copy.load_state_dict(self.sae.state_dict())
             return copy
         correction = 1 - self.ema**self.steps
-        for target, parameter in zip(copy.parameters(), self.sae.parameters(), strict=True):
-            target.copy_(self.state[parameter]["average"] / correction)
+        for name, target in copy.named_parameters():
+            torch.div(self.moments[name].average, correction, out=target.data)
         return copy
 
     def tensors(self) -> dict[str, Tensor]:
@@ -91,7 +101,7 @@ class SAEAdam(torch.optim.Optimizer):
         named = {}
         for name, parameter in self.sae.named_parameters():
             named[name] = parameter.data
-            named |= {f"{name}.{key}": value for key, value in self.state[parameter].items()}
+            named |= {f"{name}.{key}": value for key, value in self.moments[name]._asdict().items()}
         return named
 
     @torch.no_grad()
@@ -100,10 +110,17 @@ class SAEAdam(torch.optim.Optimizer):
         for name, tensor in self.tensors().items():
             tensor.copy_(torch.from_numpy(tensors[name]))
         self.steps = steps
+        self._refresh()
 
 
-def _rows(tensor: Tensor | None) -> np.ndarray:
-    """A matrix view for the kernel: vectors become one row."""
-    assert tensor is not None
-    array = tensor.detach().numpy()
-    return array.reshape(1, -1) if array.ndim == 1 else array
+def _plain(parameter: Tensor, moments: Moments, grad: Tensor, adam: AdamStep, unit_rows: bool) -> None:
+    if unit_rows:
+        grad = grad - (grad * parameter).sum(dim=1, keepdim=True) * parameter
+    moments.exp_avg.lerp_(grad, 1 - adam.beta1)
+    moments.exp_avg_sq.mul_(adam.beta2).addcmul_(grad, grad, value=1 - adam.beta2)
+    denominator = moments.exp_avg_sq.sqrt().mul_(adam.correction2).add_(adam.eps)
+    parameter.addcdiv_(moments.exp_avg, denominator, value=-adam.lr * adam.correction1)
+    if unit_rows:
+        parameter.div_(parameter.norm(dim=1, keepdim=True))
+    # Has to come last: the EMA averages the weights that are in use.
+    moments.average.lerp_(parameter, 1 - adam.decay)

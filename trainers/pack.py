@@ -20,7 +20,7 @@ from trainers.optimiser import SAEAdam
 from trainers.preprocess import Centre, normalise, to_tensor
 from trainers.reference import Objective
 from trainers.sae import SAE
-from trainers.sparse import Batch, DeadLatents, step
+from trainers.step import Batch, DeadLatents, step
 
 
 class TrainingCell:
@@ -31,7 +31,7 @@ class TrainingCell:
         self.sae = SAE(cell.d_model, cell.n_latents, cell.k)
         self.sae.initialise(centre.b_pre.cpu(), cell.seed)
         self.sae.to(device)
-        self.optimiser = SAEAdam(self.sae, cell.lr, cell.ema)
+        self.optimiser = SAEAdam(self.sae, cell.lr, cell.ema, cell.precision)
         self.dead = DeadLatents(cell.n_latents, device)
         self.objective = Objective(cell.k, centre.variance, cell.k_aux, cell.auxk_coefficient, cell.multi_topk)
         self.step = 0
@@ -53,15 +53,15 @@ class TrainingCell:
     def train_on(self, batch: Batch) -> None:
         """One step. A loss that is not finite fails the cell, before its weights are touched."""
         start = time.perf_counter()
-        losses = step(
-            self.sae, batch, self.objective, self.dead, self.cell.dead_after_tokens, self.cell.precision
+        result = step(
+            self.sae, self.optimiser.operand, batch, self.objective, self.dead, self.cell.dead_after_tokens
         )  # fmt: skip
-        if not np.isfinite([losses.main, losses.multi, losses.auxk]).all():
-            self.fail(f"training loss {losses.main}")
+        if not np.isfinite([result.main, result.multi, result.auxk]).all():
+            self.fail(f"training loss {result.main}")
             return
-        self.optimiser.step()
+        self.optimiser.step(result.gradient)
         self.step += 1
-        self._train_sum += losses.main
+        self._train_sum += result.main
         self._train_steps += 1
         self.wall_s += time.perf_counter() - start
 
@@ -120,6 +120,7 @@ class Pack(L.LightningModule):
         self.centre = Centre(centre.b_pre.to(device), centre.variance)
         self.training_cells = [TrainingCell(cell, self.centre, device) for cell in cells]
         self.saes = torch.nn.ModuleList(cell.sae for cell in self.training_cells)
+        self.bf16 = any(cell.precision == "bf16" for cell in cells)
         self.batches = 0  # in this process; a resumed pack starts at 0 again
 
     @property
@@ -127,10 +128,11 @@ class Pack(L.LightningModule):
         return [cell for cell in self.training_cells if cell.running]
 
     def configure_optimizers(self) -> list[torch.optim.Optimizer]:
-        return [cell.optimiser for cell in self.training_cells]
+        """None that Lightning should step: each cell has its own, which takes a gradient in factors (SAEAdam)."""
+        return []
 
     def training_step(self, raw: Tensor, batch_index: int) -> None:
-        batch = Batch(normalise(raw) - self.centre.b_pre, self.centre.b_pre)
+        batch = Batch.of(normalise(raw), self.centre.b_pre, self.bf16)
         for cell in self.running:
             cell.train_on(batch)
         self.batches += 1

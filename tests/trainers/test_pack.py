@@ -243,7 +243,7 @@ def test_held_out_nmse_is_global_and_exact(sparse_store: ActivationStore) -> Non
     sae = SAE(D_MODEL, 64, 3)
     sae.initialise(torch.zeros(D_MODEL), seed=0)
     centre = Centre(torch.zeros(D_MODEL), 1.0)
-    got = HeldOut(sparse_store, 2_000).evaluate([SAEAdam(sae, 1e-3, 0.9)], centre, ["fp32"])[0]
+    got = HeldOut(sparse_store, 2_000).evaluate([SAEAdam(sae, 1e-3, 0.9)], centre)[0]
     x = normalise(torch.from_numpy(sparse_store.read_split("heldout", 2_000))).double()
     error = x - sae.double()(x).reconstruction
     wanted = error.square().sum() / (x - x.mean(dim=0)).square().sum()
