@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from storage.errors import SaescaleError
 from trainers.cell import Cell
 
-PACKS_PER_WORKER = 2  # enough to even out workers of different speed; each pack reads the stream once
+PACKS_PER_WORKER = 2  # enough to even out several workers of different speed; each pack reads the stream once
 
 
 Needs = Callable[[Sequence[Cell]], float]
@@ -25,10 +25,11 @@ def plan_packs(
     for cell in cells:
         alike[cell.batch_tokens, cell.stream_seed, steps.get(cell.cell_id, 0)].append(cell)
     total = sum(cost(cell) for cell in cells)
+    wanted = workers * PACKS_PER_WORKER if workers > 1 else 1
     packs: list[list[Cell]] = []
     for group in alike.values():
         share = sum(cost(cell) for cell in group) / total
-        packs += _split(group, max(1, round(share * workers * PACKS_PER_WORKER)), memory, needs)
+        packs += _split(group, max(1, round(share * wanted)), memory, needs)
     return sorted(packs, key=lambda pack: -sum(cost(cell) for cell in pack))
 
 

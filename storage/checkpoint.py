@@ -181,4 +181,5 @@ def _write(file: BinaryIO, tensors: Mapping[str, np.ndarray], checksum: xxhash.x
 
 
 def _content(tensor: np.ndarray) -> memoryview:
-    return memoryview(np.ascontiguousarray(tensor).reshape(-1).view(np.uint8).data).cast("B")
+    array: Any = np.ascontiguousarray(tensor)  # numpy's types do not say that an array is a buffer
+    return memoryview(array.reshape(-1).view(np.uint8))

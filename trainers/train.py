@@ -74,7 +74,7 @@ def train_pack(
     device = default_device()
     resumed = _resume(run, cells, device)
     start, position = (resumed.step, resumed.position) if resumed else (0, None)
-    pack = resumed.pack if resumed else Pack(cells, _centre(store, cells[0]), device)
+    pack = resumed.pack if resumed else Pack(cells, measured_centre(store, cells[0]), device)
 
     held_out = HeldOut(store, job.eval.tokens, device)
     logger = _logger(job)
@@ -139,7 +139,7 @@ def _restore(urls: Sequence[str], cells: Sequence[Cell], step: int, device: torc
     return _Resumed(pack, step, position)
 
 
-def _centre(store: ActivationStore, cell: Cell) -> Centre:
+def measured_centre(store: ActivationStore, cell: Cell) -> Centre:
     """Measured on the first rows of the stream."""
     sample = torch.empty(min(SAMPLE_TOKENS, store.rows("train")), store.d_model)
     with _stream(store, cell, -(-len(sample) // cell.batch_tokens)) as stream:

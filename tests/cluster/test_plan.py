@@ -54,6 +54,11 @@ def test_the_quickstart_grid_is_balanced_over_two_workers() -> None:
     assert max(costs) < 1.1 * min(costs)
 
 
+def test_one_worker_trains_the_whole_grid_from_one_pass() -> None:
+    cells = [cell(n, k) for n in (512, 1024, 2048, 4096) for k in (8, 16, 32, 64)]
+    assert len(plan_packs(cells, {}, workers=1, memory=1e12, needs=needs)) == 1
+
+
 def test_different_streams_are_never_packed_together() -> None:
     cells = [cell(64, batch_tokens=b, stream_seed=s, seed=i) for i in range(3) for b in (512, 1024) for s in (0, 1)]
     for pack in plan_packs(cells, {}, workers=1, memory=1e12, needs=needs):

@@ -1,0 +1,38 @@
+"""The fast path trains to the same result as the dense fp32 reference, on real activations."""
+
+from pathlib import Path
+
+import pytest
+
+from storage.activations import ActivationStore
+from tests.trainers.dense_training import train_dense
+from trainers.cell import Cell, EvalSpec, Precision
+from trainers.harvest import HarvestSpec, harvest
+from trainers.train import PackJob, train_pack
+
+HELD_OUT = 4_096
+
+
+@pytest.fixture(scope="module")
+def smollm2_store(tmp_path_factory: pytest.TempPathFactory) -> ActivationStore:
+    url = str(tmp_path_factory.mktemp("smollm2") / "store")
+    sizes = {"tokens": 16_384, "heldout_tokens": HELD_OUT, "row_group_rows": 2_048, "shard_rows": 16_384}
+    harvest(HarvestSpec.model_validate({"subject": "smollm2-135m", "layer": 22, "out": url, **sizes}))
+    return ActivationStore.open(url)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_held_out_nmse_within_half_a_percent_and_dead_fraction_within_a_point(
+    smollm2_store: ActivationStore, tmp_path: Path, precision: Precision
+) -> None:
+    cell = Cell(
+        store=smollm2_store.fingerprint, d_model=576, n_latents=2_048, k=32, tokens=98_304, batch_tokens=512,
+        lr=2e-3, k_aux=256, dead_after_tokens=8_192, ema=0.95, precision=precision,
+    )  # fmt: skip
+    settings = EvalSpec(tokens=HELD_OUT, every_tokens=98_304)
+    job = PackJob(cells=[cell], store=smollm2_store.url, run=str(tmp_path / "run"), sweep="precision", eval=settings)
+    fast = train_pack(job).results[0]
+    dense = train_dense(smollm2_store, cell, HELD_OUT)
+    assert fast["nmse"] == pytest.approx(dense.nmse, rel=0.005)
+    assert fast["dead_fraction"] == pytest.approx(dense.dead_fraction, abs=0.01)
+    assert 0 < dense.nmse < 0.6
