@@ -180,6 +180,5 @@ def _write(file: BinaryIO, tensors: Mapping[str, np.ndarray], checksum: xxhash.x
         file.write(content)
 
 
-def _content(tensor: np.ndarray) -> memoryview:
-    array: Any = np.ascontiguousarray(tensor)  # numpy's types do not say that an array is a buffer
-    return memoryview(array.reshape(-1).view(np.uint8))
+def _content(tensor: np.ndarray) -> Any:  # numpy's types do not say that an array is a buffer
+    return np.ascontiguousarray(tensor).reshape(-1).view(np.uint8)

@@ -14,6 +14,7 @@ from trainers.evaluate import CHUNK_ROWS
 from trainers.preprocess import SAMPLE_TOKENS
 from trainers.reference import MULTI_TOPK_FACTOR
 from trainers.sparse import KernelKind, product_rows
+from trainers.sparse_eager import ENTRIES as EAGER_ENTRIES
 from trainers.step import AUXK_ENTRIES, FEW_DEAD
 
 _FLOAT = 4
@@ -87,8 +88,12 @@ def _preprocessed(rows: int, d_model: int) -> float:
 
 def _pre_activations(cell: Cell, rows: int, kernels: KernelKind) -> float:
     if kernels == "eager":
-        return 6 * _FLOAT * rows * cell.n_latents  # sorted whole, and dense latents and their gradient
-    return product_rows(rows, cell.n_latents, kernels) * cell.n_latents * (2 if cell.precision == "bf16" else _FLOAT)
+        # Keys to select by, or latents and their gradient.
+        return 4 * _FLOAT * min(rows * cell.n_latents, EAGER_ENTRIES)
+    width = 2 if cell.precision == "bf16" else _FLOAT
+    # On a GPU beside the maxima of groups, which are largest where every entry is a group of its own.
+    maxima = _FLOAT if kernels == "cuda" else 0
+    return product_rows(rows, cell.n_latents, kernels) * cell.n_latents * (width + maxima)
 
 
 def _step(cell: Cell, kernels: KernelKind) -> float:
@@ -97,8 +102,9 @@ def _step(cell: Cell, kernels: KernelKind) -> float:
     terms = 1 + bool(multi) + bool(cell.k_aux)
     selected = cell.k + multi + cell.k_aux
     errors = terms * batch * cell.d_model * _FLOAT
-    # Index, z and dz of each, then their pairs sorted: row and two weights. A few index tensors are int64 on the way.
-    pairs = batch * selected * (3 * _FLOAT + 3 * _FLOAT + 8)
+    # Index, z and dz of each, then their pairs sorted: row and two weights. A few index tensors are int64 on the way;
+    # on a GPU the sort has keys and an order besides.
+    pairs = batch * selected * (3 * _FLOAT + 3 * _FLOAT + (8 if kernels == "cpu" else 24))
     few = min(FEW_DEAD * cell.k_aux, cell.n_latents)
     dense_auxk = 4 * few * cell.d_model * _FLOAT + 4 * min(AUXK_ENTRIES, batch * few) * _FLOAT
     sparse_auxk = cell.n_latents * cell.d_model * (2 if cell.precision == "bf16" else _FLOAT) if cell.k_aux else 0

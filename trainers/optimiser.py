@@ -9,6 +9,7 @@ from torch import Tensor
 from trainers.cell import Precision
 from trainers.sae import SAE
 from trainers.sparse import AdamStep, Moments, Summands, kernels
+from trainers.sparse_eager import adam_rows
 from trainers.step import Gradient
 
 BETAS = (0.9, 0.999)
@@ -62,14 +63,14 @@ class SAEAdam:
         sparse.update_rows(sae.W_dec.data, self.moments["W_dec"], of_decoder, adam, True, None)
         sparse.update_rows(sae.W_enc.data, self.moments["W_enc"], of_encoder, adam, False, self._rounded)
         for name, grad in (("b_enc", b_enc), ("b_pre", b_pre)):
-            _plain(sae.get_parameter(name).data, self.moments[name], grad, adam, False)
+            adam_rows(sae.get_parameter(name).data, self.moments[name], grad, adam, False)
 
     @torch.no_grad()
     def step_plain(self, gradients: dict[str, Tensor]) -> None:
         """The same step, one operation at a time, from a dense gradient for each parameter's name."""
         adam = self._next()
         for name, parameter in self.sae.named_parameters():
-            _plain(parameter.data, self.moments[name], gradients[name], adam, name == "W_dec")
+            adam_rows(parameter.data, self.moments[name], gradients[name], adam, name == "W_dec")
         self._refresh()
 
     def _next(self) -> AdamStep:
@@ -113,16 +114,3 @@ class SAEAdam:
             tensor.copy_(torch.from_numpy(tensors[name]))
         self.steps = steps
         self._refresh()
-
-
-def _plain(parameter: Tensor, moments: Moments, grad: Tensor, adam: AdamStep, unit_rows: bool) -> None:
-    if unit_rows:
-        grad = grad - (grad * parameter).sum(dim=1, keepdim=True) * parameter
-    moments.exp_avg.lerp_(grad, 1 - adam.beta1)
-    moments.exp_avg_sq.mul_(adam.beta2).addcmul_(grad, grad, value=1 - adam.beta2)
-    denominator = moments.exp_avg_sq.sqrt().mul_(adam.correction2).add_(adam.eps)
-    parameter.addcdiv_(moments.exp_avg, denominator, value=-adam.lr * adam.correction1)
-    if unit_rows:
-        parameter.div_(parameter.norm(dim=1, keepdim=True))
-    # Has to come last: the EMA averages the weights that are in use.
-    moments.average.lerp_(parameter, 1 - adam.decay)

@@ -51,7 +51,8 @@ class Pairs(NamedTuple):
 
     With the errors of all terms stacked to [terms * batch, d_model], latent n's gradients are sums over its pairs p in
     starts[n]:starts[n + 1]: sum decoder[p] errors[rows[p]] for W_dec[n], sum encoder[p] (x[rows[p] % batch] - offset)
-    for W_enc[n], and sum encoder[p] for b_enc[n].
+    for W_enc[n], and sum encoder[p] for b_enc[n]. Entries beyond starts[-1], where an implementation leaves some, mean
+    nothing; nor do rows of `errors` that no pair names.
     """
 
     starts: Tensor  # int64 [n_latents + 1]
@@ -187,7 +188,7 @@ def kernel_kind(device: torch.device) -> KernelKind:
         return "cuda"
     warnings.warn(
         f"the Triton kernels do not work on {torch.cuda.get_device_name(device)} ({fault}): training by plain torch, "
-        "which gives the same, takes longer and holds [batch_tokens, n_latents] in memory",
+        "which gives the same and takes longer",
         SaescaleWarning,
         stacklevel=2,
     )

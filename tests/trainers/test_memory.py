@@ -1,41 +1,18 @@
 """The memory that the planner counts with, held to the peak that a process really reaches."""
 
-import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from storage.activations import ActivationStore
+from tests.trainers.peak_memory import COUNTABLE, measure
 from tests.trainers.synthetic import write_store
 from trainers.cell import Cell, EvalSpec
 from trainers.memory import StreamSize, pack_memory
 from trainers.train import PackJob
 
 D_MODEL, ROWS, HELD_OUT, ROW_GROUP = 512, 32_768, 8_192, 4_096
-
-MEASURE = """
-import json, sys
-from trainers.train import PackJob, train_pack
-
-def memory(field):
-    line = next(line for line in open("/proc/self/status") if line.startswith(field))
-    return int(line.split()[1]) * 1024
-
-warm_up, *jobs = (PackJob.model_validate(job) for job in json.loads(sys.argv[1]))
-train_pack(warm_up)  # compiled kernels and the allocator's habits belong to the process, not to a pack
-before, peaks = memory("VmRSS"), []
-for job in jobs:
-    open("/proc/self/clear_refs", "w").write("5")  # the peak is counted from here
-    batches = iter(range(10**6))
-    # The first call is stopped half-way, so that the second has to resume.
-    train_pack(job, should_stop=lambda: not peaks and next(batches) > 2)
-    peaks.append(memory("VmHWM") - before)
-print("peaks", json.dumps(peaks))
-"""
 
 
 @pytest.fixture(scope="module")
@@ -57,7 +34,7 @@ def predicted(cells: list[Cell]) -> float:
     return pack_memory(cells, HELD_OUT, StreamSize(ROW_GROUP, ROWS)).total
 
 
-@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="counts memory as Linux does")
+@pytest.mark.skipif(not COUNTABLE, reason="counts memory as Linux does")
 def test_the_prediction_is_within_15_percent_of_the_peak(store: ActivationStore, tmp_path: Path) -> None:
     tiny = [cell(store, 128, 4, tokens=1_024, batch_tokens=512)]
     large = [cell(store, 16_384, 32)]
@@ -70,12 +47,9 @@ def test_the_prediction_is_within_15_percent_of_the_peak(store: ActivationStore,
         )
         for name, cells in (("tiny", tiny), ("large", large), ("large", large), ("several", several))
     ]  # fmt: skip
-    done = subprocess.run(
-        [sys.executable, "-c", MEASURE, json.dumps([job.model_dump() for job in jobs])],
-        env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}, check=True, capture_output=True, text=True,
-    )  # fmt: skip
-    peaks = json.loads(done.stdout.split("peaks ")[-1])
-    expected = [predicted(job.cells) for job in jobs[1:]]
+    warm_up, *packs = jobs
+    peaks = measure(warm_up, packs, stopped=1)  # so that the second has to resume
+    expected = [predicted(job.cells) for job in packs]
     stopped, *finished = [peak / prediction for peak, prediction in zip(peaks, expected, strict=True)]
     assert stopped <= 1
     assert finished == pytest.approx([1, 1], abs=0.15), finished
