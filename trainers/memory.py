@@ -13,7 +13,7 @@ from trainers.cell import Cell
 from trainers.evaluate import CHUNK_ROWS
 from trainers.preprocess import SAMPLE_TOKENS
 from trainers.reference import MULTI_TOPK_FACTOR
-from trainers.sparse import KernelKind, product_rows
+from trainers.sparse import KernelKind, group_size, product_rows
 from trainers.sparse_eager import ENTRIES as EAGER_ENTRIES
 from trainers.step import AUXK_ENTRIES, FEW_DEAD
 
@@ -91,8 +91,7 @@ def _pre_activations(cell: Cell, rows: int, kernels: KernelKind) -> float:
         # Keys to select by, or latents and their gradient.
         return 4 * _FLOAT * min(rows * cell.n_latents, EAGER_ENTRIES)
     width = 2 if cell.precision == "bf16" else _FLOAT
-    # On a GPU beside the maxima of groups, which are largest where every entry is a group of its own.
-    maxima = _FLOAT if kernels == "cuda" else 0
+    maxima = _FLOAT / group_size(cell.n_latents, cell.k) if kernels == "cuda" else 0
     return product_rows(rows, cell.n_latents, kernels) * cell.n_latents * (width + maxima)
 
 

@@ -152,6 +152,15 @@ def product_rows(batch: int, n_latents: int, device: str) -> int:
     return min(batch, max(_PRODUCT_ROWS, _PRODUCT_ENTRIES[device] // n_latents))
 
 
+def group_size(n_latents: int, k: int) -> int:
+    """Entries of a group of the two-level top-k on CUDA, a power of two: about as many entries lie in the k groups that
+    are searched as there are groups."""
+    size = 1
+    while 4 * size * size * k <= n_latents:
+        size *= 2
+    return size
+
+
 KernelKind = Literal["cpu", "cuda", "eager"]  # sparse_cpu.py, sparse_cuda.py, sparse_eager.py
 
 

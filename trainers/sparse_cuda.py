@@ -17,7 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from trainers import sparse_eager
-from trainers.sparse import AdamStep, Decoded, Moments, Pairs, Selected, Summands, Term, product_rows
+from trainers.sparse import AdamStep, Decoded, Moments, Pairs, Selected, Summands, Term, group_size, product_rows
 from trainers.sparse_eager import transpose
 
 __all__ = ["check", "decode", "encode_select", "latent_sums", "transpose", "update_rows"]
@@ -34,7 +34,7 @@ def encode_select(x: Tensor, W_enc: Tensor, bias: Tensor, ks: Sequence[int]) -> 
     selections = [
         Selected(torch.empty(batch, k, dtype=torch.int32, device=x.device), bias.new_empty(batch, k)) for k in ks
     ]
-    group = _group_size(n_latents, max(ks))
+    group = group_size(n_latents, max(ks))
     groups = triton.cdiv(n_latents, group)
     stride = triton.cdiv(n_latents, 64) * 64  # so that every row starts where wide loads can
     rows = product_rows(batch, n_latents, "cuda")
@@ -137,14 +137,6 @@ def _select(pre: Tensor, bias: Tensor, maxima: Tensor, largest: Tensor, group: i
         pre, pre.stride(0), bias, largest, selected.indices, selected.z, k, pre.shape[1],
         GROUP=group, BLOCK=block, BLOCK_K=block_k, num_warps=warps,
     )  # fmt: skip
-
-
-def _group_size(n_latents: int, k: int) -> int:
-    """About as many entries in the k groups that are searched as there are groups; a power of two."""
-    size = 1
-    while 4 * size * size * k <= n_latents:
-        size *= 2
-    return size
 
 
 def _line(size: int) -> tuple[int, int]:
