@@ -1,11 +1,12 @@
 # make quickstart   from SmolLM2-135M to a fitted L(N, k)
 # make test         the test suite
+# make bench        the benchmarks of tests/benchmarks, one after another (about half an hour; needs the quickstart's store)
 # make lint         ruff and mypy
 
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: quickstart test lint install clean
+.PHONY: quickstart test bench lint install clean
 
 install: .venv/installed
 
@@ -19,6 +20,9 @@ quickstart: install
 
 test: install
 	$(BIN)/python -m pytest $(ARGS)
+
+bench: install
+	for name in $(or $(BENCH),step pack quality stream growth); do $(BIN)/python -m tests.benchmarks.bench_$$name $(ARGS) || exit; done
 
 lint: install
 	$(BIN)/ruff check .

@@ -82,7 +82,7 @@ def quickstart(
     out: Annotated[str | None, typer.Option(help="Run directory (default: runs/quickstart).")] = None,
     wandb: Wandb = "auto",
 ) -> None:
-    """From SmolLM2-135M to a fitted L(N, k): harvest, 16 cells, laws, report. Run again, it goes on where it was.
+    """From SmolLM2-135M to a fitted L(N, k): harvest, 20 cells, laws, report. Run again, it goes on where it was.
 
     Example: [bold]saescale quickstart --tiny[/]
     """

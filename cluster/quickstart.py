@@ -28,7 +28,7 @@ def recipe(tiny: bool, out: str | None, wandb: str) -> Recipe:
     name = "quickstart-tiny" if tiny else "quickstart"
     store = f"stores/smollm2-135m-l22{'-tiny' if tiny else ''}"
     sizes = {"tokens": 4_096, "heldout_tokens": 1_024, "shard_rows": 4_096, "row_group_rows": 512} if tiny else {}
-    grid = {"n_latents": [512, 1024, 2048, 4096], "k": [8, 16, 32, 64]}
+    grid = {"n_latents": [512, 1024, 2048, 4096, 8192], "k": [8, 16, 32, 64]}
     if tiny:
         grid = {"n_latents": [256, 512], "k": [8, 16]}
     sweep = {

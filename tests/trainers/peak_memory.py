@@ -4,7 +4,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import count
 from pathlib import Path
 
@@ -31,14 +31,18 @@ def _memory(field: str) -> int:
     return int(line.split()[1]) * 1024
 
 
+def _after_three_batches() -> Callable[[], bool]:
+    batches = count()
+    return lambda: next(batches) > 2
+
+
 def _main(text: str, stopped: int) -> None:
     warm_up, *jobs = (PackJob.model_validate(job) for job in json.loads(text))
     train_pack(warm_up)
     before, peaks = _memory("VmRSS"), []
     for number, job in enumerate(jobs):
         _RESET.write_text("5")  # the peak is counted from here
-        batches = count()
-        train_pack(job, should_stop=lambda n=number, batches=batches: n < stopped and next(batches) > 2)
+        train_pack(job, should_stop=_after_three_batches() if number < stopped else lambda: False)
         peaks.append(_memory("VmHWM") - before)
     print("peaks", json.dumps(peaks))
 

@@ -1,0 +1,163 @@
+"""Benchmark (e): training steps on a GPU, as tokens/s and as a share of what the device's matrix units reach.
+
+    python -m tests.benchmarks.bench_cuda            needs a CUDA device; no Ray, no store, nothing downloaded
+
+Steps: saescale's Triton kernels (bf16 and fp32), plain torch in their place, and as the floor the bf16 encoder product
+alone, taking turns. Grid: 28 cells, N in {2^11, 2^13, 2^15, 2^17} with 7 values of k, each batch through all of them
+as a pack does it, with the peak memory beside the planner's prediction. FLOP utilisation counts the sparse training
+FLOPs (scaling/compute.py) against the rate of a large square bf16 product measured in the same run.
+"""
+
+import argparse
+import os
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from scaling.compute import flops_per_token
+from tests.benchmarks.harness import BenchmarkError, alternate, console, machine, run, show_table, write_result
+from tests.benchmarks.protocol import Size, unit_rows
+from trainers import optimiser as optimiser_module
+from trainers import sparse, sparse_eager
+from trainers import step as step_module
+from trainers.cell import Cell, Precision, auto_k_aux
+from trainers.memory import StreamSize, pack_memory
+from trainers.optimiser import SAEAdam
+from trainers.pack import Pack
+from trainers.preprocess import Centre, measure_centre
+from trainers.reference import Objective
+from trainers.sae import SAE
+from trainers.step import Batch, DeadLatents, step
+
+SIZES = [Size(8192, 768, 32768, 32), Size(32768, 768, 32768, 32), Size(32768, 768, 131072, 64)]
+GRID = [(n, k) for n in (2**11, 2**13, 2**15, 2**17) for k in (8, 16, 32, 64, 128, 256, 512)]
+NEVER = 10**9  # tokens after which a latent counts as dead: none does
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m tests.benchmarks.bench_cuda",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--rounds", type=int, default=15, help="steps of each that count (default: 15)")
+    parser.add_argument("--out", type=Path, help="JSON file to write (default: tests/benchmarks/results/cuda.json)")
+    arguments = parser.parse_args()
+    if not torch.cuda.is_available():
+        raise BenchmarkError("torch sees no CUDA device here; this benchmark measures one")
+    device = torch.device("cuda")
+    where = machine() | {"gpu": torch.cuda.get_device_name(device), "kernels": sparse.kernel_kind(device)}
+    peak = _peak_rate(device, arguments.rounds)
+    result = {
+        "machine": where,
+        "square_bf16_product_flops": peak,
+        "sizes": [_measure(size, device, peak, arguments.rounds) for size in SIZES],
+        "grid": _grid(device, peak, arguments.rounds),
+    }
+    path = write_result("cuda", result, arguments.out)
+    console.print(f"{where['gpu']}; wrote {os.path.relpath(path)}")
+
+
+class _Turn(NamedTuple):
+    """Something to do on the device, timed by its own clock."""
+
+    name: str
+    work: Callable[[], object]
+
+    def step(self) -> float:
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        torch.cuda.synchronize()
+        start.record()
+        self.work()
+        end.record()
+        end.synchronize()
+        return start.elapsed_time(end) / 1e3
+
+
+def _peak_rate(device: torch.device, rounds: int) -> float:
+    """FLOP/s of a bf16 product of two matrices [8192, 8192]."""
+    square = torch.randn(8192, 8192, device=device, dtype=torch.bfloat16)
+    timing = alternate([_Turn("square", lambda: square @ square)], rounds, warmup=3)["square"]
+    return float(2 * 8192**3 / timing.median)
+
+
+def _train(size: Size, device: torch.device, precision: Precision, kernels: sparse.Kernels) -> Callable[[], object]:
+    x = unit_rows(size)[0]
+    centre = measure_centre(x)
+    sae = SAE(size.d_model, size.n_latents, size.k)
+    sae.initialise(centre.b_pre, seed=0)
+    sae.to(device)
+    rows, origin = x.to(device), centre.b_pre.to(device)
+    optimiser, dead = SAEAdam(sae, 1e-4, 0.999, precision), DeadLatents(size.n_latents, device)
+    objective = Objective(size.k, centre.variance, auto_k_aux(size.d_model))
+
+    def train() -> None:
+        step_module.kernels = optimiser_module.kernels = lambda device: kernels
+        batch = Batch.of(rows, origin, precision == "bf16")
+        optimiser.step(step(sae, optimiser.operand, batch, objective, dead, NEVER).gradient)
+
+    return train
+
+
+def _measure(size: Size, device: torch.device, peak: float, rounds: int) -> dict[str, Any]:
+    ours = sparse.kernels(device)
+    x = torch.randn(size.batch_tokens, size.d_model, device=device, dtype=torch.bfloat16)
+    W = torch.randn(size.n_latents, size.d_model, device=device, dtype=torch.bfloat16)
+    pre = x.new_empty(size.batch_tokens, size.n_latents)
+    turns = [
+        _Turn("saescale bf16", _train(size, device, "bf16", ours)),
+        _Turn("saescale fp32", _train(size, device, "fp32", ours)),
+        _Turn("plain torch bf16", _train(size, device, "bf16", sparse_eager)),
+        _Turn("bf16 encoder product", partial(torch.mm, x, W.T, out=pre)),
+    ]
+    timings = alternate(turns, rounds, warmup=5)
+    flops = flops_per_token(size.d_model, size.n_latents, size.k).sparse * size.batch_tokens
+    floor = timings["bf16 encoder product"].median
+    rows, entries = [], []
+    for turn in turns:
+        seconds = timings[turn.name].median
+        used = None if turn.work is turns[-1].work else flops / seconds / peak
+        rows.append([turn.name, f"{seconds * 1e3:.2f}", f"{size.batch_tokens / seconds / 1e6:.2f}",
+                     f"{floor / seconds:.0%}", "-" if used is None else f"{used:.0%}"])  # fmt: skip
+        entries.append({"name": turn.name, "seconds": timings[turn.name].seconds, "utilisation": used})
+    columns = ["training step", "median ms", "M tokens/s", "of bf16 GEMM", "FLOP utilisation"]
+    show_table(str(size), columns, rows)
+    return {**size._asdict(), "contenders": entries}
+
+
+def _grid(device: torch.device, peak: float, rounds: int) -> dict[str, Any]:
+    size = Size(8192, 768, 2**17, 512)
+    cells = [
+        Cell(
+            store="random", d_model=size.d_model, n_latents=n, k=k, tokens=size.batch_tokens,
+            batch_tokens=size.batch_tokens, lr=2e-4 * (2**14 / n) ** 0.5, k_aux=auto_k_aux(size.d_model),
+            dead_after_tokens=NEVER, precision="bf16",
+        ).model_copy(update={"tokens": 10**6 * size.batch_tokens})
+        for n, k in GRID
+    ]  # fmt: skip
+    step_module.kernels = optimiser_module.kernels = sparse.kernels
+    torch.cuda.reset_peak_memory_stats(device)
+    x = unit_rows(size)[0]
+    sample = measure_centre(x)
+    pack = Pack(cells, Centre(sample.b_pre, sample.variance), device)
+    raw = x.half().to(device)
+    timing = alternate([_Turn("grid", lambda: pack.training_step(raw, 0))], rounds, warmup=3)["grid"]
+    flops = sum(float(cell.flops(size.batch_tokens).sparse) for cell in cells)
+    measured = torch.cuda.max_memory_allocated(device)
+    predicted = pack_memory(cells, 2**15, StreamSize(8192, 2**27), "cuda").total
+    rate = size.batch_tokens / timing.median
+    show_table(
+        f"{len(cells)} cells from one pass, batches of {size.batch_tokens:,}",
+        ["tokens/s", "trained tokens/s", "FLOP utilisation", "peak GiB", "predicted GiB"],
+        [[f"{rate:,.0f}", f"{rate * len(cells):,.0f}", f"{flops / timing.median / peak:.0%}",
+          f"{measured / 2**30:.1f}", f"{predicted / 2**30:.1f}"]],
+    )  # fmt: skip
+    return {"cells": len(cells), "seconds": timing.seconds, "tokens_per_s": rate, "flops_per_s": flops / timing.median,
+            "peak_bytes": measured, "predicted_bytes": predicted}  # fmt: skip
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,119 @@
+"""Benchmark (b), the other half: held-out nmse after the same tokens, saescale beside the fastest peer and fp32.
+
+    python -m tests.benchmarks.bench_quality --store stores/smollm2-135m-l22    (the store that `make quickstart` makes)
+
+One cell of the quickstart's grid is trained by saescale in bf16 and fp32, by the dense reference in fp32 (autograd;
+tests/trainers/dense_training.py), and by sparsify's own trainer with Adam, on the same rows in four passes: at its
+default learning rate, which is meant for longer training, and at multiples of it. All are judged alike: dense float32
+evaluation of the final weights (saescale's are averaged ones, as in a sweep) on all held-out rows.
+"""
+
+import argparse
+import os
+import subprocess
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from cluster.quickstart import recipe
+from storage.activations import ActivationStore
+from storage.files import join
+from storage.rundir import RunDirectory
+from storage.stream import Stream
+from tests.benchmarks.environment import peers_python
+from tests.benchmarks.harness import ALIKE, QUIET, ROOT, console, machine, run, show_table, write_result
+from tests.trainers.dense_training import dense_nmse, train_dense
+from trainers.cell import Cell, EvalSpec, Precision
+from trainers.device import set_threads
+from trainers.preprocess import normalise, to_tensor
+from trainers.sae import SAE
+from trainers.train import PackJob, train_pack
+from trainers.trained import load_trained
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m tests.benchmarks.bench_quality",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--store", default=recipe(False, None, "off").sweep.store, help="default: the quickstart's")
+    parser.add_argument("--n-latents", type=int, default=1024, help="default: 1024")
+    parser.add_argument("--k", type=int, default=32, help="default: 32")
+    parser.add_argument(
+        "--rates", type=float, nargs="+", default=[1, 6, 24], help="multiples of sparsify's default"
+    )
+    parser.add_argument("--threads", type=int, default=os.cpu_count(), help="default: all cores")
+    parser.add_argument("--peers-venv", type=Path, help="an environment that has the peers' libraries")
+    parser.add_argument("--out", type=Path, help="JSON to write (default: tests/benchmarks/results/quality.json)")
+    arguments = parser.parse_args()
+    set_threads(arguments.threads)
+    where, store = machine(), ActivationStore.open(arguments.store)
+    spec = recipe(False, None, "off").sweep
+    spec.grid.n_latents, spec.grid.k = [arguments.n_latents], [arguments.k]
+    cell, held_out = spec.cells(store, "fp32")[0], spec.eval.tokens
+    found: dict[str, dict[str, Any]] = {}
+    with tempfile.TemporaryDirectory() as folder:
+        precisions: tuple[Precision, ...] = ("bf16", "fp32")
+        for precision in precisions:
+            found[f"saescale {precision}"] = _ours(store, cell, precision, held_out, f"{folder}/{precision}")
+            console.print(found)
+        dense = train_dense(store, cell, held_out)
+        found["dense reference fp32"] = {"nmse": dense.nmse, "dead_fraction": dense.dead_fraction}
+        _write_rows(store, cell, f"{folder}/rows.npy")
+        for times in arguments.rates:
+            found[f"sparsify, lr x {times:g}"] = _peer(store, cell, times, held_out, folder, arguments)
+            console.print(found)
+    base = found["dense reference fp32"]["nmse"]
+    show_table(
+        f"{cell.cell_id}: {cell.tokens:,} tokens in batches of {cell.batch_tokens:,}, {held_out:,} rows held out",
+        ["trained by", "nmse", "against dense fp32", "dead"],
+        [
+            [name, f"{f['nmse']:.4f}", f"{f['nmse'] / base - 1:+.2%}",
+             f"{f['dead_fraction']:.2%}" if "dead_fraction" in f else "-"]
+            for name, f in found.items()
+        ],
+    )  # fmt: skip
+    path = write_result("quality", {"machine": where, "cell": cell.model_dump(), "found": found}, arguments.out)
+    console.print(f"wrote {os.path.relpath(path)}")
+
+
+def _ours(store: ActivationStore, cell: Cell, precision: Precision, held_out: int, folder: str) -> dict[str, Any]:
+    cell = Cell.model_validate(cell.model_dump() | {"precision": precision})
+    settings = EvalSpec(tokens=held_out, every_tokens=cell.tokens)
+    result = train_pack(PackJob(cells=[cell], store=store.url, run=folder, sweep="bench", eval=settings)).results[0]
+    sae = load_trained(join(RunDirectory(folder).cell_url(cell.cell_id), "sae.safetensors")).sae
+    return {
+        "nmse": dense_nmse(sae, store, held_out), "nmse_reported": result["nmse"],
+        "dead_fraction": result["dead_fraction"],
+    }  # fmt: skip
+
+
+def _write_rows(store: ActivationStore, cell: Cell, path: str) -> None:
+    """One pass over the training rows in the stream's order, preprocessed."""
+    batches = store.rows("train") // cell.batch_tokens
+    with Stream(store, batch_tokens=cell.batch_tokens, seed=cell.stream_seed, batches=batches) as stream:
+        np.save(path, np.concatenate([normalise(to_tensor(act, store.manifest.dtype)).numpy() for act in stream]))
+
+
+def _peer(
+    store: ActivationStore, cell: Cell, times: float, held_out: int, folder: str, arguments: argparse.Namespace
+) -> dict[str, Any]:
+    lr = times * 2e-4 / (cell.n_latents / 2**14) ** 0.5  # sparsify's rule for Adam
+    size = (cell.batch_tokens, cell.n_latents, cell.k, cell.steps, lr)
+    subprocess.run(
+        [peers_python(arguments.peers_venv), "-m", "tests.benchmarks.peers_train", f"{folder}/rows.npy",
+         *map(str, size), f"{folder}/peer.npz", "--threads", str(arguments.threads)],
+        cwd=folder, env=os.environ | QUIET | ALIKE | {"PYTHONPATH": str(ROOT)}, check=True, capture_output=True,
+    )  # fmt: skip
+    sae = SAE(cell.d_model, cell.n_latents, cell.k)
+    with np.load(f"{folder}/peer.npz") as trained:
+        sae.load_state_dict({name: torch.from_numpy(trained[name]) for name in trained})
+    return {"nmse": dense_nmse(sae, store, held_out), "lr": lr}
+
+
+if __name__ == "__main__":
+    run(main)

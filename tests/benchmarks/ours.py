@@ -1,0 +1,100 @@
+"""saescale's own training step and the floors under any step, as contenders (protocol.py).
+
+    python -m tests.benchmarks.ours NAME B D N K [--threads T]
+
+runs in saescale's environment.
+
+saescale-bf16, saescale-fp32  One step of one cell on a preprocessed batch: centring, losses and gradient, then the
+                              optimiser with projection, Adam, renormalisation and EMA. AuxK is on; no latent is dead.
+gemm-bf16, gemm-fp32          The encoder product alone, [B, D] x [D, N] into memory that is there already. The fastest
+                              form that torch has for it: each layout of weights and output is tried at the start.
+"""
+
+import time
+from collections.abc import Callable
+from functools import partial
+from importlib.metadata import version
+
+import torch
+from torch import Tensor
+
+from tests.benchmarks.protocol import Server, Size, serve, unit_rows
+from trainers.cell import Precision, auto_k_aux
+from trainers.device import set_threads
+from trainers.optimiser import SAEAdam
+from trainers.preprocess import measure_centre
+from trainers.reference import Objective
+from trainers.sae import SAE
+from trainers.step import Batch, DeadLatents, step
+
+DEAD_AFTER_TOKENS = 10_000_000  # what the peers take too: beyond what a benchmark trains
+TRIALS = 2  # of each form of the encoder product
+
+
+def saescale_step(size: Size, sample: Tensor, precision: Precision) -> Callable[[Tensor], float]:
+    """A cell's training step on preprocessed x [batch_tokens, d_model], which returns the loss.
+
+    `sample` [rows, d_model], preprocessed, stands for the first rows of the stream.
+    """
+    centre = measure_centre(sample)
+    sae = SAE(size.d_model, size.n_latents, size.k)
+    sae.initialise(centre.b_pre, seed=0)
+    optimiser = SAEAdam(sae, 2e-4 * (2**14 / size.n_latents) ** 0.5, 0.999, precision)
+    objective = Objective(size.k, centre.variance, auto_k_aux(size.d_model))
+    dead = DeadLatents(size.n_latents)
+
+    def train(x: Tensor) -> float:
+        batch = Batch.of(x, centre.b_pre, precision == "bf16")
+        result = step(sae, optimiser.operand, batch, objective, dead, DEAD_AFTER_TOKENS)
+        optimiser.step(result.gradient)
+        return result.main
+
+    return train
+
+
+def saescale(size: Size, server: Server, precision: Precision) -> None:
+    # Anew, for numba's threads as well.
+    set_threads(torch.get_num_threads())
+    inputs = unit_rows(size)
+    train = saescale_step(size, torch.cat(inputs), precision)
+    about = {"library": f"saescale {version('saescale')}", "settings": f"{precision} encoder product"}
+    for x in server.batches(inputs, about):
+        server.loss = train(x)
+
+
+def gemm(size: Size, server: Server, dtype: torch.dtype) -> None:
+    inputs = [x.to(dtype) for x in unit_rows(size)]
+    by_latent = torch.randn(size.n_latents, size.d_model).to(dtype)
+    by_dimension = by_latent.T.contiguous()
+    # One memory for both layouts of the output: at the largest size it has gigabytes.
+    out = torch.empty(size.batch_tokens * size.n_latents, dtype=dtype)
+    pre, pre_transposed = out.view(size.batch_tokens, size.n_latents), out.view(size.n_latents, size.batch_tokens)
+    forms: dict[str, Callable[[Tensor], Tensor]] = {
+        "x @ W.T, W [N, D]": lambda x: torch.mm(x, by_latent.T, out=pre),
+        "x @ W, W [D, N]": lambda x: torch.mm(x, by_dimension, out=pre),
+        "W @ x.T, W [N, D]": lambda x: torch.mm(by_latent, x.T, out=pre_transposed),
+        "W.T @ x.T, W [D, N]": lambda x: torch.mm(by_dimension.T, x.T, out=pre_transposed),
+    }
+
+    def seconds(form: str) -> float:
+        began = time.perf_counter()
+        forms[form](inputs[0])
+        return time.perf_counter() - began
+
+    # In turn, so that a disturbance does not fall on one form; the first turn only warms up.
+    turns = [{form: seconds(form) for form in forms} for _ in range(1 + TRIALS)][1:]
+    fastest = min(forms, key=lambda form: min(turn[form] for turn in turns))
+    for x in server.batches(inputs, {"library": "torch", "settings": fastest}):
+        forms[fastest](x)
+
+
+OURS: dict[str, Callable[[Size, Server], None]] = {
+    "saescale-bf16": partial(saescale, precision="bf16"),
+    "saescale-fp32": partial(saescale, precision="fp32"),
+    "gemm-bf16": partial(gemm, dtype=torch.bfloat16),
+    "gemm-fp32": partial(gemm, dtype=torch.float32),
+}
+
+
+if __name__ == "__main__":
+    serve(OURS, __doc__)
