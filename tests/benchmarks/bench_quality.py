@@ -43,9 +43,7 @@ def main() -> None:
     parser.add_argument("--store", default=recipe(False, None, "off").sweep.store, help="default: the quickstart's")
     parser.add_argument("--n-latents", type=int, default=1024, help="default: 1024")
     parser.add_argument("--k", type=int, default=32, help="default: 32")
-    parser.add_argument(
-        "--rates", type=float, nargs="+", default=[1, 6, 24], help="multiples of sparsify's default"
-    )
+    parser.add_argument("--rates", type=float, nargs="+", default=[1, 6, 24], help="multiples of sparsify's default")
     parser.add_argument("--threads", type=int, default=os.cpu_count(), help="default: all cores")
     parser.add_argument("--peers-venv", type=Path, help="an environment that has the peers' libraries")
     parser.add_argument("--out", type=Path, help="JSON to write (default: tests/benchmarks/results/quality.json)")
