@@ -7,7 +7,7 @@ from scipy.stats import spearmanr
 
 from scaling.estimate import Fit
 from scaling.frontier import Frontier
-from scaling.laws import SYMBOLS
+from scaling.law import SYMBOLS
 from scaling.tables import Table, number
 
 _RANGE = 8.0
@@ -17,6 +17,7 @@ _TRADED = 0.9
 _WIDE = 0.25
 _SMALL_FLOOR = 0.02
 _LARGEST = 0.5
+_SPARE = 4
 
 
 @dataclass(frozen=True)
@@ -78,17 +79,23 @@ def fit_warnings(fit: Fit) -> list[str]:
     law, warnings = fit.law, []
     if fit.agreeing < 2:
         warnings.append(f"only {fit.agreeing} of {fit.starts} starts reach the best fit: it may not be the global one")
+    spare = len(fit.nmse) - len(law.names)
+    if fit.widen > 1 and spare < _SPARE:
+        warnings.append(
+            f"{len(fit.nmse)} points for {len(law.names)} coefficients: with {spare} degrees of freedom the scatter "
+            f"itself is hardly known, and intervals are {fit.widen:.1f} times as wide for it"
+        )
     if not len(fit.draws):
         return warnings
     if {"n_latents", "k"} <= set(law.columns):
         flat = []
         for k in np.unique(fit.columns["k"]):
-            low, high = np.percentile(law.exponent_of(fit.draws, "n_latents", {"k": k}), [2.5, 97.5])
-            if low <= 0 <= high:
+            exponent = fit.exponent("n_latents", {"k": k})
+            if exponent["low"] is None or exponent["high"] is None or exponent["low"] <= 0 <= exponent["high"]:
                 flat.append(f"{k:g}")
         if flat:
             warnings.append(f"the exponent of n cannot be told from 0 at k = {', '.join(flat)}")
-    if len(law.terms) > 1:
+    if len(law.terms) > 1 and law.join == 1:
         warnings += _floor_warnings(fit)
     return warnings
 
@@ -123,15 +130,15 @@ def unstable_exponent(with_floor: Fit, without: Fit) -> str | None:
 
 
 def _floor_warnings(fit: Fit) -> list[str]:
-    law = fit.law
-    centre = {c: float(np.exp(np.log(v).mean())) for c, v in fit.columns.items()}
+    law, centre = fit.law, fit.centre
     design = law.design({c: np.array([np.log(v)]) for c, v in centre.items()})[0]
     own = law.term_of == len(law.terms) - 1
     floor = fit.draws[:, own] @ design[own]
-    total = law.log_value(fit.draws, {c: np.array([v]) for c, v in centre.items()})[:, 0]
-    low = np.percentile(np.exp(floor - total), 2.5)
+    here = {c: np.array([v]) for c, v in centre.items()}
+    best = fit.raw[own] @ design[own] - law.log_value(fit.raw, here)[0]
+    low, _ = fit.spread(best, floor - law.log_value(fit.draws, here)[:, 0])
     warnings = []
-    if low < _SMALL_FLOOR:
+    if low < np.log(_SMALL_FLOOR):
         warnings.append(
             "the data do not determine the irreducible term: at their centre its interval reaches down to less than "
             f"{_SMALL_FLOOR:.0%} of nmse"

@@ -167,12 +167,13 @@ def fingerprint(results: Table, curves: Table | None) -> str:
     return content.hexdigest()
 
 
-def comparable(table: Table) -> Table:
+def comparable(table: Table, over_subjects: bool = False) -> Table:
     """Rows of one kind: where subject, site, d_model or activation differ, the most frequent combination stays.
 
-    A law describes one subject and one kind of SAE; the others are excluded, with the reason.
+    A law describes one subject and one kind of SAE; the others are excluded, with the reason. `over_subjects`: all
+    subjects stay, and only activations must agree.
     """
-    names = [name for name in _COMPARABLE if name in table]
+    names = [name for name in (("activation",) if over_subjects else _COMPARABLE) if name in table]
     kinds = list(zip(*(table[name].tolist() for name in names), strict=True)) if names else []
     if len(set(map(str, kinds))) < 2:
         return table

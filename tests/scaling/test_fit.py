@@ -167,11 +167,3 @@ def test_a_law_without_its_columns_is_skipped(law: str, reason: str) -> None:
     assert skipped["reason"].startswith(reason)
     without = fit_all(Table.from_rows([{"nmse": 0.5, "n_latents": 8}]), bootstraps=0, laws=("c",))
     assert without["skipped"][0]["reason"].startswith("without curves law c takes the flops of cells: rows: no column")
-
-
-def test_degenerate_resamples_are_drawn_again() -> None:
-    n = 2.0 ** np.arange(9, 14)
-    nmse = N_FLOOR.value({"A": 3.0, "a": 0.4, "E": 0.1}, {"n_latents": n})
-    fit = fit_law(N_FLOOR, {"n_latents": n}, nmse, bootstraps=300)
-    assert fit.redrawn > 0
-    assert np.isfinite(fit.draws).all()

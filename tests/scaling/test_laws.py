@@ -3,7 +3,8 @@
 import numpy as np
 import pytest
 
-from scaling.laws import GPT4, LAWS, N_FLOOR, N_K, Law, find_law, log_sum
+from scaling.law import Law, log_sum
+from scaling.laws import GPT4, LAWS, N_FLOOR, N_K, find_law
 from storage.errors import SaescaleError
 
 
@@ -24,11 +25,11 @@ def test_gradients_are_exact(law: Law) -> None:
     rng = np.random.default_rng(0)
     design = law.design({c: rng.normal(size=5) for c in law.columns})
     raw = rng.normal(size=len(law.names))
-    _, gradient = log_sum(raw, design, law.term_of)
+    _, gradient = log_sum(raw, design, law.term_of, law.join)
     for i in range(len(raw)):
         step = np.zeros_like(raw)
         step[i] = 1e-6
-        up, down = (log_sum(raw + s, design, law.term_of)[0] for s in (step, -step))
+        up, down = (log_sum(raw + s, design, law.term_of, law.join)[0] for s in (step, -step))
         np.testing.assert_allclose(gradient[:, i], (up - down) / 2e-6, rtol=1e-6, atol=1e-8)
 
 
