@@ -323,7 +323,7 @@ def _fit_forms(
 
 
 def _checked_cells(fit: Fit, cells: Table, seed: int) -> Fit:
-    """With what independent cells can say besides: hold-outs, the profile of the floor, the law without its last term."""
+    """With what independent cells say besides: hold-outs, the profile of the floor, the law without its last term."""
     column = "n_latents" if "n_latents" in cells else fit.law.columns[0]
     largest = float(cells[column].max())
     held = cells[column] >= largest

@@ -91,7 +91,9 @@ def compare_without_last(fit: Fit, held: np.ndarray | None, seed: int = 0) -> di
             errors[name] = float(np.sqrt(np.mean((predicted - np.log(fit.nmse[held])) ** 2)))
         document["rms_log_error_held_out"] = errors
         if len(errors) == 2:
-            words += f"; held-out cells are predicted within {errors['with']:.2%} with it and {errors['without']:.2%} without"
+            words += (
+                f"; held-out cells are predicted within {errors['with']:.2%} with it, {errors['without']:.2%} without"
+            )
     return document | {"words": words}
 
 

@@ -185,7 +185,7 @@ def _nnls(normal: np.ndarray, moments: np.ndarray) -> np.ndarray:
             better = (solution >= 0).all(axis=1) & (objective < lowest)
             rows = np.flatnonzero(better)
             best[rows] = 0.0
-            best[np.ix_(rows, chosen)] = solution[rows]
+            best[rows[:, None], chosen] = solution[rows]
             lowest[rows] = objective[rows]
         if size == terms and (best > 0).all():
             break

@@ -21,7 +21,7 @@ _AMPLITUDE = (1e-3, 150.0)  # relative to the lowest and the highest measured va
 
 class Coefficient(NamedTuple):
     """What the formula calls `name`. `low` and `high` bound it (for an exponent the local one at the centre of the
-    data; for an amplitude its term there, relative to the measured values); `linear`: it is eliminated, not searched."""
+    data; for an amplitude its term there, relative to the measured values); `linear`: eliminated, not searched."""
 
     name: str
     unit: str

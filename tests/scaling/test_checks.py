@@ -52,7 +52,7 @@ def test_floor_and_exponent_traded_off(cells: Callable[..., Rows]) -> None:
 
 
 def test_exponent_swamped_by_noise(cells: Callable[..., Rows]) -> None:
-    rows = cells(SIZES, KS, noise=0.8)
+    rows = cells(SIZES, KS, noise=1.2)
     (entry,) = fit_all(Table.from_rows(rows), bootstraps=200, laws=("n_k",))["fits"]
     assert any("cannot be told from 0" in w for w in entry["warnings"])
 
