@@ -225,20 +225,32 @@ def fit(
 @app.command()
 def report(
     run: Annotated[str, typer.Argument(help="URL of a run directory.")],
+    formats: Annotated[
+        list[str] | None,
+        typer.Option("--format", help="html (the default) or md; may be given several times."),
+    ] = None,
     bootstraps: Annotated[int, typer.Option(help="Bootstrap fits behind each interval.")] = 1000,
 ) -> None:
-    """Fits the laws again and writes fits.json, the figures and report.html of a run directory.
+    """Fits the laws again and writes fits.json, the figures and the report of a run directory.
 
-    Example: [bold]saescale report runs/quickstart[/]
+    report.html is one page that needs no network; figures/ has each figure as PNG, PDF and SVG for a paper and as
+    JSON for Plotly.
+
+    Example: [bold]saescale report runs/quickstart --format html --format md[/]
     """
     from cluster.ledger import provenance_of
-    from scaling.report import analyse
+    from scaling.report import FILES, analyse
     from storage.rundir import RunDirectory
 
+    wanted = [name for name in FILES if name in (formats or ["html"])]
+    if unknown := [name for name in formats or [] if name not in FILES]:
+        raise SaescaleError(f"--format {unknown[0]}: there are {' and '.join(FILES)}")
     directory = RunDirectory(run)
-    analyse(directory, bootstraps=bootstraps, provenance=provenance_of(directory))
-    console.print(f"wrote {run}/report.html, {run}/fits.json and {run}/figures/", highlight=False)
-    console.print(f"Next: open {run}/report.html in a browser", highlight=False)
+    analyse(directory, bootstraps=bootstraps, provenance=provenance_of(directory), formats=wanted)
+    pages = [f"{run}/{FILES[name]}" for name in wanted]
+    console.print(f"wrote {', '.join(pages)}, {run}/fits.json and {run}/figures/", highlight=False, soft_wrap=True)
+    how = "in a browser" if pages[0].endswith(".html") else "in an editor"
+    console.print(f"Next: open {pages[0]} {how}", highlight=False, soft_wrap=True)
 
 
 @app.command()
