@@ -7,7 +7,7 @@ from cluster.ledger import Ledger, open_ledger, provenance_of, recorded_precisio
 from cluster.spec import SweepSpec
 from scaling.report import analyse, is_current
 from storage.activations import ActivationStore
-from storage.files import join, list_names
+from storage.files import join, list_names, local_path
 from storage.rundir import RunDirectory
 from trainers.wandb_logger import how_to_read, log_summary, resolve_mode, wandb_directory
 
@@ -49,7 +49,8 @@ def run_sweep(
             ledger = ledger or open_ledger(run, spec, store, precision or pool.precision)
             trained = len(ledger.pending)
             steps = ledger.checkpoint_steps()
-            packs = plan_packs(ledger.pending, steps, len(pool.ready), pool.memory, pool.dense)
+            needs = pool.needs(store, spec.eval.tokens, remote_run=local_path(run.url) is None)
+            packs = plan_packs(ledger.pending, steps, len(pool.ready), pool.memory, needs)
             # Not before the plan stands: a sweep that cannot be run leaves no run directory behind.
             ledger.begin()
             Execution(spec, ledger, pool, packs, display).run()

@@ -16,11 +16,15 @@ from typing import Any, NamedTuple
 import ray
 import torch
 
+from cluster.plan import Needs
+from storage.activations import ActivationStore
 from storage.errors import SaescaleError, SaescaleWarning, one_line
 from storage.rundir import RunDirectory
 from trainers.callbacks import Progress
 from trainers.cell import Precision
 from trainers.device import default_device, fast_precision
+from trainers.memory import StreamSize, pack_memory
+from trainers.sparse import KernelKind, kernel_kind
 from trainers.train import PackJob, train_pack
 
 _START_TIMEOUT_S = 300.0
@@ -29,7 +33,7 @@ _START_TIMEOUT_S = 300.0
 class WorkerInfo(NamedTuple):
     """What a worker has for a pack."""
 
-    device: str
+    kernels: KernelKind  # what it trains with
     precision: Precision  # the faster one on its device
     memory: float  # bytes
 
@@ -62,7 +66,7 @@ class Worker:
         """Answers as soon as the worker is up. Its memory is its GPU's, else its share of the cluster's."""
         device = default_device()
         memory = float(torch.cuda.mem_get_info()[0]) if device.type == "cuda" else self._memory
-        return WorkerInfo(str(device), fast_precision(device), memory)
+        return WorkerInfo(kernel_kind(device), fast_precision(device), memory)
 
     def train(self, job: PackJob) -> Trained:
         """`train_pack` in this process. Raises what it raises, and SaescaleError where this node lacks the run."""
@@ -173,10 +177,11 @@ class Pool:
         """Bytes that the smallest worker has."""
         return min(info.memory for info in self._infos)
 
-    @property
-    def dense(self) -> bool:
-        """Whether any worker trains by the dense reference: the sparse path runs on CPUs."""
-        return any(info.device != "cpu" for info in self._infos)
+    def needs(self, store: ActivationStore, eval_tokens: int, remote_run: bool) -> Needs:
+        """What a pack over `store` takes of the memory of whichever worker needs the most for it."""
+        kinds = sorted({info.kernels for info in self._infos})
+        stream = StreamSize(store.manifest.row_group_rows, store.rows("train"))
+        return lambda cells: max(pack_memory(cells, eval_tokens, stream, kind, remote_run).total for kind in kinds)
 
     def close(self) -> None:
         """Ends the workers, and Ray where this pool started or joined it."""

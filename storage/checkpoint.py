@@ -1,23 +1,31 @@
 """Checkpoints of one cell: the newest two generations in safetensors, found by an atomic pointer.
 
 The pointer `latest.json` is written last, and a file that it names is never written again, so a kill at any
-moment leaves the old generations or the new ones.
+moment leaves the old generations or the new ones. Tensors are written and read one at a time, since a cell's state is
+most of a worker's memory: the library of safetensors would hold one to three more copies of it.
 """
 
+import json
 import warnings
-from typing import Any
+from collections.abc import Iterator, Mapping
+from typing import Any, BinaryIO
 
 import numpy as np
 import xxhash
 from pydantic import BaseModel, ConfigDict
-from safetensors import SafetensorError
-from safetensors import numpy as safetensors
 
 from storage import files
 from storage.errors import SaescaleError, SaescaleWarning
 
 POINTER = "latest.json"
 KEPT = 2
+_CHUNK_BYTES = 8 * 2**20
+# What safetensors calls them; bfloat16 is none of numpy's.
+_DTYPES = {
+    "BOOL": np.dtype("?"),
+    **{f"{letter.upper()}{8 * size}": np.dtype(f"<{letter}{size}") for letter in "iu" for size in (1, 2, 4, 8)},
+    **{f"F{8 * size}": np.dtype(f"<f{size}") for size in (2, 4, 8)},
+}
 
 
 class Generation(BaseModel):
@@ -39,27 +47,31 @@ class Pointer(BaseModel):
     generations: list[Generation]
 
 
-def save(url: str, step: int, tensors: dict[str, np.ndarray], meta: dict[str, Any]) -> None:
+def save(url: str, step: int, tensors: Mapping[str, np.ndarray], meta: dict[str, Any]) -> None:
     """Adds a checkpoint to the folder `url` and removes all but the newest two; `meta` is JSON.
 
-    A generation at this step or a later one is replaced: whoever saves step s has gone back to before it.
+    A generation at this step or a later one is replaced: whoever saves step s has gone
+    back to before it.
     """
     older = [generation for generation in _generations(url) if generation.step < step]
-    content = safetensors.save({name: np.asarray(tensor, order="C") for name, tensor in tensors.items()})
-    checksum = xxhash.xxh3_64_hexdigest(content)
-    name = f"step-{step:08d}.safetensors"
     present = set(files.list_names(url))
-    if name in present:
-        name = f"step-{step:08d}-{checksum}.safetensors"
-    newest = Generation(file=name, step=step, bytes=len(content), xxh3=checksum, meta=meta)
+    name = next(name for name in _names(step) if name not in present)
+    checksum = xxhash.xxh3_64()
+    size = files.write_atomic(files.join(url, name), lambda file: _write(file, tensors, checksum))
+    newest = Generation(file=name, step=step, bytes=size, xxh3=checksum.hexdigest(), meta=meta)
     pointer = Pointer(generations=[newest, *older[: KEPT - 1]])
-    encoded = pointer.model_dump_json().encode()
-    files.write_atomic(files.join(url, name), content)
-    files.write_atomic(files.join(url, POINTER), encoded)
+    files.write_atomic(files.join(url, POINTER), pointer.model_dump_json().encode())
     kept = {generation.file for generation in pointer.generations}
     for stale in sorted(present - kept):
         if stale.startswith("step-") and stale.endswith(".safetensors"):
             files.remove(files.join(url, stale))
+
+
+def _names(step: int) -> Iterator[str]:
+    """What a generation may be called: the first of these that is free, since no file is ever written again."""
+    yield f"step-{step:08d}.safetensors"
+    for number in range(1, 10**6):
+        yield f"step-{step:08d}-{number}.safetensors"
 
 
 def steps(url: str) -> list[int]:
@@ -67,11 +79,11 @@ def steps(url: str) -> list[int]:
     return [generation.step for generation in _generations(url)]
 
 
-def load(url: str, step: int | None = None) -> tuple[dict[str, np.ndarray], dict[str, Any], int]:
-    """(tensors, meta, step) of the checkpoint at `step`, or of the newest sound one; the arrays are writable.
+def load(url: str, step: int | None = None) -> tuple[Mapping[str, np.ndarray], dict[str, Any], int]:
+    """(tensors, meta, step) of the checkpoint at `step`, or of the newest sound one.
 
-    A damaged newest is passed over with a warning when `step` is None. SaescaleError when nothing
-    sound is there.
+    The whole file is checked now; a tensor is read when it is asked for, into memory of its own. A damaged newest is
+    passed over with a warning when `step` is None. SaescaleError when nothing sound is there.
     """
     generations = _generations(url)
     wanted = [generation for generation in generations if step is None or generation.step == step]
@@ -84,7 +96,7 @@ def load(url: str, step: int | None = None) -> tuple[dict[str, np.ndarray], dict
     faults = []
     for generation in wanted:
         try:
-            return _read(url, generation), generation.meta, generation.step
+            return Tensors(url, generation), generation.meta, generation.step
         except SaescaleError as error:
             faults.append(str(error))
             if generation is not wanted[-1]:
@@ -102,19 +114,71 @@ def _generations(url: str) -> list[Generation]:
         raise SaescaleError(f"{where} is damaged; remove its folder to train the cell from the start") from error
 
 
-def _read(url: str, generation: Generation) -> dict[str, np.ndarray]:
-    where = files.join(url, generation.file)
-    try:
-        content = files.read_bytes(where)
-    except FileNotFoundError as error:
-        raise SaescaleError(f"{where} is missing") from error
-    if len(content) != generation.bytes:
-        raise SaescaleError(f"{where} has {len(content)} bytes, not {generation.bytes}")
-    if xxhash.xxh3_64_hexdigest(content) != generation.xxh3:
-        raise SaescaleError(f"{where} has a wrong checksum")
-    try:
-        tensors = safetensors.load(content)
-    except SafetensorError as error:
-        raise SaescaleError(f"{where} is no safetensors file ({error})") from error
-    # Copies: the arrays of safetensors are views of the file's bytes, and torch needs memory it may write.
-    return {name: np.array(tensor) for name, tensor in tensors.items()}
+class Tensors(Mapping[str, np.ndarray]):
+    """The tensors of one generation by name, each read from the file whenever it is asked for.
+
+    Raises SaescaleError where the file is missing, or not as it was written.
+    """
+
+    def __init__(self, url: str, generation: Generation) -> None:
+        self._url, self._bytes = files.join(url, generation.file), generation.bytes
+        self._check(generation.xxh3)
+        with self._open() as file:
+            length = int.from_bytes(file.read(8), "little")
+            try:
+                self._entries = json.loads(file.read(length))
+                self._entries.pop("__metadata__", None)
+            except ValueError as error:
+                raise SaescaleError(f"{self._url} is no safetensors file ({error})") from error
+        self._first = 8 + length
+
+    def _open(self) -> BinaryIO:
+        return files.open_input(self._url, known_size=self._bytes)
+
+    def _check(self, expected: str) -> None:
+        try:
+            found = files.size(self._url)
+        except FileNotFoundError as error:
+            raise SaescaleError(f"{self._url} is missing") from error
+        if found != self._bytes:
+            raise SaescaleError(f"{self._url} has {found} bytes, not {self._bytes}")
+        checksum = xxhash.xxh3_64()
+        with self._open() as file:
+            while chunk := file.read(_CHUNK_BYTES):
+                checksum.update(chunk)
+        if checksum.hexdigest() != expected:
+            raise SaescaleError(f"{self._url} has a wrong checksum")
+
+    def __getitem__(self, name: str) -> np.ndarray:
+        entry: dict[str, Any] = self._entries[name]
+        start, end = entry["data_offsets"]
+        with self._open() as file:
+            file.seek(self._first + start)
+            # A bytearray, since torch needs memory that it may write.
+            content = bytearray(file.read(end - start))
+        return np.frombuffer(content, dtype=_DTYPES[entry["dtype"]]).reshape(entry["shape"])
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._entries)
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+
+def _write(file: BinaryIO, tensors: Mapping[str, np.ndarray], checksum: xxhash.xxh3_64) -> None:
+    """The layout of safetensors: the header's length in 8 bytes, the header in JSON, the tensors one after another."""
+    codes = {dtype: code for code, dtype in _DTYPES.items()}
+    entries, end = {}, 0
+    for name, tensor in tensors.items():
+        start, end = end, end + tensor.nbytes
+        entries[name] = {"dtype": codes[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [start, end]}
+    header = json.dumps(entries).encode()
+    header += b" " * (-len(header) % 8)
+    checksum.reset()
+    for content in (len(header).to_bytes(8, "little"), header, *(_content(tensor) for tensor in tensors.values())):
+        checksum.update(content)
+        file.write(content)
+
+
+def _content(tensor: np.ndarray) -> memoryview:
+    return memoryview(np.ascontiguousarray(tensor).reshape(-1).view(np.uint8).data).cast("B")

@@ -125,7 +125,7 @@ def write_atomic(url: str, data: Content) -> int:
     if callable(data):
         buffer = io.BytesIO()
         data(buffer)
-        data = buffer.getbuffer()
+        data = buffer.getvalue()
     try:
         fs.pipe_file(path, bytes(data))
     except Exception as error:

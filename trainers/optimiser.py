@@ -1,5 +1,7 @@
 """Adam for one SAE, with the decoder constraint in the right order and an average of the weights."""
 
+from collections.abc import Mapping
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -105,7 +107,7 @@ class SAEAdam:
         return named
 
     @torch.no_grad()
-    def restore(self, tensors: dict[str, np.ndarray], steps: int) -> None:
+    def restore(self, tensors: Mapping[str, np.ndarray], steps: int) -> None:
         """Puts back what `tensors()` gave after `steps` steps."""
         for name, tensor in self.tensors().items():
             tensor.copy_(torch.from_numpy(tensors[name]))

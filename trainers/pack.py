@@ -102,7 +102,7 @@ class TrainingCell:
             "curve": [row._asdict() for row in self.curve],
         }
 
-    def restore(self, tensors: dict[str, np.ndarray], state: Mapping[str, Any]) -> None:
+    def restore(self, tensors: Mapping[str, np.ndarray], state: Mapping[str, Any]) -> None:
         """Goes back to where `tensors()` and `state()` were taken, to the last bit; KeyError where one is missing."""
         self.step, self.wall_s = state["step"], state["wall_s"]
         self._train_sum, self._train_steps = state["train"]

@@ -34,8 +34,11 @@ class Centre(NamedTuple):
 
 def measure_centre(sample: Tensor) -> Centre:
     """Geometric median and loss normaliser of preprocessed rows [rows, d_model] (Gao et al. 2024, appendix A)."""
-    deviation = sample.double() - sample.double().mean(dim=0)
-    return Centre(geometric_median(sample), deviation.square().mean().item())
+    # In chunks: a float64 copy of the sample would be the most memory that a small pack ever takes.
+    chunks = sample.split(4_096)
+    mean = sum((chunk.double().sum(dim=0) for chunk in chunks), torch.zeros(())) / len(sample)
+    squared = sum(float((chunk.double() - mean).square().sum()) for chunk in chunks)
+    return Centre(geometric_median(sample), squared / sample.numel())
 
 
 def geometric_median(points: Tensor, iterations: int = 100, tolerance: float = 1e-6) -> Tensor:

@@ -18,7 +18,7 @@ trainers/step.py puts the pieces together; the tests hold every implementation t
 import warnings
 from collections.abc import Sequence
 from functools import cache
-from typing import NamedTuple, Protocol
+from typing import Literal, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -138,18 +138,45 @@ class Kernels(Protocol):
         """
 
 
+_PRODUCT_ENTRIES = {"cpu": 2**23, "cuda": 2**27}
+_PRODUCT_ROWS = 512
+
+
+def product_rows(batch: int, n_latents: int, device: str) -> int:
+    """Tokens whose pre-activations [rows, n_latents] are made, and held, at a time.
+
+    On a CPU so many that they are still in the cache when they are selected from, on CUDA 256 MiB of bfloat16; but no
+    fewer than 512, which would slow the product down.
+    """
+    return min(batch, max(_PRODUCT_ROWS, _PRODUCT_ENTRIES[device] // n_latents))
+
+
+KernelKind = Literal["cpu", "cuda", "eager"]  # sparse_cpu.py, sparse_cuda.py, sparse_eager.py
+
+
 def kernels(device: torch.device) -> Kernels:
     """The implementation for a device. Imported when asked for: numba and Triton take seconds to load."""
-    if device.type == "cpu":
+    kind = kernel_kind(device)
+    if kind == "cpu":
         from trainers import sparse_cpu
 
         return sparse_cpu
-    return _checked_kernels(device) if device.type == "cuda" else _eager()
+    if kind == "cuda":
+        from trainers import sparse_cuda
+
+        return sparse_cuda
+    from trainers import sparse_eager
+
+    return sparse_eager
 
 
 @cache
-def _checked_kernels(device: torch.device) -> Kernels:
-    """The Triton kernels where they work, which they are asked to show once in a process."""
+def kernel_kind(device: torch.device) -> KernelKind:
+    """Which implementation that is: Triton's where its kernels work, which they show once in a process."""
+    if device.type == "cpu":
+        return "cpu"
+    if device.type != "cuda":
+        return "eager"
     try:
         from trainers import sparse_cuda
 
@@ -157,17 +184,11 @@ def _checked_kernels(device: torch.device) -> Kernels:
     except ImportError as error:
         fault = one_line(error)
     if fault is None:
-        return sparse_cuda
+        return "cuda"
     warnings.warn(
         f"the Triton kernels do not work on {torch.cuda.get_device_name(device)} ({fault}): training by plain torch, "
         "which gives the same, takes longer and holds [batch_tokens, n_latents] in memory",
         SaescaleWarning,
         stacklevel=2,
     )
-    return _eager()
-
-
-def _eager() -> Kernels:
-    from trainers import sparse_eager
-
-    return sparse_eager
+    return "eager"

@@ -16,34 +16,28 @@ from numba import njit, prange, types
 from numba.extending import intrinsic
 from torch import Tensor
 
-from trainers.sparse import AdamStep, Decoded, Moments, Pairs, Selected, Summands, Term
+from trainers.sparse import AdamStep, Decoded, Moments, Pairs, Selected, Summands, Term, product_rows
 
 # Reassociation lets the dot products use vector registers; NaN and infinity keep their meaning, so that
 # a diverged cell is noticed.
 _FAST = {"contract", "reassoc", "nsz", "arcp"}
 _CHUNK = 16  # rows that share a thread's buffers
-_PRODUCT_ENTRIES = 2**23  # pre-activations made at a time: they are still in the cache when they are selected from
-_PRODUCT_ROWS = 512  # fewer tokens than this slow the product down
 
-
-def product_rows(batch: int, n_latents: int) -> int:
-    """Tokens whose pre-activations are made, and held, at a time."""
-    return min(batch, max(_PRODUCT_ROWS, _PRODUCT_ENTRIES // n_latents))
-
-
-_scratch: dict[torch.dtype, Tensor] = {}
+_scratch = torch.empty(0, dtype=torch.uint8)
 
 
 def _pre_activations(rows: int, n_latents: int, dtype: torch.dtype) -> Tensor:
     """[rows, n_latents], the same memory at every call: a fresh allocation costs a tenth of the product."""
-    if dtype not in _scratch or _scratch[dtype].numel() < rows * n_latents:
-        _scratch[dtype] = torch.empty(rows * n_latents, dtype=dtype)
-    return _scratch[dtype][: rows * n_latents].view(rows, n_latents)
+    global _scratch
+    size = rows * n_latents * dtype.itemsize
+    if _scratch.numel() < size:
+        _scratch = torch.empty(size, dtype=torch.uint8)
+    return _scratch[:size].view(dtype).view(rows, n_latents)
 
 
 def encode_select(x: Tensor, W_enc: Tensor, bias: Tensor, ks: Sequence[int]) -> list[Selected]:
     batch, n_latents = len(x), len(W_enc)
-    rows = product_rows(batch, n_latents)
+    rows = product_rows(batch, n_latents, "cpu")
     buffer = _pre_activations(rows, n_latents, x.dtype)
     selections = [Selected(torch.empty(batch, k, dtype=torch.int32), torch.empty(batch, k)) for k in ks]
     for start in range(0, batch, rows):
@@ -56,9 +50,7 @@ def encode_select(x: Tensor, W_enc: Tensor, bias: Tensor, ks: Sequence[int]) -> 
     return selections
 
 
-def decode(
-    x: Tensor, offset: Tensor, selected: Selected, W_dec: Tensor, scale: float | None, error: Tensor
-) -> Decoded:
+def decode(x: Tensor, offset: Tensor, selected: Selected, W_dec: Tensor, scale: float | None, error: Tensor) -> Decoded:
     squared = torch.empty(len(x), dtype=torch.float64)
     dz = torch.empty(len(x), 0 if scale is None else selected.z.shape[1])
     arrays = (_array(t) for t in (x, offset, selected.indices, selected.z, W_dec, error, squared, dz))

@@ -7,13 +7,13 @@ last common checkpoint when `train_pack` is called again, and ends with the same
 it has the same number of threads: the kernels' sums do not depend on that, but torch's products between them may.
 """
 
+import gc
 import logging
 import warnings
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import lightning.pytorch as L
-import numpy as np
 import torch
 from pydantic import BaseModel, Field
 
@@ -61,6 +61,8 @@ def train_pack(
     its result has status `failed` and says why.
     """
     set_threads(job.threads or torch.get_num_threads())
+    # Lightning's trainer and module refer to each other: without this the last pack's weights would still be there.
+    gc.collect()
     store, run = ActivationStore.open(job.store), RunDirectory(job.run)
     _check(job.cells, store)
     finished = {cell.cell_id: run.read_cell_result(cell.cell_id) for cell in job.cells}
@@ -70,16 +72,14 @@ def train_pack(
         return PackOutcome(results, stopped=False)
 
     device = default_device()
-    start, states = _last_common_checkpoint(run, cells)
-    pack = Pack(cells, _centre(store, cells[0], states), device)
-    for training_cell, (tensors, state) in zip(pack.training_cells, states, strict=False):
-        training_cell.restore(tensors, state)
+    resumed = _resume(run, cells, device)
+    start, position = (resumed.step, resumed.position) if resumed else (0, None)
+    pack = resumed.pack if resumed else Pack(cells, _centre(store, cells[0]), device)
 
     held_out = HeldOut(store, job.eval.tokens, device)
     logger = _logger(job)
     logger.open(cells, _context(job, store))
     evaluate = Evaluate(held_out, job.eval.every_tokens, run, store, logger)
-    position = states[0][1]["stream"] if states else None
     try:
         with _stream(store, cells[0], max(cell.steps for cell in cells), position) as stream:
             # The order matters: a stop is noticed by Report and saved by Checkpoint, which skips finished cells.
@@ -101,10 +101,14 @@ def _check(cells: Sequence[Cell], store: ActivationStore) -> None:
         raise SaescaleError("cells of one pack must share batch_tokens and stream_seed: plan them into different packs")
 
 
-def _last_common_checkpoint(
-    run: RunDirectory, cells: Sequence[Cell]
-) -> tuple[int, list[tuple[dict[str, np.ndarray], dict[str, Any]]]]:
-    """The last step that all cells have a good checkpoint of, and their tensors and states there; (0, []) if none.
+class _Resumed(NamedTuple):
+    pack: Pack
+    step: int
+    position: dict[str, Any]  # of the stream
+
+
+def _resume(run: RunDirectory, cells: Sequence[Cell], device: torch.device) -> _Resumed | None:
+    """The pack at the last step that all cells have a good checkpoint of; None where there is no such step.
 
     Good means undamaged and, for all cells, from the same order of the stream.
     """
@@ -112,34 +116,37 @@ def _last_common_checkpoint(
     common = set.intersection(*(set(checkpoint.steps(url)) for url in urls))
     for step in sorted(common, reverse=True):
         try:
-            states = [checkpoint.load(url, step)[:2] for url in urls]
+            return _restore(urls, cells, step, device)
         except SaescaleError as error:
-            text = f"checkpoint at step {step} is damaged, going back to the one before: {error}"
+            text = f"checkpoint at step {step} cannot be used, going back to the one before or to the start: {error}"
             warnings.warn(text, SaescaleWarning, stacklevel=2)
-            continue
-        positions = [state.get("stream") for _, state in states]
-        if positions[0] is not None and all(position == positions[0] for position in positions):
-            return step, states
-        text = (
-            f"checkpoints at step {step} in {run.url} do not say the order of their data, or differ in it: "
-            "going back to those before, or to the start"
-        )
-        warnings.warn(text, SaescaleWarning, stacklevel=2)
-    return 0, []
+    return None
 
 
-def _centre(
-    store: ActivationStore, cell: Cell, states: Sequence[tuple[dict[str, np.ndarray], dict[str, Any]]]
-) -> Centre:
-    """From a checkpoint where there is one, so that a resumed pack uses the same bits; else from the first rows."""
-    if states:
-        tensors, state = states[0]
-        return Centre(torch.from_numpy(tensors["centre"]), state["variance"])
-    rows = min(SAMPLE_TOKENS, store.rows("train"))
-    batches = -(-rows // cell.batch_tokens)
-    with _stream(store, cell, batches) as stream:
-        sample = torch.cat([normalise(to_tensor(act, store.manifest.dtype)) for act in stream])
-    return measure_centre(sample[:rows])
+def _restore(urls: Sequence[str], cells: Sequence[Cell], step: int, device: torch.device) -> _Resumed:
+    """Cell by cell, so that the states of two are never in memory beside the pack. Raises SaescaleError."""
+    tensors, state, _ = checkpoint.load(urls[0], step)
+    position = state.get("stream", {})
+    if not position:
+        raise SaescaleError(f"{urls[0]} does not say the order of its data")
+    # The centre too comes from the checkpoint, so that the pack goes on with the same bits.
+    pack = Pack(cells, Centre(torch.from_numpy(tensors["centre"]), state["variance"]), device)
+    for training_cell, url in zip(pack.training_cells, urls, strict=True):
+        tensors, state, _ = checkpoint.load(url, step)
+        if state.get("stream") != position:
+            raise SaescaleError(f"{url} names another order of its data than the rest of the pack, or none")
+        training_cell.restore(tensors, state)
+    return _Resumed(pack, step, position)
+
+
+def _centre(store: ActivationStore, cell: Cell) -> Centre:
+    """Measured on the first rows of the stream."""
+    sample = torch.empty(min(SAMPLE_TOKENS, store.rows("train")), store.d_model)
+    with _stream(store, cell, -(-len(sample) // cell.batch_tokens)) as stream:
+        for number, act in enumerate(stream):
+            part = sample[number * cell.batch_tokens : (number + 1) * cell.batch_tokens]
+            part.copy_(normalise(to_tensor(act, store.manifest.dtype))[: len(part)])
+    return measure_centre(sample)
 
 
 def _stream(store: ActivationStore, cell: Cell, batches: int, position: dict[str, Any] | None = None) -> Stream:

@@ -268,7 +268,9 @@ def test_the_rounded_encoder_follows_every_step_and_restore() -> None:
     before = optimiser.operand.clone()
     x = torch.randn(40, 20)
     for _ in range(3):
-        optimiser.step(take_step(sae, x, torch.zeros(20), Objective(4, 1.0), DeadLatents(30), precision="bf16").gradient)
+        optimiser.step(
+            take_step(sae, x, torch.zeros(20), Objective(4, 1.0), DeadLatents(30), precision="bf16").gradient
+        )
         assert torch.equal(optimiser.operand, sae.W_enc.data.bfloat16())
     assert not torch.equal(optimiser.operand, before)
     other = SAEAdam(random_sae(20, 30, 4, seed=1), 1e-2, 0.9, "bf16")
