@@ -39,7 +39,14 @@ def log_axis(label: str, values: np.ndarray) -> Axis:
     )  # fmt: skip
     minor = next(finer, major)
     minor = minor[~np.isclose(minor[:, None], major).any(axis=1)]
-    return Axis(label, "log", low, high, tuple((float(v), f"{v:.4g}") for v in major), tuple(minor.tolist()))
+    return Axis(
+        label,
+        "log",
+        low,
+        high,
+        tuple((float(v), f"{v:,.0f}" if v >= 1000 else f"{v:.4g}") for v in major),
+        tuple(minor.tolist()),
+    )
 
 
 def power_axis(label: str, low: float, high: float) -> Axis:

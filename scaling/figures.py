@@ -10,7 +10,7 @@ from scaling.interactive import Spec, plot
 from scaling.tables import Table
 from scaling.views import View
 from scaling.views_cells import dead_fraction, dead_over_training, ks_of, nmse_against_n, residuals
-from scaling.views_laws import exponents, holdout, isoflop, nmse_against_compute
+from scaling.views_laws import compute_optimal, exponents, holdout, isoflop, nmse_against_compute
 from scaling.views_profile import profile, tradeoff
 from storage.files import join, write_atomic
 
@@ -38,6 +38,7 @@ def views_of(laws: Laws, curves: Table | None = None) -> list[View]:
         profile(document, ks),
         tradeoff(document, ks),
         isoflop(laws),
+        compute_optimal(laws),
         dead_fraction(laws),
         dead_over_training(laws, curves),
     ]

@@ -70,7 +70,8 @@ def _fill(figure: Figure, view: View) -> None:
     longest = max((len(_plain(label.text)) for label in labels), default=0)
     right = 0.045 + 0.0122 * longest if labels else 0.03
     bottom = 0.13 + 0.047 * len(view.formula) + (0.012 if view.formula else 0)
-    axes = figure.add_axes((0.115, bottom, 0.885 - right, 0.97 - bottom))
+    left = 0.115 + 0.011 * max(0, max(len(text) for _, text in view.y.ticks) - 4)
+    axes = figure.add_axes((left, bottom, 1 - left - right, 0.97 - bottom))
     for axis, spec, scale in ((axes.xaxis, view.x, axes.set_xscale), (axes.yaxis, view.y, axes.set_yscale)):
         scale(spec.scale)
         axis.set_major_locator(FixedLocator([place for place, _ in spec.ticks]))

@@ -99,7 +99,7 @@ def summarise(document: Document, results: Table) -> list[str]:
         first, last = min(exponents, key=float), max(exponents, key=float)
         sentences.append(
             f"At fixed k the reducible part of nmse falls as a power of n: exponent {_value(exponents[first])} at "
-            f"k = {first}, {_value(exponents[last])} at k = {last} (95 % bootstrap intervals over cells). "
+            f"k = {first}, {_value(exponents[last])} at k = {last} (95 % bootstrap intervals). "
             f"The law L(N, k) leaves {n_k['rms_log_residual']:.2%} rms of nmse unexplained over {n_k['points']} cells."
         )
         if n_k["holdout"]:
@@ -113,6 +113,11 @@ def summarise(document: Document, results: Table) -> list[str]:
         sentences.append(
             f"Along the compute frontier the part above the floor falls as C to the power of −{least:.2f} to "
             f"−{most:.2f}, by k."
+        )
+    if exponent := (document.get("tokens_to_convergence") or {}).get("exponent_of_n"):
+        sentences.append(
+            f"The tokens that a cell takes to converge grow as a power of n: exponent {_value(exponent)}; about 0.6 "
+            "was published for GPT-2 small (Gao et al. 2024)."
         )
     return [typeset(sentence) for sentence in sentences]
 
@@ -167,7 +172,9 @@ def _quality(entry: Mapping[str, Any]) -> str:
         parts.append(f"{starts['agree']} of {starts['tried']} starts agree")
     condition = (entry.get("condition_number") or {}).get("projected")
     if condition is not None:
-        parts.append(f"condition number {scientific(condition, 2)}")
+        parts.append(f"condition number of its exponents {scientific(condition, 2)}")
+    if compared := (entry.get("without_last_term") or {}).get("words"):
+        parts.append(compared)
     return "; ".join(parts) + "."
 
 
@@ -272,12 +279,11 @@ def _value(value: Mapping[str, float | None]) -> str:
 
 
 def _interval(value: Mapping[str, float | None], digits: int | None) -> str:
-    if value.get("low") is None or value.get("high") is None:
+    low, high = value.get("low"), value.get("high")
+    if low is None or high is None:
         return ""
-    low, high = (
-        scientific(v, 4) if digits is None else _minus(f"{v:.{digits}f}") for v in (value["low"], value["high"])
-    )
-    return f"{low} to {high}"
+    ends: tuple[float, float] = (low, high)
+    return " to ".join(scientific(end, 4) if digits is None else _minus(f"{end:.{digits}f}") for end in ends)
 
 
 def scientific(value: float, digits: int) -> str:

@@ -197,10 +197,8 @@ def _held_out_error(form: dict[float, Fit]) -> float:
 
 def _coefficients(fit: Fit) -> list[str]:
     """The coefficients with intervals, three to a line."""
-    entry = fit.document()["coefficients"]
-    assert isinstance(entry, dict)
     texts = []
-    for name, value in entry.items():
+    for name, value in fit.coefficients().items():
         text = f"{_SYMBOLS.get(name, name)} = {value['value']:.3f}"
         if value["low"] is not None:
             text += f" [{value['low']:.3f}, {value['high']:.3f}]"

@@ -91,25 +91,20 @@ def exponents(laws: Laws) -> View | None:
             Label(float(grid[-1]), float(line[-1]), "L(N, k)", None),
         ]
         if len(joint.draws):
-            low, high = np.percentile([of(joint.draws, "n_latents", {"k": k}) for k in grid], [2.5, 97.5], axis=1)
+            low, high = joint.spread(line, np.stack([of(joint.draws, "n_latents", {"k": k}) for k in grid], axis=1))
             layers.insert(0, Band(grid, low, high, None))
             shown += [*low, *high]
         for k in ks:
-            value = float(of(joint.raw, "n_latents", {"k": k}))
-            draws = of(joint.draws, "n_latents", {"k": k})
-            layers.append(_exponent(k, k, value, draws, "filled", "by L(N, k)"))
+            layers.append(_exponent(k, k, joint.exponent("n_latents", {"k": k}), "filled", "by L(N, k)"))
         keys.append("Filled points and line: by L(N, k), with 95 % intervals.")
     # Looser than the joint fit: they may run out of the axes, but must not squeeze it.
     widest = 1.5 * float(np.ptp(shown)) if joint is not None else np.inf
     floor = any(fit.law.has_floor for fit in at_k.values())
     for k, fit in at_k.items():
-        # Of A n^-a the exponent is -a.
-        value, draws = -float(fit.law.to_reported(fit.raw)[1]), -fit.law.to_reported(fit.draws)[:, 1]
-        point = _exponent(k, 1.06 * k, value, draws, "open", "by L(N) at this k alone")
-        layers.append(point)
-        assert point.low is not None
-        assert point.high is not None
-        shown += [value, max(float(point.low[0]), value - widest), min(float(point.high[0]), value + widest)]
+        exponent = fit.exponent("n_latents", {})
+        layers.append(_exponent(k, 1.06 * k, exponent, "open", "by L(N) at this k alone"))
+        value, lowest, highest = _ends(exponent)
+        shown += [value, max(lowest, value - widest), min(highest, value + widest)]
     if floor:
         keys.append("Open points: by L(N) with a floor at each k alone.")
     elif at_k:
@@ -132,10 +127,17 @@ def _with_floor(laws: Laws) -> dict[float, Fit]:
     return {fit.at["k"]: fit for fit in floored or fits}
 
 
-def _exponent(k: float, x: float, value: float, draws: np.ndarray, marker: Marker, how: str) -> Points:
-    low, high = np.percentile(draws, [2.5, 97.5]) if len(draws) else (value, value)
+def _exponent(k: float, x: float, exponent: Mapping[str, float | None], marker: Marker, how: str) -> Points:
+    value, low, high = _ends(exponent)
     text = f"k = {k:g}<br>{value:.3f} [{low:.3f}, {high:.3f}]<br>{how}".replace("-", "−")
     return Points(np.array([x]), np.array([value]), k, [text], np.array([low]), np.array([high]), marker)
+
+
+def _ends(interval: Mapping[str, float | None]) -> tuple[float, float, float]:
+    """(value, low, high); without a bootstrap all are the value."""
+    value, low, high = interval["value"], interval["low"], interval["high"]
+    assert value is not None
+    return value, value if low is None else low, value if high is None else high
 
 
 def holdout(laws: Laws) -> View | None:
@@ -169,7 +171,7 @@ def holdout(laws: Laws) -> View | None:
     return View(
         "holdout", "Predicted against measured",
         f"The cells with {held_out.replace('>=', '≥')}, predicted by the law fitted to all others.{covered}",
-        "Points: held-out cells, with the law's 95 % interval. On the diagonal the prediction is exact.",
+        "Points: held-out cells, with the 95 % interval of their prediction. On the diagonal it is exact.",
         x, log_axis("Predicted nmse", np.array(seen)), tuple(ks_of(laws)), tuple(layers),
     )  # fmt: skip
 
@@ -177,22 +179,22 @@ def holdout(laws: Laws) -> View | None:
 def isoflop(laws: Laws) -> View | None:
     """nmse against N at equal compute, read off the curves, at the k with the most sizes. None where at no compute
     three sizes compare."""
-    candidates = [
-        (k, curves) for k, curves in laws.curves.items() if len({c.n_latents for c in curves}) >= _LEAST_SIZES
-    ]
-    if not candidates:
+    sizes_at = {k: len({curve.n_latents for curve in curves}) for k, curves in laws.curves.items()}
+    k = max(sizes_at, key=lambda k: (sizes_at[k], -k), default=None)
+    if k is None or sizes_at[k] < _LEAST_SIZES:
         return None
-    k, curves = max(candidates, key=lambda item: (len({c.n_latents for c in item[1]}), -item[0]))
-    starts = sorted(0.05 * float(c.flops[-1]) for c in curves)
-    ends = sorted(float(c.flops[-1]) for c in curves)
-    levels = np.geomspace(starts[_LEAST_SIZES - 1] * 1.05, ends[-_LEAST_SIZES], _SLICES)
+    curves = laws.curves[k]
+    candidates = np.geomspace(min(c.flops[0] for c in curves), max(c.flops[-1] for c in curves), 20 * _SLICES)
+    slices = {float(c): _slice(curves, c) for c in candidates}
+    comparable = [c for c, (sizes, _) in slices.items() if len(sizes) >= _LEAST_SIZES]
+    if not comparable:
+        return None
+    chosen = np.linspace(0, len(comparable) - 1, min(_SLICES, len(comparable)))
+    shades = tuple(dict.fromkeys(comparable[round(i)] for i in chosen))
     layers: list[Layer] = []
     seen: list[float] = []
-    shades = tuple(float(level) for level in levels)
     for level in shades:
-        sizes, nmse = _slice(curves, level)
-        if len(sizes) < _LEAST_SIZES:
-            continue
+        sizes, nmse = slices[level]
         layers.append(Line(sizes, nmse, level, "law", f"{_flops(level)} FLOPs"))
         best = int(np.argmin(nmse))
         inside = 0 < best < len(sizes) - 1
@@ -202,8 +204,6 @@ def isoflop(laws: Laws) -> View | None:
             layers.append(Points(sizes[best : best + 1], nmse[best : best + 1], level, [texts[best] + "<br>lowest"]))
         layers.append(Label(float(sizes[-1]), float(nmse[-1]), f"C = {_flops(level)}", level))
         seen += nmse.tolist()
-    if not layers:
-        return None
     return View(
         "isoflop", f"nmse against N at equal compute, k = {k:g}",
         f"What each N reaches with the same training compute C at k = {k:g}, read off the curves. Where the lowest "
@@ -211,6 +211,42 @@ def isoflop(laws: Laws) -> View | None:
         "Lines: equal compute. Filled: the lowest, where it is not at the edge of the grid.",
         count_axis(N_LABEL, [c.n_latents for c in curves]), log_axis(NMSE_LABEL, np.array(seen)),
         shades, tuple(layers), ramp="compute",
+    )  # fmt: skip
+
+
+def compute_optimal(laws: Laws) -> View | None:
+    """The N that reaches the lowest nmse with a given compute, from iso-FLOP minima. None without any."""
+    ks = ks_of(laws)
+    minima = {view.frontier.at.get("k"): view for view in laws.isoflops}
+    if not minima:
+        return None
+    fits = {fit.at.get("k"): fit for fit in laws.fits if fit.law.name == "n_of_c"}
+    layers: list[Layer] = []
+    for k, view in minima.items():
+        texts = [f"C = {_flops(c)}<br>best N {n:,.0f}<br>nmse {v:.4f}<br>{d:.3g} tokens"
+                 for c, n, v, d in zip(view.flops, view.n_latents, view.nmse, view.tokens, strict=True)]  # fmt: skip
+        label = "all k" if k is None else f"k = {k:g}"
+        if fit := fits.get(k):
+            law = fit.predict({"flops": view.flops})
+            if np.isfinite(law.low).all():
+                layers.append(Band(view.flops, law.low, law.high, k))
+            layers.append(Line(view.flops, law.value, k, "law", f"law at {label}"))
+            label += f" (g = {fit.law.to_reported(fit.raw)[1]:.2f})"
+        else:
+            layers.append(Line(view.flops, view.n_latents, k, "through"))
+        layers.append(Points(view.flops, view.n_latents, k, texts))
+        layers.append(Label(float(view.flops[-1]), float(view.n_latents[-1]), label, k))
+    flops = np.concatenate([view.flops for view in minima.values()])
+    key = "Points: minima over N at equal compute, between the sizes that were trained."
+    if fits:
+        key += " Lines: the law n = G C^g, shaded its 95 % interval."
+    return View(
+        "compute_optimal", "Best N for a given compute",
+        "The number of latents that reaches the lowest nmse with training compute C. Read off parabolas in ln N, which "
+        "biases N a little and its exponent less.",
+        key.replace("C^g", "Cᵍ"), power_axis(C_LABEL, float(flops.min()), float(flops.max())),
+        log_axis("Compute-optimal N", np.concatenate([view.n_latents for view in minima.values()])),
+        tuple(ks), tuple(layers),
     )  # fmt: skip
 
 

@@ -1,6 +1,6 @@
 """Figures of the floor: how far the data narrow the irreducible term, and what it trades with the exponent.
 
-Drawn from the `profile` of the entries of fits.json, where they have one.
+Drawn from the `profile_of_floor` of the entries of fits.json, where they have one.
 """
 
 from collections.abc import Mapping
@@ -10,8 +10,9 @@ import numpy as np
 
 from scaling.axes import linear_axis
 from scaling.fit import law_label
-from scaling.views import Label, Layer, Line, Points, Rule, View
+from scaling.views import Axis, Label, Layer, Line, Points, Rule, View
 
+_KEY = "profile_of_floor"
 _SHOWN = 3.0  # the profile is shown up to so many times the limit
 
 
@@ -42,7 +43,7 @@ def profile(document: Mapping[str, Any], ks: tuple[float, ...]) -> View | None:
         "How much worse the law fits when its irreducible term is held at another value and all else is fitted again. "
         "Where the curve stays below 1 the data cannot refuse that floor, at 95 %.",
         "Points: best fits. The line at 1 bounds the 95 % interval.",
-        linear_axis("Irreducible nmse at the centre of the data", floors, zero=min(floors) == 0.0),
+        _floor_axis(floors),
         linear_axis("Loss beyond the best fit (95 % limit = 1)", heights, zero=True), ks, tuple(layers),
     )  # fmt: skip
 
@@ -71,19 +72,25 @@ def tradeoff(document: Mapping[str, Any], ks: tuple[float, ...]) -> View | None:
         "Every floor within its 95 % interval, with the exponent that fits best beside it. A long line says that the "
         "data do not tell the two apart: a higher floor with a steeper fall describes them as well.",
         "Lines: along the profile. Points: best fits.",
-        linear_axis("Irreducible nmse at the centre of the data", floors, zero=min(floors) == 0.0),
+        _floor_axis(floors),
         linear_axis("Exponent", exponents), ks, tuple(layers),
     )  # fmt: skip
+
+
+def _floor_axis(floors: list[float]) -> Axis:
+    """With room on the right for the names beside the ends of lines."""
+    room = max(floors) + 0.1 * (max(floors) - min(floors))
+    return linear_axis("Irreducible nmse at the centre of the data", [*floors, room], zero=min(floors) == 0.0)
 
 
 def _profiles(document: Mapping[str, Any]) -> list[tuple[str, float | None, Mapping[str, Any], list[dict[str, float]]]]:
     """(name, k, profile, rows by floor) of the laws in n, or of those in C where these have no profile."""
     for names in (("n_k", "n"), ("c",)):
-        entries = [e for e in document["fits"] if e["law"] in names and (e.get("profile") or {}).get("values")]
+        entries = [e for e in document["fits"] if e["law"] in names and (e.get(_KEY) or {}).get("values")]
         if entries:
             return [
-                (law_label(entry), entry["at"].get("k"), entry["profile"],
-                 sorted(entry["profile"]["values"], key=lambda row: row["floor"]))
+                (law_label(entry), entry["at"].get("k"), entry[_KEY],
+                 sorted(entry[_KEY]["values"], key=lambda row: row["floor"]))
                 for entry in entries
             ]  # fmt: skip
     return []

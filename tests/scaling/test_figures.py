@@ -107,8 +107,8 @@ def test_profiles_are_drawn_where_fits_have_them() -> None:
     rows = [{"floor": f, "exponent": -0.3 - f, "rms_log_residual": 0.01, "ratio": 100 * (f - 0.1) ** 2}
             for f in np.linspace(0, 0.2, 11).tolist()]  # fmt: skip
     entry = {"law": "n", "at": {"k": 8.0}, "floor": True,
-             "profile": {"low": 0.05, "high": 0.15, "limit": 0.25, "values": rows}}  # fmt: skip
-    document = {"fits": [entry, {"law": "n", "at": {"k": 8.0}, "floor": False, "profile": None}]}
+             "profile_of_floor": {"low": 0.05, "high": 0.15, "limit": 0.25, "values": rows}}  # fmt: skip
+    document = {"fits": [entry, {"law": "n", "at": {"k": 8.0}, "floor": False}]}
     view, traded = profile(document, (8.0,)), tradeoff(document, (8.0,))
     assert view is not None
     assert traded is not None
