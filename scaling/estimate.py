@@ -15,6 +15,7 @@ from storage.errors import SaescaleError
 
 STARTS = 64
 _QUANTILES = (2.5, 97.5)
+_SCATTER = norm.ppf((np.arange(40) + 0.5) / 40)
 
 
 class Fitted(NamedTuple):
@@ -107,8 +108,9 @@ class Fit:
         results.parquet)."""
         value, draws = self.law.log_value(self.raw, columns), self.law.log_value(self.draws, columns)
         low, high = self.spread(value, draws)
-        scatter = np.random.default_rng(0).standard_normal(draws.shape)
-        cell_low, cell_high = self.spread(value, draws + self.noise * scatter)
+        # Each draw scattered by the quantiles of a normal distribution: no further chance comes in.
+        scattered = draws[:, None] + self.noise * _SCATTER[:, None]
+        cell_low, cell_high = self.spread(value, scattered.reshape(-1, *value.shape))
         return Prediction(*(np.exp(v) for v in (value, low, high, cell_low, cell_high)))
 
     def exponent(self, column: str, at: Mapping[str, float]) -> dict[str, float | None]:

@@ -216,7 +216,7 @@ def _fit_cells(
     bootstraps: int,
     seed: int,
 ) -> list[Fit | Skipped]:
-    """All forms of a law of cells for each group; the largest n is held out, and the upper half of the compute."""
+    """All forms of a law of cells for each group; the largest n is held out, and the costliest quarter of cells."""
     try:
         results.require(forms[0].columns)
     except SaescaleError as error:
@@ -331,11 +331,11 @@ def _checked_cells(fit: Fit, cells: Table, seed: int) -> Fit:
     fit = _held_out(fit, held, label, label, seed)
     more: dict[str, Any] = {}
     if "flops" in cells and np.isfinite(cells["flops"]).all():
-        half = float(cells["flops"].max()) / 2
-        costly = cells["flops"] >= half
+        least = float(np.quantile(cells["flops"], 0.75, method="higher"))
+        costly = cells["flops"] >= least
         # Where they are the same cells, so are the predictions.
         same = (costly == held).all()
-        text = f"C >= {number(half)}"
+        text = f"C >= {number(least)}"
         more["holdout_compute"] = (
             {**fit.holdout, "held_out": text} if same and fit.holdout else hold_out(fit, costly, text, seed)
         )

@@ -44,6 +44,8 @@ def condition(law: Law, problem: Problem, centred: np.ndarray, to_raw: np.ndarra
     for first, term in zip(problem.amplitudes, law.terms, strict=True):
         if not term.logarithmic:
             scale[first] = np.exp(-raw[first])
+        for offset, exponent in enumerate(term.exponents, 1):
+            scale[first + offset] = exponent.sign
     reported = jacobian @ np.linalg.inv(to_raw) * scale
     amplitudes, _ = np.linalg.qr(jacobian[:, problem.amplitudes])
     searched = jacobian[:, problem.exponents]

@@ -11,6 +11,7 @@ from scaling.tables import number
 from storage.errors import SaescaleError
 
 _COLUMNS = {symbol: column for column, symbol in SYMBOLS.items()} | {column: column for column in SYMBOLS}
+_COLUMNS["N"] = "n_latents"
 _FAR = 4.0
 
 
