@@ -16,7 +16,6 @@ import pytest
 
 from tests.trainers.wandb_case import (
     CONTEXT,
-    DONE,
     FITS,
     KEY,
     OFFLINE,
@@ -30,7 +29,7 @@ from tests.trainers.wandb_case import (
 )  # fmt: skip
 from tests.trainers.wandb_server import WandbServer
 from trainers import wandb_client
-from trainers.wandb_logger import WandbLogger, WandbSettings, log_summary
+from trainers.wandb_logger import WandbSettings, log_summary
 
 __all__ = ["bare_machine", "server"]  # fixtures
 
@@ -196,28 +195,38 @@ def test_a_server_that_takes_no_more_files(
     assert "but for its artifact" in told
 
 
-def test_a_server_that_fails_while_cells_train(
-    server: WandbServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(wandb_client, "FINISH_TIMEOUT", 3.0)
-    logger = WandbLogger(ONLINE, "sweep", str(tmp_path))
-    cells = [cell(16), cell(32)]
-    logger.open(cells, CONTEXT)
-    for c in cells:
-        logger.log(c, row(1, nmse=0.5))
-    deadline = time.monotonic() + 30
+def test_a_server_that_fails_while_cells_train(server: WandbServer, tmp_path: Path) -> None:
+    """In a process of its own: runs that cannot be ended go on trying until it ends."""
+    fields = [cell(n).model_dump() for n in (16, 32)]
+    script = f"""
+from trainers import wandb_client
+from trainers.wandb_logger import *
+from trainers.cell import Cell, CurveRow
+wandb_client.FINISH_TIMEOUT = 3.0
+cells = [Cell(**fields) for fields in {fields!r}]
+logger = WandbLogger(WandbSettings(entity="me"), "sweep", {str(tmp_path)!r})
+logger.open(cells, {{}})
+for cell in cells:
+    logger.log(cell, CurveRow(*{tuple(row(1, nmse=0.5))!r}))
+input()
+for cell in cells:
+    logger.log(cell, CurveRow(*{tuple(row(2, nmse=0.25))!r}))
+    logger.finish(cell, {{"status": "done"}})
+logger.close()
+print("the sweep goes on")
+"""
+    process = subprocess.Popen(
+        [sys.executable, "-W", "always", "-c", script], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
     while len(server.runs()) < 2:
-        assert time.monotonic() < deadline
-        time.sleep(0.1)
+        assert process.poll() is None
+        time.sleep(0.05)
     server.refuse = lambda path: True
-
-    def rest() -> None:
-        for c in cells:
-            logger.log(c, row(2, nmse=0.25))
-            logger.finish(c, DONE)
-        logger.close()
-
-    (told,) = messages(rest)
+    shown, said = process.communicate("\n", timeout=60)
+    assert process.returncode == 0
+    assert "the sweep goes on" in shown
+    (told,) = [line for line in said.splitlines() if "W&B: " in line]
     assert "is not uploaded to its end" in told
     # All of it is on disk, in the folder that the warning names.
     folder = shlex.split(told.split("`")[1])[-1]
