@@ -1,6 +1,6 @@
 """`saescale plan`: the cells to train next, what they cost, how they pack, and the sweep file that trains them."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, cast
 
@@ -215,12 +215,19 @@ def _candidates(
     possible = k <= n
     n, k = n[possible], k[possible]
     spec = parse_spec(base | {"grid": {"cells": _grid(n, k, [[0]] * len(n))}}, "the plan")
-    hours = np.array([request.device.hours(c.flops(c.tokens).sparse) for c in _cells(spec, d_model)])
+    planned, needs = _cells(spec, d_model), _needs(spec, request.device)
+    hours = np.array([request.device.hours(cell.flops(cell.tokens).sparse) for cell in planned])
     fits = hours <= request.hours
     if not fits.any():
         raise SaescaleError(
             f"{request.hours:.3g} h on {request.device.name} do not reach for one cell; the cheapest takes "
             f"{hours.min():.3g} h. Raise --budget or lower --tokens"
+        )
+    fits &= np.array([needs([cell]) <= request.device.memory for cell in planned])
+    if not fits.any():
+        least = min(needs([cell]) for cell in planned) / 2**30
+        raise SaescaleError(
+            f"no cell fits into the memory of {request.device.name}; the smallest takes {least:.3g} GiB"
         )
     return candidates(N_K, prior.raw, n[fits], k[fits], hours[fits], prior.noise)
 
@@ -263,16 +270,19 @@ def _cells(spec: SweepSpec, d_model: int) -> list[Any]:
     return spec.cells(cast(Any, _Planned("planned", d_model)), "bf16")
 
 
-def _packs(spec: SweepSpec, d_model: int, device: Device) -> tuple[tuple[tuple[int, int, int], ...], ...]:
-    from cluster.plan import plan_packs
+def _needs(spec: SweepSpec, device: Device) -> Callable[[Sequence[Any]], float]:
+    """Bytes that a pack takes on the device, over a store of which only d_model is known."""
     from trainers.memory import StreamSize, pack_memory
 
     stream = StreamSize(8_192, 2**40)
     kernels: Any = "cpu" if device.name == "cpu" else "cuda"
-    packs = plan_packs(
-        _cells(spec, d_model), {}, 1, device.memory,
-        lambda cells: pack_memory(cells, spec.eval.tokens, stream, kernels).total,
-    )  # fmt: skip
+    return lambda cells: pack_memory(cells, spec.eval.tokens, stream, kernels).total
+
+
+def _packs(spec: SweepSpec, d_model: int, device: Device) -> tuple[tuple[tuple[int, int, int], ...], ...]:
+    from cluster.plan import plan_packs
+
+    packs = plan_packs(_cells(spec, d_model), {}, 1, device.memory, _needs(spec, device))
     return tuple(tuple((c.n_latents, c.k, c.seed) for c in pack) for pack in packs)
 
 
