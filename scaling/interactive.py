@@ -15,7 +15,7 @@ Spec = dict[str, Any]
 
 FONT = "system-ui, -apple-system, 'Segoe UI', 'Helvetica Neue', Arial, sans-serif"
 _HEIGHT = 440  # pixels
-_MARGIN = {"l": 66, "t": 28, "b": 56}
+_MARGIN = {"t": 28, "b": 56}
 _LETTER = 7.0  # pixels a letter of a label takes
 _ALPHA = 0.16
 _STROKES: dict[views.Stroke, Spec] = {
@@ -98,7 +98,7 @@ def _labels(view: View) -> list[Spec]:
     """The names of lines right of the axes: traces, since these hide with their k, and annotations do not."""
     labels = view.labels
     height = _HEIGHT - _MARGIN["t"] - _MARGIN["b"]
-    places = spread([view.y.fraction(label.y) for label in labels], gap=15 / height)
+    places = spread([view.y.fraction(label.y) for label in labels], gap=18 / height)
     traces = []
     for label, place in zip(labels, places, strict=True):
         trace = _text(label, view.x.high, view.y.value(place), "middle right", view)
@@ -123,9 +123,10 @@ def _text(label: Label, x: float, y: float, position: str, view: View, before: s
 
 def _layout(view: View) -> Spec:
     longest = max((len(re.sub(r"\^", "", label.text)) for label in view.labels), default=0)
+    widest = max(len(text) for _, text in view.y.ticks)
     return {
         "xaxis": _axis(view.x), "yaxis": _axis(view.y), "height": _HEIGHT,
-        "margin": _MARGIN | {"r": 16 + _LETTER * longest},
+        "margin": {"l": max(66, 40 + _LETTER * widest), **_MARGIN, "r": 16 + _LETTER * longest},
         "font": {"family": FONT, "size": 13, "color": INK[0]},
         "paper_bgcolor": PAGE[0], "plot_bgcolor": PAGE[0],
         "hoverlabel": {"bgcolor": PAGE[0], "bordercolor": RULE[0],

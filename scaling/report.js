@@ -28,7 +28,7 @@
       const labels = data.filter((trace) => trace.mode === "text");
       for (const trace of labels) trace.text = trace.text.map((text) => text.replace(/ \(.*\)$/, ""));
       const letters = labels.map((trace) => trace.text[0].replace(/<[^>]*>/g, "").length);
-      layout.margin = { ...layout.margin, l: 54, r: 14 + 7 * Math.max(0, ...(layout.margin.r > 16 ? letters : [])) };
+      layout.margin = { ...layout.margin, l: layout.margin.l - 12, r: 14 + 7 * Math.max(0, ...(layout.margin.r > 16 ? letters : [])) };
       layout.height = 360;
       layout.font.size = 11;
       for (const axis of [layout.xaxis, layout.yaxis]) Object.assign(axis.tickfont, { size: 11 });

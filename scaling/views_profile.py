@@ -35,7 +35,9 @@ def profile(document: Mapping[str, Any], ks: tuple[float, ...]) -> View | None:
         bounds = f"[{entry['low']:.4f}, {entry['high']:.4f}]"
         text = f"{name}<br>floor {floor[best]:.4f} {bounds}<br>exponent {exponent[best]:.3f}"
         layers.append(Points(floor[best : best + 1], ratio[best : best + 1], k, [text.replace("-", "−")]))
-        last = int(np.flatnonzero(kept)[-1])
+        # At the end that rises: where the best floor is the highest possible, only the left one does.
+        first, last = np.flatnonzero(kept)[[0, -1]]
+        last = last if ratio[last] > 0.1 * _SHOWN else first
         layers.append(Label(float(floor[last]), float(ratio[last]), _short(name), k, beside=True))
         floors += floor[kept].tolist()
     return View(

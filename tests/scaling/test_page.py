@@ -141,6 +141,17 @@ def test_a_chip_hides_its_k_everywhere(page: Page) -> None:
     assert page.errors == []
 
 
+def test_zoomed_in_there_are_other_ticks(page: Page) -> None:
+    plot = "document.querySelector('#nmse_against_n .plot')"
+    whole = page.run(f"{plot}.layout.xaxis.range")
+    page.run(f"Plotly.relayout({plot}, {{'xaxis.range': [3, 3.2]}}).then(() => null)")
+    wait_for(page, f"{plot}.layout.xaxis.tickmode === 'auto'")
+    page.run(f"Plotly.relayout({plot}, {{'xaxis.range': {json.dumps(whole)}}}).then(() => null)")
+    wait_for(page, f"{plot}.layout.xaxis.tickmode === 'array'")
+    assert page.run(f"[...{plot}.querySelectorAll('.xtick text')].map(t => t.textContent)") == [f"{n:,}" for n in SIZES]
+    assert page.errors == []
+
+
 def test_dark(page: Page) -> None:
     paper = "document.querySelector('#nmse_against_n .main-svg').style.background"
     assert background(page) == page.run(paper) == "rgb(255, 255, 255)"
