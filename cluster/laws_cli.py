@@ -63,7 +63,8 @@ def fit(
             console.print(coefficient_table(document))
         if "predictions" in document:
             _show_predictions(document["predictions"])
-        show_notes([*fit_notes(document), *_comparisons(document)])
+        _show_convergence(document["tokens_to_convergence"])
+        show_notes([*fit_notes(document), *_comparisons(document, (*asked, "n_k"))])
     named = " ".join(sources)
     if asked and not document["fits"]:
         raise SaescaleError(f"{named}: {document['skipped'][0]['reason']}")
@@ -204,13 +205,29 @@ def _show_predictions(rows: Sequence[dict[str, Any]]) -> None:
     show_notes(list(dict.fromkeys(f"prediction: {words}" for row in rows for words in row["far"])))
 
 
-def _comparisons(document: dict[str, Any]) -> list[str]:
+def _show_convergence(found: dict[str, Any] | None) -> None:
+    if not found:
+        return
+    counts = f"{len(found['cells'])} cells converged, {found['unconverged']} did not"
+    if "reason" in found:
+        console.print(f"tokens to convergence: {found['reason']}", highlight=False, soft_wrap=True)
+        return
+    g = found["exponent_of_n"]
+    ends = "" if g["low"] is None else f" ({g['low']:.3g} to {g['high']:.3g})"
+    console.print(
+        f"tokens until nmse is within {found['within']:.0%} of its end grow as n^{g['value']:.3g}{ends}; {counts}",
+        highlight=False, soft_wrap=True,
+    )  # fmt: skip
+
+
+def _comparisons(document: dict[str, Any], laws: Sequence[str]) -> list[str]:
+    """Whether the last term is needed, of the named laws."""
     from scaling.fit import law_label
 
     return [
         f"{law_label(entry)}: {entry['without_last_term']['words']}"
         for entry in document["fits"]
-        if entry["law"] == "n_k" and "without_last_term" in entry
+        if entry["law"] in laws and "without_last_term" in entry
     ]
 
 

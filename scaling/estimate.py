@@ -215,7 +215,13 @@ def resample_cells(fitted: Fitted, bootstraps: int, rng: np.random.Generator) ->
     A fit of absolute residuals meets as many cells exactly as it has coefficients, and a small grid loses a whole N or
     k when cells are drawn with replacement; so residuals are drawn, scaled by sqrt(cells / degrees of freedom) and
     smoothed by a normal kernel of Silverman's width (De Angelis, Hall and Young 1993). Percentiles are then widened by
-    Student's t over the normal quantile. COVERAGE
+    Student's t over the normal quantile.
+
+    Of 300 simulated sweeps each, 95 % intervals held the exponent of n at fixed k, the law at four times the largest n
+    and a new cell there in 91 to 97 %, 95 % in the mean: L(N, k) on 42, 24 and 16 cells, L(N) with a floor on 8. For
+    scatter with heavy tails 95 to 99 %; where it grows threefold over the grid, which a warning says, only 84 to 96 %.
+    Percentiles of cells drawn with replacement held 96 to 99 % on 42 cells and on 8, and 89 to 96 % on 16
+    (tests/benchmarks/bench_coverage.py).
     """
     residuals = fitted.residuals - fitted.residuals.mean()
     cells = len(residuals)

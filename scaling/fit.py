@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from scaling.checks import data_warnings, fit_warnings, frontier_warnings, unstable_exponent
+from scaling.checks import data_warnings, fit_warnings, frontier_warnings, holdout_warnings, unstable_exponent
 from scaling.convergence import Convergence, find_convergence
 from scaling.estimate import Fit, centred, fit_law
 from scaling.frontier import Curve, Frontier, find_frontier, fit_frontier, frontier_of_ends, read_curves
@@ -354,6 +354,8 @@ def _held_out(fit: Fit, held: np.ndarray, label: str, said: str, seed: int) -> F
     warnings = [*fit.warnings, *fit_warnings(fit)]
     if holdout is None:
         warnings.append(f"too few points remain without {said}: nothing was held out")
+    elif fit.kind != "curves":  # the points of a frontier are not independent cells
+        warnings += holdout_warnings(holdout)
     return replace(fit, holdout=holdout, warnings=tuple(warnings))
 
 
