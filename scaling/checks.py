@@ -196,7 +196,7 @@ def _uneven_scatter(fit: Fit) -> list[str]:
         if rank.pvalue < _UNLIKELY:
             end = "large" if rank.statistic > 0 else "small"
             found.append(
-                f"cells scatter more about the law at {end} {SYMBOLS.get(column, column)}: intervals take their scatter "
+                f"cells scatter more about the law at {end} {SYMBOLS.get(column, column)}: intervals take it "
                 "for the same everywhere and are too narrow there"
             )
     return found
