@@ -128,16 +128,16 @@ class View:
 
 
 def spread(places: Sequence[float], gap: float) -> list[float]:
-    """Sorted places within 0 to 1, moved as little as needed to be `gap` apart: neighbours that would overlap
-    share their centre."""
+    """Sorted places within 0 to 1, moved as little as needed to be `gap` apart, and half of that from the ends:
+    neighbours that would overlap share their centre."""
     groups: list[tuple[float, int]] = []
     for place in places:
-        centre, count = min(max(place, 0.0), 1.0), 1
+        centre, count = min(max(place, gap / 2), 1 - gap / 2), 1
         while groups and centre - (count - 1) * gap / 2 < groups[-1][0] + (groups[-1][1] + 1) * gap / 2:
             before, members = groups.pop()
             centre = (before * members + centre * count) / (members + count)
             count += members
-            half = (count - 1) * gap / 2
+            half = count * gap / 2
             centre = min(max(centre, half), 1 - half)
         groups.append((centre, count))
     return [c + gap * (i - (m - 1) / 2) for c, m in groups for i in range(m)]
