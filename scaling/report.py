@@ -77,7 +77,7 @@ def write_report(
     provenance: Mapping[str, Any],
     formats: Sequence[Format] = ("html",),
 ) -> list[str]:
-    """Writes RUN/report.html (one page with its figures and plotly.js inside, about 5 MB, nothing fetched when read)
+    """Writes RUN/report.html (one page with its figures and plotly.js inside, about 6 MB, nothing fetched when read)
     and RUN/report.md (which shows the files in RUN/figures), as `formats` say. Returns their URLs.
 
     `document` is that of fits.json, `results` the cells that it describes, with n_latents and k. Raises SaescaleError
