@@ -132,6 +132,7 @@ class Fit:
         if self.law.target != "nmse":
             entry["target"] = self.law.target
         entry["coefficients"] = self.coefficients()
+        entry["units"] = {coefficient.name: coefficient.unit for coefficient in self.law.coefficients()}
         for column, key in (("k", "exponent_of_n_at_k"), ("d_model", "exponent_of_n_at_d_model")):
             if {"n_latents", column} <= set(self.law.columns):
                 levels = np.unique(self.columns[column])

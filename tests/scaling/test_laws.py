@@ -97,6 +97,7 @@ def test_a_law_of_ones_own_in_ten_lines(tmp_path: Path) -> None:
         found = {name: value["value"] for name, value in entry["coefficients"].items()}
         assert found == pytest.approx({"A": 4, "a": 0.25, "b": 0.3}, rel=1e-6)
         assert entry["formula"] == "nmse = A n^-a k^-b"
+        assert entry["units"] == {"A": "nmse latents^a latents^b", "a": "1", "b": "1"}
         assert entry["holdout"]["rms_log_error"] < 1e-6
         assert find_law("power_of_k", found) is law
     finally:
