@@ -12,10 +12,11 @@ from types import FrameType
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from cluster import laws_cli
+from cluster.laws_cli import console, show_notes
 from storage.errors import SaescaleError, one_line
 
 if TYPE_CHECKING:
@@ -27,11 +28,9 @@ app = typer.Typer(
     rich_markup_mode="rich",
     help="Measures how sparse autoencoders scale: harvest activations, sweep N and k, fit the laws.",
 )
-console = Console()
 
 Corpus = Annotated[str, typer.Option(help="python-prose, or a path or URL of .txt, .jsonl or .parquet files.")]
 Address = Annotated[str | None, typer.Option(help="Ray cluster (default: RAY_ADDRESS, else a local one).")]
-Source = Annotated[str, typer.Argument(help="A run directory, or a CSV or Parquet table with n_latents, k, nmse.")]
 Wandb = Annotated[str, typer.Option(help="auto (online when a key is configured, else offline), online, offline, off.")]
 
 
@@ -145,6 +144,9 @@ def sweep(
     address: Address = None,
     wandb: Annotated[str | None, typer.Option(help="W&B mode in place of the file's.")] = None,
     bootstraps: Annotated[int, typer.Option(help="Bootstrap fits behind each interval.")] = 1000,
+    extend: Annotated[
+        str | None, typer.Option(help="A sweep file or plan whose cells are added; those that are there stay.")
+    ] = None,
 ) -> None:
     """Trains every cell of a grid and fits the laws. Run again, it trains only what has no result yet.
 
@@ -154,6 +156,11 @@ def sweep(
     from cluster.spec import load_spec
 
     loaded = load_spec(spec, out=out, wandb=wandb)
+    if extend:
+        from cluster.extend import extend as extended
+
+        loaded, added = extended(loaded, extend)
+        console.print(f"{added} cells added to {loaded.grid.size - added}", highlight=False)
     with _display() as display:
         began = time.monotonic()
         outcome = run_sweep(loaded, display, address, bootstraps)
@@ -186,59 +193,40 @@ def status(
     console.print(", ".join(f"{count} {name}" for name, count in counts.items() if count))
 
 
-@app.command()
-def fit(
-    source: Source,
-    law: Annotated[list[str] | None, typer.Option(help="n_k, n, c or n_d; may be given several times.")] = None,
-    out: Annotated[str | None, typer.Option(help="Folder for fits.json (default: only shown).")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="The document of fits.json alone on stdout.")] = False,
-    bootstraps: Annotated[int, typer.Option(help="Bootstrap fits behind each interval.")] = 1000,
-) -> None:
-    """Fits the scaling laws to a run or to a table of results.
-
-    Example: [bold]saescale fit runs/quickstart --law n_k --json[/]
-    """
-    from cluster.display import coefficient_table
-    from scaling.fit import DEFAULT_LAWS, fit_all, fit_notes
-    from scaling.tables import load_curves, load_results
-    from storage.rundir import RunDirectory
-
-    laws = tuple(law) if law else DEFAULT_LAWS
-    document = fit_all(load_results(source), load_curves(source), bootstraps, laws=laws)
-    if out:
-        RunDirectory(out).write_json("fits.json", document)
-    if as_json:
-        print(json.dumps(document))
-    else:
-        if document["fits"]:
-            console.print(coefficient_table(document))
-        _notes(fit_notes(document))
-    if law and not document["fits"]:
-        raise SaescaleError(f"{source}: {document['skipped'][0]['reason']}")
-    if as_json:
-        return
-    if out:
-        console.print(f"wrote {out}/fits.json")
-    console.print(f"Next: saescale fit {source} --json" if not out else f"Next: saescale fit {source}", highlight=False)
+app.command()(laws_cli.fit)
+app.command()(laws_cli.plan)
+app.command()(laws_cli.reproduce)
 
 
 @app.command()
 def report(
     run: Annotated[str, typer.Argument(help="URL of a run directory.")],
+    formats: Annotated[
+        list[str] | None,
+        typer.Option("--format", help="html (the default) or md; may be given several times."),
+    ] = None,
     bootstraps: Annotated[int, typer.Option(help="Bootstrap fits behind each interval.")] = 1000,
 ) -> None:
-    """Fits the laws again and writes fits.json, the figures and report.html of a run directory.
+    """Fits the laws again and writes fits.json, the figures and the report of a run directory.
 
-    Example: [bold]saescale report runs/quickstart[/]
+    report.html is one page that needs no network; figures/ has each figure as PNG, PDF and SVG for a paper and as
+    JSON for Plotly.
+
+    Example: [bold]saescale report runs/quickstart --format html --format md[/]
     """
     from cluster.ledger import provenance_of
-    from scaling.report import analyse
+    from scaling.report import FILES, analyse
     from storage.rundir import RunDirectory
 
+    wanted = [name for name in FILES if name in (formats or ["html"])]
+    if unknown := [name for name in formats or [] if name not in FILES]:
+        raise SaescaleError(f"--format {unknown[0]}: there are {' and '.join(FILES)}")
     directory = RunDirectory(run)
-    analyse(directory, bootstraps=bootstraps, provenance=provenance_of(directory))
-    console.print(f"wrote {run}/report.html, {run}/fits.json and {run}/figures/", highlight=False)
-    console.print(f"Next: open {run}/report.html in a browser", highlight=False)
+    analyse(directory, bootstraps=bootstraps, provenance=provenance_of(directory), formats=wanted)
+    pages = [f"{run}/{FILES[name]}" for name in wanted]
+    console.print(f"wrote {', '.join(pages)}, {run}/fits.json and {run}/figures/", highlight=False, soft_wrap=True)
+    how = "in a browser" if pages[0].endswith(".html") else "in an editor"
+    console.print(f"Next: open {pages[0]} {how}", highlight=False, soft_wrap=True)
 
 
 @app.command()
@@ -278,7 +266,7 @@ def _summary(outcome: "SweepOutcome", wall_s: float, store: str) -> None:
     console.print()
     if outcome.fits["fits"]:
         console.print(coefficient_table(outcome.fits, full=False))
-    _notes(fit_notes(outcome.fits))
+    show_notes(fit_notes(outcome.fits))
     console.print()
     for name, place in (
         ("report", f"{url}/report.html"), ("figures", f"{url}/figures/"), ("fits", f"{url}/fits.json"),
@@ -297,11 +285,6 @@ def _program() -> str:
     if found and Path(found).absolute() == ran:
         return "saescale"
     return os.path.relpath(ran) if ran.is_relative_to(Path.cwd()) else str(ran)
-
-
-def _notes(notes: list[str]) -> None:
-    for note in notes:
-        console.print(f"[yellow]note:[/] {escape(note)}", highlight=False, soft_wrap=True)
 
 
 def _table(*columns: str) -> Table:

@@ -4,10 +4,18 @@ import difflib
 import itertools
 import math
 from collections.abc import Mapping, Sequence
-from typing import Annotated, Any, Literal, Self, get_args
+from typing import Annotated, Any, Literal, NamedTuple, Self, get_args
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    SerializerFunctionWrapHandler,
+    ValidationError,
+    model_serializer,
+    model_validator,
+)
 
 from storage import files
 from storage.activations import ActivationStore
@@ -24,27 +32,62 @@ class _Model(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
 
-class Grid(_Model):
-    """Every combination of these is a cell."""
+class GridCell(_Model):
+    """One n and k, with a cell for each seed."""
 
-    n_latents: list[Positive] = Field(min_length=1)
-    k: list[Positive] = Field(min_length=1)
+    n_latents: Positive
+    k: Positive
+    activation: Literal["topk"] = "topk"
+    seed: list[NotNegative] = Field(default=[0], min_length=1)
+
+
+class Combination(NamedTuple):
+    """What a cell of the grid is, in the order in which cells are listed."""
+
+    n_latents: int
+    k: int
+    activation: Literal["topk"]
+    seed: int
+
+
+class Grid(_Model):
+    """Every combination of the lists is a cell, and so is each of `cells` (such as `saescale plan` proposes)."""
+
+    n_latents: list[Positive] = Field(default=[], min_length=1)
+    k: list[Positive] = Field(default=[], min_length=1)
     activation: list[Literal["topk"]] = Field(default=["topk"], min_length=1)
     seed: list[NotNegative] = Field(default=[0], min_length=1)
+    cells: list[GridCell] = Field(default=[], min_length=1)
 
     @model_validator(mode="after")
     def _check(self) -> Self:
-        if max(self.k) > min(self.n_latents):
-            raise ValueError(
-                f"k = {max(self.k)} is larger than n_latents = {min(self.n_latents)}; "
-                "a TopK SAE needs k <= n_latents: remove one of them"
-            )
+        if not self.cells or self.n_latents or self.k:
+            for name in ("n_latents", "k"):
+                if not getattr(self, name):
+                    raise ValueError(f"{name} is missing")
+        for n_latents, k, _, _ in self.combinations():
+            if k > n_latents:
+                raise ValueError(
+                    f"k = {k} is larger than n_latents = {n_latents}; a TopK SAE needs k <= n_latents: "
+                    "remove one of them"
+                )
         return self
+
+    @model_serializer(mode="wrap")
+    def _without_empty(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        # A grid of lists is written as it always was, and a grid of cells can be read again.
+        return {key: value for key, value in handler(self).items() if value}
+
+    def combinations(self) -> list[Combination]:
+        """All cells, each once, by n_latents, k, activation and seed."""
+        found = {Combination(*c) for c in itertools.product(self.n_latents, self.k, self.activation, self.seed)}
+        found |= {Combination(c.n_latents, c.k, c.activation, seed) for c in self.cells for seed in c.seed}
+        return sorted(found)
 
     @property
     def size(self) -> int:
         """Number of cells."""
-        return len(set(self.n_latents)) * len(set(self.k)) * len(set(self.activation)) * len(set(self.seed))
+        return len(self.combinations())
 
 
 class TokenLaw(_Model):
@@ -124,7 +167,7 @@ class SweepSpec(_Model):
                 activation=activation,
                 seed=seed,
                 stream_seed=train.stream_seed,
-                tokens=self._tokens(n_latents),
+                tokens=self.tokens_of(n_latents),
                 batch_tokens=train.batch_tokens,
                 lr=train.lr if isinstance(train.lr, float) else _law(train.lr.value, train.lr, n_latents),
                 k_aux=auto_k_aux(store.d_model) if train.auxk.k == "auto" else train.auxk.k,
@@ -134,12 +177,11 @@ class SweepSpec(_Model):
                 ema=train.ema,
                 precision=precision if train.precision == "auto" else train.precision,
             )
-            for n_latents, k, activation, seed in itertools.product(
-                sorted(set(grid.n_latents)), sorted(set(grid.k)), sorted(set(grid.activation)), sorted(set(grid.seed))
-            )
+            for n_latents, k, activation, seed in grid.combinations()
         ]
 
-    def _tokens(self, n_latents: int) -> int:
+    def tokens_of(self, n_latents: int) -> int:
+        """Training tokens of a cell of that size."""
         tokens, batch = self.train.tokens, self.train.batch_tokens
         if isinstance(tokens, int):
             return tokens
@@ -221,4 +263,4 @@ def _all_keys(model: type[BaseModel]) -> set[str]:
     return keys
 
 
-_KEYS = _all_keys(SweepSpec) | {name for law in (TokenLaw, RateLaw, AuxK) for name in law.model_fields}
+_KEYS = _all_keys(SweepSpec) | {name for law in (GridCell, TokenLaw, RateLaw, AuxK) for name in law.model_fields}

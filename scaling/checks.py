@@ -1,13 +1,15 @@
 """Warnings in words: where the data cannot carry what a law claims."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
-from scipy.stats import spearmanr
+from scipy.stats import binom, spearmanr
 
 from scaling.estimate import Fit
 from scaling.frontier import Frontier
-from scaling.laws import SYMBOLS
+from scaling.law import SYMBOLS
 from scaling.tables import Table, number
 
 _RANGE = 8.0
@@ -17,6 +19,11 @@ _TRADED = 0.9
 _WIDE = 0.25
 _SMALL_FLOOR = 0.02
 _LARGEST = 0.5
+_SPARE = 4
+_SINGULAR = 1e6
+_UNLIKELY = 0.01
+_SEEN = 12
+_EXACT = 1e-6
 
 
 @dataclass(frozen=True)
@@ -78,19 +85,46 @@ def fit_warnings(fit: Fit) -> list[str]:
     law, warnings = fit.law, []
     if fit.agreeing < 2:
         warnings.append(f"only {fit.agreeing} of {fit.starts} starts reach the best fit: it may not be the global one")
+    spare = len(fit.nmse) - len(law.names)
+    if fit.widen > 1 and spare < _SPARE:
+        warnings.append(
+            f"{len(fit.nmse)} points for {len(law.names)} coefficients: with {spare} degrees of freedom the scatter "
+            f"itself is hardly known, and intervals are {fit.widen:.1f} times as wide for it"
+        )
+    warnings += _uneven_scatter(fit)
     if not len(fit.draws):
         return warnings
+    if fit.conditioning and fit.conditioning.projected > _SINGULAR:
+        warnings.append(
+            "the cells hardly tell the exponents apart (condition number "
+            f"{fit.conditioning.projected:.2g}): add values of {', '.join(SYMBOLS.get(c, c) for c in law.columns)}"
+        )
+    if law.columns == ("n_latents",) and law.target == "nmse":
+        low, high = fit.exponent("n_latents", {})["low"], fit.exponent("n_latents", {})["high"]
+        if low is None or high is None or low <= 0 <= high:
+            warnings.append("the exponent of n cannot be told from 0")
     if {"n_latents", "k"} <= set(law.columns):
         flat = []
         for k in np.unique(fit.columns["k"]):
-            low, high = np.percentile(law.exponent_of(fit.draws, "n_latents", {"k": k}), [2.5, 97.5])
-            if low <= 0 <= high:
+            exponent = fit.exponent("n_latents", {"k": k})
+            if exponent["low"] is None or exponent["high"] is None or exponent["low"] <= 0 <= exponent["high"]:
                 flat.append(f"{k:g}")
         if flat:
             warnings.append(f"the exponent of n cannot be told from 0 at k = {', '.join(flat)}")
-    if len(law.terms) > 1:
+    if len(law.terms) > 1 and law.join == 1:
         warnings += _floor_warnings(fit)
     return warnings
+
+
+def holdout_warnings(holdout: Mapping[str, Any]) -> list[str]:
+    """Where far fewer held-out cells lie in their intervals than 95 % of them should."""
+    covered, points = holdout.get("covered"), holdout["points"]
+    if covered is None or binom.cdf(covered, points, 0.95) > _UNLIKELY:
+        return []
+    return [
+        f"only {covered} of {points} held-out cells ({holdout['held_out']}) lie in their 95 % intervals: the law does "
+        "not extrapolate as well as it says"
+    ]
 
 
 def frontier_warnings(frontier: Frontier) -> list[str]:
@@ -123,15 +157,15 @@ def unstable_exponent(with_floor: Fit, without: Fit) -> str | None:
 
 
 def _floor_warnings(fit: Fit) -> list[str]:
-    law = fit.law
-    centre = {c: float(np.exp(np.log(v).mean())) for c, v in fit.columns.items()}
+    law, centre = fit.law, fit.centre
     design = law.design({c: np.array([np.log(v)]) for c, v in centre.items()})[0]
     own = law.term_of == len(law.terms) - 1
     floor = fit.draws[:, own] @ design[own]
-    total = law.log_value(fit.draws, {c: np.array([v]) for c, v in centre.items()})[:, 0]
-    low = np.percentile(np.exp(floor - total), 2.5)
+    here = {c: np.array([v]) for c, v in centre.items()}
+    best = fit.raw[own] @ design[own] - law.log_value(fit.raw, here)[0]
+    low, _ = fit.spread(best, floor - law.log_value(fit.draws, here)[:, 0])
     warnings = []
-    if low < _SMALL_FLOOR:
+    if low < np.log(_SMALL_FLOOR):
         warnings.append(
             "the data do not determine the irreducible term: at their centre its interval reaches down to less than "
             f"{_SMALL_FLOOR:.0%} of nmse"
@@ -147,6 +181,25 @@ def _floor_warnings(fit: Fit) -> list[str]:
                 f"through its wide interval (rank correlation above {_TRADED:g} over the resamples)"
             )
     return warnings
+
+
+def _uneven_scatter(fit: Fit) -> list[str]:
+    """Whether cells scatter more at one end: intervals take their scatter about the law for the same everywhere."""
+    if fit.widen == 1 or len(fit.nmse) < _SEEN:
+        return []
+    scatter = np.abs(fit.law.log_value(fit.raw, fit.columns) - np.log(fit.nmse))
+    if scatter.max() < _EXACT:
+        return []
+    found = []
+    for column, values in fit.columns.items():
+        rank = spearmanr(values, scatter)
+        if rank.pvalue < _UNLIKELY:
+            end = "large" if rank.statistic > 0 else "small"
+            found.append(
+                f"cells scatter more about the law at {end} {SYMBOLS.get(column, column)}: intervals take it "
+                "for the same everywhere and are too narrow there"
+            )
+    return found
 
 
 def _size(results: Table, row: int) -> str:

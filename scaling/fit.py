@@ -1,6 +1,5 @@
 """The laws of a sweep: everything that its cells and curves can carry, as the document fits.json."""
 
-import difflib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -8,15 +7,20 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from scaling.checks import data_warnings, fit_warnings, frontier_warnings, unstable_exponent
-from scaling.estimate import Fit, fit_law, hold_out
+from scaling.checks import data_warnings, fit_warnings, frontier_warnings, holdout_warnings, unstable_exponent
+from scaling.convergence import Convergence, find_convergence
+from scaling.estimate import Fit, centred, fit_law
 from scaling.frontier import Curve, Frontier, find_frontier, fit_frontier, frontier_of_ends, read_curves
-from scaling.laws import C_FLOOR, LAWS, N_D, N_FLOOR, N_K, SYMBOLS, C, Law, N, find_law
+from scaling.holdout import compare_without_last, hold_out
+from scaling.identify import profile_floor
+from scaling.isoflop import IsoFlop, find_isoflop, fit_isoflop
+from scaling.law import SYMBOLS, Law
+from scaling.laws import find_law, forms_of, law_names
 from scaling.tables import Table, check_cells, comparable, fingerprint, number
 from storage.errors import SaescaleError
 
 FORMAT = 1
-LAW_NAMES = tuple(dict.fromkeys(law.name for law in LAWS))
+METHOD = 2  # of fits and intervals: results of another method are fitted again
 DEFAULT_LAWS = ("n_k", "n", "c")
 BOOTSTRAPS = 1000
 
@@ -51,6 +55,8 @@ class Laws:
     frontiers: tuple[Frontier, ...]
     skipped: tuple[Skipped, ...]
     warnings: tuple[str, ...]
+    convergence: Convergence | None = None
+    isoflops: tuple[IsoFlop, ...] = ()
 
     def document(self) -> dict[str, Any]:
         """fits.json (format 1)."""
@@ -64,6 +70,8 @@ class Laws:
             "skipped": [entry._asdict() for entry in self.skipped],
             "excluded": list(self.results.excluded),
             "warnings": list(self.warnings),
+            "tokens_to_convergence": self.convergence.document() if self.convergence else None,
+            "iso_flop": [view.document() for view in self.isoflops],
         }
 
 
@@ -75,35 +83,41 @@ def fit_laws(
     seed: int = 0,
     laws: Sequence[str] = DEFAULT_LAWS,
 ) -> Laws:
-    """Fits the named laws: n_k to all cells, n and n_d at each k, c to the compute frontier at each k.
+    """Fits the named laws, each to what it is over (law.py): cells, at each k where k is not among its columns; the
+    compute frontier at each k; the compute-optimal points on it.
 
     Each law takes its own columns of `results`: n_k n_latents and k, n n_latents, n_d n_latents and tokens, c the
-    curves or, without them, flops; all of them nmse. Cells without a column k are taken for cells of one k. n and c
-    are fitted with and without an irreducible term. What the data cannot carry is listed in `skipped` with the
-    reason: a law that was asked for and is in no fit is there. Deterministic in `seed`.
+    curves or, without them, flops; all of them nmse. Cells without a column k are taken for cells of one k. All forms
+    of a law are fitted: n and c with and without an irreducible term. What the data cannot carry is listed in
+    `skipped` with the reason: a law that was asked for and is in no fit is there. Deterministic in `seed`.
 
     Raises SaescaleError for an unknown law and for values of nmse, n_latents or k that are not positive numbers.
     """
     made_from = describe_input(results, curves, bootstraps, seed, laws)
     check_cells(results)
+    # Only a law over subjects sees more than the most frequent one.
+    subjects = comparable(results, over_subjects=True)
     results = comparable(results)
     by_k = _by_k(results)
     if curves is not None and not (len(curves) and {"cell_id", "n_latents", "k"} <= set(results.columns)):
         curves = None
     curves_at = {} if curves is None else {at["k"]: read_curves(cells, curves) for at, cells in by_k}
-    frontiers: list[Frontier] = []
     found: list[Fit | Skipped] = []
-    if "n_k" in laws:
-        found += _fit_cells((N_K,), results, [({}, results)], bootstraps, seed)
-    if "n" in laws:
-        found += _fit_cells((N, N_FLOOR), results, by_k, bootstraps, seed)
-    if "n_d" in laws:
-        found += _fit_cells((N_D,), results, by_k, bootstraps, seed)
-    if "c" in laws:
-        frontiers, skipped = _find_frontiers(results, by_k, curves, curves_at)
-        found += skipped
-        for frontier in frontiers:
-            found += _fit_frontier(frontier, bootstraps, seed)
+    asked = {law: forms_of(law) for law in law_names() if law in laws}
+    over = {form.over for forms in asked.values() for form in forms}
+    frontiers, no_frontier = _find_frontiers(results, by_k, curves, curves_at) if over - {"cells"} else ([], [])
+    isoflops = tuple(view for frontier in frontiers if (view := find_isoflop(frontier, results)))
+    for name, forms in asked.items():
+        if forms[0].over == "cells":
+            table = subjects if "d_model" in forms[0].columns else results
+            groups = [({}, table)] if "k" in forms[0].columns else _by_k(table)
+            found += _fit_cells(forms, table, groups, bootstraps, seed)
+            continue
+        found += [entry._replace(law=name) for entry in no_frontier]
+        for frontier in frontiers if forms[0].over == "frontier" else ():
+            found += _fit_frontier(forms, frontier, bootstraps, seed)
+        if forms[0].over == "optimum":
+            found += _fit_optimum(forms, frontiers, isoflops, bootstraps, seed)
     return Laws(
         results,
         made_from,
@@ -112,6 +126,8 @@ def fit_laws(
         tuple(frontiers),
         tuple(entry for entry in found if isinstance(entry, Skipped)),
         tuple(data_warnings(results, curves)),
+        None if curves is None else find_convergence(results, curves, bootstraps, seed),
+        isoflops,
     )
 
 
@@ -119,12 +135,15 @@ def describe_input(
     results: Table, curves: Table | None, bootstraps: int, seed: int, laws: Sequence[str]
 ) -> dict[str, Any]:
     """What a document of fits.json depends on, its "made_from". Raises SaescaleError for an unknown law."""
-    for name in laws:
-        if name not in LAW_NAMES:
-            close = difflib.get_close_matches(name, LAW_NAMES, n=1, cutoff=0.4)
-            hint = f"did you mean {close[0]}? " if close else ""
-            raise SaescaleError(f"unknown law {name}; {hint}there are {', '.join(LAW_NAMES)}")
-    return {"results": fingerprint(results, curves), "bootstraps": bootstraps, "seed": seed, "laws": list(laws)}
+    forms = [law.formula for name in laws for law in forms_of(name)]
+    return {
+        "results": fingerprint(results, curves),
+        "bootstraps": bootstraps,
+        "seed": seed,
+        "laws": list(laws),
+        "formulas": forms,
+        "method": METHOD,
+    }
 
 
 def fit_all(
@@ -177,7 +196,8 @@ def coefficient_rows(document: Mapping[str, Any]) -> list[CoefficientRow]:
     for entry in document["fits"]:
         label = law_label(entry)
         named = dict(entry["coefficients"])
-        named |= {f"exponent of n at k = {k}": v for k, v in entry.get("exponent_of_n_at_k", {}).items()}
+        for key, symbol in (("exponent_of_n_at_k", "k"), ("exponent_of_n_at_d_model", "s")):
+            named |= {f"exponent of n at {symbol} = {level}": v for level, v in entry.get(key, {}).items()}
         rows += [CoefficientRow(label, name, v["value"], v["low"], v["high"]) for name, v in named.items()]
     return rows
 
@@ -196,7 +216,7 @@ def _fit_cells(
     bootstraps: int,
     seed: int,
 ) -> list[Fit | Skipped]:
-    """All forms of a law of cells for each group; the largest n is held out."""
+    """All forms of a law of cells for each group; the largest n is held out, and the costliest quarter of cells."""
     try:
         results.require(forms[0].columns)
     except SaescaleError as error:
@@ -212,7 +232,8 @@ def _fit_cells(
             at=at,
             excluded=cells.excluded,
         )
-        found += _fit_forms(forms, at, fit_one, "n_latents", float(cells["n_latents"].max()), seed)
+        check = partial(_checked_cells, cells=cells, seed=seed)
+        found += _fit_forms(forms, at, fit_one, check)
     return found
 
 
@@ -221,7 +242,7 @@ def _find_frontiers(
     groups: list[tuple[dict[str, float], Table]],
     curves: Table | None,
     curves_at: Mapping[float, tuple[Curve, ...]],
-) -> tuple[list[Frontier], list[Fit | Skipped]]:
+) -> tuple[list[Frontier], list[Skipped]]:
     """The frontier of each group, from curves where there are any."""
     if curves is None:
         try:
@@ -230,7 +251,7 @@ def _find_frontiers(
             return [], [Skipped("c", {}, False, f"without curves law c takes the flops of cells: {error}")]
         return [frontier_of_ends(at, cells) for at, cells in groups], []
     frontiers: list[Frontier] = []
-    skipped: list[Fit | Skipped] = []
+    skipped: list[Skipped] = []
     for at, _ in groups:
         try:
             frontiers.append(find_frontier(at, curves_at[at["k"]]))
@@ -239,44 +260,102 @@ def _find_frontiers(
     return frontiers, skipped
 
 
-def _fit_frontier(frontier: Frontier, bootstraps: int, seed: int) -> list[Fit | Skipped]:
-    """Both forms of law c; the upper half of the compute is held out, an extrapolation by a factor of 2."""
-    half = float(frontier.flops.max(initial=0.0)) / 2
+def _fit_frontier(forms: tuple[Law, ...], frontier: Frontier, bootstraps: int, seed: int) -> list[Fit | Skipped]:
+    """All forms of law c; the upper half of the compute is held out, an extrapolation by a factor of 2."""
 
     def fit_one(law: Law) -> Fit:
         return replace(fit_frontier(law, frontier, bootstraps, seed), warnings=tuple(frontier_warnings(frontier)))
 
-    return _fit_forms((C, C_FLOOR), frontier.at, fit_one, "flops", half, seed)
+    def check(fit: Fit) -> Fit:
+        half = float(fit.columns["flops"].max()) / 2
+        return _held_out(
+            fit, fit.columns["flops"] >= half, f"C >= {number(half)}", "the upper half of the compute", seed
+        )
+
+    return _fit_forms(forms, frontier.at, fit_one, check)
+
+
+def _fit_optimum(
+    forms: tuple[Law, ...],
+    frontiers: Sequence[Frontier],
+    isoflops: Sequence[IsoFlop],
+    bootstraps: int,
+    seed: int,
+) -> list[Fit | Skipped]:
+    """A compute-optimal law at each k where iso-FLOP minima were found."""
+    views = {tuple(view.frontier.at.items()): view for view in isoflops}
+    found: list[Fit | Skipped] = []
+    for frontier in frontiers:
+        view = views.get(tuple(frontier.at.items()))
+        if view is None:
+            reason = (
+                "no compute at which at least three sizes of n compete with the best one inside; add sizes, and curves"
+            )
+            found += [Skipped(law.name, frontier.at, law.has_floor, reason) for law in forms]
+            continue
+
+        def fit_one(law: Law, view: IsoFlop = view) -> Fit:
+            return replace(fit_isoflop(law, view, bootstraps, seed), warnings=view.warnings)
+
+        def check(fit: Fit) -> Fit:
+            return replace(fit, warnings=(*fit.warnings, *fit_warnings(fit)))
+
+        found += _fit_forms(forms, frontier.at, fit_one, check)
+    return found
 
 
 def _fit_forms(
-    forms: tuple[Law, ...],
-    at: dict[str, float],
-    fit_one: Callable[[Law], Fit],
-    held_column: str,
-    at_least: float,
-    seed: int,
+    forms: tuple[Law, ...], at: dict[str, float], fit_one: Callable[[Law], Fit], check: Callable[[Fit], Fit]
 ) -> list[Fit | Skipped]:
     """Each form fitted and checked; with both fitted, the one with the floor says when floor and exponent trade off."""
     fits: list[Fit] = []
     skipped: list[Fit | Skipped] = []
     for law in forms:
         try:
-            fits.append(_checked(fit_one(law), held_column, at_least, seed))
+            fits.append(check(fit_one(law)))
         except SaescaleError as error:
             skipped.append(Skipped(law.name, at, law.has_floor, str(error)))
-    if len(fits) == 2 and (warning := unstable_exponent(fits[1], fits[0])):
-        fits[1] = replace(fits[1], warnings=(*fits[1].warnings, warning))
+    plain = next((fit for fit in fits if not fit.law.has_floor), None)
+    for i, fit in enumerate(fits):
+        if plain and fit.law.has_floor and len(fits) == 2 and (warning := unstable_exponent(fit, plain)):
+            fits[i] = replace(fit, warnings=(*fit.warnings, warning))
     return [*fits, *skipped]
 
 
-def _checked(fit: Fit, held_column: str, at_least: float, seed: int) -> Fit:
-    holdout = hold_out(fit, held_column, at_least, seed)
+def _checked_cells(fit: Fit, cells: Table, seed: int) -> Fit:
+    """With what independent cells say besides: hold-outs, the profile of the floor, the law without its last term."""
+    column = "n_latents" if "n_latents" in cells else fit.law.columns[0]
+    largest = float(cells[column].max())
+    held = cells[column] >= largest
+    label = f"{SYMBOLS.get(column, column)} >= {number(largest)}"
+    fit = _held_out(fit, held, label, label, seed)
+    more: dict[str, Any] = {}
+    if "flops" in cells and np.isfinite(cells["flops"]).all():
+        least = float(np.quantile(cells["flops"], 0.75, method="higher"))
+        costly = cells["flops"] >= least
+        # Where they are the same cells, so are the predictions.
+        same = (costly == held).all()
+        text = f"C >= {number(least)}"
+        more["holdout_compute"] = (
+            {**fit.holdout, "held_out": text} if same and fit.holdout else hold_out(fit, costly, text, seed)
+        )
+    profile = None
+    if len(fit.draws):
+        problem, to_raw = centred(fit.law, fit.columns, np.log(fit.nmse))
+        if fit.law.join == 1:
+            profile = profile_floor(fit.law, problem, np.linalg.solve(to_raw, fit.raw), np.log(fit.nmse))
+        if comparison := compare_without_last(fit, held, seed):
+            more["without_last_term"] = comparison
+    return replace(fit, profile=profile, more=more)
+
+
+def _held_out(fit: Fit, held: np.ndarray, label: str, said: str, seed: int) -> Fit:
+    holdout = hold_out(fit, held, label, seed)
     warnings = [*fit.warnings, *fit_warnings(fit)]
     if holdout is None:
-        largest = f"{SYMBOLS[held_column]} >= {number(at_least)}"
-        held = "the upper half of the compute" if held_column == "flops" else largest
-        warnings.append(f"too few points remain without {held}: nothing was held out")
+        warnings.append(f"too few points remain without {said}: nothing was held out")
+    elif fit.kind != "curves":  # the points of a frontier are not independent cells
+        warnings += holdout_warnings(holdout)
     return replace(fit, holdout=holdout, warnings=tuple(warnings))
 
 

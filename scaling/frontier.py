@@ -9,8 +9,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from scaling.estimate import Fit, Resamples, draw_counts, fit_law
-from scaling.laws import Law
+from scaling.estimate import Fit, Fitted, Resamples, draw_counts, fit_law
+from scaling.law import Law
 from scaling.tables import Table
 from storage.errors import SaescaleError
 
@@ -119,7 +119,7 @@ def fit_frontier(law: Law, frontier: Frontier, bootstraps: int, seed: int) -> Fi
     Raises SaescaleError when too few points of the frontier count.
     """
 
-    def resample(bootstraps: int, rng: np.random.Generator) -> Resamples:
+    def resample(fitted: Fitted, bootstraps: int, rng: np.random.Generator) -> Resamples:
         def enough(counts: np.ndarray) -> np.ndarray:
             kept, _ = _keep(_only(frontier.envelope, counts > 0), frontier.edge)
             return kept[:, frontier.kept].sum(axis=1) >= len(law.names)

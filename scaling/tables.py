@@ -63,6 +63,11 @@ class Table:
         columns = {name: values[mask] for name, values in self.columns.items()}
         return replace(self, columns=columns, excluded=(*self.excluded, *excluded))
 
+    def with_values(self) -> Self:
+        """Without columns that hold no value, since results.parquet has all columns always. nmse stays."""
+        kept = {n: v for n, v in self.columns.items() if n == "nmse" or v.dtype.kind != "f" or not np.isnan(v).all()}
+        return replace(self, columns=kept)
+
     def require(self, names: Sequence[str]) -> None:
         """Raises SaescaleError unless the columns exist and hold finite numbers, positive where a law takes
         their logarithm."""
@@ -112,10 +117,7 @@ def load_results(source: str | RunDirectory) -> Table:
         table = Table.from_arrow(RunDirectory(source).read_results(), url)
     else:
         raise SaescaleError(f"{source}: neither a run directory with results.parquet nor a .csv or .parquet file")
-    table = finished(table)
-    # results.parquet has all its columns always: one without any value is as good as absent.
-    valued = {n: v for n, v in table.columns.items() if n == "nmse" or v.dtype.kind != "f" or not np.isnan(v).all()}
-    table = replace(table, columns=valued)
+    table = finished(table).with_values()
     check_cells(table)
     return table
 
@@ -167,12 +169,13 @@ def fingerprint(results: Table, curves: Table | None) -> str:
     return content.hexdigest()
 
 
-def comparable(table: Table) -> Table:
+def comparable(table: Table, over_subjects: bool = False) -> Table:
     """Rows of one kind: where subject, site, d_model or activation differ, the most frequent combination stays.
 
-    A law describes one subject and one kind of SAE; the others are excluded, with the reason.
+    A law describes one subject and one kind of SAE; the others are excluded, with the reason. `over_subjects`: all
+    subjects stay, and only activations must agree.
     """
-    names = [name for name in _COMPARABLE if name in table]
+    names = [name for name in (("activation",) if over_subjects else _COMPARABLE) if name in table]
     kinds = list(zip(*(table[name].tolist() for name in names), strict=True)) if names else []
     if len(set(map(str, kinds))) < 2:
         return table

@@ -212,8 +212,13 @@ def test_fit_report_status_and_inspect(document: dict[str, Any], sweep_file: Cal
     assert len(json.loads(saescale("status", out, "--json").stdout)) == 9
     assert "9 done" in saescale("status", out).stdout
     (Path(out) / "report.html").unlink()
-    assert saescale("report", out, "--bootstraps", "20").returncode == 0
+    assert saescale("report", out, "--bootstraps", "20", "--format", "html", "--format", "md").returncode == 0
     assert "<img" in (Path(out) / "report.html").read_text()
+    assert "figures/nmse_against_n.png" in (Path(out) / "report.md").read_text()
+    assert {p.suffix for p in (Path(out) / "figures").glob("nmse_against_n.*")} == {".png", ".pdf", ".svg", ".json"}
+    unknown = saescale("report", out, "--format", "docx")
+    assert unknown.returncode == 2
+    assert "--format docx: there are html and md" in unknown.stderr
     cell = next((Path(out) / "cells").iterdir())
     for url, said in ((out, "9 done"), (document["store"], "16,384 train"), (str(cell), "TopK, n_latents")):
         result = saescale("inspect", url)

@@ -52,7 +52,7 @@ def test_floor_and_exponent_traded_off(cells: Callable[..., Rows]) -> None:
 
 
 def test_exponent_swamped_by_noise(cells: Callable[..., Rows]) -> None:
-    rows = cells(SIZES, KS, noise=0.3)
+    rows = cells(SIZES, KS, noise=1.2)
     (entry,) = fit_all(Table.from_rows(rows), bootstraps=200, laws=("n_k",))["fits"]
     assert any("cannot be told from 0" in w for w in entry["warnings"])
 
@@ -68,3 +68,35 @@ def test_sizes_that_rise_are_said_once_for_all_k(cells: Callable[..., Rows]) -> 
     rows = [r | {"nmse": 0.9} if r["n_latents"] == 4096 and r["k"] < 32 else r for r in cells(SIZES, KS)]
     (warning,) = fit_all(Table.from_rows(rows), bootstraps=0, laws=("n_k",))["warnings"]
     assert "at k = 8 (from N = 2048 to 4096) or at k = 16 (from N = 2048 to 4096): those cells" in warning
+
+
+def test_held_out_cells_outside_their_intervals(cells: Callable[..., Rows]) -> None:
+    """A law that bends at the end: the last size is half as good as the others say it should be."""
+    sizes = tuple(2 ** np.arange(9, 16))
+    rows = [row | {"nmse": row["nmse"] * (1.3 if row["n_latents"] == sizes[-1] else 1)}
+            for row in cells(sizes, KS, noise=0.002)]  # fmt: skip
+    (entry,) = fit_all(Table.from_rows(rows), bootstraps=50, laws=("n_k",))["fits"]
+    assert any("only 0 of 4 held-out cells (n >= 32768) lie in their 95 % intervals" in w for w in entry["warnings"])
+    (good,) = fit_all(Table.from_rows(cells(sizes, KS, noise=0.002)), bootstraps=50, laws=("n_k",))["fits"]
+    assert not any("held-out" in w for w in good["warnings"])
+
+
+def test_few_degrees_of_freedom(cells: Callable[..., Rows]) -> None:
+    fits = fit_all(Table.from_rows(cells((512, 1024, 2048), (8, 16, 32), noise=0.01)), bootstraps=20, laws=("n_k",))
+    assert any("9 points for 6 coefficients: with 3 degrees of freedom" in w for w in fits["fits"][0]["warnings"])
+
+
+def test_exponent_of_one_k_swamped_by_noise(cells: Callable[..., Rows]) -> None:
+    rows = cells(tuple(2 ** np.arange(9, 15)), (8,), noise=0.5)
+    fits = fit_all(Table.from_rows(rows), bootstraps=100, laws=("n",))["fits"]
+    assert "the exponent of n cannot be told from 0" in fits[0]["warnings"]
+
+
+def test_scatter_that_grows_with_n(cells: Callable[..., Rows]) -> None:
+    sizes = tuple(2 ** np.arange(9, 19))
+    quiet, loud = (cells(sizes, KS, noise=noise) for noise in (0.0005, 0.05))
+    rows = [b if a["n_latents"] >= 2**14 else a for a, b in zip(quiet, loud, strict=True)]
+    (entry,) = fit_all(Table.from_rows(rows), bootstraps=20, laws=("n_k",))["fits"]
+    assert any(w.startswith("cells scatter more about the law at large n") for w in entry["warnings"])
+    (even,) = fit_all(Table.from_rows(loud), bootstraps=20, laws=("n_k",))["fits"]
+    assert not any("scatter more" in w for w in even["warnings"])

@@ -2,7 +2,6 @@
 
 import json
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -10,7 +9,7 @@ import pytest
 
 from scaling.estimate import fit_law
 from scaling.fit import coefficient_rows, fit_all, fit_notes, predict
-from scaling.laws import GPT4, N_D, N_FLOOR, N_K, N
+from scaling.laws import GPT4, N_FLOOR, N_K, N
 from scaling.tables import Table
 from storage.errors import SaescaleError
 
@@ -43,20 +42,6 @@ def test_published_coefficients_within_intervals_under_noise(cells: Callable[...
     assert entry["rms_log_residual"] == pytest.approx(0.005, rel=0.4)
     assert entry["holdout"]["held_out"] == "n >= 2097152"
     assert entry["holdout"]["rms_log_error"] < 0.02
-
-
-def test_published_chinchilla_refit() -> None:
-    path = Path(__file__).parent / "data" / "chinchilla_points.csv"
-    points = np.genfromtxt(path, delimiter=",", names=True)
-    columns = {"n_latents": points["n_parameters"], "tokens": points["tokens"]}
-    fit = fit_law(N_D, columns, points["loss"], bootstraps=0)
-    found = dict(zip(N_D.names, N_D.to_reported(fit.raw), strict=True))
-    assert len(points) == 234
-    assert found["A"] == pytest.approx(442.2, abs=0.05)
-    assert found["B"] == pytest.approx(1271.8, abs=0.05)
-    assert found["E"] == pytest.approx(1.7839, abs=5e-5)
-    assert found["a"] == pytest.approx(0.3426, abs=5e-5)
-    assert found["b"] == pytest.approx(0.3420, abs=5e-5)
 
 
 def test_floor_is_found_and_outliers_are_ignored() -> None:
@@ -167,11 +152,3 @@ def test_a_law_without_its_columns_is_skipped(law: str, reason: str) -> None:
     assert skipped["reason"].startswith(reason)
     without = fit_all(Table.from_rows([{"nmse": 0.5, "n_latents": 8}]), bootstraps=0, laws=("c",))
     assert without["skipped"][0]["reason"].startswith("without curves law c takes the flops of cells: rows: no column")
-
-
-def test_degenerate_resamples_are_drawn_again() -> None:
-    n = 2.0 ** np.arange(9, 14)
-    nmse = N_FLOOR.value({"A": 3.0, "a": 0.4, "E": 0.1}, {"n_latents": n})
-    fit = fit_law(N_FLOOR, {"n_latents": n}, nmse, bootstraps=300)
-    assert fit.redrawn > 0
-    assert np.isfinite(fit.draws).all()

@@ -1,9 +1,28 @@
 """Laws as data: values, gradients, and the way to reported coefficients and back."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 
-from scaling.laws import GPT4, LAWS, N_FLOOR, N_K, Law, find_law, log_sum
+from scaling.estimate import fit_law
+from scaling.fit import fit_all
+from scaling.law import Exponent, Law, Term, log_sum
+from scaling.laws import (
+    GPT4,
+    LAWS,
+    N_FLATTENS,
+    N_FLOOR,
+    N_K,
+    N_STEEPENS,
+    N,
+    find_law,
+    forms_of,
+    load_laws,
+    register,
+    registered,
+)
+from scaling.tables import Table
 from storage.errors import SaescaleError
 
 
@@ -24,11 +43,11 @@ def test_gradients_are_exact(law: Law) -> None:
     rng = np.random.default_rng(0)
     design = law.design({c: rng.normal(size=5) for c in law.columns})
     raw = rng.normal(size=len(law.names))
-    _, gradient = log_sum(raw, design, law.term_of)
+    _, gradient = log_sum(raw, design, law.term_of, law.join)
     for i in range(len(raw)):
         step = np.zeros_like(raw)
         step[i] = 1e-6
-        up, down = (log_sum(raw + s, design, law.term_of)[0] for s in (step, -step))
+        up, down = (log_sum(raw + s, design, law.term_of, law.join)[0] for s in (step, -step))
         np.testing.assert_allclose(gradient[:, i], (up - down) / 2e-6, rtol=1e-6, atol=1e-8)
 
 
@@ -48,3 +67,101 @@ def test_an_exponent_written_with_a_minus_is_positive() -> None:
 def test_unknown_law() -> None:
     with pytest.raises(SaescaleError, match="no law n with coefficients B"):
         find_law("n", {"B": 1})
+
+
+TEN_LINES = """
+from scaling.law import Exponent, Law, Term
+from scaling.laws import register
+
+POWER_OF_K = register(Law(
+    name="power_of_k", formula="nmse = A n^-a k^-b", columns=("n_latents", "k"),
+    terms=(Term("A", (Exponent("a", ("n_latents",), sign=-1.0), Exponent("b", ("k",), sign=-1.0))),),
+))
+"""
+
+
+def test_a_law_of_ones_own_in_ten_lines(tmp_path: Path) -> None:
+    assert len(TEN_LINES.strip().splitlines()) <= 10
+    path = tmp_path / "mine.py"
+    path.write_text(TEN_LINES)
+    before = registered()
+    try:
+        (law,) = load_laws(str(path))
+        assert load_laws(str(path)) == (law,)
+        rows = [
+            {"n_latents": n, "k": k, "nmse": 4 * n**-0.25 * k**-0.3}
+            for n in (512, 1024, 2048, 4096)
+            for k in (8, 16, 32)
+        ]
+        (entry,) = fit_all(Table.from_rows(rows), bootstraps=20, laws=("power_of_k",))["fits"]
+        found = {name: value["value"] for name, value in entry["coefficients"].items()}
+        assert found == pytest.approx({"A": 4, "a": 0.25, "b": 0.3}, rel=1e-6)
+        assert entry["formula"] == "nmse = A n^-a k^-b"
+        assert entry["units"] == {"A": "nmse latents^a latents^b", "a": "1", "b": "1"}
+        assert entry["holdout"]["rms_log_error"] < 1e-6
+        assert find_law("power_of_k", found) is law
+    finally:
+        from scaling import laws
+
+        laws._REGISTERED[:] = before
+
+
+def test_law_files_that_do_not_work(tmp_path: Path) -> None:
+    path = tmp_path / "mine.py"
+    for text, message in (
+        ("1 / 0", "mine.py fails with ZeroDivisionError: division by zero"),
+        ("x = 1", "registers no law"),
+        (
+            TEN_LINES.replace('columns=("n_latents", "k")', 'columns=("k",)'),
+            "its exponents use k, n_latents, its columns",
+        ),
+        (TEN_LINES.replace('"b"', '"a"'), "each coefficient needs a name of its own; got A, a, a"),
+    ):
+        path.write_text(text)
+        with pytest.raises(SaescaleError, match=message):
+            load_laws(str(path))
+    with pytest.raises(SaescaleError, match="there is no law file at nothing"):
+        load_laws("nothing.py")
+
+
+def test_one_name_and_the_same_coefficients_are_one_law() -> None:
+    assert register(N) is N
+    with pytest.raises(SaescaleError, match="there is a law n with coefficients A, a; choose another name"):
+        register(Law("n", "nmse = A k^-a", ("k",), (Term("A", (Exponent("a", ("k",), sign=-1.0),)),)))
+    assert forms_of("n") == (N, N_FLOOR)
+
+
+@pytest.mark.parametrize(("law", "first", "second"), [(N_FLATTENS, 0.6, 0.1), (N_STEEPENS, 0.1, 0.6)])
+def test_broken_power_laws_turn_from_one_slope_to_the_other(law: Law, first: float, second: float) -> None:
+    n = 2.0 ** np.arange(6, 26)
+    truth = {"A": 0.3 * 2.0 ** (14 * first), "a": first, "B": 0.3 * 2.0 ** (14 * second), "b": second}
+    nmse = law.value(truth, {"n_latents": n})
+    slopes = -np.diff(np.log(nmse)) / np.diff(np.log(n))
+    assert slopes[0] == pytest.approx(first, abs=0.01)
+    assert slopes[-1] == pytest.approx(second, abs=0.01)
+    fit = fit_law(law, {"n_latents": n}, nmse, bootstraps=50)
+    found = dict(zip(law.names, law.to_reported(fit.raw), strict=True))
+    assert found == pytest.approx(truth, rel=1e-3)
+    # The terms keep their places in every resample.
+    draws = law.to_reported(fit.draws)
+    assert (np.abs(draws[:, 1] - first) < 0.05).all()
+
+
+def test_coefficients_say_what_they_are() -> None:
+    units = {c.name: (c.unit, c.linear) for c in N_FLOOR.coefficients()}
+    assert units == {"A": ("nmse latents^a", True), "a": ("1", False), "E": ("nmse", True)}
+    (a,) = (c for c in N_FLOOR.coefficients() if c.name == "a")
+    assert (a.low, a.high) == (-3, 3)
+
+
+def test_the_law_over_subjects() -> None:
+    rows = []
+    for s in (256, 512, 1024, 2048):
+        for n in (512, 1024, 2048, 4096, 8192):
+            nmse = np.exp(-0.4 + 0.1 * np.log(s) + 0.1 * np.log(n) - 0.06 * np.log(s) * np.log(n)) + 0.05
+            rows.append({"subject": f"width {s}", "d_model": s, "n_latents": n, "k": 32, "nmse": nmse})
+    (entry,) = fit_all(Table.from_rows(rows), bootstraps=20, laws=("n_s",))["fits"]
+    assert entry["at"] == {"k": 32}
+    assert entry["points"] == 20
+    for s in (256, 2048):
+        assert entry["exponent_of_n_at_d_model"][str(s)]["value"] == pytest.approx(0.1 - 0.06 * np.log(s), abs=1e-4)

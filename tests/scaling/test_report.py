@@ -1,6 +1,5 @@
-"""A run directory becomes fits.json, figures and one page that fetches nothing."""
+"""A run directory becomes fits.json, figures and a report."""
 
-import base64
 import html
 import json
 import re
@@ -13,10 +12,10 @@ import pytest
 
 from scaling.fit import fit_notes
 from scaling.report import analyse, is_current
+from scaling.report_text import duration, scientific, typeset
 from storage.rundir import RunDirectory
 
 Rows = list[dict[str, Any]]
-NAMES = ["dead_fraction.png", "nmse_against_compute.png", "nmse_against_n.png"]
 
 
 @pytest.mark.parametrize(
@@ -35,20 +34,19 @@ def test_analyse(
     rows = cells(sizes, ks, noise=0.005)
     run.write_results(rows)
     run.write_curves(pa.Table.from_pylist(curves_of(rows)))
-    document = analyse(run, bootstraps=20, provenance={"store fingerprint": "abc123", "versions": {"numpy": "2.4"}})
-    assert {fit["law"] for fit in document["fits"]} == fitted
+    provenance = {"store fingerprint": "abc123", "versions": "numpy 2.4"}
+    document = analyse(run, bootstraps=20, provenance=provenance, formats=("html", "md"))
+    assert {fit["law"] for fit in document["fits"]} >= fitted
     assert json.loads((tmp_path / "fits.json").read_text()) == document
-    assert sorted(p.name for p in (tmp_path / "figures").iterdir()) == NAMES
 
     page = (tmp_path / "report.html").read_text()
-    images = re.findall(r'<img src="data:image/png;base64,([^"]+)"', page)
-    assert len(images) == 3
-    for image, name in zip(images, sorted(NAMES, reverse=True), strict=True):
-        assert base64.b64decode(image) == (tmp_path / "figures" / name).read_bytes()
-    assert not re.search(r"https?://|<script|<link|@import", page)
-    assert "prefers-color-scheme: dark" in page
+    drawn = re.findall(r'<img class="still" src="data:image/svg\+xml;base64,', page)
+    names = {p.stem for p in (tmp_path / "figures").iterdir()}
+    assert len(drawn) == len(names) >= (4 if not fitted else 8)
+    own, _ = page.split("<script", 1)
+    assert not re.search(r'(src|href)="(?!#|data:)|@import|<link', own)
     for note in fit_notes(document):
-        assert html.unescape(page).index(note) < html.unescape(page).index("<img")
+        assert html.unescape(page).index(note) < html.unescape(page).index("<figure")
     for text in ("gpt4", "abc123", "numpy 2.4", f"{sizes[-1]}x{ks[-1]}", "training FLOPs (sparse)"):
         assert text in page
     if fitted:
@@ -57,19 +55,36 @@ def test_analyse(
         assert "No law could be fitted" in page
         assert "4 points for 6 coefficients" in page
 
+    markdown = (tmp_path / "report.md").read_text()
+    for name in re.findall(r"\]\((figures/[^)]*)\)", markdown):
+        assert (tmp_path / name).is_file()
+    for table in re.findall(r"(?:^\|.*\n)+", markdown, re.MULTILINE):
+        assert len({line.count("|") - line.count("\\|") for line in table.splitlines()}) == 1
+    assert {line for line in markdown.splitlines() if line.startswith("- ")} >= {f"- {n}." for n in fit_notes(document)}
+    assert f"| {sizes[0]:,} | {ks[0]} |" in markdown
+
+
+def test_formats_are_those_asked_for(tmp_path: Path, cells: Callable[..., Rows]) -> None:
+    run = RunDirectory(str(tmp_path))
+    run.write_results(cells((512, 1024), (8, 16)))
+    analyse(run, bootstraps=0, formats=("md",))
+    assert (tmp_path / "report.md").is_file()
+    assert not (tmp_path / "report.html").exists()
+
 
 def test_results_without_curves_or_optional_columns(cells: Callable[..., Rows]) -> None:
     run = RunDirectory("memory://report/run")
     keys = ("cell_id", "n_latents", "k", "nmse", "status")
     run.write_results([{key: row[key] for key in keys} for row in cells((512, 1024, 2048, 4096), (8, 16, 32, 64))])
-    document = analyse(run, bootstraps=0)
-    assert [fit["law"] for fit in document["fits"]] == ["n_k", *["n"] * 4]
+    document = analyse(run, bootstraps=0, formats=("html", "md"))
+    assert [fit["law"] for fit in document["fits"]][:5] == ["n_k", *["n"] * 4]
     assert document["fits"][0]["coefficients"]["alpha"]["low"] is None
 
 
 def test_current_until_anything_that_counts_changes(
-    tmp_path: Path, cells: Callable[..., Rows], curves_of: Callable[..., Rows]
+    tmp_path: Path, cells: Callable[..., Rows], curves_of: Callable[..., Rows], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr("scaling.report.draw_figures", lambda *_: [])  # they take most of the time
     run = RunDirectory(str(tmp_path))
     rows = cells((512, 1024, 2048), (8, 16))
     assert not is_current(run)
@@ -120,8 +135,20 @@ def test_an_analysis_that_is_cut_short_is_not_current(
 
 def test_text_from_tables_is_escaped(tmp_path: Path, cells: Callable[..., Rows]) -> None:
     run = RunDirectory(str(tmp_path))
-    run.write_results([row | {"subject": "<b>x</b>"} for row in cells((512, 1024), (8, 16))])
-    analyse(run, bootstraps=0)
+    evil = "</script><b>x</b>|y"
+    run.write_results([row | {"subject": evil, "cell_id": f"{evil}{row['cell_id']}"}
+                       for row in cells((512, 1024), (8, 16))])  # fmt: skip
+    analyse(run, bootstraps=0, formats=("html", "md"))
     page = (tmp_path / "report.html").read_text()
     assert "<b>x" not in page
     assert "&lt;b&gt;x" in page
+    assert "<b>x</b>\\|y" in (tmp_path / "report.md").read_text()
+
+
+def test_numbers_as_a_paper_would_have_them() -> None:
+    assert scientific(5.922e13, 3) == "5.92 × 10¹³"
+    assert scientific(-0.5, 3) == "−0.5"
+    assert typeset("-0.71 [-1.1, -0.4] at n >= 4096, n-k C >= 3.1e+12") == (
+        "−0.71 [−1.1, −0.4] at n\u00a0≥\u00a04096, n-k C\u00a0≥\u00a03.1 × 10¹²"
+    )
+    assert [duration(s) for s in (14.2, 192, 7500)] == ["14 s", "3 min 12 s", "2 h 05 min"]

@@ -1,6 +1,5 @@
 """The real W&B client: offline, read back from disk; online, against a loopback server that records what arrives."""
 
-import gzip
 import json
 import os
 import pty
@@ -8,11 +7,7 @@ import re
 import socket
 import subprocess
 import sys
-import threading
 import time
-import warnings
-from collections.abc import Callable, Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,44 +17,26 @@ import pyarrow as pa
 import pytest
 import wandb
 from pydantic import ValidationError
-from wandb.sdk.lib import wbauth
 
-from trainers import wandb_logger
-from trainers.cell import Cell, CurveRow
+from tests.trainers.wandb_case import (
+    CONTEXT,
+    DONE,
+    FITS,
+    KEY,
+    OFFLINE,
+    RESULTS,
+    bare_machine,
+    cell,
+    messages,
+    row,
+    server,
+    train,
+)  # fmt: skip
+from tests.trainers.wandb_server import WandbServer
+from trainers import wandb_client
 from trainers.wandb_logger import WandbLogger, WandbSettings, how_to_read, log_summary, resolve_mode
 
-KEY = "0123456789abcdef" * 2 + "01234567"
-OFFLINE = WandbSettings(mode="offline")
-CONTEXT = {"subject": "toy", "site": {"layer": 3, "hook": "resid_post"}, "store": "s3://me:hush@bucket/store"}
-DONE = {"status": "done", "error": None, "nmse": 0.25, "l0": 4.0, "dead_fraction": 0.5, "dead_fraction_long": 0.125}
-
-
-@pytest.fixture(autouse=True)
-def bare_machine(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
-    """No key, no settings and no memory of other tests."""
-    for name in [name for name in os.environ if name.startswith("WANDB_")]:
-        monkeypatch.delenv(name)
-    monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
-    monkeypatch.setenv("WANDB_CONFIG_DIR", str(tmp_path / "config"))
-    monkeypatch.setenv("WANDB_SILENT", "true")
-    monkeypatch.setenv("WANDB_ERROR_REPORTING", "false")
-    wandb.teardown()
-    wbauth.unauthenticate_session(update_settings=False)
-    yield
-    wandb.teardown()
-    wbauth.unauthenticate_session(update_settings=False)
-
-
-def cell(n_latents: int = 16, **fields: Any) -> Cell:
-    defaults: dict[str, Any] = {
-        "store": "abc", "d_model": 8, "k": 4, "tokens": 64, "batch_tokens": 8, "lr": 1e-3,
-        "k_aux": 4, "dead_after_tokens": 32,
-    }  # fmt: skip
-    return Cell(n_latents=n_latents, **(defaults | fields))
-
-
-def row(step: int, nmse: float = 0.5) -> CurveRow:
-    return CurveRow(step, 8 * step, 1e6 * step, nmse, 0.75, 4.0, 0.5, 0.25, 1e-3, 1234.5)
+__all__ = ["bare_machine", "server"]  # fixtures
 
 
 class Offline(NamedTuple):
@@ -163,7 +140,7 @@ input()
     process = subprocess.Popen([sys.executable, "-c", script], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     assert process.stdout
     assert process.stdout.readline() == "logged\n"
-    time.sleep(4 * wandb_logger.FLUSH_INTERVAL)
+    time.sleep(4 * wandb_client.FLUSH_INTERVAL)
     process.kill()
     process.communicate()
     (run,) = runs(tmp_path)
@@ -171,7 +148,7 @@ input()
 
 
 def test_sweeps_do_not_share_runs() -> None:
-    assert wandb_logger._run_id("cell", "a") != wandb_logger._run_id("cell", "b")
+    assert wandb_client.run_id("cell", "a") != wandb_client.run_id("cell", "b")
 
 
 def test_secrets_stay_here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -196,27 +173,6 @@ def test_secrets_stay_here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     assert config["store"] == cell().store
     assert config["storage_options"] == {"endpoint": "http://host:9000/x"}
     assert config["tokens"] == 64
-
-
-FITS = {
-    "format": 1,
-    "source": "runs/x",
-    "fits": [
-        {
-            "law": "n_k",
-            "formula": "L = ...",
-            "coefficients": {
-                "alpha": {"value": -0.5, "low": -0.6, "high": -0.4},
-                "zeta": {"value": 1.0, "low": None, "high": None},
-            },
-            "exponent_of_n_at_k": {"32": {"value": 0.1, "low": 0.05, "high": 0.2}},
-            "points": 20,
-            "rms_log_residual": 0.01,
-        },
-        {"law": "c", "formula": "L = a C^b", "coefficients": {"b": {"value": -0.1, "low": -0.2, "high": 0.0}}},
-    ],
-}
-RESULTS = pa.table({"cell_id": ["a", "b"], "n_latents": [16, 32], "nmse": [0.5, float("nan")], "error": [None, "bad"]})
 
 
 def test_summary_run(tmp_path: Path) -> None:
@@ -311,23 +267,6 @@ def test_import_is_cheap() -> None:
     assert subprocess.run([sys.executable, "-c", script], timeout=60, stdin=subprocess.DEVNULL).returncode == 0
 
 
-def messages(act: Callable[[], object]) -> list[str]:
-    """The warnings of `act`, whatever thread they come from."""
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        act()
-    return [str(w.message) for w in caught if str(w.message).startswith("W&B")]
-
-
-def train(settings: WandbSettings, directory: Path, cells: list[Cell]) -> None:
-    logger = WandbLogger(settings, "sweep", str(directory))
-    logger.open(cells, CONTEXT)
-    for c in cells:
-        logger.log(c, row(1))
-        logger.finish(c, DONE)
-    logger.close()
-
-
 def raising(*_: Any, **__: Any) -> Any:
     raise OSError(28, "No space left on device")
 
@@ -374,92 +313,14 @@ def test_a_server_that_never_lets_a_run_start(tmp_path: Path, monkeypatch: pytes
     """The first run costs one (short) time-out, those after it go to disk."""
     monkeypatch.setenv("WANDB_API_KEY", KEY)
     monkeypatch.setenv("WANDB_BASE_URL", f"http://127.0.0.1:{closed_port()}")
-    monkeypatch.setattr(wandb_logger, "_reachable", lambda mode, directory: mode)
-    monkeypatch.setattr(wandb_logger, "INIT_TIMEOUT", 2.0)
+    monkeypatch.setattr(wandb_client, "reachable", lambda mode, directory: mode)
+    monkeypatch.setattr(wandb_client, "INIT_TIMEOUT", 2.0)
     (said,) = messages(lambda: train(WandbSettings(), tmp_path, [cell(16), cell(32), cell(64)]))
     assert cell(16).cell_id in said
     assert [run.overview["config"]["n_latents"] for run in runs(tmp_path)] == [32, 64]
 
 
-class Recorder(BaseHTTPRequestHandler):
-    """As much of a W&B server as a run needs; keeps what it receives in `server.received`."""
-
-    protocol_version = "HTTP/1.1"
-
-    def log_message(self, format: str, *args: Any) -> None: ...
-
-    def _read(self) -> bytes:
-        if self.headers.get("Transfer-Encoding") == "chunked":
-            data = b""
-            while length := int(self.rfile.readline(), 16):
-                data += self.rfile.read(length)
-                self.rfile.readline()
-            self.rfile.readline()
-        else:
-            data = self.rfile.read(int(self.headers.get("Content-Length") or 0))
-        return gzip.decompress(data) if self.headers.get("Content-Encoding") == "gzip" else data
-
-    def _answer(self, value: Any) -> None:
-        data = json.dumps(value).encode()
-        self.send_response(200)
-        self.send_header("Content-Type", "application/json")
-        self.send_header("Content-Length", str(len(data)))
-        self.end_headers()
-        self.wfile.write(data)
-
-    def do_GET(self) -> None:
-        self._answer({})
-
-    def do_PUT(self) -> None:
-        self._read()
-        self._answer({})
-
-    def do_POST(self) -> None:
-        body = json.loads(self._read())
-        received: list[tuple[str, Any]] = self.server.received
-        if not self.path.endswith("/graphql"):
-            received.append((self.path, body))
-            return self._answer({})
-        operation = re.search(r"(?:query|mutation)\s+(\w+)", body["query"])
-        assert operation
-        name, variables = operation.group(1), body.get("variables") or {}
-        received.append((name, variables))
-        project = {"id": "p", "name": variables.get("project"), "entity": {"id": "e", "name": "me"}}
-        files = [
-            {"name": f, "uploadUrl": f"http://127.0.0.1:{self.server.server_address[1]}/up"}
-            for f in variables.get("files", [])
-        ]
-        bucket = {"id": "b", "name": variables.get("name"), "displayName": "x", "config": "{}", "project": project}
-        answers = {
-            "Viewer": {"viewer": {"id": "u", "entity": "me", "username": "me", "flags": "{}", "teams": {"edges": []}}},
-            "ServerFeaturesQuery": {"serverInfo": {"features": []}},
-            "RunResumeStatus": {"model": None},
-            "UpsertBucket": {"upsertBucket": {"bucket": {**bucket, "historyLineCount": 0}, "inserted": True}},
-            "CreateRunFiles": {"createRunFiles": {"runID": "b", "uploadHeaders": [], "files": files}},
-        }
-        self._answer({"data": answers.get(name, {})})
-
-
-class Quiet(ThreadingHTTPServer):
-    received: list[tuple[str, Any]]
-
-    def handle_error(self, request: Any, client_address: Any) -> None:
-        """The client drops idle connections when it ends."""
-
-
-@pytest.fixture
-def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[Quiet]:
-    server = Quiet(("127.0.0.1", 0), Recorder)
-    server.received = []
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    monkeypatch.setenv("WANDB_API_KEY", KEY)
-    monkeypatch.setenv("WANDB_BASE_URL", f"http://127.0.0.1:{server.server_port}")
-    yield server
-    server.shutdown()
-    server.server_close()
-
-
-def test_online(server: Quiet, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_online(server: WandbServer, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     cells = [cell(16), cell(32)]
     assert messages(lambda: train(WandbSettings(entity="me"), tmp_path, cells)) == []
     opened = {v["name"]: v for name, v in server.received if name == "UpsertBucket" and v.get("groupName")}
@@ -480,13 +341,13 @@ def test_online(server: Quiet, tmp_path: Path, capfd: pytest.CaptureFixture[str]
     assert capfd.readouterr() == ("", "")
 
 
-def test_a_server_that_dies_holds_nobody_up(server: Quiet, tmp_path: Path) -> None:
+def test_a_server_that_dies_holds_nobody_up(server: WandbServer, tmp_path: Path) -> None:
     """All cells together wait once for their uploads, and the process ends."""
     script = f"""
-from trainers import wandb_logger
+from trainers import wandb_client
 from trainers.wandb_logger import *
 from trainers.cell import Cell
-wandb_logger.FINISH_TIMEOUT = 2.0
+wandb_client.FINISH_TIMEOUT = 2.0
 cells = [Cell(**fields) for fields in {[cell(n).model_dump() for n in (16, 32, 64, 128)]!r}]
 logger = WandbLogger(WandbSettings(), "sweep", {str(tmp_path)!r})
 logger.open(cells, {{}})

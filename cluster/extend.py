@@ -1,0 +1,81 @@
+"""`saescale sweep SPEC --extend MORE`: the cells of MORE beside those of SPEC, of which only the missing ones train."""
+
+from collections import defaultdict
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import yaml
+
+from cluster.spec import Grid, SweepSpec, parse_spec
+from storage import files
+from storage.errors import SaescaleError
+from storage.rundir import RunDirectory
+
+# What decides how a cell is trained and measured: cells of one law must agree in it.
+_SHARED = ("train", "eval")
+
+
+class Extension(NamedTuple):
+    """`spec` has all cells; `added` of them are neither in the sweep nor in its run directory's sweep.yaml."""
+
+    spec: SweepSpec
+    added: int
+
+
+def extend(spec: SweepSpec, more: str) -> Extension:
+    """`spec` with the cells of `more` besides, a sweep file or one with a grid alone; what a run directory holds stays.
+
+    Where spec.out already holds the sweep, its sweep.yaml gets the new grid, so that results that are there count.
+    Raises SaescaleError when the trainings or evaluations differ: such cells are not of one law.
+    """
+    other = _read(more, spec)
+    _same(spec, other, more)
+    grid = union(spec.grid, other.grid)
+    run = RunDirectory(spec.out)
+    document = run.read_spec()
+    known = set(spec.grid.combinations())
+    if document is not None:
+        there = parse_spec(document, f"{spec.out}/sweep.yaml")
+        _same(spec, there, f"{spec.out}/sweep.yaml")
+        grid = union(there.grid, grid)
+        known |= set(there.grid.combinations())
+    added = len(set(grid.combinations()) - known)
+    if document is not None and added:
+        run.write_spec(document | {"grid": grid.model_dump(mode="json")})
+    return Extension(spec.model_copy(update={"grid": grid}), added)
+
+
+def union(first: Grid, second: Grid) -> Grid:
+    """All cells of both: the lists of the first, and what they do not cover one by one."""
+    lists = {key: value for key, value in first.model_dump().items() if key != "cells"} if first.k else {}
+    covered = set(Grid.model_validate(lists).combinations()) if lists else set()
+    seeds: dict[tuple[int, int, str], list[int]] = defaultdict(list)
+    for n_latents, k, activation, seed in sorted({*first.combinations(), *second.combinations()} - covered):
+        seeds[n_latents, k, activation].append(seed)
+    cells = [{"n_latents": n, "k": k, "activation": a, "seed": own} for (n, k, a), own in seeds.items()]
+    return Grid.model_validate(lists | ({"cells": cells} if cells else {}))
+
+
+def _read(more: str, spec: SweepSpec) -> SweepSpec:
+    if not files.exists(more):
+        raise SaescaleError(f"there is no file at {more} to extend with; `saescale plan --write FILE` makes one")
+    try:
+        document = yaml.safe_load(files.read_bytes(more))
+    except yaml.YAMLError as error:
+        raise SaescaleError(f"{more} is not valid YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(document, Mapping) or "grid" not in document:
+        raise SaescaleError(f"{more} has no grid to extend with")
+    base = spec.model_dump(mode="json")
+    return parse_spec({**base, **{k: v for k, v in document.items() if k in ("grid", *_SHARED)}}, more)
+
+
+def _same(spec: SweepSpec, other: SweepSpec, where: str) -> None:
+    for section in _SHARED:
+        here: dict[str, Any] = getattr(spec, section).model_dump(mode="json")
+        there: dict[str, Any] = getattr(other, section).model_dump(mode="json")
+        for key in here:
+            if here[key] != there[key]:
+                raise SaescaleError(
+                    f"{where}: {section}.{key} is {there[key]} and the sweep's is {here[key]}; cells of one sweep are "
+                    "trained and measured alike: make them the same, or sweep it into a run directory of its own"
+                )

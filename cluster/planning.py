@@ -1,0 +1,291 @@
+"""`saescale plan`: the cells to train next, what they cost, how they pack, and the sweep file that trains them."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple, cast
+
+import numpy as np
+import yaml
+
+from cluster.spec import SweepSpec, parse_spec
+from scaling.design import (
+    TARGETS,
+    Candidates,
+    Design,
+    Target,
+    Wanted,
+    best_rectangle,
+    candidates,
+    expected,
+    propose,
+    wanted,
+)
+from scaling.devices import Device
+from scaling.estimate import Fit, fit_law
+from scaling.laws import GPT4, N_K
+from scaling.sources import load_sources
+from scaling.tables import Table, comparable
+from storage import files
+from storage.errors import SaescaleError
+from storage.rundir import RunDirectory
+
+_DRAWS = 12  # of the fit's bootstrap, beside its best coefficients: guesses that the design is made for
+_WIDER = 16  # how far beyond the largest n of a run cells may go
+_SMALLEST = 512
+_NOISE = 0.005
+_KS = (8, 16, 32, 64, 128, 256, 512)
+
+
+@dataclass(frozen=True)
+class Request:
+    """What is asked: `hours` on one `device`; `at` is the point of a prediction or the k of an exponent or floor."""
+
+    hours: float
+    device: Device
+    target: str = "exponent"
+    at: Mapping[str, float] = field(default_factory=dict)
+    source: str | None = None
+    store: str | None = None
+    d_model: int = 768
+    tokens: float = 1e9  # of n = 32768; they grow with n^0.6
+    n_range: tuple[int | None, int | None] = (None, None)
+    ks: tuple[int, ...] = ()
+    noise: float | None = None
+    seeds: int = 3
+
+
+class Prior(NamedTuple):
+    """What is known before: coefficients [draws, coefficients], scatter of ln nmse, cells that are there, in words."""
+
+    raw: np.ndarray
+    noise: float
+    cells: Mapping[str, np.ndarray]
+    words: str
+
+
+class PlannedCell(NamedTuple):
+    """A row of the plan; `hours` of all its seeds together."""
+
+    n_latents: int
+    k: int
+    seeds: tuple[int, ...]
+    tokens: int
+    flops: float
+    hours: float
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The proposal. `packs` are [n_latents, k, seed] of cells that train side by side on one device."""
+
+    request: Request
+    prior: Prior
+    spec: SweepSpec
+    cells: tuple[PlannedCell, ...]
+    goal: Wanted
+    design: Design
+    before: Design | None
+    rectangle: Design | None
+    packs: tuple[tuple[tuple[int, int, int], ...], ...]
+
+    def document(self) -> dict[str, Any]:
+        """Everything as JSON."""
+        device = self.request.device
+        return {
+            "target": self.request.target,
+            "at": dict(self.request.at),
+            "budget_hours": self.request.hours,
+            "hours": self.design.hours,
+            "device": {**device._asdict(), "flops_per_s": device.flops_per_s},
+            "prior": {"from": self.prior.words, "noise": self.prior.noise, "cells": len(self.prior.cells["k"])},
+            "cells": [cell._asdict() for cell in self.cells],
+            "expected": self._expected(self.design),
+            "before": self._expected(self.before),
+            "rectangle": self.rectangle
+            and {
+                "cells": int(self.rectangle.counts.sum()),
+                "hours": self.rectangle.hours,
+                "expected": self._expected(self.rectangle),
+            },
+            "packs": [list(map(list, pack)) for pack in self.packs],
+        }
+
+    def _expected(self, design: Design | None) -> list[dict[str, Any]] | None:
+        names = self.goal.names or N_K.names
+        return design and [
+            {"quantity": name, "value": float(value), "low": float(value - half), "high": float(value + half)}
+            for name, value, half in zip(names, design.value, design.half_width, strict=True)
+        ]
+
+    def yaml(self) -> str:
+        """The sweep file."""
+        document = self.spec.model_dump(mode="json", exclude={"grid"})
+        cells = sum(len(cell.seeds) for cell in self.cells)
+        lines = [
+            f"# {cells} cells that narrow the {self.request.target} the most within {self.request.hours:g} h on one "
+            f"{self.request.device.name}.",
+            f"# Prior: {self.prior.words}.",
+            "# To add them to a sweep that is there: saescale sweep ITS.yaml --extend THIS.yaml",
+            yaml.safe_dump(document, sort_keys=False, allow_unicode=True).rstrip(),
+            "grid:",
+            "  cells:",
+            *(f"  - {{n_latents: {c.n_latents}, k: {c.k}, seed: {list(c.seeds)}}}" for c in self.cells),
+        ]
+        return "\n".join(lines) + "\n"
+
+
+def make_plan(request: Request) -> Plan:
+    """The plan of a request. Raises SaescaleError for a target or point that does not fit and a budget too small."""
+    if request.target not in TARGETS:
+        raise SaescaleError(f"unknown target {request.target}; there are {', '.join(TARGETS)}")
+    prior, base, d_model = _prior(request)
+    sizes, ks = _levels(request, prior.cells, d_model)
+    cells = _candidates(request, prior, base, d_model, sizes, ks)
+    goal = wanted(cast(Target, request.target), N_K, prior.raw, [k for k in ks if k in cells.k], request.at)
+    design = propose(cells, goal, request.hours, prior.cells, request.seeds)
+    rectangle = best_rectangle(cells, goal, request.hours, prior.cells, request.seeds)
+    planned, grid = _planned(cells, design, prior.cells, base, d_model, request.device)
+    spec = parse_spec(base | {"grid": {"cells": grid}}, "the plan")
+    before = expected(cells, goal, prior.cells) if len(prior.cells["k"]) > len(N_K.names) else None
+    return Plan(request, prior, spec, planned, goal, design, before, rectangle, _packs(spec, d_model, request.device))
+
+
+def _prior(request: Request) -> tuple[Prior, dict[str, Any], int]:
+    """(what is known, the sweep to add to as a mapping without grid, d_model)."""
+    none = {"n_latents": np.empty(0), "k": np.empty(0)}
+    base: dict[str, Any] = {
+        "name": "plan",
+        "store": request.store or "stores/STORE",
+        "out": "runs/plan",
+        "train": {"tokens": {"at": 32_768, "tokens": request.tokens, "exponent": 0.6}},
+    }
+    if request.source is None:
+        words = f"the published law of GPT-4's SAEs and an assumed scatter of {request.noise or _NOISE:.2%}"
+        return Prior(N_K.to_raw(GPT4)[None], request.noise or _NOISE, none, words), base, request.d_model
+    results = comparable(load_sources([request.source])[0])
+    results.require(("n_latents", "k"))
+    try:
+        fit = fit_law(N_K, results.columns, results["nmse"], bootstraps=_DRAWS * 10)
+    except SaescaleError as error:
+        raise SaescaleError(
+            f"{request.source}: no law to plan from: {error}; or plan from the published law"
+        ) from error
+    d_model = int(results["d_model"][0]) if "d_model" in results else request.d_model
+    words = f"L(N, k) of {request.source} and its scatter of {request.noise or fit.noise:.2%} about it"
+    prior = Prior(
+        np.concatenate([fit.raw[None], _plausible(fit)]), request.noise or fit.noise,
+        {"n_latents": results["n_latents"], "k": results["k"]}, words,
+    )  # fmt: skip
+    return prior, _base_of(request.source, results, base), d_model
+
+
+def _base_of(source: str, results: Table, base: dict[str, Any]) -> dict[str, Any]:
+    """How a run directory's cells were trained, or for a table the default with its tokens where they are all alike."""
+    if not source.lower().endswith((".csv", ".parquet")) and (document := RunDirectory(source).read_spec()):
+        return {key: value for key, value in document.items() if key not in ("grid", "resolved")}
+    if "tokens" in results and len(np.unique(results["tokens"])) == 1:
+        tokens = int(results["tokens"][0])
+        batch = next(size for size in (131_072, 8_192, 1_024, 256, 1) if tokens % size == 0)
+        return base | {"train": {"tokens": tokens, "batch_tokens": batch}}
+    return base
+
+
+def _plausible(fit: Fit) -> np.ndarray:
+    """A few of the bootstrap's coefficients whose exponents are those of a law that falls with n."""
+    slopes = np.stack([fit.law.exponent_of(fit.draws, "n_latents", {"k": k}) for k in np.unique(fit.columns["k"])])
+    return fit.draws[(slopes < 0).all(axis=0)][:_DRAWS]
+
+
+def _levels(request: Request, cells: Mapping[str, np.ndarray], d_model: int) -> tuple[np.ndarray, list[float]]:
+    """The n (powers of two) and k that cells may have."""
+    there = bool(len(cells["k"]))
+    low = request.n_range[0] or (int(cells["n_latents"].min()) if there else _SMALLEST)
+    high = request.n_range[1] or (_WIDER * int(cells["n_latents"].max()) if there else 2**24)
+    if low > high:
+        raise SaescaleError(f"--n-min {low} is above --n-max {high}")
+    ks = sorted(set(request.ks) or ({int(k) for k in cells["k"]} if there else {k for k in _KS if k <= d_model / 4}))
+    sizes = low * 2.0 ** np.arange(int(np.log2(high / low)) + 1)
+    return sizes, [float(k) for k in ks]
+
+
+def _candidates(
+    request: Request, prior: Prior, base: dict[str, Any], d_model: int, sizes: np.ndarray, ks: Sequence[float]
+) -> Candidates:
+    n, k = (v.ravel() for v in np.meshgrid(sizes, np.array(ks), indexing="ij"))
+    possible = k <= n
+    n, k = n[possible], k[possible]
+    spec = parse_spec(base | {"grid": {"cells": _grid(n, k, [[0]] * len(n))}}, "the plan")
+    planned, needs = _cells(spec, d_model), _needs(spec, request.device)
+    hours = np.array([request.device.hours(cell.flops(cell.tokens).sparse) for cell in planned])
+    fits = hours <= request.hours
+    if not fits.any():
+        raise SaescaleError(
+            f"{request.hours:.3g} h on {request.device.name} do not reach for one cell; the cheapest takes "
+            f"{hours.min():.3g} h. Raise --budget or lower --tokens"
+        )
+    fits &= np.array([needs([cell]) <= request.device.memory for cell in planned])
+    if not fits.any():
+        least = min(needs([cell]) for cell in planned) / 2**30
+        raise SaescaleError(
+            f"no cell fits into the memory of {request.device.name}; the smallest takes {least:.3g} GiB"
+        )
+    return candidates(N_K, prior.raw, n[fits], k[fits], hours[fits], prior.noise)
+
+
+def _planned(
+    cells: Candidates,
+    design: Design,
+    there: Mapping[str, np.ndarray],
+    base: dict[str, Any],
+    d_model: int,
+    device: Device,
+) -> tuple[tuple[PlannedCell, ...], list[dict[str, Any]]]:
+    """The rows of the plan and of the sweep file's grid. Seeds go on after as many as the source has of an n and k."""
+    chosen = np.flatnonzero(design.counts)
+    first = [int(((there["n_latents"] == cells.n_latents[i]) & (there["k"] == cells.k[i])).sum()) for i in chosen]
+    seeds = [list(range(f, f + int(design.counts[i]))) for f, i in zip(first, chosen, strict=True)]
+    grid = _grid(cells.n_latents[chosen], cells.k[chosen], seeds)
+    spec = parse_spec(base | {"grid": {"cells": grid}}, "the plan")
+    sparse = {(c.n_latents, c.k): (c.tokens, float(c.flops(c.tokens).sparse)) for c in _cells(spec, d_model)}
+    rows = []
+    for cell in grid:
+        tokens, flops = sparse[cell["n_latents"], cell["k"]]
+        hours = device.hours(flops) * len(cell["seed"])
+        rows.append(PlannedCell(cell["n_latents"], cell["k"], tuple(cell["seed"]), tokens, flops, hours))
+    return tuple(rows), grid
+
+
+def _grid(n: np.ndarray, k: np.ndarray, seeds: Sequence[list[int]]) -> list[dict[str, Any]]:
+    return [{"n_latents": int(a), "k": int(b), "seed": own} for a, b, own in zip(n, k, seeds, strict=True)]
+
+
+class _Planned(NamedTuple):
+    """What `SweepSpec.cells` asks of a store, before there is one."""
+
+    fingerprint: str
+    d_model: int
+
+
+def _cells(spec: SweepSpec, d_model: int) -> list[Any]:
+    return spec.cells(cast(Any, _Planned("planned", d_model)), "bf16")
+
+
+def _needs(spec: SweepSpec, device: Device) -> Callable[[Sequence[Any]], float]:
+    """Bytes that a pack takes on the device, over a store of which only d_model is known."""
+    from trainers.memory import StreamSize, pack_memory
+
+    stream = StreamSize(8_192, 2**40)
+    kernels: Any = "cpu" if device.name == "cpu" else "cuda"
+    return lambda cells: pack_memory(cells, spec.eval.tokens, stream, kernels).total
+
+
+def _packs(spec: SweepSpec, d_model: int, device: Device) -> tuple[tuple[tuple[int, int, int], ...], ...]:
+    from cluster.plan import plan_packs
+
+    packs = plan_packs(_cells(spec, d_model), {}, 1, device.memory, _needs(spec, device))
+    return tuple(tuple((c.n_latents, c.k, c.seed) for c in pack) for pack in packs)
+
+
+def write_plan(plan: Plan, url: str) -> None:
+    """Writes the sweep file. Raises SaescaleError when it cannot be written."""
+    files.write_atomic(url, plan.yaml().encode())

@@ -1,0 +1,158 @@
+"""The real W&B client reads a project from a loopback server, and the laws come out of it."""
+
+import json
+import re
+import threading
+from collections.abc import Callable, Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from cluster.wandb_source import read_project
+from storage.errors import SaescaleError
+from tests.cluster.test_cli import assert_one_line, saescale
+from tests.scaling.conftest import _cells, _curves_of
+
+KEY = "0123456789abcdef" * 2 + "01234567"
+PAGE = 7
+
+
+class Server(ThreadingHTTPServer):
+    """Answers what `wandb.Api` asks about the runs of one project, a page at a time, and records the questions."""
+
+    def __init__(self, runs: list[dict[str, Any]]) -> None:
+        super().__init__(("127.0.0.1", 0), Handler)
+        self.runs = runs
+        self.asked: list[dict[str, Any]] = []
+
+
+class Handler(BaseHTTPRequestHandler):
+    server: Server
+
+    def do_POST(self) -> None:
+        body = json.loads(self.rfile.read(int(self.headers["content-length"])) or b"{}")
+        query, variables = body.get("query", ""), body.get("variables") or {}
+        self.server.asked.append({"query": query, "variables": variables})
+        if "viewer" in query:
+            data: Any = {"viewer": {"id": "1", "entity": "me", "username": "me", "flags": "{}", "teams": {"edges": []}}}
+        elif variables.get("project") != "sweeps":
+            data = {"project": None}
+        elif re.search(r"\bruns\(", query):
+            data = {"project": self._page(variables)}
+        else:
+            run = next(run for run in self.server.runs if run["name"] == variables["name"])
+            data = {"project": {"run": {"history": [json.dumps(row) for row in run["rows"]]}}}
+        answer = json.dumps({"data": data}).encode()
+        self.send_response(200)
+        self.send_header("content-type", "application/json")
+        self.send_header("content-length", str(len(answer)))
+        self.end_headers()
+        self.wfile.write(answer)
+
+    def _page(self, variables: dict[str, Any]) -> dict[str, Any]:
+        group = json.loads(variables["filters"]).get("group")
+        runs = [run for run in self.server.runs if group in (None, run["group"])]
+        first = int(variables["cursor"] or 0)
+        edges = [
+            {"node": {key: value for key, value in run.items() if key != "rows"}, "cursor": str(first + i + 1)}
+            for i, run in enumerate(runs[first : first + PAGE])
+        ]
+        page = {"endCursor": edges[-1]["cursor"] if edges else None, "hasNextPage": first + PAGE < len(runs)}
+        return {"internalId": "1", "runCount": len(runs), "readOnly": False, "runs": {"edges": edges, "pageInfo": page}}
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+def run_of(
+    cell: dict[str, Any], rows: list[dict[str, Any]], group: str = "first", job: str | None = "cell"
+) -> dict[str, Any]:
+    """A run as the server has it: values of the config in a mapping of their own, all of it JSON in text."""
+    described = ("n_latents", "k", "d_model", "seed", "lr", "activation", "cell_id", "subject", "site")
+    config = {key: {"value": cell[key]} for key in described if key in cell}
+    measured = ("nmse", "l0", "dead_fraction", "tokens", "flops", "flops_dense", "wall_s", "status", "error")
+    return {
+        "id": cell["cell_id"], "name": f"{group}-{cell['cell_id']}", "displayName": cell["cell_id"], "group": group,
+        "jobType": job, "state": "finished", "tags": [], "sweepName": None, "commit": None, "readOnly": False,
+        "createdAt": "2026-01-01T00:00:00", "heartbeatAt": "2026-01-01T00:00:00", "description": None, "notes": None,
+        "systemMetrics": "{}", "summaryMetrics": json.dumps({key: cell[key] for key in measured}),
+        "config": json.dumps(config), "historyLineCount": len(rows), "user": {"name": "me", "username": "me"},
+        "historyKeys": None, "projectId": "1",
+        "rows": [{"_step": row["step"]} | {name: row[name] for name in row if name not in ("cell_id", "step")}
+                 for row in rows],
+    }  # fmt: skip
+
+
+Serve = Callable[[list[dict[str, Any]]], Server]
+
+
+@pytest.fixture
+def serve(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Serve]:
+    servers = []
+
+    def start(runs: list[dict[str, Any]]) -> Server:
+        server = Server(runs)
+        servers.append(server)
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        address = f"http://127.0.0.1:{server.server_port}"
+        for name, value in (
+            ("BASE_URL", address), ("API_KEY", KEY), ("CONFIG_DIR", str(tmp_path / "config")), ("SILENT", "true"),
+            ("ERROR_REPORTING", "false"),
+        ):  # fmt: skip
+            monkeypatch.setenv(f"WANDB_{name}", value)
+        monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
+        return server
+
+    yield start
+    for server in servers:
+        server.shutdown()
+        server.server_close()
+
+
+def project(evaluations: int = 8, noise: float = 0.003) -> list[dict[str, Any]]:
+    cells = _cells((512, 1024, 2048, 4096), (8, 16, 32), noise=noise)
+    curves = _curves_of(cells, evaluations=evaluations)
+    runs = [run_of(cell, [row for row in curves if row["cell_id"] == cell["cell_id"]]) for cell in cells]
+    summary = run_of(cells[0], [], job="summary")
+    other = run_of(_cells((64,), (4,))[0], [], group="second")
+    failed = run_of(_cells((8192,), (8,))[0] | {"status": "failed", "nmse": None, "error": "NaN in the loss"}, [])
+    return [*runs, summary, other, failed]
+
+
+def test_cells_and_curves_of_a_group(serve: Serve) -> None:
+    server = serve(project())
+    results, curves = read_project("me/sweeps/first")
+    assert len(results) == 12
+    assert sorted(set(results["n_latents"])) == [512, 1024, 2048, 4096]
+    assert results["subject"][0] == "gpt4"
+    assert results.excluded == ("cell 8192x8, N = 8192, k = 8 is failed: NaN in the loss",)
+    expected = {cell["cell_id"]: cell["nmse"] for cell in _cells((512, 1024, 2048, 4096), (8, 16, 32), noise=0.003)}
+    assert dict(zip(results["cell_id"], results["nmse"], strict=True)) == expected
+    assert curves is not None
+    assert len(curves) == 12 * 8
+    pages = [asked for asked in server.asked if re.search(r"\bruns\(", asked["query"])]
+    assert [asked["variables"]["cursor"] for asked in pages] == [None, "7"]
+    assert {asked["variables"]["filters"] for asked in pages} == {'{"group": "first"}'}
+
+
+def test_a_project_that_is_not_there(serve: Serve) -> None:
+    serve([])
+    with pytest.raises(SaescaleError, match="wandb:me/nothing: Could not find project nothing; check the name"):
+        read_project("me/nothing")
+    with pytest.raises(SaescaleError, match="no run with n_latents and k in its config"):
+        read_project("me/sweeps")
+    with pytest.raises(SaescaleError, match="write wandb:entity/project"):
+        read_project("a/b/c/d")
+
+
+def test_fit_from_the_command_line(serve: Serve) -> None:
+    serve(project(evaluations=100))
+    result = saescale("fit", "wandb:me/sweeps/first", "--law", "n_k", "--bootstraps", "20", "--json")
+    assert result.returncode == 0, result.stderr
+    document = json.loads(result.stdout)
+    assert document["source"] == "wandb:me/sweeps/first"
+    assert document["fits"][0]["points"] == 12
+    assert document["tokens_to_convergence"]["exponent_of_n"]["value"] == pytest.approx(0.5, abs=0.1)
+    assert_one_line(saescale("fit", "wandb:me/nothing"), "wandb:me/nothing", "WANDB_API_KEY")

@@ -1,0 +1,75 @@
+"""Tokens to convergence and iso-FLOP minima of curves whose answers are known."""
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+
+from scaling.convergence import WITHIN, find_convergence
+from scaling.fit import fit_all, fit_laws
+from scaling.tables import Table
+
+Rows = list[dict[str, Any]]
+SIZES, KS = (512, 1024, 2048, 4096, 8192), (8, 16, 32)
+
+
+def test_tokens_to_convergence_grow_as_they_were_made(
+    cells: Callable[..., Rows], curves_of: Callable[..., Rows]
+) -> None:
+    rows = cells(SIZES, KS)
+    found = find_convergence(Table.from_rows(rows), Table.from_rows(curves_of(rows, evaluations=200)), 100, 0)
+    assert found.unconverged == 0
+    exponent = found.document()["exponent_of_n"]
+    assert exponent["low"] <= exponent["value"] <= exponent["high"]
+    assert exponent["value"] == pytest.approx(0.5, abs=0.03)
+    # exp(-tokens / scale) is WITHIN at scale * ln(1 / WITHIN).
+    tokens = {row["n_latents"]: row["tokens"] for row in found.rows if row["k"] == 8}
+    assert tokens[2048] == pytest.approx(8_000_000 * 0.02 * 2 * np.log(1 / WITHIN), rel=0.05)
+
+
+def test_cells_that_still_fall_do_not_count(cells: Callable[..., Rows], curves_of: Callable[..., Rows]) -> None:
+    rows = cells(SIZES, KS)
+    found = find_convergence(Table.from_rows(rows), Table.from_rows(curves_of(rows, late_fall=0.3)), 10, 0)
+    assert (found.rows, found.unconverged) == ((), 15)
+    assert found.document()["reason"] == "no cell with a curve converged (15 did not)"
+
+
+def chinchilla_curves() -> tuple[Rows, Rows]:
+    """Cells of L = n^-0.3 + D^-0.3 with C = 2 n D: the best n is (C / 2)^0.5, the best D as much."""
+    cells, curves = [], []
+    for n in 2.0 ** np.arange(8, 20):
+        cell = {"cell_id": f"{n:g}", "n_latents": n, "k": 8, "tokens": 2.0**16, "flops": 2 * n * 2.0**16}
+        cells.append(cell | {"nmse": n**-0.3 + cell["tokens"] ** -0.3})
+        curves += [
+            {"cell_id": cell["cell_id"], "tokens": d, "flops": 2 * n * d, "nmse": n**-0.3 + d**-0.3}
+            for d in 2.0 ** np.arange(8, 16.1, 0.125)
+        ]
+    return cells, curves
+
+
+def test_compute_optimal_laws() -> None:
+    cells, curves = chinchilla_curves()
+    document = fit_all(Table.from_rows(cells), Table.from_rows(curves), bootstraps=50, laws=("n_of_c", "d_of_c"))
+    by_name = {entry["law"]: entry for entry in document["fits"]}
+    g, h = by_name["n_of_c"]["coefficients"]["g"], by_name["d_of_c"]["coefficients"]["h"]
+    assert g["value"] == pytest.approx(0.5, abs=0.03)
+    assert h["value"] == pytest.approx(0.5, abs=0.03)
+    assert g["low"] < g["value"] < g["high"]
+    assert by_name["n_of_c"]["target"] == "n_latents"
+    assert any("biased" in warning for warning in by_name["n_of_c"]["warnings"])
+    (view,) = document["iso_flop"]
+    for minimum in view["minima"]:
+        assert minimum["n_latents"] == pytest.approx(np.sqrt(minimum["flops"] / 2), rel=0.2)
+        assert minimum["tokens"] == pytest.approx(minimum["flops"] / 2 / minimum["n_latents"], rel=0.01)
+
+
+def test_minima_at_the_edge_are_dropped() -> None:
+    cells, curves = chinchilla_curves()
+    small = [cell for cell in cells if cell["n_latents"] <= 2**10]
+    laws = fit_laws(Table.from_rows(small), Table.from_rows(curves), bootstraps=0, laws=("n_of_c",))
+    sizes = laws.isoflops[0].n_latents if laws.isoflops else np.empty(0)
+    assert (sizes < 2**10).all()
+    few = fit_laws(Table.from_rows(small[:2]), Table.from_rows(curves), bootstraps=0, laws=("n_of_c",))
+    assert few.fits == ()
+    assert "curves of 2 different n" in few.skipped[0].reason

@@ -1,0 +1,101 @@
+"""Plans keep their budget and narrow what they promise, in simulated sweeps as in their own figures."""
+
+import numpy as np
+import pytest
+
+from scaling.compute import flops_per_token
+from scaling.design import Candidates, Design, best_rectangle, candidates, propose, wanted
+from scaling.devices import find_device
+from scaling.estimate import fit_law
+from scaling.laws import GPT4, N_K
+from storage.errors import SaescaleError
+
+NOISE = 0.005
+KS = [8.0, 16.0, 32.0, 64.0, 128.0, 256.0]
+NONE = {"n_latents": np.empty(0), "k": np.empty(0)}
+RAW = N_K.to_raw(GPT4)
+
+
+@pytest.fixture(scope="module")
+def cells() -> Candidates:
+    """n from 1,024 to 262,144 at d_model 768 on an H100, with tokens that grow as n^0.6."""
+    n, k = (v.ravel() for v in np.meshgrid(2.0 ** np.arange(10, 19), np.array(KS), indexing="ij"))
+    tokens = 1e9 * (n / 32768) ** 0.6
+    device = find_device("h100")
+    hours = [
+        device.hours(flops_per_token(768, int(a), int(b), 256).sparse * d) for a, b, d in zip(n, k, tokens, strict=True)
+    ]
+    return candidates(N_K, RAW[None], n, k, np.array(hours), NOISE)
+
+
+def simulated_errors(cells: Candidates, design: Design, sweeps: int) -> tuple[np.ndarray, np.ndarray]:
+    """(errors, interval widths) of the exponents of n at each k [sweeps, ks] over simulated sweeps of a design."""
+    own = np.repeat(np.arange(len(design.counts)), design.counts)
+    columns = {"n_latents": cells.n_latents[own], "k": cells.k[own]}
+    truth = N_K.log_value(RAW, columns)
+    errors, widths = [], []
+    for seed in range(sweeps):
+        nmse = np.exp(truth + NOISE * np.random.default_rng(seed).standard_normal(len(own)))
+        fit = fit_law(N_K, columns, nmse, bootstraps=200, seed=seed, agree=False)
+        found = [fit.exponent("n_latents", {"k": k}) for k in KS]
+        errors.append(
+            [f["value"] - N_K.exponent_of(RAW, "n_latents", {"k": k}) for f, k in zip(found, KS, strict=True)]
+        )
+        widths.append([f["high"] - f["low"] for f in found])
+    return np.array(errors), np.array(widths)
+
+
+def test_narrower_than_the_best_full_grid_of_the_same_cost(cells: Candidates) -> None:
+    goal = wanted("exponent", N_K, cells.raw, KS, {})
+    plan, grid = propose(cells, goal, 0.5, NONE), best_rectangle(cells, goal, 0.5, NONE)
+    assert grid is not None
+    assert 0.9 * plan.hours <= grid.hours <= 0.5
+    errors, widths = simulated_errors(cells, plan, 16)
+    grid_errors, grid_widths = simulated_errors(cells, grid, 16)
+    assert np.median(widths) < 0.9 * np.median(grid_widths)
+    assert np.sqrt(np.mean(errors**2)) < np.sqrt(np.mean(grid_errors**2))
+    # What the plan promises is what its sweeps have.
+    np.testing.assert_allclose(np.median(widths, axis=0) / 2, plan.half_width, rtol=0.35)
+
+
+@pytest.mark.parametrize("target", ["exponent", "floor", "prediction", "coefficients"])
+def test_every_target_gains_over_the_full_grid_within_the_budget(cells: Candidates, target: str) -> None:
+    at = {"n_latents": 2.0**20, "k": 64.0} if target == "prediction" else {}
+    goal = wanted(target, N_K, cells.raw, KS, at)  # type: ignore[arg-type]
+    plan, grid = propose(cells, goal, 1.0, NONE), best_rectangle(cells, goal, 1.0, NONE)
+    assert grid is not None
+    assert plan.hours <= 1.0
+    assert plan.counts.max() <= 3
+    assert plan.objective < grid.objective
+    assert len({*cells.n_latents[plan.counts > 0]}) >= 3
+    assert len({*cells.k[plan.counts > 0]}) >= 3
+
+
+def test_cells_that_are_there_count(cells: Candidates) -> None:
+    n, k = (v.ravel() for v in np.meshgrid(2.0 ** np.arange(10, 14), np.array(KS), indexing="ij"))
+    goal = wanted("exponent", N_K, cells.raw, KS, {"k": 8.0})
+    there = {"n_latents": np.tile(n, 3), "k": np.tile(k, 3)}
+    beside, alone = propose(cells, goal, 0.3, there), propose(cells, goal, 0.3, NONE)
+    assert beside.half_width[0] < alone.half_width[0]
+    # Small cells are there already: the budget goes to larger ones.
+    large = cells.n_latents >= 2**14
+    assert beside.counts[large] @ cells.hours[large] > 0.8 * beside.hours
+
+
+def test_more_budget_narrows_more(cells: Candidates) -> None:
+    goal = wanted("floor", N_K, cells.raw, KS, {})
+    objectives = [propose(cells, goal, hours, NONE).objective for hours in (0.1, 0.5, 2.0)]
+    assert objectives == sorted(objectives, reverse=True)
+
+
+def test_what_cannot_be_planned(cells: Candidates) -> None:
+    goal = wanted("exponent", N_K, cells.raw, KS, {})
+    with pytest.raises(SaescaleError, match=r"0\.001 hours are too few for a law: it takes 8 cells"):
+        propose(cells, goal, 0.001, NONE)
+    with pytest.raises(SaescaleError, match="add --at n=65536,k=64"):
+        wanted("prediction", N_K, cells.raw, KS, {"k": 8.0})
+    with pytest.raises(SaescaleError, match="unknown device h10; did you mean h100"):
+        find_device("h10")
+    with pytest.raises(SaescaleError, match="must be positive"):
+        find_device("cpu", -1.0)
+    assert find_device("H100", 1e12).hours(3.6e15) == 1.0

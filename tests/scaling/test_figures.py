@@ -1,0 +1,138 @@
+"""Every figure is one view, drawn alike for paper and for the screen."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import plotly.graph_objects
+import pyarrow as pa
+import pytest
+
+from scaling import paper
+from scaling.axes import count_axis, linear_axis, log_axis, power_axis
+from scaling.figures import draw_figures, views_of
+from scaling.fit import Laws, fit_laws
+from scaling.interactive import plot, theme
+from scaling.palette import colour
+from scaling.tables import Table
+from scaling.views import Label, Points, spread
+from scaling.views_profile import profile, tradeoff
+
+Rows = list[dict[str, Any]]
+SIZES, KS = (512, 1024, 2048, 4096, 8192), (8, 16, 32, 64)
+
+
+_FITTED: list[tuple[Laws, Table]] = []
+
+
+@pytest.fixture
+def fitted(cells: Callable[..., Rows], curves_of: Callable[..., Rows]) -> tuple[Laws, Table]:
+    if not _FITTED:  # nothing here changes it
+        rows = cells(SIZES, KS, noise=0.005)
+        curves = Table.from_arrow(pa.Table.from_pylist(curves_of(rows)), "curves")
+        _FITTED.append((fit_laws(Table.from_rows(rows), curves, bootstraps=20), curves))
+    return _FITTED[0]
+
+
+def test_files_of_every_figure(fitted: tuple[Laws, Table], tmp_path: Path) -> None:
+    figures = draw_figures(fitted[0], str(tmp_path), fitted[1])
+    names = [figure.view.name for figure in figures]
+    assert names[:5] == ["nmse_against_n", "nmse_against_compute", "exponents", "holdout", "residuals"]
+    assert {"isoflop", "dead_fraction", "dead_over_training"} <= set(names)
+    starts = {"png": b"\x89PNG", "pdf": b"%PDF", "svg": b"<?xml", "json": b"{"}
+    assert {p.name for p in tmp_path.iterdir()} == {f"{name}.{kind}" for name in names for kind in starts}
+    for path in tmp_path.iterdir():
+        assert path.read_bytes().startswith(starts[path.suffix[1:]])
+    for figure in figures:
+        again = json.loads((tmp_path / f"{figure.view.name}.json").read_text())
+        # Plotly's own validation: an unknown attribute or a wrong type raises.
+        assert len(plotly.graph_objects.Figure(again).data) == len(figure.plotly["data"])
+
+
+def test_the_same_figure_has_the_same_bytes(fitted: tuple[Laws, Table]) -> None:
+    view = views_of(*fitted)[0]
+    assert paper.draw(view) == paper.draw(view)
+
+
+def test_both_drawings_hold_every_cell(fitted: tuple[Laws, Table]) -> None:
+    view = views_of(*fitted)[0]
+    measured = sorted(fitted[0].results["nmse"].tolist())
+    assert sorted(y for layer in view.layers if isinstance(layer, Points) for y in layer.y) == measured
+    markers = [trace for trace in plot(view)["data"] if trace.get("mode") == "markers"]
+    assert sorted(y for trace in markers for y in trace["y"]) == measured
+    svg = paper.draw(view)["svg"].decode()
+    assert svg.count("<use ") >= len(measured)
+
+
+def test_a_k_has_one_colour_in_all_figures(fitted: tuple[Laws, Table]) -> None:
+    for view in views_of(*fitted):
+        for trace in plot(view)["data"] if view.ramp == "k" else []:
+            if "meta" in trace and trace["mode"] == "markers":
+                shades = {trace["marker"]["color"], trace["marker"]["line"]["color"]}
+                assert colour(trace["meta"]["k"], KS) in shades
+
+
+def test_every_colour_has_its_counterpart_in_the_dark(fitted: tuple[Laws, Table]) -> None:
+    views = views_of(*fitted)
+    dark = theme(tuple(map(float, KS)), tuple(view for view in views if view.ramp != "k"))
+
+    def colours(value: Any) -> set[str]:
+        if isinstance(value, dict):
+            return set().union(*map(colours, value.values()))
+        if isinstance(value, list):
+            return set().union(*map(colours, value))
+        return {value} if isinstance(value, str) and value.startswith(("#", "rgba(")) else set()
+
+    for view in views:
+        assert colours(plot(view)) <= set(dark)
+
+
+@pytest.mark.parametrize("dark", [False, True])
+def test_lines_stand_out_from_the_page(dark: bool) -> None:
+    def luminance(shade: str) -> float:
+        parts = [int(shade[i : i + 2], 16) / 255 for i in (1, 3, 5)]
+        linear = [p / 12.92 if p <= 0.04045 else ((p + 0.055) / 1.055) ** 2.4 for p in parts]
+        return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+
+    page = luminance("#15181c" if dark else "#ffffff")
+    for k in (8, 16, 32, 64, 128, 256, 512):
+        own = luminance(colour(k, (8, 16, 32, 64, 128, 256, 512), dark))
+        contrast = (max(own, page) + 0.05) / (min(own, page) + 0.05)
+        assert contrast > (3.0 if dark else 2.0), k
+
+
+def test_profiles_are_drawn_where_fits_have_them() -> None:
+    rows = [{"floor": f, "exponent": -0.3 - f, "rms_log_residual": 0.01, "ratio": 100 * (f - 0.1) ** 2}
+            for f in np.linspace(0, 0.2, 11).tolist()]  # fmt: skip
+    entry = {"law": "n", "at": {"k": 8.0}, "floor": True,
+             "profile_of_floor": {"low": 0.05, "high": 0.15, "limit": 0.25, "values": rows}}  # fmt: skip
+    document = {"fits": [entry, {"law": "n", "at": {"k": 8.0}, "floor": False}]}
+    view, traded = profile(document, (8.0,)), tradeoff(document, (8.0,))
+    assert view is not None
+    assert traded is not None
+    for each in (view, traded):
+        plotly.graph_objects.Figure(plot(each))
+        assert [layer.text for layer in each.layers if isinstance(layer, Label)] == ["k = 8"]
+    assert profile({"fits": [{"law": "n", "at": {}, "floor": False}]}, (8.0,)) is None
+
+
+def test_ticks_read_as_in_a_paper() -> None:
+    assert [text for _, text in count_axis("N", [512, 1024, 4096]).ticks] == ["512", "1,024", "4,096"]
+    assert [text for _, text in power_axis("C", 1e10, 1e14).ticks][1:3] == ["10^11", "10^12"]
+    assert "2×10^12" in [text for _, text in power_axis("C", 1e12, 4e12).ticks]
+    for axis in (log_axis("nmse", np.array([0.13, 0.35])), log_axis("nmse", np.array([0.2, 0.204])),
+                 linear_axis("x", [-2.1, 2.2], symmetric=True), linear_axis("x", [0.0, 0.0], zero=True)):  # fmt: skip
+        assert 3 <= len(axis.ticks) <= 12
+        assert len({text for _, text in axis.ticks}) == len(axis.ticks)
+        assert all(axis.low <= place <= axis.high for place, _ in axis.ticks)
+        assert axis.value(axis.fraction(axis.high)) == pytest.approx(axis.high)
+
+
+def test_labels_do_not_overlap() -> None:
+    places = spread([0.1, 0.11, 0.5, 0.98, 0.99, 1.4], gap=0.05)
+    assert np.diff(places).min() >= 0.05 - 1e-9
+    assert places == sorted(places)
+    assert places[0] >= 0
+    assert places[-1] <= 1

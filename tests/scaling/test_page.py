@@ -1,0 +1,191 @@
+"""The report in a real browser: it loads whole, fetches nothing, draws its figures and answers to the reader."""
+
+import json
+import re
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pytest
+
+from scaling.report import analyse
+from storage.rundir import RunDirectory
+from tests.browser import Page, chromium, find_chromium
+
+Rows = list[dict[str, Any]]
+SIZES, KS = (512, 1024, 2048, 4096, 8192), (8, 16, 32, 64)
+_RUN: list[Path] = []  # written once, read by all
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Page]:
+    with chromium(find_chromium()) as page:
+        yield page
+
+
+@pytest.fixture
+def url(tmp_path_factory: pytest.TempPathFactory, cells: Callable[..., Rows], curves_of: Callable[..., Rows]) -> str:
+    if not _RUN:
+        folder = tmp_path_factory.mktemp("run")
+        rows = cells(SIZES, KS, noise=0.005)
+        run = RunDirectory(str(folder))
+        run.write_results([*rows, rows[0] | {"cell_id": "gone", "status": "failed", "error": "loss is NaN", "k": 8}])
+        run.write_curves(pa.Table.from_pylist(curves_of(rows)))
+        analyse(run, bootstraps=20, provenance={"sweep": "test", "store": "s3://b/s (abc123)"})
+        _RUN.append(folder)
+    return f"file://{_RUN[0]}/report.html"
+
+
+@pytest.fixture
+def page(browser: Page, url: str) -> Page:
+    browser.errors.clear()
+    browser.requests.clear()
+    browser.open(url)
+    return browser
+
+
+def rows_shown(page: Page) -> list[list[str]]:
+    rows = "[...document.querySelectorAll('table.cells tbody tr:not([hidden])')]"
+    shown: list[list[str]] = page.run(f"{rows}.map(r => [...r.cells].map(c => c.textContent))")
+    return shown
+
+
+def write_filter(page: Page, text: str) -> None:
+    page.run(f"(() => {{ const f = document.getElementById('filter'); f.value = {json.dumps(text)};"
+             " f.dispatchEvent(new Event('input')); })()")  # fmt: skip
+
+
+def background(page: Page) -> str:
+    return str(page.run("getComputedStyle(document.body).backgroundColor"))
+
+
+def wait_for(page: Page, script: str) -> None:
+    deadline = time.monotonic() + 10
+    while not page.run(script):
+        assert time.monotonic() < deadline, script
+        time.sleep(0.05)
+
+
+def test_it_loads_whole_and_draws_every_figure(page: Page, url: str) -> None:
+    names = {path.stem for path in (_RUN[0] / "figures").glob("*.json")}
+    assert len(names) >= 8
+    drawn = page.run(
+        "Object.fromEntries([...document.querySelectorAll('.plot')].map(p => [p.dataset.figure,"
+        " p.querySelectorAll('.scatterlayer .trace').length]))"
+    )
+    assert set(drawn) == names
+    for name, traces in drawn.items():
+        assert traces == len(json.loads((_RUN[0] / "figures" / f"{name}.json").read_text())["data"]), name
+    # All cells are in the first figure as points.
+    assert page.run("document.querySelectorAll('#nmse_against_n .point').length") == len(SIZES) * len(KS)
+    assert page.run("[...document.querySelectorAll('.still')].every(i => getComputedStyle(i).display === 'none')")
+    assert page.errors == []
+    assert [r for r in page.requests if not r.startswith(("data:", "blob:"))] == [url]
+
+
+def test_without_scripts_the_figures_are_there_too(browser: Page, url: str) -> None:
+    browser.call("Emulation.setScriptExecutionDisabled", value=True)
+    try:
+        browser.open(url)
+    finally:
+        browser.call("Emulation.setScriptExecutionDisabled", value=False)
+    assert browser.run(
+        "[...document.querySelectorAll('.still')].every(i => i.naturalWidth > 100 && i.clientWidth > 100)"
+    )
+    assert browser.run("document.querySelectorAll('.main-svg').length") == 0
+    assert browser.run("document.querySelector('.filter').hidden")
+
+
+def test_filter(page: Page) -> None:
+    assert len(rows_shown(page)) == len(SIZES) * len(KS)
+    for text, expected in (
+        ("k=32 n>=1024", {(n, "32") for n in ("1,024", "2,048", "4,096", "8,192")}),
+        ("k = 8 n < 1,024", {("512", "8")}),
+        ("512x16", {("512", "16")}),
+        ("n!=512 n<=1024 k>16", {("1,024", "32"), ("1,024", "64")}),
+        ("nosuchcolumn=3", set()),
+    ):
+        write_filter(page, text)
+        assert {(row[0], row[1]) for row in rows_shown(page)} == expected, text
+    assert page.run("document.getElementById('filtered').textContent") == "0 of 20 cells"
+    write_filter(page, "")
+    assert page.run("document.getElementById('filtered').textContent") == "20 cells"
+    assert page.errors == []
+
+
+def test_sort(page: Page) -> None:
+    header = "document.querySelector('th[data-name=nmse]')"
+    column = page.run(f"{header}.cellIndex")
+    for direction in ("ascending", "descending"):
+        page.run(f"{header}.querySelector('button').click()")
+        values = [float(row[column]) for row in rows_shown(page)]
+        assert values == sorted(values, reverse=direction == "descending")
+        assert page.run(f"{header}.getAttribute('aria-sort')") == direction
+    # N reads 1,024 and is sorted as a number all the same.
+    page.run("document.querySelector('th[data-name=n] button').click()")
+    assert [row[0] for row in rows_shown(page)][:: len(KS)] == [f"{n:,}" for n in SIZES]
+    assert page.errors == []
+
+
+def test_a_chip_hides_its_k_everywhere(page: Page) -> None:
+    points = "document.querySelectorAll('#nmse_against_n .point').length"
+    assert page.run(points) == 20
+    page.run("document.querySelector('.chip[data-k=\"16\"]').click()")
+    wait_for(page, f"{points} === 15")
+    assert {row[1] for row in rows_shown(page)} == {"8", "32", "64"}
+    assert page.run("document.querySelector('.chip[data-k=\"16\"]').getAttribute('aria-pressed')") == "false"
+    page.run("document.querySelector('.chip[data-k=\"16\"]').click()")
+    wait_for(page, f"{points} === 20")
+    assert page.errors == []
+
+
+def test_zoomed_in_there_are_other_ticks(page: Page) -> None:
+    plot = "document.querySelector('#nmse_against_n .plot')"
+    whole = page.run(f"{plot}.layout.xaxis.range")
+    page.run(f"Plotly.relayout({plot}, {{'xaxis.range': [3, 3.2]}}).then(() => null)")
+    wait_for(page, f"{plot}.layout.xaxis.tickmode === 'auto'")
+    page.run(f"Plotly.relayout({plot}, {{'xaxis.range': {json.dumps(whole)}}}).then(() => null)")
+    wait_for(page, f"{plot}.layout.xaxis.tickmode === 'array'")
+    assert page.run(f"[...{plot}.querySelectorAll('.xtick text')].map(t => t.textContent)") == [f"{n:,}" for n in SIZES]
+    assert page.errors == []
+
+
+def test_dark(page: Page) -> None:
+    paper = "document.querySelector('#nmse_against_n .main-svg').style.background"
+    assert background(page) == page.run(paper) == "rgb(255, 255, 255)"
+    page.prefer(dark=True)
+    wait_for(page, f"{paper} === 'rgb(21, 24, 28)'")
+    assert background(page) == "rgb(21, 24, 28)"
+    page.run("document.getElementById('theme').click()")
+    wait_for(page, f"{paper} === 'rgb(255, 255, 255)'")
+    assert background(page) == "rgb(255, 255, 255)"
+    assert page.run("document.getElementById('theme').textContent") == "Dark"
+    assert page.errors == []
+
+
+def test_phone(browser: Page, url: str) -> None:
+    browser.errors.clear()
+    browser.open(url, width=360, height=740, touch=True)
+    assert browser.run("document.documentElement.scrollWidth") == 360
+    # Nothing drawn is cut off: the names of lines end within the figure.
+    cut = browser.run(
+        "[...document.querySelectorAll('.plot')].flatMap(p => [...p.querySelectorAll('.textpoint text')].filter("
+        "t => t.getBoundingClientRect().right > p.getBoundingClientRect().right + 1).map(t => t.textContent))"
+    )
+    assert cut == []
+    assert browser.errors == []
+
+
+def test_print(page: Page) -> None:
+    pdf = page.print_pdf()
+    assert pdf.startswith(b"%PDF")
+    assert len(re.findall(rb"/Type\s*/Page\b", pdf)) >= 3
+    page.call("Emulation.setEmulatedMedia", media="print")
+    assert page.run("[...document.querySelectorAll('.still')].every(i => getComputedStyle(i).display === 'block')")
+    assert page.run(
+        "[...document.querySelectorAll('.plot, nav, .filter')].every(e => getComputedStyle(e).display === 'none')"
+    )
+    assert background(page) == "rgb(255, 255, 255)"
+    page.call("Emulation.setEmulatedMedia", media="")
