@@ -22,7 +22,7 @@ from tests.benchmarks.harness import alternate, console, machine, run, show_tabl
 from tests.benchmarks.protocol import Size, unit_rows
 from tests.trainers.peak_memory import measure
 from tests.trainers.synthetic import write_store
-from trainers.cell import Cell, EvalSpec, Precision, auto_k_aux
+from trainers.cell import Cell, EvalSpec, Precision
 from trainers.device import fast_precision, set_threads
 from trainers.memory import StreamSize, pack_memory
 from trainers.optimiser import SAEAdam
@@ -33,11 +33,12 @@ from trainers.step import Batch, DeadLatents, step
 from trainers.train import PackJob
 
 BASE = Size(2048, 768, 8192, 32)
+K_AUX = 256
 AXES: dict[str, list[int | float]] = {
     "n_latents": [2048, 4096, 8192, 16384, 32768],
     "k": [8, 32, 128, 512],
     "batch_tokens": [512, 1024, 2048, 4096, 8192],
-    "dead": [0.0, 0.01, 0.1, 0.5],
+    "dead": [0.0, 0.01, 0.05, 0.2, 0.4, 0.6, 0.9],
 }
 MEMORY_AXES: dict[str, list[int]] = {
     "n_latents": [4096, 8192, 16384],
@@ -87,7 +88,7 @@ def _setting(size: Size, dead_share: float, precision: Precision) -> Callable[[]
     sae = SAE(size.d_model, size.n_latents, size.k)
     sae.initialise(centre.b_pre, seed=0)
     optimiser = SAEAdam(sae, 1e-4, 0.999, precision)
-    objective = Objective(size.k, centre.variance, auto_k_aux(size.d_model))
+    objective = Objective(size.k, centre.variance, K_AUX)
     dead = DeadLatents(size.n_latents)
     never = torch.arange(size.n_latents) < dead_share * size.n_latents
     with torch.no_grad():
@@ -135,7 +136,7 @@ def _memories(precision: Precision, threads: int) -> list[dict[str, Any]]:
                     Cell.model_validate({
                         "store": store.fingerprint, "d_model": BASE.d_model, "n_latents": BASE.n_latents,
                         "k": BASE.k, "tokens": 16_384, "batch_tokens": BASE.batch_tokens, "lr": 1e-3, "seed": seed,
-                        "k_aux": auto_k_aux(BASE.d_model), "dead_after_tokens": 8_192, "precision": precision,
+                        "k_aux": K_AUX, "dead_after_tokens": 8_192, "precision": precision,
                     } | fields)
                     for seed in range(value if axis == "cells" else 1)
                 ]  # fmt: skip

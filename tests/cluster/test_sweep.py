@@ -148,7 +148,7 @@ def test_warnings_of_workers_reach_the_user(two_nodes: Any, document: dict[str, 
         run_sweep(parse_spec(document, "test"), Recorder(interrupt), bootstraps=10)
     newest = max(Path(document["out"]).glob("cells/*/checkpoint/*.safetensors"))
     newest.write_bytes(newest.read_bytes()[:-8] + b"garbage!")
-    with pytest.warns(SaescaleWarning, match="damaged, going back to the one before"):
+    with pytest.warns(SaescaleWarning, match="cannot be used, going back to the one before"):
         outcome = run_sweep(parse_spec(document, "test"), Recorder(), bootstraps=10)
     assert outcome.run.read_results().to_pylist()[0]["status"] == "done"
 
