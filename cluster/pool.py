@@ -23,7 +23,7 @@ from storage.rundir import RunDirectory
 from trainers.callbacks import Progress
 from trainers.cell import Precision
 from trainers.device import default_device, fast_precision
-from trainers.memory import StreamSize, pack_memory
+from trainers.memory import PROCESS_BYTES, StreamSize, pack_memory
 from trainers.sparse import KernelKind, kernel_kind
 from trainers.train import PackJob, train_pack
 
@@ -178,10 +178,14 @@ class Pool:
         return min(info.memory for info in self._infos)
 
     def needs(self, store: ActivationStore, eval_tokens: int, remote_run: bool) -> Needs:
-        """What a pack over `store` takes of the memory of whichever worker needs the most for it."""
+        """What a pack over `store` takes of the memory of whichever worker needs the most for it, the process itself
+        included where that shares it."""
         kinds = sorted({info.kernels for info in self._infos})
         stream = StreamSize(store.manifest.row_group_rows, store.rows("train"))
-        return lambda cells: max(pack_memory(cells, eval_tokens, stream, kind, remote_run).total for kind in kinds)
+        return lambda cells: max(
+            pack_memory(cells, eval_tokens, stream, kind, remote_run).total + (PROCESS_BYTES if kind == "cpu" else 0)
+            for kind in kinds
+        )
 
     def close(self) -> None:
         """Ends the workers, and Ray where this pool started or joined it."""

@@ -8,6 +8,7 @@ most of a worker's memory: the library of safetensors would hold one to three mo
 import json
 import warnings
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any, BinaryIO
 
 import numpy as np
@@ -19,7 +20,7 @@ from storage.errors import SaescaleError, SaescaleWarning
 
 POINTER = "latest.json"
 KEPT = 2
-_CHUNK_BYTES = 8 * 2**20
+_CHUNK_BYTES = 64 * 2**20  # read at a time; one request of an object store
 # What safetensors calls them; bfloat16 is none of numpy's.
 _DTYPES = {
     "BOOL": np.dtype("?"),
@@ -117,39 +118,42 @@ def _generations(url: str) -> list[Generation]:
 class Tensors(Mapping[str, np.ndarray]):
     """The tensors of one generation by name, each read from the file whenever it is asked for.
 
-    Raises SaescaleError where the file is missing, or not as it was written.
+    Raises SaescaleError where the file is missing, or not as it was written, or lacks the tensor.
     """
 
     def __init__(self, url: str, generation: Generation) -> None:
         self._url, self._bytes = files.join(url, generation.file), generation.bytes
-        self._check(generation.xxh3)
         with self._open() as file:
+            self._check(file, generation.xxh3)
+            file.seek(0)
             length = int.from_bytes(file.read(8), "little")
             try:
-                self._entries = json.loads(file.read(length))
-                self._entries.pop("__metadata__", None)
-            except ValueError as error:
+                self._entries = dict(json.loads(file.read(length)))
+            except (ValueError, TypeError) as error:
                 raise SaescaleError(f"{self._url} is no safetensors file ({error})") from error
         self._first = 8 + length
 
-    def _open(self) -> BinaryIO:
-        return files.open_input(self._url, known_size=self._bytes)
-
-    def _check(self, expected: str) -> None:
+    @contextmanager
+    def _open(self) -> Iterator[BinaryIO]:
         try:
-            found = files.size(self._url)
+            with files.reading(self._url), files.open_input(self._url, known_size=self._bytes) as file:
+                yield file
         except FileNotFoundError as error:
             raise SaescaleError(f"{self._url} is missing") from error
+
+    def _check(self, file: BinaryIO, expected: str) -> None:
+        found = files.size(self._url)
         if found != self._bytes:
             raise SaescaleError(f"{self._url} has {found} bytes, not {self._bytes}")
         checksum = xxhash.xxh3_64()
-        with self._open() as file:
-            while chunk := file.read(_CHUNK_BYTES):
-                checksum.update(chunk)
+        while chunk := file.read(_CHUNK_BYTES):
+            checksum.update(chunk)
         if checksum.hexdigest() != expected:
             raise SaescaleError(f"{self._url} has a wrong checksum")
 
     def __getitem__(self, name: str) -> np.ndarray:
+        if name not in self._entries:
+            raise SaescaleError(f"{self._url} lacks the tensor {name}")
         entry: dict[str, Any] = self._entries[name]
         start, end = entry["data_offsets"]
         with self._open() as file:

@@ -75,6 +75,13 @@ def read_bytes(url: str) -> bytes:
         return bytes(fs.cat_file(path))
 
 
+@contextmanager
+def reading(url: str) -> Iterator[None]:
+    """For reads from what `open_input` gave: a failure becomes a SaescaleError that names the file."""
+    with _reading(url):
+        yield
+
+
 def open_input(url: str, known_size: int | None = None) -> BinaryIO:
     """A seekable binary file; each read of a remote file is one ranged request (no read-ahead).
 
@@ -138,7 +145,7 @@ def _write_local(url: str, path: str, data: Content) -> int:
     temporary = os.path.join(folder, f".{name}.{uuid.uuid4().hex}.partial")
     try:
         os.makedirs(folder, exist_ok=True)
-        _remove_orphans(folder, name)
+        _remove_orphans(folder)
         with open(temporary, "xb") as file:
             if callable(data):
                 data(file)
@@ -158,11 +165,10 @@ def _write_local(url: str, path: str, data: Content) -> int:
     return written
 
 
-def _remove_orphans(folder: str, name: str) -> None:
-    """Frees what killed writers of this same file left behind."""
+def _remove_orphans(folder: str) -> None:
+    """Frees what killed writers left behind in the folder: checkpoints, say, whose names do not come again."""
     for entry in os.listdir(folder):
-        match = _PARTIAL.match(entry)
-        if match and match.group(1) == name:
+        if _PARTIAL.match(entry):
             orphan = os.path.join(folder, entry)
             with suppress(OSError):
                 if time.time() - os.path.getmtime(orphan) > ORPHAN_SECONDS:

@@ -58,8 +58,8 @@ class HeldOut:
         for chunk in self._raw.split(CHUNK_ROWS):
             batch = Batch.of(normalise(chunk.to(self._device)), centre.b_pre, bf16)
             for i, optimiser in enumerate(optimisers):
-                # Made again for every chunk: copies of all cells would double the pack's weights, and this is less
-                # than 1 % of a chunk (preprocessing the chunk again for each cell would be 10 to 40 %).
+                # Made again for every chunk: copies of all cells would double the pack's weights, and on a CPU this
+                # is a few per cent of a chunk's product.
                 sae = optimiser.averaged()
                 result = reconstruct(sae, sae.W_enc.data.to(optimiser.operand.dtype), batch)
                 squared[i] += result.squared

@@ -115,7 +115,9 @@ def harvest(spec: HarvestSpec, progress: Progress | None = None, cache: str | No
         return store.manifest
 
     meter.say(f"loading {spec.subject}")
-    subject = get_subject(spec.subject, cache=cache, dtype=spec.compute_dtype, notify=meter.say)
+    # What `auto` came to when the harvest began: it is measured, and might come to something else now.
+    begun = found.get("computed_in", "auto") if found is not None and spec.compute_dtype == "auto" else None
+    subject = get_subject(spec.subject, cache=cache, dtype=begun or spec.compute_dtype, notify=meter.say)
     prefix = _prefix(subject)
     subject.check_site(spec.layer, len(prefix) + spec.context_length)
     meter.say(f"tokenizing {spec.corpus}")

@@ -3,7 +3,8 @@
     pack_memory(cells, eval_tokens=32_768, stream=StreamSize(8192, 262_144), kernels="cpu").total
 
 Everything of a size worth counting is listed here, by where it is allocated. It comes on top of the process itself
-(imports, compiled kernels; about 0.7 GiB). Held to measured peaks by tests/trainers/test_memory.py.
+(PROCESS_BYTES). Held to measured peaks by tests/trainers/test_memory.py. Of a worker with a GPU it is the GPU's memory
+that is predicted; held-out rows and the stream's windows lie in the host's.
 """
 
 from collections.abc import Sequence
@@ -17,6 +18,7 @@ from trainers.sparse import KernelKind, group_size, product_rows
 from trainers.sparse_eager import ENTRIES as EAGER_ENTRIES
 from trainers.step import AUXK_ENTRIES, FEW_DEAD
 
+PROCESS_BYTES = 800 * 2**20  # imports and compiled kernels of a worker, in the host's memory; measured
 _FLOAT = 4
 _ALLOCATOR = 1.1  # freed memory that the allocator keeps, measured
 
@@ -91,7 +93,8 @@ def _pre_activations(cell: Cell, rows: int, kernels: KernelKind) -> float:
         # Keys to select by, or latents and their gradient.
         return 4 * _FLOAT * min(rows * cell.n_latents, EAGER_ENTRIES)
     width = 2 if cell.precision == "bf16" else _FLOAT
-    maxima = _FLOAT / group_size(cell.n_latents, cell.k) if kernels == "cuda" else 0
+    widest = min(MULTI_TOPK_FACTOR * cell.k, cell.n_latents) if cell.multi_topk else cell.k
+    maxima = _FLOAT / group_size(cell.n_latents, widest) if kernels == "cuda" else 0
     return product_rows(rows, cell.n_latents, kernels) * cell.n_latents * (width + maxima)
 
 

@@ -20,7 +20,9 @@ class SAEAdam:
     """Every step: project W_dec's gradient off its unit rows, Adam, renormalise W_dec's rows, then the EMA.
 
     Adam with betas (0.9, 0.999) and eps 6.25e-10, no weight decay (Gao et al. 2024, appendix A.3). The two matrices
-    and their moments are read and written once a step (sparse.update_rows), and their gradients never exist in memory;
+    and their moments are read and written once (sparse.update_rows), and their gradients never exist in memory. W_enc
+    is read twice more in a step, by its products with the gradient of b_enc and with the offset: each needs all of
+    what goes before.
     `step_plain` is the same in separate torch operations on dense gradients, which the tests hold `step` to.
 
     `operand` is W_enc as the encoder product takes it: W_enc itself in fp32, a rounded copy in bf16 that each step

@@ -35,7 +35,7 @@ class TrainingCell:
         self.dead = DeadLatents(cell.n_latents, device)
         self.objective = Objective(cell.k, centre.variance, cell.k_aux, cell.auxk_coefficient, cell.multi_topk)
         self.step = 0
-        self.wall_s = 0.0  # spent in this cell's own steps
+        self.wall_s = 0.0  # spent in this cell's own steps; on a GPU, which works on, an estimate
         self.curve: list[CurveRow] = []
         self.error: str | None = None
         self._train_sum, self._train_steps = 0.0, 0

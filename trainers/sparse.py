@@ -180,13 +180,16 @@ def kernels(device: torch.device) -> Kernels:
     return sparse_eager
 
 
-@cache
 def kernel_kind(device: torch.device) -> KernelKind:
     """Which implementation that is: Triton's where its kernels work, which they show once in a process."""
     if device.type == "cpu":
         return "cpu"
-    if device.type != "cuda":
-        return "eager"
+    return _on_cuda(device.index or 0) if device.type == "cuda" else "eager"
+
+
+@cache
+def _on_cuda(index: int) -> KernelKind:
+    device = torch.device("cuda", index)
     try:
         from trainers import sparse_cuda
 

@@ -6,6 +6,7 @@ between the kernels, make no such promise.) The GIL is released, so that the str
 meanwhile.
 """
 
+import threading
 from collections.abc import Sequence
 from typing import Any
 
@@ -23,22 +24,27 @@ from trainers.sparse import AdamStep, Decoded, Moments, Pairs, Selected, Summand
 _FAST = {"contract", "reassoc", "nsz", "arcp"}
 _CHUNK = 16  # rows that share a thread's buffers
 
-_scratch = torch.empty(0, dtype=torch.uint8)
+
+class _Scratch(threading.local):
+    """Memory that each thread uses again at every call: a fresh allocation costs a tenth of the product."""
+
+    memory = torch.empty(0, dtype=torch.uint8)
+
+    def pre_activations(self, rows: int, n_latents: int, dtype: torch.dtype) -> Tensor:
+        """[rows, n_latents], with whatever is in it."""
+        size = rows * n_latents * dtype.itemsize
+        if self.memory.numel() < size:
+            self.memory = torch.empty(size, dtype=torch.uint8)
+        return self.memory[:size].view(dtype).view(rows, n_latents)
 
 
-def _pre_activations(rows: int, n_latents: int, dtype: torch.dtype) -> Tensor:
-    """[rows, n_latents], the same memory at every call: a fresh allocation costs a tenth of the product."""
-    global _scratch
-    size = rows * n_latents * dtype.itemsize
-    if _scratch.numel() < size:
-        _scratch = torch.empty(size, dtype=torch.uint8)
-    return _scratch[:size].view(dtype).view(rows, n_latents)
+_scratch = _Scratch()
 
 
 def encode_select(x: Tensor, W_enc: Tensor, bias: Tensor, ks: Sequence[int]) -> list[Selected]:
     batch, n_latents = len(x), len(W_enc)
     rows = product_rows(batch, n_latents, "cpu")
-    buffer = _pre_activations(rows, n_latents, x.dtype)
+    buffer = _scratch.pre_activations(rows, n_latents, x.dtype)
     selections = [Selected(torch.empty(batch, k, dtype=torch.int32), torch.empty(batch, k)) for k in ks]
     for start in range(0, batch, rows):
         part = slice(start, min(start + rows, batch))
@@ -91,7 +97,8 @@ def update_rows(
         _array(gradient.offset),
         extra_of,
         _array(gradient.extra),
-        tuple(np.float32(number) for number in adam),
+        # What remains of each decay is taken in float64: 1 - float32(0.99999) is off by more than a thousandth.
+        tuple(np.float32(number) for number in (*adam, 1 - adam.beta1, 1 - adam.beta2, 1 - adam.decay)),
         unit_rows,
         np.empty((0, 0), np.uint16) if operand is None else _bits(operand),
     )
@@ -366,7 +373,7 @@ def _update_rows(
     """Row by row: gradient, projection, Adam, renormalisation, EMA, rounding. Empty `shift`, `extra_of` [n_latents]
     and `operand` [n_latents, d_model] are left out; extra_of[n] is latent n's row of `extra`, or -1."""
     n_latents, d_model = param.shape
-    lr, beta1, beta2, eps, correction1, correction2, decay = adam
+    lr, beta1, beta2, eps, correction1, correction2, decay, rest1, rest2, rest = adam
     rate, one = lr * correction1, np.float32(1)
     for chunk in prange(-(-n_latents // _CHUNK)):
         grad = np.empty(d_model, np.float32)
@@ -390,8 +397,8 @@ def _update_rows(
             square = np.float32(0)
             for i in range(d_model):
                 g = grad[i]
-                m[i] = beta1 * m[i] + (one - beta1) * g
-                v[i] = beta2 * v[i] + (one - beta2) * g * g
+                m[i] = beta1 * m[i] + rest1 * g
+                v[i] = beta2 * v[i] + rest2 * g * g
                 updated = w[i] - rate * m[i] / (np.sqrt(v[i]) * correction2 + eps)
                 grad[i] = updated
                 square += updated * updated
@@ -400,7 +407,7 @@ def _update_rows(
             for i in range(d_model):
                 updated = grad[i] * inverse
                 w[i] = updated
-                mean[i] = decay * mean[i] + (one - decay) * updated
+                mean[i] = decay * mean[i] + rest * updated
             if len(operand):
                 rounded = operand[n]
                 for i in range(d_model):

@@ -15,7 +15,7 @@ from trainers.reference import ACTIVE_ABOVE, MULTI_TOPK_FACTOR, MULTI_TOPK_WEIGH
 from trainers.sae import SAE
 from trainers.sparse import Pairs, Selected, Term, kernels
 
-FEW_DEAD = 8  # times k_aux: up to so many dead latents AuxK is computed dense (measured: benchmarks, bench_growth.py)
+FEW_DEAD = 8  # times k_aux: up to so many dead latents AuxK is computed dense
 AUXK_ENTRIES = 2**22  # activations of dead latents that it then holds at a time: 16 MiB
 
 
@@ -37,7 +37,7 @@ class DeadRows(NamedTuple):
     """AuxK's gradient, of the dead latents alone."""
 
     latents: Tensor  # int64 [dead], ascending
-    W_enc: Tensor  # [dead, d_model]
+    W_enc: Tensor  # [dead, d_model], the offset of its inputs taken off already
     b_enc: Tensor  # [dead]
     W_dec: Tensor  # [dead, d_model]
 
@@ -107,8 +107,8 @@ def step(
         weights.append(MULTI_TOPK_WEIGHT)
     selections = _select(sae, operand, batch, offset, ks)
 
-    # One more for AuxK, whose memory is not touched where it goes the other way.
-    errors = batch.x.new_empty(len(ks) + 1, len(batch.x), d_model)
+    # One more for AuxK, where it may need one.
+    errors = batch.x.new_empty(len(ks) + bool(objective.k_aux), len(batch.x), d_model)
     b_pre = torch.zeros_like(offset)
     terms, losses = [], []
     for selected, weight, error in zip(selections, weights, errors, strict=False):

@@ -19,7 +19,7 @@ from pydantic import BaseModel, Field
 
 from storage import checkpoint
 from storage.activations import ActivationStore
-from storage.errors import SaescaleError, SaescaleWarning
+from storage.errors import SaescaleError, SaescaleWarning, one_line
 from storage.rundir import RunDirectory
 from storage.stream import Stream
 from trainers.callbacks import Checkpoint, Evaluate, Progress, Report
@@ -127,15 +127,18 @@ def _restore(urls: Sequence[str], cells: Sequence[Cell], step: int, device: torc
     """Cell by cell, so that the states of two are never in memory beside the pack. Raises SaescaleError."""
     tensors, state, _ = checkpoint.load(urls[0], step)
     position = state.get("stream", {})
-    if not position:
-        raise SaescaleError(f"{urls[0]} does not say the order of its data")
+    if not position or "variance" not in state:
+        raise SaescaleError(f"{urls[0]} does not say the order of its data or the scale of its loss")
     # The centre too comes from the checkpoint, so that the pack goes on with the same bits.
     pack = Pack(cells, Centre(torch.from_numpy(tensors["centre"]), state["variance"]), device)
     for training_cell, url in zip(pack.training_cells, urls, strict=True):
         tensors, state, _ = checkpoint.load(url, step)
         if state.get("stream") != position:
             raise SaescaleError(f"{url} names another order of its data than the rest of the pack, or none")
-        training_cell.restore(tensors, state)
+        try:
+            training_cell.restore(tensors, state)
+        except (KeyError, TypeError, RuntimeError) as error:  # a part is missing, or has another shape
+            raise SaescaleError(f"{url} holds no checkpoint of this cell ({one_line(error)})") from error
     return _Resumed(pack, step, position)
 
 

@@ -1,6 +1,6 @@
 """A cell trained by the dense reference alone: autograd in float32, the plain optimiser, a dense evaluation.
 
-Nothing of trainers/sparse.py or trainers/step.py is in it, so that what they do can be held to it.
+Neither the sparse kernels nor trainers/step.py are in it, so that what they do can be held to it.
 """
 
 from typing import NamedTuple
