@@ -1,5 +1,6 @@
 """Cells and curves of a W&B project, through W&B's public API: `saescale fit wandb:entity/project`."""
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -11,14 +12,15 @@ from storage.rundir import CURVES_SCHEMA, RESULTS_SCHEMA
 
 _TIMEOUT_S = 30
 _POINTS = 2_000  # of a curve, evenly taken; a longer one is thinned by the server
-_CURVE = ("_step", *(name for name in CURVES_SCHEMA.names if name not in ("cell_id", "step")))
+_NEEDED = ("n_latents", "k", "nmse")  # of a cell, as positive numbers
 
 
 def read_project(path: str) -> tuple[Table, Table | None]:
     """(finished cells, their curves or None) of `entity/project`, or `project` of the entity that the key belongs to.
 
     Runs that saescale logged as cells are read, and any others whose config has n_latents and k and whose summary has
-    nmse; a group can be chosen by entity/project/group. Raises SaescaleError when W&B cannot be reached, knows no such
+    nmse; a run in which one of these is no positive number is excluded, and other values that are not what they should
+    be count as missing. A group can be chosen by entity/project/group. Raises SaescaleError when W&B cannot be reached, knows no such
     project, or has no finished cell there.
     """
     import wandb
@@ -53,20 +55,48 @@ def read_project(path: str) -> tuple[Table, Table | None]:
 def _cell(run: Any) -> dict[str, Any] | None:
     """A row of results.parquet, or None where the run is no cell."""
     config, summary = dict(run.config), run.summary
-    if "n_latents" not in config or "k" not in config or run.job_type not in ("cell", None):
+    if "n_latents" not in config or "k" not in config or run.job_type == "summary":
         return None
     known = {name: summary.get(name, config.get(name)) for name in RESULTS_SCHEMA.names}
     known |= {
         name: config[name] for name in ("n_latents", "k", "d_model", "seed", "lr", "activation") if name in config
     }
-    # What another program logged has no status of its own.
-    status = known["status"] or ("done" if run.state == "finished" else run.state)
-    return known | {
-        "cell_id": str(config.get("cell_id", run.id)),
-        "subject": str(config.get("subject", "")),
-        "site": _site(config.get("site", "")),
-        "status": status,
+    row = _as_schema(known, RESULTS_SCHEMA) | {
+        "cell_id": _text(config.get("cell_id", run.id)),
+        "subject": _text(config.get("subject", "")),
+        "site": _text(_site(config.get("site", ""))),
     }
+    # What another program logged has no status of its own.
+    status = row["status"] or ("done" if run.state == "finished" else _text(run.state))
+    odd = [name for name in _NEEDED if not (row[name] is not None and 0 < row[name] < math.inf)]
+    # One odd run is left out, with the reason, and the others stay.
+    return row | {"status": f"without a usable {' and '.join(odd)}" if status == "done" and odd else status}
+
+
+def _as_schema(row: Mapping[str, Any], schema: pa.Schema) -> dict[str, Any]:
+    """The values of `row` as the columns hold them; None for what is no such value, since anybody can log anything."""
+    return {field.name: _value(row.get(field.name), field.type) for field in schema}
+
+
+def _value(value: Any, kind: pa.DataType) -> Any:
+    if value is None:
+        return None
+    if pa.types.is_string(kind):
+        return _text(value)
+    try:
+        number = float(value)  # W&B writes NaN and infinities as text
+    except (TypeError, ValueError, OverflowError):
+        return None
+    if pa.types.is_floating(kind):
+        return number
+    # The value itself where it is whole: a seed may have more digits than float64.
+    whole = value if isinstance(value, int) else number
+    return int(whole) if abs(number) < 2.0**63 and number % 1 == 0 else None
+
+
+def _text(value: Any) -> str:
+    """As text that can be stored: JSON may hold halves of surrogate pairs."""
+    return str(value).encode("utf-8", "replace").decode()
 
 
 def _site(site: Any) -> str:
@@ -75,14 +105,6 @@ def _site(site: Any) -> str:
 
 
 def _curve(run: Any, cell_id: str) -> list[dict[str, Any]]:
-    rows = run.history(samples=_POINTS, keys=None, pandas=False)
-    return [
-        {"cell_id": cell_id, "step": row.get("_step")} | {name: _real(row.get(name)) for name in _CURVE[1:]}
-        for row in rows
-        if row.get("nmse") is not None and row.get("tokens") is not None
-    ]
-
-
-def _real(value: Any) -> float | None:
-    # W&B writes NaN and infinities as text.
-    return float(value) if value is not None else None
+    logged = run.history(samples=_POINTS, keys=None, pandas=False)
+    rows = [_as_schema(row | {"step": row.get("_step"), "cell_id": cell_id}, CURVES_SCHEMA) for row in logged]
+    return [row for row in rows if row["nmse"] is not None and row["tokens"] is not None]

@@ -62,6 +62,9 @@ def find_isoflop(frontier: Frontier, cells: Table) -> IsoFlop | None:
     for column, value in frontier.at.items():
         own &= cells[column] == value
     # FLOPs per token are linear in n at one k (compute.py).
+    own &= np.isfinite(cells["flops"]) & np.isfinite(cells["tokens"]) & (cells["tokens"] > 0)
+    if len(np.unique(cells["n_latents"][own])) < 2:
+        return None
     slope, base = np.polyfit(cells["n_latents"][own], (cells["flops"] / cells["tokens"])[own], 1)
     sizes, slices = _by_size(frontier, frontier.envelope[None])
     best, nmse = _minima(np.log(sizes), slices[0])

@@ -65,7 +65,7 @@ def _once(table: Table) -> tuple[Table, int]:
     if "cell_id" not in table:
         return table, 0
     # One cell id in two subjects is two cells: a table of one's own may number them.
-    keys = np.char.add(np.char.add(table["cell_id"], "\0"), table["subject"])
+    keys = [f"{cell}\0{subject}" for cell, subject in zip(table["cell_id"], table["subject"], strict=True)]
     _, first = np.unique(keys, return_index=True)
     mask = np.zeros(len(table), dtype=bool)
     mask[first] = True

@@ -16,6 +16,8 @@ from storage.rundir import RunDirectory
 
 _POSITIVE = ("nmse", "loss", "n_latents", "k", "tokens", "flops", "flops_dense")
 _NUMERIC = (pa.types.is_integer, pa.types.is_floating, pa.types.is_boolean, pa.types.is_null)
+# What fits, warnings and reports calculate with, where a table has it.
+_NUMBERS = (*_POSITIVE, "d_model", "seed", "lr", "l0", "dead_fraction", "dead_fraction_long", "wall_s")
 _TIMES = ("wall_s", "tokens_per_s")
 _COMPARABLE = ("subject", "site", "d_model", "activation")
 
@@ -79,8 +81,7 @@ class Table:
             )
         for name in names:
             values = self.columns[name]
-            if values.dtype.kind != "f":
-                raise SaescaleError(f"{self.source}: column {name} holds text, not numbers; clean the column")
+            self.require_numbers(name)
             bad = ~np.isfinite(values)
             if name in _POSITIVE:
                 bad |= ~(values > 0)
@@ -91,6 +92,13 @@ class Table:
                     f"{self.source}: {name} is {values[row]:g} in row {row + 1} ({self.describe(row)}), and it "
                     f"must be {wanted}; correct or remove the row"
                 )
+
+    def require_numbers(self, name: str) -> None:
+        """Raises SaescaleError where a column holds text."""
+        values = self.columns[name]
+        if values.dtype.kind != "f":
+            example = next((f" (such as {text!r})" for text in values.tolist() if not _is_number(text)), "")
+            raise SaescaleError(f"{self.source}: column {name} holds text, not numbers{example}; clean the column")
 
     def describe(self, row: int) -> str:
         """A row in words, such as "cell 3f2a91, N = 512, k = 8"."""
@@ -148,8 +156,12 @@ def finished(table: Table) -> Table:
 
 
 def check_cells(table: Table) -> None:
-    """Raises SaescaleError for a missing nmse and for values of nmse, n_latents or k that are not positive numbers."""
+    """Raises SaescaleError for a missing nmse, for values of nmse, n_latents or k that are not positive numbers, and for
+    text in any other column that is calculated with."""
     table.require(("nmse", *(name for name in ("n_latents", "k") if name in table)))
+    for name in _NUMBERS:
+        if name in table:
+            table.require_numbers(name)
 
 
 def fingerprint(results: Table, curves: Table | None) -> str:
@@ -205,6 +217,14 @@ def _what_to_do(table: Table) -> str:
     if others:
         return f"{first}; {others} are still to be trained: run the sweep to its end"
     return f"{first}; remove the cause and the failed cells' folders below cells/, then run the sweep again"
+
+
+def _is_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return not text  # missing
+    return True
 
 
 def number(value: float) -> str:

@@ -8,6 +8,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from cluster.wandb_source import read_project
@@ -135,6 +136,37 @@ def test_cells_and_curves_of_a_group(serve: Serve) -> None:
     pages = [asked for asked in server.asked if re.search(r"\bruns\(", asked["query"])]
     assert [asked["variables"]["cursor"] for asked in pages] == [None, "7"]
     assert {asked["variables"]["filters"] for asked in pages} == {'{"group": "first"}'}
+
+
+def test_an_odd_run_costs_no_other(serve: Serve) -> None:
+    """Anybody can log anything: what is not a number is missing, and a run without its three numbers is excluded."""
+    good = [run_of(cell, []) for cell in _cells((512, 1024), (8, 16))]
+    (cell,) = _cells((2048,), (8,))
+    rows = [{"step": 1, "tokens": "many", "nmse": 0.5}, {"step": 2, "tokens": 10, "nmse": "low"},
+            {"step": 3, "tokens": 20, "flops": {"sparse": 1}, "nmse": 0.5, "lr": "1e-3"}]  # fmt: skip
+    odd = [
+        run_of(cell | {"cell_id": "typed", "seed": "first", "d_model": 1.5, "lr": [1], "dead_fraction": "5%",
+                       "tokens": 2**70, "subject": 7, "activation": {"name": "topk"}, "error": "\ud800"}, rows),
+        run_of(cell | {"cell_id": "other", "status": None}, [], job="train"),
+        run_of(cell | {"cell_id": "low", "nmse": "low"}, []),
+        run_of(cell | {"cell_id": "nan", "nmse": "NaN", "k": 0}, []),
+        run_of(cell | {"cell_id": "auto", "n_latents": "auto", "status": None}, []),
+    ]  # fmt: skip
+    serve([*good, *odd])
+    results, curves = read_project("me/sweeps")
+    assert set(results["cell_id"]) == {"512x8", "512x16", "1024x8", "1024x16", "typed", "other"}
+    assert results.excluded == (
+        "cell low, N = 2048, k = 8 is without a usable nmse",
+        "cell nan, N = 2048, k = 0 is without a usable k and nmse",
+        "cell auto, N = nan, k = 8 is without a usable n_latents",
+    )
+    (typed,) = np.flatnonzero(results["cell_id"] == "typed")
+    for name in ("seed", "d_model", "lr", "dead_fraction", "tokens"):
+        assert np.isnan(results[name][typed])
+    assert (results["subject"][typed], results["activation"][typed]) == ("7", "{'name': 'topk'}")
+    assert curves is not None
+    assert (curves["step"].tolist(), curves["lr"].tolist()) == ([3], [1e-3])
+    assert np.isnan(curves["flops"]).all()
 
 
 def test_a_project_that_is_not_there(serve: Serve) -> None:

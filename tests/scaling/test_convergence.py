@@ -64,6 +64,15 @@ def test_compute_optimal_laws() -> None:
         assert minimum["tokens"] == pytest.approx(minimum["flops"] / 2 / minimum["n_latents"], rel=0.01)
 
 
+def test_isoflop_does_without_the_cells_that_lack_compute() -> None:
+    cells, curves = chinchilla_curves()
+    whole = fit_laws(Table.from_rows(cells), Table.from_rows(curves), bootstraps=0, laws=("n_of_c",)).isoflops[0]
+    cells[3] |= {"tokens": None}
+    cells[5] |= {"flops": None}
+    holes = fit_laws(Table.from_rows(cells), Table.from_rows(curves), bootstraps=0, laws=("n_of_c",)).isoflops[0]
+    assert holes.slope == pytest.approx(whole.slope, abs=1e-9)
+
+
 def test_minima_at_the_edge_are_dropped() -> None:
     cells, curves = chinchilla_curves()
     small = [cell for cell in cells if cell["n_latents"] <= 2**10]

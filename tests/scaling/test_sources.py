@@ -55,6 +55,16 @@ def test_tables_without_a_subject_are_of_subjects_of_their_own(tmp_path: Path) -
     assert {entry["points"] for entry in document["fits"] if entry["law"] == "n"} == {4}
 
 
+def test_cells_that_are_numbered(tmp_path: Path) -> None:
+    """A table of one's own may number its cells: a number in two tables of one subject is one cell."""
+    for name, first in (("a", 1), ("b", 3)):
+        rows = [f"{i},toy,{512 * 2**i},8,{0.5 / i:.4f}" for i in range(first, first + 3)]
+        (tmp_path / f"{name}.csv").write_text("\n".join(["cell_id,subject,n_latents,k,nmse", *rows]))
+    results, _ = load_sources([str(tmp_path / "a.csv"), str(tmp_path / "b.csv")])
+    assert sorted(results["cell_id"]) == [1, 2, 3, 4, 5]
+    assert results.excluded == ("1 cells are in several sources; each counts once",)
+
+
 def test_bad_sources(tmp_path: Path) -> None:
     with pytest.raises(SaescaleError, match="no source; name a run directory"):
         load_sources([])

@@ -72,9 +72,14 @@ def test_all_cells_failed(tmp_path: Path, cells: Callable[..., Rows]) -> None:
         ("n_latents,k,nmse\n512,8,nan\n", "nmse is nan in row 1"),
         ("n_latents,k,nmse\n0,8,0.3\n", "n_latents is 0 in row 1"),
         ("n_latents,k,nmse\n512,8,low\n", "column nmse holds text"),
+        *(
+            (f"n_latents,k,nmse,{name}\n512,8,0.3,2\n512,16,0.2,5%\n",
+             f"column {name} holds text, not numbers .such as '5%'.; clean the column")
+            for name in ("dead_fraction", "flops", "d_model", "tokens", "seed", "wall_s")
+        ),
         ("", "not a readable table"),
     ],
-)
+)  # fmt: skip
 def test_bad_tables(tmp_path: Path, text: str, message: str) -> None:
     (tmp_path / "cells.csv").write_text(text)
     with pytest.raises(SaescaleError, match=message):
