@@ -13,27 +13,34 @@ from typing import Literal, NamedTuple
 import numpy as np
 from scipy.stats import t
 
-from scaling.law import Law, log_sum
+from scaling.law import SYMBOLS, Law, log_sum
 from storage.errors import SaescaleError
 
 Target = Literal["exponent", "floor", "prediction", "coefficients"]
 TARGETS = ("exponent", "floor", "prediction", "coefficients")
+# What a target can be asked at.
+_POINT = {"exponent": ("k",), "floor": ("k",), "prediction": ("n_latents", "k"), "coefficients": ()}
 # Variance of a fit of absolute residuals over that of least squares where the scatter is normal: pi / 2.
 _ABSOLUTE = np.pi / 2
-_PRIOR = 1e-4  # information of coefficients before any cell, in units of one cell's: only to start from
-_LEVELS = 3  # of n and of k: what a fit of L(N, k) takes
+# Information of coefficients before any cell, in units of one cell's: only to start from. So little that it narrows no
+# interval: a thousand times more takes percents off where cells say little, such as about gamma at small k.
+_PRIOR = 1e-8
+LEVELS = 3  # of n and of k: what a fit of L(N, k) takes
 _EXCHANGES = 200
 
 
 @dataclass(frozen=True)
 class Wanted:
-    """What should be known well: linear in raw coefficients (law.py), a row of `rows` [quantities, coefficients] each.
+    """What should be known well: `value` [quantities] at the best coefficients, and its derivatives by the raw ones
+    (law.py) in `rows` [quantities, coefficients].
 
-    Without rows all coefficients together are wanted (the volume of their confidence ellipsoid: D-optimality).
+    Without rows all coefficients together are wanted (the volume of their confidence ellipsoid: D-optimality), and
+    `value` is theirs.
     """
 
     names: tuple[str, ...]
     rows: np.ndarray
+    value: np.ndarray
 
 
 @dataclass(frozen=True)
@@ -72,20 +79,20 @@ def candidates(
 def wanted(target: Target, law: Law, raw: np.ndarray, ks: Sequence[float], at: Mapping[str, float]) -> Wanted:
     """The rows of a target: exponents of n at each k (or the one of `at`), the floor there, a prediction at `at`.
 
-    Raises SaescaleError where `at` lacks n or k of a prediction.
+    Raises SaescaleError where `at` lacks n or k of a prediction, or has what the target knows nothing of.
     """
-    chosen = [at["k"]] if "k" in at else list(ks)
+    _check_point(target, at)
     names = law.names
     if target == "coefficients":
-        return Wanted((), np.empty((0, len(names))))
+        return Wanted((), np.empty((0, len(names))), raw[0])
+    if target == "prediction":
+        point = {column: np.array([at[column]]) for column in _POINT[target]}
+        label = f"ln nmse at n = {at['n_latents']:g}, k = {at['k']:g}"
+        # Not linear in the coefficients: the rows are its derivatives there, and its value is the law's own.
+        return Wanted((label,), _gradients(law, raw[:1], **point)[0], law.log_value(raw[0], point))
     rows = []
     labels = []
-    if target == "prediction":
-        if not {"n_latents", "k"} <= set(at):
-            raise SaescaleError("a prediction is wanted at one n and k: add --at n=65536,k=64")
-        rows = list(_gradients(law, raw[:1], np.array([at["n_latents"]]), np.array([at["k"]]))[0])
-        labels = [f"ln nmse at n = {at['n_latents']:g}, k = {at['k']:g}"]
-    for k in chosen if target != "prediction" else ():
+    for k in [at["k"]] if "k" in at else ks:
         row = np.zeros(len(names))
         if target == "exponent":
             for i, exponent in enumerate(law.terms[0].exponents, 1):
@@ -98,7 +105,19 @@ def wanted(target: Target, law: Law, raw: np.ndarray, ks: Sequence[float], at: M
             row[last] = design[last]
             labels.append(f"ln floor at k = {k:g}")
         rows.append(row)
-    return Wanted(tuple(labels), np.array(rows))
+    return Wanted(tuple(labels), np.array(rows), np.array(rows) @ raw[0])
+
+
+def _check_point(target: Target, at: Mapping[str, float]) -> None:
+    if target == "prediction" and not set(_POINT[target]) <= set(at):
+        raise SaescaleError("a prediction is wanted at one n and k: add --at n=65536,k=64")
+    ignored = [SYMBOLS.get(column, column) for column in at if column not in _POINT[target]]
+    if ignored:
+        use = {"prediction": "give n and k alone, such as --at n=65536,k=64", "coefficients": "leave --at out"}
+        raise SaescaleError(
+            f"--at {', '.join(ignored)}: --target {target} does not depend on it; "
+            + use.get(target, "give k alone, such as --at k=32, or --target prediction for one cell")
+        )
 
 
 def propose(
@@ -111,14 +130,19 @@ def propose(
     before = _information(_gradients(cells.law, cells.raw, existing["n_latents"], existing["k"]))
     search = _Search(cells, goal, budget, before, existing, seeds)
     best = min((search.run(power) for power in (1.0, 0.5, 0.0)), key=search.objective)
-    short = [name for name, there in search.levels(best).items() if there < _LEVELS]
+    short = [name for name, there in search.levels(best).items() if there < LEVELS]
     total = int(best.sum()) + len(existing["k"])
-    if short or total < len(cells.law.names) + 2:
+    if short or total < least_cells(cells.law):
         raise SaescaleError(
-            f"{budget:.3g} hours are too few for a law: it takes {len(cells.law.names) + 2} cells with {_LEVELS} "
+            f"{budget:.3g} hours are too few for a law: it takes {least_cells(cells.law)} cells with {LEVELS} "
             f"values of n and of k; the cheapest cell takes {cells.hours.min():.3g} h. Raise --budget or lower --n-min"
         )
     return search.design(best)
+
+
+def least_cells(law: Law) -> int:
+    """How many cells a design has at least, those that are there included: a fit of fewer has no scatter to speak of."""
+    return len(law.names) + 2
 
 
 def expected(cells: Candidates, goal: Wanted, existing: Mapping[str, np.ndarray]) -> Design:
@@ -134,7 +158,7 @@ def best_rectangle(
     before = _information(_gradients(cells.law, cells.raw, existing["n_latents"], existing["k"]))
     search = _Search(cells, goal, budget, before, existing, seeds)
     found = [c for c in _rectangles(cells, seeds) if c @ cells.hours <= budget]
-    found = [c for c in found if min(search.levels(c).values()) >= _LEVELS and c.sum() > len(cells.law.names) + 1]
+    found = [c for c in found if min(search.levels(c).values()) >= LEVELS and c.sum() > len(cells.law.names) + 1]
     return search.design(min(found, key=search.objective)) if found else None
 
 
@@ -181,7 +205,7 @@ class _Search:
         rows = self.goal.rows if len(self.goal.rows) else np.eye(len(cells.law.names))
         free = max(total - len(cells.law.names), 1)
         half = t.ppf(0.975, free) * np.sqrt(np.einsum("qp,pr,qr->q", rows, covariance, rows))
-        return Design(counts, float(counts @ cells.hours), rows @ cells.raw[0], half, self.objective(counts))
+        return Design(counts, float(counts @ cells.hours), self.goal.value, half, self.objective(counts))
 
     def _information(self, counts: np.ndarray) -> np.ndarray:
         return self.before + np.einsum("c,scpq->spq", counts.astype(float), self.outer)
@@ -200,11 +224,11 @@ class _Search:
     def _first(self) -> np.ndarray:
         """One cheap cell for each of three n and k, spread over their ranges, where those are not there yet."""
         counts = np.zeros(len(self.cells.hours), dtype=int)
-        if min(self.levels(counts).values()) >= _LEVELS:
+        if min(self.levels(counts).values()) >= LEVELS:
             return counts
         ks = np.unique(self.cells.k)
         sizes = np.unique(self.cells.n_latents)
-        for k, n in zip(ks[[0, len(ks) // 2, -1]], sizes[:_LEVELS], strict=False):
+        for k, n in zip(ks[[0, len(ks) // 2, -1]], sizes[:LEVELS], strict=False):
             counts[np.flatnonzero((self.cells.k == k) & (self.cells.n_latents == n))] = 1
         return counts if counts @ self.cells.hours <= self.budget else np.zeros_like(counts)
 
@@ -225,7 +249,7 @@ class _Search:
             trial = counts.copy()
             trial[used[i]] -= 1
             trial[j] += 1
-            if min(self.levels(trial).values()) >= min(_LEVELS, *self.levels(counts).values()):
+            if min(self.levels(trial).values()) >= min(LEVELS, *self.levels(counts).values()):
                 return trial
         return None
 
@@ -244,7 +268,7 @@ def _rectangles(cells: Candidates, seeds: int) -> Iterator[np.ndarray]:
     spaced = [
         [values[np.unique(np.round(np.linspace(first, last, count)).astype(int))]
          for first, last in ((0, end) for end in range(len(values)))
-         for count in range(min(_LEVELS, last + 1), last + 2)]
+         for count in range(min(LEVELS, last + 1), last + 2)]
         for values in (sizes, ks)
     ]  # fmt: skip
     for n, k, repeats in itertools.product(spaced[0], spaced[1], range(1, seeds + 1)):

@@ -65,6 +65,13 @@ class Table:
         columns = {name: values[mask] for name, values in self.columns.items()}
         return replace(self, columns=columns, excluded=(*self.excluded, *excluded))
 
+    def rows_of(self, column: str) -> dict[Any, np.ndarray]:
+        """The rows [their indices, in order] of each value of a column, found in one pass over the table."""
+        values = self.columns[column]
+        order = np.argsort(values, kind="stable")
+        found, first = np.unique(values[order], return_index=True)
+        return dict(zip(found.tolist(), np.split(order, first[1:]), strict=True)) if len(values) else {}
+
     def with_values(self) -> Self:
         """Without columns that hold no value, since results.parquet has all columns always. nmse stays."""
         kept = {n: v for n, v in self.columns.items() if n == "nmse" or v.dtype.kind != "f" or not np.isnan(v).all()}
@@ -116,18 +123,20 @@ def load_results(source: str | RunDirectory) -> Table:
     the reason. Raises SaescaleError when the source is missing or unreadable or has no finished cell, and for
     values of nmse, n_latents or k that no law could use.
     """
-    if isinstance(source, RunDirectory):
-        table = Table.from_arrow(source.read_results(), join(source.url, "results.parquet"))
-    elif source.lower().endswith((".csv", ".parquet")):
-        table = _read_file(source)
-    elif exists(join(source, "results.parquet")):
-        url = join(source, "results.parquet")
-        table = Table.from_arrow(RunDirectory(source).read_results(), url)
-    else:
-        raise SaescaleError(f"{source}: neither a run directory with results.parquet nor a .csv or .parquet file")
-    table = finished(table).with_values()
+    table = finished(load_rows(source)).with_values()
     check_cells(table)
     return table
+
+
+def load_rows(source: str | RunDirectory) -> Table:
+    """All rows of a source of cells, finished or not, as they are. Raises SaescaleError where they cannot be read."""
+    if isinstance(source, RunDirectory):
+        return Table.from_arrow(source.read_results(), join(source.url, "results.parquet"))
+    if source.lower().endswith((".csv", ".parquet")):
+        return _read_file(source)
+    if exists(join(source, "results.parquet")):
+        return load_rows(RunDirectory(source))
+    raise SaescaleError(f"{source}: neither a run directory with results.parquet nor a .csv or .parquet file")
 
 
 def load_curves(source: str | RunDirectory) -> Table | None:

@@ -2,9 +2,10 @@
 
 import numpy as np
 import pytest
+from scipy.stats import t
 
 from scaling.compute import flops_per_token
-from scaling.design import Candidates, Design, best_rectangle, candidates, propose, wanted
+from scaling.design import Candidates, Design, best_rectangle, candidates, expected, propose, wanted
 from scaling.devices import find_device
 from scaling.estimate import fit_law
 from scaling.laws import GPT4, N_K
@@ -99,3 +100,44 @@ def test_what_cannot_be_planned(cells: Candidates) -> None:
     with pytest.raises(SaescaleError, match="must be positive"):
         find_device("cpu", -1.0)
     assert find_device("H100", 1e12).hours(3.6e15) == 1.0
+
+
+def test_the_value_of_a_target_is_the_laws(cells: Candidates) -> None:
+    at = {"n_latents": 65_536.0, "k": 64.0}
+    goal = wanted("prediction", N_K, cells.raw, KS, at)
+    truth = N_K.log_value(RAW, {name: np.array([value]) for name, value in at.items()})
+    np.testing.assert_allclose(propose(cells, goal, 0.5, NONE).value, truth, rtol=1e-12)
+    # Its rows are its derivatives.
+    steps = 1e-6 * np.eye(len(RAW))
+    moved = [N_K.log_value(RAW + step, {name: np.array([v]) for name, v in at.items()}) for step in steps]
+    np.testing.assert_allclose((np.ravel(moved) - truth) / 1e-6, goal.rows[0], rtol=1e-4)
+
+    exponents = propose(cells, wanted("exponent", N_K, cells.raw, KS, {}), 0.5, NONE).value
+    np.testing.assert_allclose(exponents, [N_K.exponent_of(RAW, "n_latents", {"k": k}) for k in KS], rtol=1e-12)
+    floor = propose(cells, wanted("floor", N_K, cells.raw, KS, {"k": 32.0}), 0.5, NONE).value
+    np.testing.assert_allclose(floor, N_K.log_value(RAW, {"n_latents": np.array([1e60]), "k": np.array([32.0])}))
+    np.testing.assert_array_equal(propose(cells, wanted("coefficients", N_K, cells.raw, KS, {}), 0.5, NONE).value, RAW)
+
+
+def test_an_interval_is_that_of_the_cells_alone(cells: Candidates) -> None:
+    """Without any other information than the cells': on few cells that say little of small k above all."""
+    n, k = (v.ravel() for v in np.meshgrid([1024.0, 2048.0, 4096.0, 8192.0], KS[:4], indexing="ij"))
+    gradients = candidates(N_K, RAW[None], n, k, np.ones(len(n)), NOISE).gradients[0]
+    covariance = np.linalg.inv(gradients.T @ gradients) * NOISE**2 * np.pi / 2
+    for target in ("exponent", "floor", "coefficients"):
+        goal = wanted(target, N_K, cells.raw, KS, {})  # type: ignore[arg-type]
+        rows = goal.rows if len(goal.rows) else np.eye(len(RAW))
+        half = t.ppf(0.975, len(n) - len(RAW)) * np.sqrt(np.diag(rows @ covariance @ rows.T))
+        found = expected(cells, goal, {"n_latents": n, "k": k})
+        np.testing.assert_allclose(found.half_width, half, rtol=1e-3)
+
+
+def test_a_point_that_a_target_ignores_is_refused(cells: Candidates) -> None:
+    for target, at, said in (
+        ("exponent", {"n_latents": 512.0, "k": 8.0}, "--at n: --target exponent does not depend on it; give k alone"),
+        ("floor", {"n_latents": 512.0}, "--at n: --target floor does not depend on it"),
+        ("coefficients", {"k": 8.0}, "--at k: --target coefficients does not depend on it; leave --at out"),
+        ("prediction", {"n_latents": 512.0, "k": 8.0, "tokens": 1e9}, "--at D: --target prediction does not depend"),
+    ):
+        with pytest.raises(SaescaleError, match=said):
+            wanted(target, N_K, cells.raw, KS, at)  # type: ignore[arg-type]
