@@ -25,16 +25,21 @@ class SweepOutcome(NamedTuple):
 
 
 def run_sweep(
-    spec: SweepSpec, display: SweepDisplay, address: str | None = None, bootstraps: int = 1000
+    spec: SweepSpec,
+    display: SweepDisplay,
+    address: str | None = None,
+    bootstraps: int = 1000,
+    extending: bool = False,
 ) -> SweepOutcome:
     """Trains every cell of `spec` that has no result yet, fits the laws and writes the report.
 
+    `extending`: spec.out may hold the same sweep with fewer cells (extend.py), and gets the others.
     It can be killed at any moment and called again. Raises SaescaleError on a
     store or run directory that cannot be used, and KeyboardInterrupt after the workers have saved their checkpoints.
     """
     store, run = ActivationStore.open(spec.store), RunDirectory(spec.out)
     precision = recorded_precision(run)
-    ledger = open_ledger(run, spec, store, precision) if precision else None
+    ledger = open_ledger(run, spec, store, precision, extending) if precision else None
     trained = 0
     if ledger is None or ledger.pending:
         verify(store, spec.eval.tokens, display)
@@ -46,7 +51,7 @@ def run_sweep(
 
         resources = spec.resources
         with Pool(spec.grid.size, resources.workers, resources.gpus_per_worker, address) as pool:
-            ledger = ledger or open_ledger(run, spec, store, precision or pool.precision)
+            ledger = ledger or open_ledger(run, spec, store, precision or pool.precision, extending)
             trained = len(ledger.pending)
             steps = ledger.checkpoint_steps()
             needs = pool.needs(store, spec.eval.tokens, remote_run=local_path(run.url) is None)
@@ -54,6 +59,9 @@ def run_sweep(
             # Not before the plan stands: a sweep that cannot be run leaves no run directory behind.
             ledger.begin()
             Execution(spec, ledger, pool, packs, display).run()
+    else:
+        # Cells of an extension may have their results already.
+        ledger.write_spec()
     fits, wandb = _analyse(spec, ledger, display, bootstraps)
     failed = sum(result["status"] == "failed" for result in ledger.results.values())
     return SweepOutcome(run, fits, len(ledger.cells), failed, trained, wandb)
@@ -82,13 +90,26 @@ def _analyse(
     if mode == "off":
         return fits, None
     logged = run.read_json(WANDB)
-    if logged is None or logged["made_from"] != fits["made_from"]:
+    if not _is_logged(logged, fits, mode):
         display.stage("logging the summary to W&B")
         figures = [join(run.url, "figures", name) for name in list_names(join(run.url, "figures"))]
         folder = wandb_directory(run.url)
-        url = log_summary(spec.wandb, spec.name, provenance_of(run), fits, run.read_results(), figures, folder)
-        read = f"W&B: {url}" if url else how_to_read("offline", folder, spec.wandb, spec.name)
-        logged = {"made_from": fits["made_from"], "read": read}
+        done = log_summary(spec.wandb, spec.name, provenance_of(run), fits, run.read_results(), figures, folder)
+        read = f"W&B: {done.url}" if done.url else how_to_read(done.mode, folder, spec.wandb, spec.name)
+        if not done.whole:
+            read += "; the summary was not sent whole, run the sweep again to send it"
+        logged = {"made_from": fits["made_from"], "mode": done.mode, "whole": done.whole, "read": read}
         # Last, so that an interrupted summary is logged again.
         run.write_json(WANDB, logged)
     return fits, logged["read"]
+
+
+def _is_logged(logged: Any, fits: dict[str, Any], mode: str) -> bool:
+    """Whether what WANDB says of an earlier summary leaves nothing to do: it is of these fits and whole, and on the
+    server where there is one now."""
+    return (
+        isinstance(logged, dict)
+        and logged.get("made_from") == fits["made_from"]
+        and logged.get("whole") is True
+        and (mode != "online" or logged.get("mode") == "online")
+    )

@@ -12,13 +12,15 @@ from trainers import wandb_client as client
 from trainers.cell import Cell, CurveRow
 from trainers.wandb_client import how_to_read, how_to_send, init, one_line, resolve_mode, run_id, warn, without_secrets
 from trainers.wandb_settings import Mode, WandbSettings, wandb_directory
-from trainers.wandb_summary import log_summary
+from trainers.wandb_summary import Logged, log_summary
 
 if TYPE_CHECKING:
     from wandb import Run
 
 # What the rest of the project needs of W&B, in one place.
-__all__ = ["Mode", "WandbLogger", "WandbSettings", "how_to_read", "log_summary", "resolve_mode", "wandb_directory"]
+__all__ = [
+    "Logged", "Mode", "WandbLogger", "WandbSettings", "how_to_read", "log_summary", "resolve_mode", "wandb_directory",
+]  # fmt: skip
 
 _SUMMARY = (
     "nmse", "l0", "dead_fraction", "dead_fraction_long", "tokens", "flops", "flops_dense", "wall_s", "status", "error",

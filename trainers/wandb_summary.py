@@ -40,6 +40,15 @@ class Coefficient(NamedTuple):
     high: float | None
 
 
+class Logged(NamedTuple):
+    """What became of a summary. `mode`: how it was logged, after asking whether the server is there. `url`: where to
+    look when it is online. `whole`: all that this mode can do is done, so that logging it again would add nothing."""
+
+    mode: Mode
+    url: str | None
+    whole: bool
+
+
 def log_summary(
     settings: WandbSettings,
     sweep: str,
@@ -48,25 +57,27 @@ def log_summary(
     results: pa.Table,
     figures: Sequence[str],
     directory: str,
-) -> str | None:
+) -> Logged:
     """The run that holds the outcome of a sweep: coefficients, results, figures, and an artifact of the files.
 
     fits: the document of fits.json. results: the table of results.parquet. figures: paths or URLs of figures; those
     with Plotly's JSON are interactive, others shown as their PNG, and PDF, SVG and PNG go into the artifact.
-    Calling it again (a new analysis) updates the same run. Returns where to look when it is online (the group and,
-    with wandb-workspaces, a workspace of its panels), else None. Raises nothing: what could not be sent is one warning.
+    Calling it again (a new analysis, or one that was not logged whole) updates the same run. The URL is that of the
+    group and, with wandb-workspaces, of a workspace of its panels. Raises nothing: what could not be sent is one
+    warning.
     """
+    mode: Mode = "offline"
     try:
         mode = client.reachable(resolve_mode(settings), directory)
         if mode == "off":
-            return None
+            return Logged(mode, None, True)
         # Errors of cells and sources of fits quote URLs.
         fits = without_secrets(fits)
         results = pa.Table.from_pylist(without_secrets(results.to_pylist()), schema=results.schema)
         return _log_summary(settings, mode, sweep, context, fits, results, figures, directory)
     except Exception as error:
         warn(f"the summary of {sweep}: {one_line(error)}; the run directory has all of it")
-        return None
+        return Logged(mode, None, False)
 
 
 def _log_summary(
@@ -78,7 +89,7 @@ def _log_summary(
     results: pa.Table,
     figures: Sequence[str],
     directory: str,
-) -> str | None:
+) -> Logged:
     coefficients = list(_coefficients(fits))
     run = init(
         settings,
@@ -115,11 +126,13 @@ def _log_summary(
             f"the summary of {sweep} is not uploaded to its end: {one_line(error)}; {how_to_send(sync_dir)} "
             "but for its artifact, whose files are in the run directory"
         )
-        return None
+        return Logged(mode, None, False)
     if mode != "online":
-        return None
+        return Logged(mode, None, not failed)
+    # Panels are a help for readers: a server or a machine that cannot make them will not do so the next time either.
     view = save_workspace(run.entity, settings.project, sweep, list(shown))
-    return group_url(run.entity, settings.project, sweep) + (f" and, as panels, {view}" if view else "")
+    url = group_url(run.entity, settings.project, sweep) + (f" and, as panels, {view}" if view else "")
+    return Logged(mode, url, not failed)
 
 
 def _tables(coefficients: Sequence[Coefficient], results: pa.Table) -> dict[str, Any]:

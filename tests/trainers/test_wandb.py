@@ -31,10 +31,11 @@ from tests.trainers.wandb_case import (
     row,
     server,
     train,
+    wait_for,
 )  # fmt: skip
 from tests.trainers.wandb_server import WandbServer
 from trainers import wandb_client
-from trainers.wandb_logger import WandbLogger, WandbSettings, how_to_read, log_summary, resolve_mode
+from trainers.wandb_logger import Logged, WandbLogger, WandbSettings, how_to_read, log_summary, resolve_mode
 
 __all__ = ["bare_machine", "server"]  # fixtures
 
@@ -179,7 +180,8 @@ def test_summary_run(tmp_path: Path) -> None:
     figure = tmp_path / "nmse.png"
     matplotlib.image.imsave(figure, np.zeros((4, 4, 3)))
     for _ in range(2):
-        assert log_summary(OFFLINE, "sweep", CONTEXT, FITS, RESULTS, [str(figure)], str(tmp_path)) is None
+        logged = log_summary(OFFLINE, "sweep", CONTEXT, FITS, RESULTS, [str(figure)], str(tmp_path))
+        assert logged == Logged("offline", None, True)
     first, again = runs(tmp_path)
     assert first.record["run_id"] == again.record["run_id"]
     assert (first.record["job_type"], first.record["run_group"]) == ("summary", "sweep")
@@ -205,7 +207,7 @@ def test_off_writes_nothing(tmp_path: Path) -> None:
     logger.log(cell(), row(1))
     logger.finish(cell(), DONE)
     logger.close()
-    assert log_summary(off, "sweep", CONTEXT, FITS, RESULTS, [], str(tmp_path / "w")) is None
+    assert log_summary(off, "sweep", CONTEXT, FITS, RESULTS, [], str(tmp_path / "w")) == Logged("off", None, True)
     assert not (tmp_path / "w").exists()
 
 
@@ -359,12 +361,13 @@ logger.close()
     process = subprocess.Popen(
         [sys.executable, "-W", "always", "-c", script], stdin=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
-    while len({v["name"] for name, v in server.received if name == "UpsertBucket"}) < 4:
-        assert process.poll() is None
-        time.sleep(0.05)
-    server.shutdown()
-    server.server_close()
-    said = process.communicate("\n", timeout=60)[1]
+    try:
+        wait_for(lambda: len({v["name"] for name, v in server.received if name == "UpsertBucket"}) == 4, process)
+        server.shutdown()
+        server.server_close()
+        said = process.communicate("\n", timeout=180)[1]
+    finally:
+        process.kill()
     assert process.returncode == 0
     assert said.count("W&B: ") == 1
     assert "Traceback" not in said

@@ -1,6 +1,8 @@
 """What tests of W&B share: cells and rows to log, fits to show, a machine without accounts, a server that records."""
 
 import os
+import subprocess
+import time
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -93,3 +95,12 @@ def train(settings: WandbSettings, directory: Path, cells: list[Cell]) -> None:
         logger.log(c, row(1))
         logger.finish(c, DONE)
     logger.close()
+
+
+def wait_for(condition: Callable[[], bool], process: subprocess.Popen[str], seconds: float = 120.0) -> None:
+    """Until it holds; fails when `process`, which is to bring it about, ends before, or after so long a time."""
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert process.poll() is None, "the process has ended"
+        assert time.monotonic() < deadline, f"not within {seconds:g} s"
+        time.sleep(0.05)
