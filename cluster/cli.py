@@ -156,14 +156,14 @@ def sweep(
     from cluster.spec import load_spec
 
     loaded = load_spec(spec, out=out, wandb=wandb)
-    if extend:
+    if extend is not None:
         from cluster.extend import extend as extended
 
         loaded, added = extended(loaded, extend)
         console.print(f"{added} cells added to {loaded.grid.size - added}", highlight=False)
     with _display() as display:
         began = time.monotonic()
-        outcome = run_sweep(loaded, display, address, bootstraps)
+        outcome = run_sweep(loaded, display, address, bootstraps, extending=extend is not None)
     _summary(outcome, time.monotonic() - began, store=loaded.store)
     console.print(f"\nNext: saescale fit {loaded.out} --law n_k", highlight=False)
 

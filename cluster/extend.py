@@ -1,12 +1,13 @@
 """`saescale sweep SPEC --extend MORE`: the cells of MORE beside those of SPEC, of which only the missing ones train."""
 
+import os
 from collections import defaultdict
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import yaml
 
-from cluster.spec import Grid, SweepSpec, parse_spec
+from cluster.spec import NO_STORE, Grid, SweepSpec, parse_spec
 from storage import files
 from storage.errors import SaescaleError
 from storage.rundir import RunDirectory
@@ -16,7 +17,8 @@ _SHARED = ("train", "eval")
 
 
 class Extension(NamedTuple):
-    """`spec` has all cells; `added` of them are neither in the sweep nor in its run directory's sweep.yaml."""
+    """`spec` has all cells; `added` of them are not in its run directory's sweep yet, or, before there is one, not in
+    the sweep file."""
 
     spec: SweepSpec
     added: int
@@ -25,24 +27,21 @@ class Extension(NamedTuple):
 def extend(spec: SweepSpec, more: str) -> Extension:
     """`spec` with the cells of `more` besides, a sweep file or one with a grid alone; what a run directory holds stays.
 
-    Where spec.out already holds the sweep, its sweep.yaml gets the new grid, so that results that are there count.
-    Raises SaescaleError when the trainings or evaluations differ: such cells are not of one law.
+    Nothing is written: the run directory takes the cells up when they can be trained (ledger.py). Raises SaescaleError
+    when the trainings, evaluations or stores differ: such cells are not of one law.
     """
     other = _read(more, spec)
     _same(spec, other, more)
+    _same_store(spec, other, more)
     grid = union(spec.grid, other.grid)
-    run = RunDirectory(spec.out)
-    document = run.read_spec()
-    known = set(spec.grid.combinations())
+    known = spec.grid
+    document = RunDirectory(spec.out).read_spec()
     if document is not None:
         there = parse_spec(document, f"{spec.out}/sweep.yaml")
         _same(spec, there, f"{spec.out}/sweep.yaml")
-        grid = union(there.grid, grid)
-        known |= set(there.grid.combinations())
-    added = len(set(grid.combinations()) - known)
-    if document is not None and added:
-        run.write_spec(document | {"grid": grid.model_dump(mode="json")})
-    return Extension(spec.model_copy(update={"grid": grid}), added)
+        known, grid = there.grid, union(there.grid, grid)
+    added = set(grid.combinations()) - set(known.combinations())
+    return Extension(spec.model_copy(update={"grid": grid}), len(added))
 
 
 def union(first: Grid, second: Grid) -> Grid:
@@ -65,8 +64,7 @@ def _read(more: str, spec: SweepSpec) -> SweepSpec:
         raise SaescaleError(f"{more} is not valid YAML: {' '.join(str(error).split())}") from error
     if not isinstance(document, Mapping) or "grid" not in document:
         raise SaescaleError(f"{more} has no grid to extend with")
-    base = spec.model_dump(mode="json")
-    return parse_spec({**base, **{k: v for k, v in document.items() if k in ("grid", *_SHARED)}}, more)
+    return parse_spec(spec.model_dump(mode="json") | dict(document), more)
 
 
 def _same(spec: SweepSpec, other: SweepSpec, where: str) -> None:
@@ -79,3 +77,17 @@ def _same(spec: SweepSpec, other: SweepSpec, where: str) -> None:
                     f"{where}: {section}.{key} is {there[key]} and the sweep's is {here[key]}; cells of one sweep are "
                     "trained and measured alike: make them the same, or sweep it into a run directory of its own"
                 )
+
+
+def _same_store(spec: SweepSpec, other: SweepSpec, where: str) -> None:
+    if other.store != NO_STORE and _place(other.store) != _place(spec.store):
+        raise SaescaleError(
+            f"{where}: store is {other.store} and the sweep's is {spec.store}; cells of one sweep have one store: "
+            "leave it out or name the sweep's, or sweep it into a run directory of its own"
+        )
+
+
+def _place(url: str) -> str:
+    """One text for all ways to write where a store lies."""
+    local = files.local_path(url)
+    return url.rstrip("/") if local is None else os.path.realpath(local)

@@ -6,7 +6,7 @@ from typing import Any, get_args
 
 import pyarrow as pa
 
-from cluster.spec import SweepSpec
+from cluster.spec import Combination, SweepSpec, parse_spec
 from storage import checkpoint
 from storage.activations import ActivationStore
 from storage.errors import SaescaleError
@@ -35,10 +35,14 @@ class Ledger:
                 self.results[cell.cell_id] = result
 
     def begin(self) -> None:
-        """Writes sweep.yaml, where it is not there yet, and the ledger: from now on `run` is this sweep's."""
-        if self.run.read_spec() is None:
-            self.run.write_spec(self._document)
+        """Writes sweep.yaml and the ledger: from now on `run` is this sweep's, with all its cells."""
+        self.write_spec()
         self.write()
+
+    def write_spec(self) -> None:
+        """Writes sweep.yaml where it is not there yet or lacks cells of an extension."""
+        if self.run.read_spec() != self._document:
+            self.run.write_spec(self._document)
 
     def settle(self) -> None:
         """Makes the tables say what the cells say, where a driver died before it could."""
@@ -93,21 +97,28 @@ def recorded_precision(run: RunDirectory) -> Precision | None:
     return found if found in get_args(Precision) else None
 
 
-def open_ledger(run: RunDirectory, spec: SweepSpec, store: ActivationStore, precision: Precision) -> Ledger:
+def open_ledger(
+    run: RunDirectory, spec: SweepSpec, store: ActivationStore, precision: Precision, extending: bool = False
+) -> Ledger:
     """Picks up the sweep in `run`, or gives the ledger of a new one, of which nothing is written before `begin`.
 
-    Raises SaescaleError where `run` holds another sweep.
+    `extending`: `spec` may have cells besides those of `run`. Raises SaescaleError where `run` holds another sweep.
     """
-    wanted = _resolved(spec, store, precision)
+    document = _resolved(spec, store, precision)
     found = run.read_spec()
     if found is not None:
-        differences = _differences(_identity(found), _identity(wanted))
-        if differences:
+        there, here = _combinations(found, f"{run.url}/sweep.yaml"), set(spec.grid.combinations())
+        same_cells = there <= here if extending else there == here
+        differences = _differences(_identity(found), _identity(document))
+        if differences or not same_cells:
+            said = [*([] if same_cells else [_other_cells(there, here)]), *differences]
             raise SaescaleError(
-                f"{run.url} holds another sweep ({'; '.join(differences[:3])}); "
-                "give this one another run directory (out), or remove that one"
+                f"{run.url} holds another sweep ({'; '.join(said[:3])}); give this one another run directory (out), "
+                f"or remove that one{'' if differences else _other_way(run, there, here)}"
             )
-    return Ledger(run, spec.cells(store, precision), wanted)
+        # What began the sweep stays as it was written, such as the versions that its first cells were trained with.
+        document = found if there == here else found | {"grid": document["grid"]}
+    return Ledger(run, spec.cells(store, precision), document)
 
 
 def _resolved(spec: SweepSpec, store: ActivationStore, precision: Precision) -> dict[str, Any]:
@@ -167,10 +178,33 @@ def read_status(url: str) -> list[dict[str, Any]]:
 
 
 def _identity(document: Mapping[str, Any]) -> dict[str, Any]:
-    """What makes a sweep this one: all that decides its cells and how they are measured."""
-    kept = {key: value for key, value in document.items() if key not in (*_FREE, "resolved")}
+    """What makes a sweep this one, beside its cells: all that decides how they are trained and measured."""
+    kept = {key: value for key, value in document.items() if key not in (*_FREE, "grid", "resolved")}
     resolved = document.get("resolved", {})
     return kept | {key: resolved.get(key) for key in ("precision", "store_fingerprint")}
+
+
+def _combinations(document: Mapping[str, Any], where: str) -> set[Combination]:
+    """The cells of a grid: one grid can be written in many ways, and what it means is these."""
+    return set(parse_spec(document, where).grid.combinations())
+
+
+def _other_cells(there: set[Combination], here: set[Combination]) -> str:
+    parts = []
+    for cells, where in ((there - here, "there"), (here - there, "here")):
+        if cells:
+            first, many = min(cells), "cell is" if len(cells) == 1 else "cells are"
+            parts.append(f"{len(cells)} {many} only {where} (n = {first.n_latents}, k = {first.k}, seed {first.seed})")
+    return f"grid: {', '.join(parts)}"
+
+
+def _other_way(run: RunDirectory, there: set[Combination], here: set[Combination]) -> str:
+    """What else can be done about a sweep that differs in its cells alone."""
+    if there > here:
+        return f"; or use {run.url}/sweep.yaml, which has these cells and those that were added"
+    if there < here:
+        return f"; or add the cells: saescale sweep {run.url}/sweep.yaml --extend THIS.yaml"
+    return ""
 
 
 def _differences(there: Any, here: Any, path: str = "") -> list[str]:

@@ -23,6 +23,9 @@ from storage.errors import SaescaleError
 from trainers.cell import Cell, EvalSpec, Precision, auto_k_aux
 from trainers.wandb_logger import WandbSettings
 
+# What a sweep file says where nobody has named a store yet: to be edited.
+NO_STORE = "stores/STORE"
+
 # Strict: `true`, "512" and 8.0 are mistakes in a sweep file. Reals are lax, because YAML reads 8e-4 as text.
 Positive = Annotated[int, Field(gt=0, strict=True)]
 NotNegative = Annotated[int, Field(ge=0, strict=True)]
