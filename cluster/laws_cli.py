@@ -75,10 +75,11 @@ def fit(
     if out:
         console.print(f"wrote {out}/fits.json", highlight=False)
         console.print(f"Next: saescale fit {named}", highlight=False, soft_wrap=True)
-    elif points:
-        console.print(f"Next: saescale plan {sources[0]} --budget 1h --gpu cpu", highlight=False, soft_wrap=True)
-    else:
-        console.print(f"Next: saescale fit {named} --json", highlight=False, soft_wrap=True)
+        return
+    # A plan adds to a run or a table, not to a W&B project.
+    planned = next((source for source in sources if not source.startswith("wandb:")), None)
+    next_ = f"plan {planned} --budget 1h --gpu cpu" if points and planned else f"fit {named} --json"
+    console.print(f"Next: saescale {next_}", highlight=False, soft_wrap=True)
 
 
 def plan(
@@ -99,7 +100,7 @@ def plan(
     tokens: Annotated[
         float, typer.Option(help="Tokens of a cell of n = 32768, without a source; they grow as n^0.6.")
     ] = 1e9,
-    n_min: Annotated[int | None, typer.Option(help="Smallest n.", min=2)] = None,
+    n_min: Annotated[int | None, typer.Option(help="Smallest n; the others double from it.", min=2)] = None,
     n_max: Annotated[int | None, typer.Option(help="Largest n.", min=2)] = None,
     k: Annotated[list[int] | None, typer.Option(help="A k that cells may have; repeatable.", min=1)] = None,
     seeds: Annotated[int, typer.Option(help="At most so many new cells of one n and k.", min=1)] = 3,
@@ -111,9 +112,11 @@ def plan(
 
     Example: [bold]saescale plan runs/quickstart --budget 1h --gpu cpu --write more.yaml[/]
     """
-    from cluster.planning import Request, make_plan, write_plan
+    from cluster.planning import Request, make_plan, sweep_of, write_plan
+    from cluster.spec import NO_STORE
     from scaling.devices import find_device
     from scaling.predict import parse_point
+    from storage.files import join
 
     request = Request(
         hours=_hours(budget), device=find_device(gpu, flops_per_s), target=target, source=source, store=store,
@@ -128,14 +131,16 @@ def plan(
         print(json.dumps(document))
         return
     _show_plan(document)
+    # Cells of a run are added to its sweep: by themselves they would be another sweep in the same directory.
+    run = source if source and sweep_of(source) else None
+    file = write or "plan.yaml"
+    next_ = f"saescale sweep {join(run, 'sweep.yaml')} --extend {file}" if run else f"saescale sweep {file}"
+    edit = f" (edit its store first: {NO_STORE})" if made.spec.store == NO_STORE else ""
     if write:
         console.print(f"wrote {write}", highlight=False, soft_wrap=True)
-        run = source and not source.lower().endswith((".csv", ".parquet"))
-        next_ = f"saescale sweep {source}/sweep.yaml --extend {write}" if run else f"saescale sweep {write}"
-        edit = "" if run or store else f" (edit its store first: {made.spec.store})"
         console.print(f"Next: {next_}{edit}", highlight=False, soft_wrap=True)
     else:
-        console.print("Next: the same with --write plan.yaml, then saescale sweep plan.yaml", highlight=False)
+        console.print(f"Next: the same with --write {file}, then {next_}{edit}", highlight=False, soft_wrap=True)
 
 
 def reproduce(

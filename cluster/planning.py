@@ -1,14 +1,17 @@
 """`saescale plan`: the cells to train next, what they cost, how they pack, and the sweep file that trains them."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence, Set
 from dataclasses import dataclass, field
+from itertools import count, islice
 from typing import Any, NamedTuple, cast
 
 import numpy as np
 import yaml
 
-from cluster.spec import SweepSpec, parse_spec
+from cluster.spec import NO_STORE, SweepSpec, parse_spec
 from scaling.design import (
+    LEVELS,
     TARGETS,
     Candidates,
     Design,
@@ -17,6 +20,7 @@ from scaling.design import (
     best_rectangle,
     candidates,
     expected,
+    least_cells,
     propose,
     wanted,
 )
@@ -24,7 +28,7 @@ from scaling.devices import Device
 from scaling.estimate import Fit, fit_law
 from scaling.laws import GPT4, N_K
 from scaling.sources import load_sources
-from scaling.tables import Table, comparable
+from scaling.tables import Table, comparable, load_rows
 from storage import files
 from storage.errors import SaescaleError
 from storage.rundir import RunDirectory
@@ -55,12 +59,14 @@ class Request:
 
 
 class Prior(NamedTuple):
-    """What is known before: coefficients [draws, coefficients], scatter of ln nmse, cells that are there, in words."""
+    """What is known before: coefficients [draws, coefficients], scatter of ln nmse, finished cells, in words, and the
+    seeds of each n and k that other cells have, finished or not."""
 
     raw: np.ndarray
     noise: float
     cells: Mapping[str, np.ndarray]
     words: str
+    seeds: Mapping[tuple[int, int], Set[int]]
 
 
 class PlannedCell(NamedTuple):
@@ -138,13 +144,15 @@ def make_plan(request: Request) -> Plan:
     """The plan of a request. Raises SaescaleError for a target or point that does not fit and a budget too small."""
     if request.target not in TARGETS:
         raise SaescaleError(f"unknown target {request.target}; there are {', '.join(TARGETS)}")
+    if request.noise is not None and not 0 < request.noise < np.inf:
+        raise SaescaleError(f"--noise {request.noise:g} is no scatter; give a number above 0, such as {_NOISE}")
     prior, base, d_model = _prior(request)
     sizes, ks = _levels(request, prior.cells, d_model)
     cells = _candidates(request, prior, base, d_model, sizes, ks)
     goal = wanted(cast(Target, request.target), N_K, prior.raw, [k for k in ks if k in cells.k], request.at)
     design = propose(cells, goal, request.hours, prior.cells, request.seeds)
     rectangle = best_rectangle(cells, goal, request.hours, prior.cells, request.seeds)
-    planned, grid = _planned(cells, design, prior.cells, base, d_model, request.device)
+    planned, grid = _planned(cells, design, prior.seeds, base, d_model, request.device)
     spec = parse_spec(base | {"grid": {"cells": grid}}, "the plan")
     before = expected(cells, goal, prior.cells) if len(prior.cells["k"]) > len(N_K.names) else None
     return Plan(request, prior, spec, planned, goal, design, before, rectangle, _packs(spec, d_model, request.device))
@@ -155,13 +163,13 @@ def _prior(request: Request) -> tuple[Prior, dict[str, Any], int]:
     none = {"n_latents": np.empty(0), "k": np.empty(0)}
     base: dict[str, Any] = {
         "name": "plan",
-        "store": request.store or "stores/STORE",
+        "store": request.store or NO_STORE,
         "out": "runs/plan",
         "train": {"tokens": {"at": 32_768, "tokens": request.tokens, "exponent": 0.6}},
     }
     if request.source is None:
         words = f"the published law of GPT-4's SAEs and an assumed scatter of {request.noise or _NOISE:.2%}"
-        return Prior(N_K.to_raw(GPT4)[None], request.noise or _NOISE, none, words), base, request.d_model
+        return Prior(N_K.to_raw(GPT4)[None], request.noise or _NOISE, none, words, {}), base, request.d_model
     results = comparable(load_sources([request.source])[0])
     results.require(("n_latents", "k"))
     try:
@@ -174,14 +182,40 @@ def _prior(request: Request) -> tuple[Prior, dict[str, Any], int]:
     words = f"L(N, k) of {request.source} and its scatter of {request.noise or fit.noise:.2%} about it"
     prior = Prior(
         np.concatenate([fit.raw[None], _plausible(fit)]), request.noise or fit.noise,
-        {"n_latents": results["n_latents"], "k": results["k"]}, words,
+        {"n_latents": results["n_latents"], "k": results["k"]}, words, _seeds_of(request.source),
     )  # fmt: skip
     return prior, _base_of(request.source, results, base), d_model
 
 
+def sweep_of(source: str) -> dict[str, Any] | None:
+    """The sweep.yaml of a source of cells, or None where it is a table or a directory without one."""
+    return None if source.lower().endswith((".csv", ".parquet")) else RunDirectory(source).read_spec()
+
+
+def _seeds_of(source: str) -> dict[tuple[int, int], set[int]]:
+    """The seeds of each n and k: of the sweep's grid, and of all rows, since a failed cell is not trained again."""
+    found: dict[tuple[int, int], set[int]] = defaultdict(set)
+    document = sweep_of(source)
+    for cell in parse_spec(document, f"{source}/sweep.yaml").grid.combinations() if document else ():
+        found[cell.n_latents, cell.k].add(cell.seed)
+    rows = load_rows(source)
+    seeds = rows["seed"] if "seed" in rows and rows["seed"].dtype.kind == "f" else np.full(len(rows), np.nan)
+    for n, k, seed in zip(rows["n_latents"], rows["k"], seeds, strict=True):
+        if np.isfinite([n, k]).all():
+            own = found[int(n), int(k)]
+            # Where nobody wrote down which it was: as if seeds went up from 0.
+            own.add(int(seed) if np.isfinite(seed) else _unused(own, 1)[0])
+    return found
+
+
+def _unused(seeds: Set[int], wanted: int) -> list[int]:
+    """The first `wanted` that are not in `seeds`."""
+    return list(islice((seed for seed in count() if seed not in seeds), wanted))
+
+
 def _base_of(source: str, results: Table, base: dict[str, Any]) -> dict[str, Any]:
     """How a run directory's cells were trained, or for a table the default with its tokens where they are all alike."""
-    if not source.lower().endswith((".csv", ".parquet")) and (document := RunDirectory(source).read_spec()):
+    if document := sweep_of(source):
         return {key: value for key, value in document.items() if key not in ("grid", "resolved")}
     if "tokens" in results and len(np.unique(results["tokens"])) == 1:
         tokens = int(results["tokens"][0])
@@ -197,7 +231,7 @@ def _plausible(fit: Fit) -> np.ndarray:
 
 
 def _levels(request: Request, cells: Mapping[str, np.ndarray], d_model: int) -> tuple[np.ndarray, list[float]]:
-    """The n (powers of two) and k that cells may have."""
+    """The n and k that cells may have; n doubles from --n-min, the smallest n that is there, or _SMALLEST."""
     there = bool(len(cells["k"]))
     low = request.n_range[0] or (int(cells["n_latents"].min()) if there else _SMALLEST)
     high = request.n_range[1] or (_WIDER * int(cells["n_latents"].max()) if there else 2**24)
@@ -214,36 +248,66 @@ def _candidates(
     n, k = (v.ravel() for v in np.meshgrid(sizes, np.array(ks), indexing="ij"))
     possible = k <= n
     n, k = n[possible], k[possible]
+    if not len(n):
+        raise SaescaleError(f"no cell to add has k <= n: k is {min(ks):g} or more, n at most {sizes.max():g}")
+    _require_enough(request, n, k, prior.cells)
     spec = parse_spec(base | {"grid": {"cells": _grid(n, k, [[0]] * len(n))}}, "the plan")
     planned, needs = _cells(spec, d_model), _needs(spec, request.device)
     hours = np.array([request.device.hours(cell.flops(cell.tokens).sparse) for cell in planned])
-    fits = hours <= request.hours
+    memory = np.array([needs([cell]) for cell in planned])
+    fits = memory <= request.device.memory
+    if not fits.any():
+        raise SaescaleError(
+            f"no cell fits into the memory of {request.device.name}; the smallest takes {memory.min() / 2**30:.3g} GiB"
+        )
+    if not fits.all():
+        _require_enough(request, n[fits], k[fits], prior.cells, request.device)
+    cheapest = hours[fits].min()
+    fits &= hours <= request.hours
     if not fits.any():
         raise SaescaleError(
             f"{request.hours:.3g} h on {request.device.name} do not reach for one cell; the cheapest takes "
-            f"{hours.min():.3g} h. Raise --budget or lower --tokens"
-        )
-    fits &= np.array([needs([cell]) <= request.device.memory for cell in planned])
-    if not fits.any():
-        least = min(needs([cell]) for cell in planned) / 2**30
-        raise SaescaleError(
-            f"no cell fits into the memory of {request.device.name}; the smallest takes {least:.3g} GiB"
+            f"{cheapest:.3g} h. Raise --budget or lower --tokens"
         )
     return candidates(N_K, prior.raw, n[fits], k[fits], hours[fits], prior.noise)
+
+
+def _require_enough(
+    request: Request, n: np.ndarray, k: np.ndarray, there: Mapping[str, np.ndarray], device: Device | None = None
+) -> None:
+    """Raises SaescaleError where cells of `n` and `k` beside those that are `there` make no law at any budget;
+    `device`: the cells are those that its memory holds."""
+    which = f" that fit into the memory of {device.name}" if device else ""
+    for name, values, remedy in (
+        ("k", {*k, *there["k"]}, "add --k"),
+        ("n", {*n, *there["n_latents"]}, "lower --n-min or raise --n-max"),
+    ):
+        if len(values) < LEVELS:
+            raise SaescaleError(
+                f"a law takes {LEVELS} values of {name}; there are {len(values)} "
+                f"({', '.join(f'{value:g}' for value in sorted(values))}) in cells of k <= n{which}: "
+                + ("lower --n-min, add smaller --k or name a larger --gpu" if device else remedy)
+            )
+    most = len(n) * request.seeds + len(there["k"])
+    if most < least_cells(N_K):
+        raise SaescaleError(
+            f"a law takes {least_cells(N_K)} cells; there are at most {most}{which}: raise --seeds, or ask for more n "
+            "or k"
+        )
 
 
 def _planned(
     cells: Candidates,
     design: Design,
-    there: Mapping[str, np.ndarray],
+    used: Mapping[tuple[int, int], Set[int]],
     base: dict[str, Any],
     d_model: int,
     device: Device,
 ) -> tuple[tuple[PlannedCell, ...], list[dict[str, Any]]]:
-    """The rows of the plan and of the sweep file's grid. Seeds go on after as many as the source has of an n and k."""
+    """The rows of the plan and of the sweep file's grid, with the first seeds that no cell of an n and k has."""
     chosen = np.flatnonzero(design.counts)
-    first = [int(((there["n_latents"] == cells.n_latents[i]) & (there["k"] == cells.k[i])).sum()) for i in chosen]
-    seeds = [list(range(f, f + int(design.counts[i]))) for f, i in zip(first, chosen, strict=True)]
+    own = [used.get((int(cells.n_latents[i]), int(cells.k[i])), frozenset()) for i in chosen]
+    seeds = [_unused(taken, int(design.counts[i])) for taken, i in zip(own, chosen, strict=True)]
     grid = _grid(cells.n_latents[chosen], cells.k[chosen], seeds)
     spec = parse_spec(base | {"grid": {"cells": grid}}, "the plan")
     sparse = {(c.n_latents, c.k): (c.tokens, float(c.flops(c.tokens).sparse)) for c in _cells(spec, d_model)}

@@ -141,7 +141,7 @@ def propose(
 
 
 def least_cells(law: Law) -> int:
-    """How many cells a design has at least, those that are there included: a fit of fewer has no scatter to speak of."""
+    """How many cells a design has at least, those there included: a fit of fewer has no scatter to speak of."""
     return len(law.names) + 2
 
 

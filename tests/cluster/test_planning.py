@@ -1,23 +1,32 @@
 """From a plan to the sweep that has exactly its cells: sweep files, extension of a run directory, the command line."""
 
 import json
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.csv
 import pytest
 import yaml
 
+from cluster import laws_cli
 from cluster.driver import run_sweep
 from cluster.extend import extend, union
+from cluster.ledger import open_ledger
 from cluster.planning import Request, make_plan
-from cluster.spec import Grid, load_spec, parse_spec
+from cluster.spec import NO_STORE, Grid, load_spec, parse_spec
 from scaling.devices import find_device
+from scaling.tables import load_results
+from storage.activations import ActivationStore
 from storage.errors import SaescaleError
 from storage.rundir import RunDirectory
 from tests.cluster.conftest import Recorder
 from tests.cluster.test_cli import assert_one_line, saescale
 from tests.cluster.test_sweep import without_times
 from tests.scaling.conftest import _cells
+from tests.trainers.synthetic import sparse_rows, write_store
 
 
 def grid(**lists: Any) -> Grid:
@@ -92,9 +101,61 @@ def test_what_cannot_be_planned(tmp_path: Path) -> None:
         (["--target", "slope"], "unknown target slope; there are exponent, floor, prediction, coefficients"),
         (["--target", "prediction"], "add --at n=65536,k=64"),
         (["--gpu", "cpu", "--budget", "1min"], "do not reach for one cell"),
+        (["--k", "32"], "a law takes 3 values of k; there are 1 (32) in cells of k <= n: add --k"),
         ([str(few)], "2 points for 6 coefficients"),
     ):
         assert_one_line(saescale("plan", *arguments), said)
+
+
+def test_what_cannot_be_planned_at_any_budget() -> None:
+    def request(**changed: Any) -> Request:
+        return Request(**{"hours": 1e9, "device": find_device("h100")} | changed)
+
+    for asked, said in (
+        (
+            request(n_range=(512, 1024)),
+            r"a law takes 3 values of n; there are 2 \(512, 1024\) in cells of k <= n: lower",
+        ),
+        (request(ks=(8, 16, 4096), n_range=(512, 2048)), r"3 values of k; there are 2 \(8, 16\)"),
+        (request(ks=(4096, 8192), n_range=(512, 2048)), "no cell to add has k <= n: k is 4096 or more, n at most 2048"),
+        (request(ks=(512, 1024, 2048), n_range=(512, 2048), seeds=1), "there are at most 6: raise --seeds"),
+        (
+            request(device=find_device("cpu")._replace(memory=5.2e9)),
+            r"there are 2 \(8, 16\) in cells of k <= n that fit into the memory of cpu: lower --n-min, add",
+        ),
+        (request(noise=0.0), "--noise 0 is no scatter; give a number above 0"),
+        (request(noise=-0.1), "--noise -0.1 is no scatter"),
+        (request(at={"n_latents": 512.0}), "--at n: --target exponent does not depend on it"),
+    ):
+        with pytest.raises(SaescaleError, match=said):
+            make_plan(asked)
+
+
+def test_n_doubles_from_the_smallest_asked_for() -> None:
+    plan = make_plan(Request(hours=0.5, device=find_device("h100"), n_range=(500, 9_000), ks=(8, 16, 32)))
+    assert {c.n_latents for c in plan.cells} <= {500, 1000, 2000, 4000, 8000}
+    assert min(c.n_latents for c in plan.cells) == 500
+
+
+def test_proposed_seeds_are_those_of_no_other_cell(tmp_path: Path, document: dict[str, Any]) -> None:
+    rows = []
+    for n, seeds in ((512, [1]), (1024, [0, 2]), (2048, [0]), (4096, [0])):
+        for seed in seeds:
+            rows += [
+                {**row, "seed": seed, "cell_id": f"{row['cell_id']}-{seed}"}
+                for row in _cells((n,), (8, 16, 32, 64), noise=0.004, seed=seed)
+            ]
+    failed = [{**row, "seed": 1, "status": "failed", "nmse": None} for row in rows if row["n_latents"] == 2048]
+    run = RunDirectory(str(tmp_path / "run"))
+    run.write_results([*rows, *({**row, "cell_id": row["cell_id"] + "-failed"} for row in failed)])
+    pending = [{"n_latents": 4096, "k": k, "seed": [0, 1]} for k in (8, 16, 32, 64)]  # seed 1 is still to be trained
+    run.write_spec(document | {"grid": {"cells": pending}, "resolved": {"precision": "fp32"}})
+    request = Request(hours=9.0, device=find_device("a100", 1e13), source=run.url, n_range=(512, 4096))
+    table = tmp_path / "rows.csv"
+    pa.csv.write_csv(run.read_results().select(["n_latents", "k", "seed", "nmse", "status"]), table)
+    for source, at_4096 in ((run.url, (2, 3, 4)), (str(table), (1, 2, 3))):
+        found = {c.n_latents: c.seeds for c in make_plan(replace(request, source=source)).cells}
+        assert found == {512: (0, 2, 3), 1024: (1, 3, 4), 2048: (2, 3, 4), 4096: at_4096}
 
 
 def test_a_sweep_is_extended_by_exactly_what_is_missing(
@@ -125,8 +186,65 @@ def test_a_sweep_is_extended_by_exactly_what_is_missing(
     # Once more, also from the first file: nothing is missing, and nothing is lost.
     for spec in (load_spec(f"{document['out']}/sweep.yaml"), parse_spec(document, "test")):
         again, added = extend(spec, str(more))
-        outcome = run_sweep(again, Recorder(), bootstraps=10)
+        outcome = run_sweep(again, Recorder(), bootstraps=10, extending=True)
         assert (added, outcome.trained, outcome.cells) == (0, 0, 6)
+
+
+def test_an_extension_that_cannot_be_trained_leaves_the_run_as_it_was(
+    document: dict[str, Any], store: ActivationStore, tmp_path: Path
+) -> None:
+    """Whatever is found before the plan stands: here a store that is gone, and one of other rows."""
+    spec, run = parse_spec(document, "test"), RunDirectory(document["out"])
+    open_ledger(run, spec, store, "fp32").begin()
+    there = (Path(run.url) / "sweep.yaml").read_bytes()
+    more = tmp_path / "more.yaml"
+    more.write_text("grid: {cells: [{n_latents: 256, k: 2}]}")
+    larger, added = extend(spec, str(more))
+    assert added == 1
+    with pytest.raises(SaescaleError):
+        run_sweep(larger.model_copy(update={"store": str(tmp_path / "gone")}), Recorder(), extending=True)
+    other = str(tmp_path / "other")
+    write_store(other, sparse_rows(16_384, seed=2), sparse_rows(2_048, seed=3))
+    with pytest.raises(SaescaleError, match="holds another sweep \\(store_fingerprint is"):
+        run_sweep(larger.model_copy(update={"store": other}), Recorder(), extending=True)
+    ledger = open_ledger(run, larger, store, "fp32", extending=True)
+    assert (Path(run.url) / "sweep.yaml").read_bytes() == there
+    open_ledger(run, spec, store, "fp32")  # which is still the sweep of its file
+
+    before = yaml.safe_load(there)
+    ledger.begin()
+    after = run.read_spec() or {}
+    assert parse_spec(after, "after").grid.size == spec.grid.size + 1
+    assert {**after, "grid": 0} == {**before, "grid": 0}
+    assert extend(spec, str(more)).added == 0
+
+
+def test_a_grid_is_its_cells_however_it_is_written(
+    document: dict[str, Any], store: ActivationStore, tmp_path: Path
+) -> None:
+    spec, run = parse_spec(document, "test"), RunDirectory(document["out"])
+    open_ledger(run, spec, store, "fp32").begin()
+    there = run.read_spec()
+    cells = [{"n_latents": n, "k": k} for n in (128, 32, 64) for k in (8, 4, 2)]
+    for grid_ in ({"n_latents": [128, 64, 32, 32], "k": [8, 2, 4]}, {"cells": cells}):
+        same = parse_spec(document | {"grid": grid_}, "test")
+        open_ledger(run, same, store, "fp32").begin()
+        assert run.read_spec() == there
+
+    # A file that has gained cells itself: they count as added, and without --extend it says what to do.
+    gained = parse_spec(document | {"grid": {"n_latents": [32, 64, 128], "k": [2, 4, 8], "seed": [0, 1]}}, "test")
+    with pytest.raises(SaescaleError, match=r"grid: 9 cells are only here .* or add the cells: .* --extend"):
+        open_ledger(run, gained, store, "fp32")
+    more = tmp_path / "more.yaml"
+    more.write_text("grid: {cells: [{n_latents: 128, k: 2}]}")
+    larger, added = extend(gained, str(more))
+    assert added == 9
+    open_ledger(run, larger, store, "fp32", extending=True).begin()
+    # And the file as it was is a part of the run now.
+    with pytest.raises(SaescaleError, match=f"or use {run.url}/sweep.yaml"):
+        open_ledger(run, spec, store, "fp32")
+    with pytest.raises(SaescaleError, match="9 cells are only there"):
+        open_ledger(run, spec, store, "fp32", extending=True)
 
 
 def test_cells_trained_in_another_way_are_refused(document: dict[str, Any], tmp_path: Path) -> None:
@@ -142,12 +260,18 @@ def test_cells_trained_in_another_way_are_refused(document: dict[str, Any], tmp_
         ("train: {tokens: 16384}", "has no grid to extend with"),
         ("grid: {cells: [{n_latents: 64, ks: 2}]}", "grid.cells.0.ks is not a key"),
         ("grid: [", "is not valid YAML"),
+        ("grid: {cells: [{n_latents: 64, k: 2}]}\ntrian: {tokens: 1}", "trian is not a key, did you mean train"),
+        ("grid: {cells: [{n_latents: 64, k: 2}]}\nstore: stores/other", "store is stores/other and the sweep's is"),
     ):
         more.write_text(text)
         with pytest.raises(SaescaleError, match=said):
             extend(spec, str(more))
     with pytest.raises(SaescaleError, match="there is no file at"):
         extend(spec, str(tmp_path / "nothing.yaml"))
+    # The same store in other words, or one that is still to be named, is no other.
+    for name in (f"{document['store']}/", f"file://{document['store']}", NO_STORE):
+        more.write_text(yaml.safe_dump({"grid": {"cells": [{"n_latents": 64, "k": 2, "seed": [5]}]}, "store": name}))
+        assert extend(spec, str(more)).spec.store == document["store"]
     assert (Path(document["out"]) / "sweep.yaml").read_bytes() == there
 
 
@@ -174,3 +298,33 @@ def test_fit_predicts_and_takes_laws_of_ones_own(tmp_path: Path) -> None:
     assert_one_line(saescale("fit", str(table), "--law-file", str(tmp_path / "no.py")), "there is no law file at")
     assert_one_line(saescale("reproduce", "chinchila"), "did you mean chinchilla?")
     assert "met" in saescale("reproduce", "chinchilla").stdout
+
+
+def test_the_next_command_is_one_that_runs(
+    tmp_path: Path, document: dict[str, Any], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def next_of(command: Callable[..., None], **arguments: Any) -> str:
+        command(**arguments)
+        return capsys.readouterr().out.split("Next: ")[1].strip()
+
+    def planned(source: str, **arguments: Any) -> str:
+        return next_of(laws_cli.plan, source=source, gpu="a100", budget="1h", **arguments)
+
+    run, bare = RunDirectory(str(tmp_path / "run")), RunDirectory(str(tmp_path / "bare"))
+    rows = _cells((512, 1024, 2048, 4096), (8, 16, 32, 64), noise=0.004)
+    run.write_spec(document | {"resolved": {}})
+    for directory in (run, bare):
+        directory.write_results(rows)
+    file = str(tmp_path / "more.yaml")
+    edit = f"(edit its store first: {NO_STORE})"
+    assert planned(run.url, write=file) == f"saescale sweep {run.url}/sweep.yaml --extend {file}"
+    assert planned(run.url).endswith(f"saescale sweep {run.url}/sweep.yaml --extend plan.yaml")
+    assert planned(bare.url, write=file) == f"saescale sweep {file} {edit}"
+    assert planned(bare.url).endswith(f"saescale sweep plan.yaml {edit}")
+    assert planned(bare.url, write=file, store="stores/mine") == f"saescale sweep {file}"
+
+    monkeypatch.setattr(laws_cli, "_read_wandb", lambda path: (load_results(bare), None))
+    fit = {"law": ["n_k"], "predict": ["n=512,k=8"], "bootstraps": 0}
+    assert next_of(laws_cli.fit, sources=["wandb:me/project"], **fit) == "saescale fit wandb:me/project --json"
+    both = next_of(laws_cli.fit, sources=["wandb:me/project", run.url], **fit)
+    assert both.startswith(f"saescale plan {run.url} --budget")
