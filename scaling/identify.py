@@ -62,8 +62,10 @@ def condition(law: Law, problem: Problem, centred: np.ndarray, to_raw: np.ndarra
 class Profile:
     """The irreducible term held at each of `floor` (nmse at the centre of the data), all else fitted: [values] each.
 
-    `exponent` is the local exponent of the law's first column there, `ratio` the loss beyond the best fit's in units
-    in which 95 % of samples stay below `limit`. The interval of the floor is where it does: [low, high].
+    `exponent` is the local exponent there of the law's first column that the first term has, `ratio` the loss beyond
+    the best fit's in units in which 95 % of samples stay below `limit`. The interval of the floor is where it does:
+    [low, high], with `high` None where it is open above, that is, where the highest floor that could be below all
+    points is still inside.
     """
 
     floor: np.ndarray
@@ -72,7 +74,7 @@ class Profile:
     ratio: np.ndarray
     limit: float
     low: float
-    high: float
+    high: float | None
 
     def document(self) -> dict[str, Any]:
         """As in fits.json."""
@@ -110,8 +112,17 @@ def profile_floor(law: Law, problem: Problem, centred: np.ndarray, log_y: np.nda
     ratio = np.maximum(2 * (loss - min(lowest[0], loss.min())) / unit, 0.0)
     within = floors[ratio <= limit]
     rms = np.sqrt(np.mean((problem.log_value(fits)[0] - log_y) ** 2, axis=1))
-    lead = 1 + next(i for i, e in enumerate(law.terms[0].exponents) if law.columns[0] in e.columns)
-    return Profile(floors, fits[:, lead], rms, ratio, limit, low=float(within.min()), high=float(within.max()))
+    high = None if ratio[-1] <= limit else float(within.max())
+    return Profile(floors, fits[:, _lead(law)], rms, ratio, limit, low=float(within.min()), high=high)
+
+
+def _lead(law: Law) -> int:
+    """The coefficient that is the local exponent at the centre of the first of the law's columns in its first term."""
+    exponents = law.terms[0].exponents
+    columns = [column for column in law.columns if column in law.leading]
+    # Of a product of columns only the others' logarithms, which are 0 there, would be left: a power alone comes first.
+    own = [i for column in columns for i, e in enumerate(exponents) if e.columns == (column,)]
+    return 1 + (own[0] if own else 0)
 
 
 def _hold(problem: Problem, best: np.ndarray, log_y: np.ndarray, floors: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

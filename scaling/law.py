@@ -82,6 +82,8 @@ class Law:
             raise SaescaleError(
                 f"law {self.name}: each coefficient needs a name of its own; got {', '.join(self.names)}"
             )
+        if not self.terms[0].exponents:
+            raise SaescaleError(f"law {self.name}: its first term needs an exponent; put a constant last")
         if used != set(self.columns):
             raise SaescaleError(
                 f"law {self.name}: its exponents use {', '.join(sorted(used)) or 'no column'}, its columns are "
@@ -126,6 +128,11 @@ class Law:
     def has_floor(self) -> bool:
         """Whether the last term is an irreducible constant, which other forms of the same law may lack."""
         return len(self.terms) > 1 and not self.terms[-1].exponents
+
+    @property
+    def leading(self) -> frozenset[str]:
+        """The columns of the first term: only of these is there an exponent to speak of."""
+        return frozenset(column for exponent in self.terms[0].exponents for column in exponent.columns)
 
     def design(self, logs: Mapping[str, np.ndarray]) -> np.ndarray:
         """Features of ln L: [points, coefficients], ones for amplitudes, products of logs for exponents."""

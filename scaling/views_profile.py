@@ -32,7 +32,9 @@ def profile(document: Mapping[str, Any], ks: tuple[float, ...]) -> View | None:
             continue
         layers.append(Line(floor[kept], ratio[kept], k, "law", name))
         best = int(np.argmin(ratio))
-        bounds = f"[{entry['low']:.4f}, {entry['high']:.4f}]"
+        # The data may not bound it above: a floor just under the lowest point can be inside.
+        high = entry["high"]
+        bounds = f"[{entry['low']:.4f}, " + ("open above)" if high is None else f"{high:.4f}]")
         text = f"{name}<br>floor {floor[best]:.4f} {bounds}<br>exponent {exponent[best]:.3f}"
         layers.append(Points(floor[best : best + 1], ratio[best : best + 1], k, [text.replace("-", "−")]))
         # At the end that rises: where the best floor is the highest possible, only the left one does.
@@ -43,7 +45,7 @@ def profile(document: Mapping[str, Any], ks: tuple[float, ...]) -> View | None:
     return View(
         "profile", "Profile of the floor",
         "How much worse the law fits when its irreducible term is held at another value and all else is fitted again. "
-        "Where the curve stays below 1 the data cannot refuse that floor, at 95 %.",
+        "Where the curve stays below 1 the data cannot refuse that floor, at 95 %." + _open_above(found),
         "Points: best fits. The line at 1 bounds the 95 % interval.",
         _floor_axis(floors),
         linear_axis("Loss beyond the best fit (95 % limit = 1)", heights, zero=True), ks, tuple(layers),
@@ -77,6 +79,14 @@ def tradeoff(document: Mapping[str, Any], ks: tuple[float, ...]) -> View | None:
         _floor_axis(floors),
         linear_axis("Exponent", exponents), ks, tuple(layers),
     )  # fmt: skip
+
+
+def _open_above(found: list[tuple[str, float | None, Mapping[str, Any], list[dict[str, float]]]]) -> str:
+    """Where a profile ends at the lowest point without having been refused: a sentence, or nothing."""
+    names = [_short(name) for name, _, entry, _ in found if entry["high"] is None]
+    if not names:
+        return ""
+    return f" Open above at the lowest measured nmse, where floors end: {', '.join(names)}."
 
 
 def _floor_axis(floors: list[float]) -> Axis:

@@ -6,12 +6,17 @@ from typing import Any
 import numpy as np
 import pytest
 
-from scaling.estimate import fit_law
+from scaling.checks import fit_warnings
+from scaling.estimate import centred, fit_law
 from scaling.fit import fit_all, fit_laws
 from scaling.holdout import compare_without_last, hold_out
+from scaling.identify import profile_floor
+from scaling.law import Exponent, Law, Term
 from scaling.laws import N_FLATTENS, N_FLOOR
 from scaling.predict import parse_point, predictions
 from scaling.tables import Table
+from scaling.views import Points
+from scaling.views_profile import profile
 from storage.errors import SaescaleError
 
 Rows = list[dict[str, Any]]
@@ -50,6 +55,37 @@ def test_profile_reaches_zero_where_the_floor_is_not_determined() -> None:
     assert fit.profile is not None
     assert fit.profile.low == 0.0
     assert fit.profile.high > 0.05
+
+
+def test_profile_that_is_open_above() -> None:
+    """Where even a floor just under the lowest point is not refused, its interval has no upper end."""
+    n, nmse = eight_widths(noise=0.3, seed=1, truth={"A": 0.5, "a": 0.01, "E": 0.5})
+    document = fit_laws(Table.from_rows(as_rows(n, nmse)), bootstraps=50, laws=("n",)).document()
+    found = document["fits"][1]["profile_of_floor"]
+    assert found["values"][-1]["ratio"] <= found["limit"]
+    assert found["high"] is None
+    view = profile(document, (8.0,))
+    assert view is not None
+    assert "Open above at the lowest measured nmse, where floors end: k = 8." in view.caption
+    (points,) = (layer for layer in view.layers if isinstance(layer, Points))
+    assert "open above)" in points.texts[0]
+
+
+def test_profile_of_a_law_whose_first_term_lacks_its_first_column() -> None:
+    """Its exponent is that of the first column which the first term has."""
+    law = Law(
+        "mine", "nmse = A k^-b + B n^-a", ("n_latents", "k"),
+        (Term("A", (Exponent("b", ("k",), sign=-1.0),)), Term("B", (Exponent("a", ("n_latents",), sign=-1.0),))),
+    )  # fmt: skip
+    n, k = (grid.ravel() for grid in np.meshgrid([512.0, 1024, 2048, 4096], [8.0, 16, 32, 64]))
+    noise = np.exp(0.003 * np.random.default_rng(0).standard_normal(16))
+    fit = fit_law(law, {"n_latents": n, "k": k}, (0.6 * k**-0.3 + 2 * n**-0.4) * noise, bootstraps=20)
+    problem, to_raw = centred(law, fit.columns, np.log(fit.nmse))
+    found = profile_floor(law, problem, np.linalg.solve(to_raw, fit.raw), np.log(fit.nmse))
+    assert found is not None
+    assert found.exponent[np.argmin(found.ratio)] == pytest.approx(-0.3, abs=0.05)
+    assert "exponent_of_n_at_k" not in fit.document()
+    assert fit_warnings(fit) == []
 
 
 def test_with_and_without_a_floor() -> None:

@@ -115,6 +115,7 @@ def test_law_files_that_do_not_work(tmp_path: Path) -> None:
             TEN_LINES.replace('columns=("n_latents", "k")', 'columns=("k",)'),
             "its exponents use k, n_latents, its columns",
         ),
+        (TEN_LINES.replace("terms=(", 'terms=(Term("E"), '), "its first term needs an exponent; put a constant last"),
         (TEN_LINES.replace('"b"', '"a"'), "each coefficient needs a name of its own; got A, a, a"),
     ):
         path.write_text(text)
