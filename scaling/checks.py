@@ -103,7 +103,7 @@ def fit_warnings(fit: Fit) -> list[str]:
         low, high = fit.exponent("n_latents", {})["low"], fit.exponent("n_latents", {})["high"]
         if low is None or high is None or low <= 0 <= high:
             warnings.append("the exponent of n cannot be told from 0")
-    if {"n_latents", "k"} <= set(law.columns):
+    if {"n_latents", "k"} <= set(law.columns) and "n_latents" in law.leading:
         flat = []
         for k in np.unique(fit.columns["k"]):
             exponent = fit.exponent("n_latents", {"k": k})
@@ -227,12 +227,14 @@ def _rises(results: Table) -> list[str]:
 
 def _unconverged(results: Table, curves: Table) -> list[str]:
     falling = []
-    for row, cell_id in enumerate(results["cell_id"]):
-        own = (curves["cell_id"] == cell_id) & np.isfinite(curves["nmse"]) & (curves["nmse"] > 0)
-        if own.sum() < 3:
+    usable = np.isfinite(curves["nmse"]) & (curves["nmse"] > 0)
+    of_cell = curves.rows_of("cell_id")
+    for row, cell_id in enumerate(results["cell_id"].tolist()):
+        own = of_cell.get(cell_id)
+        if own is None or (own := own[usable[own]]).size < 3:
             continue
-        order = np.argsort(curves["tokens"][own])
-        tokens, nmse = curves["tokens"][own][order], curves["nmse"][own][order]
+        own = own[np.argsort(curves["tokens"][own])]
+        tokens, nmse = curves["tokens"][own], curves["nmse"][own]
         fall = 1 - nmse[-1] / np.interp(0.75 * tokens[-1], tokens, nmse)
         if fall > _FALL:
             falling.append(f"{_size(results, row)}: {fall:.1%}")

@@ -23,17 +23,22 @@ class Convergence:
     """Tokens at which each cell's held-out nmse comes within 2 % of its final one, and their law.
 
     `fit` is None where `reason` says why; `rows` are cells that converged, `unconverged` how many did not: those whose
-    nmse at three quarters of their tokens was not yet within 2 % of the final one, which is no limit then.
+    nmse at three quarters of their tokens was not yet within 2 % of the final one, which is no limit then. `early`:
+    how many converged before their first evaluation, at tokens that are not known.
     """
 
     rows: tuple[dict[str, float | str], ...]
     unconverged: int
     fit: Fit | None
     reason: str = ""
+    early: int = 0
 
     def document(self) -> dict[str, Any]:
         """As in fits.json; `exponent_of_n` is what Gao et al. 2024 give as about 0.6."""
-        document: dict[str, Any] = {"within": WITHIN, "cells": list(self.rows), "unconverged": self.unconverged}
+        document: dict[str, Any] = {
+            "within": WITHIN, "cells": list(self.rows), "unconverged": self.unconverged,
+            "converged_before_first_evaluation": self.early,
+        }  # fmt: skip
         if self.fit is None:
             return document | {"reason": self.reason}
         return document | {
@@ -47,29 +52,41 @@ class Convergence:
 def find_convergence(cells: Table, curves: Table, bootstraps: int, seed: int) -> Convergence:
     """Of `cells` (cell_id, n_latents, k) with their `curves` (cell_id, tokens, nmse), with a bootstrap over cells."""
     rows: list[dict[str, float | str]] = []
-    unconverged = 0
-    for row, cell_id in enumerate(cells["cell_id"]):
-        own = (curves["cell_id"] == cell_id) & np.isfinite(curves["nmse"]) & (curves["nmse"] > 0)
-        own &= curves["tokens"] > 0
-        if own.sum() < 4:
+    unconverged = early = 0
+    usable = np.isfinite(curves["nmse"]) & (curves["nmse"] > 0) & (curves["tokens"] > 0)
+    of_cell = curves.rows_of("cell_id")
+    for row, cell_id in enumerate(cells["cell_id"].tolist()):
+        own = of_cell.get(cell_id)
+        if own is None or (own := own[usable[own]]).size < 4:
             continue
-        order = np.argsort(curves["tokens"][own])
-        tokens, nmse = curves["tokens"][own][order], curves["nmse"][own][order]
+        own = own[np.argsort(curves["tokens"][own])]
+        tokens, nmse = curves["tokens"][own], curves["nmse"][own]
         reached = _reached(tokens, nmse)
-        if reached is None or reached > 0.75 * tokens[-1]:
+        if reached is None:
+            early += 1
+            continue
+        if reached > 0.75 * tokens[-1]:
             unconverged += 1
             continue
         sizes = {"n_latents": float(cells["n_latents"][row]), "k": float(cells["k"][row])}
         rows.append({"cell_id": str(cell_id), **sizes, "tokens": reached})
     if not rows:
-        return Convergence((), unconverged, None, f"no cell with a curve converged ({unconverged} did not)")
+        return Convergence((), unconverged, None, _none_of(unconverged, early), early)
     columns = {name: np.array([float(r[name]) for r in rows]) for name in ("n_latents", "k", "tokens")}
     law = _OVER_K if len(np.unique(columns["k"])) > 1 else _AT_ONE_K
     try:
         fit = fit_law(law, columns, columns["tokens"], bootstraps=bootstraps, seed=seed)
     except SaescaleError as error:
-        return Convergence(tuple(rows), unconverged, None, f"of cells that converged: {error}")
-    return Convergence(tuple(rows), unconverged, fit)
+        return Convergence(tuple(rows), unconverged, None, f"of cells that converged: {error}", early)
+    return Convergence(tuple(rows), unconverged, fit, early=early)
+
+
+def _none_of(unconverged: int, early: int) -> str:
+    """Why there is no cell whose tokens to convergence are known."""
+    if early:
+        more = f"; {unconverged} did not converge" if unconverged else ""
+        return f"{early} cells converged before their first evaluation{more}: evaluate earlier"
+    return f"no cell with a curve converged ({unconverged} did not)"
 
 
 def _reached(tokens: np.ndarray, nmse: np.ndarray) -> float | None:

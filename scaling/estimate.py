@@ -1,6 +1,6 @@
 """One law fitted to one set of points: several starts, a bootstrap over cells, intervals of what follows from it."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -15,6 +15,7 @@ from storage.errors import SaescaleError
 
 STARTS = 64
 _QUANTILES = (2.5, 97.5)
+_AT_ONCE = 2_000_000  # numbers of float64 that one temporary may hold
 _SCATTER = norm.ppf((np.arange(40) + 0.5) / 40)
 
 
@@ -106,6 +107,13 @@ class Fit:
     def predict(self, columns: Mapping[str, np.ndarray]) -> Prediction:
         """The law at the points of `columns` ([points] each; those that the law names, FLOPs and tokens as in
         results.parquet)."""
+        points = {c: np.asarray(columns[c], dtype=np.float64) for c in self.law.columns}
+        count = len(next(iter(points.values())))
+        parts = [self._predict({c: v[part] for c, v in points.items()}) for part in
+                 chunks(count, max(len(self.draws), 1) * len(_SCATTER))]  # fmt: skip
+        return Prediction(*(np.concatenate(ends) for ends in zip(*parts, strict=True)))
+
+    def _predict(self, columns: Mapping[str, np.ndarray]) -> Prediction:
         value, draws = self.law.log_value(self.raw, columns), self.law.log_value(self.draws, columns)
         low, high = self.spread(value, draws)
         # Each draw scattered by the quantiles of a normal distribution: no further chance comes in.
@@ -134,7 +142,7 @@ class Fit:
         entry["coefficients"] = self.coefficients()
         entry["units"] = {coefficient.name: coefficient.unit for coefficient in self.law.coefficients()}
         for column, key in (("k", "exponent_of_n_at_k"), ("d_model", "exponent_of_n_at_d_model")):
-            if {"n_latents", column} <= set(self.law.columns):
+            if {"n_latents", column} <= set(self.law.columns) and "n_latents" in self.law.leading:
                 levels = np.unique(self.columns[column])
                 entry[key] = {f"{value:g}": self.exponent("n_latents", {column: value}) for value in levels}
         entry |= {
@@ -199,7 +207,7 @@ def fit_law(
     if bootstraps:
         value = problem.log_value(best)[0]
         samples = (resampler or resample_cells)(Fitted(value, log_nmse - value, len(best)), bootstraps, rng)
-        draws, _ = minimise(problem, np.tile(best, (bootstraps, 1)), samples.log_nmse, samples.weights)
+        draws = _refits(problem, best, samples, bootstraps)
         redrawn = samples.redrawn
     # Only residuals of independent cells have the degrees of freedom that Student's t counts.
     widen = 1.0 if resampler else float(t.ppf(0.975, len(nmse) - len(best)) / norm.ppf(0.975))
@@ -208,6 +216,25 @@ def fit_law(
         len(starts), agreeing, redrawn, excluded, kind="curves" if resampler else "residuals of cells", widen=widen,
         conditioning=condition(law, problem, best, to_raw),
     )  # fmt: skip
+
+
+def chunks(items: int, each: int) -> Iterator[slice]:
+    """Consecutive slices of `items`, so many that a temporary of `each` numbers an item stays within `_AT_ONCE`."""
+    size = max(_AT_ONCE // max(each, 1), 1)
+    return (slice(first, first + size) for first in range(0, items, size))
+
+
+def _refits(problem: Problem, best: np.ndarray, samples: Resamples, bootstraps: int) -> np.ndarray:
+    """The fits [bootstraps, coefficients] to resamples, all from the best one, some at a time: fits of a batch do not
+    touch each other."""
+    points = len(problem.design)
+    log_nmse = np.broadcast_to(samples.log_nmse, (bootstraps, points))
+    weights = np.broadcast_to(samples.weights, (bootstraps, points))
+    draws = np.empty((bootstraps, len(best)))
+    for part in chunks(bootstraps, points):
+        starts = np.tile(best, (len(log_nmse[part]), 1))
+        draws[part], _ = minimise(problem, starts, log_nmse[part], weights[part])
+    return draws
 
 
 def resample_cells(fitted: Fitted, bootstraps: int, rng: np.random.Generator) -> Resamples:

@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from scaling.estimate import Fit, Fitted, Resamples, draw_counts, fit_law
+from scaling.estimate import Fit, Fitted, Resamples, chunks, draw_counts, fit_law
 from scaling.law import Law
 from scaling.tables import Table
 from storage.errors import SaescaleError
@@ -17,6 +17,7 @@ from storage.errors import SaescaleError
 _POINTS = 48
 _WARM_UP = 0.05
 _LEAST_CELLS = 3
+_NO_ROWS = np.empty(0, dtype=int)
 
 
 class Curve(NamedTuple):
@@ -63,10 +64,12 @@ def read_curves(cells: Table, curves: Table) -> tuple[Curve, ...]:
     Evaluations without a held-out nmse, or before any training, are passed over. Compute is sparse training FLOPs.
     """
     found = []
-    for row in range(len(cells)):
-        own = curves["cell_id"] == cells["cell_id"][row]
-        own &= np.isfinite(curves["nmse"]) & (curves["nmse"] > 0) & (curves["flops"] > 0)
-        if own.sum() < 3:
+    usable = np.isfinite(curves["nmse"]) & (curves["nmse"] > 0) & (curves["flops"] > 0)
+    of_cell = curves.rows_of("cell_id")
+    for row, cell_id in enumerate(cells["cell_id"].tolist()):
+        own = of_cell.get(cell_id, _NO_ROWS)
+        own = own[usable[own]]
+        if len(own) < 3:
             continue
         flops, first = np.unique(curves["flops"][own], return_index=True)
         log_nmse = np.log(curves["nmse"][own][first])
@@ -121,13 +124,12 @@ def fit_frontier(law: Law, frontier: Frontier, bootstraps: int, seed: int) -> Fi
 
     def resample(fitted: Fitted, bootstraps: int, rng: np.random.Generator) -> Resamples:
         def enough(counts: np.ndarray) -> np.ndarray:
-            kept, _ = _keep(_only(frontier.envelope, counts > 0), frontier.edge)
+            kept, _ = _resampled(frontier, counts > 0)
             return kept[:, frontier.kept].sum(axis=1) >= len(law.names)
 
         counts, redrawn = draw_counts(len(frontier.envelope), bootstraps, enough, rng)
-        envelope = _only(frontier.envelope, counts > 0)
-        kept, _ = _keep(envelope, frontier.edge)
-        log_nmse = np.where(kept, envelope.min(axis=1), 0.0)
+        kept, lowest = _resampled(frontier, counts > 0)
+        log_nmse = np.where(kept, lowest, 0.0)
         return Resamples(log_nmse[:, frontier.kept], kept[:, frontier.kept].astype(float), redrawn)
 
     dropped = int((~frontier.kept).sum())
@@ -149,9 +151,16 @@ def fit_frontier(law: Law, frontier: Frontier, bootstraps: int, seed: int) -> Fi
     )
 
 
-def _only(envelope: np.ndarray, chosen: np.ndarray) -> np.ndarray:
-    """[resamples, cells, grid]: infinite for cells that were not chosen ([resamples, cells])."""
-    return np.where(chosen[:, :, None], envelope[None], np.inf)
+def _resampled(frontier: Frontier, chosen: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Which points count and the lowest ln nmse, [resamples, grid] each, with only the cells of `chosen`
+    [resamples, cells]; some resamples at a time, since together they take resamples x cells x grid."""
+    kept = np.empty((len(chosen), len(frontier.grid)), dtype=bool)
+    lowest = np.empty((len(chosen), len(frontier.grid)))
+    for part in chunks(len(chosen), frontier.envelope.size):
+        envelope = np.where(chosen[part, :, None], frontier.envelope, np.inf)
+        kept[part], _ = _keep(envelope, frontier.edge)
+        lowest[part] = envelope.min(axis=1)
+    return kept, lowest
 
 
 def _keep(envelope: np.ndarray, edge: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from scaling.estimate import Fit, Fitted, Resamples, draw_counts, fit_law
+from scaling.estimate import Fit, Fitted, Resamples, chunks, draw_counts, fit_law
 from scaling.frontier import Frontier
 from scaling.law import Law
 from scaling.tables import Table
@@ -92,9 +92,12 @@ def fit_isoflop(law: Law, view: IsoFlop, bootstraps: int, seed: int) -> Fit:
 
     def resample(fitted: Fitted, bootstraps: int, rng: np.random.Generator) -> Resamples:
         def minima(counts: np.ndarray) -> np.ndarray:
-            chosen = np.where((counts > 0)[:, :, None], frontier.envelope[None], np.inf)
-            sizes, slices = _by_size(frontier, chosen)
-            return np.stack([_minima(np.log(sizes), one[view.level])[0] for one in slices])
+            found = np.empty((len(counts), len(view.level)))
+            for part in chunks(len(counts), frontier.envelope.size):
+                chosen = np.where((counts[part] > 0)[:, :, None], frontier.envelope[None], np.inf)
+                sizes, slices = _by_size(frontier, chosen)
+                found[part] = [_minima(np.log(sizes), one[view.level])[0] for one in slices]
+            return found
 
         def enough(counts: np.ndarray) -> np.ndarray:
             return np.isfinite(minima(counts)).sum(axis=1) >= len(law.names)

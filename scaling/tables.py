@@ -165,8 +165,8 @@ def finished(table: Table) -> Table:
 
 
 def check_cells(table: Table) -> None:
-    """Raises SaescaleError for a missing nmse, for values of nmse, n_latents or k that are not positive numbers, and for
-    text in any other column that is calculated with."""
+    """Raises SaescaleError for a missing nmse, for values of nmse, n_latents or k that are not positive numbers, and
+    for text in any other column that is calculated with."""
     table.require(("nmse", *(name for name in ("n_latents", "k") if name in table)))
     for name in _NUMBERS:
         if name in table:

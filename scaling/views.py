@@ -9,6 +9,7 @@ from typing import Literal
 
 import numpy as np
 
+_CURVES = 300  # at most so many in one figure
 Scale = Literal["log", "linear"]
 # law: a fitted law; curve: one cell's course; frontier: a lower envelope; through: joins points without a law;
 # other: a second law beside the first; reference: something to compare with.
@@ -125,6 +126,19 @@ class View:
         """The labels beside the axes, from the lowest to the highest."""
         labels = [layer for layer in self.layers if isinstance(layer, Label) and not layer.beside]
         return sorted(labels, key=lambda label: self.y.fraction(label.y))
+
+
+def thinned(count: int) -> list[int]:
+    """The places, evenly taken, of those of `count` curves that a figure draws: thousands would be a blot, and tens of
+    megabytes in the page."""
+    if count <= _CURVES:
+        return list(range(count))
+    return [int(i) for i in np.linspace(0, count - 1, _CURVES).round()]
+
+
+def how_thinned(count: int) -> str:
+    """What a caption says of it; nothing where all are drawn."""
+    return f" Drawn are {_CURVES} of {count:,} curves, evenly taken by k and N." if count > _CURVES else ""
 
 
 def spread(places: Sequence[float], gap: float) -> list[float]:

@@ -7,7 +7,7 @@ from scaling.estimate import Fit
 from scaling.fit import Laws
 from scaling.laws import N_FLOOR, N_K
 from scaling.tables import Table, number
-from scaling.views import Band, Label, Layer, Line, Points, Rule, View
+from scaling.views import Band, Label, Layer, Line, Points, Rule, View, how_thinned, thinned
 
 N_LABEL = "Latents N"
 NMSE_LABEL = "Held-out normalised MSE (nmse)"
@@ -129,26 +129,30 @@ def dead_over_training(laws: Laws, curves: Table | None) -> View | None:
     if "cell_id" not in laws.results:
         return None
     results = laws.results
-    layers: list[Layer] = []
+    lines: list[Layer] = []
     seen, furthest = [np.array([1.0])], 0.0
     ends: dict[float, tuple[float, float, float]] = {}
-    for row, cell_id in enumerate(results["cell_id"]):
-        own = (curves["cell_id"] == cell_id) & np.isfinite(curves["dead_fraction"]) & np.isfinite(curves["tokens"])
-        if own.sum() < 2:
+    usable = np.isfinite(curves["dead_fraction"]) & np.isfinite(curves["tokens"])
+    of_cell = curves.rows_of("cell_id")
+    for row in np.lexsort([results["n_latents"], results["k"]]):
+        own = of_cell.get(results["cell_id"][row].item())
+        if own is None or (own := own[usable[own]]).size < 2:
             continue
-        order = np.argsort(curves["tokens"][own])
-        tokens, dead = curves["tokens"][own][order], 100 * curves["dead_fraction"][own][order]
+        own = own[np.argsort(curves["tokens"][own])]
+        tokens, dead = curves["tokens"][own], 100 * curves["dead_fraction"][own]
         k = float(results["k"][row])
-        layers.append(Line(tokens / 1e6, dead, k, "curve", f"N = {results['n_latents'][row]:,.0f}, k = {k:g}"))
+        lines.append(Line(tokens / 1e6, dead, k, "curve", f"N = {results['n_latents'][row]:,.0f}, k = {k:g}"))
         seen.append(dead)
         furthest = max(furthest, float(tokens[-1]) / 1e6)
         ends[k] = max(ends.get(k, (0.0, 0.0, 0.0)), (float(dead[-1]), float(tokens[-1]) / 1e6, float(dead[-1])))
-    if not layers:
+    if not lines:
         return None
+    layers = [lines[i] for i in thinned(len(lines))]
     layers += [Label(x, y, f"k = {k:g}", k) for k, (_, x, y) in ends.items()]
     return View(
         "dead_over_training", "Dead latents during training",
-        "Share of latents that are dead as training goes on. A curve that still rises has not settled.",
+        "Share of latents that are dead as training goes on. A curve that still rises has not settled."
+        + how_thinned(len(lines)),
         "Lines: cells, labelled at each k by the one that ends highest.",
         linear_axis("Training tokens (millions)", [0.0, furthest], zero=True),
         linear_axis("Dead latents (%)", np.concatenate(seen), zero=True),

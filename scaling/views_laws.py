@@ -10,7 +10,7 @@ from scaling.estimate import Fit
 from scaling.fit import Laws
 from scaling.frontier import Curve
 from scaling.laws import C_FLOOR, GPT4
-from scaling.views import Band, Label, Layer, Line, Marker, Points, Rule, View
+from scaling.views import Band, Label, Layer, Line, Marker, Points, Rule, View, how_thinned, thinned
 from scaling.views_cells import N_LABEL, NMSE_LABEL, joint_fit, ks_of, one_form
 
 C_LABEL = "Training compute C (FLOPs, sparse)"
@@ -27,10 +27,12 @@ def nmse_against_compute(laws: Laws) -> View | None:
     thin: list[Layer] = []
     thick: list[Layer] = []
     seen, ends = [], []
+    everything = [(k, curve) for k, curves in laws.curves.items() for curve in curves]
+    for k, curve in (everything[i] for i in thinned(len(everything))):
+        text = f"N = {curve.n_latents:,.0f}, k = {k:g}"
+        thin.append(Line(curve.flops, np.exp(curve.log_nmse), k, "curve", text))
     for k, curves in laws.curves.items():
         for curve in curves:
-            text = f"N = {curve.n_latents:,.0f}, k = {k:g}"
-            thin.append(Line(curve.flops, np.exp(curve.log_nmse), k, "curve", text))
             # The first evaluations would stretch the axis over what the laws do not describe.
             seen.append(np.exp(curve.log_nmse[curve.flops >= 0.05 * curve.flops[-1]]))
             ends.append(float(np.exp(curve.log_nmse[-1])))
@@ -51,7 +53,6 @@ def nmse_against_compute(laws: Laws) -> View | None:
         last = max(curves, key=lambda curve: curve.flops[-1])
         thick.append(Label(float(last.flops[-1]), float(np.exp(last.log_nmse[-1])), label, k))
     values = np.concatenate(seen)
-    everything = [curve for curves in laws.curves.values() for curve in curves]
     key = "Thin: the course of every cell."
     if laws.frontiers:
         key += " Thick: the frontier, the lowest nmse that any cell reaches with so much compute."
@@ -62,8 +63,11 @@ def nmse_against_compute(laws: Laws) -> View | None:
         formula = (f"nmse = A C^−a{floor} at each k",)
     return View(
         "nmse_against_compute", "nmse against compute",
-        "Held-out nmse during training against compute, with the frontier at each k.", key,
-        power_axis(C_LABEL, min(float(c.flops[0]) for c in everything), max(float(c.flops[-1]) for c in everything)),
+        "Held-out nmse during training against compute, with the frontier at each k." + how_thinned(len(everything)),
+        key,
+        power_axis(
+            C_LABEL, min(float(c.flops[0]) for _, c in everything), max(float(c.flops[-1]) for _, c in everything)
+        ),
         # nmse = 1 is what the mean reconstructs: what lies above is the start of training.
         log_axis(NMSE_LABEL, values if max(ends) > 0.9 else np.minimum(values, 1.0)),
         tuple(ks_of(laws)), (*thin, *thick), formula,

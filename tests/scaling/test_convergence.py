@@ -35,6 +35,23 @@ def test_cells_that_still_fall_do_not_count(cells: Callable[..., Rows], curves_o
     assert found.document()["reason"] == "no cell with a curve converged (15 did not)"
 
 
+def test_cells_that_converged_before_their_first_evaluation(
+    cells: Callable[..., Rows], curves_of: Callable[..., Rows]
+) -> None:
+    rows = cells(SIZES, KS)
+    curves = curves_of(rows)
+    for curve in curves:
+        if curve["cell_id"].startswith("512x"):
+            curve["nmse"] = 0.2
+    found = find_convergence(Table.from_rows(rows), Table.from_rows(curves), 0, 0)
+    assert (len(found.rows), found.unconverged, found.early) == (12, 0, 3)
+    assert found.document()["converged_before_first_evaluation"] == 3
+    flat = Table.from_rows([curve | {"nmse": 0.2} for curve in curves])
+    assert find_convergence(Table.from_rows(rows), flat, 0, 0).reason == (
+        "15 cells converged before their first evaluation: evaluate earlier"
+    )
+
+
 def chinchilla_curves() -> tuple[Rows, Rows]:
     """Cells of L = n^-0.3 + D^-0.3 with C = 2 n D: the best n is (C / 2)^0.5, the best D as much."""
     cells, curves = [], []

@@ -1,9 +1,14 @@
 """The compute frontier of curves whose envelope is known."""
 
+from typing import Any
+
 import numpy as np
 import pytest
 
+import scaling.estimate
+import scaling.frontier
 from scaling.frontier import Curve, find_frontier, fit_frontier, frontier_of_ends, read_curves
+from scaling.huber import Problem
 from scaling.laws import C
 from scaling.tables import Table
 from storage.errors import SaescaleError
@@ -37,6 +42,33 @@ def test_points_that_bend_the_law_are_dropped() -> None:
     assert (np.diff(frontier.nmse) < 0).all()
     for curve, row in zip(curves, frontier.envelope, strict=True):
         assert np.isinf(row[frontier.grid < 0.05 * curve.flops[-1]]).all()
+
+
+def test_many_resamples_are_taken_some_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ten thousand cells would else take gigabytes: the same numbers come out of temporaries of a bounded size."""
+    frontier = find_frontier({"k": 8.0}, tangent_curves())
+    whole = fit_frontier(C, frontier, bootstraps=40, seed=0)
+    largest = []
+    keep, minimise = scaling.frontier._keep, scaling.estimate.minimise
+
+    def watched_keep(envelope: np.ndarray, edge: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        largest.append(envelope.size)
+        return keep(envelope, edge)
+
+    def watched_minimise(problem: Problem, raw: np.ndarray, *rest: Any) -> tuple[np.ndarray, np.ndarray]:
+        largest.append(len(raw) * len(problem.design) if len(raw) != 64 else 0)
+        return minimise(problem, raw, *rest)
+
+    monkeypatch.setattr(scaling.estimate, "_AT_ONCE", 2000)
+    monkeypatch.setattr(scaling.frontier, "_keep", watched_keep)
+    monkeypatch.setattr(scaling.estimate, "minimise", watched_minimise)
+    parts = fit_frontier(C, frontier, bootstraps=40, seed=0)
+    assert 1000 < max(largest) <= 2000
+    np.testing.assert_allclose(parts.draws, whole.draws, rtol=1e-6)
+    flops = np.geomspace(1e12, 1e15, 30)
+    predicted = parts.predict({"flops": flops})
+    monkeypatch.undo()
+    np.testing.assert_allclose(predicted, parts.predict({"flops": flops}))
 
 
 def test_too_few_sizes() -> None:

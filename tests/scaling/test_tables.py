@@ -4,6 +4,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.csv
 import pytest
@@ -92,6 +93,14 @@ def test_a_column_without_any_value_is_absent(tmp_path: Path, cells: Callable[..
     table = load_results(run)
     assert "flops" not in table
     assert "tokens" in table
+
+
+def test_rows_of_each_value() -> None:
+    table = Table.from_rows([{"cell_id": name, "step": i} for i, name in enumerate("baab")])
+    rows = {name: own.tolist() for name, own in table.rows_of("cell_id").items()}
+    assert rows == {"a": [1, 2], "b": [0, 3]}
+    assert table.select(np.zeros(4, dtype=bool)).rows_of("cell_id") == {}
+    assert list(Table.from_rows([{"cell_id": 7}]).rows_of("cell_id")) == [7]
 
 
 def test_fingerprint_is_of_what_fits_come_from(cells: Callable[..., Rows], curves_of: Callable[..., Rows]) -> None:
