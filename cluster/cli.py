@@ -143,7 +143,7 @@ def sweep(
     out: Annotated[str | None, typer.Option(help="Run directory in place of the file's.")] = None,
     address: Address = None,
     wandb: Annotated[str | None, typer.Option(help="W&B mode in place of the file's.")] = None,
-    bootstraps: Annotated[int, typer.Option(help="Bootstrap fits behind each interval.")] = 1000,
+    bootstraps: Annotated[int, typer.Option(help="Bootstrap fits behind each interval.", min=0)] = 1000,
     extend: Annotated[
         str | None, typer.Option(help="A sweep file or plan whose cells are added; those that are there stay.")
     ] = None,
@@ -203,30 +203,29 @@ def report(
     run: Annotated[str, typer.Argument(help="URL of a run directory.")],
     formats: Annotated[
         list[str] | None,
-        typer.Option("--format", help="html (the default) or md; may be given several times."),
+        typer.Option("--format", help="html (always written) or md besides it; may be given several times."),
     ] = None,
-    bootstraps: Annotated[int, typer.Option(help="Bootstrap fits behind each interval.")] = 1000,
+    bootstraps: Annotated[int, typer.Option(help="Bootstrap fits behind each interval.", min=0)] = 1000,
 ) -> None:
     """Fits the laws again and writes fits.json, the figures and the report of a run directory.
 
     report.html is one page that needs no network; figures/ has each figure as PNG, PDF and SVG for a paper and as
     JSON for Plotly.
 
-    Example: [bold]saescale report runs/quickstart --format html --format md[/]
+    Example: [bold]saescale report runs/quickstart --format md[/]
     """
     from cluster.ledger import provenance_of
     from scaling.report import FILES, analyse
     from storage.rundir import RunDirectory
 
-    wanted = [name for name in FILES if name in (formats or ["html"])]
+    wanted = [name for name in FILES if name in (formats or ()) or name == "html"]
     if unknown := [name for name in formats or [] if name not in FILES]:
         raise SaescaleError(f"--format {unknown[0]}: there are {' and '.join(FILES)}")
     directory = RunDirectory(run)
     analyse(directory, bootstraps=bootstraps, provenance=provenance_of(directory), formats=wanted)
     pages = [f"{run}/{FILES[name]}" for name in wanted]
     console.print(f"wrote {', '.join(pages)}, {run}/fits.json and {run}/figures/", highlight=False, soft_wrap=True)
-    how = "in a browser" if pages[0].endswith(".html") else "in an editor"
-    console.print(f"Next: open {pages[0]} {how}", highlight=False, soft_wrap=True)
+    console.print(f"Next: open {pages[0]} in a browser", highlight=False, soft_wrap=True)
 
 
 @app.command()

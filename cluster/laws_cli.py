@@ -214,6 +214,8 @@ def _show_convergence(found: dict[str, Any] | None) -> None:
     if not found:
         return
     counts = f"{len(found['cells'])} cells converged, {found['unconverged']} did not"
+    if early := found["converged_before_first_evaluation"]:
+        counts += f", {early} converged before their first evaluation"
     if "reason" in found:
         console.print(f"tokens to convergence: {found['reason']}", highlight=False, soft_wrap=True)
         return

@@ -12,7 +12,14 @@ from scaling.views import View
 from scaling.views_cells import dead_fraction, dead_over_training, ks_of, nmse_against_n, residuals
 from scaling.views_laws import compute_optimal, exponents, holdout, isoflop, nmse_against_compute
 from scaling.views_profile import profile, tradeoff
-from storage.files import join, write_atomic
+from storage.files import join, list_names, remove, write_atomic
+
+# Every name that a view can have: files of these names that were not drawn are of an earlier analysis.
+NAMES = (
+    "nmse_against_n", "nmse_against_compute", "exponents", "holdout", "residuals", "profile", "tradeoff", "isoflop",
+    "compute_optimal", "dead_fraction", "dead_over_training",
+)  # fmt: skip
+_KINDS = ("png", "pdf", "svg", "json")
 
 
 class Figure(NamedTuple):
@@ -48,8 +55,8 @@ def views_of(laws: Laws, curves: Table | None = None) -> list[View]:
 def draw_figures(laws: Laws, folder: str, curves: Table | None = None) -> list[Figure]:
     """Writes each figure to `folder` (any fsspec URL) as NAME.png, .pdf, .svg and .json (Plotly's, interactive).
 
-    A figure without data (no curves, no dead fraction) is left out. Raises SaescaleError when `folder` cannot be
-    written.
+    A figure without data (no curves, no dead fraction) is left out, and what an earlier analysis drew of it is removed;
+    other files in `folder` stay. Raises SaescaleError when `folder` cannot be written.
     """
     drawn = []
     for view in views_of(laws, curves):
@@ -58,4 +65,7 @@ def draw_figures(laws: Laws, folder: str, curves: Table | None = None) -> list[F
         for kind, content in contents.items():
             write_atomic(join(folder, f"{view.name}.{kind}"), content)
         drawn.append(figure)
+    stale = set(NAMES) - {figure.view.name for figure in drawn}
+    for file in {f"{name}.{kind}" for name in stale for kind in _KINDS} & set(list_names(folder)):
+        remove(join(folder, file))
     return drawn

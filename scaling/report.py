@@ -36,7 +36,8 @@ def analyse(
 ) -> dict[str, Any]:
     """Fits the laws to a run's finished cells; writes figures/, the report and last fits.json into the run.
 
-    `provenance` (subject, store fingerprint, versions ...) is shown in the report; `formats` are those of the report.
+    `provenance` (subject, store fingerprint, versions ...) is shown in the report. `formats` are those of the report
+    besides html, which is always written; so is Markdown that is there already. No report stays behind its fits.
     Deterministic in `seed`. Returns the document of fits.json. Raises SaescaleError when the run has no finished cell,
     for an unknown law, and when the run cannot be written.
     """
@@ -45,7 +46,8 @@ def analyse(
     fitted = fit_laws(results, curves, bootstraps=bootstraps, seed=seed, laws=laws)
     document = fitted.document()
     figures = draw_figures(fitted, join(run.url, "figures"), curves)
-    write_report(run.url, document, fitted.results, figures, provenance or {}, formats)
+    written = [kind for kind in FILES if kind == "html" or kind in formats or exists(join(run.url, FILES[kind]))]
+    write_report(run.url, document, fitted.results, figures, provenance or {}, written)
     # Last, so that what fits.json says it was made from holds for the rest too.
     run.write_json("fits.json", document)
     return document

@@ -104,6 +104,13 @@ def test_bad_sweep_files(document: dict[str, Any], sweep_file: Callable[[Any], s
     assert not Path(document["out"]).exists()
 
 
+def test_fewer_than_no_bootstraps(sweep_file: Callable[[Any], str], document: dict[str, Any]) -> None:
+    for command in (("sweep", sweep_file(document)), ("report", document["out"]), ("fit", document["out"])):
+        result = saescale(*command, "--bootstraps", "-1")
+        assert result.returncode == 2
+        assert "x>=0" in result.stderr
+
+
 def test_unknown_subject(tmp_path: Path) -> None:
     result = saescale("harvest", "smollm-135m", "--layer", "3", "--out", str(tmp_path / "store"))
     assert_one_line(result, "unknown subject 'smollm-135m'", "did you mean 'smollm2-135m'?")

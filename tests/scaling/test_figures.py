@@ -12,12 +12,12 @@ import pytest
 
 from scaling import paper
 from scaling.axes import count_axis, linear_axis, log_axis, power_axis
-from scaling.figures import draw_figures, views_of
+from scaling.figures import NAMES, draw_figures, views_of
 from scaling.fit import Laws, fit_laws
 from scaling.interactive import plot, theme
 from scaling.palette import colour
 from scaling.tables import Table
-from scaling.views import Label, Points, spread
+from scaling.views import Label, Line, Points, View, spread
 from scaling.views_profile import profile, tradeoff
 
 Rows = list[dict[str, Any]]
@@ -49,6 +49,38 @@ def test_files_of_every_figure(fitted: tuple[Laws, Table], tmp_path: Path) -> No
         again = json.loads((tmp_path / f"{figure.view.name}.json").read_text())
         # Plotly's own validation: an unknown attribute or a wrong type raises.
         assert len(plotly.graph_objects.Figure(again).data) == len(figure.plotly["data"])
+
+
+def test_figures_of_an_earlier_analysis_go(
+    fitted: tuple[Laws, Table], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    laws, curves = fitted
+    views = views_of(laws, curves)
+    assert {view.name for view in views} <= set(NAMES)
+    monkeypatch.setattr("scaling.figures.views_of", lambda *_: views[:1])
+    for name in ("isoflop.png", "dead_over_training.json", "mine.png", "isoflop.txt"):
+        (tmp_path / name).write_text("old")
+    draw_figures(laws, str(tmp_path))
+    drawn = {f"{views[0].name}.{kind}" for kind in ("png", "pdf", "svg", "json")}
+    assert {path.name for path in tmp_path.iterdir()} == drawn | {"mine.png", "isoflop.txt"}
+
+
+def test_of_thousands_of_curves_some_hundreds_are_drawn(
+    fitted: tuple[Laws, Table], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def curves(view: View) -> list[Line]:
+        return [layer for layer in view.layers if isinstance(layer, Line) and layer.stroke == "curve"]
+
+    names = ("nmse_against_compute", "dead_over_training")
+    for view in views_of(*fitted):
+        assert "Drawn are" not in view.caption
+    monkeypatch.setattr("scaling.views._CURVES", 12)
+    views = [view for view in views_of(*fitted) if view.name in names]
+    assert len(views) == 2
+    for view in views:
+        assert view.caption.endswith("Drawn are 12 of 20 curves, evenly taken by k and N.")
+        assert len(curves(view)) == 12
+        assert {line.k for line in curves(view)} == set(KS)
 
 
 def test_the_same_figure_has_the_same_bytes(fitted: tuple[Laws, Table]) -> None:

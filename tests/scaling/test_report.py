@@ -64,12 +64,24 @@ def test_analyse(
     assert f"| {sizes[0]:,} | {ks[0]} |" in markdown
 
 
-def test_formats_are_those_asked_for(tmp_path: Path, cells: Callable[..., Rows]) -> None:
+def test_no_report_stays_behind_its_fits(tmp_path: Path, cells: Callable[..., Rows]) -> None:
+    """The page is always written, Markdown when it is asked for and from then on."""
     run = RunDirectory(str(tmp_path))
-    run.write_results(cells((512, 1024), (8, 16)))
+
+    def shown() -> list[str]:
+        return [name for name in ("report.html", "report.md") if "3 cells" in (tmp_path / name).read_text()]
+
+    rows = cells((512, 1024), (8, 16))
+    run.write_results(rows)
+    analyse(run, bootstraps=0)
+    assert not (tmp_path / "report.md").exists()
+    run.write_results(rows[:3])
     analyse(run, bootstraps=0, formats=("md",))
-    assert (tmp_path / "report.md").is_file()
-    assert not (tmp_path / "report.html").exists()
+    assert is_current(run, bootstraps=0)
+    assert shown() == ["report.html", "report.md"]
+    run.write_results(rows)
+    analyse(run, bootstraps=0)
+    assert shown() == []
 
 
 def test_results_without_curves_or_optional_columns(cells: Callable[..., Rows]) -> None:
