@@ -62,7 +62,7 @@ def background(page: Page) -> str:
 
 
 def wait_for(page: Page, script: str) -> None:
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + 60  # bounds only failures
     while not page.run(script):
         assert time.monotonic() < deadline, script
         time.sleep(0.05)
