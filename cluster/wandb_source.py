@@ -20,8 +20,8 @@ def read_project(path: str) -> tuple[Table, Table | None]:
 
     Runs that saescale logged as cells are read, and any others whose config has n_latents and k and whose summary has
     nmse; a run in which one of these is no positive number is excluded, and other values that are not what they should
-    be count as missing. A group can be chosen by entity/project/group. Raises SaescaleError when W&B cannot be reached, knows no such
-    project, or has no finished cell there.
+    be count as missing. A group can be chosen by entity/project/group. Raises SaescaleError when W&B cannot be
+    reached, knows no such project, or has no finished cell there.
     """
     import wandb
 
