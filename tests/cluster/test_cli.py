@@ -108,7 +108,7 @@ def test_fewer_than_no_bootstraps(sweep_file: Callable[[Any], str], document: di
     for command in (("sweep", sweep_file(document)), ("report", document["out"]), ("fit", document["out"])):
         result = saescale(*command, "--bootstraps", "-1")
         assert result.returncode == 2
-        assert "x>=0" in result.stderr
+        assert "Invalid value for '--bootstraps'" in result.stderr
 
 
 def test_unknown_subject(tmp_path: Path) -> None:
