@@ -146,7 +146,7 @@ def quickstart(seeds: int = 0) -> Reproduction:
         lines.append(Line(name, *texts, texts[0] == texts[1]))
     residual = f"{entry['rms_log_residual']:.4f}", f"{fit.rms_log_residual:.4f}"
     lines.append(Line("rms of ln nmse about the law", *residual, residual[0] == residual[1]))
-    return Reproduction("The quickstart's own run: L(N, k) of its 16 cells", str(PUBLISHED), tuple(lines))
+    return Reproduction("The quickstart's own run: L(N, k) of its cells", str(PUBLISHED), tuple(lines))
 
 
 REPRODUCTIONS: dict[str, Callable[[int], Reproduction]] = {

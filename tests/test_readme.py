@@ -1,8 +1,12 @@
-"""The README: what it points to is there, and its table is the one of the published results."""
+"""The README: what it points to is there, and its tables are those of the published results."""
 
 import csv
 import re
 from pathlib import Path
+
+import pytest
+
+from tests.benchmarks.readme_tables import tables
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
@@ -17,8 +21,13 @@ def test_local_links_resolve() -> None:
 def test_the_table_is_that_of_the_published_results() -> None:
     with (ROOT / "deploy/results/quickstart/results.csv").open() as file:
         rows = list(csv.DictReader(file))
-    assert len(rows) == 16
+    assert len(rows) == 20
     for n in sorted({int(row["n_latents"]) for row in rows}):
         found = {int(row["k"]): float(row["nmse"]) for row in rows if int(row["n_latents"]) == n}
         line = f"| {n:,} | " + " | ".join(f"{found[k]:.4f}" for k in sorted(found)) + " |"
         assert line in README
+
+
+@pytest.mark.parametrize(("name", "table"), tables().items())
+def test_tables_of_benchmarks_are_those_of_their_results(name: str, table: str) -> None:
+    assert table in README, f"run python -m tests.benchmarks.readme_tables and take its table of {name} over"

@@ -1,0 +1,67 @@
+"""The README's tables of benchmarks, made from results/*.json: `python -m tests.benchmarks.readme_tables`."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+RESULTS = Path(__file__).parent / "results"
+SHOWN = {
+    "saescale-bf16": "saescale, bf16 product", "saescale-fp32": "saescale, fp32 product",
+    "sparsify-adam": "sparsify 1.3 (Adam)", "saelens-sparse": "SAELens 6.5 (sparse)",
+    "dictionary_learning": "dictionary_learning 0.1", "gemm-bf16": "bf16 product alone",
+    "gemm-fp32": "fp32 product alone",
+}  # fmt: skip
+
+
+def tables() -> dict[str, str]:
+    """Markdown by benchmark."""
+    return {name: make(json.loads((RESULTS / f"{name}.json").read_text())) for name, make in _MAKERS.items()}
+
+
+def _step(result: dict[str, Any]) -> str:
+    sizes = result["sizes"]
+    head = ["ms a step (speed over the fastest peer; share of the bf16 product's speed)"]
+    head += [f"B {s['batch_tokens']:,}, d {s['d_model']}, N {s['n_latents']:,}, k {s['k']}" for s in sizes]
+    rows = []
+    for name, shown in SHOWN.items():
+        entries = [next(c for c in size["contenders"] if c["name"] == name) for size in sizes]
+        rows.append([shown, *(
+            f"{e['median_ms']:,.0f} ({_median(e['speed_over_fastest_peer']):.2f}x; "
+            f"{_median(e['speed_over_gemm_bf16']):.0%})" for e in entries
+        )])  # fmt: skip
+    return _markdown(head, rows)
+
+
+def _pack(result: dict[str, Any]) -> str:
+    seconds = result["seconds"]
+    head = [
+        f"{result['cells']} cells, {result['tokens']:,} tokens each, {result['precision']}",
+        "seconds",
+        "one pack is",
+    ]
+    base = seconds["one pack"]
+    return _markdown(head, [[name, f"{s:.1f}", f"{s / base:.2f}x as fast"] for name, s in seconds.items()])
+
+
+def _quality(result: dict[str, Any]) -> str:
+    found = result["found"]
+    base = found["dense reference fp32"]["nmse"]
+    rows = [[name, f"{f['nmse']:.4f}", f"{f['nmse'] / base - 1:+.2%}"] for name, f in found.items()]
+    return _markdown(["trained by", "nmse", "against dense fp32"], rows)
+
+
+def _markdown(head: list[str], rows: list[list[str]]) -> str:
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def _median(values: list[float]) -> float:
+    return sorted(values)[len(values) // 2]
+
+
+_MAKERS = {"step": _step, "pack": _pack, "quality": _quality}
+
+
+if __name__ == "__main__":
+    for name, table in tables().items():
+        print(f"{name}\n\n{table}\n")
