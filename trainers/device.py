@@ -28,10 +28,16 @@ def fast_precision(device: torch.device) -> Precision:
         return "bf16" if torch.cuda.is_bf16_supported() else "fp32"
     if device.type != "cpu":
         return "fp32"
-    operands = torch.randn(512, 512), torch.randn(1024, 512)
+    operands = torch.randn(256, 512), torch.randn(512, 512)
     rounded = [operand.bfloat16() for operand in operands]
-    # In turn, and the best of each: another process that takes the core for a while hits both or neither.
-    times = [[_seconds(*pair) for pair in (operands, rounded)] for _ in range(7)]
+    threads = torch.get_num_threads()
+    # One thread, in turn, and the best of many short products: while other processes want the cores too, as the
+    # workers of a pool do that start together, some of each run undisturbed.
+    torch.set_num_threads(1)
+    try:
+        times = [[_seconds(*pair) for pair in (operands, rounded)] for _ in range(30)]
+    finally:
+        torch.set_num_threads(threads)
     fp32, bf16 = (min(column) for column in zip(*times, strict=True))
     return "bf16" if fp32 > _GAIN * bf16 else "fp32"
 
