@@ -169,7 +169,7 @@ def test_a_driver_that_ends_early_goes_on_where_it_was(
     undisturbed: dict[str, list[dict[str, Any]]],
     end: str,
 ) -> None:
-    document["train"]["tokens"] = 65_536
+    document["train"]["tokens"] = 262_144  # long enough to be interrupted on a fast machine
     file, run = sweep_file(document), Path(document["out"])
     ray = {"RAY_ADDRESS": two_nodes.address}
     process = subprocess.Popen(

@@ -15,6 +15,9 @@ from cluster.wandb_source import read_project
 from storage.errors import SaescaleError
 from tests.cluster.test_cli import assert_one_line, saescale
 from tests.scaling.conftest import _cells, _curves_of
+from tests.trainers.wandb_case import bare_machine
+
+__all__ = ["bare_machine"]  # a fixture
 
 KEY = "0123456789abcdef" * 2 + "01234567"
 PAGE = 7

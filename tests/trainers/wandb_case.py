@@ -47,16 +47,19 @@ RESULTS = pa.table({"cell_id": ["a", "b"], "n_latents": [16, 32], "nmse": [0.5, 
 @pytest.fixture(autouse=True)
 def bare_machine(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
     """No key, no settings and no memory of other tests."""
+    wandb.teardown()
+    # Not by monkeypatch, which would bring back the address of a service that has ended.
+    os.environ.pop("WANDB_SERVICE", None)
     for name in [name for name in os.environ if name.startswith("WANDB_")]:
         monkeypatch.delenv(name)
     monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
     monkeypatch.setenv("WANDB_CONFIG_DIR", str(tmp_path / "config"))
     monkeypatch.setenv("WANDB_SILENT", "true")
     monkeypatch.setenv("WANDB_ERROR_REPORTING", "false")
-    wandb.teardown()
     wbauth.unauthenticate_session(update_settings=False)
     yield
     wandb.teardown()
+    os.environ.pop("WANDB_SERVICE", None)
     wbauth.unauthenticate_session(update_settings=False)
 
 
