@@ -18,6 +18,16 @@ from trainers.pack import Pack, TrainingCell
 from trainers.trained import save_trained
 
 
+class CellProgress(NamedTuple):
+    """Where one cell of a pack stands; nmse and dead_fraction are those of its last evaluation."""
+
+    cell_id: str
+    step: int
+    steps: int
+    nmse: float | None
+    dead_fraction: float | None
+
+
 class Progress(NamedTuple):
     """Where a pack stands, for whoever watches it."""
 
@@ -27,6 +37,8 @@ class Progress(NamedTuple):
     running: int
     done: int
     failed: int
+    stream_wait: float  # share of the time since the last report that the pack waited for the stream, 0 to 1
+    cells: tuple[CellProgress, ...]  # those still running
 
 
 class Evaluate(L.Callback):
@@ -142,13 +154,17 @@ class Checkpoint(L.Callback):
 class Report(L.Callback):
     """Tells `report` where the pack stands about twice a second, and stops it when `should_stop` says so."""
 
-    def __init__(self, report: Callable[[Progress], None], should_stop: Callable[[], bool], start: int) -> None:
-        self.report, self.should_stop = report, should_stop
+    def __init__(
+        self, report: Callable[[Progress], None], should_stop: Callable[[], bool], start: int, stream: Stream
+    ) -> None:
+        self.report, self.should_stop, self.stream = report, should_stop, stream
         self._start = start
         self._began = self._last = time.monotonic()
+        self._waited = 0.0
 
     def on_train_start(self, trainer: L.Trainer, pack: L.LightningModule) -> None:
         self._began = self._last = time.monotonic()
+        self._waited = self.stream.wait_seconds
 
     def on_train_batch_end(self, trainer: L.Trainer, pack: L.LightningModule, *_: Any) -> None:
         assert isinstance(pack, Pack)
@@ -157,15 +173,29 @@ class Report(L.Callback):
             trainer.should_stop = True
         now = time.monotonic()
         if now - self._last >= 0.5 or not pack.running:
-            self._last = now
-            cells = pack.training_cells
-            self.report(
-                Progress(
-                    step=self._start + pack.batches,
-                    steps=max(cell.cell.steps for cell in cells),
-                    tokens_per_s=pack.batches * cells[0].cell.batch_tokens / max(1e-9, now - self._began),
-                    running=len(pack.running),
-                    done=sum(cell.step == cell.cell.steps for cell in cells),
-                    failed=sum(cell.error is not None for cell in cells),
-                )
-            )
+            self.report(self._progress(pack, now))
+            self._last, self._waited = now, self.stream.wait_seconds
+
+    def _progress(self, pack: Pack, now: float) -> Progress:
+        cells = pack.training_cells
+        return Progress(
+            step=self._start + pack.batches,
+            steps=max(cell.cell.steps for cell in cells),
+            tokens_per_s=pack.batches * cells[0].cell.batch_tokens / max(1e-9, now - self._began),
+            running=len(pack.running),
+            done=sum(cell.step == cell.cell.steps for cell in cells),
+            failed=sum(cell.error is not None for cell in cells),
+            stream_wait=min(1.0, (self.stream.wait_seconds - self._waited) / max(1e-9, now - self._last)),
+            cells=tuple(_cell_progress(cell) for cell in pack.running),
+        )
+
+
+def _cell_progress(cell: TrainingCell) -> CellProgress:
+    last = cell.curve[-1] if cell.curve else None
+    return CellProgress(
+        cell_id=cell.cell.cell_id,
+        step=cell.step,
+        steps=cell.cell.steps,
+        nmse=last.nmse if last else None,
+        dead_fraction=last.dead_fraction if last else None,
+    )

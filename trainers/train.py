@@ -84,7 +84,7 @@ def train_pack(
         with _stream(store, cells[0], max(cell.steps for cell in cells), position) as stream:
             # The order matters: a stop is noticed by Report and saved by Checkpoint, which skips finished cells.
             checkpoints = Checkpoint(run, job.checkpoint_every_s, stream)
-            callbacks = [evaluate, Report(report, should_stop, start), checkpoints]
+            callbacks = [evaluate, Report(report, should_stop, start, stream), checkpoints]
             _trainer(callbacks, device).fit(pack, stream_loader(stream, store.manifest.dtype, device))
     finally:
         logger.close()

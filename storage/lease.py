@@ -1,0 +1,258 @@
+"""Who drives a run, and how far it is: RUN/driver.json, renewed every few seconds while a driver lives.
+
+One run has one driver. The file is a lease: whoever wrote it last holds the run for as long as its beat goes on; it
+works wherever files do, object stores included, and compares no clocks. A driver that was killed is succeeded at once
+on its own machine, where its process can be looked for, and elsewhere as soon as its beat has been still for LEASE_S.
+"""
+
+import os
+import socket
+import threading
+import time
+import uuid
+import warnings
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+from types import TracebackType
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from storage import files
+from storage.errors import SaescaleError, SaescaleWarning
+
+FILE = "driver.json"
+BEAT_S = 3.0
+LEASE_S = 20.0  # without a beat for so long, a driver is taken for dead
+_OBVIOUS_S = 600.0  # no two clocks differ by more: an older beat needs no watching
+
+
+class _Document(BaseModel):
+    model_config = ConfigDict(extra="forbid", ser_json_inf_nan="null")
+
+
+class RunningCell(_Document):
+    """A cell that a worker trains now; nmse and dead_fraction are those of its last evaluation."""
+
+    cell_id: str
+    worker: str
+    step: int
+    steps: int
+    nmse: float | None = None
+    dead_fraction: float | None = None
+
+
+class RunningWorker(_Document):
+    """A worker with a pack. `stream_wait` is the share of its time that it waits for the stream."""
+
+    name: str  # HOST/PID
+    cells: int
+    tokens_per_s: float  # of the stream
+    stream_wait: float
+
+
+class Standing(_Document):
+    """Where a sweep stands. What its cells reached for good is in results.parquet."""
+
+    cells: int = 0
+    done: int = 0
+    failed: int = 0
+    fraction: float = 0.0  # of the FLOPs that this driver found undone
+    tokens_per_s: float = 0.0  # SAE training tokens: stream tokens times the cells that each trains, over all workers
+    left_s: float | None = None
+    interrupted: int = 0  # packs that went on elsewhere after their worker or its node was lost
+    running: list[RunningCell] = []
+    workers: list[RunningWorker] = []
+
+
+class Driver(_Document):
+    """Content of driver.json. `state` says how it ended, once it has: a driver that was killed leaves `running`."""
+
+    format: Literal[1] = 1
+    driver: str
+    host: str
+    machine: str  # one machine and process namespace, in which `pid` means something
+    pid: int
+    job: str | None = None  # the Ray job that it runs in
+    started_at: float  # seconds since 1970, as are the others
+    beat: int = 0
+    beat_at: float
+    state: Literal["running", "finished", "stopped", "failed"] = "running"
+    error: str | None = None
+    standing: Standing = Standing()
+
+    def may_live(self) -> bool:
+        """False where it certainly ended; True where only its beat can tell."""
+        if self.state != "running" or time.time() - self.beat_at > _OBVIOUS_S:
+            return False
+        return self.machine != _machine() or _process_lives(self.pid)
+
+    def lives(self) -> bool:
+        """Whether it probably drives its run now, by this machine's clock; for showing, not for deciding."""
+        return self.may_live() and time.time() - self.beat_at < LEASE_S
+
+    @property
+    def name(self) -> str:
+        """For a person to find it by."""
+        return f"process {self.pid} on {self.host}" + (f", job {self.job}" if self.job else "")
+
+
+def read_driver(run: str) -> Driver | None:
+    """What driver.json of the run directory `run` says; None where there is none. SaescaleError where it is damaged."""
+    where = files.join(run, FILE)
+    try:
+        return Driver.model_validate_json(files.read_bytes(where))
+    except FileNotFoundError:
+        return None
+    except ValidationError as error:
+        raise SaescaleError(f"{where} is damaged; remove it if no driver of this run lives, and try again") from error
+
+
+def require_free(run: str, sleep: Callable[[float], None] = time.sleep) -> None:
+    """Returns when no other driver holds `run`, after watching for a beat where that alone can tell.
+
+    Raises SaescaleError where one does.
+    """
+    found = read_driver(run)
+    watched = 0.0
+    while found is not None and found.may_live():
+        if watched >= LEASE_S:
+            warnings.warn(
+                f"{found.name} has not been heard of for {LEASE_S:.0f} s and is taken for dead: going on in its place",
+                SaescaleWarning,
+                stacklevel=2,
+            )
+            return
+        sleep(1.0)
+        watched += 1.0
+        now = read_driver(run)
+        if now is not None and (now.driver, now.beat) != (found.driver, found.beat):
+            if not now.may_live():
+                return
+            raise SaescaleError(
+                f"{run} is driven by another process already ({now.name}); look on with `saescale status {run}`, or "
+                "end that one first"
+            )
+        found = now
+
+
+class Lease:
+    """Holds `run` for this process: a context manager whose thread keeps the beat, with what `standing` says.
+
+    Raises SaescaleError when another driver holds it. `end` says how it ended; leaving the context without it means
+    `stopped` or, for an error, `failed`.
+    """
+
+    def __init__(self, run: str, job: str | None = None) -> None:
+        require_free(run)
+        now = time.time()
+        self._run = run
+        self._document = Driver(
+            driver=uuid.uuid4().hex, host=socket.gethostname(), machine=_machine(), pid=os.getpid(), job=job,
+            started_at=now, beat_at=now,
+        )  # fmt: skip
+        self.standing = Standing()  # to be replaced, never changed: the beat's thread reads it
+        self._lost: SaescaleError | None = None
+        self._ended = threading.Event()
+        self._write()
+        # Of two that began together the later writer has it; the other finds that out here or at its next beat.
+        self._check()
+        self._thread = threading.Thread(target=self._keep, name="saescale-lease", daemon=True)
+        self._thread.start()
+
+    @property
+    def driver(self) -> str:
+        """What a worker compares with before it writes (`require_owner`)."""
+        return self._document.driver
+
+    def require(self) -> None:
+        """Raises SaescaleError once another driver has taken the run over."""
+        if self._lost is not None:
+            raise self._lost
+
+    def end(self, state: Literal["finished", "stopped", "failed"], error: str | None = None) -> None:
+        """Says how it ended, and lets go of the run. May be called again, which changes nothing."""
+        if self._ended.is_set():
+            return
+        self._ended.set()
+        self._thread.join()
+        if self._lost is None:
+            self._document = self._document.model_copy(update={"state": state, "error": error})
+            # A lease that could not be given back ends by itself.
+            with suppress(SaescaleError):
+                self._check()
+                self._write()
+
+    def __enter__(self) -> "Lease":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if isinstance(error, Exception):
+            self.end("failed", str(error))
+        else:
+            self.end("stopped")
+
+    def _keep(self) -> None:
+        while not self._ended.wait(BEAT_S):
+            try:
+                self._check()
+                self._write()
+            except SaescaleError as error:
+                if self._lost is not None:
+                    return
+                # The store may answer again before the lease is up; what could not be written is written next time.
+                warnings.warn(f"the beat of this driver could not be written: {error}", SaescaleWarning, stacklevel=2)
+
+    def _write(self) -> None:
+        beat = {"beat": self._document.beat + 1, "beat_at": time.time(), "standing": self.standing}
+        self._document = document = self._document.model_copy(update=beat)
+        files.write_atomic(files.join(self._run, FILE), document.model_dump_json(indent=1).encode())
+
+    def _check(self) -> None:
+        try:
+            require_owner(self._run, self.driver)
+        except Superseded as error:
+            self._lost = error
+            raise
+
+
+class Superseded(SaescaleError):
+    """Another driver has taken the run over; what this one still does must not be written."""
+
+
+def require_owner(run: str, driver: str | None) -> None:
+    """Raises Superseded where `run` is driven by another driver than `driver`; None: whoever drives it.
+
+    Asked by workers before they write what a second driver's workers might write as well.
+    """
+    if driver is None:
+        return
+    found = read_driver(run)
+    if found is not None and found.driver != driver:
+        raise Superseded(f"{run} has been taken over by another driver ({found.name}); this one stops")
+
+
+def _machine() -> str:
+    """Differs between any two machines and between containers, in which the same number names other processes."""
+    parts = [socket.gethostname()]
+    with suppress(OSError):
+        parts.append(Path("/proc/sys/kernel/random/boot_id").read_text().strip())
+    with suppress(OSError):
+        parts.append(os.readlink("/proc/self/ns/pid"))
+    return " ".join(parts)
+
+
+def _process_lives(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    with suppress(OSError):
+        # A zombie has ended; only its parent has not asked yet.
+        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[-1].split()[0] != "Z"
+    return True
