@@ -110,6 +110,22 @@ def list_names(url: str) -> list[str]:
     return sorted(name for name in names if not _PARTIAL.match(name))
 
 
+def list_below(url: str) -> list[str]:
+    """Paths of all files below the folder, relative to it, without temporaries of writers; [] when it is missing.
+
+    One listing, also of an object store (a request for a thousand files); in no order.
+    """
+    fs, path = filesystem(url)
+    own = len(path.rstrip("/")) + 1
+    if isinstance(fs, LocalFileSystem):
+        found = [os.path.join(folder, name) for folder, _, names in os.walk(path) for name in names]
+    else:
+        found = []
+        with _reading(url), suppress(FileNotFoundError):
+            found = list(fs.find(path))
+    return [name[own:] for name in found if not _PARTIAL.match(name.rsplit("/", 1)[-1])]
+
+
 def remove(url: str) -> None:
     """Removes the file, or the folder with all below it; a missing one is fine."""
     fs, path = filesystem(url)

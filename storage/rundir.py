@@ -3,6 +3,7 @@
 import io
 import json
 import math
+from collections import defaultdict
 from typing import Any
 
 import numpy as np
@@ -115,10 +116,17 @@ class RunDirectory:
         """The cell's curve so far; [] when it has none."""
         return self._read_table(f"cells/{cell_id}/curve.parquet", CURVES_SCHEMA).to_pylist()
 
+    def cell_files(self) -> dict[str, set[str]]:
+        """The files of each cell that has any, relative to its folder: `result.json`, `checkpoint/latest.json` ..."""
+        found: dict[str, set[str]] = defaultdict(set)
+        for path in files.list_below(files.join(self.url, "cells")):
+            cell_id, _, name = path.partition("/")
+            found[cell_id].add(name)
+        return dict(found)
+
     def cells_with_results(self) -> set[str]:
         """The ids of the finished cells."""
-        names = files.list_names(files.join(self.url, "cells"))
-        return {name for name in names if files.exists(files.join(self.cell_url(name), "result.json"))}
+        return {cell_id for cell_id, names in self.cell_files().items() if "result.json" in names}
 
     # --- tables and documents of the whole run
 

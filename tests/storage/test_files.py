@@ -37,6 +37,8 @@ def test_a_file_comes_back_on_every_file_system(any_url: str) -> None:
     files.write_atomic(files.join(any_url, "a", "c"), b"")
     files.write_atomic(files.join(any_url, "a", "deep", "d"), b"d")
     assert files.list_names(files.join(any_url, "a")) == ["b.bin", "c", "deep"]
+    assert sorted(files.list_below(any_url)) == ["a/b.bin", "a/c", "a/deep/d"]
+    assert files.list_below(files.join(any_url, "missing")) == []
     files.remove(url)
     assert files.list_names(files.join(any_url, "a")) == ["c", "deep"]
     files.remove(any_url)
