@@ -1,4 +1,4 @@
-"""The error and the warning that users are meant to read."""
+"""The errors and the warning that users are meant to read."""
 
 
 class SaescaleError(Exception):
@@ -6,6 +6,10 @@ class SaescaleError(Exception):
 
     The command line prints the message alone and exits with status 2; `--debug` adds the traceback.
     """
+
+
+class Unavailable(SaescaleError):
+    """A store that did not answer, or not in time: the same may succeed a little later."""
 
 
 class SaescaleWarning(UserWarning):

@@ -1,29 +1,32 @@
 """Files by fsspec URL: plain local paths, memory://, s3:// and whatever else fsspec knows. Writes are atomic.
 
 Reading functions let `FileNotFoundError` through (absence is often an answer); every other failure becomes a
-one-line `SaescaleError` that names the file.
+one-line `SaescaleError` that names the file, `Unavailable` where an object store did not answer after several tries.
 """
 
 import errno
 import io
 import os
+import random
 import re
 import time
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from typing import Any, BinaryIO, cast
+from typing import Any, BinaryIO, TypeVar, cast
 
 from fsspec import AbstractFileSystem
 from fsspec.core import url_to_fs
 from fsspec.implementations.local import LocalFileSystem
 
-from storage.errors import SaescaleError, one_line
+from storage.errors import SaescaleError, Unavailable, one_line
 
+T = TypeVar("T")
 Content = bytes | memoryview | Callable[[BinaryIO], None]
 
 # A live writer touches its temporary file far more often than this; an older one belongs to a dead process.
 ORPHAN_SECONDS = 900.0
+_PAUSES_S = (0.5, 2.0)  # between tries; the libraries of object stores have tried several times by then
 _PARTIAL = re.compile(r"^\.(.+)\.[0-9a-f]{32}\.partial$")
 
 
@@ -56,30 +59,31 @@ def join(url: str, *parts: str) -> str:
 
 def exists(url: str) -> bool:
     """Whether a file or folder stands at `url`."""
-    fs, path = filesystem(url)
-    with _reading(url):
-        return bool(fs.exists(path))
+    return _read(url, lambda fs, path: bool(fs.exists(path)))
 
 
 def size(url: str) -> int:
     """Size of the file in bytes; FileNotFoundError when it is missing."""
-    fs, path = filesystem(url)
-    with _reading(url):
-        return int(fs.size(path))
+    return _read(url, lambda fs, path: int(fs.size(path)))
 
 
 def read_bytes(url: str) -> bytes:
     """The whole file; FileNotFoundError when it is missing."""
-    fs, path = filesystem(url)
-    with _reading(url):
-        return bytes(fs.cat_file(path))
+    return _read(url, lambda fs, path: bytes(fs.cat_file(path)))
 
 
 @contextmanager
 def reading(url: str) -> Iterator[None]:
-    """For reads from what `open_input` gave: a failure becomes a SaescaleError that names the file."""
-    with _reading(url):
+    """For reads from what `open_input` gave: a failure becomes a SaescaleError that names the file.
+
+    What was half read cannot be read again here, so an object store's failure is `Unavailable` at once.
+    """
+    try:
         yield
+    except SaescaleError:
+        raise
+    except Exception as error:
+        raise _read_error(url, error, tries=1) from error
 
 
 def open_input(url: str, known_size: int | None = None) -> BinaryIO:
@@ -87,25 +91,21 @@ def open_input(url: str, known_size: int | None = None) -> BinaryIO:
 
     `known_size` in bytes saves a remote file system the request that asks for it.
     """
-    fs, path = filesystem(url)
     remote: dict[str, Any] = {}
-    if not isinstance(fs, LocalFileSystem):
+    if not isinstance(filesystem(url)[0], LocalFileSystem):
         remote["cache_type"] = "none"
         if known_size is not None:
             remote["size"] = known_size
-    with _reading(url):
-        return cast(BinaryIO, fs.open(path, "rb", **remote))
+    return _read(url, lambda fs, path: cast(BinaryIO, fs.open(path, "rb", **remote)))
 
 
 def list_names(url: str) -> list[str]:
     """Sorted base names in the folder, without temporaries of writers; [] when it is missing."""
-    fs, path = filesystem(url)
     try:
-        with _reading(url):
-            found = fs.ls(path, detail=False)
+        found = _read(url, lambda fs, path: fs.ls(path, detail=False))
     except FileNotFoundError:
         return []
-    own = path.rstrip("/")
+    own = filesystem(url)[1].rstrip("/")
     names = {entry.rstrip("/").rsplit("/", 1)[-1] for entry in found if entry.rstrip("/") != own}
     return sorted(name for name in names if not _PARTIAL.match(name))
 
@@ -120,20 +120,21 @@ def list_below(url: str) -> list[str]:
     if isinstance(fs, LocalFileSystem):
         found = [os.path.join(folder, name) for folder, _, names in os.walk(path) for name in names]
     else:
-        found = []
-        with _reading(url), suppress(FileNotFoundError):
-            found = list(fs.find(path))
+        try:
+            found = _read(url, lambda fs, path: list(fs.find(path)))
+        except FileNotFoundError:
+            return []
     return [name[own:] for name in found if not _PARTIAL.match(name.rsplit("/", 1)[-1])]
 
 
 def remove(url: str) -> None:
     """Removes the file, or the folder with all below it; a missing one is fine."""
-    fs, path = filesystem(url)
-    try:
+
+    def rm(fs: AbstractFileSystem, path: str) -> None:
         with suppress(FileNotFoundError):
             fs.rm(path, recursive=True)
-    except Exception as error:
-        raise SaescaleError(f"cannot remove {url}: {one_line(error)}; check its permissions") from error
+
+    _tried(url, rm, lambda error, tries: _error(url, "remove", error, tries, "check its permissions"))
 
 
 def write_atomic(url: str, data: Content) -> int:
@@ -149,11 +150,9 @@ def write_atomic(url: str, data: Content) -> int:
         buffer = io.BytesIO()
         data(buffer)
         data = buffer.getvalue()
-    try:
-        fs.pipe_file(path, bytes(data))
-    except Exception as error:
-        raise _write_error(url, error) from error
-    return len(data)
+    content = bytes(data)
+    _tried(url, lambda fs, path: fs.pipe_file(path, content), lambda error, tries: _write_error(url, error, tries))
+    return len(content)
 
 
 def _write_local(url: str, path: str, data: Content) -> int:
@@ -201,24 +200,56 @@ def _sync_folder(folder: str) -> None:
             os.close(handle)
 
 
-def _write_error(url: str, error: Exception) -> SaescaleError:
+def _write_error(url: str, error: Exception, tries: int = 1) -> SaescaleError:
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
         return SaescaleError(
             f"disk full while writing {url}: free space and run the same command again; nothing half-written is left"
         )
-    return SaescaleError(
-        f"cannot write {url}: {one_line(error)}; check the address, permissions and credentials; "
-        "nothing half-written is left"
-    )
+    advice = "check the address, permissions and credentials; nothing half-written is left"
+    return _error(url, "write", error, tries, advice)
 
 
-@contextmanager
-def _reading(url: str) -> Iterator[None]:
-    try:
-        yield
-    except (FileNotFoundError, SaescaleError):
-        raise
-    except Exception as error:  # object stores raise classes of their own (botocore's are no OSError)
-        raise SaescaleError(
-            f"cannot read {url}: {one_line(error)}; check the address, the network and the credentials"
-        ) from error
+def _read_error(url: str, error: Exception, tries: int) -> SaescaleError:
+    if isinstance(error, FileNotFoundError):
+        raise error
+    return _error(url, "read", error, tries, "check the address, the network and the credentials")
+
+
+def _error(url: str, verb: str, error: Exception, tries: int, advice: str) -> SaescaleError:
+    kind = Unavailable if _may_pass(url, error) else SaescaleError
+    return kind(f"cannot {verb} {url}{f' ({tries} tries)' if tries > 1 else ''}: {one_line(error)}; {advice}")
+
+
+def _read(url: str, action: Callable[[AbstractFileSystem, str], T]) -> T:
+    return _tried(url, action, lambda error, tries: _read_error(url, error, tries))
+
+
+def _tried(
+    url: str,
+    action: Callable[[AbstractFileSystem, str], T],
+    explained: Callable[[Exception, int], SaescaleError],
+) -> T:
+    """What `action` gives; where an object store does not answer, after a pause, and another.
+
+    The last failure becomes what `explained` makes of it.
+    """
+    fs, path = filesystem(url)
+    for tries, pause in enumerate((*_PAUSES_S, None), start=1):
+        try:
+            return action(fs, path)
+        except Exception as error:  # object stores raise classes of their own (botocore's are no OSError)
+            if pause is None or not _may_pass(url, error):
+                raise explained(error, tries) from error
+        # Not all at the same moment: it was perhaps the number of us that was too much.
+        time.sleep(pause * random.uniform(0.5, 1.5))
+    raise AssertionError("the last try returns or raises")
+
+
+def _may_pass(url: str, error: Exception) -> bool:
+    """Whether the same may succeed later: an object store that fails for another reason than being asked wrongly."""
+    asked_wrongly = (PermissionError, FileNotFoundError, FileExistsError, IsADirectoryError, NotADirectoryError)
+    if isinstance(error, (*asked_wrongly, ValueError, TypeError, NotImplementedError)):
+        return False
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EINVAL):
+        return False
+    return local_path(url) is None and "credentials" not in type(error).__name__.lower()
