@@ -147,6 +147,7 @@ def sweep(
     extend: Annotated[
         str | None, typer.Option(help="A sweep file or plan whose cells are added; those that are there stay.")
     ] = None,
+    retry_failed: Annotated[bool, typer.Option("--retry-failed", help="Train the cells that failed again.")] = False,
 ) -> None:
     """Trains every cell of a grid and fits the laws. Run again, it trains only what has no result yet.
 
@@ -163,7 +164,7 @@ def sweep(
         console.print(f"{added} cells added to {loaded.grid.size - added}", highlight=False)
     with _display() as display:
         began = time.monotonic()
-        outcome = run_sweep(loaded, display, address, bootstraps, extending=extend is not None)
+        outcome = run_sweep(loaded, display, address, bootstraps, extend is not None, retry_failed)
     _summary(outcome, time.monotonic() - began, store=loaded.store)
     console.print(f"\nNext: saescale fit {loaded.out} --law n_k", highlight=False)
 

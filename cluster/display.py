@@ -4,7 +4,7 @@ import time
 import warnings
 from collections.abc import Mapping
 from types import TracebackType
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Protocol
 
 from rich.console import Console
 from rich.markup import escape
@@ -13,18 +13,9 @@ from rich.table import Table
 
 from scaling.fit import coefficient_rows
 from storage.errors import SaescaleWarning
+from storage.lease import Standing
 
 LINE_EVERY_S = 10.0
-
-
-class SweepProgress(NamedTuple):
-    """Where a sweep stands, for whoever shows it."""
-
-    cells: int
-    done: int
-    failed: int
-    fraction: float  # of the FLOPs of the cells that this call has to train
-    tokens_per_s: float  # SAE training tokens: stream tokens times the cells that each trains, over all workers
 
 
 class SweepDisplay(Protocol):
@@ -33,7 +24,7 @@ class SweepDisplay(Protocol):
     def stage(self, text: str) -> None:
         """A new part of the work begins."""
 
-    def sweep(self, progress: SweepProgress) -> None:
+    def sweep(self, standing: Standing) -> None:
         """About twice a second while cells are trained."""
 
 
@@ -82,15 +73,12 @@ class Display:
         left = (total - done) / tokens_per_s if tokens_per_s else None
         self._show("harvest", done, total, f"{tokens_per_s:,.0f} tokens/s", left)
 
-    def sweep(self, progress: SweepProgress) -> None:
+    def sweep(self, standing: Standing) -> None:
         """Progress of a sweep: finished cells of all, rate, and time left from the share of the FLOPs done."""
-        elapsed = time.monotonic() - self._began if self._kind == "cells" else 0.0
-        # A few seconds of a pack's start say nothing about its speed.
-        left = elapsed * (1 - progress.fraction) / progress.fraction if progress.fraction > 0.01 else None
-        finished = progress.done + progress.failed
-        failed = f" ({progress.failed} failed)" if progress.failed else ""
-        rate = f"{progress.fraction:.0%} of the FLOPs{failed}, {progress.tokens_per_s:,.0f} SAE tokens/s"
-        self._show("cells", finished, progress.cells, rate, left)
+        finished = standing.done + standing.failed
+        failed = f" ({standing.failed} failed)" if standing.failed else ""
+        rate = f"{standing.fraction:.0%} of the FLOPs{failed}, {standing.tokens_per_s:,.0f} SAE tokens/s"
+        self._show("cells", finished, standing.cells, rate, standing.left_s)
 
     def _show(self, kind: str, done: int, total: int, rate: str, left: float | None) -> None:
         if kind != self._kind:

@@ -1,5 +1,6 @@
 """Runs a sweep from its spec to its report: checks the store, plans packs, has them trained, fits the laws."""
 
+import os
 from typing import Any, NamedTuple
 
 from cluster.display import SweepDisplay
@@ -8,10 +9,12 @@ from cluster.spec import SweepSpec
 from scaling.report import analyse, is_current
 from storage.activations import ActivationStore
 from storage.files import join, list_names, local_path
+from storage.lease import Lease, require_free
 from storage.rundir import RunDirectory
 from trainers.wandb_logger import how_to_read, log_summary, resolve_mode, wandb_directory
 
 FULL_VERIFY_BYTES = 2 * 2**30  # stores up to this size are read whole before training starts
+JOB = "SAESCALE_JOB"  # in the environment of a submitted sweep: the id of its Ray job
 WANDB = "wandb.json"  # what was logged, and how to read it
 
 
@@ -30,17 +33,23 @@ def run_sweep(
     address: str | None = None,
     bootstraps: int = 1000,
     extending: bool = False,
+    retry_failed: bool = False,
 ) -> SweepOutcome:
     """Trains every cell of `spec` that has no result yet, fits the laws and writes the report.
 
-    `extending`: spec.out may hold the same sweep with fewer cells (extend.py), and gets the others.
-    It can be killed at any moment and called again. Raises SaescaleError on a
-    store or run directory that cannot be used, and KeyboardInterrupt after the workers have saved their checkpoints.
+    `extending`: spec.out may hold the same sweep with fewer cells (extend.py), and gets the others. `retry_failed`:
+    cells that failed are trained again. It can be killed at any moment and called again. Raises SaescaleError on a
+    store or run directory that cannot be used, also because another driver works on it, and KeyboardInterrupt after
+    the workers have saved their checkpoints.
     """
     store, run = ActivationStore.open(spec.store), RunDirectory(spec.out)
     precision = recorded_precision(run)
     ledger = open_ledger(run, spec, store, precision, extending) if precision else None
     trained = 0
+    if ledger is None or ledger.pending or retry_failed:
+        require_free(run.url)
+    if ledger is not None and retry_failed:
+        ledger.forget_failed()
     if ledger is None or ledger.pending:
         verify(store, spec.eval.tokens, display)
         display.stage("starting the workers")
@@ -49,16 +58,16 @@ def run_sweep(
         from cluster.plan import plan_packs
         from cluster.pool import Pool
 
-        resources = spec.resources
-        with Pool(spec.grid.size, resources.workers, resources.gpus_per_worker, address) as pool:
+        with Pool(spec.grid.size, spec.resources, address) as pool:
             ledger = ledger or open_ledger(run, spec, store, precision or pool.precision, extending)
             trained = len(ledger.pending)
-            steps = ledger.checkpoint_steps()
             needs = pool.needs(store, spec.eval.tokens, remote_run=local_path(run.url) is None)
-            packs = plan_packs(ledger.pending, steps, len(pool.ready), pool.memory, needs)
+            packs = plan_packs(ledger.pending, ledger.checkpoint_steps(), pool.count, pool.memory, needs)
             # Not before the plan stands: a sweep that cannot be run leaves no run directory behind.
-            ledger.begin()
-            Execution(spec, ledger, pool, packs, display).run()
+            with Lease(run.url, os.environ.get(JOB)) as lease:
+                ledger.begin()
+                Execution(spec, ledger, pool, needs, packs, lease, display).run()
+                lease.end("finished")
     else:
         # Cells of an extension may have their results already.
         ledger.write_spec()

@@ -1,103 +1,136 @@
-"""Trains the pending cells of a ledger on a pool: hands out packs, watches them, and queues again what died."""
+"""Trains the pending cells of a ledger on a pool: hands out packs, watches them, and deals with what goes wrong.
+
+a worker or its node dies    its pack goes on from its checkpoints, elsewhere and after a pause that grows
+it dies again and again      the pack is split, until the cell that does it is alone; that one is marked failed
+memory runs out              the pack is split
+a worker gets nothing done   it is killed, as above
+a store does not answer      the pack waits and is tried again; the sweep ends when that does not help
+a worker has nothing to do   the pack that has most to do is split, as when nodes have joined
+"""
 
 import time
 import warnings
-from collections import deque
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import ray
 
-from cluster.display import SweepDisplay, SweepProgress
+from cluster.display import SweepDisplay
 from cluster.ledger import Ledger
-from cluster.plan import cost
+from cluster.plan import Needs, cost, split
 from cluster.pool import Pool, Trained, WorkerState
 from cluster.spec import SweepSpec
 from storage import files
-from storage.errors import SaescaleError, SaescaleWarning, one_line
+from storage.errors import SaescaleError, SaescaleWarning, Unavailable, one_line
+from storage.lease import Lease, RunningCell, RunningWorker, Standing
 from trainers.callbacks import Progress
 from trainers.cell import Cell
+from trainers.device import OutOfMemory
 from trainers.train import PackJob
 
 MAX_ATTEMPTS = 4  # of a pack that dies again and again without reaching a further checkpoint
+MAX_FRUITLESS = 3 * MAX_ATTEMPTS  # failures one after another, with nothing done in between: it is not the cells
+LONGEST_PAUSE_S = 60.0
 POLL_S = 0.5
 STOP_TIMEOUT_S = 30.0
 PATIENCE_S = 60.0  # until a worker that does not come up is mentioned
+LOOK_S = 5.0  # between two looks for workers with nothing to do
+WORTH_S = 60.0  # a pack with less left to do is not split for them
 
 
 class _Pack(NamedTuple):
     cells: list[Cell]
-    attempt: int  # since the pack last got further
+    bytes: float  # that it takes of a worker's memory
     reached: int  # sum of the checkpointed steps of its cells when the attempt began
+    attempt: int = 1  # since the pack last got further
+    due: float = 0.0  # not to be begun before, in time.monotonic()
 
 
-class _Running(NamedTuple):
+@dataclass
+class _Running:
     worker: Any  # Ray's handle of a pool.Worker
     pack: _Pack
+    number: int  # of this attempt, for Worker.part
+    heard: float  # when it last got something done
+    progress: Progress | None = None  # what it last said
+    parting: bool = False  # asked to stop, to be split
+    killed: bool = False
 
 
 class Execution:
     """The packs of one call: those that wait, those that a worker trains, and what becomes of them."""
 
     def __init__(
-        self, spec: SweepSpec, ledger: Ledger, pool: Pool, packs: Sequence[list[Cell]], display: SweepDisplay
+        self,
+        spec: SweepSpec,
+        ledger: Ledger,
+        pool: Pool,
+        needs: Needs,
+        packs: Sequence[list[Cell]],
+        lease: Lease,
+        display: SweepDisplay,
     ) -> None:
-        self.spec, self.ledger, self.pool, self.display = spec, ledger, pool, display
-        self.waiting = deque(_Pack(cells, 1, ledger.steps_reached(cells)) for cells in packs)
-        self.running: dict[Any, _Running] = {}
-        self.seen: dict[Any, Progress] = {}  # what each running pack last said
-        self.starting: dict[Any, Any] = dict(pool.starting)  # reference of describe() -> worker
-        self.idle: deque[Any] = deque(pool.ready)
-        self.asked = {cell.cell_id: cell for cell in ledger.pending}
-        self.total = sum(cost(cell) for cell in ledger.pending)
+        self.spec, self.ledger, self.pool, self.needs = spec, ledger, pool, needs
+        self.lease, self.display = lease, display
+        self.asked = ledger.pending
+        self.total = sum(cost(cell) for cell in self.asked)
+        steps = {cell_id: found[0] for cell_id, found in ledger.checkpoint_steps().items()}
         # What is behind the checkpoints is done, but not by this call.
-        steps = ledger.checkpoint_steps()
-        self.before = sum(cost(cell) * steps.get(cell.cell_id, 0) / cell.steps for cell in ledger.pending)
+        self.before = sum(cost(cell) * steps.get(cell.cell_id, 0) / cell.steps for cell in self.asked)
+        self.waiting: list[_Pack] = []
+        self.running: dict[Any, _Running] = {}  # by the reference of `train`
+        self.idle: list[Any] = list(pool.ready)
+        for cells in packs:
+            self._queue(cells, reached=sum(steps.get(cell.cell_id, 0) for cell in cells))
+        self.begun = 0  # attempts
+        self.fruitless = 0  # failures since anything got further
+        self.interrupted = 0  # packs whose worker was lost
         self.warned: set[str] = set()
-        self._last_worker = time.monotonic()
+        self.began = self.looked = self.last_worker = time.monotonic()
 
     def run(self) -> None:
         """Returns when every cell has its result. Whatever ends it early, what the workers have done is saved.
 
-        Raises SaescaleError for what no other worker could do better, and KeyboardInterrupt.
+        Raises SaescaleError for what no other worker could do better, Superseded when another driver has taken the
+        run over, and KeyboardInterrupt.
         """
-        self.display.stage(f"training {len(self.ledger.pending)} cells in {len(self.waiting)} packs")
+        self.display.stage(f"training {len(self.asked)} cells in {len(self.waiting)} packs")
         try:
             while self.waiting or self.running:
-                while self.waiting and self.idle:
-                    self._start(self.idle.popleft(), self.waiting.popleft())
+                self._hand_out()
                 self._watch()
-                self.display.sweep(self._progress())
+                self._share_out()
+                self._show()
+                self.lease.require()
         except BaseException:
             self._stop()
             raise
 
-    def _watch(self) -> None:
-        """Waits for a pack to end or a worker to come up."""
-        ready, _ = ray.wait([*self.running, *self.starting], num_returns=1, timeout=POLL_S)
-        for reference in ready:
-            if reference in self.running:
-                self._finish(reference)
-            else:
-                self._join(reference)
-        if self.running or self.idle:
-            self._last_worker = time.monotonic()
-        elif time.monotonic() - self._last_worker > PATIENCE_S:
-            self._warn("no worker comes up: the cluster has no free CPUs or GPUs for one (`ray status`); still waiting")
+    # --- packs and workers
 
-    def _join(self, reference: Any) -> None:
-        worker = self.starting.pop(reference)
-        try:
-            ray.get(reference)
-        except ray.exceptions.RayError as error:
-            self._warn(f"a worker died while it started ({one_line(error)[:200]}); another one is started")
-            self._replace()
-        else:
-            self.idle.append(worker)
+    def _queue(self, cells: list[Cell], reached: int, attempt: int = 1) -> None:
+        pause = min(LONGEST_PAUSE_S, 2.0 ** (attempt - 1)) if attempt > 1 else 0.0
+        self.waiting.append(_Pack(cells, self.needs(cells), reached, attempt, time.monotonic() + pause))
 
-    def _replace(self) -> None:
-        worker, described = self.pool.start_worker()
-        self.starting[described] = worker
+    def _hand_out(self) -> None:
+        now = time.monotonic()
+        due = [pack for pack in self.waiting if pack.due <= now]
+        for worker in list(self.idle):
+            memory = self.pool.ready[worker].memory
+            pack = next((pack for pack in due if pack.bytes <= memory), None)
+            if pack is not None:
+                due.remove(pack)
+                self.waiting.remove(pack)
+                self.idle.remove(worker)
+                self._start(worker, pack)
+        if due and self.idle and not self.running and not self.pool.starting:
+            # The worker that it was planned for is gone, and those that are left are smaller.
+            pack = due[0]
+            parts = split(pack.cells, 2, max(info.memory for info in self.pool.ready.values()), self.needs)
+            self.waiting.remove(pack)
+            for cells in parts:
+                self._queue(cells, self.ledger.steps_reached(cells))
 
     def _start(self, worker: Any, pack: _Pack) -> None:
         job = PackJob(
@@ -110,63 +143,153 @@ class Execution:
             wandb=self.spec.wandb,
             checkpoint_every_s=self.spec.resources.checkpoint_every_s,
             threads=self.pool.threads,
+            driver=self.lease.driver,
         )
-        self.running[worker.train.remote(job)] = _Running(worker, pack)
+        self.begun += 1
+        reference = worker.train.remote(job, self.begun)
+        self.running[reference] = _Running(worker, pack, self.begun, time.monotonic())
+
+    def _watch(self) -> None:
+        """Waits for a pack to end or a worker to come up."""
+        ready, _ = ray.wait([*self.running, *self.pool.starting], num_returns=1, timeout=POLL_S)
+        for reference in ready:
+            if reference in self.running:
+                self._finish(reference)
+            else:
+                self._join(reference)
+        if self.running or self.idle:
+            self.last_worker = time.monotonic()
+        elif time.monotonic() - self.last_worker > PATIENCE_S:
+            self._warn("no worker comes up: the cluster has no free CPUs or GPUs for one (`ray status`); still waiting")
+
+    def _join(self, described: Any) -> None:
+        try:
+            self.idle.append(self.pool.joined(described))
+        except ray.exceptions.RayError as error:
+            self._warn(f"a worker died while it started ({one_line(error)[:200]}); another one is started")
+            self.pool.replace_worker()
+
+    def _replace(self, worker: Any) -> None:
+        self.pool.lost(worker)
+        self.pool.replace_worker()
+
+    def _share_out(self) -> None:
+        """Finds work for workers that have none, and workers for a cluster that has grown."""
+        now = time.monotonic()
+        if now - self.looked < LOOK_S:
+            return
+        self.looked = now
+        running = [r for r in self.running.values() if r.progress is not None and r.progress.running > 1]
+        longest = max(running, key=_seconds_left, default=None)
+        worth = longest is not None and _seconds_left(longest) > WORTH_S
+        if self.waiting or worth:
+            self.pool.grow()
+        parting = any(running.parting for running in self.running.values())
+        if longest is not None and worth and self.idle and not self.waiting and not parting:
+            longest.parting = True
+            longest.worker.part.remote(longest.number)
+
+    # --- what becomes of a pack
 
     def _finish(self, reference: Any) -> None:
-        """Records what a pack gave, or queues it again when its worker died."""
-        worker, pack = self.running.pop(reference)
-        self.seen.pop(reference, None)
+        running = self.running.pop(reference)
+        worker, pack = running.worker, running.pack
         try:
             trained: Trained = ray.get(reference)
         except ray.exceptions.RayTaskError as error:
-            raise error.cause from (None if isinstance(error.cause, SaescaleError) else error)
-        except ray.exceptions.RayActorError as error:
-            self._again(pack, error)
+            self._failed(worker, pack, error.cause)
+        except ray.exceptions.RayError as error:
+            self._died(worker, pack, error)
+        else:
+            self.fruitless = 0
+            self.ledger.record(trained.results)
+            for note in trained.notes:
+                self._warn(note)
+            self.idle.append(worker)
+            left = [cell for cell in pack.cells if cell.cell_id not in self.ledger.results]
+            if left:
+                self._queue_parts(left, min(len(self.idle), len(left)))
+
+    def _failed(self, worker: Any, pack: _Pack, cause: Exception) -> None:
+        """The pack raised `cause` in a worker that lives."""
+        if isinstance(cause, Unavailable):
+            self.idle.append(worker)
+            self._again(pack, cause, one_line(cause))
+        elif isinstance(cause, OutOfMemory):
+            # What is left of the pack in that process is best ended with it.
+            self._replace(worker)
+            self._smaller(pack, one_line(cause))
+        elif isinstance(cause, SaescaleError):
+            self.idle.append(worker)
+            raise cause
+        else:
+            self._replace(worker)
+            self._again(pack, cause, f"the worker failed with {type(cause).__name__}: {one_line(cause)[:300]}")
+
+    def _died(self, worker: Any, pack: _Pack, error: Exception) -> None:
+        info = self.pool.lost(worker)
+        self.pool.replace_worker()
+        self.interrupted += 1
+        if isinstance(error, ray.exceptions.OutOfMemoryError):  # by Ray's memory monitor
+            self._smaller(pack, f"a worker on {info.host} was killed because its node ran out of memory")
             return
-        self.ledger.record(trained.results)
-        for note in trained.notes:
-            self._warn(note)
-        self.idle.append(worker)
+        node_lives = any(node["Alive"] for node in ray.nodes() if node["NodeID"] == info.node_id)
+        what = f"a worker died ({info.name})" if node_lives else f"a worker was lost with its node {info.host}"
+        self._again(pack, error, what, blamed=node_lives)
 
-    def _again(self, pack: _Pack, error: Exception) -> None:
-        self.ledger.remove_leftovers(pack.cells)
-        reached = self.ledger.steps_reached(pack.cells)
-        attempt = 1 if reached > pack.reached else pack.attempt + 1
+    def _again(self, pack: _Pack, error: Exception, what: str, blamed: bool = True) -> None:
+        """Queues a pack once more, after a pause unless it got further; splits it when that has not helped.
+
+        `blamed`: what happened may be the pack's doing.
+        """
+        left, reached = self._left(pack)
+        further = reached > pack.reached
+        self.fruitless = 0 if further else self.fruitless + 1
+        attempt = 1 if further or not blamed else pack.attempt + 1
+        if self.fruitless > MAX_FRUITLESS or (attempt > MAX_ATTEMPTS and isinstance(error, Unavailable)):
+            raise SaescaleError(f"{what}; gave up after {self.fruitless} tries without any progress") from error
         if attempt > MAX_ATTEMPTS:
-            names = ", ".join(cell.cell_id for cell in pack.cells)
-            raise SaescaleError(
-                f"the worker died {MAX_ATTEMPTS} times training {names}: {one_line(error)[:300]}; if it ran out of "
-                "memory use fewer workers (resources.workers), then run the same command again"
-            ) from error
-        self._warn(f"a worker died; its {len(pack.cells)} cells go on from their checkpoints")
-        self.waiting.append(_Pack(pack.cells, attempt, reached))
-        self._replace()
+            self._smaller(_Pack(left, pack.bytes, reached, attempt), f"{what}, {MAX_ATTEMPTS} times in a row")
+        elif left:
+            self._warn(f"{what}; its {len(left)} cells go on from their checkpoints")
+            self._queue(left, reached, attempt)
 
-    def _progress(self) -> SweepProgress:
+    def _smaller(self, pack: _Pack, why: str) -> None:
+        """Splits a pack, or gives up its only cell after several attempts."""
+        left, reached = self._left(pack)
+        attempt = 1 if reached > pack.reached else pack.attempt + 1
+        if len(left) > 1:
+            self._warn(f"{why}; its {len(left)} cells go on as two packs")
+            self._queue_parts(left, 2)
+        elif left and attempt > MAX_ATTEMPTS:
+            self.ledger.fail(left[0], why)
+            self._warn(f"cell {left[0].cell_id} failed: {why}")
+        elif left:
+            self._queue(left, reached, attempt)
+
+    def _queue_parts(self, cells: list[Cell], count: int) -> None:
+        for part in split(cells, count, float("inf"), self.needs):
+            self._queue(part, self.ledger.steps_reached(part))
+
+    def _left(self, pack: _Pack) -> tuple[list[Cell], int]:
+        """The cells without a result, and how far those of the pack are for good."""
+        self.ledger.take_up(pack.cells)
+        left = [cell for cell in pack.cells if cell.cell_id not in self.ledger.results]
+        return left, self.ledger.steps_reached(pack.cells)
+
+    # --- what is seen of it
+
+    def _show(self) -> None:
         self._ask()
-        done = sum(cost(cell) for cell_id, cell in self.asked.items() if cell_id in self.ledger.results)
-        rate, finished, failed = 0.0, 0, 0
-        for reference, running in self.running.items():
-            if (progress := self.seen.get(reference)) is None:
-                continue
-            done += sum(cost(cell) * min(1.0, progress.step / cell.steps) for cell in running.pack.cells)
-            rate += progress.tokens_per_s * progress.running
-            finished += progress.done
-            failed += progress.failed
-        statuses = [result["status"] for result in self.ledger.results.values()]
-        return SweepProgress(
-            cells=len(self.ledger.cells),
-            done=statuses.count("done") + finished,
-            failed=statuses.count("failed") + failed,
-            fraction=min(1.0, max(0.0, done - self.before) / max(1.0, self.total - self.before)),
-            tokens_per_s=rate,
-        )
+        standing = self._standing()
+        self.display.sweep(standing)
+        self.lease.standing = standing
 
     def _ask(self) -> None:
         """Asks every worker where it stands; of one that is too busy to answer at once, what it last said counts."""
-        asked = {running.worker.state.remote(): reference for reference, running in self.running.items()}
+        asked = {running.worker.state.remote(): running for running in self.running.values()}
         ready, _ = ray.wait(list(asked), num_returns=len(asked), timeout=POLL_S) if asked else ([], [])
+        now = time.monotonic()
         for answer in ready:
             try:
                 state: WorkerState = ray.get(answer)
@@ -174,8 +297,49 @@ class Execution:
                 continue  # the worker just died: its pack's reference will say so
             for note in state.notes:
                 self._warn(note)
+            asked[answer].heard = max(asked[answer].heard, now - state.quiet_s)
             if state.progress is not None:
-                self.seen[asked[answer]] = state.progress
+                asked[answer].progress = state.progress
+        for running in self.running.values():
+            if now - running.heard > self.spec.resources.stalled_after_s and not running.killed:
+                name = self.pool.ready[running.worker].name
+                self._warn(f"worker {name} got nothing done for {now - running.heard:.0f} s and is ended")
+                running.killed = True
+                self.pool.kill(running.worker)
+
+    def _standing(self) -> Standing:
+        done = sum(cost(cell) for cell in self.asked if cell.cell_id in self.ledger.results)
+        statuses = [result["status"] for result in self.ledger.results.values()]
+        standing = Standing(
+            cells=len(self.ledger.cells),
+            done=statuses.count("done"),
+            failed=statuses.count("failed"),
+            interrupted=self.interrupted,
+        )
+        for running in self.running.values():
+            if (progress := running.progress) is None:
+                continue
+            name = self.pool.ready[running.worker].name
+            cells = [cell for cell in running.pack.cells if cell.cell_id not in self.ledger.results]
+            done += sum(cost(cell) * min(1.0, progress.step / cell.steps) for cell in cells)
+            standing.tokens_per_s += progress.tokens_per_s * progress.running
+            standing.done += progress.done
+            standing.failed += progress.failed
+            standing.running += [RunningCell(worker=name, **cell._asdict()) for cell in progress.cells]
+            standing.workers.append(
+                RunningWorker(
+                    name=name,
+                    cells=progress.running,
+                    tokens_per_s=progress.tokens_per_s,
+                    stream_wait=progress.stream_wait,
+                )
+            )
+        fraction = min(1.0, max(0.0, done - self.before) / max(1.0, self.total - self.before))
+        standing.fraction = fraction
+        # A few seconds of a pack's start say nothing about its speed.
+        if fraction > 0.01:
+            standing.left_s = (time.monotonic() - self.began) * (1 - fraction) / fraction
+        return standing
 
     def _stop(self) -> None:
         """Lets the workers save their checkpoints before they are ended."""
@@ -196,3 +360,10 @@ class Execution:
         if text not in self.warned:
             self.warned.add(text)
             warnings.warn(text, SaescaleWarning, stacklevel=3)
+
+
+def _seconds_left(running: _Running) -> float:
+    progress = running.progress
+    assert progress is not None
+    tokens = (progress.steps - progress.step) * running.pack.cells[0].batch_tokens
+    return tokens / max(1e-9, progress.tokens_per_s)

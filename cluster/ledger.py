@@ -1,18 +1,22 @@
 """The ledger: what each cell of a sweep has reached. The truth is in the run directory, this is its bookkeeping."""
 
+import math
+import time
 from collections.abc import Iterable, Mapping, Sequence
 from importlib.metadata import version
 from typing import Any, get_args
 
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from cluster.spec import Combination, SweepSpec, parse_spec
-from storage import checkpoint
+from storage import checkpoint, files
 from storage.activations import ActivationStore
 from storage.errors import SaescaleError
 from storage.files import remove
 from storage.rundir import CURVES_SCHEMA, RunDirectory
 from trainers.cell import Cell, Precision
+from trainers.results import result_row
 
 # Parts of a sweep that may change between two calls of the same sweep: they do not change what its cells are.
 _FREE = ("store", "out", "resources", "wandb")
@@ -20,19 +24,25 @@ _PACKAGES = ("saescale", "torch", "ray", "lightning", "numpy", "numba", "pyarrow
 
 
 class Ledger:
-    """Results of finished cells; written to results.parquet and curves.parquet whenever a cell finishes.
+    """Results of finished cells, kept in results.parquet and curves.parquet.
 
     A cell is finished when its own result.json exists, which its worker writes last, so a driver that dies
     between the two loses nothing: opening the ledger again reads what the cells say.
     """
 
-    def __init__(self, run: RunDirectory, cells: Sequence[Cell], document: Mapping[str, Any]) -> None:
-        self.run, self.cells, self._document = run, list(cells), dict(document)
+    def __init__(self, run: RunDirectory, cells: Sequence[Cell], store: ActivationStore, document: Mapping[str, Any]):
+        self.run, self.cells, self._store, self._document = run, list(cells), store, dict(document)
         self.results: dict[str, dict[str, Any]] = {}
+        self._written = -math.inf  # when the tables were
+        self._writing_s = 0.0  # how long that took
+        # What the table says already need not be read cell by cell, which for thousands in an object store is minutes.
+        known = {row["cell_id"]: row for row in run.read_results().to_pylist() if row["status"] in ("done", "failed")}
         finished = run.cells_with_results()
         for cell in cells:
-            if cell.cell_id in finished and (result := run.read_cell_result(cell.cell_id)) is not None:
-                self.results[cell.cell_id] = result
+            if cell.cell_id in finished:
+                result = known.get(cell.cell_id) or run.read_cell_result(cell.cell_id)
+                if result is not None:
+                    self.results[cell.cell_id] = result
 
     def begin(self) -> None:
         """Writes sweep.yaml and the ledger: from now on `run` is this sweep's, with all its cells."""
@@ -45,50 +55,99 @@ class Ledger:
             self.run.write_spec(self._document)
 
     def settle(self) -> None:
-        """Makes the tables say what the cells say, where a driver died before it could."""
+        """Makes the tables say what the cells say, where a driver died before it could or has not taken the time."""
         recorded = {row["cell_id"]: (row["status"], row["nmse"]) for row in self.run.read_results().to_pylist()}
-        if recorded != {cell_id: (row["status"], row["nmse"]) for cell_id, row in self.results.items()}:
+        curves = set(pc.unique(self.run.read_curves()["cell_id"]).to_pylist())
+        if (
+            recorded != {cell_id: (row["status"], row["nmse"]) for cell_id, row in self.results.items()}
+            or {cell_id for cell_id, row in self.results.items() if row["status"] == "done"} - curves
+        ):
             self.remove_leftovers(self.cells)
             self.write()
 
     def remove_leftovers(self, cells: Iterable[Cell]) -> None:
         """Removes the checkpoints of cells that have their result: a worker killed between the two leaves them."""
-        finished = self.run.cells_with_results()
+        there = self.run.cell_files()
         for cell in cells:
-            if cell.cell_id in finished:
+            names = there.get(cell.cell_id, set())
+            if "result.json" in names and any(name.startswith("checkpoint/") for name in names):
                 remove(self.run.checkpoint_url(cell.cell_id))
+
+    def forget_failed(self) -> int:
+        """Takes the results of failed cells away, so that they are trained again; returns how many there were.
+
+        A cell goes on from its last checkpoint where one is left.
+        """
+        failed = [cell_id for cell_id, result in self.results.items() if result["status"] == "failed"]
+        for cell_id in failed:
+            remove(self.run.result_url(cell_id))
+            del self.results[cell_id]
+        return len(failed)
 
     @property
     def pending(self) -> list[Cell]:
         """Cells without a result."""
         return [cell for cell in self.cells if cell.cell_id not in self.results]
 
-    def checkpoint_steps(self) -> dict[str, int]:
-        """The newest checkpointed step of each pending cell; cells without one are absent."""
-        steps = {cell.cell_id: checkpoint.steps(self.run.checkpoint_url(cell.cell_id)) for cell in self.pending}
-        return {cell_id: found[0] for cell_id, found in steps.items() if found}
+    def checkpoint_steps(self) -> dict[str, list[int]]:
+        """The checkpointed steps of each pending cell, newest first; cells without one are absent."""
+        there = self.run.cell_files()
+        begun = [c.cell_id for c in self.pending if f"checkpoint/{checkpoint.POINTER}" in there.get(c.cell_id, ())]
+        steps = {cell_id: checkpoint.steps(self.run.checkpoint_url(cell_id)) for cell_id in begun}
+        return {cell_id: found for cell_id, found in steps.items() if found}
 
     def steps_reached(self, cells: Iterable[Cell]) -> int:
         """Steps of `cells` that no kill can undo: the newest checkpoint's, or all of a cell that has its result."""
-        newest = self.checkpoint_steps()
-        finished = self.run.cells_with_results()
-        return sum(cell.steps if cell.cell_id in finished else newest.get(cell.cell_id, 0) for cell in cells)
+        reached = 0
+        for cell in cells:
+            if cell.cell_id in self.results or files.exists(self.run.result_url(cell.cell_id)):
+                reached += cell.steps
+            else:
+                reached += max(checkpoint.steps(self.run.checkpoint_url(cell.cell_id)), default=0)
+        return reached
 
     def record(self, results: Iterable[Mapping[str, Any]]) -> None:
-        """Takes up results of cells and writes the ledger."""
+        """Takes up results of cells, and writes the tables unless that was just done.
+
+        Writing them takes the longer the more cells there are, so it is done for at most a twentieth of the time:
+        what is not in a table yet is in its cell's result.json.
+        """
         self.results |= {result["cell_id"]: dict(result) for result in results}
-        self.write()
+        if time.monotonic() - self._written > max(2.0, 20 * self._writing_s):
+            self.write()
+
+    def take_up(self, cells: Iterable[Cell]) -> None:
+        """Records those of `cells` that finished before the worker that trained them died."""
+        found = {cell.cell_id: self.run.read_cell_result(cell.cell_id) for cell in cells}
+        if results := [row for cell_id, row in found.items() if row is not None and cell_id not in self.results]:
+            for result in results:
+                remove(self.run.checkpoint_url(result["cell_id"]))
+            self.record(results)
+
+    def fail(self, cell: Cell, why: str) -> None:
+        """Marks a cell as failed that no worker could finish. Its last checkpoint stays, for another try."""
+        steps = checkpoint.steps(self.run.checkpoint_url(cell.cell_id))
+        tokens = cell.batch_tokens * max(steps, default=0)
+        row = result_row(cell, self._store.manifest, tokens, wall_s=0.0, last=None, error=why)
+        self.run.write_cell_result(cell.cell_id, row)
+        self.record([row])
 
     def write(self) -> None:
         """results.parquet with one row for every cell of the sweep, and the curves of the finished ones."""
+        began = time.monotonic()
         rows = [self.results.get(cell.cell_id, {"cell_id": cell.cell_id, "status": "pending"}) for cell in self.cells]
         described = [
             {"n_latents": cell.n_latents, "k": cell.k, "d_model": cell.d_model, "seed": cell.seed} | row
             for cell, row in zip(self.cells, rows, strict=True)
         ]
-        curves = [row for cell_id in self.results for row in self.run.read_cell_curve(cell_id)]
-        self.run.write_curves(pa.Table.from_pylist(curves, CURVES_SCHEMA))
+        # Those that are there are kept as they are: read cell by cell, they would be read again for every cell.
+        there = self.run.read_curves().filter(pc.is_in(pc.field("cell_id"), pa.array(list(self.results), pa.string())))
+        missing = self.results.keys() - set(pc.unique(there["cell_id"]).to_pylist())
+        new = [row for cell_id in self.results if cell_id in missing for row in self.run.read_cell_curve(cell_id)]
+        self.run.write_curves(pa.concat_tables([there, pa.Table.from_pylist(new, CURVES_SCHEMA)]))
         self.run.write_results(described)
+        self._written = time.monotonic()
+        self._writing_s = self._written - began
 
 
 def recorded_precision(run: RunDirectory) -> Precision | None:
@@ -118,7 +177,7 @@ def open_ledger(
             )
         # What began the sweep stays as it was written, such as the versions that its first cells were trained with.
         document = found if there == here else found | {"grid": document["grid"]}
-    return Ledger(run, spec.cells(store, precision), document)
+    return Ledger(run, spec.cells(store, precision), store, document)
 
 
 def _resolved(spec: SweepSpec, store: ActivationStore, precision: Precision) -> dict[str, Any]:

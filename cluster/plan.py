@@ -1,8 +1,9 @@
 """Which cells are trained together: packs that fit a worker's memory, take about equally long, longest first."""
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping, Sequence
 
+from storage.checkpoint import KEPT
 from storage.errors import SaescaleError
 from trainers.cell import Cell
 
@@ -13,28 +14,50 @@ Needs = Callable[[Sequence[Cell]], float]
 
 
 def plan_packs(
-    cells: Sequence[Cell], steps: Mapping[str, int], workers: int, memory: float, needs: Needs
+    cells: Sequence[Cell], steps: Mapping[str, Sequence[int]], workers: int, memory: float, needs: Needs
 ) -> list[list[Cell]]:
     """Cells in packs, the costliest pack first.
 
-    steps: the step of each cell's newest checkpoint (0 or absent: none); only cells that stand at the same step
-    can go on together. memory: bytes that one worker has; needs: bytes that a pack takes (trainers.memory).
-    Raises SaescaleError where one cell alone needs more memory.
+    steps: the steps of each cell's checkpoints (absent: none); only cells with one in common go on together. memory:
+    bytes that one worker has; needs: bytes that a pack takes (trainers.memory). Raises SaescaleError where one cell
+    alone needs more memory.
     """
-    alike: dict[tuple[int, int, int], list[Cell]] = defaultdict(list)
+    alike: dict[tuple[int, int], list[Cell]] = defaultdict(list)
     for cell in cells:
-        alike[cell.batch_tokens, cell.stream_seed, steps.get(cell.cell_id, 0)].append(cell)
+        alike[cell.batch_tokens, cell.stream_seed].append(cell)
     total = sum(cost(cell) for cell in cells)
     wanted = workers * PACKS_PER_WORKER if workers > 1 else 1
     packs: list[list[Cell]] = []
-    for group in alike.values():
-        share = sum(cost(cell) for cell in group) / total
-        packs += _split(group, max(1, round(share * wanted)), memory, needs)
+    for company in alike.values():
+        for group in _groups(company, steps):
+            share = sum(cost(cell) for cell in group) / total
+            packs += split(group, max(1, round(share * wanted)), memory, needs)
     return sorted(packs, key=lambda pack: -sum(cost(cell) for cell in pack))
 
 
-def _split(cells: Sequence[Cell], count: int, memory: float, needs: Needs) -> list[list[Cell]]:
-    """At least `count` packs (where there are so many cells) of about equal cost that each fit into `memory`."""
+def _groups(cells: Sequence[Cell], steps: Mapping[str, Sequence[int]]) -> list[list[Cell]]:
+    """Cells that can go on together from a step that they all have, in as few groups as can easily be found.
+
+    By the newest step alone, a kill while a pack was being saved would part its cells for good.
+    """
+    stands = {cell.cell_id: set(steps.get(cell.cell_id, ())) for cell in cells}
+    for found in stands.values():
+        if len(found) < KEPT:  # the start is as near as the checkpoint that is still missing
+            found.add(0)
+    groups, left = [], list(cells)
+    while left:
+        counts = Counter(step for cell in left for step in stands[cell.cell_id])
+        together = max(counts, key=lambda step: (counts[step], step))
+        groups.append([cell for cell in left if together in stands[cell.cell_id]])
+        left = [cell for cell in left if together not in stands[cell.cell_id]]
+    return groups
+
+
+def split(cells: Sequence[Cell], count: int, memory: float, needs: Needs) -> list[list[Cell]]:
+    """At least `count` packs (where there are so many cells) of about equal cost that each fit into `memory` bytes.
+
+    Raises SaescaleError where one cell alone needs more.
+    """
     for packs_wanted in range(min(count, len(cells)), len(cells) + 1):
         packs: list[list[Cell]] = [[] for _ in range(packs_wanted)]
         for cell in sorted(cells, key=lambda cell: -cost(cell)):

@@ -15,8 +15,10 @@ from typing import Any, NamedTuple
 
 import ray
 import torch
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from cluster.plan import Needs
+from cluster.spec import Resources
 from storage.activations import ActivationStore
 from storage.errors import SaescaleError, SaescaleWarning, one_line
 from storage.rundir import RunDirectory
@@ -27,22 +29,31 @@ from trainers.memory import PROCESS_BYTES, StreamSize, pack_memory
 from trainers.sparse import KernelKind, kernel_kind
 from trainers.train import PackJob, train_pack
 
-_START_TIMEOUT_S = 300.0
+_START_TIMEOUT_S = 900.0  # until the first worker is up; an autoscaler may have to find a machine for it
+_COMPANY_S = 15.0  # more, for those that start with it
 
 
 class WorkerInfo(NamedTuple):
-    """What a worker has for a pack."""
+    """What a worker has for a pack, and where it is."""
 
     kernels: KernelKind  # what it trains with
     precision: Precision  # the faster one on its device
     memory: float  # bytes
+    host: str
+    pid: int
+    node_id: str  # Ray's, hex
+
+    @property
+    def name(self) -> str:
+        return f"{self.host}/{self.pid}"
 
 
 class WorkerState(NamedTuple):
-    """How far a worker's pack is, and the warnings that came up so far."""
+    """How far a worker's pack is, the warnings that came up so far, and for how long nothing has moved."""
 
     progress: Progress | None
     notes: tuple[str, ...]
+    quiet_s: float
 
 
 class Trained(NamedTuple):
@@ -53,44 +64,62 @@ class Trained(NamedTuple):
 
 
 class Worker:
-    """Runs in its own process and trains one pack at a time; the other methods answer while it does."""
+    """Runs in its own process and trains one pack at a time; the other methods answer while it does.
 
-    def __init__(self, memory: float) -> None:
-        self._memory = memory
+    cpus, gpus: what it claims of its node, and with that its share of the node's memory.
+    """
+
+    def __init__(self, cpus: float, gpus: float) -> None:
+        self._cpus, self._gpus = cpus, gpus
         self._progress: Progress | None = None
+        self._moved = time.monotonic()
         self._stop = threading.Event()
+        self._parted: set[int] = set()
         self._notes: list[str] = []
         warnings.showwarning = self._note
 
     def describe(self) -> WorkerInfo:
-        """Answers as soon as the worker is up. Its memory is its GPU's, else its share of the cluster's."""
+        """Answers as soon as the worker is up. Its memory is its GPU's, else its share of its node's."""
         device = default_device()
-        memory = float(torch.cuda.mem_get_info()[0]) if device.type == "cuda" else self._memory
-        return WorkerInfo(kernel_kind(device), fast_precision(device), memory)
+        node_id = ray.get_runtime_context().get_node_id()
+        memory = float(torch.cuda.mem_get_info()[0]) if device.type == "cuda" else self._share(node_id)
+        return WorkerInfo(
+            kernel_kind(device), fast_precision(device), memory, socket.gethostname(), os.getpid(), node_id
+        )
 
-    def train(self, job: PackJob) -> Trained:
+    def train(self, job: PackJob, number: int) -> Trained:
         """`train_pack` in this process. Raises what it raises, and SaescaleError where this node lacks the run."""
         if RunDirectory(job.run).read_spec() is None:
             raise SaescaleError(
                 f"the node {socket.gethostname()} does not see the run directory {job.run}; "
                 "give a folder that all nodes share, or an object store (s3://...)"
             )
+        self._moved = time.monotonic()
         try:
-            outcome = train_pack(job, report=self._report, should_stop=self._stop.is_set)
+            outcome = train_pack(job, self._report, lambda: self._stop.is_set() or number in self._parted)
         finally:
             self._progress = None  # or it would be taken for the next pack's
         return Trained(outcome.results, tuple(self._notes))
 
     def state(self) -> WorkerState:
         """Where the pack stands; None before its first step."""
-        return WorkerState(self._progress, tuple(self._notes))
+        return WorkerState(self._progress, tuple(self._notes), time.monotonic() - self._moved)
+
+    def part(self, number: int) -> None:
+        """Asks the pack that `train` was called for with `number` to save its checkpoint and return."""
+        self._parted.add(number)
 
     def stop(self) -> None:
         """Asks the pack, and any that may follow, to save its checkpoint and return."""
         self._stop.set()
 
+    def _share(self, node_id: str) -> float:
+        resources: dict[str, float] = next((n["Resources"] for n in ray.nodes() if n["NodeID"] == node_id), {})
+        kind, claimed = ("GPU", self._gpus) if self._gpus else ("CPU", self._cpus)
+        return 0.8 * resources.get("memory", 4 * 2**30) * min(1.0, claimed / max(1.0, resources.get(kind, 1.0)))
+
     def _report(self, progress: Progress) -> None:
-        self._progress = progress
+        self._progress, self._moved = progress, time.monotonic()
 
     def _note(self, message: Warning | str, category: type[Warning], *_: Any, **__: Any) -> None:
         if issubclass(category, SaescaleWarning):
@@ -98,89 +127,137 @@ class Worker:
 
 
 class Pool:
-    """Connects to Ray (a cluster at `address`, else a local one of its own) and starts `workers` actors.
+    """Connects to Ray (a cluster at `address`, else a local one of its own) and starts worker actors.
 
-    `ready` are the workers that came up; `starting` maps the reference of `describe()` to those that did not yet.
-    threads: CPU threads of each worker. One apiece when there are as many workers as cores: two processes of two
-    threads on two cores collapse. Raises SaescaleError when Ray cannot be reached or no worker comes up.
+    Workers that find no room yet stay queued in Ray, where an autoscaler sees what they ask for. `ready` are the
+    workers that are up; `starting` maps the reference of `describe()` to those that are not. threads: CPU threads of
+    each worker. One apiece when there are as many workers as cores: two processes of two threads on two cores collapse.
+    Raises SaescaleError when Ray cannot be reached or no worker comes up.
     """
 
-    def __init__(
-        self, cells: int, workers: int | str = "auto", gpus_per_worker: float | str = "auto", address: str | None = None
-    ) -> None:
+    def __init__(self, cells: int, resources: Resources, address: str | None = None) -> None:
         self._workers: list[Any] = []
         self._owns_ray = not ray.is_initialized()
+        self._grows = resources.workers == "auto"
+        self._local = self._owns_ray and not (address or os.environ.get("RAY_ADDRESS"))
+        self._cells = cells
         try:
             if self._owns_ray:
                 _connect(address)
-            count = self._size(cells, workers, gpus_per_worker)
-            described = [self.start_worker() for _ in range(count)]
+            self.count = self._size(resources)
+            described = [self.start_worker() for _ in range(self.count)]
             self.starting = {reference: worker for worker, reference in described}
-            self.ready: list[Any] = []
-            self._infos: list[WorkerInfo] = []
-            self._wait(count)
+            self.ready: dict[Any, WorkerInfo] = {}
+            self._wait()
         except BaseException:
             self.close()
             raise
 
-    def _size(self, cells: int, workers: int | str, gpus_per_worker: float | str) -> int:
+    def _size(self, asked: Resources) -> int:
         """How many workers, and what each claims."""
         resources = ray.cluster_resources()
-        cpus, gpus = int(resources.get("CPU", 1)), resources.get("GPU", 0.0)
-        self._gpus = (1.0 if gpus else 0.0) if isinstance(gpus_per_worker, str) else gpus_per_worker
-        slots = int(gpus / self._gpus) if self._gpus else cpus
-        count = max(1, min(cells, slots)) if isinstance(workers, str) else workers
-        if self._gpus and count * self._gpus > gpus:
-            raise SaescaleError(
-                f"{count} workers with {self._gpus:g} GPUs each, but the cluster has {gpus:g} GPUs; "
-                "ask for fewer (resources.workers) or a smaller share (resources.gpus_per_worker)"
-            )
-        self.threads = threads_for([int(n["Resources"].get("CPU", 0)) for n in ray.nodes() if n["Alive"]], count)
+        cpus, gpus = max(1, int(resources.get("CPU", 1))), resources.get("GPU", 0.0)
+        self._gpus = (1.0 if gpus else 0.0) if isinstance(asked.gpus_per_worker, str) else asked.gpus_per_worker
+        given = 0.0 if isinstance(asked.cpus_per_worker, str) else asked.cpus_per_worker
+        room = int(gpus / self._gpus) if self._gpus else int(cpus / (given or 1.0))
+        count = max(1, min(self._cells, room)) if isinstance(asked.workers, str) else asked.workers
+        if count > room and (self._gpus or given):
+            self._no_room(count, room)
+        cores = [int(node["Resources"].get("CPU", 0)) for node in ray.nodes() if node["Alive"]]
+        self.threads = max(1, int(given)) if given else threads_for(cores, count)
         # Claimed in full, so that Ray spreads the workers over the nodes.
-        self._cpus = float(self.threads) if count <= cpus else cpus / count
-        self._memory = 0.8 * resources.get("memory", 4 * 2**30) / count
+        self._cpus = given or (float(self.threads) if count <= cpus else cpus / count)
         return count
 
-    def _wait(self, count: int) -> None:
-        """Until all workers are up, or some are and the rest takes too long."""
-        references = list(self.starting)
-        up, _ = ray.wait(references, num_returns=count, timeout=_START_TIMEOUT_S)
+    def _no_room(self, count: int, room: int) -> None:
+        """More workers than there is room for: on a cluster they wait for it, on this machine it never comes."""
+        claim = f"{self._gpus:g} GPUs each" if self._gpus else "that many CPUs each"
+        text = f"{count} workers with {claim}, but there is room for {room}"
+        if self._local:
+            raise SaescaleError(
+                f"{text}; ask for fewer (resources.workers) or for less each (gpus_per_worker, cpus_per_worker)"
+            )
+        warnings.warn(f"{text} now; the others start when there is more", SaescaleWarning, stacklevel=5)
+
+    def _wait(self) -> None:
+        """Until all workers are up, or some are and the others take longer; SaescaleError when none comes up."""
         failure = "the cluster has no free CPUs or GPUs for one"
-        for reference in up:
-            worker = self.starting.pop(reference)
+        began = time.monotonic()
+        first = None
+        while self.starting:
+            limit = _START_TIMEOUT_S if first is None else _COMPANY_S - (time.monotonic() - first)
+            up, _ = ray.wait(list(self.starting), num_returns=1, timeout=max(0.0, limit))
+            if not up:
+                break
             try:
-                self._infos.append(ray.get(reference))
-                self.ready.append(worker)
+                self.joined(up[0])
+                first = first or time.monotonic()
             except ray.exceptions.RayError as error:
                 failure = one_line(error)[:300]
         if not self.ready:
             raise SaescaleError(
-                f"none of {count} workers came up on the Ray cluster within {_START_TIMEOUT_S:.0f} s: {failure}; "
-                "look at `ray status`, or ask for fewer (resources.workers)"
+                f"none of {self.count} workers came up on the Ray cluster within {time.monotonic() - began:.0f} s: "
+                f"{failure}; look at `ray status`, or ask for fewer (resources.workers)"
             )
 
     def start_worker(self) -> tuple[Any, Any]:
         """A new actor, and the reference of its `describe()`, which is ready when the actor is."""
         # Four threads: one trains, the others answer state, stop and describe meanwhile.
         options = {"num_cpus": self._cpus, "num_gpus": self._gpus, "max_concurrency": 4}
-        worker: Any = ray.remote(Worker).options(**options).remote(self._memory)
+        worker: Any = ray.remote(Worker).options(**options).remote(self._cpus, self._gpus)
         self._workers.append(worker)
         return worker, worker.describe.remote()
+
+    def replace_worker(self) -> None:
+        """Queues a worker for one that was lost."""
+        worker, described = self.start_worker()
+        self.starting[described] = worker
+
+    def joined(self, described: Any) -> Any:
+        """The worker of a finished reference in `starting`, now `ready`. Raises RayError where it died instead."""
+        worker = self.starting.pop(described)
+        self.ready[worker] = ray.get(described)
+        return worker
+
+    def lost(self, worker: Any) -> WorkerInfo:
+        """Forgets a worker that died, or ends one that is of no more use; returns what it was."""
+        ray.kill(worker)
+        self._workers.remove(worker)
+        return self.ready.pop(worker)
+
+    def kill(self, worker: Any) -> None:
+        """Kills the process of a worker that does not answer, from its own node: `ray.kill` only asks it to end."""
+        info = self.ready[worker]
+        where = NodeAffinitySchedulingStrategy(info.node_id, soft=False)
+        ray.remote(os.kill).options(num_cpus=0, scheduling_strategy=where, max_retries=0).remote(
+            info.pid, signal.SIGKILL
+        )
+
+    def grow(self) -> int:
+        """Starts workers where nodes have joined and the number of workers was left open; returns how many."""
+        if not self._grows:
+            return 0
+        resources = ray.cluster_resources()
+        room = resources.get("GPU", 0.0) / self._gpus if self._gpus else resources.get("CPU", 0.0) / self._cpus
+        new = max(0, min(self._cells, int(room)) - len(self.ready) - len(self.starting))
+        for _ in range(new):
+            self.replace_worker()
+        return new
 
     @property
     def precision(self) -> Precision:
         """The precision that is fast on every worker."""
-        return "bf16" if all(info.precision == "bf16" for info in self._infos) else "fp32"
+        return "bf16" if all(info.precision == "bf16" for info in self.ready.values()) else "fp32"
 
     @property
     def memory(self) -> float:
         """Bytes that the smallest worker has."""
-        return min(info.memory for info in self._infos)
+        return min(info.memory for info in self.ready.values())
 
     def needs(self, store: ActivationStore, eval_tokens: int, remote_run: bool) -> Needs:
         """What a pack over `store` takes of the memory of whichever worker needs the most for it, the process itself
         included where that shares it."""
-        kinds = sorted({info.kernels for info in self._infos})
+        kinds = sorted({info.kernels for info in self.ready.values()})
         stream = StreamSize(store.manifest.row_group_rows, store.rows("train"))
         return lambda cells: max(
             pack_memory(cells, eval_tokens, stream, kind, remote_run).total + (PROCESS_BYTES if kind == "cpu" else 0)

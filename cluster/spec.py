@@ -137,11 +137,16 @@ class Train(_Model):
 
 
 class Resources(_Model):
-    """workers: processes that train packs. auto: one a GPU, or one a CPU core, but no more than cells."""
+    """workers: processes that train packs. auto: one a GPU, or one a CPU core, but no more than cells; where nodes join
+    the cluster their number grows. A number is asked for whatever the cluster has now, so that an autoscaler sees it.
+    """
 
     workers: Positive | Literal["auto"] = "auto"
     gpus_per_worker: Annotated[float, Field(ge=0)] | Literal["auto"] = "auto"
+    cpus_per_worker: Annotated[float, Field(gt=0)] | Literal["auto"] = "auto"  # auto: the cores shared out
     checkpoint_every_s: float = Field(default=60.0, gt=0)  # the most work, in seconds, that a killed worker loses
+    # A worker that gets nothing done for so long, not one batch, is ended and its pack begun again elsewhere.
+    stalled_after_s: float = Field(default=900.0, gt=0)
 
 
 class SweepSpec(_Model):

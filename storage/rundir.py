@@ -76,6 +76,10 @@ class RunDirectory:
         """The folder of one cell's checkpoints, there while it trains."""
         return files.join(self.cell_url(cell_id), "checkpoint")
 
+    def result_url(self, cell_id: str) -> str:
+        """The file that makes a cell a finished one."""
+        return files.join(self.cell_url(cell_id), "result.json")
+
     # --- the spec
 
     def write_spec(self, spec: dict[str, Any]) -> None:

@@ -10,11 +10,13 @@ import numpy as np
 from storage import checkpoint
 from storage.activations import ActivationStore
 from storage.files import join, remove
+from storage.lease import require_owner
 from storage.rundir import RunDirectory
 from storage.stream import Stream
 from trainers.evaluate import HeldOut
 from trainers.loggers import CellLogger
 from trainers.pack import Pack, TrainingCell
+from trainers.results import result_row
 from trainers.trained import save_trained
 
 
@@ -45,10 +47,16 @@ class Evaluate(L.Callback):
     """Held-out nmse of every cell that is due, for all of them from one reading; finished cells get their result."""
 
     def __init__(
-        self, held_out: HeldOut, every_tokens: int, run: RunDirectory, store: ActivationStore, logger: CellLogger
+        self,
+        held_out: HeldOut,
+        every_tokens: int,
+        run: RunDirectory,
+        store: ActivationStore,
+        logger: CellLogger,
+        driver: str | None,
     ) -> None:
         self.held_out, self.every_tokens = held_out, every_tokens
-        self.run, self.store, self.logger = run, store, logger
+        self.run, self.store, self.logger, self.driver = run, store, logger, driver
         self.results: dict[str, dict[str, Any]] = {}
         self._last = (time.monotonic(), 0)
 
@@ -66,7 +74,7 @@ class Evaluate(L.Callback):
             evaluations = self.held_out.evaluate([cell.optimiser for cell in due], pack.centre)
             for cell, evaluation in zip(due, evaluations, strict=True):
                 if not np.isfinite(evaluation.nmse):
-                    cell.fail(f"held-out nmse {evaluation.nmse}")
+                    cell.diverge(f"held-out nmse {evaluation.nmse}")
                     continue
                 self.logger.log(cell.cell, cell.record(evaluation.nmse, evaluation.l0, rate))
                 self.run.write_cell_curve(cell.cell.cell_id, [row._asdict() for row in cell.curve])
@@ -83,7 +91,9 @@ class Evaluate(L.Callback):
     def _finish(self, cell: TrainingCell) -> None:
         """The weights, then the result: a cell counts as finished when its result.json is there."""
         name, folder = cell.cell.cell_id, self.run.cell_url(cell.cell.cell_id)
-        result = self._result(cell)
+        last = cell.curve[-1] if cell.curve else None
+        result = result_row(cell.cell, self.store.manifest, cell.tokens, cell.wall_s, last, cell.error)
+        require_owner(self.run.url, self.driver)
         if cell.error is None:
             save_trained(join(folder, "sae.safetensors"), cell.optimiser.averaged(), cell.cell)
         self.run.write_cell_result(name, result)
@@ -91,39 +101,12 @@ class Evaluate(L.Callback):
         self.results[name] = result
         self.logger.finish(cell.cell, result)
 
-    def _result(self, cell: TrainingCell) -> dict[str, Any]:
-        """A row of results.parquet."""
-        spec, manifest = cell.cell, self.store.manifest
-        flops = spec.flops(cell.tokens)
-        last = cell.curve[-1] if cell.curve and cell.error is None else None
-        return {
-            "cell_id": spec.cell_id,
-            "subject": manifest.subject,
-            "site": f"{manifest.site.hook}.{manifest.site.layer}",
-            "d_model": spec.d_model,
-            "n_latents": spec.n_latents,
-            "k": spec.k,
-            "activation": spec.activation,
-            "seed": spec.seed,
-            "lr": spec.lr,
-            "tokens": cell.tokens,
-            "flops": float(flops.sparse),
-            "flops_dense": float(flops.dense),
-            "nmse": last.nmse if last else None,
-            "l0": last.l0 if last else None,
-            "dead_fraction": last.dead_fraction if last else None,
-            "dead_fraction_long": last.dead_fraction_long if last else None,
-            "wall_s": cell.wall_s,
-            "status": "failed" if cell.error else "done",
-            "error": cell.error,
-        }
-
 
 class Checkpoint(L.Callback):
     """Saves every running cell each `every_s` seconds, and at once when the pack is asked to stop."""
 
-    def __init__(self, run: RunDirectory, every_s: float, stream: Stream) -> None:
-        self.run, self.every_s, self.stream = run, every_s, stream
+    def __init__(self, run: RunDirectory, every_s: float, stream: Stream, driver: str | None) -> None:
+        self.run, self.every_s, self.stream, self.driver = run, every_s, stream, driver
         self._last = time.monotonic()
 
     def on_train_start(self, trainer: L.Trainer, pack: L.LightningModule) -> None:
@@ -140,6 +123,8 @@ class Checkpoint(L.Callback):
 
         Raises SaescaleError, which names the file, where one cannot be written; what was saved before stays good.
         """
+        # A worker whose driver was lost may live on for a moment beside that of the next driver.
+        require_owner(self.run.url, self.driver)
         for cell in pack.running:
             # Not the stream's own index: Lightning has fetched a batch ahead of the step.
             position = self.stream.state() | {"batch": cell.step}

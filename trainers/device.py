@@ -6,7 +6,25 @@ from functools import cache
 import numba
 import torch
 
+from storage.errors import SaescaleError
 from trainers.cell import Precision
+
+
+class OutOfMemory(SaescaleError):
+    """A pack takes more memory than its worker has: fewer cells may fit."""
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether a GPU's or the host's memory was the reason."""
+    if isinstance(error, MemoryError | torch.OutOfMemoryError | OutOfMemory):
+        return True
+    # torch's allocator of host memory has no class of its own for it.
+    return isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
+
+
+def spoils_the_process(error: BaseException) -> bool:
+    """Whether an error in one cell's step is the whole process': its memory ran out, or its GPU is lost to it."""
+    return is_out_of_memory(error) or (isinstance(error, RuntimeError) and "CUDA error" in str(error))
 
 
 def default_device() -> torch.device:

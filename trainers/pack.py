@@ -14,8 +14,10 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset
 
+from storage.errors import one_line
 from storage.stream import Stream
 from trainers.cell import Cell, CurveRow
+from trainers.device import spoils_the_process
 from trainers.optimiser import SAEAdam
 from trainers.preprocess import Centre, normalise, to_tensor
 from trainers.reference import Objective
@@ -57,7 +59,7 @@ class TrainingCell:
             self.sae, self.optimiser.operand, batch, self.objective, self.dead, self.cell.dead_after_tokens
         )  # fmt: skip
         if not np.isfinite([result.main, result.multi, result.auxk]).all():
-            self.fail(f"training loss {result.main}")
+            self.diverge(f"training loss {result.main}")
             return
         self.optimiser.step(result.gradient)
         self.step += 1
@@ -65,9 +67,13 @@ class TrainingCell:
         self._train_steps += 1
         self.wall_s += time.perf_counter() - start
 
-    def fail(self, what: str) -> None:
+    def diverge(self, what: str) -> None:
+        """Takes the cell out of the pack: `what` is not finite."""
+        self.fail(f"{what} with lr {self.cell.lr:.3g}: diverged; try a smaller lr")
+
+    def fail(self, why: str) -> None:
         """Takes the cell out of the pack for a reason of its own."""
-        self.error = f"{what} at step {self.step + 1} with lr {self.cell.lr:.3g}: diverged; try a smaller lr"
+        self.error = f"at step {self.step + 1}: {why}"
 
     def record(self, nmse: float, l0: float, tokens_per_s: float) -> CurveRow:
         """Appends one evaluation to the curve."""
@@ -134,7 +140,13 @@ class Pack(L.LightningModule):
     def training_step(self, raw: Tensor, batch_index: int) -> None:
         batch = Batch.of(normalise(raw), self.centre.b_pre, self.bf16)
         for cell in self.running:
-            cell.train_on(batch)
+            try:
+                cell.train_on(batch)
+            except Exception as error:
+                if spoils_the_process(error):
+                    raise
+                # Whatever it is, it is this cell's: the others share nothing with it but the batch.
+                cell.fail(f"{type(error).__name__}: {one_line(error)[:500]}")
         self.batches += 1
 
 

@@ -24,7 +24,7 @@ from storage.rundir import RunDirectory
 from storage.stream import Stream
 from trainers.callbacks import Checkpoint, Evaluate, Progress, Report
 from trainers.cell import Cell, EvalSpec
-from trainers.device import default_device, set_threads
+from trainers.device import OutOfMemory, default_device, is_out_of_memory, set_threads
 from trainers.evaluate import HeldOut
 from trainers.loggers import CellLogger, NoLogger
 from trainers.pack import Pack, stream_loader
@@ -43,6 +43,7 @@ class PackJob(BaseModel):
     wandb: WandbSettings = WandbSettings(mode="off")
     checkpoint_every_s: float = Field(default=60.0, gt=0)
     threads: int | None = None  # CPU threads; None leaves torch's own setting
+    driver: str | None = None  # who holds the run (storage/lease.py); None: nobody has to
 
 
 class PackOutcome(NamedTuple):
@@ -57,9 +58,19 @@ def train_pack(
 ) -> PackOutcome:
     """Trains the cells of `job` that have no result yet, from one pass over the stream.
 
-    Raises SaescaleError where the store or a checkpoint is unusable. A cell whose loss diverges is not an error:
-    its result has status `failed` and says why.
+    Raises SaescaleError where the store or a checkpoint is unusable, OutOfMemory where the pack takes more memory
+    than there is, Unavailable where a store does not answer, Superseded where another driver took the run over. A cell
+    that fails for a reason of its own, such as a loss that diverges, is no error: its result says `failed`, and why.
     """
+    try:
+        return _train(job, report, should_stop)
+    except Exception as error:
+        if is_out_of_memory(error):
+            raise OutOfMemory(f"{len(job.cells)} cells did not fit into memory: {one_line(error)[:300]}") from error
+        raise
+
+
+def _train(job: PackJob, report: Callable[[Progress], None], should_stop: Callable[[], bool]) -> PackOutcome:
     set_threads(job.threads or torch.get_num_threads())
     # Lightning's trainer and module refer to each other: without this the last pack's weights would still be there.
     gc.collect()
@@ -79,11 +90,11 @@ def train_pack(
     held_out = HeldOut(store, job.eval.tokens, device)
     logger = _logger(job)
     logger.open(cells, _context(job, store))
-    evaluate = Evaluate(held_out, job.eval.every_tokens, run, store, logger)
+    evaluate = Evaluate(held_out, job.eval.every_tokens, run, store, logger, job.driver)
     try:
         with _stream(store, cells[0], max(cell.steps for cell in cells), position) as stream:
             # The order matters: a stop is noticed by Report and saved by Checkpoint, which skips finished cells.
-            checkpoints = Checkpoint(run, job.checkpoint_every_s, stream)
+            checkpoints = Checkpoint(run, job.checkpoint_every_s, stream, job.driver)
             callbacks = [evaluate, Report(report, should_stop, start, stream), checkpoints]
             _trainer(callbacks, device).fit(pack, stream_loader(stream, store.manifest.dtype, device))
     finally:

@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 import yaml
 
-from cluster.display import SweepProgress
 from storage.activations import ActivationStore
+from storage.lease import Standing
 from tests.trainers.synthetic import sparse_rows, write_store
 
 
@@ -71,14 +71,14 @@ def sweep_file(tmp_path: Path) -> Callable[[dict[str, Any]], str]:
 class Recorder:
     """A display that remembers; `during` is called with every progress."""
 
-    def __init__(self, during: Callable[[SweepProgress], None] = lambda progress: None) -> None:
+    def __init__(self, during: Callable[[Standing], None] = lambda progress: None) -> None:
         self.stages: list[str] = []
-        self.seen: list[SweepProgress] = []
+        self.seen: list[Standing] = []
         self.during = during
 
     def stage(self, text: str) -> None:
         self.stages.append(text)
 
-    def sweep(self, progress: SweepProgress) -> None:
+    def sweep(self, progress: Standing) -> None:
         self.seen.append(progress)
         self.during(progress)

@@ -6,12 +6,13 @@ import warnings
 import pytest
 from rich.console import Console
 
-from cluster.display import Display, SweepProgress, coefficient_table, duration
+from cluster.display import Display, coefficient_table, duration
 from storage.errors import SaescaleWarning
+from storage.lease import Standing
 
 
-def progress(done: int, fraction: float) -> SweepProgress:
-    return SweepProgress(cells=4, done=done, failed=0, fraction=fraction, tokens_per_s=1234.0)
+def progress(done: int, fraction: float) -> Standing:
+    return Standing(cells=4, done=done, failed=0, fraction=fraction, tokens_per_s=1234.0, left_s=fraction or None)
 
 
 @pytest.mark.parametrize("terminal", [True, False])

@@ -9,11 +9,11 @@ from typing import Any
 import psutil
 import pytest
 
-from cluster.display import SweepProgress
 from cluster.driver import run_sweep
 from cluster.spec import parse_spec
 from scaling.report import analyse
 from storage.errors import SaescaleError, SaescaleWarning
+from storage.lease import Standing
 from storage.rundir import RunDirectory
 from tests.cluster.conftest import Recorder
 
@@ -47,7 +47,7 @@ def test_a_killed_worker_changes_no_result(two_nodes: Any, document: dict[str, A
 
     killed: list[int] = []
 
-    def kill_once(progress: SweepProgress) -> None:
+    def kill_once(progress: Standing) -> None:
         checkpoints = list(Path(document["out"]).glob("cells/*/checkpoint/latest.json"))
         if not killed and checkpoints and (workers := pool_workers()):
             os.kill(workers[0].pid, signal.SIGKILL)
@@ -140,7 +140,7 @@ def test_warnings_of_workers_reach_the_user(two_nodes: Any, document: dict[str, 
     document["grid"] = {"n_latents": [64], "k": [2]}
     document["train"]["tokens"] = 262_144
 
-    def interrupt(progress: SweepProgress) -> None:
+    def interrupt(progress: Standing) -> None:
         if len(list(Path(document["out"]).glob("cells/*/checkpoint/*.safetensors"))) == 2:
             raise KeyboardInterrupt
 
@@ -163,7 +163,7 @@ def test_too_few_held_out_rows_are_named_before_training(document: dict[str, Any
 def test_a_report_made_half_way_is_made_again_when_the_sweep_is_done(two_nodes: Any, document: dict[str, Any]) -> None:
     document["train"]["tokens"] = 131_072
 
-    def interrupt(progress: SweepProgress) -> None:
+    def interrupt(progress: Standing) -> None:
         if progress.done >= 1:
             raise KeyboardInterrupt
 
@@ -190,7 +190,7 @@ def test_a_lost_node_does_not_end_the_sweep(two_nodes: Any, document: dict[str, 
     document["resources"]["workers"] = 3
     removed: list[bool] = []
 
-    def remove(progress: SweepProgress) -> None:
+    def remove(progress: Standing) -> None:
         if not removed and list(Path(document["out"]).glob("cells/*/checkpoint/latest.json")):
             two_nodes.remove_node(extra, allow_graceful=False)
             removed.append(True)
