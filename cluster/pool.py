@@ -10,6 +10,7 @@ import socket
 import threading
 import time
 import warnings
+from contextlib import suppress
 from types import TracebackType
 from typing import Any, NamedTuple
 
@@ -229,9 +230,7 @@ class Pool:
         """Kills the process of a worker that does not answer, from its own node: `ray.kill` only asks it to end."""
         info = self.ready[worker]
         where = NodeAffinitySchedulingStrategy(info.node_id, soft=False)
-        ray.remote(os.kill).options(num_cpus=0, scheduling_strategy=where, max_retries=0).remote(
-            info.pid, signal.SIGKILL
-        )
+        ray.remote(_kill).options(num_cpus=0, scheduling_strategy=where, max_retries=0).remote(info.pid)
 
     def grow(self) -> int:
         """Starts workers where nodes have joined and the number of workers was left open; returns how many."""
@@ -279,6 +278,11 @@ class Pool:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+
+def _kill(pid: int) -> None:
+    with suppress(ProcessLookupError):
+        os.kill(pid, signal.SIGKILL)
 
 
 def threads_for(cores: list[int], workers: int) -> int:

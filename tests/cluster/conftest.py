@@ -1,4 +1,4 @@
-"""One Ray cluster of two nodes for all tests of this folder, and sweeps small enough to run on it."""
+"""One Ray cluster of three nodes for all tests of this folder, and sweeps small enough to run on it."""
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -11,18 +11,21 @@ from storage.activations import ActivationStore
 from storage.lease import Standing
 from tests.trainers.synthetic import sparse_rows, write_store
 
+NODE: dict[str, Any] = {"num_cpus": 1, "num_gpus": 1, "object_store_memory": 80 * 2**20}  # the GPU is a fake
+
 
 @pytest.fixture(scope="session")
-def two_nodes(s3_endpoint: str) -> Iterator[Any]:
-    """A `ray.cluster_utils.Cluster` with two nodes of one CPU each; the session is connected to it.
+def three_nodes(s3_endpoint: str) -> Iterator[Any]:
+    """A `ray.cluster_utils.Cluster` of three nodes, one CPU and one fake GPU each; the session is connected to it.
 
     It needs `s3_endpoint` so that the nodes inherit the environment that points at the S3 server.
     """
     import ray
     from ray.cluster_utils import Cluster
 
-    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "object_store_memory": 80 * 2**20})
-    cluster.add_node(num_cpus=1, object_store_memory=80 * 2**20)
+    cluster = Cluster(initialize_head=True, head_node_args=NODE | {"include_dashboard": False})
+    for _ in range(2):
+        cluster.add_node(**NODE)
     ray.init(address=cluster.address, log_to_driver=False, logging_level="ERROR")
     yield cluster
     ray.shutdown()

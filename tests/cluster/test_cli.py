@@ -143,9 +143,9 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
 
 
 def test_a_full_disk_stops_with_one_line_and_goes_on_when_there_is_room(
-    two_nodes: Any, document: dict[str, Any], sweep_file: Callable[[Any], str], small_disk: Path
+    three_nodes: Any, document: dict[str, Any], sweep_file: Callable[[Any], str], small_disk: Path
 ) -> None:
-    ray = {"RAY_ADDRESS": two_nodes.address}
+    ray = {"RAY_ADDRESS": three_nodes.address}
     document |= {"out": str(small_disk / "run"), "grid": {"n_latents": [128, 512], "k": [2, 4]}}
     assert_one_line(saescale("sweep", sweep_file(document), **ray), f"error: disk full while writing {small_disk}")
     assert not list(small_disk.rglob(".*.partial"))
@@ -163,7 +163,7 @@ def undisturbed() -> dict[str, list[dict[str, Any]]]:
 
 @pytest.mark.parametrize("end", ["ctrl-c", "SIGTERM", "SIGKILL"])
 def test_a_driver_that_ends_early_goes_on_where_it_was(
-    two_nodes: Any,
+    three_nodes: Any,
     document: dict[str, Any],
     sweep_file: Callable[[Any], str],
     undisturbed: dict[str, list[dict[str, Any]]],
@@ -171,7 +171,7 @@ def test_a_driver_that_ends_early_goes_on_where_it_was(
 ) -> None:
     document["train"]["tokens"] = 262_144  # long enough to be interrupted on a fast machine
     file, run = sweep_file(document), Path(document["out"])
-    ray = {"RAY_ADDRESS": two_nodes.address}
+    ray = {"RAY_ADDRESS": three_nodes.address}
     process = subprocess.Popen(
         [*SAESCALE, "sweep", file],
         env=environment(**ray),

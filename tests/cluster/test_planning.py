@@ -159,7 +159,7 @@ def test_proposed_seeds_are_those_of_no_other_cell(tmp_path: Path, document: dic
 
 
 def test_a_sweep_is_extended_by_exactly_what_is_missing(
-    two_nodes: Any, document: dict[str, Any], tmp_path: Path
+    three_nodes: Any, document: dict[str, Any], tmp_path: Path
 ) -> None:
     document["grid"] = {"n_latents": [32, 64], "k": [2, 4]}
     run = run_sweep(parse_spec(document, "test"), Recorder(), bootstraps=10).run
@@ -171,7 +171,7 @@ def test_a_sweep_is_extended_by_exactly_what_is_missing(
         yaml.safe_dump({"grid": {"cells": [{"n_latents": 64, "k": 4, "seed": [0, 1]}, {"n_latents": 128, "k": 2}]}})
     )
     result = saescale("sweep", f"{document['out']}/sweep.yaml", "--extend", str(more), "--bootstraps", "10",
-                      RAY_ADDRESS=two_nodes.address)  # fmt: skip
+                      RAY_ADDRESS=three_nodes.address)  # fmt: skip
     assert result.returncode == 0, result.stderr
     assert "2 cells added to 4" in result.stdout
     assert "2 of 6 cells trained now" in result.stdout
