@@ -1,12 +1,13 @@
 # make quickstart   from SmolLM2-135M to a fitted L(N, k)
 # make test         the test suite
 # make bench        the benchmarks of tests/benchmarks, one after another (about half an hour; needs the quickstart's store)
+# make soak         a sweep under random kills, beside the same undisturbed (about 20 minutes)
 # make lint         ruff and mypy
 
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: quickstart test bench lint install clean
+.PHONY: quickstart test bench soak lint install clean
 
 install: .venv/installed
 
@@ -22,7 +23,10 @@ test: install
 	$(BIN)/python -m pytest $(ARGS)
 
 bench: install
-	for name in $(or $(BENCH),step pack quality stream growth); do $(BIN)/python -m tests.benchmarks.bench_$$name $(ARGS) || exit; done
+	for name in $(or $(BENCH),step pack quality stream growth overhead); do $(BIN)/python -m tests.benchmarks.bench_$$name $(ARGS) || exit; done
+
+soak: install
+	$(BIN)/python -m tests.benchmarks.soak $(ARGS)
 
 lint: install
 	$(BIN)/ruff check .

@@ -15,7 +15,7 @@ import pytest
 
 from cluster.ledger import read_status
 from storage.rundir import RunDirectory
-from tests.cluster.test_sweep import without_times
+from tests.survival import without_times
 from tests.trainers.synthetic import sparse_rows, write_store
 
 SAESCALE = [sys.executable, "-m", "cluster.cli"]

@@ -24,8 +24,8 @@ from storage.errors import SaescaleError
 from storage.rundir import RunDirectory
 from tests.cluster.conftest import Recorder
 from tests.cluster.test_cli import assert_one_line, saescale
-from tests.cluster.test_sweep import without_times
 from tests.scaling.conftest import _cells
+from tests.survival import without_times
 from tests.trainers.synthetic import sparse_rows, write_store
 
 

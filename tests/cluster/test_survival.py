@@ -25,8 +25,8 @@ from storage.lease import Standing, read_driver
 from storage.rundir import RunDirectory
 from tests.cluster.conftest import NODE, Recorder
 from tests.cluster.test_cli import SAESCALE, environment
-from tests.cluster.test_sweep import without_times
 from tests.s3_faults import Faults
+from tests.survival import assert_same, reached
 
 ROOT = Path(__file__).parents[2]
 
@@ -39,27 +39,6 @@ def pool_workers() -> list[psutil.Process]:
             if process.cmdline()[:1] and process.cmdline()[0].startswith("ray::Worker"):
                 found.append(process)
     return found
-
-
-def reached(run: RunDirectory) -> dict[str, Any]:
-    """All that must not depend on what happened on the way: results, curves, and the weights themselves."""
-    weights = {}
-    for cell_id in run.cell_files():
-        content = files.read_bytes(files.join(run.cell_url(cell_id), "sae.safetensors"))
-        # Without the header, whose entries safetensors writes in any order.
-        weights[cell_id] = content[8 + int.from_bytes(content[:8], "little") :]
-    return {
-        "results": without_times(run.read_results().to_pylist()),
-        "curves": without_times(run.read_curves().to_pylist()),
-        "weights": weights,
-    }
-
-
-def assert_same(found: dict[str, Any], expected: dict[str, Any]) -> None:
-    assert found["results"] == expected["results"]
-    assert found["curves"] == expected["curves"]
-    assert found["weights"].keys() == expected["weights"].keys()
-    assert [cell_id for cell_id, bits in expected["weights"].items() if found["weights"][cell_id] != bits] == []
 
 
 def one_result_each(run: RunDirectory, cells: int) -> None:

@@ -13,13 +13,6 @@ from storage.lease import Standing
 from storage.rundir import RunDirectory
 from tests.cluster.conftest import Recorder
 
-TIMES = ("wall_s", "tokens_per_s")
-
-
-def without_times(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    rows = [{key: value for key, value in row.items() if key not in TIMES} for row in rows]
-    return sorted(rows, key=lambda row: (row["cell_id"], row.get("step") or 0))
-
 
 def test_a_finished_sweep_is_not_trained_again(three_nodes: Any, document: dict[str, Any]) -> None:
     document["grid"] = {"n_latents": [32], "k": [2, 4]}
