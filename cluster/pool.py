@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import ray
 import torch
 
+from cluster.metrics import WorkerMetrics
 from cluster.plan import Needs
 from storage.activations import ActivationStore
 from storage.errors import SaescaleError, SaescaleWarning, one_line
@@ -61,6 +62,7 @@ class Worker:
         self._stop = threading.Event()
         self._notes: list[str] = []
         warnings.showwarning = self._note
+        self._metrics = WorkerMetrics()
 
     def describe(self) -> WorkerInfo:
         """Answers as soon as the worker is up. Its memory is its GPU's, else its share of the cluster's."""
@@ -70,6 +72,7 @@ class Worker:
 
     def train(self, job: PackJob) -> Trained:
         """`train_pack` in this process. Raises what it raises, and SaescaleError where this node lacks the run."""
+        self._metrics.start(job)
         if RunDirectory(job.run).read_spec() is None:
             raise SaescaleError(
                 f"the node {socket.gethostname()} does not see the run directory {job.run}; "
@@ -79,6 +82,7 @@ class Worker:
             outcome = train_pack(job, report=self._report, should_stop=self._stop.is_set)
         finally:
             self._progress = None  # or it would be taken for the next pack's
+            self._metrics.end()
         return Trained(outcome.results, tuple(self._notes))
 
     def state(self) -> WorkerState:
@@ -90,6 +94,7 @@ class Worker:
         self._stop.set()
 
     def _report(self, progress: Progress) -> None:
+        self._metrics.update(progress)
         self._progress = progress
 
     def _note(self, message: Warning | str, category: type[Warning], *_: Any, **__: Any) -> None:

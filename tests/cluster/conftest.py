@@ -21,12 +21,16 @@ def two_nodes(s3_endpoint: str) -> Iterator[Any]:
     import ray
     from ray.cluster_utils import Cluster
 
+    # Ray's own ten seconds between two exports of its metrics are longer than the tests' sweeps.
+    monkeypatch = pytest.MonkeyPatch()
+    monkeypatch.setenv("RAY_metrics_report_interval_ms", "1000")
     cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "object_store_memory": 80 * 2**20})
     cluster.add_node(num_cpus=1, object_store_memory=80 * 2**20)
     ray.init(address=cluster.address, log_to_driver=False, logging_level="ERROR")
     yield cluster
     ray.shutdown()
     cluster.shutdown()
+    monkeypatch.undo()
 
 
 @pytest.fixture(scope="session")
