@@ -18,6 +18,7 @@ import ray
 import torch
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from cluster.metrics import WorkerMetrics
 from cluster.plan import Needs
 from cluster.spec import Resources
 from storage.activations import ActivationStore
@@ -78,6 +79,7 @@ class Worker:
         self._parted: set[int] = set()
         self._notes: list[str] = []
         warnings.showwarning = self._note
+        self._metrics = WorkerMetrics()
 
     def describe(self) -> WorkerInfo:
         """Answers as soon as the worker is up. Its memory is its GPU's, else its share of its node's."""
@@ -90,6 +92,7 @@ class Worker:
 
     def train(self, job: PackJob, number: int) -> Trained:
         """`train_pack` in this process. Raises what it raises, and SaescaleError where this node lacks the run."""
+        self._metrics.start(job)
         if RunDirectory(job.run).read_spec() is None:
             raise SaescaleError(
                 f"the node {socket.gethostname()} does not see the run directory {job.run}; "
@@ -100,6 +103,7 @@ class Worker:
             outcome = train_pack(job, self._report, lambda: self._stop.is_set() or number in self._parted)
         finally:
             self._progress = None  # or it would be taken for the next pack's
+            self._metrics.end()
         return Trained(outcome.results, tuple(self._notes))
 
     def state(self) -> WorkerState:
@@ -121,6 +125,7 @@ class Worker:
 
     def _report(self, progress: Progress) -> None:
         self._progress, self._moved = progress, time.monotonic()
+        self._metrics.update(progress)
 
     def _note(self, message: Warning | str, category: type[Warning], *_: Any, **__: Any) -> None:
         if issubclass(category, SaescaleWarning):

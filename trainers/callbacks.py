@@ -41,6 +41,8 @@ class Progress(NamedTuple):
     failed: int
     stream_wait: float  # share of the time since the last report that the pack waited for the stream, 0 to 1
     cells: tuple[CellProgress, ...]  # those still running
+    ended: tuple[CellProgress, ...]  # those that finished or failed since the last report
+    trained_tokens: int  # by this call of train_pack, summed over the cells
 
 
 class Evaluate(L.Callback):
@@ -146,10 +148,15 @@ class Report(L.Callback):
         self._start = start
         self._began = self._last = time.monotonic()
         self._waited = 0.0
+        self._running: list[TrainingCell] = []
+        self._trained_before = 0
 
     def on_train_start(self, trainer: L.Trainer, pack: L.LightningModule) -> None:
+        assert isinstance(pack, Pack)
         self._began = self._last = time.monotonic()
         self._waited = self.stream.wait_seconds
+        self._running = pack.running
+        self._trained_before = _trained_tokens(pack)
 
     def on_train_batch_end(self, trainer: L.Trainer, pack: L.LightningModule, *_: Any) -> None:
         assert isinstance(pack, Pack)
@@ -159,7 +166,7 @@ class Report(L.Callback):
         now = time.monotonic()
         if now - self._last >= 0.5 or not pack.running:
             self.report(self._progress(pack, now))
-            self._last, self._waited = now, self.stream.wait_seconds
+            self._last, self._waited, self._running = now, self.stream.wait_seconds, pack.running
 
     def _progress(self, pack: Pack, now: float) -> Progress:
         cells = pack.training_cells
@@ -172,7 +179,13 @@ class Report(L.Callback):
             failed=sum(cell.error is not None for cell in cells),
             stream_wait=min(1.0, (self.stream.wait_seconds - self._waited) / max(1e-9, now - self._last)),
             cells=tuple(_cell_progress(cell) for cell in pack.running),
+            ended=tuple(_cell_progress(cell) for cell in self._running if not cell.running),
+            trained_tokens=_trained_tokens(pack) - self._trained_before,
         )
+
+
+def _trained_tokens(pack: Pack) -> int:
+    return sum(cell.tokens for cell in pack.training_cells)
 
 
 def _cell_progress(cell: TrainingCell) -> CellProgress:

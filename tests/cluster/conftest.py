@@ -23,6 +23,9 @@ def three_nodes(s3_endpoint: str) -> Iterator[Any]:
     import ray
     from ray.cluster_utils import Cluster
 
+    # Ray's own ten seconds between two exports of its metrics are longer than the tests' sweeps.
+    monkeypatch = pytest.MonkeyPatch()
+    monkeypatch.setenv("RAY_metrics_report_interval_ms", "1000")
     cluster = Cluster(initialize_head=True, head_node_args=NODE | {"include_dashboard": False})
     for _ in range(2):
         cluster.add_node(**NODE)
@@ -30,6 +33,7 @@ def three_nodes(s3_endpoint: str) -> Iterator[Any]:
     yield cluster
     ray.shutdown()
     cluster.shutdown()
+    monkeypatch.undo()
 
 
 @pytest.fixture(scope="session")

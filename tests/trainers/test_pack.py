@@ -68,6 +68,8 @@ def test_results_and_curves_are_complete(sparse_store: ActivationStore, make_cel
     assert not outcome.stopped
     assert {r["cell_id"] for r in outcome.results} == run.cells_with_results() == {c.cell_id for c in cells}
     assert seen[-1].done == 3
+    assert {c.cell_id: c.nmse for p in seen for c in p.ended} == {r["cell_id"]: r["nmse"] for r in outcome.results}
+    assert seen[-1].trained_tokens == sum(cell.tokens for cell in cells)
     for cell in cells:
         result, curve = run.read_cell_result(cell.cell_id), run.read_cell_curve(cell.cell_id)
         assert result is not None
