@@ -5,6 +5,8 @@
 Everything that must survive lies in the run directory: a pack that was killed at any moment goes on from its cells'
 last common checkpoint when `train_pack` is called again, and ends with the same weights to the last bit, provided that
 it has the same number of threads: the kernels' sums do not depend on that, but torch's products between them may.
+A checkpoint holds parameters, moments, average, dead counters and the place in the stream; no generator's state, since
+nothing is drawn after a cell's first weights, which its seed gives.
 """
 
 import gc

@@ -2,12 +2,14 @@
 
 import json
 import os
+import random
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -17,11 +19,14 @@ from storage import checkpoint
 from storage.activations import ActivationStore
 from storage.errors import SaescaleError
 from storage.files import exists, join
+from storage.lease import Lease, Superseded
 from storage.rundir import RunDirectory
 from storage.stream import Stream
 from tests.trainers.synthetic import D_MODEL, sparse_rows, true_dictionary, write_store
+from trainers import pack as pack_module
 from trainers.callbacks import Progress
 from trainers.cell import Cell, EvalSpec
+from trainers.device import OutOfMemory
 from trainers.evaluate import HeldOut
 from trainers.optimiser import SAEAdam
 from trainers.preprocess import Centre, geometric_median, measure_centre, normalise
@@ -221,6 +226,65 @@ def test_finished_cells_are_not_trained_again(sparse_store: ActivationStore, mak
     request = job([make_cell()], sparse_store, run_url)
     first = train_pack(request)
     assert train_pack(request, report=lambda progress: pytest.fail("it trained again")) == first
+
+
+def test_nothing_random_that_a_checkpoint_would_have_to_hold(
+    sparse_store: ActivationStore, make_cell: MakeCell, tmp_path: Path
+) -> None:
+    cell, outcomes = make_cell(tokens=8_192, k_aux=8, dead_after_tokens=1_024), []
+    for seed in (1, 2):
+        random.seed(seed)
+        np.random.seed(seed)
+        torch.manual_seed(seed)
+        run = str(tmp_path / f"run{seed}")
+        outcome = train_pack(job([cell], sparse_store, run))
+        outcomes.append((comparable(outcome), {name: t.tolist() for name, t in weights(run, cell).items()}))
+    assert outcomes[0] == outcomes[1]
+
+
+def test_an_error_in_one_cell_fails_that_cell_alone(
+    sparse_store: ActivationStore, make_cell: MakeCell, run_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = pack_module.step
+
+    def broken(sae: SAE, *rest: Any) -> Any:
+        if sae.W_enc.shape[0] == 128:
+            raise ValueError("no such latent")
+        return real(sae, *rest)
+
+    monkeypatch.setattr(pack_module, "step", broken)
+    good, bad = make_cell(n_latents=64), make_cell(n_latents=128)
+    results = {row["cell_id"]: row for row in train_pack(job([good, bad], sparse_store, run_url)).results}
+    assert results[good.cell_id]["status"] == "done"
+    assert results[bad.cell_id]["status"] == "failed"
+    assert results[bad.cell_id]["error"] == "at step 1: ValueError: no such latent"
+
+
+@pytest.mark.parametrize("error", [MemoryError("no room"), RuntimeError("DefaultCPUAllocator: can't allocate memory")])
+def test_memory_that_runs_out_is_no_cells_fault(
+    sparse_store: ActivationStore,
+    make_cell: MakeCell,
+    run_url: str,
+    monkeypatch: pytest.MonkeyPatch,
+    error: Exception,
+) -> None:
+    def full(*_: Any) -> Any:
+        raise error
+
+    monkeypatch.setattr(pack_module, "step", full)
+    two = job([make_cell(n_latents=64), make_cell(n_latents=128)], sparse_store, run_url)
+    with pytest.raises(OutOfMemory, match="2 cells did not fit into memory"):
+        train_pack(two)
+    assert RunDirectory(run_url).cells_with_results() == set()
+
+
+def test_a_worker_whose_run_was_taken_over_writes_nothing(
+    sparse_store: ActivationStore, make_cell: MakeCell, run_url: str
+) -> None:
+    late = job([make_cell()], sparse_store, run_url).model_copy(update={"driver": "the one before"})
+    with Lease(run_url), pytest.raises(Superseded):
+        train_pack(late)
+    assert {name for names in RunDirectory(run_url).cell_files().values() for name in names} <= {"curve.parquet"}
 
 
 def test_nan_activations_are_named(make_cell: MakeCell, tmp_path: Path) -> None:
