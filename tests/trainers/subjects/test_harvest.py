@@ -16,7 +16,7 @@ from pydantic import ValidationError
 
 from storage.activations import ActivationStore, to_float32
 from storage.errors import SaescaleError
-from trainers import harvest as module
+from trainers import shards as module
 from trainers.harvest import HarvestSpec, harvest
 from trainers.subjects import get_subject
 from trainers.text import documents
