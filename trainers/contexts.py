@@ -165,16 +165,14 @@ class Assignment:
                 f"{sum(self._wanted.values()):,} are wanted; ask for fewer, or give more text"
             )
 
-    def shards(self) -> list[ShardTokens]:
+    def shards(self) -> Iterator[ShardTokens]:
         """All shards in the order of the manifest."""
-        found = []
         for split in SPLITS:
             whole = self._whole(split)
             ends = np.cumsum(whole.tokens)
             for ordinal, first in enumerate(range(0, self._wanted[split], self._spec.shard_rows)):
                 last = min(first + self._spec.shard_rows, self._wanted[split])
-                found.append(ShardTokens(split, ordinal, _cut(whole, ends, first, last)))
-        return found
+                yield ShardTokens(split, ordinal, _cut(whole, ends, first, last))
 
     def digest(self, spool: str) -> str:
         """xxh3-128 (hex) of all token ids and documents, by which other text under the same name shows."""

@@ -7,7 +7,7 @@ who makes which shard, and a harvest that died goes on with the shards that are 
 
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from typing import Protocol
 
 import numpy as np
@@ -25,16 +25,17 @@ Progress = Callable[[int, int, float, str], None]  # rows done, rows in all, tok
 
 
 class Crew(Protocol):
-    """Who does the work of a harvest: this process, or actors of a cluster."""
+    """Who does the work of a harvest: this process, or actors of a cluster. Results come in the order of what was
+    asked, whoever was faster."""
 
     def load(self, computed_in: str) -> Facts:
         """Loads the subject in that arithmetic ("auto": what is fast)."""
 
     def tokenize(self, blocks: Iterator[Texts]) -> Iterator[Counted]:
-        """Puts the ids of the blocks into the spool; what it gives is in the order of `blocks`."""
+        """Puts the ids of the blocks into the spool; the caller may stop at any of them."""
 
-    def make(self, jobs: Sequence[ShardJob]) -> Iterable[ShardRecord]:
-        """Makes the shards that are not there; in any order."""
+    def make(self, jobs: Iterator[ShardJob]) -> Iterator[ShardRecord]:
+        """Makes the shards that are not there."""
 
 
 def harvest(spec: HarvestSpec, progress: Progress | None = None, cache: str | None = None) -> Manifest:
@@ -80,8 +81,8 @@ def conduct(spec: HarvestSpec, crew: Crew, spool: str, say: Callable[[str], None
         }
         if found is not None:
             refuse_difference(spec.out, found, plan)
-        jobs = [ShardJob(number, tokens, plan) for number, tokens in enumerate(assignment.shards())]
-        manifest = _manifest(spec, facts, list(crew.make(jobs)))
+        jobs = (ShardJob(tokens, plan) for tokens in assignment.shards())
+        manifest = _manifest(spec, facts, crew.make(jobs))
         write_manifest(spec.out, manifest)
     except SaescaleError:
         # Another call that had the same to do was faster.
@@ -111,11 +112,10 @@ def _tidy(spec: HarvestSpec) -> None:
     files.remove_partials(spec.out)
 
 
-def _manifest(spec: HarvestSpec, facts: Facts, records: list[ShardRecord]) -> Manifest:
-    records = sorted(records, key=lambda record: record.number)
-    total, total_square = np.zeros(facts.d_model), 0.0
-    # In the order of the shards: sums of floats depend on it.
-    for record in records:
+def _manifest(spec: HarvestSpec, facts: Facts, records: Iterator[ShardRecord]) -> Manifest:
+    shards, total, total_square = [], np.zeros(facts.d_model), 0.0
+    for record in records:  # in the order of the shards: sums of floats depend on it
+        shards.append(record.shard)
         if record.shard.split == "train":
             total += record.total
             total_square += record.total_square
@@ -131,7 +131,7 @@ def _manifest(spec: HarvestSpec, facts: Facts, records: list[ShardRecord]) -> Ma
         corpus=spec.corpus,
         seed=spec.seed,
         row_group_rows=spec.row_group_rows,
-        shards=[record.shard for record in records],
+        shards=shards,
         mean=(total / spec.tokens).tolist(),
         mean_square=total_square / spec.tokens,
         created_with={**facts.created_with, "computed_in": facts.computed_in},
@@ -154,7 +154,7 @@ class _Alone:
     def tokenize(self, blocks: Iterator[Texts]) -> Iterator[Counted]:
         return map(self._harvester.tokenize, blocks)
 
-    def make(self, jobs: Sequence[ShardJob]) -> Iterable[ShardRecord]:
+    def make(self, jobs: Iterator[ShardJob]) -> Iterator[ShardRecord]:
         return (self._harvester.make(job, self._meter.tell) for job in jobs)
 
 

@@ -43,13 +43,12 @@ class Facts(NamedTuple):
 
 
 class ShardRecord(NamedTuple):
-    """What the manifest needs of a shard, whose place in it is `number`.
+    """What the manifest needs of a shard.
 
     `total` [d_model] and `total_square` are the sums of its rows and of their squared norms in float64; `seconds`
     the time it took to make, None when it was there.
     """
 
-    number: int
     shard: Shard
     total: np.ndarray
     total_square: float
@@ -57,9 +56,8 @@ class ShardRecord(NamedTuple):
 
 
 class ShardJob(NamedTuple):
-    """A shard to make: its place in the manifest, its tokens, and the plan that goes before any shard."""
+    """A shard to make: its tokens, and the plan (harvest.json) that is written before any shard."""
 
-    number: int
     tokens: ShardTokens
     plan: dict[str, Any]
 
@@ -124,7 +122,7 @@ class Harvester:
                 spec.out, tokens.name, tokens.split, Rows(act, **columns), spec.dtype, spec.row_group_rows
             )
         total, total_square = _moments(act, spec.dtype)
-        return ShardRecord(job.number, shard, total, total_square, None if kept else time.monotonic() - began)
+        return ShardRecord(shard, total, total_square, None if kept else time.monotonic() - began)
 
 
 def _activations(
