@@ -335,4 +335,6 @@ def _take(reference: Any) -> Any:
     except ray.exceptions.RayTaskError as error:
         raise error.cause from (None if isinstance(error.cause, SaescaleError) else error)
     except ray.exceptions.RayError as error:
-        raise _Died(one_line(error)[:200]) from error
+        said = one_line(error)
+        # Ray's own account of it stands behind a page of identifiers.
+        raise _Died(said[max(0, said.find("The actor is dead because")) :][:200]) from error

@@ -20,7 +20,7 @@ ACTORS_SHOWN = 4
 
 
 class ActorRow(NamedTuple):
-    """What an actor of a harvest did: shards and rows that it computed, and rows a second meanwhile, writing included."""
+    """What an actor of a harvest computed, and its rows a second meanwhile, reading and writing included."""
 
     actor: int
     node: str
