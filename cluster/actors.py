@@ -98,6 +98,7 @@ class Actors:
         size = self._size()
         self._computed_in = computed_in
         files.write_atomic(files.join(self._spool, MARKER), b"")
+        self.say(f"starting actors: {size}")
         for _ in range(size):
             self._start()
         while self._first is None:
@@ -108,7 +109,7 @@ class Actors:
         return self._each("tokenize", blocks)
 
     def make(self, jobs: Iterator[ShardJob]) -> Iterator[ShardRecord]:
-        self.say(f"harvesting on {len(self._idle) + len(self._running)} actors")
+        self.say("harvesting")
         return self._each("make", jobs)
 
     def say(self, stage: str) -> None:

@@ -27,8 +27,10 @@ def harvest_on_actors(spec: HarvestSpec, actors: int | str, address: str | None,
     `address` (default: RAY_ADDRESS, else a local one).
 
     All share the documents, then the shards. The store's folder has to be in sight of every node; the corpus only of
-    this one. Memory here: about 40 bytes for each document, no tokens; those lie in a folder of the store's folder
-    until the end. Two calls at a time on one store do no harm, see `conduct`. Raises what `harvest` and `Actors` raise.
+    this one. On machines of one kind the store is the same to the last bit whatever `actors` is, and the one that
+    `harvest` writes; another kind may round otherwise. Memory here: less than 100 bytes for each document, no tokens;
+    those lie in a folder of the store's folder until the end. Two calls at a time on one store do no harm, see
+    `conduct`. Raises what `harvest` and `Actors` raise.
     """
     # A folder for this call alone: another one on the same store removes its own, and all of them only when the
     # store is sealed and nobody needs them any more.

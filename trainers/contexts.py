@@ -1,8 +1,8 @@
 """Which tokens of which documents make the contexts of which shard: decided by numbers of tokens alone.
 
 Documents are tokenized in blocks, anywhere and in any order; the ids of a block lie in a file of their own below a
-folder, the spool. Whoever decides holds about 40 bytes for each document and no token; whoever makes a shard reads
-the blocks that it needs.
+folder, the spool. Whoever decides holds less than 100 bytes for each document and no token; whoever makes a shard
+reads the blocks that it needs.
 """
 
 from __future__ import annotations
@@ -175,7 +175,10 @@ class Assignment:
                 yield ShardTokens(split, ordinal, _cut(whole, ends, first, last))
 
     def digest(self, spool: str) -> str:
-        """xxh3-128 (hex) of all token ids and documents, by which other text under the same name shows."""
+        """xxh3-128 (hex) of all token ids and documents, by which other text under the same name shows.
+
+        Reads the spool once for each split, a block at a time.
+        """
         digest = xxhash.xxh3_128()
         for split in SPLITS:
             whole = self._whole(split)

@@ -5,6 +5,7 @@ import json
 import random
 import signal
 import subprocess
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -85,6 +86,7 @@ def test_three_actors_write_the_store_of_one_process(
     rows = [told[0] for told in seen]
     assert rows == sorted(rows)
     assert seen[-1][:2] == (15_360, 15_360)
+    assert {told[3] for told in seen} >= {"starting actors: 3", "harvesting", "done"}
     # A finished one is returned without actors.
     assert harvest_on_actors(spec.model_copy(update={"out": "store"}), 1, None, quiet) == (done.manifest, [])
 
@@ -142,6 +144,28 @@ def test_actors_that_die_too_often_end_in_one_error_and_leave_no_manifest(
     assert everything(again.out) == everything(spec.out)
 
 
+def test_actors_that_do_not_come_up_end_in_one_error(
+    two_nodes: Any, spec: HarvestSpec, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "MAX_ATTEMPTS", 1)
+    up = threading.Event()
+
+    def kill_the_first() -> None:
+        while not up.wait(0.02):
+            for process in actor_processes():
+                process.kill()
+                return
+
+    killer = threading.Thread(target=kill_the_first)
+    killer.start()
+    try:
+        with pytest.raises(SaescaleError, match=r"1 actors in a row died while they started: The actor is dead"):
+            harvest_on_actors(spec.model_copy(update={"out": str(tmp_path / "store")}), 1, None, quiet)
+    finally:
+        up.set()
+        killer.join()
+
+
 def test_a_killed_driver_goes_on_and_the_actors_are_shown(
     two_nodes: Any, tiny_subject: str, tiny_corpus: str, tmp_path: Path
 ) -> None:
@@ -190,11 +214,9 @@ def test_a_second_driver_that_comes_too_late_returns_the_first_ones_store(
 # --- bad input
 
 
-def test_bad_numbers_of_actors_are_one_line(spec: HarvestSpec) -> None:
-    command = ["harvest", spec.subject, "--layer", "2", "--out", "nowhere"]
-    for given in ("0", "many"):
-        result = saescale(*command, f"--actors={given}")
-        assert_one_line(result, "--actors must be a number of at least 1, or auto", given)
+def test_a_bad_number_of_actors_is_one_line(tiny_subject: str) -> None:
+    result = saescale("harvest", tiny_subject, "--layer", "2", "--out", "nowhere", "--actors", "0")
+    assert_one_line(result, "--actors must be a number of at least 1, or auto, not '0'")
 
 
 def test_a_short_corpus_is_one_line_and_leaves_an_empty_folder(
@@ -202,7 +224,7 @@ def test_a_short_corpus_is_one_line_and_leaves_an_empty_folder(
 ) -> None:
     short = spec.model_copy(update={"out": str(tmp_path / "store"), "tokens": 1_000_000})
     with pytest.raises(SaescaleError, match=r"too short: it gave [\d,]+ tokens .* = 1,003,072 are wanted"):
-        harvest_on_actors(short, "auto", None, quiet)
+        harvest_on_actors(short, 1, None, quiet)
     assert everything(short.out) == {}
 
 
