@@ -17,6 +17,7 @@ import ray
 from cluster.connect import connect
 from cluster.display import ActorRow
 from cluster.harvest_actor import MARKER, ActorState, HarvestActor, Loaded
+from cluster.shares import share_out
 from storage import files
 from storage.errors import SaescaleError, SaescaleWarning, Unavailable, one_line
 from trainers.contexts import Counted, Texts
@@ -95,11 +96,11 @@ class Actors:
         self._owns_ray = not ray.is_initialized()
         if self._owns_ray:
             connect(self._address)
-        size = self._size()
+        self._share_out()
         self._computed_in = computed_in
         files.write_atomic(files.join(self._spool, MARKER), b"")
-        self.say(f"starting actors: {size}")
-        for _ in range(size):
+        self.say(f"starting actors: {self._shares.actors}")
+        for _ in range(self._shares.actors):
             self._start()
         while self._first is None:
             self._watch()
@@ -127,32 +128,17 @@ class Actors:
 
     # --- starting and ending them
 
-    def _size(self) -> int:
-        """How many actors, and what each claims."""
-        from cluster.pool import threads_for  # its trainers take seconds to import, and the actors need none of them
-
+    def _share_out(self) -> None:
         nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-        gpus = sum(int(node.get("GPU", 0)) for node in nodes)
-        with_cpus = [int(node["CPU"]) for node in nodes if node.get("CPU", 0) >= 1]
         spec = self._spec
         shards = -(-spec.tokens // spec.shard_rows) - (-spec.heldout_tokens // spec.shard_rows)
-        size = max(1, min(shards, gpus or len(with_cpus))) if isinstance(self._wanted, str) else self._wanted
-        if gpus:
-            if size > gpus:
-                raise SaescaleError(
-                    f"{size} actors with a GPU each, but the cluster has {gpus}; ask for fewer (--actors)"
-                )
-            cpus = min(node.get("CPU", 0) / node["GPU"] for node in nodes if node.get("GPU", 0) >= 1)
-            self._threads = max(1, int(cpus))
-        else:
-            self._threads = threads_for(with_cpus or [1], size)
-            cpus = self._threads if size <= sum(with_cpus) else 1 / -(-size // max(1, sum(with_cpus)))
-        # Two threads: one works, the other answers state.
-        self._options = {"num_cpus": min(cpus, self._threads), "num_gpus": 1 if gpus else 0, "max_concurrency": 2}
-        return size
+        self._shares = share_out(nodes, self._wanted, shards)
 
     def _start(self) -> None:
-        handle: Any = ray.remote(HarvestActor).options(**self._options).remote(self._spec, self._spool, self._threads)
+        shares = self._shares
+        # Two threads: one works, the other answers state.
+        options = {"num_cpus": shares.cpus, "num_gpus": shares.gpus, "max_concurrency": 2}
+        handle: Any = ray.remote(HarvestActor).options(**options).remote(self._spec, self._spool, shares.threads)
         actor = _Actor(len(self._actors) + 1, handle)
         self._actors.append(actor)
         self._starting[handle.load.remote(self._computed_in)] = actor

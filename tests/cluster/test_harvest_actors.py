@@ -15,6 +15,7 @@ import pytest
 
 from cluster import actors as module
 from cluster.harvest import harvest_on_actors
+from cluster.shares import share_out
 from storage import files
 from storage.activations import ActivationStore
 from storage.errors import SaescaleError, SaescaleWarning
@@ -209,6 +210,36 @@ def test_a_second_driver_that_comes_too_late_returns_the_first_ones_store(
 
     assert harvest_on_actors(again, 1, None, overtaken).manifest == others[0]
     assert everything(again.out) == everything(spec.out)
+
+
+# --- how many actors
+
+
+BOX, SMALL, GPUS = {"CPU": 16.0}, {"CPU": 2.0}, {"CPU": 32.0, "GPU": 8.0}
+
+
+@pytest.mark.parametrize(
+    ("nodes", "actors", "shares"),
+    [
+        ([BOX], "auto", (1, 16, 16.0, 0)),
+        ([BOX, BOX], "auto", (2, 16, 16.0, 0)),
+        ([BOX] * 9, "auto", (5, 16, 16.0, 0)),  # no more than shards
+        ([BOX], 3, (3, 5, 5.0, 0)),
+        ([SMALL], 3, (3, 1, 0.5, 0)),  # two on one core, for thirds of two cores would not fit on one
+        ([GPUS, BOX], "auto", (5, 4, 4.0, 1)),
+        ([GPUS, GPUS], 16, (16, 4, 4.0, 1)),
+        ([{"CPU": 4.0, "GPU": 8.0}], 8, (8, 1, 0.5, 1)),
+    ],
+)
+def test_an_actor_has_a_gpu_or_its_share_of_the_cores(
+    nodes: list[dict[str, float]], actors: int | str, shares: tuple[int, int, float, int]
+) -> None:
+    assert share_out(nodes, actors, shards=5) == shares
+
+
+def test_more_actors_than_gpus_are_refused() -> None:
+    with pytest.raises(SaescaleError, match="9 actors with a GPU each, but the cluster has 8"):
+        share_out([GPUS, BOX], 9, shards=100)
 
 
 # --- bad input
