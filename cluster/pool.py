@@ -19,6 +19,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from cluster.connect import connect
 from cluster.plan import Needs
+from cluster.shares import threads_for
 from cluster.spec import Resources
 from storage.activations import ActivationStore
 from storage.errors import SaescaleError, SaescaleWarning, one_line
@@ -283,8 +284,3 @@ class Pool:
 def _kill(pid: int) -> None:
     with suppress(ProcessLookupError):
         os.kill(pid, signal.SIGKILL)
-
-
-def threads_for(cores: list[int], workers: int) -> int:
-    """The most threads that each of `workers` can have on nodes with so many `cores`; at least 1."""
-    return next((t for t in range(max(cores), 1, -1) if sum(c // t for c in cores) >= workers), 1)

@@ -1,9 +1,8 @@
-"""How many actors a harvest has on a cluster, and what each of them claims."""
+"""What each process on a cluster has of its cores and GPUs, and how many actors a harvest has there."""
 
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
-from cluster.pool import threads_for
 from storage.errors import SaescaleError
 
 
@@ -36,3 +35,8 @@ def share_out(nodes: Sequence[Mapping[str, float]], actors: int | str, shards: i
         return Shares(size, 1, 1 / -(-size // max(1, sum(cores))), 0)
     threads = threads_for(cores, size)
     return Shares(size, threads, float(threads), 0)
+
+
+def threads_for(cores: list[int], workers: int) -> int:
+    """The most threads that each of `workers` can have on nodes with so many `cores`; at least 1."""
+    return next((t for t in range(max(cores), 1, -1) if sum(c // t for c in cores) >= workers), 1)

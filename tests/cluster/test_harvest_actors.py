@@ -1,4 +1,4 @@
-"""Harvests on a real two-node Ray cluster: the store of one process, whatever the number of actors and whoever dies."""
+"""Harvests on a real Ray cluster: the store of one process, whatever the number of actors and whoever dies."""
 
 import contextlib
 import json
@@ -74,7 +74,7 @@ def quiet(*_: Any) -> None:
 
 
 def test_three_actors_write_the_store_of_one_process(
-    two_nodes: Any, spec: HarvestSpec, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    three_nodes: Any, spec: HarvestSpec, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)  # a relative path is another folder in an actor
     seen: list[tuple[int, int, float, str, list[float]]] = []
@@ -92,7 +92,7 @@ def test_three_actors_write_the_store_of_one_process(
     assert harvest_on_actors(spec.model_copy(update={"out": "store"}), 1, None, quiet) == (done.manifest, [])
 
 
-def test_one_actor_in_object_storage(two_nodes: Any, spec: HarvestSpec, s3_url: str) -> None:
+def test_one_actor_in_object_storage(three_nodes: Any, spec: HarvestSpec, s3_url: str) -> None:
     harvest_on_actors(spec.model_copy(update={"out": s3_url}), 1, None, quiet)
     names = files.list_names(s3_url)
     assert {name: files.read_bytes(files.join(s3_url, name)) for name in names} == everything(spec.out)
@@ -100,7 +100,7 @@ def test_one_actor_in_object_storage(two_nodes: Any, spec: HarvestSpec, s3_url: 
 
 
 @pytest.mark.parametrize("seed", [0])
-def test_killed_actors_change_no_byte(two_nodes: Any, spec: HarvestSpec, tmp_path: Path, seed: int) -> None:
+def test_killed_actors_change_no_byte(three_nodes: Any, spec: HarvestSpec, tmp_path: Path, seed: int) -> None:
     chance = random.Random(seed)
     moments = sorted(chance.uniform(0, 10_000) for _ in range(2))
     killed: list[int] = []
@@ -126,7 +126,7 @@ def test_killed_actors_change_no_byte(two_nodes: Any, spec: HarvestSpec, tmp_pat
 
 
 def test_actors_that_die_too_often_end_in_one_error_and_leave_no_manifest(
-    two_nodes: Any, spec: HarvestSpec, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    three_nodes: Any, spec: HarvestSpec, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(module, "MAX_ATTEMPTS", 1)
 
@@ -146,7 +146,7 @@ def test_actors_that_die_too_often_end_in_one_error_and_leave_no_manifest(
 
 
 def test_actors_that_do_not_come_up_end_in_one_error(
-    two_nodes: Any, spec: HarvestSpec, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    three_nodes: Any, spec: HarvestSpec, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(module, "MAX_ATTEMPTS", 1)
     up = threading.Event()
@@ -168,13 +168,13 @@ def test_actors_that_do_not_come_up_end_in_one_error(
 
 
 def test_a_killed_driver_goes_on_and_the_actors_are_shown(
-    two_nodes: Any, tiny_subject: str, tiny_corpus: str, tmp_path: Path
+    three_nodes: Any, tiny_subject: str, tiny_corpus: str, tmp_path: Path
 ) -> None:
     url, corpus = tmp_path / "store", tmp_path / "longer.jsonl"
     corpus.write_text(Path(tiny_corpus).read_text() * 5)
     command = ["harvest", tiny_subject, "--layer", "2", "--out", str(url), "--context-length", "32"]
     command += ["--corpus", str(corpus)]
-    command += ["--tokens", "65536", "--heldout-tokens", "8192", "--address", two_nodes.address, "--actors"]
+    command += ["--tokens", "65536", "--heldout-tokens", "8192", "--address", three_nodes.address, "--actors"]
     with subprocess.Popen([*SAESCALE, *command, "1"], env=environment(), stdout=subprocess.DEVNULL) as driver:
         deadline = time.monotonic() + 200
         while not list(url.glob("*.parquet")) and time.monotonic() < deadline:
@@ -199,7 +199,7 @@ def test_a_killed_driver_goes_on_and_the_actors_are_shown(
 
 
 def test_a_second_driver_that_comes_too_late_returns_the_first_ones_store(
-    two_nodes: Any, spec: HarvestSpec, tmp_path: Path
+    three_nodes: Any, spec: HarvestSpec, tmp_path: Path
 ) -> None:
     again = spec.model_copy(update={"out": str(tmp_path / "store")})
     others: list[Any] = []
@@ -251,7 +251,7 @@ def test_a_bad_number_of_actors_is_one_line(tiny_subject: str) -> None:
 
 
 def test_a_short_corpus_is_one_line_and_leaves_an_empty_folder(
-    two_nodes: Any, spec: HarvestSpec, tmp_path: Path
+    three_nodes: Any, spec: HarvestSpec, tmp_path: Path
 ) -> None:
     short = spec.model_copy(update={"out": str(tmp_path / "store"), "tokens": 1_000_000})
     with pytest.raises(SaescaleError, match=r"too short: it gave [\d,]+ tokens .* = 1,003,072 are wanted"):
@@ -259,7 +259,7 @@ def test_a_short_corpus_is_one_line_and_leaves_an_empty_folder(
     assert everything(short.out) == {}
 
 
-def test_a_node_that_does_not_see_the_store_is_named(two_nodes: Any, spec: HarvestSpec) -> None:
+def test_a_node_that_does_not_see_the_store_is_named(three_nodes: Any, spec: HarvestSpec) -> None:
     hidden = spec.model_copy(update={"out": f"memory://{time.time_ns()}"})
     with pytest.raises(SaescaleError, match=r"the node \S+ does not see the store's folder memory://.*s3://"):
         harvest_on_actors(hidden, 1, None, quiet)
