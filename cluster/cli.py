@@ -20,6 +20,7 @@ from cluster.laws_cli import console, show_notes
 from storage.errors import SaescaleError, one_line
 
 if TYPE_CHECKING:
+    from cluster.display import ActorRow
     from cluster.driver import SweepOutcome
 
 app = typer.Typer(
@@ -109,16 +110,22 @@ def harvest(
     context_length: Annotated[int, typer.Option(help="Text tokens per context.")] = 64,
     dtype: Annotated[str, typer.Option(help="float16 or bfloat16, as stored.")] = "float16",
     seed: Annotated[int, typer.Option(help="Of the split and the order of documents and rows.")] = 0,
+    actors: Annotated[
+        str | None, typer.Option(help="Ray actors that share the work: a number, or auto (one for each GPU or node).")
+    ] = None,
+    address: Address = None,
 ) -> None:
     """Writes the residual stream of a subject on a text into an activation store.
+
+    Without --actors and --address this process does it alone. The store is the same whatever the number of actors.
 
     Example: [bold]saescale harvest hf:openai-community/gpt2 --layer 8 --corpus 'data/*.jsonl' --out stores/gpt2-l8[/]
     """
     from pydantic import ValidationError
 
     from trainers.device import set_threads
-    from trainers.harvest import HarvestSpec
     from trainers.harvest import harvest as run_harvest
+    from trainers.harvest_spec import HarvestSpec
 
     given = {
         "subject": subject, "out": out, "layer": layer, "corpus": corpus, "tokens": tokens, "dtype": dtype,
@@ -129,9 +136,21 @@ def harvest(
     except ValidationError as error:
         problem = error.errors()[0]
         raise SaescaleError(f"harvest: {'.'.join(map(str, problem['loc']))}: {problem['msg']}") from error
-    set_threads(os.cpu_count() or 1)
-    with _display() as display:
-        manifest = run_harvest(spec, display.harvest)
+    crew: list[ActorRow] = []
+    if actors is None and address is None:
+        set_threads(os.cpu_count() or 1)
+        with _display() as display:
+            manifest = run_harvest(spec, display.harvest)
+    else:
+        wanted = _actors(actors or "auto")
+        from cluster.harvest import harvest_on_actors
+
+        with _display() as display:
+            manifest, crew = harvest_on_actors(spec, wanted, address, display.harvest)
+    if crew:
+        from cluster.display import actor_table
+
+        console.print(actor_table(crew))
     rows, site = sum(shard.rows for shard in manifest.shards), f"{manifest.site.hook} of layer {manifest.site.layer}"
     console.print(f"{out}: {rows:,} rows of {manifest.subject}, {site}, d_model {manifest.d_model}")
     console.print(f"Next: saescale inspect {out}", highlight=False)
@@ -242,6 +261,14 @@ def inspect(
 
     for name, value in describe(url, verify).items():
         console.print(f"[bold]{name:<16}[/]{escape(value)}", highlight=False, soft_wrap=True)
+
+
+def _actors(given: str) -> int | str:
+    if given == "auto":
+        return given
+    if not given.isascii() or not given.isdigit() or not int(given):
+        raise SaescaleError(f"harvest: --actors must be a number of at least 1, or auto, not {given!r}")
+    return int(given)
 
 
 def _display() -> Any:

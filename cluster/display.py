@@ -2,9 +2,9 @@
 
 import time
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from types import TracebackType
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 from rich.console import Console
 from rich.markup import escape
@@ -16,6 +16,17 @@ from storage.errors import SaescaleWarning
 from storage.lease import Standing
 
 LINE_EVERY_S = 10.0
+ACTORS_SHOWN = 4
+
+
+class ActorRow(NamedTuple):
+    """What an actor of a harvest computed, and its rows a second meanwhile, reading and writing included."""
+
+    actor: int
+    node: str
+    shards: int
+    rows: int
+    tokens_per_s: float
 
 
 class SweepDisplay(Protocol):
@@ -65,13 +76,15 @@ class Display:
             self._stage = text
             self.console.print(f"[bold]·[/] {escape(text)}", highlight=False, soft_wrap=True)
 
-    def harvest(self, done: int, total: int, tokens_per_s: float, stage: str) -> None:
-        """Progress of a harvest: rows of `total`."""
+    def harvest(
+        self, done: int, total: int, tokens_per_s: float, stage: str, actors: Sequence[float] | None = None
+    ) -> None:
+        """Progress of a harvest: rows of `total`; `actors` has the tokens/s of each where several share it."""
         if done == 0 and tokens_per_s == 0:
             self.stage(stage)
             return
         left = (total - done) / tokens_per_s if tokens_per_s else None
-        self._show("harvest", done, total, f"{tokens_per_s:,.0f} tokens/s", left)
+        self._show("harvest", done, total, f"{tokens_per_s:,.0f} tokens/s{_by_actor(actors or ())}", left)
 
     def sweep(self, standing: Standing) -> None:
         """Progress of a sweep: finished cells of all, rate, and time left from the share of the FLOPs done."""
@@ -109,6 +122,15 @@ class Display:
             self.console.print(f"[yellow]warning:[/] {escape(str(message))}", highlight=False, soft_wrap=True)
 
 
+def _by_actor(rates: Sequence[float]) -> str:
+    """Each actor's rate where a line has room for them, else the slowest and the fastest."""
+    if not rates:
+        return ""
+    if len(rates) > ACTORS_SHOWN:
+        return f" ({len(rates)} actors: {min(rates):,.0f} to {max(rates):,.0f})"
+    return f" (by actor: {', '.join(f'{rate:,.0f}' for rate in rates)})"
+
+
 def duration(seconds: float) -> str:
     """`75` -> `1 min 15 s`."""
     minutes, rest = divmod(round(seconds), 60)
@@ -116,6 +138,16 @@ def duration(seconds: float) -> str:
     if hours:
         return f"{hours} h {minutes} min"
     return f"{minutes} min {rest:02d} s" if minutes else f"{rest} s"
+
+
+def actor_table(actors: Sequence[ActorRow]) -> Table:
+    """What each actor of a harvest computed."""
+    table = Table(box=None, header_style="bold", pad_edge=False)
+    for name in ("actor", "node", "shards", "rows", "tokens/s"):
+        table.add_column(name, justify="left" if name == "node" else "right")
+    for row in actors:
+        table.add_row(str(row.actor), escape(row.node), str(row.shards), f"{row.rows:,}", f"{row.tokens_per_s:,.0f}")
+    return table
 
 
 def coefficient_table(fits: Mapping[str, Any], full: bool = True) -> Table:

@@ -3,7 +3,6 @@
 A pool costs less than a Ray Tune trial or a TorchTrainer for each pack: imports and start-up are paid once.
 """
 
-import logging
 import os
 import signal
 import socket
@@ -18,8 +17,10 @@ import ray
 import torch
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from cluster.connect import connect
 from cluster.metrics import WorkerMetrics
 from cluster.plan import Needs
+from cluster.shares import threads_for
 from cluster.spec import Resources
 from storage.activations import ActivationStore
 from storage.errors import SaescaleError, SaescaleWarning, one_line
@@ -149,7 +150,7 @@ class Pool:
         self._cells = cells
         try:
             if self._owns_ray:
-                _connect(address)
+                connect(address)
             self.count = self._size(resources)
             described = [self.start_worker() for _ in range(self.count)]
             self.starting = {reference: worker for worker, reference in described}
@@ -288,28 +289,3 @@ class Pool:
 def _kill(pid: int) -> None:
     with suppress(ProcessLookupError):
         os.kill(pid, signal.SIGKILL)
-
-
-def threads_for(cores: list[int], workers: int) -> int:
-    """The most threads that each of `workers` can have on nodes with so many `cores`; at least 1."""
-    return next((t for t in range(max(cores), 1, -1) if sum(c // t for c in cores) >= workers), 1)
-
-
-def _connect(address: str | None) -> None:
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    address = address or os.environ.get("RAY_ADDRESS")
-    # Checkpoints and results go through the run directory, so the object store carries next to nothing.
-    local: dict[str, Any] = {} if address else {"include_dashboard": False, "object_store_memory": 128 * 2**20}
-    started, at_terminate = time.monotonic(), signal.getsignal(signal.SIGTERM)
-    try:
-        # Without an address Ray would join any cluster that happens to run on this machine.
-        ray.init(address=address or "local", log_to_driver=False, logging_level=logging.ERROR, **local)
-    except (ConnectionError, RuntimeError, ValueError, TimeoutError) as error:
-        where = f"the Ray cluster at {address}" if address else "a local Ray"
-        raise SaescaleError(
-            f"could not reach {where} after {time.monotonic() - started:.0f} s: {one_line(error)}; "
-            "check the address and that the cluster is up (`ray status`)"
-        ) from error
-    if threading.current_thread() is threading.main_thread():
-        # Ray's own handler would leave at once, before the workers have saved their checkpoints.
-        signal.signal(signal.SIGTERM, at_terminate)

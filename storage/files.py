@@ -137,6 +137,16 @@ def remove(url: str) -> None:
     _tried(url, rm, lambda error, tries: _error(url, "remove", error, tries, "check its permissions"))
 
 
+def remove_partials(url: str) -> None:
+    """Removes what killed writers left in a folder that nothing is written to any more, however new it is.
+
+    Only local folders have such files: elsewhere a put that is cut short leaves nothing.
+    """
+    folder = local_path(url)
+    if folder is not None and os.path.isdir(folder):
+        _remove_partials(folder, 0.0)
+
+
 def write_atomic(url: str, data: Content) -> int:
     """Writes the file whole or not at all, also when the process is killed; returns its size in bytes.
 
@@ -160,7 +170,7 @@ def _write_local(url: str, path: str, data: Content) -> int:
     temporary = os.path.join(folder, f".{name}.{uuid.uuid4().hex}.partial")
     try:
         os.makedirs(folder, exist_ok=True)
-        _remove_orphans(folder)
+        _remove_partials(folder, ORPHAN_SECONDS)
         with open(temporary, "xb") as file:
             if callable(data):
                 data(file)
@@ -180,14 +190,14 @@ def _write_local(url: str, path: str, data: Content) -> int:
     return written
 
 
-def _remove_orphans(folder: str) -> None:
+def _remove_partials(folder: str, older_s: float) -> None:
     """Frees what killed writers left behind in the folder: checkpoints, say, whose names do not come again."""
     for entry in os.listdir(folder):
         if _PARTIAL.match(entry):
-            orphan = os.path.join(folder, entry)
+            partial = os.path.join(folder, entry)
             with suppress(OSError):
-                if time.time() - os.path.getmtime(orphan) > ORPHAN_SECONDS:
-                    os.unlink(orphan)
+                if time.time() - os.path.getmtime(partial) >= older_s:
+                    os.unlink(partial)
 
 
 def _sync_folder(folder: str) -> None:

@@ -46,7 +46,7 @@ def test_imports_point_down(path: Path) -> None:
     [
         ("storage.activations, storage.stream, storage.rundir, storage.checkpoint", "torch ray wandb lightning"),
         ("scaling.report, scaling.tables, scaling.laws", "torch ray wandb lightning"),
-        ("trainers.train, trainers.harvest, trainers.subjects", "ray"),
+        ("trainers.train, trainers.harvest, trainers.subjects, cluster.display", "ray"),
         ("cluster.cli", "torch ray wandb lightning numpy"),
     ],
 )

@@ -6,7 +6,7 @@ import warnings
 import pytest
 from rich.console import Console
 
-from cluster.display import Display, coefficient_table, duration
+from cluster.display import ActorRow, Display, actor_table, coefficient_table, duration
 from storage.errors import SaescaleWarning
 from storage.lease import Standing
 
@@ -46,6 +46,29 @@ def test_lines_appear_now_and_then_without_a_terminal(monkeypatch: pytest.Monkey
     assert "measuring" in lines[0]
     assert "50% of the FLOPs, 1,234 SAE tokens/s" in lines[1]
     assert lines[1].endswith("left")
+
+
+@pytest.mark.parametrize(
+    ("rates", "shown"),
+    [([], "60 tokens/s, "), ([10.0, 50.0], "60 tokens/s (by actor: 10, 50)"), ([12.0] * 5, "(5 actors: 12 to 12)")],
+)
+def test_rates_of_actors_are_shown(monkeypatch: pytest.MonkeyPatch, rates: list[float], shown: str) -> None:
+    monkeypatch.setattr("cluster.display.LINE_EVERY_S", 0.0)
+    out = io.StringIO()
+    with Display(Console(file=out, width=120)) as display:
+        display.harvest(50, 100, sum(rates) or 60.0, "harvesting", rates)
+    assert shown in out.getvalue()
+    out = io.StringIO()
+    with Display(Console(file=out, force_terminal=True, no_color=True, width=120)) as display:
+        display.harvest(50, 100, sum(rates) or 60.0, "harvesting", rates)
+        display._bars.refresh()  # which the clock does otherwise
+    assert shown.rstrip(", ") in out.getvalue()
+
+
+def test_the_table_of_actors() -> None:
+    out = io.StringIO()
+    Console(file=out, width=80).print(actor_table([ActorRow(2, "node-1", 3, 98_304, 7427.6)]))
+    assert out.getvalue().splitlines()[1].split() == ["2", "node-1", "3", "98,304", "7,428"]
 
 
 def test_durations() -> None:

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cluster.plan import cost, plan_packs
-from cluster.pool import threads_for
+from cluster.shares import threads_for
 from storage.errors import SaescaleError
 from trainers.cell import Cell
 from trainers.memory import StreamSize, pack_memory

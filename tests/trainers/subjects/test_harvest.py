@@ -12,11 +12,13 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
+import xxhash
 from pydantic import ValidationError
 
 from storage.activations import ActivationStore, to_float32
 from storage.errors import SaescaleError
-from trainers import harvest as module
+from trainers import contexts
+from trainers import shards as module
 from trainers.harvest import HarvestSpec, harvest
 from trainers.subjects import get_subject
 from trainers.text import documents
@@ -96,6 +98,30 @@ def test_the_splits_share_no_document_and_rows_are_mixed(spec: HarvestSpec) -> N
     assert len(set(heldout["doc"])) > 3
     # A shard of 1,024 rows holds several documents, and neighbours are seldom of the same one.
     assert np.mean(train["doc"][:1023] == train["doc"][1:1024]) < 0.5
+
+
+def test_the_cut_into_blocks_decides_nothing(
+    spec: HarvestSpec, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    harvest(spec)
+    for characters in (1, 1500, 2**13):  # a document apiece, a few, and blocks that hold several shards
+        monkeypatch.setattr(contexts, "BLOCK_CHARACTERS", characters)
+        out = str(tmp_path / str(characters))
+        harvest(spec.model_copy(update={"out": out}))
+        assert _bytes(out) == _bytes(spec.out)
+
+
+def test_the_plan_holds_the_hash_of_all_tokens_and_their_documents(spec: HarvestSpec) -> None:
+    harvest(spec)
+    texts = [text.rstrip() + "\n\n" for text in documents(spec.corpus, spec.seed)]
+    tokens = get_subject(spec.subject, dtype="float32").tokenize(texts)
+    digest = xxhash.xxh3_128()
+    for split, size in (("train", spec.tokens), ("heldout", spec.heldout_tokens)):
+        numbers = np.unique(_table(spec.out, split)["doc"])
+        digest.update(np.concatenate([tokens[number] for number in numbers])[:size].tobytes())
+        docs = np.concatenate([np.full(len(tokens[number]), number, np.int32) for number in numbers])
+        digest.update(docs[:size].tobytes())
+    assert json.loads((Path(spec.out) / "harvest.json").read_text())["tokens_xxh3"] == digest.hexdigest()
 
 
 def test_mean_and_mean_square_are_those_of_the_stored_train_rows(spec: HarvestSpec) -> None:
@@ -197,6 +223,16 @@ def test_a_killed_harvest_goes_on_and_gives_the_same_bytes(
     assert told[-1][:2] == (6144, 6144)
     assert any(stage == "keeping train-00001.parquet" for *_, stage in told)
     assert _bytes(spec.out) == _bytes(undisturbed.out)
+
+
+def test_a_sealed_store_has_nothing_left_of_killed_processes(spec: HarvestSpec) -> None:
+    harvest(spec)
+    before = _bytes(spec.out)
+    (Path(spec.out) / "manifest.json").unlink()
+    (Path(spec.out) / f".train-00000.parquet.{'0' * 32}.partial").write_bytes(b"half")
+    (Path(spec.out) / ".tokens-of-a-dead-driver").mkdir()
+    harvest(spec)
+    assert _bytes(spec.out) == before
 
 
 def test_a_finished_harvest_returns_at_once(spec: HarvestSpec, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,0 +1,33 @@
+"""How a driver joins a Ray cluster, or starts a local Ray."""
+
+import logging
+import os
+import signal
+import threading
+import time
+from typing import Any
+
+import ray
+
+from storage.errors import SaescaleError, one_line
+
+
+def connect(address: str | None) -> None:
+    """Joins the cluster at `address` (default: RAY_ADDRESS), or starts a local Ray. SaescaleError when it cannot."""
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    address = address or os.environ.get("RAY_ADDRESS")
+    # Checkpoints and results go through the run directory, so the object store carries next to nothing.
+    local: dict[str, Any] = {} if address else {"include_dashboard": False, "object_store_memory": 128 * 2**20}
+    started, at_terminate = time.monotonic(), signal.getsignal(signal.SIGTERM)
+    try:
+        # Without an address Ray would join any cluster that happens to run on this machine.
+        ray.init(address=address or "local", log_to_driver=False, logging_level=logging.ERROR, **local)
+    except (ConnectionError, RuntimeError, ValueError, TimeoutError) as error:
+        where = f"the Ray cluster at {address}" if address else "a local Ray"
+        raise SaescaleError(
+            f"could not reach {where} after {time.monotonic() - started:.0f} s: {one_line(error)}; "
+            "check the address and that the cluster is up (`ray status`)"
+        ) from error
+    if threading.current_thread() is threading.main_thread():
+        # Ray's own handler would leave at once, before the workers have saved their checkpoints.
+        signal.signal(signal.SIGTERM, at_terminate)
