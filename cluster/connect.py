@@ -3,6 +3,7 @@
 import logging
 import os
 import signal
+import socket
 import threading
 import time
 from typing import Any
@@ -12,12 +13,17 @@ import ray
 from storage.errors import SaescaleError, one_line
 
 
+_ANSWER_S = 10.0
+
+
 def connect(address: str | None) -> None:
     """Joins the cluster at `address` (default: RAY_ADDRESS), or starts a local Ray. SaescaleError when it cannot."""
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     address = address or os.environ.get("RAY_ADDRESS")
     # Checkpoints and results go through the run directory, so the object store carries next to nothing.
     local: dict[str, Any] = {} if address else {"include_dashboard": False, "object_store_memory": 128 * 2**20}
+    if address:
+        _reach(address)
     started, at_terminate = time.monotonic(), signal.getsignal(signal.SIGTERM)
     try:
         # Without an address Ray would join any cluster that happens to run on this machine.
@@ -31,3 +37,18 @@ def connect(address: str | None) -> None:
     if threading.current_thread() is threading.main_thread():
         # Ray's own handler would leave at once, before the workers have saved their checkpoints.
         signal.signal(signal.SIGTERM, at_terminate)
+
+
+def _reach(address: str) -> None:
+    """Ray itself asks for minutes on end at an address where nothing answers."""
+    host, _, port = address.rpartition("/")[2].rpartition(":")
+    if not host or not port.isdigit():  # `auto`, or a name that only Ray knows
+        return
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=_ANSWER_S).close()
+    except OSError as error:
+        reason = "no answer" if isinstance(error, TimeoutError) else one_line(error)
+        raise SaescaleError(
+            f"could not reach the Ray cluster at {address}: {reason}; check the address and that the cluster is up "
+            "(`ray status`)"
+        ) from error

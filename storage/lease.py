@@ -86,11 +86,16 @@ class Driver(_Document):
         """False where it certainly ended; True where only its beat can tell."""
         if self.state != "running" or time.time() - self.beat_at > _OBVIOUS_S:
             return False
-        return self.machine != _machine() or _process_lives(self.pid)
+        return not self.is_here or _process_lives(self.pid)
 
     def lives(self) -> bool:
         """Whether it probably drives its run now, by this machine's clock; for showing, not for deciding."""
         return self.may_live() and time.time() - self.beat_at < LEASE_S
+
+    @property
+    def is_here(self) -> bool:
+        """Whether `pid` is a process of this machine."""
+        return self.machine == _machine()
 
     @property
     def name(self) -> str:

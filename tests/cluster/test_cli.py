@@ -129,6 +129,14 @@ def test_no_network_for_the_first_download(tmp_path: Path) -> None:
     assert not list(tmp_path.rglob("*.parquet"))
 
 
+def test_a_cluster_that_is_not_there_is_one_line_at_once(
+    document: dict[str, Any], sweep_file: Callable[[Any], str]
+) -> None:
+    result = saescale("sweep", sweep_file(document), "--address", "127.0.0.1:9")
+    assert_one_line(result, "could not reach the Ray cluster at 127.0.0.1:9: Connection refused")
+    assert not Path(document["out"]).exists()
+
+
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
     """A file system of 400 kB."""
