@@ -12,7 +12,6 @@ import ray
 
 from storage.errors import SaescaleError, one_line
 
-
 _ANSWER_S = 10.0
 
 
