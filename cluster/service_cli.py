@@ -197,10 +197,10 @@ def _looks(look: Callable[[], Look]) -> Iterator["SweepStatus"]:
 
 
 def _show(found: "SweepStatus", all_cells: bool) -> None:
-    from cluster.status_view import cells_table, render
+    from cluster.status_view import cells_lines, render
 
     if all_cells:
-        console.print(cells_table(found.cells))
+        print("\n".join(cells_lines(found.cells)), end="\n\n")
     console.print(render(found, console.width), highlight=False, soft_wrap=not console.is_terminal)
 
 

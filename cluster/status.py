@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
 
 from storage import checkpoint, files
 from storage.errors import SaescaleError
@@ -50,6 +50,10 @@ class CellStatus(_Document):
     wall_s: float | None = None  # seconds of training
     worker: str | None = None  # HOST/PID
     error: str | None = None
+
+
+_CELLS = TypeAdapter(list[CellStatus])
+_COLUMNS = ["cell_id", "n_latents", "k", "seed", "status", "nmse", "dead_fraction", "wall_s", "error"]
 
 
 class Counts(_Document):
@@ -131,8 +135,7 @@ def read_status(url: str) -> SweepStatus:
     # Before the ledger, so that what the driver counts as done is there already.
     driver = read_driver(url)
     alive = driver is not None and driver.lives()
-    rows = run.read_results().to_pylist()
-    cells = [_recorded(row) for row in rows]
+    cells = _recorded(run.read_results().select(_COLUMNS).to_pylist(), url)
     if driver is not None and alive:
         cells = _with_running(cells, driver.standing.running)
     elif any(cell.status == "pending" for cell in cells):
@@ -194,9 +197,11 @@ def _top_level(content: bytes, key: str) -> Iterator[str]:
         previous = scalar
 
 
-def _recorded(row: Mapping[str, Any]) -> CellStatus:
-    names = ("cell_id", "n_latents", "k", "seed", "status", "nmse", "dead_fraction", "wall_s", "error")
-    return CellStatus.model_construct(**{name: row[name] for name in names})
+def _recorded(rows: list[dict[str, Any]], url: str) -> list[CellStatus]:
+    try:
+        return _CELLS.validate_python(rows)
+    except ValidationError as error:
+        raise SaescaleError(f"the ledger of {url} is damaged; run the sweep again, which restores it") from error
 
 
 def _with_running(cells: list[CellStatus], running: list[RunningCell]) -> list[CellStatus]:
@@ -223,7 +228,7 @@ def _with_files(cells: list[CellStatus], run: RunDirectory) -> list[CellStatus]:
             result = (run.read_cell_result(cell.cell_id) if read <= MAX_READ else None) or {}
             # Weights are written before the result, and only of a cell that did not fail.
             status = "done" if "sae.safetensors" in names else "failed"
-            found.append(_recorded(cell.model_dump() | {"status": status} | result))
+            found += _recorded([cell.model_dump() | {"status": status} | result], run.url)
         else:
             steps = checkpoint.steps(run.checkpoint_url(cell.cell_id)) if read <= MAX_READ else []
             found.append(cell.model_copy(update={"status": "started", "step": steps[0] if steps else None}))

@@ -2,7 +2,7 @@
 
 import time
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 from rich.console import Group, RenderableType
 from rich.markup import escape
@@ -19,29 +19,26 @@ _STYLES = {
 }  # fmt: skip
 _MAX_ROWS = 40  # of the grid where no height limits it
 _MAX_LISTED = 8  # running and failed cells
-_NUMBER_WIDTH = 11  # of a column of the grid, with the space before it
 
 
 def render(status: SweepStatus, width: int, height: int | None = None, now: float | None = None) -> RenderableType:
     """The whole picture in `width` columns and, where given, `height` lines."""
     head = headline(status, time.time() if now is None else now)
-    running = [cell for cell in status.cells if cell.status == "running"]
-    failed = [cell for cell in status.cells if cell.status == "failed"]
-    left = 10_000 if height is None else height - sum(1 + len(line) // width for line in head) - 2
-    # The grid keeps a third of the lines; what it does not need is for the lists.
+    left = 10_000 if height is None else height - sum(1 + (len(line) - 1) // width for line in head) - 2
+    # The grid keeps half of the lines; what it does not need is for the lists.
     rows = len({cell.n_latents for cell in status.cells})
-    lists = left - min(rows + 2, max(4, left // 3))
-    parts: list[RenderableType] = list(head)
-    if status.counts.cells:
-        parts.insert(1, _bar(status, width))
+    lists = left - min(rows + 2, max(5, left // 2))
     listed: list[RenderableType] = []
-    for cells, table in ((running, _running_table), (failed, _failed_table)):
+    for kind, table in (("running", _running_table), ("failed", _failed_table)):
+        cells = [cell for cell in status.cells if cell.status == kind]
         shown = min(len(cells), _MAX_LISTED, max(0, lists - 3))
         if shown:
             listed += ["", table(cells[:shown], width), *_more(len(cells) - shown)]
-            lists -= shown + 2 + (len(cells) > shown)
-            left -= shown + 2 + (len(cells) > shown)
+            used = shown + 2 + (len(cells) > shown)
+            lists, left = lists - used, left - used
+    parts: list[RenderableType] = list(head)
     if status.cells:
+        parts.insert(1, _bar(status, width))
         parts += ["", *_grid(status.cells, width, min(_MAX_ROWS, max(1, left - 3)))]
     return Group(*parts, *listed)
 
@@ -54,14 +51,12 @@ def headline(status: SweepStatus, now: float) -> list[Text]:
     if status.reason:
         lines.append(Text(status.reason, "red" if status.state in ("failed", "died") else ""))
     if driver is not None and driver.alive:
-        lines.append(Text(f"driven by {driver.name} for {duration(now - driver.started_at)}"))
+        lines.append(Text(f"driven for {duration(now - driver.started_at)} by {driver.name}"))
     elif driver is not None and status.state == "died":
         silent = duration(max(0.0, now - driver.beat_at))
         lines.append(Text(f"its driver ({driver.name}) ended without a word; last heard of {silent} ago", "red"))
     if job is not None:
-        since = "" if job.submitted_at is None else f", submitted {duration((job.ended_at or now) - job.submitted_at)}"
-        since += " before" if since and job.ended_at else " ago" if since else ""
-        lines.append(Text(f"job {job.id}: {job.state}{since}"))
+        lines.append(Text(f"job {job.id}: {job.state}{_since(job, now)}"))
         if job.message and job.message != status.reason:
             lines.append(Text(f"the job said: {job.message}", "red"))
     if status.counts.cells:
@@ -83,14 +78,19 @@ def line(status: SweepStatus) -> str:
     return ", ".join(said)
 
 
-def cells_table(cells: Iterable[CellStatus]) -> Table:
-    """Every cell, a row each."""
-    table = _table("cell", "status", "step", "nmse", "dead", "seconds")
-    for cell in cells:
-        said = cell.status + (f": {cell.error}" if cell.error else "")
-        numbers = [_number(value) for value in (cell.nmse, cell.dead_fraction, cell.wall_s)]
-        table.add_row(cell.cell_id, escape(said), _steps(cell), *numbers)
-    return table
+def cells_lines(cells: Iterable[CellStatus]) -> Iterator[str]:
+    """Every cell, a line each. Plain text: a table of rich takes seconds for thousands of rows."""
+    rows: list[tuple[str, ...]] = [("cell", "status", "step", "nmse", "dead", "seconds", "")]
+    rows += [
+        (cell.cell_id, cell.status, _steps(cell), *map(_number, (cell.nmse, cell.dead_fraction, cell.wall_s)),
+         cell.error or "")
+        for cell in cells
+    ]  # fmt: skip
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    for row in rows:
+        texts = enumerate(zip(row, widths, strict=True))
+        aligned = (text.rjust(width) if 1 < i < 6 else text.ljust(width) for i, (text, width) in texts)
+        yield "  ".join(aligned).rstrip()
 
 
 def jobs_table(jobs: Iterable[JobStatus], now: float) -> Table:
@@ -104,9 +104,24 @@ def jobs_table(jobs: Iterable[JobStatus], now: float) -> Table:
     return table
 
 
+def _since(job: JobStatus, now: float) -> str:
+    if job.submitted_at is None:
+        return ""
+    if job.ended_at is None:
+        return f", submitted {duration(now - job.submitted_at)} ago"
+    return f", took {duration(job.ended_at - job.submitted_at)}"
+
+
 def _bar(status: SweepStatus, width: int) -> RenderableType:
     counts = status.counts
-    return ProgressBar(total=counts.cells, completed=counts.done + counts.failed, width=min(width, 80))
+    bar = Table.grid()
+    ended = counts.done + counts.failed
+    bar.add_row(
+        ProgressBar(
+            total=counts.cells, completed=ended, width=min(width, 80), complete_style="cyan", finished_style="green"
+        )
+    )
+    return bar
 
 
 def _counted(status: SweepStatus) -> list[str]:
@@ -130,7 +145,7 @@ def _rates(status: SweepStatus) -> list[str]:
     said = [f"{standing.fraction:.0%} of the FLOPs", f"{standing.tokens_per_s:,.0f} SAE tokens/s"]
     said.append("time left: measuring" if standing.left_s is None else f"{duration(standing.left_s)} left")
     if standing.interrupted:
-        said.append(f"{standing.interrupted} packs interrupted")
+        said.append(f"{standing.interrupted} pack{'s' if standing.interrupted > 1 else ''} interrupted")
     return said
 
 
@@ -143,26 +158,36 @@ def _advice(status: SweepStatus) -> str:
 
 
 def _grid(cells: Sequence[CellStatus], width: int, max_rows: int) -> list[RenderableType]:
-    """Best nmse by n_latents and k, or how far it is there."""
+    """Best nmse by n_latents and k, or how far it is there; of a grid that does not fit, evenly spaced parts."""
     places: dict[tuple[int, int], list[CellStatus]] = defaultdict(list)
     for cell in cells:
         places[cell.n_latents, cell.k].append(cell)
     sizes, ks = sorted({n for n, _ in places}), sorted({k for _, k in places})
-    columns = max(1, (width - 10) // _NUMBER_WIDTH)
+    title = "nmse" if len(places) == len(cells) else "best nmse"
+    rows = _spread(sizes, max_rows)
+    texts = {(n, k): _place(places.get((n, k), [])) for n in rows for k in ks}
+    first = max(len(title), *(len(f"n={n}") for n in rows))
+    each = max(*(len(text) for text in texts.values()), *(len(f"k={k}") for k in ks))
+    columns = _spread(ks, max(1, (width - first) // (each + 2)))
     table = Table(box=None, header_style="bold", pad_edge=False)
-    several = max(len(found) for found in places.values()) > 1
-    table.add_column("nmse (done/cells)" if several else "nmse", justify="right")
-    for k in ks[:columns]:
-        table.add_column(f"k={k}", justify="right", no_wrap=True)
-    for n_latents in sizes[:max_rows]:
-        row = [_place(places.get((n_latents, k), [])) for k in ks[:columns]]
-        table.add_row(f"n={n_latents}", *row)
+    table.add_column(title, justify="right", no_wrap=True)
+    for k in columns:
+        table.add_column(f"k={k}", justify="right", no_wrap=True, min_width=min(each, 6))
+    for n in rows:
+        table.add_row(f"n={n}", *(texts[n, k] for k in columns))
     hidden = [
         f"{more:,} more {name}"
-        for more, name in ((len(sizes) - max_rows, "n_latents"), (len(ks) - columns, "k"))
-        if more > 0
+        for more, name in ((len(sizes) - len(rows), "n_latents"), (len(ks) - len(columns), "k"))
+        if more
     ]
     return [table, *([Text(f"... and {', '.join(hidden)}: --cells lists all", "dim")] if hidden else [])]
+
+
+def _spread(values: list[int], count: int) -> list[int]:
+    """At most `count` of them, with the first and the last."""
+    if len(values) <= count:
+        return values
+    return values[:1] if count == 1 else [values[round(i * (len(values) - 1) / (count - 1))] for i in range(count)]
 
 
 def _place(cells: Sequence[CellStatus]) -> Text:
@@ -174,7 +199,8 @@ def _place(cells: Sequence[CellStatus]) -> Text:
     best = min((cell.nmse for cell in cells if cell.status == "done" and cell.nmse is not None), default=None)
     if statuses["done"]:
         number = "done" if best is None else f"{best:.4f}"
-        return Text(number if len(cells) == 1 else f"{number} {statuses['done']}/{len(cells)}", style or "green")
+        whole = statuses["done"] == len(cells)
+        return Text(number if whole else f"{number} ({statuses['done']}/{len(cells)})", style or "green")
     if statuses["failed"]:
         return Text("failed" if len(cells) == 1 else f"{statuses['failed']} failed", style)
     if statuses["running"]:
@@ -193,7 +219,7 @@ def _running_table(cells: Sequence[CellStatus], width: int) -> Table:
 def _failed_table(cells: Sequence[CellStatus], width: int) -> Table:
     table = Table(box=None, header_style="bold", pad_edge=False)
     table.add_column("failed", no_wrap=True)
-    table.add_column("why", no_wrap=True, overflow="ellipsis", max_width=width - 30)
+    table.add_column("why", no_wrap=True, overflow="ellipsis", max_width=max(20, width - 32))
     for cell in cells:
         table.add_row(cell.cell_id, escape(cell.error or "see its result.json"))
     return table
