@@ -45,10 +45,9 @@ def _read(run: str) -> SweepStatus | None:
 
 
 def _read_there(service: Service, job: str, run: str) -> SweepStatus | None:
-    succeeded, text = service.run_there(["status", run, "--json"], job, HELPER_S)
-    if succeeded:
-        document = next(line for line in reversed(text.splitlines()) if line.startswith("{"))
-        return SweepStatus.model_validate_json(document)
+    text = service.run_there(["status", run, "--json"], job, HELPER_S)
+    if documents := [line for line in text.splitlines() if line.startswith("{")]:
+        return SweepStatus.model_validate_json(documents[-1])
     said = reason(text) or "no reason given"
     if NoRun.SAID in said:
         return None

@@ -16,12 +16,13 @@ _SUFFIXES = (".py", ".j2", ".css", ".js", ".csv", ".md")
 
 
 def write_package(folder: Path, spec: SweepSpec | None = None, extension: SweepSpec | None = None) -> None:
-    """Fills the empty `folder` with what the cluster needs to do there what saescale does here.
+    """Fills `folder` with what the cluster needs to do there what saescale does here.
 
     These are sweep.yaml and extension.yaml, where given, as they were understood (comments are gone), and the sources
     of saescale's packages. Files are chosen one by one, so that no .env, key or notebook that lies beside the sweep
     file can go with them.
     """
+    folder.mkdir(parents=True, exist_ok=True)
     for name, document in ((SWEEP, spec), (EXTENSION, extension)):
         if document is not None:
             text = yaml.safe_dump(document.model_dump(mode="json"), sort_keys=False, allow_unicode=True)

@@ -32,6 +32,8 @@ from storage.errors import SaescaleError, one_line
 STOP_WAIT_S = 60
 CONNECT_S = 10.0
 POLL_S = 0.5
+HELPER_KEPT_S = 15.0
+_HELPER = "saescale_for"  # key of the metadata of a job that only answers a question
 
 
 class Submitted(NamedTuple):
@@ -76,8 +78,8 @@ class Service:
         # Ray lets its environment win over the argument; what the user typed shall win.
         os.environ["RAY_API_SERVER_ADDRESS"] = self.url
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-        if _has_token():
-            os.environ.setdefault("RAY_AUTH_MODE", "token")
+        if _has_token() and not os.environ.get("RAY_AUTH_MODE"):
+            os.environ["RAY_AUTH_MODE"] = "token"
         from ray.job_submission import JobSubmissionClient
 
         # What Ray tells of its uploads is of no use to who submits a sweep.
@@ -180,10 +182,10 @@ class Service:
                 return
             await asyncio.sleep(POLL_S)
 
-    def run_there(self, arguments: list[str], job: str, timeout: float) -> tuple[bool, str]:
-        """Runs a short `saescale` command on the cluster for `job`: whether it succeeded, and what it printed.
+    def run_there(self, arguments: list[str], job: str, timeout: float) -> str:
+        """Runs a short `saescale` command on the cluster for `job`, and returns what it printed.
 
-        It is a job of its own, with the code that runs here, and is removed.
+        It is a job of its own, with the code that runs here; those that ended before are removed.
         """
         python = self.details(job).metadata.get("python", "python")
         helper = f"for-{job}-{uuid.uuid4().hex[:8]}"
@@ -194,22 +196,30 @@ class Service:
                 entrypoint=f"exec {shlex.join([python, '-m', 'cluster.cli', *arguments])}",
                 submission_id=helper,
                 runtime_env={"working_dir": folder},
-                metadata={"saescale_for": job},
+                metadata={_HELPER: job},
             )
-            try:
-                deadline = time.monotonic() + timeout
-                while not (ended := self.client.get_job_status(helper)).is_terminal():
-                    if time.monotonic() > deadline:
-                        self.client.stop_job(helper)
-                        raise SaescaleError(
-                            f"{self.address} did not run a job of a moment within {timeout:.0f} s; look at the cluster "
-                            "(`ray status`)"
-                        )
-                    time.sleep(POLL_S)
-                return ended == "SUCCEEDED", self.client.get_job_logs(helper)
-            finally:
+            deadline = time.monotonic() + timeout
+            while not self.client.get_job_status(helper).is_terminal():
+                if time.monotonic() > deadline:
+                    self.client.stop_job(helper)
+                    raise SaescaleError(
+                        f"{self.address} did not run a job of a moment within {timeout:.0f} s; look at the cluster "
+                        "(`ray status`)"
+                    )
+                time.sleep(POLL_S)
+            text = self.client.get_job_logs(helper)
+            self._remove_helpers()
+            return text
+
+    def _remove_helpers(self) -> None:
+        """Those that have ended for a while: Ray looks at its jobs every second, and one that it finds removed too
+        early it lists again, as failed."""
+        for details in self.client.list_jobs():
+            ended = details.end_time is not None and time.time() - details.end_time / 1000 > HELPER_KEPT_S
+            if ended and _HELPER in (details.metadata or {}):
+                # Another client may have been faster.
                 with suppress(RuntimeError):
-                    self.client.delete_job(helper)
+                    self.client.delete_job(str(details.submission_id))
 
     @contextmanager
     def _asking(self) -> Iterator[None]:
