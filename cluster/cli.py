@@ -1,6 +1,5 @@
 """The command line. Each command imports what it needs when it runs, so that `saescale --help` answers at once."""
 
-import json
 import os
 import shutil
 import signal
@@ -13,9 +12,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.markup import escape
-from rich.table import Table
 
-from cluster import laws_cli
+from cluster import laws_cli, service_cli
 from cluster.laws_cli import console, show_notes
 from storage.errors import SaescaleError, one_line
 
@@ -188,31 +186,11 @@ def sweep(
     console.print(f"\nNext: saescale fit {loaded.out} --law n_k", highlight=False)
 
 
-@app.command()
-def status(
-    run: Annotated[str, typer.Argument(help="URL of a run directory.")],
-    as_json: Annotated[bool, typer.Option("--json", help="One JSON document on stdout.")] = False,
-) -> None:
-    """What each cell of a sweep has reached, from its ledger.
-
-    Example: [bold]saescale status runs/quickstart[/]
-    """
-    from cluster.ledger import read_status
-
-    rows = read_status(run)
-    if as_json:
-        print(json.dumps(rows))
-        return
-    table = _table("cell", "status", "step", "nmse", "dead", "seconds")
-    for row in rows:
-        numbers = (row["step"], row["nmse"], row["dead_fraction"], row["wall_s"])
-        shown = ["" if value is None else f"{value:.4g}" for value in numbers]
-        table.add_row(row["cell_id"], escape(row["status"] + (f": {row['error']}" if row["error"] else "")), *shown)
-    console.print(table)
-    counts = {name: sum(row["status"] == name for row in rows) for name in ("done", "failed", "started", "pending")}
-    console.print(", ".join(f"{count} {name}" for name, count in counts.items() if count))
-
-
+app.command()(service_cli.submit)
+app.command()(service_cli.status)
+app.command()(service_cli.logs)
+app.command()(service_cli.stop)
+app.command("list")(service_cli.list_jobs)
 app.command()(laws_cli.fit)
 app.command()(laws_cli.plan)
 app.command()(laws_cli.reproduce)
@@ -312,13 +290,6 @@ def _program() -> str:
     if found and Path(found).absolute() == ran:
         return "saescale"
     return os.path.relpath(ran) if ran.is_relative_to(Path.cwd()) else str(ran)
-
-
-def _table(*columns: str) -> Table:
-    table = Table(box=None, header_style="bold", pad_edge=False)
-    for column in columns:
-        table.add_column(column, justify="left" if column in ("cell", "status") else "right")
-    return table
 
 
 if __name__ == "__main__":

@@ -11,7 +11,6 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn
 from rich.table import Table
 
-from scaling.fit import coefficient_rows
 from storage.errors import SaescaleWarning
 from storage.lease import Standing
 
@@ -152,6 +151,9 @@ def actor_table(actors: Sequence[ActorRow]) -> Table:
 
 def coefficient_table(fits: Mapping[str, Any], full: bool = True) -> Table:
     """The coefficients of fits.json with their 95 % intervals; not `full`: of laws at one k the exponent alone."""
+    # Only here: a status needs none of what fits laws.
+    from scaling.fit import coefficient_rows
+
     table = Table(box=None, header_style="bold", pad_edge=False)
     for name in ("law", "coefficient", "value", "95 % interval"):
         table.add_column(name, justify="right" if name == "value" else "left")

@@ -30,9 +30,7 @@ def extend(spec: SweepSpec, more: str) -> Extension:
     Nothing is written: the run directory takes the cells up when they can be trained (ledger.py). Raises SaescaleError
     when the trainings, evaluations or stores differ: such cells are not of one law.
     """
-    other = _read(more, spec)
-    _same(spec, other, more)
-    _same_store(spec, other, more)
+    other = read_extension(spec, more)
     grid = union(spec.grid, other.grid)
     known = spec.grid
     document = RunDirectory(spec.out).read_spec()
@@ -42,6 +40,14 @@ def extend(spec: SweepSpec, more: str) -> Extension:
         known, grid = there.grid, union(there.grid, grid)
     added = set(grid.combinations()) - set(known.combinations())
     return Extension(spec.model_copy(update={"grid": grid}), len(added))
+
+
+def read_extension(spec: SweepSpec, more: str) -> SweepSpec:
+    """The cells of `more` as a sweep like `spec`. Raises SaescaleError as `extend` does."""
+    other = _read(more, spec)
+    _same(spec, other, more)
+    _same_store(spec, other, more)
+    return other
 
 
 def union(first: Grid, second: Grid) -> Grid:

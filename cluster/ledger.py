@@ -216,26 +216,6 @@ def _spec_of(run: RunDirectory) -> dict[str, Any]:
     return spec
 
 
-def read_status(url: str) -> list[dict[str, Any]]:
-    """One row a cell: cell_id, n_latents, k, status, step, nmse, dead_fraction, wall_s, error.
-
-    Status is `done`, `failed`, `started` (there is a checkpoint) or `pending`. Raises SaescaleError where `url` holds
-    no run.
-    """
-    run = RunDirectory(url)
-    _spec_of(run)
-    rows = []
-    for row in run.read_results().to_pylist():
-        cell_id = row["cell_id"]
-        row |= run.read_cell_result(cell_id) or {}
-        steps = checkpoint.steps(run.checkpoint_url(cell_id)) if row["status"] == "pending" else []
-        if steps:
-            row["status"] = "started"
-        kept = ("cell_id", "n_latents", "k", "status", "nmse", "dead_fraction", "wall_s", "error")
-        rows.append({key: row[key] for key in kept} | {"step": steps[0] if steps else None})
-    return rows
-
-
 def _identity(document: Mapping[str, Any]) -> dict[str, Any]:
     """What makes a sweep this one, beside its cells: all that decides how they are trained and measured."""
     kept = {key: value for key, value in document.items() if key not in (*_FREE, "grid", "resolved")}

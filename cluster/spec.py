@@ -13,10 +13,13 @@ from pydantic import (
     Field,
     SerializerFunctionWrapHandler,
     ValidationError,
+    field_validator,
     model_serializer,
     model_validator,
 )
+from pydantic_core import PydanticCustomError
 
+from cluster.secrets import ADVICE, names_secret, secret_in_url
 from storage import files
 from storage.activations import ActivationStore
 from storage.errors import SaescaleError
@@ -31,8 +34,13 @@ Positive = Annotated[int, Field(gt=0, strict=True)]
 NotNegative = Annotated[int, Field(ge=0, strict=True)]
 
 
+# Of a problem whose input must not be repeated.
+_SECRET = "secret"
+
+
 class _Model(BaseModel):
-    model_config = ConfigDict(extra="forbid")
+    # What is wrong is told by `_problems`, which knows what may be shown.
+    model_config = ConfigDict(extra="forbid", hide_input_in_errors=True)
 
 
 class GridCell(_Model):
@@ -163,6 +171,13 @@ class SweepSpec(_Model):
     # What a run's sweep.yaml says besides; allowed here so that it can be swept again as it is, and not used.
     resolved: dict[str, Any] = Field(default={}, exclude=True)
 
+    @field_validator("store", "out")
+    @classmethod
+    def _without_secrets(cls, url: str) -> str:
+        if found := secret_in_url(url):
+            raise PydanticCustomError(_SECRET, "{found}; {advice}", {"found": found, "advice": ADVICE})
+        return url
+
     def cells(self, store: ActivationStore, precision: Precision) -> list[Cell]:
         """The grid over `store`; `precision` is what `train.precision: auto` means here."""
         grid, train = self.grid, self.train
@@ -240,13 +255,16 @@ def _problems(error: ValidationError) -> list[str]:
         if problem["type"] == "extra_forbidden":
             close = difflib.get_close_matches(str(wrong[0]), _fields(problem["loc"][:-1]), n=1, cutoff=0.5)
             hint = f", did you mean {close[0]}?" if close else f", valid are {', '.join(_fields(problem['loc'][:-1]))}"
+            if not close and names_secret(str(wrong[0])):
+                hint = f"; {ADVICE}"
             phrases.setdefault(name, f"{name} is not a key{hint}")
         elif problem["type"] == "missing":
             phrases.setdefault(name, f"{name} is missing")
         else:
             message = problem["msg"].removeprefix("Value error, ")
             given = problem["input"]
-            shown = f" (given: {given!r})" if isinstance(given, str | int | float | bool | None) else ""
+            echoed = problem["type"] != _SECRET and isinstance(given, str | int | float | bool | None)
+            shown = f" (given: {given!r})" if echoed else ""
             phrases.setdefault(name, f"{name}: {message[0].lower()}{message[1:]}{shown}")
     return list(phrases.values())
 

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from cluster.ledger import read_status
+from cluster.status import read_status
 from storage.rundir import RunDirectory
 from tests.survival import without_times
 from tests.trainers.synthetic import sparse_rows, write_store
@@ -160,7 +160,7 @@ def test_a_full_disk_stops_with_one_line_and_goes_on_when_there_is_room(
     subprocess.run(["mount", "-o", "remount,size=64m", str(small_disk)], check=True)
     result = saescale("sweep", sweep_file(document), **ray)
     assert result.returncode == 0, result.stderr
-    assert {row["status"] for row in read_status(document["out"])} == {"done"}
+    assert {cell.status for cell in read_status(document["out"]).cells} == {"done"}
 
 
 @pytest.fixture(scope="module")
@@ -200,7 +200,7 @@ def test_a_driver_that_ends_early_goes_on_where_it_was(
     if end != "SIGKILL":
         assert process.returncode == 130, errors
         assert errors.strip().splitlines() == ["interrupted; run the same command again to go on from here"]
-    assert {row["status"] for row in read_status(document["out"])} & {"started", "done"}
+    assert {cell.status for cell in read_status(document["out"]).cells} & {"started", "done"}
 
     result = saescale("sweep", file, **ray)
     assert result.returncode == 0, result.stderr
@@ -224,8 +224,8 @@ def test_fit_report_status_and_inspect(document: dict[str, Any], sweep_file: Cal
 
     table = Path(out) / "results.parquet"
     assert saescale("fit", str(table), "--law", "n_k", "--bootstraps", "20").returncode == 0
-    assert len(json.loads(saescale("status", out, "--json").stdout)) == 9
-    assert "9 done" in saescale("status", out).stdout
+    assert len(json.loads(saescale("status", out, "--json").stdout)["cells"]) == 9
+    assert "9 of 9 cells done" in saescale("status", out).stdout
     (Path(out) / "report.html").unlink()
     assert saescale("report", out, "--bootstraps", "20", "--format", "html", "--format", "md").returncode == 0
     assert "<img" in (Path(out) / "report.html").read_text()

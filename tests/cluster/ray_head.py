@@ -1,0 +1,81 @@
+"""A Ray head with dashboard and token authentication, in processes of its own, as somebody else's cluster would be."""
+
+import contextlib
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import psutil
+
+
+class Head(NamedTuple):
+    url: str  # of its dashboard
+    token: str
+    temporary: Path
+
+
+@contextlib.contextmanager
+def ray_head(token: str, num_cpus: int) -> Iterator[Head]:
+    """Starts the head, waits until its dashboard answers, and ends exactly what it started."""
+    # Unix sockets below it may have 107 characters.
+    temporary = Path(tempfile.mkdtemp(prefix="rs-", dir="/tmp"))
+    gcs, dashboard, agent, client, metrics = _free_ports(5)
+    command = [
+        Path(sys.executable).with_name("ray"), "start", "--head", "--block", "--disable-usage-stats",
+        f"--num-cpus={num_cpus}", f"--port={gcs}", f"--dashboard-port={dashboard}", "--dashboard-host=127.0.0.1",
+        "--node-ip-address=127.0.0.1", f"--dashboard-agent-listen-port={agent}", f"--ray-client-server-port={client}",
+        f"--metrics-export-port={metrics}", f"--object-store-memory={80 * 2**20}", f"--temp-dir={temporary}",
+    ]  # fmt: skip
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"  # as in an activated environment
+    cleared = ("RAY_ADDRESS", "RAY_API_SERVER_ADDRESS", "PYTHONPATH")
+    inherited = {name: value for name, value in os.environ.items() if name not in cleared}
+    environment = inherited | {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": token, "PATH": path}
+    with (temporary / "head.log").open("wb") as log:
+        process = subprocess.Popen(command, env=environment, stdout=log, stderr=log, cwd=temporary)
+    try:
+        head = Head(f"http://127.0.0.1:{dashboard}", token, temporary)
+        _wait(head, process)
+        yield head
+    finally:
+        _end(process, temporary)
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _wait(head: Head, process: subprocess.Popen[bytes]) -> None:
+    request = urllib.request.Request(f"{head.url}/api/jobs/", headers={"Authorization": f"Bearer {head.token}"})
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline:
+        assert process.poll() is None, (head.temporary / "head.log").read_text()
+        with contextlib.suppress(OSError, urllib.error.URLError), urllib.request.urlopen(request, timeout=5):
+            return
+        time.sleep(0.2)
+    raise AssertionError(f"no dashboard: {(head.temporary / 'head.log').read_text()}")
+
+
+def _end(process: subprocess.Popen[bytes], temporary: Path) -> None:
+    """By id: a `ray stop` would end the clusters of others on this machine."""
+    started = [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]
+    process.terminate()
+    psutil.wait_procs(started, timeout=10)
+    for left in psutil.process_iter(["cmdline"]):
+        with contextlib.suppress(psutil.NoSuchProcess, psutil.AccessDenied):
+            if left in started or str(temporary) in " ".join(left.info["cmdline"] or []):
+                left.kill()
+    process.wait()
+
+
+def _free_ports(count: int) -> list[int]:
+    with contextlib.ExitStack() as stack:
+        sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
+        for found in sockets:
+            found.bind(("127.0.0.1", 0))
+        return [found.getsockname()[1] for found in sockets]

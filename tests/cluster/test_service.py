@@ -1,0 +1,337 @@
+"""Sweeps on somebody else's cluster: a real Ray head with a dashboard and token authentication."""
+
+import contextlib
+import json
+import re
+import secrets
+import subprocess
+import sys
+import threading
+import time
+import urllib.request
+from collections.abc import Callable, Iterator
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import yaml
+
+from cluster.extend import extend, read_extension
+from cluster.package import EXTENSION, PACKAGES, write_package
+from cluster.service import STOP_WAIT_S, resolve_address, shown
+from cluster.spec import parse_spec
+from cluster.status import read_status
+from storage.errors import SaescaleError
+from storage.lease import FILE, Lease
+from tests.cluster.ray_head import Head, ray_head
+from tests.cluster.test_cli import ROOT, assert_one_line, environment, saescale
+
+SECRETS = {
+    "WANDB_API_KEY": "wandbmarker" + secrets.token_hex(15),
+    "AWS_SECRET_ACCESS_KEY": "awsmarker" + secrets.token_hex(15),
+}
+
+
+@pytest.fixture(scope="module")
+def head() -> Iterator[Head]:
+    with ray_head(token="tokenmarker" + secrets.token_hex(16), num_cpus=2) as started:
+        yield started
+
+
+@pytest.fixture
+def client(head: Head, tmp_path: Path) -> Callable[..., subprocess.CompletedProcess[str]]:
+    """`saescale` on a machine that knows the token and has secrets of its own; keywords change its environment."""
+
+    def run(*arguments: str, **extra: str) -> subprocess.CompletedProcess[str]:
+        known = SECRETS | {"RAY_AUTH_TOKEN": head.token, "RAY_API_SERVER_ADDRESS": head.url, "HOME": str(tmp_path)}
+        return saescale(*arguments, cwd=tmp_path, **(known | {"RAY_AUTH_MODE": ""} | extra))
+
+    return run
+
+
+@pytest.fixture
+def small(document: dict[str, Any]) -> dict[str, Any]:
+    """A sweep of two cells."""
+    return document | {"grid": {"n_latents": [32], "k": [2, 4]}, "resources": {"workers": 1, "checkpoint_every_s": 0.2}}
+
+
+def answer(result: subprocess.CompletedProcess[str]) -> Any:
+    assert result.returncode == 0, result.stderr
+    return json.loads(result.stdout)
+
+
+def submitted(result: subprocess.CompletedProcess[str], status: int = 0) -> str:
+    assert result.returncode == status, result.stdout + result.stderr
+    found = re.search(r"submitted (\S+):", result.stdout)
+    assert found is not None
+    return found[1]
+
+
+def test_a_sweep_is_submitted_stopped_and_submitted_again(
+    client: Callable[..., Any], head: Head, small: dict[str, Any], sweep_file: Callable[[Any], str]
+) -> None:
+    small["wandb"] = {"mode": "offline"}
+    small["train"]["tokens"] = 262_144  # long enough to be interrupted on a fast machine
+    run, file = Path(small["out"]), sweep_file(small)
+    (Path(file).parent / ".env").write_text(f"KEY={SECRETS['WANDB_API_KEY']}")
+    first = submitted(client("submit", file, "--bootstraps", "20"))
+    assert re.fullmatch(r"small-[0-9a-f]{8}", first)
+    wait_for(lambda: list(run.glob("cells/*/checkpoint/latest.json")))
+    with workers_held_up(head, first):
+        document = answer(client("status", first, "--json"))
+        assert (document["job"]["id"], document["job"]["state"], document["counts"]["cells"]) == (first, "running", 2)
+        stopping = client("stop", first)
+    assert stopping.returncode == 0, stopping.stderr
+    assert f"{first}: stopped; the checkpoints are in {run}" in stopping.stdout
+    assert "interrupted; run the same command again" in client("logs", first, "-f").stdout  # it was not killed
+    assert {cell.status for cell in read_status(str(run)).cells} <= {"started", "done"}
+    assert "has ended already: stopped" in client("stop", first).stdout
+
+    followed = client("submit", file, "--bootstraps", "20", "--follow")
+    assert followed.returncode == 0, followed.stdout + followed.stderr
+    second = submitted(followed)
+    assert "all 2 cells trained" in followed.stdout
+    assert followed.stdout.rstrip().endswith(f"{second}: succeeded")
+    assert "all 2 cells trained" in client("logs", second).stdout
+    jobs = answer(client("list", "--json"))
+    assert [(job["id"], job["state"], job["run"]) for job in jobs] == [
+        (second, "succeeded", str(run)), (first, "stopped", str(run)),
+    ]  # fmt: skip
+    assert second in client("list").stdout
+    _assert_no_secret_went_along(head, second, run, followed.stdout + followed.stderr)
+
+    # What lies here at the path of its run is not taken for it unless its driver says so: the cluster is asked.
+    (run / FILE).unlink(missing_ok=True)
+    document = answer(client("status", second, "--json"))
+    assert (document["sweep"], document["state"], document["counts"]["done"]) == ("small", "finished", 2)
+    assert document["job"]["state"] == "succeeded"
+
+
+def _assert_no_secret_went_along(head: Head, job: str, run: Path, printed: str) -> None:
+    details = json.loads(_get(head, f"/api/jobs/{job}"))
+    assert details["runtime_env"]["env_vars"] == {"SAESCALE_JOB": job, "RAY_JOB_STOP_WAIT_TIME_S": str(STOP_WAIT_S)}
+    package = details["runtime_env"]["working_dir"].removeprefix("gcs://").removesuffix(".zip")
+    session = head.temporary / "session_latest"
+    uploaded = _contents(session / "runtime_resources" / "working_dir_files" / package)
+    names = {str(path.relative_to(session)).split(f"{package}/")[1] for path in uploaded}
+    assert {name for name in names if "/" not in name} == {"sweep.yaml"}
+    assert {name.split("/")[0] for name in names if not name.endswith((".yaml", "METADATA"))} == set(PACKAGES)
+    written = _contents(run)
+    assert any(path.suffix == ".wandb" for path in written)
+    told = {Path("printed"): printed.encode(), Path("job"): json.dumps(details).encode(),
+            Path("log"): _get(head, f"/api/jobs/{job}/logs")}  # fmt: skip
+    for secret in (*SECRETS.values(), head.token):
+        assert not [path for path, content in (uploaded | written | told).items() if secret.encode() in content]
+    for secret in SECRETS.values():  # which the head was not started with, so that all its files can be searched
+        assert not [path for path, content in _contents(session).items() if secret.encode() in content]
+
+
+def _contents(folder: Path) -> dict[Path, bytes]:
+    found = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    assert found
+    return found
+
+
+def _get(head: Head, path: str) -> bytes:
+    request = urllib.request.Request(head.url + path, headers={"Authorization": f"Bearer {head.token}"})
+    with urllib.request.urlopen(request, timeout=60) as answer:
+        return answer.read()
+
+
+@contextlib.contextmanager
+def workers_held_up(head: Head, job: str) -> Iterator[None]:
+    """Stops the workers on the head until 4 s after their driver was told to end: Ray would kill it after 3."""
+    workers = [
+        process
+        for process in psutil.process_iter(["cmdline", "environ"])
+        if str((process.info["cmdline"] or [""])[0]).startswith("ray::Worker")
+        and str(head.temporary) in str(process.info["environ"])
+    ]
+    assert workers
+    for worker in workers:
+        worker.suspend()
+    log = head.temporary / "session_latest" / "logs" / f"job-driver-{job}.log"
+
+    def resume() -> None:
+        try:
+            wait_for(lambda: "stopping: the workers save their checkpoints" in log.read_text())
+            time.sleep(4)
+        finally:
+            for worker in workers:
+                worker.resume()
+
+    resuming = threading.Thread(target=resume)
+    resuming.start()
+    yield
+    resuming.join()
+
+
+def test_what_a_failed_job_says(
+    client: Callable[..., Any], small: dict[str, Any], sweep_file: Callable[[Any], str]
+) -> None:
+    small["store"] += "-missing"
+    failed = client("submit", sweep_file(small), "-f")
+    job = submitted(failed, status=1)
+    document = answer(client("status", job, "--json"))
+    assert (document["state"], document["counts"]["cells"]) == ("failed", 0)
+    assert f"{small['store']}" in document["reason"]
+    assert "\n" not in document["reason"]
+    assert document["reason"] in failed.stdout
+
+
+def test_who_may_not_or_asks_in_vain(
+    client: Callable[..., Any], head: Head, small: dict[str, Any], sweep_file: Callable[[Any], str], tmp_path: Path
+) -> None:
+    file = sweep_file(small)
+    for command in (("submit", file), ("status", "small-12345678"), ("logs", "small-12345678"), ("list",)):
+        wrong = client(*command, RAY_AUTH_TOKEN="wrongmarker" * 4)
+        assert_one_line(wrong, "refuses this machine's token", "RAY_AUTH_TOKEN")
+        assert "wrongmarker" not in wrong.stderr + wrong.stdout
+    assert_one_line(client("list", RAY_AUTH_TOKEN=""), "asks for a token and there is none")
+    assert_one_line(client("submit", file, RAY_AUTH_TOKEN=""), "asks for a token and there is none")
+    written = tmp_path / "token"
+    written.write_text(head.token + "\n")
+    assert client("list", RAY_AUTH_TOKEN="", RAY_AUTH_TOKEN_PATH=str(written)).returncode == 0
+    for command in (("status",), ("logs",), ("logs", "-f"), ("stop",)):
+        assert_one_line(client(*command, "small-12345678"), "no sweep small-12345678", "saescale list")
+    assert not Path(small["out"]).exists()
+
+
+def test_addresses_that_are_no_dashboard(client: Callable[..., Any], s3_endpoint: str) -> None:
+    assert_one_line(client("list", "--address", "http://127.0.0.1:1"), "nothing answers at http://127.0.0.1:1")
+    assert_one_line(client("list", "--address", s3_endpoint), "is no Ray dashboard")
+    assert_one_line(client("list", "--address", "ray://127.0.0.1:10001"), "no address of a Ray dashboard")
+    assert_one_line(client("list", RAY_API_SERVER_ADDRESS=""), "--address http://HEAD:8265")
+    hidden = client("list", "--address", "http://me:passmarker@127.0.0.1:1")
+    assert_one_line(hidden, "nothing answers at http://127.0.0.1:1")
+    assert "passmarker" not in hidden.stderr
+
+
+def test_which_address_counts(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("RAY_API_SERVER_ADDRESS", raising=False)
+    monkeypatch.setenv("RAY_ADDRESS", "10.0.0.1:6379")  # a cluster's own, behind which no dashboard answers
+    with pytest.raises(SaescaleError, match="--address"):
+        resolve_address(None)
+    monkeypatch.setenv("RAY_ADDRESS", "https://ray.example")
+    assert resolve_address(None) == "https://ray.example"
+    monkeypatch.setenv("RAY_API_SERVER_ADDRESS", "head:8265/")
+    assert resolve_address(None) == "http://head:8265"
+    assert resolve_address("http://other:1") == "http://other:1"
+    assert shown("http://a:b@h:1/x?token=t") == "http://h:1/x"
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"store": "stores/x"}, "store: stores/x would be another place on the cluster"),
+        ({"out": "runs/x"}, "out: runs/x would be another place on the cluster"),
+        ({"out": "memory://x"}, "out: memory://x would be another place on the cluster"),
+        ({"grid": {"n_latents": [0], "k": [1]}}, "grid.n_latents.0"),
+    ],
+)
+def test_what_is_refused_before_anything_is_sent(
+    document: dict[str, Any], sweep_file: Callable[[Any], str], change: dict[str, Any], said: str
+) -> None:
+    file = sweep_file(document | change)
+    assert_one_line(saescale("submit", file, "--address", "http://127.0.0.1:1"), said)
+
+
+def test_a_run_that_is_driven_is_not_submitted_again(
+    document: dict[str, Any], sweep_file: Callable[[Any], str]
+) -> None:
+    with Lease(document["out"], job="small-1a2b3c4d"):
+        refused = saescale("submit", sweep_file(document), "--address", "http://127.0.0.1:1")
+    assert_one_line(refused, "driven already", "saescale stop small-1a2b3c4d")
+
+
+def test_what_goes_to_the_cluster(document: dict[str, Any], tmp_path: Path) -> None:
+    spec = parse_spec(document | {"resources": {}}, "here")
+    write_package(tmp_path / "package", spec, spec)
+    there = {
+        str(path.relative_to(tmp_path / "package")) for path in (tmp_path / "package").rglob("*") if path.is_file()
+    }
+    sources = {str(path.relative_to(ROOT)) for name in PACKAGES for path in (ROOT / name).rglob("*.py")}
+    assert sources <= there
+    assert {"scaling/report.html.j2", "scaling/data/chinchilla_points.csv"} <= there
+    others = {name for name in there - sources if name.split("/")[0] not in PACKAGES}
+    assert {name.split(".dist-info")[0].split("-")[0] for name in others} == {
+        "sweep.yaml",
+        "extension.yaml",
+        "saescale",
+    }
+    code = "import cluster.spec, importlib.metadata as m; print(cluster.spec.__file__, m.version('saescale'))"
+    command = [sys.executable, "-c", code]
+    found = subprocess.run(
+        command, cwd=tmp_path / "package", env=environment(PYTHONPATH=""), capture_output=True, text=True
+    )
+    assert found.stdout.split() == [str(tmp_path / "package/cluster/spec.py"), version("saescale")], found.stderr
+    assert parse_spec(yaml.safe_load((tmp_path / "package/sweep.yaml").read_text()), "there") == spec
+
+
+def test_an_extension_goes_along(document: dict[str, Any], sweep_file: Callable[[Any], str], tmp_path: Path) -> None:
+    (tmp_path / "more.yaml").write_text(yaml.safe_dump({"grid": {"n_latents": [256], "k": [2]}}))
+    spec = parse_spec(document, "here")
+    extension = read_extension(spec, str(tmp_path / "more.yaml"))
+    write_package(tmp_path / "package", spec, extension)
+    again = extend(spec, str(tmp_path / "package" / EXTENSION))
+    assert again.added == 1
+    (tmp_path / "other.yaml").write_text(
+        yaml.safe_dump({"grid": {"n_latents": [256], "k": [2]}, "eval": {"tokens": 1}})
+    )
+    refused = saescale(
+        "submit", sweep_file(document), "--extend", str(tmp_path / "other.yaml"), "--address", "http://x"
+    )
+    assert_one_line(refused, "eval.tokens is 1")
+
+
+@pytest.mark.parametrize("place", ["store", "out"])
+@pytest.mark.parametrize(
+    ("url", "part"),
+    [
+        ("s3://user:secretmarker@bucket/x", "before its @"),
+        ("https://secretmarker@host/x", "before its @"),
+        ("s3://bucket/x?token=secretmarker", "token="),
+        ("s3://bucket/x?a=1&AWSAccessKeyId=secretmarker", "AWSAccessKeyId="),
+        ("https://host/x?sig=secretmarker", "sig="),
+    ],
+)
+def test_a_sweep_file_with_a_secret_is_refused_without_repeating_it(
+    document: dict[str, Any], place: str, url: str, part: str
+) -> None:
+    with pytest.raises(SaescaleError, match=part) as refused:
+        parse_spec(document | {place: url}, "sweep.yaml")
+    chain = f"{refused.value} {refused.value.__cause__}"
+    assert "environment variables" in chain
+    assert "secretmarker" not in chain
+
+
+def test_a_key_of_wandb_in_a_sweep_file(document: dict[str, Any], sweep_file: Callable[[Any], str]) -> None:
+    document |= {"wandb": {"mode": "off", "api_key": "secretmarker"}, "aws_secret_access_key": "secretmarker"}
+    for command in ("sweep", "submit"):
+        result = saescale("--debug", command, sweep_file(document), "--address", "http://127.0.0.1:1")
+        assert "wandb.api_key is not a key; a sweep file is copied" in result.stderr
+        assert "aws_secret_access_key is not a key; a sweep file is copied" in result.stderr
+        assert "secretmarker" not in result.stderr + result.stdout
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "s3://bucket/a@b",
+        "abfs://container@account.dfs.core.windows.net/x",
+        "sftp://me@host/x",
+        "/data/a=b",
+        "s3://b/k=2",
+    ],
+)
+def test_addresses_without_a_secret(document: dict[str, Any], url: str) -> None:
+    assert parse_spec(document | {"store": url}, "sweep.yaml").store == url
+
+
+def wait_for(holds: Callable[[], object]) -> None:
+    deadline = time.monotonic() + 120
+    while not holds():
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
