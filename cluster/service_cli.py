@@ -285,15 +285,15 @@ def _stop_job(job: str, address: str | None) -> None:
 
 
 def _stop_run(run: str, address: str | None) -> None:
-    from storage import lease
+    from storage.lease import read_driver
 
-    driver = lease.read_driver(run)
+    driver = read_driver(run)
     if driver is None or not driver.lives():
         raise SaescaleError(f"nothing drives {run} now; `saescale status {run}` says how far it is")
     if driver.job is not None:
         _stop_job(driver.job, address)
         return
-    if driver.machine != lease._machine():
+    if not driver.is_here:
         raise SaescaleError(f"{run} is driven on another machine ({driver.name}): run `saescale stop {run}` there")
     _say("stopping: the workers save their checkpoints")
     os.kill(driver.pid, signal.SIGTERM)
