@@ -1,6 +1,7 @@
 """Runs a sweep from its spec to its report: checks the store, plans packs, has them trained, fits the laws."""
 
 import os
+from contextlib import ExitStack
 from typing import Any, NamedTuple
 
 from cluster.display import SweepDisplay
@@ -50,28 +51,31 @@ def run_sweep(
         require_free(run.url)
     if ledger is not None and retry_failed:
         ledger.forget_failed()
-    if ledger is None or ledger.pending:
-        verify(store, spec.eval.tokens, display)
-        display.stage("starting the workers")
-        # Only here: a sweep that is finished is shown without the seconds that Ray and torch take to import.
-        from cluster.execute import Execution
-        from cluster.plan import plan_packs
-        from cluster.pool import Pool
+    with ExitStack() as held:
+        lease = None
+        if ledger is None or ledger.pending:
+            verify(store, spec.eval.tokens, display)
+            display.stage("starting the workers")
+            # Only here: a sweep that is finished is shown without the seconds that Ray and torch take to import.
+            from cluster.execute import Execution
+            from cluster.plan import plan_packs
+            from cluster.pool import Pool
 
-        with Pool(spec.grid.size, spec.resources, address) as pool:
-            ledger = ledger or open_ledger(run, spec, store, precision or pool.precision, extending)
-            trained = len(ledger.pending)
-            needs = pool.needs(store, spec.eval.tokens, remote_run=local_path(run.url) is None)
-            packs = plan_packs(ledger.pending, ledger.checkpoint_steps(), pool.count, pool.memory, needs)
-            # Not before the plan stands: a sweep that cannot be run leaves no run directory behind.
-            with Lease(run.url, os.environ.get(JOB)) as lease:
+            with Pool(spec.grid.size, spec.resources, address) as pool:
+                ledger = ledger or open_ledger(run, spec, store, precision or pool.precision, extending)
+                trained = len(ledger.pending)
+                needs = pool.needs(store, spec.eval.tokens, remote_run=local_path(run.url) is None)
+                packs = plan_packs(ledger.pending, ledger.checkpoint_steps(), pool.count, pool.memory, needs)
+                # Not before the plan stands: a sweep that cannot be run leaves no run directory behind.
+                lease = held.enter_context(Lease(run.url, os.environ.get(JOB)))
                 ledger.begin()
                 Execution(spec, ledger, pool, needs, packs, lease, display).run()
-                lease.end("finished")
-    else:
-        # Cells of an extension may have their results already.
-        ledger.write_spec()
-    fits, wandb = _analyse(spec, ledger, display, bootstraps)
+        else:
+            # Cells of an extension may have their results already.
+            ledger.write_spec()
+        fits, wandb = _analyse(spec, ledger, display, bootstraps)
+        if lease is not None:
+            lease.end("finished")
     failed = sum(result["status"] == "failed" for result in ledger.results.values())
     return SweepOutcome(run, fits, len(ledger.cells), failed, trained, wandb)
 
