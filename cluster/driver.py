@@ -65,11 +65,12 @@ def run_sweep(
                 ledger = ledger or open_ledger(run, spec, store, precision or pool.precision, extending)
                 trained = len(ledger.pending)
                 needs = pool.needs(store, spec.eval.tokens, remote_run=local_path(run.url) is None)
-                packs = plan_packs(ledger.pending, ledger.checkpoint_steps(), pool.count, pool.memory, needs)
+                steps = ledger.checkpoint_steps()
+                packs = plan_packs(ledger.pending, steps, pool.count, pool.memory, needs)
                 # Not before the plan stands: a sweep that cannot be run leaves no run directory behind.
                 lease = held.enter_context(Lease(run.url, os.environ.get(JOB)))
                 ledger.begin()
-                Execution(spec, ledger, pool, needs, packs, lease, display).run()
+                Execution(spec, ledger, pool, needs, packs, steps, lease, display).run()
         else:
             # Cells of an extension may have their results already.
             ledger.write_spec()

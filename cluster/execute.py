@@ -10,7 +10,8 @@ a worker has nothing to do   the pack that has most to do is split, as when node
 
 import time
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -30,7 +31,7 @@ from trainers.device import OutOfMemory
 from trainers.train import PackJob
 
 MAX_ATTEMPTS = 4  # of a pack that dies again and again without reaching a further checkpoint
-MAX_FRUITLESS = 3 * MAX_ATTEMPTS  # failures one after another, with nothing done in between: it is not the cells
+MAX_FRUITLESS = 3 * MAX_ATTEMPTS  # failures one after another, without one step in between: it is not the cells
 LONGEST_PAUSE_S = 60.0
 POLL_S = 0.5
 STOP_TIMEOUT_S = 30.0
@@ -68,6 +69,7 @@ class Execution:
         pool: Pool,
         needs: Needs,
         packs: Sequence[list[Cell]],
+        steps: Mapping[str, Sequence[int]],  # ledger.checkpoint_steps()
         lease: Lease,
         display: SweepDisplay,
     ) -> None:
@@ -75,16 +77,16 @@ class Execution:
         self.lease, self.display = lease, display
         self.asked = ledger.pending
         self.total = sum(cost(cell) for cell in self.asked)
-        steps = {cell_id: found[0] for cell_id, found in ledger.checkpoint_steps().items()}
+        newest = {cell_id: found[0] for cell_id, found in steps.items()}
         # What is behind the checkpoints is done, but not by this call.
-        self.before = sum(cost(cell) * steps.get(cell.cell_id, 0) / cell.steps for cell in self.asked)
+        self.before = sum(cost(cell) * newest.get(cell.cell_id, 0) / cell.steps for cell in self.asked)
         self.waiting: list[_Pack] = []
         self.running: dict[Any, _Running] = {}  # by the reference of `train`
         self.idle: list[Any] = list(pool.ready)
         for cells in packs:
-            self._queue(cells, reached=sum(steps.get(cell.cell_id, 0) for cell in cells))
+            self._queue(cells, reached=sum(newest.get(cell.cell_id, 0) for cell in cells))
         self.begun = 0  # attempts
-        self.fruitless = 0  # failures since anything got further
+        self.fruitless = 0  # failures since any pack made a step
         self.interrupted = 0  # packs whose worker was lost
         self.warned: set[str] = set()
         self.began = self.looked = self.last_worker = time.monotonic()
@@ -130,7 +132,7 @@ class Execution:
             parts = split(pack.cells, 2, max(info.memory for info in self.pool.ready.values()), self.needs)
             self.waiting.remove(pack)
             for cells in parts:
-                self._queue(cells, self.ledger.steps_reached(cells))
+                self._queue(cells, self._reached(cells))
 
     def _start(self, worker: Any, pack: _Pack) -> None:
         job = PackJob(
@@ -151,6 +153,9 @@ class Execution:
 
     def _watch(self) -> None:
         """Waits for a pack to end or a worker to come up."""
+        if not self.running and not self.pool.starting:
+            time.sleep(POLL_S)  # until a pack is due again
+            return
         ready, _ = ray.wait([*self.running, *self.pool.starting], num_returns=1, timeout=POLL_S)
         for reference in ready:
             if reference in self.running:
@@ -182,8 +187,8 @@ class Execution:
         running = [r for r in self.running.values() if r.progress is not None and r.progress.running > 1]
         longest = max(running, key=_seconds_left, default=None)
         worth = longest is not None and _seconds_left(longest) > WORTH_S
-        if self.waiting or worth:
-            self.pool.grow()
+        if self.waiting or (longest is not None and worth):
+            self.pool.grow(len(self.waiting) or 1)
         parting = any(running.parting for running in self.running.values())
         if longest is not None and worth and self.idle and not self.waiting and not parting:
             longest.parting = True
@@ -261,21 +266,33 @@ class Execution:
         if len(left) > 1:
             self._warn(f"{why}; its {len(left)} cells go on as two packs")
             self._queue_parts(left, 2)
-        elif left and attempt > MAX_ATTEMPTS:
-            self.ledger.fail(left[0], why)
+        elif left and attempt > MAX_ATTEMPTS and self._give_up(left[0], why):
             self._warn(f"cell {left[0].cell_id} failed: {why}")
         elif left:
             self._queue(left, reached, attempt)
 
+    def _give_up(self, cell: Cell, why: str) -> bool:
+        with suppress(Unavailable):  # then it is tried once more, and given up when that can be written
+            self.ledger.fail(cell, why)
+        return cell.cell_id in self.ledger.results
+
     def _queue_parts(self, cells: list[Cell], count: int) -> None:
         for part in split(cells, count, float("inf"), self.needs):
-            self._queue(part, self.ledger.steps_reached(part))
+            self._queue(part, self._reached(part))
 
     def _left(self, pack: _Pack) -> tuple[list[Cell], int]:
         """The cells without a result, and how far those of the pack are for good."""
-        self.ledger.take_up(pack.cells)
+        with suppress(Unavailable):  # the next worker will find what this did not
+            self.ledger.take_up(pack.cells)
         left = [cell for cell in pack.cells if cell.cell_id not in self.ledger.results]
-        return left, self.ledger.steps_reached(pack.cells)
+        return left, self._reached(pack.cells, otherwise=pack.reached)
+
+    def _reached(self, cells: Sequence[Cell], otherwise: int = 0) -> int:
+        """Steps that no kill can undo; `otherwise` while the run directory does not answer."""
+        try:
+            return self.ledger.steps_reached(cells)
+        except Unavailable:
+            return otherwise
 
     # --- what is seen of it
 
@@ -299,6 +316,9 @@ class Execution:
                 self._warn(note)
             asked[answer].heard = max(asked[answer].heard, now - state.quiet_s)
             if state.progress is not None:
+                before = asked[answer].progress
+                if before is None or state.progress.step > before.step:
+                    self.fruitless = 0
                 asked[answer].progress = state.progress
         for running in self.running.values():
             if now - running.heard > self.spec.resources.stalled_after_s and not running.killed:

@@ -2,6 +2,7 @@
 
 import math
 import time
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from importlib.metadata import version
 from typing import Any, get_args
@@ -12,7 +13,7 @@ import pyarrow.compute as pc
 from cluster.spec import Combination, SweepSpec, parse_spec
 from storage import checkpoint, files
 from storage.activations import ActivationStore
-from storage.errors import SaescaleError
+from storage.errors import SaescaleError, SaescaleWarning, Unavailable
 from storage.files import remove
 from storage.rundir import CURVES_SCHEMA, RunDirectory
 from trainers.cell import Cell, Precision
@@ -109,12 +110,16 @@ class Ledger:
     def record(self, results: Iterable[Mapping[str, Any]]) -> None:
         """Takes up results of cells, and writes the tables unless that was just done.
 
-        Writing them takes the longer the more cells there are, so it is done for at most a twentieth of the time:
-        what is not in a table yet is in its cell's result.json.
+        Writing them takes the longer the more cells there are, so it is done for at most a twentieth of the time, and
+        not while the run directory does not answer: what is not in a table yet is in its cell's result.json.
         """
         self.results |= {result["cell_id"]: dict(result) for result in results}
         if time.monotonic() - self._written > max(2.0, 20 * self._writing_s):
-            self.write()
+            try:
+                self.write()
+            except Unavailable as error:
+                self._written = time.monotonic()
+                warnings.warn(f"the ledger is written later: {error}", SaescaleWarning, stacklevel=2)
 
     def take_up(self, cells: Iterable[Cell]) -> None:
         """Records those of `cells` that finished before the worker that trained them died."""

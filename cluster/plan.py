@@ -2,6 +2,7 @@
 
 from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping, Sequence
+from heapq import heappop, heappush
 
 from storage.checkpoint import KEPT
 from storage.errors import SaescaleError
@@ -58,12 +59,20 @@ def split(cells: Sequence[Cell], count: int, memory: float, needs: Needs) -> lis
 
     Raises SaescaleError where one cell alone needs more.
     """
-    for packs_wanted in range(min(count, len(cells)), len(cells) + 1):
-        packs: list[list[Cell]] = [[] for _ in range(packs_wanted)]
-        for cell in sorted(cells, key=lambda cell: -cost(cell)):
-            min(packs, key=lambda pack: sum(cost(c) for c in pack)).append(cell)
+    wanted = min(count, len(cells))
+    costly_first = sorted(((cost(cell), cell) for cell in cells), key=lambda pair: -pair[0])
+    while True:
+        packs: list[list[Cell]] = [[] for _ in range(wanted)]
+        loads = [(0.0, number) for number in range(wanted)]
+        for spent, cell in costly_first:
+            load, number = heappop(loads)
+            packs[number].append(cell)
+            heappush(loads, (load + spent, number))
         if all(needs(pack) <= memory for pack in packs):
             return packs
+        if wanted == len(cells):
+            break
+        wanted = min(len(cells), max(wanted + 1, int(1.1 * wanted)))
     largest = max(cells, key=lambda cell: needs([cell]))
     raise SaescaleError(
         f"cell {largest.cell_id} needs {needs([largest]) / 2**30:.1f} GiB and a worker has {memory / 2**30:.1f} GiB; "

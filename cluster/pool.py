@@ -238,16 +238,15 @@ class Pool:
         where = NodeAffinitySchedulingStrategy(info.node_id, soft=False)
         ray.remote(_kill).options(num_cpus=0, scheduling_strategy=where, max_retries=0).remote(info.pid)
 
-    def grow(self) -> int:
-        """Starts workers where nodes have joined and the number of workers was left open; returns how many."""
+    def grow(self, most: int) -> None:
+        """Starts up to `most` workers where nodes have joined and the number of workers was left open."""
         if not self._grows:
-            return 0
+            return
         resources = ray.cluster_resources()
         room = resources.get("GPU", 0.0) / self._gpus if self._gpus else resources.get("CPU", 0.0) / self._cpus
-        new = max(0, min(self._cells, int(room)) - len(self.ready) - len(self.starting))
-        for _ in range(new):
+        new = min(self._cells, int(room)) - len(self.ready) - len(self.starting)
+        for _ in range(min(new, most - len(self.starting))):
             self.replace_worker()
-        return new
 
     @property
     def precision(self) -> Precision:
