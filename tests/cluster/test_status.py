@@ -213,6 +213,15 @@ def test_watching_without_a_terminal_ends_with_the_sweep(tmp_path: Path) -> None
     assert [process.returncode for process in watching] == [0, 0]
 
 
+def test_watching_on_a_terminal_leaves_the_last_picture(tmp_path: Path) -> None:
+    run = make_run(str(tmp_path / "run"), ROWS)
+    Lease(run.url).end("finished")
+    result = saescale("status", run.url, "--watch", FORCE_COLOR="1", TERM="xterm", COLUMNS="80", LINES="24")
+    assert result.returncode == 0, result.stderr
+    last = result.stdout.rsplit("\x1b[?25h", 1)[-1]  # after the cursor is shown again
+    assert last.count("1 of 4 cells done, 1 failed, 2 pending") == 1
+
+
 def test_who_ends_watching_ends_nothing_else(tmp_path: Path) -> None:
     run = make_run(str(tmp_path / "run"), ROWS)
     with Lease(run.url):
