@@ -20,7 +20,7 @@ quickstart: install
 	$(BIN)/saescale quickstart $(ARGS)
 
 test: install
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest --numprocesses 2 --dist loadgroup $(ARGS)
 
 bench: install
 	for name in $(or $(BENCH),step pack quality stream growth overhead); do $(BIN)/python -m tests.benchmarks.bench_$$name $(ARGS) || exit; done

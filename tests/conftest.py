@@ -20,6 +20,13 @@ os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 SaveSubject = Callable[..., str]
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Two halves for `make test`, which runs them side by side: what shares the Ray cluster, and all else."""
+    for item in items:
+        shares = "three_nodes" in getattr(item, "fixturenames", ())
+        item.add_marker(pytest.mark.xdist_group("cluster" if shares else "alone"))
+
+
 @pytest.fixture(scope="session")
 def s3_server() -> Iterator[tuple[str, Faults]]:
     """A real S3 protocol server on loopback, and what can go wrong with it; AWS_* point every client to it."""

@@ -50,6 +50,27 @@ def _quality(result: dict[str, Any]) -> str:
     return _markdown(["trained by", "nmse", "against dense fp32"], rows)
 
 
+def _soak(result: dict[str, Any]) -> str:
+    outcome = result["outcome"]
+    kills = ", ".join(f"{outcome['kills'].get(kind, 0)} of a {kind}" for kind in ("worker", "node", "driver"))
+    return _markdown(["a sweep of 24 cells under random kills", ""], [
+        ["kills survived", f"{outcome['kills_survived']}: {kills}"],
+        ["cells lost, with more than one result, with another result",
+         f"{outcome['cells_lost']}, {outcome['cells_with_more_than_one_result']}, {outcome['cells_changed']}"],
+        ["steps done twice", f"{outcome['share_done_twice']:.0%}"],
+        ["seconds, undisturbed and under kills",
+         f"{outcome['seconds_undisturbed']:.0f} and {outcome['seconds_under_kills']:.0f}"],
+    ])  # fmt: skip
+
+
+def _overhead(result: dict[str, Any]) -> str:
+    turns = result["turns"]
+    seconds = {turn: _median([outcome["training_s"] for outcome in outcomes]) for turn, outcomes in turns.items()}
+    rows = [["saescale sweep", f"{seconds['sweep']:.1f}", f"{_median(result['ratio']):.3f}"]]
+    rows += [["the same in a plain loop", f"{seconds['plain']:.1f}", "1.000"]]
+    return _markdown([f"six cells, {result['tokens']:,} tokens each", "seconds of training", "ratio"], rows)
+
+
 def _markdown(head: list[str], rows: list[list[str]]) -> str:
     lines = [head, ["---"] * len(head), *rows]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
@@ -59,7 +80,7 @@ def _median(values: list[float]) -> float:
     return sorted(values)[len(values) // 2]
 
 
-_MAKERS = {"step": _step, "pack": _pack, "quality": _quality}
+_MAKERS = {"step": _step, "pack": _pack, "quality": _quality, "soak": _soak, "overhead": _overhead}
 
 
 if __name__ == "__main__":

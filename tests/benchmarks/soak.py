@@ -73,8 +73,8 @@ def _arguments() -> argparse.Namespace:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--tokens", type=int, default=4_194_304, help="that each cell trains on (default: 4,194,304)")
-    parser.add_argument("--pause", type=float, default=15.0, help="mean seconds between kills (default: 15)")
+    parser.add_argument("--tokens", type=int, default=8_388_608, help="that each cell trains on (default: 8,388,608)")
+    parser.add_argument("--pause", type=float, default=12.0, help="mean seconds between kills (default: 12)")
     parser.add_argument("--seed", type=int, default=0, help="of the kills (default: 0)")
     parser.add_argument("--out", type=Path, help="JSON file to write (default: tests/benchmarks/results/soak.json)")
     return parser.parse_args()
