@@ -10,7 +10,7 @@ from cluster.spec import SweepSpec
 from scaling.report import analyse, is_current
 from storage.activations import ActivationStore
 from storage.files import join, list_names, local_path
-from storage.lease import Lease, require_free
+from storage.lease import Lease, read_driver, require_free
 from storage.rundir import RunDirectory
 from trainers.wandb_logger import how_to_read, log_summary, resolve_mode, wandb_directory
 
@@ -47,13 +47,12 @@ def run_sweep(
     precision = recorded_precision(run)
     ledger = open_ledger(run, spec, store, precision, extending) if precision else None
     trained = 0
-    if ledger is None or ledger.pending or retry_failed:
-        require_free(run.url)
     if ledger is not None and retry_failed:
         ledger.forget_failed()
     with ExitStack() as held:
-        lease = None
+        lease, job = None, os.environ.get(JOB)
         if ledger is None or ledger.pending:
+            dead = require_free(run.url)  # now, or somebody would wait for workers in vain
             verify(store, spec.eval.tokens, display)
             display.stage("starting the workers")
             # Only here: a sweep that is finished is shown without the seconds that Ray and torch take to import.
@@ -68,10 +67,12 @@ def run_sweep(
                 steps = ledger.checkpoint_steps()
                 packs = plan_packs(ledger.pending, steps, pool.count, pool.memory, needs)
                 # Not before the plan stands: a sweep that cannot be run leaves no run directory behind.
-                lease = held.enter_context(Lease(run.url, os.environ.get(JOB)))
+                lease = held.enter_context(Lease(run.url, job, dead))
                 ledger.begin()
                 Execution(spec, ledger, pool, needs, packs, steps, lease, display).run()
         else:
+            if not _is_concluded(run, bootstraps):
+                lease = held.enter_context(Lease(run.url, job))
             # Cells of an extension may have their results already.
             ledger.write_spec()
         fits, wandb = _analyse(spec, ledger, display, bootstraps)
@@ -79,6 +80,12 @@ def run_sweep(
             lease.end("finished")
     failed = sum(result["status"] == "failed" for result in ledger.results.values())
     return SweepOutcome(run, fits, len(ledger.cells), failed, trained, wandb)
+
+
+def _is_concluded(run: RunDirectory, bootstraps: int) -> bool:
+    """Whether the driver that trained the last cells also fitted the laws and said so."""
+    last = read_driver(run.url)
+    return (last is None or last.state == "finished") and is_current(run, bootstraps=bootstraps)
 
 
 def verify(store: ActivationStore, eval_tokens: int, display: SweepDisplay) -> None:

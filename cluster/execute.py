@@ -20,7 +20,7 @@ import ray
 from cluster.display import SweepDisplay
 from cluster.ledger import Ledger
 from cluster.plan import Needs, cost, split
-from cluster.pool import Pool, Trained, WorkerState
+from cluster.pool import MAX_STARTS, Pool, Trained, Unfit, WorkerState
 from cluster.spec import SweepSpec
 from storage import files
 from storage.errors import SaescaleError, SaescaleWarning, Unavailable, one_line
@@ -33,8 +33,11 @@ from trainers.train import PackJob
 MAX_ATTEMPTS = 4  # of a pack that dies again and again without reaching a further checkpoint
 MAX_FRUITLESS = 3 * MAX_ATTEMPTS  # failures one after another, without one step in between: it is not the cells
 LONGEST_PAUSE_S = 60.0
+OUTAGE_S = 900.0  # without one step of any pack, while stores do not answer
+DEAD_S = 60.0  # after it was killed, a worker that is not heard of is taken for dead
 POLL_S = 0.5
-STOP_TIMEOUT_S = 30.0
+ANSWER_S = 0.2  # that workers get to say where they stand
+STOP_TIMEOUT_S = 45.0  # less than a job that is stopped gets (service.STOP_WAIT_S)
 PATIENCE_S = 60.0  # until a worker that does not come up is mentioned
 LOOK_S = 5.0  # between two looks for workers with nothing to do
 WORTH_S = 60.0  # a pack with less left to do is not split for them
@@ -43,6 +46,7 @@ WORTH_S = 60.0  # a pack with less left to do is not split for them
 class _Pack(NamedTuple):
     cells: list[Cell]
     bytes: float  # that it takes of a worker's memory
+    cost: float  # FLOPs
     reached: int  # sum of the checkpointed steps of its cells when the attempt began
     attempt: int = 1  # since the pack last got further
     due: float = 0.0  # not to be begun before, in time.monotonic()
@@ -56,7 +60,8 @@ class _Running:
     heard: float  # when it last got something done
     progress: Progress | None = None  # what it last said
     parting: bool = False  # asked to stop, to be split
-    killed: bool = False
+    question: Any = None  # the reference of `state`, until it is answered
+    killed: float | None = None  # when
 
 
 class Execution:
@@ -89,7 +94,9 @@ class Execution:
         self.fruitless = 0  # failures since any pack made a step
         self.interrupted = 0  # packs whose worker was lost
         self.warned: set[str] = set()
-        self.began = self.looked = self.last_worker = time.monotonic()
+        self.failed_starts = 0  # of workers, one after another
+        self.starts_due: list[float] = []  # when others are to be started in their place
+        self.began = self.looked = self.last_worker = self.moved = time.monotonic()
 
     def run(self) -> None:
         """Returns when every cell has its result. Whatever ends it early, what the workers have done is saved.
@@ -100,11 +107,16 @@ class Execution:
         self.display.stage(f"training {len(self.asked)} cells in {len(self.waiting)} packs")
         try:
             while self.waiting or self.running:
+                turn = time.monotonic()
                 self._hand_out()
                 self._watch()
                 self._share_out()
                 self._show()
                 self.lease.require()
+                if (busy := time.monotonic() - turn) > 5 * POLL_S:
+                    # It was this process that did not listen.
+                    for running in self.running.values():
+                        running.heard += busy
         except BaseException:
             self._stop()
             raise
@@ -112,8 +124,10 @@ class Execution:
     # --- packs and workers
 
     def _queue(self, cells: list[Cell], reached: int, attempt: int = 1) -> None:
-        pause = min(LONGEST_PAUSE_S, 2.0 ** (attempt - 1)) if attempt > 1 else 0.0
-        self.waiting.append(_Pack(cells, self.needs(cells), reached, attempt, time.monotonic() + pause))
+        pause = _pause(attempt)
+        total = sum(cost(cell) for cell in cells)
+        self.waiting.append(_Pack(cells, self.needs(cells), total, reached, attempt, time.monotonic() + pause))
+        self.waiting.sort(key=lambda pack: -pack.cost)  # longest first
 
     def _hand_out(self) -> None:
         now = time.monotonic()
@@ -126,13 +140,21 @@ class Execution:
                 self.waiting.remove(pack)
                 self.idle.remove(worker)
                 self._start(worker, pack)
-        if due and self.idle and not self.running and not self.pool.starting:
-            # The worker that it was planned for is gone, and those that are left are smaller.
-            pack = due[0]
+        if due and self.idle and not self.running:
+            self._fit(due[0])
+
+    def _fit(self, pack: _Pack) -> None:
+        """Splits a pack that fits none of the workers that are left: the one that it was planned for is gone."""
+        try:
             parts = split(pack.cells, 2, max(info.memory for info in self.pool.ready.values()), self.needs)
-            self.waiting.remove(pack)
-            for cells in parts:
-                self._queue(cells, self._reached(cells))
+        except SaescaleError as error:
+            if not self.pool.starting:
+                raise
+            self._warn(f"{error}; waiting for one to come up")
+            return
+        self.waiting.remove(pack)
+        for cells in parts:
+            self._queue(cells, self._reached(cells))
 
     def _start(self, worker: Any, pack: _Pack) -> None:
         job = PackJob(
@@ -153,10 +175,17 @@ class Execution:
 
     def _watch(self) -> None:
         """Waits for a pack to end or a worker to come up."""
-        if not self.running and not self.pool.starting:
+        now = time.monotonic()
+        for due in [due for due in self.starts_due if due <= now]:
+            self.starts_due.remove(due)
+            self.pool.replace_worker()
+        watched = [*self.running, *self.pool.starting]
+        if watched:
+            ready, _ = ray.wait(watched, num_returns=1, timeout=POLL_S)
+            ready, _ = ray.wait(watched, num_returns=len(watched), timeout=0) if ready else ([], [])
+        else:
             time.sleep(POLL_S)  # until a pack is due again
-            return
-        ready, _ = ray.wait([*self.running, *self.pool.starting], num_returns=1, timeout=POLL_S)
+            ready = []
         for reference in ready:
             if reference in self.running:
                 self._finish(reference)
@@ -170,9 +199,21 @@ class Execution:
     def _join(self, described: Any) -> None:
         try:
             self.idle.append(self.pool.joined(described))
+            self.failed_starts = 0
         except ray.exceptions.RayError as error:
-            self._warn(f"a worker died while it started ({one_line(error)[:200]}); another one is started")
-            self.pool.replace_worker()
+            self.failed_starts += 1
+            # Without what Ray says of its identifiers, or it would be another warning each time.
+            kind = type(getattr(error, "cause", None) or error).__name__
+            if self.failed_starts < MAX_STARTS:
+                self._warn(f"a worker did not come up ({kind}); another one is started")
+                self.starts_due.append(time.monotonic() + _pause(self.failed_starts + 1))
+            elif self.pool.ready or self.pool.starting or self.starts_due:
+                self._warn(f"workers do not come up ({kind}); going on with fewer")
+            else:
+                raise SaescaleError(
+                    f"{MAX_STARTS} workers in a row did not come up: {one_line(error)[:300]}; look at the cluster "
+                    "(`ray status`), then run the same command again"
+                ) from error
 
     def _replace(self, worker: Any) -> None:
         self.pool.lost(worker)
@@ -184,6 +225,10 @@ class Execution:
         if now - self.looked < LOOK_S:
             return
         self.looked = now
+        alive = {node["NodeID"] for node in ray.nodes() if node["Alive"]}
+        for worker in [worker for worker in self.idle if self.pool.ready[worker].node_id not in alive]:
+            self.idle.remove(worker)
+            self._replace(worker)
         running = [r for r in self.running.values() if r.progress is not None and r.progress.running > 1]
         longest = max(running, key=_seconds_left, default=None)
         worth = longest is not None and _seconds_left(longest) > WORTH_S
@@ -206,7 +251,7 @@ class Execution:
         except ray.exceptions.RayError as error:
             self._died(worker, pack, error)
         else:
-            self.fruitless = 0
+            self._moves()
             self.ledger.record(trained.results)
             for note in trained.notes:
                 self._warn(note)
@@ -224,6 +269,13 @@ class Execution:
             # What is left of the pack in that process is best ended with it.
             self._replace(worker)
             self._smaller(pack, one_line(cause))
+        elif isinstance(cause, Unfit):
+            self.pool.lost(worker)
+            self.pool.stay()
+            if not self.pool.ready and not self.pool.starting:
+                raise cause
+            self._warn(f"{cause}; going on without it")
+            self._queue(pack.cells, pack.reached)
         elif isinstance(cause, SaescaleError):
             self.idle.append(worker)
             raise cause
@@ -232,6 +284,8 @@ class Execution:
             self._again(pack, cause, f"the worker failed with {type(cause).__name__}: {one_line(cause)[:300]}")
 
     def _died(self, worker: Any, pack: _Pack, error: Exception) -> None:
+        if isinstance(error, ray.exceptions.ActorUnavailableError):
+            self.pool.kill(worker)  # it may live, out of reach, and must not write beside the next one
         info = self.pool.lost(worker)
         self.pool.replace_worker()
         self.interrupted += 1
@@ -248,13 +302,16 @@ class Execution:
         `blamed`: what happened may be the pack's doing.
         """
         left, reached = self._left(pack)
-        further = reached > pack.reached
-        self.fruitless = 0 if further else self.fruitless + 1
+        further, outage = reached > pack.reached, isinstance(error, Unavailable)
+        if not further and blamed and not outage:
+            self.fruitless += 1
         attempt = 1 if further or not blamed else pack.attempt + 1
-        if self.fruitless > MAX_FRUITLESS or (attempt > MAX_ATTEMPTS and isinstance(error, Unavailable)):
-            raise SaescaleError(f"{what}; gave up after {self.fruitless} tries without any progress") from error
-        if attempt > MAX_ATTEMPTS:
-            self._smaller(_Pack(left, pack.bytes, reached, attempt), f"{what}, {MAX_ATTEMPTS} times in a row")
+        if self.fruitless > MAX_FRUITLESS or (outage and time.monotonic() - self.moved > OUTAGE_S):
+            raise SaescaleError(f"{what}; gave up, since no pack gets anything done any more") from error
+        if attempt > MAX_ATTEMPTS and not outage:
+            self._smaller(
+                pack._replace(cells=left, reached=reached, attempt=attempt), f"{what}, {MAX_ATTEMPTS} times in a row"
+            )
         elif left:
             self._warn(f"{what}; its {len(left)} cells go on from their checkpoints")
             self._queue(left, reached, attempt)
@@ -304,28 +361,40 @@ class Execution:
 
     def _ask(self) -> None:
         """Asks every worker where it stands; of one that is too busy to answer at once, what it last said counts."""
-        asked = {running.worker.state.remote(): running for running in self.running.values()}
-        ready, _ = ray.wait(list(asked), num_returns=len(asked), timeout=POLL_S) if asked else ([], [])
+        for running in self.running.values():
+            running.question = running.question or running.worker.state.remote()
+        asked = {running.question: running for running in self.running.values()}
+        answers, _ = ray.wait(list(asked), num_returns=len(asked), timeout=ANSWER_S) if asked else ([], [])
         now = time.monotonic()
-        for answer in ready:
+        for answer in answers:
+            running = asked[answer]
+            running.question = None
             try:
                 state: WorkerState = ray.get(answer)
             except ray.exceptions.RayError:
                 continue  # the worker just died: its pack's reference will say so
             for note in state.notes:
                 self._warn(note)
-            asked[answer].heard = max(asked[answer].heard, now - state.quiet_s)
+            running.heard = max(running.heard, now - state.quiet_s)
             if state.progress is not None:
-                before = asked[answer].progress
-                if before is None or state.progress.step > before.step:
-                    self.fruitless = 0
-                asked[answer].progress = state.progress
-        for running in self.running.values():
-            if now - running.heard > self.spec.resources.stalled_after_s and not running.killed:
-                name = self.pool.ready[running.worker].name
-                self._warn(f"worker {name} got nothing done for {now - running.heard:.0f} s and is ended")
-                running.killed = True
+                if running.progress is None or state.progress.step > running.progress.step:
+                    self._moves()
+                running.progress = state.progress
+        for reference, running in list(self.running.items()):
+            quiet = now - running.heard
+            name = self.pool.ready[running.worker].name
+            if running.killed is None and quiet > self.spec.resources.stalled_after_s:
+                self._warn(f"worker {name} got nothing done for {quiet:.0f} s and is ended")
+                running.killed = now
                 self.pool.kill(running.worker)
+            elif running.killed is not None and now - running.killed > DEAD_S:
+                # Not even its node answers.
+                del self.running[reference]
+                self._died(running.worker, running.pack, TimeoutError(f"worker {name} cannot be ended"))
+
+    def _moves(self) -> None:
+        """Something was trained: whatever fails now and then, it is not everything."""
+        self.fruitless, self.moved = 0, time.monotonic()
 
     def _standing(self) -> Standing:
         done = sum(cost(cell) for cell in self.asked if cell.cell_id in self.ledger.results)
@@ -368,18 +437,27 @@ class Execution:
         for running in self.running.values():
             running.worker.stop.remote()
         self.display.stage("stopping: the workers save their checkpoints")
-        ready, _ = ray.wait(list(self.running), num_returns=len(self.running), timeout=STOP_TIMEOUT_S)
+        ready, late = ray.wait(list(self.running), num_returns=len(self.running), timeout=STOP_TIMEOUT_S)
         for reference in ready:
             try:
-                self.ledger.record(ray.get(reference).results)
-            except ray.exceptions.RayError as error:
+                trained: Trained = ray.get(reference)
+                if not self.lease.lost:  # else the tables are another driver's
+                    self.ledger.record(trained.results)
+            except (ray.exceptions.RayError, SaescaleError) as error:
                 self._warn(f"a worker failed while stopping: {one_line(getattr(error, 'cause', None) or error)[:300]}")
+        if late:
+            self._warn(f"{len(late)} workers did not save within {STOP_TIMEOUT_S:.0f} s; they go on from what they had")
 
     def _warn(self, text: str) -> None:
         """Shows a warning, the workers' too, once however often it comes."""
         if text not in self.warned:
             self.warned.add(text)
             warnings.warn(text, SaescaleWarning, stacklevel=3)
+
+
+def _pause(attempt: int) -> float:
+    """Seconds before an attempt, which counts from 1."""
+    return min(LONGEST_PAUSE_S, 2.0 ** min(10, attempt - 1)) if attempt > 1 else 0.0
 
 
 def _seconds_left(running: _Running) -> float:

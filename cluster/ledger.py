@@ -3,15 +3,16 @@
 import math
 import time
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from importlib.metadata import version
-from typing import Any, get_args
+from typing import Any, TypeVar, get_args
 
 import pyarrow as pa
 import pyarrow.compute as pc
 
 from cluster.spec import Combination, SweepSpec, parse_spec
-from storage import checkpoint, files
+from storage import checkpoint
 from storage.activations import ActivationStore
 from storage.errors import SaescaleError, SaescaleWarning, Unavailable
 from storage.files import remove
@@ -19,8 +20,10 @@ from storage.rundir import CURVES_SCHEMA, RunDirectory
 from trainers.cell import Cell, Precision
 from trainers.results import result_row
 
+T = TypeVar("T")
 # Parts of a sweep that may change between two calls of the same sweep: they do not change what its cells are.
 _FREE = ("store", "out", "resources", "wandb")
+_ASKED_AT_A_TIME = 16
 _PACKAGES = ("saescale", "torch", "ray", "lightning", "numpy", "numba", "pyarrow")
 
 
@@ -36,6 +39,8 @@ class Ledger:
         self.results: dict[str, dict[str, Any]] = {}
         self._written = -math.inf  # when the tables were
         self._writing_s = 0.0  # how long that took
+        self._forgotten: list[str] = []  # failed cells whose results go when the sweep begins
+        self._without_curve: set[str] = set()
         # What the table says already need not be read cell by cell, which for thousands in an object store is minutes.
         known = {row["cell_id"]: row for row in run.read_results().to_pylist() if row["status"] in ("done", "failed")}
         finished = run.cells_with_results()
@@ -47,6 +52,8 @@ class Ledger:
 
     def begin(self) -> None:
         """Writes sweep.yaml and the ledger: from now on `run` is this sweep's, with all its cells."""
+        for cell_id in self._forgotten:
+            remove(self.run.result_url(cell_id))
         self.write_spec()
         self.write()
 
@@ -74,16 +81,14 @@ class Ledger:
             if "result.json" in names and any(name.startswith("checkpoint/") for name in names):
                 remove(self.run.checkpoint_url(cell.cell_id))
 
-    def forget_failed(self) -> int:
-        """Takes the results of failed cells away, so that they are trained again; returns how many there were.
+    def forget_failed(self) -> None:
+        """Failed cells are pending again, and go on from their last checkpoint where one is left.
 
-        A cell goes on from its last checkpoint where one is left.
+        What is written of them goes with `begin`, when this driver has the run.
         """
-        failed = [cell_id for cell_id, result in self.results.items() if result["status"] == "failed"]
-        for cell_id in failed:
-            remove(self.run.result_url(cell_id))
+        self._forgotten = [cell_id for cell_id, result in self.results.items() if result["status"] == "failed"]
+        for cell_id in self._forgotten:
             del self.results[cell_id]
-        return len(failed)
 
     @property
     def pending(self) -> list[Cell]:
@@ -99,13 +104,13 @@ class Ledger:
 
     def steps_reached(self, cells: Iterable[Cell]) -> int:
         """Steps of `cells` that no kill can undo: the newest checkpoint's, or all of a cell that has its result."""
-        reached = 0
-        for cell in cells:
-            if cell.cell_id in self.results or files.exists(self.run.result_url(cell.cell_id)):
-                reached += cell.steps
-            else:
-                reached += max(checkpoint.steps(self.run.checkpoint_url(cell.cell_id)), default=0)
-        return reached
+
+        def reached(cell: Cell) -> int:
+            if cell.cell_id in self.results:
+                return cell.steps
+            return max(checkpoint.steps(self.run.checkpoint_url(cell.cell_id)), default=0)
+
+        return sum(self._of_each(cells, reached))
 
     def record(self, results: Iterable[Mapping[str, Any]]) -> None:
         """Takes up results of cells, and writes the tables unless that was just done.
@@ -123,11 +128,17 @@ class Ledger:
 
     def take_up(self, cells: Iterable[Cell]) -> None:
         """Records those of `cells` that finished before the worker that trained them died."""
-        found = {cell.cell_id: self.run.read_cell_result(cell.cell_id) for cell in cells}
-        if results := [row for cell_id, row in found.items() if row is not None and cell_id not in self.results]:
+        unknown = [cell for cell in cells if cell.cell_id not in self.results]
+        found = self._of_each(unknown, lambda cell: self.run.read_cell_result(cell.cell_id))
+        if results := [row for row in found if row is not None]:
             for result in results:
                 remove(self.run.checkpoint_url(result["cell_id"]))
             self.record(results)
+
+    def _of_each(self, cells: Iterable[Cell], ask: Callable[[Cell], T]) -> list[T]:
+        """What the run directory says of each, asked at a time: an answer of an object store takes a while."""
+        with ThreadPoolExecutor(_ASKED_AT_A_TIME) as pool:
+            return list(pool.map(ask, cells))
 
     def fail(self, cell: Cell, why: str) -> None:
         """Marks a cell as failed that no worker could finish. Its last checkpoint stays, for another try."""
@@ -147,8 +158,13 @@ class Ledger:
         ]
         # Those that are there are kept as they are: read cell by cell, they would be read again for every cell.
         there = self.run.read_curves().filter(pc.is_in(pc.field("cell_id"), pa.array(list(self.results), pa.string())))
-        missing = self.results.keys() - set(pc.unique(there["cell_id"]).to_pylist())
-        new = [row for cell_id in self.results if cell_id in missing for row in self.run.read_cell_curve(cell_id)]
+        missing = self.results.keys() - set(pc.unique(there["cell_id"]).to_pylist()) - self._without_curve
+        new = []
+        for cell_id in [cell_id for cell_id in self.results if cell_id in missing]:
+            curve = self.run.read_cell_curve(cell_id)
+            new += curve
+            if not curve:  # it failed before its first evaluation
+                self._without_curve.add(cell_id)
         self.run.write_curves(pa.concat_tables([there, pa.Table.from_pylist(new, CURVES_SCHEMA)]))
         self.run.write_results(described)
         self._written = time.monotonic()

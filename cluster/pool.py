@@ -20,11 +20,11 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from cluster.connect import connect
 from cluster.metrics import WorkerMetrics
 from cluster.plan import Needs
-from cluster.shares import threads_for
+from cluster.shares import cpus_each
 from cluster.spec import Resources
-from storage.activations import ActivationStore
+from storage.activations import MANIFEST, ActivationStore
 from storage.errors import SaescaleError, SaescaleWarning, one_line
-from storage.rundir import RunDirectory
+from storage.files import exists, join
 from trainers.callbacks import Progress
 from trainers.cell import Precision
 from trainers.device import default_device, fast_precision
@@ -32,7 +32,9 @@ from trainers.memory import PROCESS_BYTES, StreamSize, pack_memory
 from trainers.sparse import KernelKind, kernel_kind
 from trainers.train import PackJob, train_pack
 
+_GPU_SHARE = 0.95  # of a GPU's memory; the rest is CUDA's own
 _START_TIMEOUT_S = 900.0  # until the first worker is up; an autoscaler may have to find a machine for it
+MAX_STARTS = 4  # that fail one after another before fewer workers have to do
 _COMPANY_S = 15.0  # more, for those that start with it
 
 
@@ -66,6 +68,10 @@ class Trained(NamedTuple):
     notes: tuple[str, ...]
 
 
+class Unfit(SaescaleError):
+    """The node of a worker lacks what every pack needs; another one may have it."""
+
+
 class Worker:
     """Runs in its own process and trains one pack at a time; the other methods answer while it does.
 
@@ -86,19 +92,25 @@ class Worker:
         """Answers as soon as the worker is up. Its memory is its GPU's, else its share of its node's."""
         device = default_device()
         node_id = ray.get_runtime_context().get_node_id()
-        memory = float(torch.cuda.mem_get_info()[0]) if device.type == "cuda" else self._share(node_id)
+        memory = _GPU_SHARE * torch.cuda.mem_get_info()[1] * min(1.0, self._gpus) if device.type == "cuda" else 0.0
         return WorkerInfo(
-            kernel_kind(device), fast_precision(device), memory, socket.gethostname(), os.getpid(), node_id
+            kernel_kind(device),
+            fast_precision(device),
+            memory or self._share(node_id),
+            socket.gethostname(),
+            os.getpid(),
+            node_id,
         )
 
     def train(self, job: PackJob, number: int) -> Trained:
-        """`train_pack` in this process. Raises what it raises, and SaescaleError where this node lacks the run."""
+        """`train_pack` in this process. Raises what it raises, and Unfit where this node lacks the run or the store."""
         self._metrics.start(job)
-        if RunDirectory(job.run).read_spec() is None:
-            raise SaescaleError(
-                f"the node {socket.gethostname()} does not see the run directory {job.run}; "
-                "give a folder that all nodes share, or an object store (s3://...)"
-            )
+        for what, url, file in (("run directory", job.run, "sweep.yaml"), ("activation store", job.store, MANIFEST)):
+            if not exists(join(url, file)):
+                raise Unfit(
+                    f"the node {socket.gethostname()} does not see the {what} {url}; "
+                    "give a folder that all nodes share, or an object store (s3://...)"
+                )
         self._moved = time.monotonic()
         try:
             outcome = train_pack(job, self._report, lambda: self._stop.is_set() or number in self._parted)
@@ -129,7 +141,7 @@ class Worker:
         self._metrics.update(progress)
 
     def _note(self, message: Warning | str, category: type[Warning], *_: Any, **__: Any) -> None:
-        if issubclass(category, SaescaleWarning):
+        if issubclass(category, SaescaleWarning) and str(message) not in self._notes:
             self._notes.append(str(message))
 
 
@@ -170,10 +182,9 @@ class Pool:
         count = max(1, min(self._cells, room)) if isinstance(asked.workers, str) else asked.workers
         if count > room and (self._gpus or given):
             self._no_room(count, room)
-        cores = [int(node["Resources"].get("CPU", 0)) for node in ray.nodes() if node["Alive"]]
-        self.threads = max(1, int(given)) if given else threads_for(cores, count)
-        # Claimed in full, so that Ray spreads the workers over the nodes.
-        self._cpus = given or (float(self.threads) if count <= cpus else cpus / count)
+        nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+        self._cpus = given or cpus_each(nodes, count, self._gpus)
+        self.threads = max(1, int(self._cpus))
         return count
 
     def _no_room(self, count: int, room: int) -> None:
@@ -190,7 +201,7 @@ class Pool:
         """Until all workers are up, or some are and the others take longer; SaescaleError when none comes up."""
         failure = "the cluster has no free CPUs or GPUs for one"
         began = time.monotonic()
-        first = None
+        first, failures = None, 0
         while self.starting:
             limit = _START_TIMEOUT_S if first is None else _COMPANY_S - (time.monotonic() - first)
             up, _ = ray.wait(list(self.starting), num_returns=1, timeout=max(0.0, limit))
@@ -200,7 +211,9 @@ class Pool:
                 self.joined(up[0])
                 first = first or time.monotonic()
             except ray.exceptions.RayError as error:
-                failure = one_line(error)[:300]
+                failure, failures = one_line(error)[:300], failures + 1
+                if failures < MAX_STARTS:
+                    self.replace_worker()
         if not self.ready:
             raise SaescaleError(
                 f"none of {self.count} workers came up on the Ray cluster within {time.monotonic() - began:.0f} s: "
@@ -221,22 +234,34 @@ class Pool:
         self.starting[described] = worker
 
     def joined(self, described: Any) -> Any:
-        """The worker of a finished reference in `starting`, now `ready`. Raises RayError where it died instead."""
+        """The worker of a finished reference in `starting`, now `ready`. Raises RayError where it did not come up."""
         worker = self.starting.pop(described)
-        self.ready[worker] = ray.get(described)
+        try:
+            self.ready[worker] = ray.get(described)
+        except ray.exceptions.RayError:
+            # One whose `describe` failed lives on otherwise, with the device that it claimed.
+            self._end(worker)
+            raise
         return worker
 
     def lost(self, worker: Any) -> WorkerInfo:
         """Forgets a worker that died, or ends one that is of no more use; returns what it was."""
+        self._end(worker)
+        return self.ready.pop(worker)
+
+    def _end(self, worker: Any) -> None:
         ray.kill(worker)
         self._workers.remove(worker)
-        return self.ready.pop(worker)
 
     def kill(self, worker: Any) -> None:
         """Kills the process of a worker that does not answer, from its own node: `ray.kill` only asks it to end."""
         info = self.ready[worker]
         where = NodeAffinitySchedulingStrategy(info.node_id, soft=False)
         ray.remote(_kill).options(num_cpus=0, scheduling_strategy=where, max_retries=0).remote(info.pid)
+
+    def stay(self) -> None:
+        """No more workers than there are: some nodes are of no use."""
+        self._grows = False
 
     def grow(self, most: int) -> None:
         """Starts up to `most` workers where nodes have joined and the number of workers was left open."""

@@ -23,18 +23,30 @@ def share_out(nodes: Sequence[Mapping[str, float]], actors: int | str, shards: i
     fewer GPUs than actors.
     """
     gpus = sum(int(node.get("GPU", 0)) for node in nodes)
-    cores = [int(node["CPU"]) for node in nodes if node.get("CPU", 0) >= 1]
-    size = max(1, min(shards, gpus or len(cores))) if isinstance(actors, str) else actors
+    useful = sum(node.get("CPU", 0) >= 1 for node in nodes)
+    size = max(1, min(shards, gpus or useful)) if isinstance(actors, str) else actors
+    if gpus and size > gpus:
+        raise SaescaleError(f"{size} actors with a GPU each, but the cluster has {gpus}; ask for fewer (--actors)")
+    cpus = cpus_each(nodes, size, 1.0 if gpus else 0.0)
+    return Shares(size, max(1, int(cpus)), cpus, 1 if gpus else 0)
+
+
+def cpus_each(nodes: Sequence[Mapping[str, float]], processes: int, gpus: float) -> float:
+    """CPUs that each of `processes`, with so many GPUs each, can claim on nodes with these resources ("CPU", "GPU").
+
+    Claimed in full, so that Ray spreads them over the nodes; but never so many that a GPU is left without, or that a
+    process finds no room.
+    """
     if gpus:
-        if size > gpus:
-            raise SaescaleError(f"{size} actors with a GPU each, but the cluster has {gpus}; ask for fewer (--actors)")
-        # As many as stand beside each GPU everywhere, so that no GPU is left without.
-        cpus = min(node.get("CPU", 0) / node["GPU"] for node in nodes if node.get("GPU", 0) >= 1)
-        return Shares(size, max(1, int(cpus)), float(int(cpus)) if cpus >= 1 else cpus, 1)
-    if size > sum(cores):
-        return Shares(size, 1, 1 / -(-size // max(1, sum(cores))), 0)
-    threads = threads_for(cores, size)
-    return Shares(size, threads, float(threads), 0)
+        beside = [node.get("CPU", 0.0) * gpus / node["GPU"] for node in nodes if node.get("GPU", 0.0) >= gpus]
+        each = min(beside, default=1.0)
+        return float(int(each)) if each >= 1 else each
+    cores = [int(node["CPU"]) for node in nodes if node.get("CPU", 0) >= 1]
+    if not cores:
+        return 1.0
+    if processes > sum(cores):
+        return 1 / -(-processes // sum(cores))
+    return float(threads_for(cores, processes))
 
 
 def threads_for(cores: list[int], workers: int) -> int:

@@ -48,13 +48,15 @@ class Pointer(BaseModel):
     generations: list[Generation]
 
 
-def save(url: str, step: int, tensors: Mapping[str, np.ndarray], meta: dict[str, Any]) -> None:
+def save(url: str, step: int, tensors: Mapping[str, np.ndarray], meta: dict[str, Any], keep: int | None = None) -> None:
     """Adds a checkpoint to the folder `url` and removes all but the newest two; `meta` is JSON.
 
-    A generation at this step or a later one is replaced: whoever saves step s has gone
-    back to before it.
+    A generation at this step or a later one is replaced: whoever saves step s has gone back to before it. `keep`: the
+    step to go back to, when this is one of several folders that go back together. A generation between the two is of
+    an attempt that was given up, and would push that one out.
     """
-    older = [generation for generation in _generations(url) if generation.step < step]
+    bound = step - 1 if keep is None else min(keep, step - 1)
+    older = [generation for generation in _generations(url) if generation.step <= bound]
     present = set(files.list_names(url))
     name = next(name for name in _names(step) if name not in present)
     checksum = xxhash.xxh3_64()
@@ -111,8 +113,9 @@ def _generations(url: str) -> list[Generation]:
         return Pointer.model_validate_json(files.read_bytes(where)).generations
     except FileNotFoundError:
         return []
-    except ValueError as error:
-        raise SaescaleError(f"{where} is damaged; remove its folder to train the cell from the start") from error
+    except ValueError:
+        warnings.warn(f"{where} is damaged: its cell has no checkpoint any more", SaescaleWarning, stacklevel=3)
+        return []
 
 
 class Tensors(Mapping[str, np.ndarray]):

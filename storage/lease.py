@@ -1,8 +1,9 @@
 """Who drives a run, and how far it is: RUN/driver.json, renewed every few seconds while a driver lives.
 
 One run has one driver. The file is a lease: whoever wrote it last holds the run for as long as its beat goes on; it
-works wherever files do, object stores included, and compares no clocks. A driver that was killed is succeeded at once
-on its own machine, where its process can be looked for, and elsewhere as soon as its beat has been still for LEASE_S.
+works wherever files do, object stores included. A driver that was killed is succeeded at once on its own machine, where
+its process can be looked for, and elsewhere as soon as its beat has been seen to stand still for LEASE_S, or where its
+last beat is longer ago than any two clocks differ.
 """
 
 import os
@@ -114,43 +115,49 @@ def read_driver(run: str) -> Driver | None:
         raise SaescaleError(f"{where} is damaged; remove it if no driver of this run lives, and try again") from error
 
 
-def require_free(run: str, sleep: Callable[[float], None] = time.sleep) -> None:
-    """Returns when no other driver holds `run`, after watching for a beat where that alone can tell.
+def require_free(
+    run: str, known_dead: Driver | None = None, sleep: Callable[[float], None] = time.sleep
+) -> Driver | None:
+    """Returns when no other driver holds `run`, after watching for a beat where that alone can tell: what driver.json
+    says then, which need not be watched again as `known_dead`.
 
     Raises SaescaleError where one does.
     """
     found = read_driver(run)
     watched = 0.0
     while found is not None and found.may_live():
+        if known_dead is not None and (found.driver, found.beat) == (known_dead.driver, known_dead.beat):
+            return found
         if watched >= LEASE_S:
             warnings.warn(
                 f"{found.name} has not been heard of for {LEASE_S:.0f} s and is taken for dead: going on in its place",
                 SaescaleWarning,
                 stacklevel=2,
             )
-            return
+            return found
         sleep(1.0)
         watched += 1.0
         now = read_driver(run)
         if now is not None and (now.driver, now.beat) != (found.driver, found.beat):
             if not now.may_live():
-                return
+                return now
             raise SaescaleError(
                 f"{run} is driven by another process already ({now.name}); look on with `saescale status {run}`, or "
                 "end that one first"
             )
         found = now
+    return found
 
 
 class Lease:
     """Holds `run` for this process: a context manager whose thread keeps the beat, with what `standing` says.
 
-    Raises SaescaleError when another driver holds it. `end` says how it ended; leaving the context without it means
-    `stopped` or, for an error, `failed`.
+    Raises SaescaleError when another driver holds it; `known_dead` as for `require_free`. `end` says how it ended;
+    leaving the context without it means `stopped` or, for an error, `failed`.
     """
 
-    def __init__(self, run: str, job: str | None = None) -> None:
-        require_free(run)
+    def __init__(self, run: str, job: str | None = None, known_dead: Driver | None = None) -> None:
+        require_free(run, known_dead)
         now = time.time()
         self._run = run
         self._document = Driver(
@@ -170,6 +177,11 @@ class Lease:
     def driver(self) -> str:
         """What a worker compares with before it writes (`require_owner`)."""
         return self._document.driver
+
+    @property
+    def lost(self) -> bool:
+        """Whether another driver has taken the run over."""
+        return self._lost is not None
 
     def require(self) -> None:
         """Raises SaescaleError once another driver has taken the run over."""

@@ -4,7 +4,7 @@ import random
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -18,6 +18,7 @@ class Faults:
         self.app = app
         self.rate = 0.0
         self.slow_s = 0.0
+        self.down = False
         self.met: Counter[str] = Counter()
         self._random = random.Random(0)
         self._lock = threading.Lock()
@@ -32,9 +33,20 @@ class Faults:
         finally:
             self.rate = 0.0
 
+    @contextmanager
+    def outage(self) -> Iterator[None]:
+        """No request is answered for a while."""
+        self.down = True
+        try:
+            yield
+        finally:
+            self.down = False
+
     def __call__(self, environ: dict[str, Any], start_response: Callable[..., Any]) -> Iterable[bytes]:
         with self._lock:
             kind = self._random.choice(KINDS) if self._random.random() < self.rate else None
+        if self.down:
+            kind = "503 Slow Down"
         if kind is None:
             return self.app(environ, start_response)
         if kind == "slow":
@@ -48,6 +60,7 @@ class Faults:
         self.met[kind] += 1
         # What a client still sends has to be read, or it sees a broken connection in place of the answer.
         environ["wsgi.input"].read(int(environ.get("CONTENT_LENGTH") or 0))
-        start_response(kind, [("Content-Type", "application/xml")])
         code = "SlowDown" if kind.startswith("503") else "InternalError"
-        return [f"<Error><Code>{code}</Code><Message>injected</Message></Error>".encode()]
+        body = f"<Error><Code>{code}</Code><Message>injected</Message></Error>".encode()
+        start_response(kind, [("Content-Type", "application/xml"), ("Content-Length", str(len(body)))])
+        return [body] if environ["REQUEST_METHOD"] != "HEAD" else []

@@ -79,6 +79,7 @@ class Evaluate(L.Callback):
                     cell.diverge(f"held-out nmse {evaluation.nmse}")
                     continue
                 self.logger.log(cell.cell, cell.record(evaluation.nmse, evaluation.l0, rate))
+                require_owner(self.run.url, self.driver)
                 self.run.write_cell_curve(cell.cell.cell_id, [row._asdict() for row in cell.curve])
             self._last = (time.monotonic(), pack.batches)
         for cell in cells:
@@ -107,8 +108,9 @@ class Evaluate(L.Callback):
 class Checkpoint(L.Callback):
     """Saves every running cell each `every_s` seconds, and at once when the pack is asked to stop."""
 
-    def __init__(self, run: RunDirectory, every_s: float, stream: Stream, driver: str | None) -> None:
+    def __init__(self, run: RunDirectory, every_s: float, stream: Stream, driver: str | None, start: int) -> None:
         self.run, self.every_s, self.stream, self.driver = run, every_s, stream, driver
+        self._whole = start  # the last step that the whole pack has
         self._last = time.monotonic()
 
     def on_train_start(self, trainer: L.Trainer, pack: L.LightningModule) -> None:
@@ -121,7 +123,7 @@ class Checkpoint(L.Callback):
             self._last = time.monotonic()
 
     def save(self, pack: Pack) -> None:
-        """All running cells at the same step; each keeps its previous generation, so a common step always exists.
+        """All running cells at the same step; each keeps the one before that all of them have.
 
         Raises SaescaleError, which names the file, where one cannot be written; what was saved before stays good.
         """
@@ -135,7 +137,9 @@ class Checkpoint(L.Callback):
                 cell.step,
                 cell.tensors() | {"centre": pack.centre.b_pre.cpu().numpy()},
                 cell.state() | {"variance": pack.centre.variance, "stream": position},
+                keep=self._whole,
             )
+        self._whole = max((cell.step for cell in pack.running), default=self._whole)
 
 
 class Report(L.Callback):

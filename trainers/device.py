@@ -14,17 +14,27 @@ class OutOfMemory(SaescaleError):
     """A pack takes more memory than its worker has: fewer cells may fit."""
 
 
+# How the errors of a GPU begin that are no class of their own: torch's, Triton's, cuBLAS'.
+_OF_A_GPU = ("CUDA error", "Triton Error [CUDA]", "CUBLAS_STATUS")
+
+
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether a GPU's or the host's memory was the reason."""
     if isinstance(error, MemoryError | torch.OutOfMemoryError | OutOfMemory):
         return True
-    # torch's allocator of host memory has no class of its own for it.
-    return isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
+    text = str(error)
+    if "can't allocate memory" in text:  # torch's allocator of host memory
+        return isinstance(error, RuntimeError)
+    return _is_of_a_gpu(error) and ("out of memory" in text or "ALLOC_FAILED" in text)
 
 
 def spoils_the_process(error: BaseException) -> bool:
     """Whether an error in one cell's step is the whole process': its memory ran out, or its GPU is lost to it."""
-    return is_out_of_memory(error) or (isinstance(error, RuntimeError) and "CUDA error" in str(error))
+    return is_out_of_memory(error) or _is_of_a_gpu(error)
+
+
+def _is_of_a_gpu(error: BaseException) -> bool:
+    return isinstance(error, RuntimeError) and any(kind in str(error) for kind in _OF_A_GPU)
 
 
 def default_device() -> torch.device:

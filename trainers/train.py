@@ -96,7 +96,7 @@ def _train(job: PackJob, report: Callable[[Progress], None], should_stop: Callab
     try:
         with _stream(store, cells[0], max(cell.steps for cell in cells), position) as stream:
             # The order matters: a stop is noticed by Report and saved by Checkpoint, which skips finished cells.
-            checkpoints = Checkpoint(run, job.checkpoint_every_s, stream, job.driver)
+            checkpoints = Checkpoint(run, job.checkpoint_every_s, stream, job.driver, start)
             callbacks = [evaluate, Report(report, should_stop, start, stream), checkpoints]
             _trainer(callbacks, device).fit(pack, stream_loader(stream, store.manifest.dtype, device))
     finally:
@@ -126,7 +126,11 @@ def _resume(run: RunDirectory, cells: Sequence[Cell], device: torch.device) -> _
     Good means undamaged and, for all cells, from the same order of the stream.
     """
     urls = [run.checkpoint_url(cell.cell_id) for cell in cells]
-    common = set.intersection(*(set(checkpoint.steps(url)) for url in urls))
+    steps = [set(checkpoint.steps(url)) for url in urls]
+    common = set.intersection(*steps)
+    if not common and all(steps):
+        text = f"the {len(cells)} cells of a pack have no checkpoint at a common step and start from the beginning"
+        warnings.warn(text, SaescaleWarning, stacklevel=2)
     for step in sorted(common, reverse=True):
         try:
             return _restore(urls, cells, step, device)

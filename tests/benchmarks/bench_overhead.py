@@ -167,7 +167,7 @@ def _plain(spec: SweepSpec) -> dict[str, float]:
         after = [
             Evaluate(held_out, spec.eval.every_tokens, out, store, NoLogger(), None),
             Report(lambda progress: None, lambda: False, 0, stream),
-            Checkpoint(out, spec.resources.checkpoint_every_s, stream, None),
+            Checkpoint(out, spec.resources.checkpoint_every_s, stream, None, 0),
         ]
         for part in after:
             part.on_train_start(trainer, pack)

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cluster.plan import cost, plan_packs
-from cluster.shares import threads_for
+from cluster.shares import cpus_each, threads_for
 from storage.errors import SaescaleError
 from trainers.cell import Cell
 from trainers.memory import StreamSize, pack_memory
@@ -99,3 +99,21 @@ def test_a_worker_without_kernels_is_planned_with_its_dense_gradient() -> None:
         for kind in ("cuda", "eager")
     ]  # fmt: skip
     assert [len(pack) for pack in packs] == [1, 2]
+
+
+@pytest.mark.parametrize(
+    ("nodes", "processes", "gpus", "each"),
+    [
+        ([{"CPU": 2}], 2, 0.0, 1.0),
+        ([{"CPU": 1}, {"CPU": 1}], 5, 0.0, 1 / 3),
+        # A head without GPUs has no say in what stands beside each GPU.
+        ([{"CPU": 16}, {"CPU": 96, "GPU": 8}], 8, 1.0, 12.0),
+        ([{"CPU": 64}, {"CPU": 8, "GPU": 8}], 8, 1.0, 1.0),
+        ([{"CPU": 0}, {"CPU": 4, "GPU": 8}], 16, 0.5, 0.25),
+        ([{"CPU": 0}], 3, 0.0, 1.0),
+    ],
+)
+def test_what_each_worker_claims_leaves_room_for_all(
+    nodes: list[dict[str, float]], processes: int, gpus: float, each: float
+) -> None:
+    assert cpus_each(nodes, processes, gpus) == each

@@ -42,7 +42,7 @@ def pool_workers() -> list[psutil.Process]:
 
 
 def one_result_each(run: RunDirectory, cells: int) -> None:
-    """No cell lost, none twice, and nothing left of the training."""
+    """No cell lost, and nothing left of the training."""
     rows = run.read_results().to_pylist()
     assert len(rows) == len({row["cell_id"] for row in rows}) == cells
     left = {cell_id: sorted(names) for cell_id, names in run.cell_files().items()}
@@ -158,7 +158,7 @@ def test_drivers_killed_at_random_change_no_result(
     path = tmp_path / "sweep.yaml"
     path.write_text(yaml.safe_dump(sweep))
     command = [*SAESCALE, "sweep", str(path), "--address", three_nodes.address, "--bootstraps", "0"]
-    said = ""
+    said, kills = "", 0
     for _ in range(4):
         with subprocess.Popen(command, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT) as driver:
             while driver.poll() is None and not any(Path(sweep["out"]).glob("cells/*/checkpoint/latest.json")):
@@ -171,9 +171,11 @@ def test_drivers_killed_at_random_change_no_result(
             driver.send_signal(signal.SIGKILL)
         if driver.returncode != -signal.SIGKILL:  # it had finished
             break
+        kills += 1
         found = read_driver(sweep["out"])
         assert found is not None
         assert not found.lives()
+    assert kills >= 3
     outcome = run_sweep(parse_spec(sweep, "test"), Recorder(), bootstraps=0)
     one_result_each(outcome.run, outcome.cells)
     assert_same(reached(outcome.run), expected)
@@ -285,8 +287,7 @@ def test_nodes_that_join_take_part(three_nodes: Any, sweep: dict[str, Any], monk
     assert found.state == "stopped"
 
 
-@pytest.mark.filterwarnings("ignore::storage.errors.SaescaleWarning")
-def test_an_object_store_that_fails_and_dawdles_changes_no_result(
+def test_an_object_store_that_fails_dawdles_and_goes_away_changes_no_result(
     three_nodes: Any,
     sweep: dict[str, Any],
     undisturbed: Callable[..., Any],
@@ -299,9 +300,26 @@ def test_an_object_store_that_fails_and_dawdles_changes_no_result(
     expected = undisturbed(sweep)
     fsspec.filesystem("s3").put(store.url + "/", files.join(s3_url, "store"), recursive=True)
     sweep |= {"store": files.join(s3_url, "store"), "out": files.join(s3_url, "run")}
-    with s3_faults.injected(rate=0.1) as met:
-        outcome = run_sweep(parse_spec(sweep, "test"), Recorder(), bootstraps=0)
+    training, over = threading.Event(), threading.Event()
+
+    def go_away() -> None:
+        training.wait()
+        with s3_faults.outage():  # longer than reads are tried again for
+            over.wait(15)
+
+    away = threading.Thread(target=go_away)
+    away.start()
+    try:
+        with s3_faults.injected(rate=0.1) as met, pytest.warns(SaescaleWarning, match="tries") as told:
+            outcome = run_sweep(
+                parse_spec(sweep, "test"), Recorder(lambda now: training.set() if now.running else None), bootstraps=0
+            )
+    finally:
+        over.set()
+        training.set()
+        away.join()
     assert all(met[kind] for kind in ("500 Internal Server Error", "503 Slow Down", "slow", "cut"))
+    assert any("go on from their checkpoints" in str(warning.message) for warning in told)
     assert outcome.failed == 0
     one_result_each(outcome.run, outcome.cells)
     assert_same(reached(outcome.run), expected)

@@ -5,11 +5,13 @@ from typing import Any
 
 import pytest
 
+from cluster import driver
 from cluster.driver import run_sweep
 from cluster.spec import parse_spec
+from cluster.status import read_status
 from scaling.report import analyse
 from storage.errors import SaescaleError, SaescaleWarning
-from storage.lease import Standing
+from storage.lease import Lease, Standing
 from storage.rundir import RunDirectory
 from tests.cluster.conftest import Recorder
 
@@ -32,6 +34,26 @@ def test_results_whose_driver_died_before_the_ledger_are_kept(three_nodes: Any, 
     again = run_sweep(parse_spec(document, "test"), Recorder(), bootstraps=10)
     assert again.trained == 0
     assert again.run.read_results().to_pylist() == wanted
+
+
+def test_a_driver_that_died_while_it_fitted_is_succeeded(
+    three_nodes: Any, document: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    document["grid"] = {"n_latents": [32], "k": [2]}
+
+    def full(*_: Any, **__: Any) -> None:
+        raise SaescaleError("disk full")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(driver, "analyse", full)
+        with pytest.raises(SaescaleError, match="disk full"):
+            run_sweep(parse_spec(document, "test"), Recorder(), bootstraps=10)
+    assert read_status(document["out"]).state == "failed"
+    with Lease(document["out"]), pytest.raises(SaescaleError, match="driven by another process"):
+        run_sweep(parse_spec(document, "test"), Recorder(), bootstraps=10)
+    outcome = run_sweep(parse_spec(document, "test"), Recorder(), bootstraps=10)
+    assert outcome.trained == 0
+    assert read_status(document["out"]).state == "finished"
 
 
 def test_another_sweep_in_the_run_directory_is_refused(three_nodes: Any, document: dict[str, Any]) -> None:

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from storage import checkpoint, files
-from storage.errors import SaescaleError
+from storage.errors import SaescaleError, SaescaleWarning
 
 
 def tensors_of(step: int) -> dict[str, np.ndarray]:
@@ -152,8 +152,33 @@ def test_a_kill_between_any_two_operations_leaves_a_sound_newest(
             assert finished
 
 
-def test_a_damaged_pointer_is_one_clear_line(tmp_path: Path) -> None:
-    checkpoint.save(str(tmp_path), 1, tensors_of(1), {})
+def test_a_damaged_pointer_is_a_warning_and_no_checkpoint(tmp_path: Path) -> None:
+    url = str(tmp_path)
+    checkpoint.save(url, 1, tensors_of(1), {})
     (tmp_path / "latest.json").write_bytes(b'{"gen')
-    with pytest.raises(SaescaleError, match=r"latest\.json is damaged"):
-        checkpoint.load(str(tmp_path))
+    with pytest.warns(SaescaleWarning, match=r"latest\.json is damaged"):
+        assert checkpoint.steps(url) == []
+    with pytest.warns(SaescaleWarning, match=r"latest\.json is damaged"):
+        checkpoint.save(url, 1, tensors_of(2), {})
+    assert checkpoint.steps(url) == [1]
+    assert checkpoint.load(url)[0]["w"][0, 0] == 2
+    assert len(files.list_names(url)) == 2
+
+
+def test_folders_that_go_back_together_always_can(tmp_path: Path) -> None:
+    """Killed twice while the folders of a pack were being saved, after the first of three each time."""
+    urls = [str(tmp_path / name) for name in "abc"]
+
+    def save(step: int, whole: int, folders: int) -> None:
+        for url in urls[:folders]:
+            checkpoint.save(url, step, tensors_of(step), {}, keep=whole)
+
+    save(10, whole=0, folders=3)
+    save(20, whole=10, folders=3)
+    save(30, whole=20, folders=1)
+    save(31, whole=20, folders=1)
+    common = set.intersection(*(set(checkpoint.steps(url)) for url in urls))
+    assert common == {20}
+    save(33, whole=20, folders=3)
+    save(40, whole=33, folders=3)
+    assert [checkpoint.steps(url) for url in urls] == [[40, 33]] * 3

@@ -74,6 +74,8 @@ def test_a_silent_driver_elsewhere_is_watched_before_it_is_succeeded(tmp_path: P
     with pytest.warns(SaescaleWarning, match="process 1 on far has not been heard of"):
         require_free(run, sleep=waited.append)
     assert sum(waited) == lease.LEASE_S
+    dead = read_driver(run)
+    require_free(run, dead, sleep=lambda seconds: pytest.fail("it was watched already"))
 
     beats = iter(range(1, 100))
     with pytest.raises(SaescaleError, match="driven by another process"):
