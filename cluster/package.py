@@ -15,18 +15,20 @@ SWEEP, EXTENSION = "sweep.yaml", "extension.yaml"
 _SUFFIXES = (".py", ".j2", ".css", ".js", ".csv", ".md")
 
 
-def write_package(folder: Path, spec: SweepSpec | None = None, extension: SweepSpec | None = None) -> None:
-    """Fills `folder` with what the cluster needs to do there what saescale does here.
-
-    These are sweep.yaml and extension.yaml, where given, as they were understood (comments are gone), and the sources
-    of saescale's packages. Files are chosen one by one, so that no .env, key or notebook that lies beside the sweep
-    file can go with them.
-    """
+def write_sweep(folder: Path, spec: SweepSpec, extension: SweepSpec | None = None) -> None:
+    """Writes sweep.yaml, and extension.yaml where there is one, as they were understood (comments are gone)."""
     folder.mkdir(parents=True, exist_ok=True)
     for name, document in ((SWEEP, spec), (EXTENSION, extension)):
         if document is not None:
             text = yaml.safe_dump(document.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
             (folder / name).write_text(text, encoding="utf-8")
+
+
+def write_code(folder: Path) -> list[Path]:
+    """Copies the sources of saescale's packages, and returns the folders to put on the cluster's path.
+
+    Files are chosen one by one, so that no .env, key or notebook that lies among them can go with them.
+    """
     for package in PACKAGES:
         for source, relative in _sources(package):
             target = folder / package / relative
@@ -36,6 +38,7 @@ def write_package(folder: Path, spec: SweepSpec | None = None, extension: SweepS
     info = folder / f"saescale-{version('saescale')}.dist-info"
     info.mkdir()
     (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: saescale\nVersion: {version('saescale')}\n")
+    return [*(folder / package for package in PACKAGES), info]
 
 
 def _sources(package: str) -> Iterator[tuple[Path, Path]]:

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 from urllib.parse import urlsplit
 
-from cluster.package import EXTENSION, SWEEP, write_package
+from cluster.package import EXTENSION, SWEEP, write_code, write_sweep
 from cluster.spec import SweepSpec
 from cluster.status import JobStatus
 from storage import files
@@ -97,8 +97,8 @@ class Service:
     ) -> str:
         """Starts the sweep as a job and returns its id. `python` is the interpreter on the cluster.
 
-        Uploads what `write_package` says. The job's driver takes no CPU or GPU and runs on the head node, also where
-        that offers none. Raises SaescaleError where store or run directory would be another folder there.
+        Uploads what `write_sweep` and `write_code` say. The job's driver takes no CPU or GPU and runs on the head node,
+        also where that offers none. Raises SaescaleError where store or run directory would be another folder there.
         """
         require_shared(spec)
         job = f"{re.sub(r'[^A-Za-z0-9_.-]', '-', spec.name)[:40]}-{uuid.uuid4().hex[:8]}"
@@ -106,13 +106,15 @@ class Service:
         if extension is not None:
             command += ["--extend", EXTENSION]
         with tempfile.TemporaryDirectory(prefix="saescale-") as folder, self._asking():
-            write_package(Path(folder), spec, extension)
+            write_sweep(Path(folder) / "sweep", spec, extension)
             return self.client.submit_job(
                 # `exec`: the shell that Ray puts around it would not pass the signal on that asks it to stop.
                 entrypoint=f"exec {shlex.join(command)}",
                 submission_id=job,
                 runtime_env={
-                    "working_dir": folder,
+                    "working_dir": str(Path(folder) / "sweep"),
+                    # Apart from the sweep, so that the kernels compiled for one job are found by the next.
+                    "py_modules": [str(module) for module in write_code(Path(folder) / "code")],
                     "env_vars": {"SAESCALE_JOB": job, "RAY_JOB_STOP_WAIT_TIME_S": str(STOP_WAIT_S)},
                 },
                 metadata={
@@ -190,12 +192,12 @@ class Service:
         python = self.details(job).metadata.get("python", "python")
         helper = f"for-{job}-{uuid.uuid4().hex[:8]}"
         with tempfile.TemporaryDirectory(prefix="saescale-") as folder, self._asking():
-            # Not the package of the job: Ray forgets that some minutes after its end.
-            write_package(Path(folder))
+            # Not what the job brought: Ray forgets that some minutes after its end.
+            modules = [str(module) for module in write_code(Path(folder))]
             self.client.submit_job(
                 entrypoint=f"exec {shlex.join([python, '-m', 'cluster.cli', *arguments])}",
                 submission_id=helper,
-                runtime_env={"working_dir": folder},
+                runtime_env={"py_modules": modules},
                 metadata={_HELPER: job},
             )
             deadline = time.monotonic() + timeout

@@ -19,7 +19,7 @@ import pytest
 import yaml
 
 from cluster.extend import extend, read_extension
-from cluster.package import EXTENSION, PACKAGES, write_package
+from cluster.package import EXTENSION, PACKAGES, write_code, write_sweep
 from cluster.service import STOP_WAIT_S, resolve_address, shown
 from cluster.spec import parse_spec
 from cluster.status import read_status
@@ -72,7 +72,6 @@ def submitted(result: subprocess.CompletedProcess[str], status: int = 0) -> str:
 def test_a_sweep_is_submitted_stopped_and_submitted_again(
     client: Callable[..., Any], head: Head, small: dict[str, Any], sweep_file: Callable[[Any], str]
 ) -> None:
-    small["wandb"] = {"mode": "offline"}
     small["train"]["tokens"] = 262_144  # long enough to be interrupted on a fast machine
     run, file = Path(small["out"]), sweep_file(small)
     (Path(file).parent / ".env").write_text(f"KEY={SECRETS['WANDB_API_KEY']}")
@@ -109,14 +108,20 @@ def test_a_sweep_is_submitted_stopped_and_submitted_again(
 def _assert_no_secret_went_along(head: Head, job: str, run: Path, printed: str) -> None:
     details = json.loads(_get(head, f"/api/jobs/{job}"))
     assert details["runtime_env"]["env_vars"] == {"SAESCALE_JOB": job, "RAY_JOB_STOP_WAIT_TIME_S": str(STOP_WAIT_S)}
-    package = details["runtime_env"]["working_dir"].removeprefix("gcs://").removesuffix(".zip")
     session = head.temporary / "session_latest"
-    uploaded = _contents(session / "runtime_resources" / "working_dir_files" / package)
-    names = {str(path.relative_to(session)).split(f"{package}/")[1] for path in uploaded}
-    assert {name for name in names if "/" not in name} == {"sweep.yaml"}
-    assert {name.split("/")[0] for name in names if not name.endswith((".yaml", "METADATA"))} == set(PACKAGES)
+    sweep, *modules = [
+        session / "runtime_resources" / kind / uri.removeprefix("gcs://").removesuffix(".zip")
+        for kind, uris in (
+            ("working_dir_files", [details["runtime_env"]["working_dir"]]),
+            ("py_modules_files", details["runtime_env"]["py_modules"]),
+        )
+        for uri in uris
+    ]
+    assert [path.name for path in _contents(sweep)] == ["sweep.yaml"]
+    top = {path.name.split("-")[0] for module in modules for path in module.iterdir() if path.name != "__pycache__"}
+    assert top == {*PACKAGES, "saescale"}
+    uploaded = {path: content for folder in (sweep, *modules) for path, content in _contents(folder).items()}
     written = _contents(run)
-    assert any(path.suffix == ".wandb" for path in written)
     told = {Path("printed"): printed.encode(), Path("job"): json.dumps(details).encode(),
             Path("log"): _get(head, f"/api/jobs/{job}/logs")}  # fmt: skip
     for secret in (*SECRETS.values(), head.token):
@@ -246,33 +251,28 @@ def test_a_run_that_is_driven_is_not_submitted_again(
 
 def test_what_goes_to_the_cluster(document: dict[str, Any], tmp_path: Path) -> None:
     spec = parse_spec(document | {"resources": {}}, "here")
-    write_package(tmp_path / "package", spec, spec)
-    there = {
-        str(path.relative_to(tmp_path / "package")) for path in (tmp_path / "package").rglob("*") if path.is_file()
-    }
-    sources = {str(path.relative_to(ROOT)) for name in PACKAGES for path in (ROOT / name).rglob("*.py")}
-    assert sources <= there
+    write_sweep(tmp_path / "sweep", spec, spec)
+    assert {path.name for path in (tmp_path / "sweep").iterdir()} == {"sweep.yaml", "extension.yaml"}
+    assert parse_spec(yaml.safe_load((tmp_path / "sweep" / "sweep.yaml").read_text()), "there") == spec
+    code = tmp_path / "code"
+    modules = write_code(code)
+    assert {path.name.split("-")[0] for path in modules} == {*PACKAGES, "saescale"} == {
+        path.name.split("-")[0] for path in code.iterdir()
+    }  # fmt: skip
+    there = {str(path.relative_to(code)) for path in code.rglob("*") if path.is_file()}
+    assert {str(path.relative_to(ROOT)) for name in PACKAGES for path in (ROOT / name).rglob("*.py")} <= there
     assert {"scaling/report.html.j2", "scaling/data/chinchilla_points.csv"} <= there
-    others = {name for name in there - sources if name.split("/")[0] not in PACKAGES}
-    assert {name.split(".dist-info")[0].split("-")[0] for name in others} == {
-        "sweep.yaml",
-        "extension.yaml",
-        "saescale",
-    }
-    code = "import cluster.spec, importlib.metadata as m; print(cluster.spec.__file__, m.version('saescale'))"
-    command = [sys.executable, "-c", code]
-    found = subprocess.run(
-        command, cwd=tmp_path / "package", env=environment(PYTHONPATH=""), capture_output=True, text=True
-    )
-    assert found.stdout.split() == [str(tmp_path / "package/cluster/spec.py"), version("saescale")], found.stderr
-    assert parse_spec(yaml.safe_load((tmp_path / "package/sweep.yaml").read_text()), "there") == spec
+    asked = "import cluster.spec, importlib.metadata as m; print(cluster.spec.__file__, m.version('saescale'))"
+    command = [sys.executable, "-c", asked]
+    found = subprocess.run(command, env=environment(PYTHONPATH=str(code)), cwd="/", capture_output=True, text=True)
+    assert found.stdout.split() == [str(code / "cluster" / "spec.py"), version("saescale")], found.stderr
 
 
 def test_an_extension_goes_along(document: dict[str, Any], sweep_file: Callable[[Any], str], tmp_path: Path) -> None:
     (tmp_path / "more.yaml").write_text(yaml.safe_dump({"grid": {"n_latents": [256], "k": [2]}}))
     spec = parse_spec(document, "here")
     extension = read_extension(spec, str(tmp_path / "more.yaml"))
-    write_package(tmp_path / "package", spec, extension)
+    write_sweep(tmp_path / "package", spec, extension)
     again = extend(spec, str(tmp_path / "package" / EXTENSION))
     assert again.added == 1
     (tmp_path / "other.yaml").write_text(
