@@ -169,9 +169,11 @@ class Service:
         """What it prints, as it comes, until it ends. Goes on by itself where the connection breaks."""
         import aiohttp
 
+        self.job(job)
         printed = 0
-        while True:
-            active, seen = self.job(job).active, 0
+        whole = False
+        while not whole or self.job(job).active:
+            seen, whole = 0, False
             with suppress(RuntimeError, aiohttp.ClientError, OSError):
                 async for text in self.client.tail_job_logs(job):
                     # Each connection tells everything from the beginning.
@@ -180,9 +182,10 @@ class Service:
                     printed = max(printed, seen)
                     if new:
                         yield new
-            if not active:
-                return
-            await asyncio.sleep(POLL_S)
+                whole = True  # as long as the job has ended
+            if not whole:
+                await asyncio.sleep(POLL_S)
+                self.job(job)  # a cluster that is gone is not waited for
 
     def run_there(self, arguments: list[str], job: str, timeout: float) -> str:
         """Runs a short `saescale` command on the cluster for `job`, and returns what it printed.
