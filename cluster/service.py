@@ -94,6 +94,7 @@ class Service:
         extension: SweepSpec | None = None,
         bootstraps: int = 1000,
         python: str = "python",
+        retry_failed: bool = False,
     ) -> str:
         """Starts the sweep as a job and returns its id. `python` is the interpreter on the cluster.
 
@@ -105,6 +106,8 @@ class Service:
         command = [python, "-m", "cluster.cli", "sweep", SWEEP, "--bootstraps", str(bootstraps)]
         if extension is not None:
             command += ["--extend", EXTENSION]
+        if retry_failed:
+            command += ["--retry-failed"]
         with tempfile.TemporaryDirectory(prefix="saescale-") as folder, self._asking():
             write_sweep(Path(folder) / "sweep", spec, extension)
             return self.client.submit_job(

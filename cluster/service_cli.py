@@ -47,6 +47,7 @@ def submit(
     extend: Annotated[
         str | None, typer.Option(help="A sweep file or plan whose cells are added; those that are there stay.")
     ] = None,
+    retry_failed: Annotated[bool, typer.Option("--retry-failed", help="Train the cells that failed again.")] = False,
     python: Annotated[str, typer.Option(help="The interpreter on the cluster that has Ray and torch.")] = "python",
     follow: Annotated[bool, typer.Option("--follow", "-f", help="Show its log until it ends.")] = False,
 ) -> None:
@@ -67,7 +68,7 @@ def submit(
     require_shared(loaded)
     _require_free(loaded.out)
     service = Service(address)
-    job = service.submit(loaded, extension, bootstraps, python)
+    job = service.submit(loaded, extension, bootstraps, python, retry_failed)
     cells = loaded.grid.size
     _say(f"submitted [bold]{job}[/]: {cells} cells of {loaded.name} to {service.address}, run directory {loaded.out}")
     _say(f"Next: saescale status {job} --address {service.address} --watch")

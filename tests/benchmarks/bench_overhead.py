@@ -118,7 +118,8 @@ def _turn(turn: str, spec: dict[str, Any]) -> dict[str, float]:
         done = subprocess.run(command, cwd=ROOT, env=os.environ | {"RAY_ADDRESS": ""}, capture_output=True, text=True)
     if done.returncode:
         raise BenchmarkError(f"{turn} ended with status {done.returncode}:\n{done.stderr[-3000:]}")
-    outcome: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
+    # Ray may have something to say as well.
+    outcome: dict[str, float] = json.loads([line for line in done.stdout.splitlines() if line.startswith("{")][-1])
     return outcome
 
 

@@ -55,9 +55,9 @@ def _soak(result: dict[str, Any]) -> str:
     kills = ", ".join(f"{outcome['kills'].get(kind, 0)} of a {kind}" for kind in ("worker", "node", "driver"))
     return _markdown(["a sweep of 24 cells under random kills", ""], [
         ["kills survived", f"{outcome['kills_survived']}: {kills}"],
-        ["cells lost, with more than one result, with another result",
-         f"{outcome['cells_lost']}, {outcome['cells_with_more_than_one_result']}, {outcome['cells_changed']}"],
-        ["steps done twice", f"{outcome['share_done_twice']:.0%}"],
+        ["cells lost; with another result, curve or weight",
+         f"{outcome['cells_lost']}; {outcome['cells_changed']}"],
+        ["steps done twice, at least", f"{outcome['share_done_twice']:.0%}"],
         ["seconds, undisturbed and under kills",
          f"{outcome['seconds_undisturbed']:.0f} and {outcome['seconds_under_kills']:.0f}"],
     ])  # fmt: skip
