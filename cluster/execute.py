@@ -1,11 +1,12 @@
 """Trains the pending cells of a ledger on a pool: hands out packs, watches them, and deals with what goes wrong.
 
-a worker or its node dies    its pack goes on from its checkpoints, elsewhere and after a pause that grows
-it dies again and again      the pack is split, until the cell that does it is alone; that one is marked failed
-memory runs out              the pack is split
-a worker gets nothing done   it is killed, as above
-a store does not answer      the pack waits and is tried again; the sweep ends when that does not help
-a worker has nothing to do   the pack that has most to do is split, as when nodes have joined
+- A worker or its node dies: its pack goes on from its checkpoints, elsewhere and after a pause that grows.
+- It dies again and again: the pack is split, until the cell that does it is alone; that one is marked failed.
+- Memory runs out: the pack is split.
+- A worker gets nothing done: it is killed, and the rest is as above.
+- A store does not answer: the pack waits and is tried again; the sweep ends when nothing moves for OUTAGE_S.
+- A node lacks the run or the store: it gets no more packs; the sweep ends when no other one is left.
+- A worker has nothing to do: the pack that has most to do is split, as when nodes have joined.
 """
 
 import time
