@@ -13,7 +13,7 @@ import xxhash
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from storage import files
-from storage.errors import SaescaleError
+from storage.errors import SaescaleError, Unavailable
 
 FORMAT = 1
 MANIFEST = "manifest.json"
@@ -273,6 +273,9 @@ class ActivationStore:
         except SaescaleError:
             raise
         except Exception as error:  # object stores raise classes of their own
+            where = files.join(self.url, shard.name)
+            if files.may_pass(where, error):
+                raise Unavailable(f"{where}: row group {group.index} was not answered ({_reason(error)})") from error
             raise self._damaged(group, f"cannot be read ({_reason(error)})") from error
         if array.null_count or len(array) != group.rows:
             raise self._damaged(group, f"has {len(array)} rows with {array.null_count} nulls")

@@ -226,7 +226,7 @@ def _read_error(url: str, error: Exception, tries: int) -> SaescaleError:
 
 
 def _error(url: str, verb: str, error: Exception, tries: int, advice: str) -> SaescaleError:
-    kind = Unavailable if _may_pass(url, error) else SaescaleError
+    kind = Unavailable if may_pass(url, error) else SaescaleError
     return kind(f"cannot {verb} {url}{f' ({tries} tries)' if tries > 1 else ''}: {one_line(error)}; {advice}")
 
 
@@ -248,14 +248,14 @@ def _tried(
         try:
             return action(fs, path)
         except Exception as error:  # object stores raise classes of their own (botocore's are no OSError)
-            if pause is None or not _may_pass(url, error):
+            if pause is None or not may_pass(url, error):
                 raise explained(error, tries) from error
         # Not all at the same moment: it was perhaps the number of us that was too much.
         time.sleep(pause * random.uniform(0.5, 1.5))
     raise AssertionError("the last try returns or raises")
 
 
-def _may_pass(url: str, error: Exception) -> bool:
+def may_pass(url: str, error: Exception) -> bool:
     """Whether the same may succeed later: an object store that fails for another reason than being asked wrongly."""
     asked_wrongly = (PermissionError, FileNotFoundError, FileExistsError, IsADirectoryError, NotADirectoryError)
     if isinstance(error, (*asked_wrongly, ValueError, TypeError, NotImplementedError)):

@@ -25,6 +25,11 @@ def environment(**extra: str) -> dict[str, str]:
     return os.environ | {"PYTHONPATH": str(ROOT), "RAY_ADDRESS": "", "COLUMNS": "200"} | extra
 
 
+def interruptible() -> None:
+    """For `preexec_fn`: a shell that started the tests in the background has told all its children to mind no SIGINT."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 def saescale(*arguments: str, cwd: Path | None = None, **extra: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [*SAESCALE, *arguments], cwd=cwd, env=environment(**extra), capture_output=True, text=True, timeout=300
@@ -176,6 +181,7 @@ def test_a_driver_that_is_asked_to_end_saves_what_it_has(
         stderr=subprocess.PIPE,
         text=True,
         start_new_session=True,
+        preexec_fn=interruptible,
     )
     while not (driver := read_driver(document["out"])) or not driver.standing.workers:
         assert process.poll() is None, process.communicate()

@@ -21,7 +21,7 @@ from storage import checkpoint
 from storage.errors import SaescaleError
 from storage.lease import FILE, Lease, RunningCell, Standing
 from storage.rundir import RunDirectory
-from tests.cluster.test_cli import ROOT, SAESCALE, assert_one_line, environment, saescale
+from tests.cluster.test_cli import ROOT, SAESCALE, assert_one_line, environment, interruptible, saescale
 
 
 @pytest.fixture(autouse=True)
@@ -226,7 +226,11 @@ def test_who_ends_watching_ends_nothing_else(tmp_path: Path) -> None:
     run = make_run(str(tmp_path / "run"), ROWS)
     with Lease(run.url):
         process = subprocess.Popen(
-            [*SAESCALE, "status", run.url, "-w"], env=environment(), stdout=subprocess.PIPE, text=True
+            [*SAESCALE, "status", run.url, "-w"],
+            env=environment(),
+            stdout=subprocess.PIPE,
+            text=True,
+            preexec_fn=interruptible,
         )
         assert process.stdout is not None
         process.stdout.readline()
