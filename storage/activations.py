@@ -274,7 +274,9 @@ class ActivationStore:
             raise
         except Exception as error:  # object stores raise classes of their own
             where = files.join(self.url, shard.name)
-            if files.may_pass(where, error):
+            # What Arrow itself has to say of a file is an OSError too, but without a number.
+            of_arrow = type(error) is OSError and error.errno is None
+            if not of_arrow and files.may_pass(where, error):
                 raise Unavailable(f"{where}: row group {group.index} was not answered ({_reason(error)})") from error
             raise self._damaged(group, f"cannot be read ({_reason(error)})") from error
         if array.null_count or len(array) != group.rows:

@@ -26,7 +26,7 @@ def environment(**extra: str) -> dict[str, str]:
 
 
 def interruptible() -> None:
-    """For `preexec_fn`: a shell that started the tests in the background has told all its children to mind no SIGINT."""
+    """For `preexec_fn`: what a shell started in the background, such as the tests, has been told to mind no SIGINT."""
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 

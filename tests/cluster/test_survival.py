@@ -310,7 +310,7 @@ def test_an_object_store_that_fails_dawdles_and_goes_away_changes_no_result(
     away = threading.Thread(target=go_away)
     away.start()
     try:
-        with s3_faults.injected(rate=0.1) as met, pytest.warns(SaescaleWarning, match="tries") as told:
+        with s3_faults.injected(rate=0.1) as met, pytest.warns(SaescaleWarning, match="go on from their checkpoints"):
             outcome = run_sweep(
                 parse_spec(sweep, "test"), Recorder(lambda now: training.set() if now.running else None), bootstraps=0
             )
@@ -319,7 +319,6 @@ def test_an_object_store_that_fails_dawdles_and_goes_away_changes_no_result(
         training.set()
         away.join()
     assert all(met[kind] for kind in ("500 Internal Server Error", "503 Slow Down", "slow", "cut"))
-    assert any("go on from their checkpoints" in str(warning.message) for warning in told)
     assert outcome.failed == 0
     one_result_each(outcome.run, outcome.cells)
     assert_same(reached(outcome.run), expected)
