@@ -120,6 +120,9 @@ class Execution:
                         running.heard += busy
         except BaseException:
             self._stop()
+            if not self.lease.lost:  # else the tables are another driver's
+                with suppress(SaescaleError):  # what ended the sweep is what has to be told
+                    self.ledger.settle()
             raise
 
     # --- packs and workers
@@ -442,7 +445,7 @@ class Execution:
         for reference in ready:
             try:
                 trained: Trained = ray.get(reference)
-                if not self.lease.lost:  # else the tables are another driver's
+                if not self.lease.lost:
                     self.ledger.record(trained.results)
             except (ray.exceptions.RayError, SaescaleError) as error:
                 self._warn(f"a worker failed while stopping: {one_line(getattr(error, 'cause', None) or error)[:300]}")
