@@ -12,14 +12,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.markup import escape
-
-from cluster import laws_cli, service_cli
-from cluster.laws_cli import console, show_notes
-from storage.errors import SaescaleError, one_line
+from saescale.cluster.front import jobs as service_cli
+from saescale.cluster.front import laws as laws_cli
+from saescale.cluster.front.laws import console, show_notes
+from saescale.storage.errors import SaescaleError, one_line
 
 if TYPE_CHECKING:
-    from cluster.display import ActorRow
-    from cluster.driver import SweepOutcome
+    from saescale.cluster.front.display import ActorRow
+    from saescale.cluster.sweep.driver import SweepOutcome
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -84,7 +84,7 @@ def quickstart(
 
     Example: [bold]saescale quickstart --tiny[/]
     """
-    from cluster.quickstart import next_commands, recipe, run_quickstart
+    from saescale.cluster.front.quickstart import next_commands, recipe, run_quickstart
 
     steps = recipe(tiny, out, wandb)
     with _display() as display:
@@ -120,10 +120,9 @@ def harvest(
     Example: [bold]saescale harvest hf:openai-community/gpt2 --layer 8 --corpus 'data/*.jsonl' --out stores/gpt2-l8[/]
     """
     from pydantic import ValidationError
-
-    from trainers.device import set_threads
-    from trainers.harvest import harvest as run_harvest
-    from trainers.harvest_spec import HarvestSpec
+    from saescale.trainers.device import set_threads
+    from saescale.trainers.harvest.conduct import harvest as run_harvest
+    from saescale.trainers.harvest.spec import HarvestSpec
 
     given = {
         "subject": subject, "out": out, "layer": layer, "corpus": corpus, "tokens": tokens, "dtype": dtype,
@@ -141,12 +140,12 @@ def harvest(
             manifest = run_harvest(spec, display.harvest)
     else:
         wanted = _actors(actors or "auto")
-        from cluster.harvest import harvest_on_actors
+        from saescale.cluster.crew.harvest import harvest_on_actors
 
         with _display() as display:
             manifest, crew = harvest_on_actors(spec, wanted, address, display.harvest)
     if crew:
-        from cluster.display import actor_table
+        from saescale.cluster.front.display import actor_table
 
         console.print(actor_table(crew))
     rows, site = sum(shard.rows for shard in manifest.shards), f"{manifest.site.hook} of layer {manifest.site.layer}"
@@ -170,12 +169,12 @@ def sweep(
 
     Example: [bold]saescale sweep deploy/sweeps/smollm2.yaml[/]
     """
-    from cluster.driver import run_sweep
-    from cluster.spec import load_spec
+    from saescale.cluster.sweep.driver import run_sweep
+    from saescale.cluster.sweep.spec import load_spec
 
     loaded = load_spec(spec, out=out, wandb=wandb)
     if extend is not None:
-        from cluster.extend import extend as extended
+        from saescale.cluster.sweep.extend import extend as extended
 
         loaded, added = extended(loaded, extend)
         console.print(f"{added} cells added to {loaded.grid.size - added}", highlight=False)
@@ -212,9 +211,9 @@ def report(
 
     Example: [bold]saescale report runs/quickstart --format md[/]
     """
-    from cluster.ledger import provenance_of
-    from scaling.report import FILES, analyse
-    from storage.rundir import RunDirectory
+    from saescale.cluster.sweep.ledger import provenance_of
+    from saescale.scaling.report.report import FILES, analyse
+    from saescale.storage.rundir import RunDirectory
 
     wanted = [name for name in FILES if name in (formats or ()) or name == "html"]
     if unknown := [name for name in formats or [] if name not in FILES]:
@@ -235,7 +234,7 @@ def inspect(
 
     Example: [bold]saescale inspect stores/smollm2-135m-l22 --verify[/]
     """
-    from cluster.inspection import describe
+    from saescale.cluster.front.inspection import describe
 
     for name, value in describe(url, verify).items():
         console.print(f"[bold]{name:<16}[/]{escape(value)}", highlight=False, soft_wrap=True)
@@ -250,15 +249,15 @@ def _actors(given: str) -> int | str:
 
 
 def _display() -> Any:
-    from cluster.display import Display
+    from saescale.cluster.front.display import Display
 
     return Display(console)
 
 
 def _summary(outcome: "SweepOutcome", wall_s: float, store: str) -> None:
     """What a sweep did, its coefficients, and where things lie."""
-    from cluster.display import coefficient_table, duration
-    from scaling.fit import fit_notes
+    from saescale.cluster.front.display import coefficient_table, duration
+    from saescale.scaling.laws.fit import fit_notes
 
     url = outcome.run.url
     if outcome.trained:

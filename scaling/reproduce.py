@@ -9,12 +9,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-
-from scaling.estimate import Fit, fit_law
-from scaling.laws import GPT4, N_D, N_K
-from scaling.tables import load_results
-from storage.errors import SaescaleError
-from storage.rundir import RunDirectory
+from saescale.scaling.laws.estimate import Fit, fit_law
+from saescale.scaling.laws.known import GPT4, N_D, N_K
+from saescale.scaling.tables import load_results
+from saescale.storage.errors import SaescaleError
+from saescale.storage.rundir import RunDirectory
 
 _NOISE = 0.005
 _SIZES = 2.0 ** np.arange(11, 22, 2)
@@ -66,7 +65,7 @@ def reproduce(name: str, seeds: int = 200) -> Reproduction:
 
 def chinchilla(seeds: int = 0) -> Reproduction:
     """L(N, D) of the 234 runs of Hoffmann et al. 2022, to the digits of the published refit."""
-    content = files("scaling").joinpath("data/chinchilla_points.csv").read_text()
+    content = files("saescale.scaling").joinpath("data/chinchilla_points.csv").read_text()
     points = np.genfromtxt(io.StringIO(content), delimiter=",", names=True)
     columns = {"n_latents": points["n_parameters"], "tokens": points["tokens"]}
     fit = fit_law(N_D, columns, points["loss"], bootstraps=0)

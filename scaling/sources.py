@@ -3,9 +3,8 @@
 from collections.abc import Callable, Sequence
 
 import numpy as np
-
-from scaling.tables import Table, check_cells, load_curves, load_results
-from storage.errors import SaescaleError
+from saescale.scaling.tables import Table, check_cells, load_curves, load_results
+from saescale.storage.errors import SaescaleError
 
 Reader = Callable[[str], tuple[Table, Table | None]]
 _PREFIX = "wandb:"

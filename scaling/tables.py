@@ -9,10 +9,9 @@ import pyarrow as pa
 import pyarrow.csv
 import pyarrow.parquet
 import xxhash
-
-from storage.errors import SaescaleError
-from storage.files import exists, join, open_input
-from storage.rundir import RunDirectory
+from saescale.storage.errors import SaescaleError
+from saescale.storage.files import exists, join, open_input
+from saescale.storage.rundir import RunDirectory
 
 _POSITIVE = ("nmse", "loss", "n_latents", "k", "tokens", "flops", "flops_dense")
 _NUMERIC = (pa.types.is_integer, pa.types.is_floating, pa.types.is_boolean, pa.types.is_null)

@@ -14,9 +14,8 @@ from typing import Any, BinaryIO
 import numpy as np
 import xxhash
 from pydantic import BaseModel, ConfigDict
-
-from storage import files
-from storage.errors import SaescaleError, SaescaleWarning
+from saescale.storage import files
+from saescale.storage.errors import SaescaleError, SaescaleWarning
 
 POINTER = "latest.json"
 KEPT = 2

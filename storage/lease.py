@@ -19,9 +19,8 @@ from types import TracebackType
 from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, ValidationError
-
-from storage import files
-from storage.errors import SaescaleError, SaescaleWarning
+from saescale.storage import files
+from saescale.storage.errors import SaescaleError, SaescaleWarning
 
 FILE = "driver.json"
 BEAT_S = 3.0

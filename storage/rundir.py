@@ -10,9 +10,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import yaml
-
-from storage import files
-from storage.errors import SaescaleError
+from saescale.storage import files
+from saescale.storage.errors import SaescaleError
 
 _TEXT, _INT, _REAL = pa.string(), pa.int64(), pa.float64()
 

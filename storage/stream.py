@@ -14,9 +14,9 @@ from types import TracebackType
 from typing import Any, NamedTuple
 
 import numpy as np
-
-from storage.activations import ActivationStore, RowGroup, raw_dtype
-from storage.errors import SaescaleError
+from saescale.storage.errors import SaescaleError
+from saescale.storage.rows import RowGroup, raw_dtype
+from saescale.storage.store import ActivationStore
 
 _READERS = 4
 # Row groups whose values this process has found good: (url, store fingerprint, shard, row group).

@@ -76,10 +76,9 @@ def s3_url(s3_endpoint: str) -> str:
 def save_subject(tmp_path_factory: pytest.TempPathFactory) -> SaveSubject:
     """Saves a random model of a transformers configuration with a small tokenizer; gives its subject name."""
     import torch
+    from saescale.trainers.subjects.text import python_prose
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
-
-    from trainers.text import python_prose
 
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -125,7 +124,7 @@ def tiny_subject(save_subject: SaveSubject) -> str:
 @pytest.fixture(scope="session")
 def tiny_corpus(tmp_path_factory: pytest.TempPathFactory) -> str:
     """120 short documents, about 30,000 tokens of the tiny subject, as a JSON lines file."""
-    from trainers.text import python_prose
+    from saescale.trainers.subjects.text import python_prose
 
     folder: Path = tmp_path_factory.mktemp("corpus")
     texts = [text[:600] for text in python_prose()[-120:]]

@@ -35,11 +35,12 @@ TIMES = ("wall_s", "tokens_per_s")  # of results and curves: what no two runs sh
 
 def quickstart(folder: Path) -> Iterator[tuple[str, str]]:
     """Store and cells of `saescale quickstart --tiny`, in float32."""
-    from cluster.driver import run_sweep
-    from cluster.quickstart import recipe
-    from storage.activations import ActivationStore
+    from saescale.cluster.front.quickstart import recipe
+    from saescale.cluster.sweep.driver import run_sweep
+    from saescale.storage.store import ActivationStore
+    from saescale.trainers.harvest.conduct import harvest
+
     from tests.cluster.conftest import Recorder
-    from trainers.harvest import harvest
 
     made = recipe(tiny=True, out=str(folder / "run"), wandb="off")
     store = str(folder / "store")
@@ -54,10 +55,11 @@ def quickstart(folder: Path) -> Iterator[tuple[str, str]]:
 
 def packs(folder: Path) -> Iterator[tuple[str, str]]:
     """A pack of cells most of whose latents die, so that AuxK works on few and on many dead latents."""
-    from storage.activations import ActivationStore
+    from saescale.storage.store import ActivationStore
+    from saescale.trainers.cell import Cell, EvalSpec
+    from saescale.trainers.training.train import PackJob, train_pack
+
     from tests.trainers.synthetic import D_MODEL, sparse_rows, write_store
-    from trainers.cell import Cell, EvalSpec
-    from trainers.train import PackJob, train_pack
 
     store = ActivationStore.open(write_store(str(folder / "known"), sparse_rows(16_384, 0), sparse_rows(2_048, 1)))
     shared = {
@@ -79,7 +81,7 @@ def packs(folder: Path) -> Iterator[tuple[str, str]]:
     )
     outcome = train_pack(job)
     dead = {row["n_latents"]: row["dead_fraction"] for row in outcome.results}
-    assert dead[512] > 0.3 and dead[256] > 0, f"AuxK had little to do here: {dead}"
+    assert min(dead[512] - 0.3, dead[256]) > 0, f"AuxK had little to do here: {dead}"
     yield from run_digests(run)
 
 

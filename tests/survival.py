@@ -2,8 +2,8 @@
 
 from typing import Any
 
-from storage import files
-from storage.rundir import RunDirectory
+from saescale.storage import files
+from saescale.storage.rundir import RunDirectory
 
 TIMES = ("wall_s", "tokens_per_s")
 

@@ -27,7 +27,7 @@ def imported(path: Path) -> set[str]:
 def test_imports_point_down(path: Path) -> None:
     floor = path.relative_to(ROOT).parts[0]
     modules = imported(path)
-    packages = {module.split(".")[0] for module in modules}
+    packages = {module.removeprefix("saescale.").split(".")[0] for module in modules}
     above = set(FLOORS[FLOORS.index(floor) + 1 :])
     assert not packages & above
     if floor != "cluster":
@@ -35,8 +35,8 @@ def test_imports_point_down(path: Path) -> None:
     if floor in ("storage", "scaling"):
         assert not packages & {"torch", "lightning", "wandb", "transformers"}
     if floor == "trainers":
-        from_scaling = {module for module in modules if module.startswith("scaling.")}
-        assert all(module.startswith("scaling.compute") for module in from_scaling)
+        from_scaling = {module for module in modules if module.startswith("saescale.scaling.")}
+        assert all(module.startswith("saescale.scaling.compute") for module in from_scaling)
         if not path.name.startswith("wandb_"):
             assert "wandb" not in packages
 
@@ -44,13 +44,14 @@ def test_imports_point_down(path: Path) -> None:
 @pytest.mark.parametrize(
     ("modules", "unwanted"),
     [
-        ("storage.activations, storage.stream, storage.rundir, storage.checkpoint", "torch ray wandb lightning"),
-        ("scaling.report, scaling.tables, scaling.laws", "torch ray wandb lightning"),
-        ("trainers.train, trainers.harvest, trainers.subjects, cluster.display", "ray"),
+        ("storage.store storage.stream storage.rundir storage.checkpoint", "torch ray wandb lightning"),
+        ("scaling.report.report scaling.tables scaling.laws.known", "torch ray wandb lightning"),
+        ("trainers.training.train trainers.harvest.conduct trainers.subjects.subject", "ray"),
         ("cluster.cli", "torch ray wandb lightning numpy"),
     ],
 )
 def test_importing_stays_light(modules: str, unwanted: str) -> None:
-    code = f"import sys, {modules}; print([m for m in {unwanted.split()} if m in sys.modules])"
+    imported = ", ".join(f"saescale.{module}" for module in modules.split())
+    code = f"import sys, {imported}; print([m for m in {unwanted.split()} if m in sys.modules])"
     result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert result.stdout.strip() == "[]"

@@ -6,8 +6,7 @@ from functools import cached_property
 from typing import Literal, NamedTuple, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
-
-from scaling.compute import Flops, flops_per_token
+from saescale.scaling.compute import Flops, flops_per_token
 
 Precision = Literal["fp32", "bf16"]  # of the operands of the encoder product
 

@@ -5,9 +5,8 @@ from functools import cache
 
 import numba
 import torch
-
-from storage.errors import SaescaleError
-from trainers.cell import Precision
+from saescale.storage.errors import SaescaleError
+from saescale.trainers.cell import Precision
 
 
 class OutOfMemory(SaescaleError):

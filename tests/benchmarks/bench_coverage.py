@@ -15,10 +15,9 @@ from typing import NamedTuple
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import numpy as np
-
-from scaling.estimate import Fitted, Resamples, draw_counts, fit_law
-from scaling.law import Law
-from scaling.laws import GPT4, N_FLOOR, N_K, N
+from saescale.scaling.laws.estimate import Fitted, Resamples, draw_counts, fit_law
+from saescale.scaling.laws.known import GPT4, N_FLOOR, N_K, N
+from saescale.scaling.laws.law import Law
 
 GRIDS = {
     "42": (2.0 ** np.arange(11, 22, 2), 2.0 ** np.arange(3, 10)),

@@ -16,21 +16,22 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from saescale.scaling.compute import flops_per_token
+from saescale.trainers.architectures import topk_sparse as step_module
+from saescale.trainers.architectures.reference import Objective
+from saescale.trainers.architectures.topk import SAE
+from saescale.trainers.architectures.topk_sparse import Batch, DeadLatents, step
+from saescale.trainers.cell import Cell, Precision, auto_k_aux
+from saescale.trainers.kernels import eager as sparse_eager
+from saescale.trainers.kernels import interface as sparse
+from saescale.trainers.preprocess import Centre, measure_centre
+from saescale.trainers.training import optimiser as optimiser_module
+from saescale.trainers.training.memory import StreamSize, pack_memory
+from saescale.trainers.training.optimiser import SAEAdam
+from saescale.trainers.training.pack import Pack
 
-from scaling.compute import flops_per_token
 from tests.benchmarks.harness import BenchmarkError, alternate, console, machine, run, show_table, write_result
 from tests.benchmarks.protocol import Size, unit_rows
-from trainers import optimiser as optimiser_module
-from trainers import sparse, sparse_eager
-from trainers import step as step_module
-from trainers.cell import Cell, Precision, auto_k_aux
-from trainers.memory import StreamSize, pack_memory
-from trainers.optimiser import SAEAdam
-from trainers.pack import Pack
-from trainers.preprocess import Centre, measure_centre
-from trainers.reference import Objective
-from trainers.sae import SAE
-from trainers.step import Batch, DeadLatents, step
 
 SIZES = [Size(8192, 768, 32768, 32), Size(32768, 768, 32768, 32), Size(32768, 768, 131072, 64)]
 GRID = [(n, k) for n in (2**11, 2**13, 2**15, 2**17) for k in (8, 16, 32, 64, 128, 256, 512)]

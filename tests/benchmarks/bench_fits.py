@@ -9,9 +9,8 @@ import time
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import numpy as np
-
-from scaling.estimate import fit_law
-from scaling.laws import GPT4, N_K
+from saescale.scaling.laws.estimate import fit_law
+from saescale.scaling.laws.known import GPT4, N_K
 
 
 def main() -> None:

@@ -3,7 +3,7 @@
 Time: one saescale step on the CPU while one of N, k, batch and the share of dead latents changes and the rest stays.
 Settings take turns, so that a disturbance of the machine meets all of an axis.
 Memory: a process of its own trains a pack while N, k, batch, tokens or the number of cells changes, and says by how
-much it grew at most; beside it what the planner predicts (trainers/memory.py).
+much it grew at most; beside it what the planner predicts (trainers/training/memory.py).
 """
 
 import argparse
@@ -16,21 +16,21 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from saescale.storage.store import ActivationStore
+from saescale.trainers.architectures.reference import Objective
+from saescale.trainers.architectures.topk import SAE
+from saescale.trainers.architectures.topk_sparse import Batch, DeadLatents, step
+from saescale.trainers.cell import Cell, EvalSpec, Precision
+from saescale.trainers.device import fast_precision, set_threads
+from saescale.trainers.preprocess import measure_centre
+from saescale.trainers.training.memory import StreamSize, pack_memory
+from saescale.trainers.training.optimiser import SAEAdam
+from saescale.trainers.training.train import PackJob
 
-from storage.activations import ActivationStore
 from tests.benchmarks.harness import alternate, console, machine, run, show_table, write_result
 from tests.benchmarks.protocol import Size, unit_rows
 from tests.trainers.peak_memory import measure
 from tests.trainers.synthetic import write_store
-from trainers.cell import Cell, EvalSpec, Precision
-from trainers.device import fast_precision, set_threads
-from trainers.memory import StreamSize, pack_memory
-from trainers.optimiser import SAEAdam
-from trainers.preprocess import measure_centre
-from trainers.reference import Objective
-from trainers.sae import SAE
-from trainers.step import Batch, DeadLatents, step
-from trainers.train import PackJob
 
 BASE = Size(2048, 768, 8192, 32)
 K_AUX = 256

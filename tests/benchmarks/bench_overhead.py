@@ -23,23 +23,25 @@ from typing import Any, NamedTuple, cast
 
 import lightning.pytorch as L
 import psutil
+from saescale.cluster.front.quickstart import recipe
+from saescale.cluster.sweep.driver import run_sweep
+from saescale.cluster.sweep.spec import SweepSpec, parse_spec
+from saescale.storage.lease import Standing
+from saescale.storage.rundir import RunDirectory
+from saescale.storage.store import ActivationStore
+from saescale.storage.stream import Stream
+from saescale.trainers.device import default_device, fast_precision, set_threads
+from saescale.trainers.evals.nmse import HeldOut
+from saescale.trainers.loggers.interface import NoLogger
+from saescale.trainers.preprocess import to_tensor
+from saescale.trainers.training.checkpoints import Checkpoint
+from saescale.trainers.training.evaluate import Evaluate
+from saescale.trainers.training.pack import Pack
+from saescale.trainers.training.report import Report
+from saescale.trainers.training.train import measured_centre
 
-from cluster.driver import run_sweep
-from cluster.quickstart import recipe
-from cluster.spec import SweepSpec, parse_spec
-from storage.activations import ActivationStore
-from storage.lease import Standing
-from storage.rundir import RunDirectory
-from storage.stream import Stream
 from tests.benchmarks.harness import ROOT, BenchmarkError, console, machine, quartiles, run, show_table, write_result
 from tests.trainers.synthetic import sparse_rows, write_store
-from trainers.callbacks import Checkpoint, Evaluate, Report
-from trainers.device import default_device, fast_precision, set_threads
-from trainers.evaluate import HeldOut
-from trainers.loggers import NoLogger
-from trainers.pack import Pack
-from trainers.preprocess import to_tensor
-from trainers.train import measured_centre
 
 GRID = {"n_latents": [1024, 2048, 4096], "k": [16, 32]}
 CHECKPOINT_S = 60.0
@@ -154,7 +156,7 @@ def _sweep(spec: SweepSpec) -> dict[str, float]:
 
 
 def _plain(spec: SweepSpec) -> dict[str, float]:
-    """trainers.train.train_pack without Lightning, in this process: the same parts, called one after another."""
+    """train_pack without Lightning, in this process: the same parts, called one after another."""
     set_threads(os.cpu_count() or 1)
     store, device, out = ActivationStore.open(spec.store), default_device(), RunDirectory(spec.out)
     cells = spec.cells(store, fast_precision(device))

@@ -19,15 +19,15 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from saescale.cluster.front.quickstart import recipe
+from saescale.storage.store import ActivationStore
+from saescale.trainers.cell import Cell, EvalSpec
+from saescale.trainers.device import fast_precision, set_threads
+from saescale.trainers.training.train import PackJob, train_pack
 
-from cluster.quickstart import recipe
-from storage.activations import ActivationStore
 from tests.benchmarks.environment import peers_python
 from tests.benchmarks.harness import Contender, alternate, console, machine, run, show_table, write_result
 from tests.benchmarks.protocol import Size
-from trainers.cell import Cell, EvalSpec
-from trainers.device import fast_precision, set_threads
-from trainers.train import PackJob, train_pack
 
 PEER = "sparsify-adam"  # the fastest of them at every size of bench_step.py
 

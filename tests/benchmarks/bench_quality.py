@@ -17,21 +17,21 @@ from typing import Any
 
 import numpy as np
 import torch
+from saescale.cluster.front.quickstart import recipe
+from saescale.storage.files import join
+from saescale.storage.rundir import RunDirectory
+from saescale.storage.store import ActivationStore
+from saescale.storage.stream import Stream
+from saescale.trainers.architectures.topk import SAE
+from saescale.trainers.cell import Cell, EvalSpec, Precision
+from saescale.trainers.device import set_threads
+from saescale.trainers.exchange.native import load_trained
+from saescale.trainers.preprocess import normalise, to_tensor
+from saescale.trainers.training.train import PackJob, train_pack
 
-from cluster.quickstart import recipe
-from storage.activations import ActivationStore
-from storage.files import join
-from storage.rundir import RunDirectory
-from storage.stream import Stream
 from tests.benchmarks.environment import peers_python
 from tests.benchmarks.harness import ALIKE, QUIET, ROOT, console, machine, run, show_table, write_result
 from tests.trainers.dense_training import dense_nmse, train_dense
-from trainers.cell import Cell, EvalSpec, Precision
-from trainers.device import set_threads
-from trainers.preprocess import normalise, to_tensor
-from trainers.sae import SAE
-from trainers.train import PackJob, train_pack
-from trainers.trained import load_trained
 
 
 def main() -> None:

@@ -16,16 +16,16 @@ from functools import partial
 from importlib.metadata import version
 
 import torch
+from saescale.trainers.architectures.reference import Objective
+from saescale.trainers.architectures.topk import SAE
+from saescale.trainers.architectures.topk_sparse import Batch, DeadLatents, step
+from saescale.trainers.cell import Precision, auto_k_aux
+from saescale.trainers.device import set_threads
+from saescale.trainers.preprocess import measure_centre
+from saescale.trainers.training.optimiser import SAEAdam
 from torch import Tensor
 
 from tests.benchmarks.protocol import Server, Size, serve, unit_rows
-from trainers.cell import Precision, auto_k_aux
-from trainers.device import set_threads
-from trainers.optimiser import SAEAdam
-from trainers.preprocess import measure_centre
-from trainers.reference import Objective
-from trainers.sae import SAE
-from trainers.step import Batch, DeadLatents, step
 
 DEAD_AFTER_TOKENS = 10_000_000  # what the peers take too: beyond what a benchmark trains
 TRIALS = 2  # of each form of the encoder product

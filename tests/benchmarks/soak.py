@@ -23,11 +23,11 @@ from typing import Any
 import psutil
 import yaml
 from rich.progress import Progress
+from saescale.storage import checkpoint
+from saescale.storage.files import exists
+from saescale.storage.lease import Driver, read_driver
+from saescale.storage.rundir import RunDirectory
 
-from storage import checkpoint
-from storage.files import exists
-from storage.lease import Driver, read_driver
-from storage.rundir import RunDirectory
 from tests.benchmarks.harness import ROOT, BenchmarkError, console, machine, run, show_table, write_result
 from tests.survival import reached
 from tests.trainers.synthetic import sparse_rows, write_store
@@ -145,7 +145,7 @@ class _Soak:
             raise BenchmarkError(f"the driver ended with status {driver.returncode}: {self._said()}")
 
     def _start(self) -> subprocess.Popen[bytes]:
-        command = [sys.executable, "-m", "cluster.cli", "sweep", str(self._file)]
+        command = [sys.executable, "-m", "saescale.cluster.cli", "sweep", str(self._file)]
         command += ["--address", self.cluster.address, "--bootstraps", "0"]
         with self._file.with_suffix(".log").open("ab") as log:
             return subprocess.Popen(command, cwd=ROOT, stdout=log, stderr=subprocess.STDOUT)

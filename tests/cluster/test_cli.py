@@ -12,12 +12,12 @@ from typing import Any
 
 import numpy as np
 import pytest
+from saescale.cluster.sweep.status import read_status
+from saescale.storage.lease import read_driver
 
-from cluster.status import read_status
-from storage.lease import read_driver
 from tests.trainers.synthetic import sparse_rows, write_store
 
-SAESCALE = [sys.executable, "-m", "cluster.cli"]
+SAESCALE = [sys.executable, "-m", "saescale.cluster.cli"]
 ROOT = Path(__file__).parents[2]
 
 

@@ -5,10 +5,9 @@ import warnings
 
 import pytest
 from rich.console import Console
-
-from cluster.display import ActorRow, Display, actor_table, coefficient_table, duration
-from storage.errors import SaescaleWarning
-from storage.lease import Standing
+from saescale.cluster.front.display import ActorRow, Display, actor_table, coefficient_table, duration
+from saescale.storage.errors import SaescaleWarning
+from saescale.storage.lease import Standing
 
 
 def progress(done: int, fraction: float) -> Standing:
@@ -37,7 +36,7 @@ def test_each_part_of_the_work_leaves_one_line(terminal: bool) -> None:
 
 
 def test_lines_appear_now_and_then_without_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("cluster.display.LINE_EVERY_S", 0.0)
+    monkeypatch.setattr("saescale.cluster.front.display.LINE_EVERY_S", 0.0)
     out = io.StringIO()
     with Display(Console(file=out, width=120)) as display:
         display.sweep(progress(0, 0.0))
@@ -53,7 +52,7 @@ def test_lines_appear_now_and_then_without_a_terminal(monkeypatch: pytest.Monkey
     [([], "60 tokens/s, "), ([10.0, 50.0], "60 tokens/s (by actor: 10, 50)"), ([12.0] * 5, "(5 actors: 12 to 12)")],
 )
 def test_rates_of_actors_are_shown(monkeypatch: pytest.MonkeyPatch, rates: list[float], shown: str) -> None:
-    monkeypatch.setattr("cluster.display.LINE_EVERY_S", 0.0)
+    monkeypatch.setattr("saescale.cluster.front.display.LINE_EVERY_S", 0.0)
     out = io.StringIO()
     with Display(Console(file=out, width=120)) as display:
         display.harvest(50, 100, sum(rates) or 60.0, "harvesting", rates)

@@ -12,17 +12,17 @@ from typing import Any
 
 import psutil
 import pytest
+from saescale.cluster.crew import harvest_crew as module
+from saescale.cluster.crew.harvest import harvest_on_actors
+from saescale.cluster.crew.shares import share_out
+from saescale.storage import files
+from saescale.storage.errors import SaescaleError, SaescaleWarning
+from saescale.storage.store import ActivationStore
+from saescale.trainers.harvest import contexts
+from saescale.trainers.harvest.conduct import harvest
+from saescale.trainers.harvest.spec import HarvestSpec
 
-from cluster import actors as module
-from cluster.harvest import harvest_on_actors
-from cluster.shares import share_out
-from storage import files
-from storage.activations import ActivationStore
-from storage.errors import SaescaleError, SaescaleWarning
 from tests.cluster.test_cli import SAESCALE, assert_one_line, environment, saescale
-from trainers import contexts
-from trainers.harvest import harvest
-from trainers.harvest_spec import HarvestSpec
 
 
 @pytest.fixture(scope="module")

@@ -14,14 +14,14 @@ import pytest
 import ray
 from prometheus_client.parser import text_string_to_metric_families
 from prometheus_client.samples import Sample
+from saescale.cluster.crew import metrics
+from saescale.cluster.sweep.driver import run_sweep
+from saescale.cluster.sweep.spec import parse_spec
+from saescale.storage.errors import SaescaleWarning
+from saescale.storage.rundir import RunDirectory
+from saescale.trainers.training.train import PackJob
 
-from cluster import metrics
-from cluster.driver import run_sweep
-from cluster.spec import parse_spec
-from storage.errors import SaescaleWarning
-from storage.rundir import RunDirectory
 from tests.cluster.conftest import Recorder
-from trainers.train import PackJob
 
 DASHBOARD = json.loads((Path(__file__).parents[2] / "deploy/grafana/saescale.json").read_text())
 QUERIES = [target for panel in DASHBOARD["panels"] for target in panel["targets"]]

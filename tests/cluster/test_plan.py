@@ -5,12 +5,11 @@ from collections.abc import Sequence
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-
-from cluster.plan import cost, plan_packs
-from cluster.shares import cpus_each, threads_for
-from storage.errors import SaescaleError
-from trainers.cell import Cell
-from trainers.memory import StreamSize, pack_memory
+from saescale.cluster.crew.shares import cpus_each, threads_for
+from saescale.cluster.sweep.packing import cost, plan_packs
+from saescale.storage.errors import SaescaleError
+from saescale.trainers.cell import Cell
+from saescale.trainers.training.memory import StreamSize, pack_memory
 
 
 def cell(n_latents: int, k: int = 4, **fields: object) -> Cell:

@@ -10,18 +10,18 @@ import pyarrow as pa
 import pyarrow.csv
 import pytest
 import yaml
+from saescale.cluster.front import laws as laws_cli
+from saescale.cluster.sweep.driver import run_sweep
+from saescale.cluster.sweep.extend import extend, union
+from saescale.cluster.sweep.ledger import open_ledger
+from saescale.cluster.sweep.propose import Request, make_plan
+from saescale.cluster.sweep.spec import NO_STORE, Grid, load_spec, parse_spec
+from saescale.scaling.planning.devices import find_device
+from saescale.scaling.tables import load_results
+from saescale.storage.errors import SaescaleError
+from saescale.storage.rundir import RunDirectory
+from saescale.storage.store import ActivationStore
 
-from cluster import laws_cli
-from cluster.driver import run_sweep
-from cluster.extend import extend, union
-from cluster.ledger import open_ledger
-from cluster.planning import Request, make_plan
-from cluster.spec import NO_STORE, Grid, load_spec, parse_spec
-from scaling.devices import find_device
-from scaling.tables import load_results
-from storage.activations import ActivationStore
-from storage.errors import SaescaleError
-from storage.rundir import RunDirectory
 from tests.cluster.conftest import Recorder
 from tests.cluster.test_cli import assert_one_line, saescale
 from tests.scaling.conftest import _cells

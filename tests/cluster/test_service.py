@@ -17,14 +17,14 @@ from typing import Any
 import psutil
 import pytest
 import yaml
+from saescale.cluster.jobs.package import EXTENSION, PACKAGES, write_code, write_sweep
+from saescale.cluster.jobs.service import STOP_WAIT_S, resolve_address, shown
+from saescale.cluster.sweep.extend import extend, read_extension
+from saescale.cluster.sweep.spec import parse_spec
+from saescale.cluster.sweep.status import read_status
+from saescale.storage.errors import SaescaleError
+from saescale.storage.lease import FILE, Lease
 
-from cluster.extend import extend, read_extension
-from cluster.package import EXTENSION, PACKAGES, write_code, write_sweep
-from cluster.service import STOP_WAIT_S, resolve_address, shown
-from cluster.spec import parse_spec
-from cluster.status import read_status
-from storage.errors import SaescaleError
-from storage.lease import FILE, Lease
 from tests.cluster.ray_head import Head, ray_head
 from tests.cluster.test_cli import ROOT, assert_one_line, environment, saescale
 
@@ -262,7 +262,7 @@ def test_what_goes_to_the_cluster(document: dict[str, Any], tmp_path: Path) -> N
     there = {str(path.relative_to(code)) for path in code.rglob("*") if path.is_file()}
     assert {str(path.relative_to(ROOT)) for name in PACKAGES for path in (ROOT / name).rglob("*.py")} <= there
     assert {"scaling/report.html.j2", "scaling/data/chinchilla_points.csv"} <= there
-    asked = "import cluster.spec, importlib.metadata as m; print(cluster.spec.__file__, m.version('saescale'))"
+    asked = "import saescale.cluster as c, importlib.metadata as m; print(c.__file__, m.version('saescale'))"
     command = [sys.executable, "-c", asked]
     found = subprocess.run(command, env=environment(PYTHONPATH=str(code)), cwd="/", capture_output=True, text=True)
     assert found.stdout.split() == [str(code / "cluster" / "spec.py"), version("saescale")], found.stderr

@@ -6,11 +6,10 @@ from typing import Any
 
 import pytest
 import yaml
-
-from cluster.quickstart import recipe
-from cluster.spec import load_spec, parse_spec
-from storage.activations import ActivationStore
-from storage.errors import SaescaleError
+from saescale.cluster.front.quickstart import recipe
+from saescale.cluster.sweep.spec import load_spec, parse_spec
+from saescale.storage.errors import SaescaleError
+from saescale.storage.store import ActivationStore
 
 EXAMPLES = sorted((Path(__file__).parents[2] / "deploy" / "sweeps").glob("*.yaml"))
 

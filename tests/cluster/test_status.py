@@ -14,19 +14,19 @@ from typing import Any
 
 import pytest
 from rich.console import Console
+from saescale.cluster.front.status_view import cells_lines, jobs_table, line, render
+from saescale.cluster.sweep.status import MAX_READ, CellStatus, JobStatus, SweepStatus, read_status, with_job
+from saescale.storage import checkpoint
+from saescale.storage.errors import SaescaleError
+from saescale.storage.lease import FILE, Lease, RunningCell, Standing
+from saescale.storage.rundir import RunDirectory
 
-from cluster.status import MAX_READ, CellStatus, JobStatus, SweepStatus, read_status, with_job
-from cluster.status_view import cells_lines, jobs_table, line, render
-from storage import checkpoint
-from storage.errors import SaescaleError
-from storage.lease import FILE, Lease, RunningCell, Standing
-from storage.rundir import RunDirectory
 from tests.cluster.test_cli import ROOT, SAESCALE, assert_one_line, environment, interruptible, saescale
 
 
 @pytest.fixture(autouse=True)
 def quick_beat(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("storage.lease.BEAT_S", 0.2)
+    monkeypatch.setattr("saescale.storage.lease.BEAT_S", 0.2)
 
 
 def row(n_latents: int, k: int, status: str = "pending", seed: int = 0, **more: Any) -> dict[str, Any]:
@@ -155,7 +155,7 @@ def test_how_a_driver_ended(tmp_path: Path, state: Any, error: str | None) -> No
 
 def test_a_driver_that_was_killed_is_said_to_have_died(tmp_path: Path) -> None:
     run = make_run(str(tmp_path / "run"), ROWS)
-    code = "import os, sys, storage.lease; storage.lease.Lease(sys.argv[1]); os.kill(os.getpid(), 9)"
+    code = "import os, sys, saescale.storage.lease; saescale.storage.lease.Lease(sys.argv[1]); os.kill(os.getpid(), 9)"
     subprocess.run([sys.executable, "-c", code, run.url], cwd=ROOT, check=False)
     found = read_status(run.url)
     assert found.state == "died"
@@ -176,8 +176,8 @@ def test_the_document_for_programs(tmp_path: Path) -> None:
 def test_a_run_directory_needs_neither_torch_nor_ray(tmp_path: Path) -> None:
     run = make_run(str(tmp_path / "run"), ROWS)
     code = (
-        "import sys, cluster.cli; sys.argv[1:] = ['status', sys.argv[1], '--cells']\n"
-        "try: cluster.cli.main()\n"
+        "import sys, saescale.cluster.cli; sys.argv[1:] = ['status', sys.argv[1], '--cells']\n"
+        "try: saescale.cluster.cli.main()\n"
         "finally: print([m for m in ('torch', 'ray', 'wandb', 'lightning', 'scipy') if m in sys.modules])"
     )
     result = subprocess.run([sys.executable, "-c", code, run.url], cwd=ROOT, capture_output=True, text=True, check=True)
@@ -243,9 +243,9 @@ def test_who_ends_watching_ends_nothing_else(tmp_path: Path) -> None:
 def test_stop_ends_a_driver_on_this_machine(tmp_path: Path) -> None:
     run = make_run(str(tmp_path / "run"), ROWS)
     code = (
-        "import signal, sys, time, storage.lease\n"
+        "import signal, sys, time, saescale.storage.lease\n"
         "signal.signal(signal.SIGTERM, lambda *_: sys.exit(130))\n"
-        "with storage.lease.Lease(sys.argv[1]): time.sleep(300)"
+        "with saescale.storage.lease.Lease(sys.argv[1]): time.sleep(300)"
     )
     driver = subprocess.Popen([sys.executable, "-c", code, run.url], cwd=ROOT)
     until(lambda: read_status(run.url).state == "running")

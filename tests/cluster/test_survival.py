@@ -15,14 +15,15 @@ from typing import Any
 import psutil
 import pytest
 import yaml
+from saescale.cluster.sweep import execute
+from saescale.cluster.sweep import packing as plan
+from saescale.cluster.sweep.driver import run_sweep
+from saescale.cluster.sweep.spec import parse_spec
+from saescale.storage import files
+from saescale.storage.errors import SaescaleError, SaescaleWarning
+from saescale.storage.lease import Standing, read_driver
+from saescale.storage.rundir import RunDirectory
 
-from cluster import execute, plan
-from cluster.driver import run_sweep
-from cluster.spec import parse_spec
-from storage import files
-from storage.errors import SaescaleError, SaescaleWarning
-from storage.lease import Standing, read_driver
-from storage.rundir import RunDirectory
 from tests.cluster.conftest import NODE, Recorder
 from tests.cluster.test_cli import SAESCALE, environment
 from tests.s3_faults import Faults
@@ -108,7 +109,7 @@ class Killer:
         self._thread.join()
 
 
-@pytest.mark.filterwarnings("ignore::storage.errors.SaescaleWarning")
+@pytest.mark.filterwarnings("ignore::saescale.storage.errors.SaescaleWarning")
 def test_workers_and_nodes_killed_at_random_change_no_result(
     three_nodes: Any, sweep: dict[str, Any], undisturbed: Callable[..., Any]
 ) -> None:
@@ -148,7 +149,7 @@ def test_workers_and_nodes_killed_at_random_change_no_result(
     assert_same(reached(outcome.run), expected)
 
 
-@pytest.mark.filterwarnings("ignore::storage.errors.SaescaleWarning")
+@pytest.mark.filterwarnings("ignore::saescale.storage.errors.SaescaleWarning")
 def test_drivers_killed_at_random_change_no_result(
     three_nodes: Any, sweep: dict[str, Any], undisturbed: Callable[..., Any], tmp_path: Path
 ) -> None:

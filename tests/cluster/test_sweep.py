@@ -4,15 +4,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from saescale.cluster.sweep import driver
+from saescale.cluster.sweep.driver import run_sweep
+from saescale.cluster.sweep.spec import parse_spec
+from saescale.cluster.sweep.status import read_status
+from saescale.scaling.report.report import analyse
+from saescale.storage.errors import SaescaleError, SaescaleWarning
+from saescale.storage.lease import Lease, Standing
+from saescale.storage.rundir import RunDirectory
 
-from cluster import driver
-from cluster.driver import run_sweep
-from cluster.spec import parse_spec
-from cluster.status import read_status
-from scaling.report import analyse
-from storage.errors import SaescaleError, SaescaleWarning
-from storage.lease import Lease, Standing
-from storage.rundir import RunDirectory
 from tests.cluster.conftest import Recorder
 
 
@@ -81,8 +81,7 @@ def test_a_sweep_in_object_storage_with_wandb_offline(
     three_nodes: Any, document: dict[str, Any], store: Any, s3_url: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     import fsspec
-
-    from storage.files import join, list_names
+    from saescale.storage.files import join, list_names
 
     target = fsspec.filesystem("s3")
     target.put(store.url + "/", join(s3_url, "store"), recursive=True)

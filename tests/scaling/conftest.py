@@ -5,9 +5,8 @@ from typing import Any
 
 import numpy as np
 import pytest
-
-from scaling.compute import flops_per_token
-from scaling.laws import GPT4, N_K
+from saescale.scaling.compute import flops_per_token
+from saescale.scaling.laws.known import GPT4, N_K
 
 D_MODEL = 4096
 TOKENS = 8_000_000

@@ -6,9 +6,8 @@ from typing import Any
 
 import numpy as np
 import pytest
-
-from scaling.fit import fit_all, fit_laws
-from scaling.tables import Table
+from saescale.scaling.laws.fit import fit_all, fit_laws
+from saescale.scaling.tables import Table
 
 Rows = list[dict[str, Any]]
 SIZES, KS = (512, 1024, 2048, 4096), (8, 16, 32, 64)

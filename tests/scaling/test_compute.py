@@ -1,4 +1,4 @@
-from scaling.compute import flops_per_token
+from saescale.scaling.compute import flops_per_token
 
 
 def test_counts_of_the_paper() -> None:

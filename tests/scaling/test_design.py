@@ -2,14 +2,13 @@
 
 import numpy as np
 import pytest
+from saescale.scaling.compute import flops_per_token
+from saescale.scaling.laws.estimate import fit_law
+from saescale.scaling.laws.known import GPT4, N_K
+from saescale.scaling.planning.design import Candidates, Design, best_rectangle, candidates, expected, propose, wanted
+from saescale.scaling.planning.devices import find_device
+from saescale.storage.errors import SaescaleError
 from scipy.stats import t
-
-from scaling.compute import flops_per_token
-from scaling.design import Candidates, Design, best_rectangle, candidates, expected, propose, wanted
-from scaling.devices import find_device
-from scaling.estimate import fit_law
-from scaling.laws import GPT4, N_K
-from storage.errors import SaescaleError
 
 NOISE = 0.005
 KS = [8.0, 16.0, 32.0, 64.0, 128.0, 256.0]

@@ -9,16 +9,15 @@ import numpy as np
 import plotly.graph_objects
 import pyarrow as pa
 import pytest
-
-from scaling import paper
-from scaling.axes import count_axis, linear_axis, log_axis, power_axis
-from scaling.figures import NAMES, draw_figures, views_of
-from scaling.fit import Laws, fit_laws
-from scaling.interactive import plot, theme
-from scaling.palette import colour
-from scaling.tables import Table
-from scaling.views import Label, Line, Points, View, spread
-from scaling.views_profile import profile, tradeoff
+from saescale.scaling.figures import paper
+from saescale.scaling.figures.axes import count_axis, linear_axis, log_axis, power_axis
+from saescale.scaling.figures.figures import NAMES, draw_figures, views_of
+from saescale.scaling.figures.interactive import plot, theme
+from saescale.scaling.figures.palette import colour
+from saescale.scaling.figures.views import Label, Line, Points, View, spread
+from saescale.scaling.figures.views_profile import profile, tradeoff
+from saescale.scaling.laws.fit import Laws, fit_laws
+from saescale.scaling.tables import Table
 
 Rows = list[dict[str, Any]]
 SIZES, KS = (512, 1024, 2048, 4096, 8192), (8, 16, 32, 64)
@@ -57,7 +56,7 @@ def test_figures_of_an_earlier_analysis_go(
     laws, curves = fitted
     views = views_of(laws, curves)
     assert {view.name for view in views} <= set(NAMES)
-    monkeypatch.setattr("scaling.figures.views_of", lambda *_: views[:1])
+    monkeypatch.setattr("saescale.scaling.figures.figures.views_of", lambda *_: views[:1])
     for name in ("isoflop.png", "dead_over_training.json", "mine.png", "isoflop.txt"):
         (tmp_path / name).write_text("old")
     draw_figures(laws, str(tmp_path))
@@ -74,7 +73,7 @@ def test_of_thousands_of_curves_some_hundreds_are_drawn(
     names = ("nmse_against_compute", "dead_over_training")
     for view in views_of(*fitted):
         assert "Drawn are" not in view.caption
-    monkeypatch.setattr("scaling.views._CURVES", 12)
+    monkeypatch.setattr("saescale.scaling.figures.views._CURVES", 12)
     views = [view for view in views_of(*fitted) if view.name in names]
     assert len(views) == 2
     for view in views:

@@ -6,12 +6,11 @@ from typing import Any
 
 import numpy as np
 import pytest
-
-from scaling.estimate import fit_law
-from scaling.fit import coefficient_rows, fit_all, fit_notes, predict
-from scaling.laws import GPT4, N_FLOOR, N_K, N
-from scaling.tables import Table
-from storage.errors import SaescaleError
+from saescale.scaling.laws.estimate import fit_law
+from saescale.scaling.laws.fit import coefficient_rows, fit_all, fit_notes, predict
+from saescale.scaling.laws.known import GPT4, N_FLOOR, N_K, N
+from saescale.scaling.tables import Table
+from saescale.storage.errors import SaescaleError
 
 SIZES = tuple(2 ** np.arange(11, 22, 2))
 KS = (8, 16, 32, 64, 128, 256, 512)

@@ -4,14 +4,13 @@ from typing import Any
 
 import numpy as np
 import pytest
-
-import scaling.estimate
-import scaling.frontier
-from scaling.frontier import Curve, find_frontier, fit_frontier, frontier_of_ends, read_curves
-from scaling.huber import Problem
-from scaling.laws import C
-from scaling.tables import Table
-from storage.errors import SaescaleError
+import saescale.scaling.laws.estimate
+import saescale.scaling.laws.frontier
+from saescale.scaling.laws.frontier import Curve, find_frontier, fit_frontier, frontier_of_ends, read_curves
+from saescale.scaling.laws.huber import Problem
+from saescale.scaling.laws.known import C
+from saescale.scaling.tables import Table
+from saescale.storage.errors import SaescaleError
 
 
 def tangent_curves(sizes: int = 7) -> tuple[Curve, ...]:
@@ -49,7 +48,7 @@ def test_many_resamples_are_taken_some_at_a_time(monkeypatch: pytest.MonkeyPatch
     frontier = find_frontier({"k": 8.0}, tangent_curves())
     whole = fit_frontier(C, frontier, bootstraps=40, seed=0)
     largest = []
-    keep, minimise = scaling.frontier._keep, scaling.estimate.minimise
+    keep, minimise = saescale.scaling.laws.frontier._keep, saescale.scaling.laws.estimate.minimise
 
     def watched_keep(envelope: np.ndarray, edge: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         largest.append(envelope.size)
@@ -59,9 +58,9 @@ def test_many_resamples_are_taken_some_at_a_time(monkeypatch: pytest.MonkeyPatch
         largest.append(len(raw) * len(problem.design) if len(raw) != 64 else 0)
         return minimise(problem, raw, *rest)
 
-    monkeypatch.setattr(scaling.estimate, "_AT_ONCE", 2000)
-    monkeypatch.setattr(scaling.frontier, "_keep", watched_keep)
-    monkeypatch.setattr(scaling.estimate, "minimise", watched_minimise)
+    monkeypatch.setattr(saescale.scaling.laws.estimate, "_AT_ONCE", 2000)
+    monkeypatch.setattr(saescale.scaling.laws.frontier, "_keep", watched_keep)
+    monkeypatch.setattr(saescale.scaling.laws.estimate, "minimise", watched_minimise)
     parts = fit_frontier(C, frontier, bootstraps=40, seed=0)
     assert 1000 < max(largest) <= 2000
     np.testing.assert_allclose(parts.draws, whole.draws, rtol=1e-6)

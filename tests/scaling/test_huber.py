@@ -2,11 +2,10 @@
 
 import numpy as np
 import pytest
+from saescale.scaling.laws.estimate import centred, fit_law
+from saescale.scaling.laws.huber import _nnls, losses, minimise, solve_amplitudes
+from saescale.scaling.laws.known import GPT4, N_D, N_FLOOR, N_K
 from scipy.optimize import nnls
-
-from scaling.estimate import centred, fit_law
-from scaling.huber import _nnls, losses, minimise, solve_amplitudes
-from scaling.laws import GPT4, N_D, N_FLOOR, N_K
 
 GRID = {
     name: values.ravel()

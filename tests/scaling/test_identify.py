@@ -5,19 +5,18 @@ from typing import Any
 
 import numpy as np
 import pytest
-
-from scaling.checks import fit_warnings
-from scaling.estimate import centred, fit_law
-from scaling.fit import fit_all, fit_laws
-from scaling.holdout import compare_without_last, hold_out
-from scaling.identify import profile_floor
-from scaling.law import Exponent, Law, Term
-from scaling.laws import N_FLATTENS, N_FLOOR
-from scaling.predict import parse_point, predictions
-from scaling.tables import Table
-from scaling.views import Points
-from scaling.views_profile import profile
-from storage.errors import SaescaleError
+from saescale.scaling.figures.views import Points
+from saescale.scaling.figures.views_profile import profile
+from saescale.scaling.laws.checks import fit_warnings
+from saescale.scaling.laws.estimate import centred, fit_law
+from saescale.scaling.laws.fit import fit_all, fit_laws
+from saescale.scaling.laws.holdout import compare_without_last, hold_out
+from saescale.scaling.laws.identify import profile_floor
+from saescale.scaling.laws.known import N_FLATTENS, N_FLOOR
+from saescale.scaling.laws.law import Exponent, Law, Term
+from saescale.scaling.laws.predict import parse_point, predictions
+from saescale.scaling.tables import Table
+from saescale.storage.errors import SaescaleError
 
 Rows = list[dict[str, Any]]
 TRUE = {"A": 3.0, "a": 0.4, "E": 0.1}

@@ -4,11 +4,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-
-from scaling.estimate import fit_law
-from scaling.fit import fit_all
-from scaling.law import Exponent, Law, Term, log_sum
-from scaling.laws import (
+from saescale.scaling.laws.estimate import fit_law
+from saescale.scaling.laws.fit import fit_all
+from saescale.scaling.laws.known import (
     GPT4,
     LAWS,
     N_FLATTENS,
@@ -22,8 +20,9 @@ from scaling.laws import (
     register,
     registered,
 )
-from scaling.tables import Table
-from storage.errors import SaescaleError
+from saescale.scaling.laws.law import Exponent, Law, Term, log_sum
+from saescale.scaling.tables import Table
+from saescale.storage.errors import SaescaleError
 
 
 def test_n_k_is_the_published_formula() -> None:
@@ -70,8 +69,8 @@ def test_unknown_law() -> None:
 
 
 TEN_LINES = """
-from scaling.law import Exponent, Law, Term
-from scaling.laws import register
+from saescale.scaling.laws.law import Exponent, Law, Term
+from saescale.scaling.laws.known import register
 
 POWER_OF_K = register(Law(
     name="power_of_k", formula="nmse = A n^-a k^-b", columns=("n_latents", "k"),
@@ -101,7 +100,7 @@ def test_a_law_of_ones_own_in_ten_lines(tmp_path: Path) -> None:
         assert entry["holdout"]["rms_log_error"] < 1e-6
         assert find_law("power_of_k", found) is law
     finally:
-        from scaling import laws
+        from saescale.scaling.laws import known as laws
 
         laws._REGISTERED[:] = before
 

@@ -9,11 +9,10 @@ from typing import Any
 
 import pyarrow as pa
 import pytest
-
-from scaling.fit import fit_notes
-from scaling.report import analyse, is_current
-from scaling.report_text import duration, scientific, typeset
-from storage.rundir import RunDirectory
+from saescale.scaling.laws.fit import fit_notes
+from saescale.scaling.report.report import analyse, is_current
+from saescale.scaling.report.text import duration, scientific, typeset
+from saescale.storage.rundir import RunDirectory
 
 Rows = list[dict[str, Any]]
 
@@ -96,7 +95,7 @@ def test_results_without_curves_or_optional_columns(cells: Callable[..., Rows]) 
 def test_current_until_anything_that_counts_changes(
     tmp_path: Path, cells: Callable[..., Rows], curves_of: Callable[..., Rows], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("scaling.report.draw_figures", lambda *_: [])  # they take most of the time
+    monkeypatch.setattr("saescale.scaling.report.report.draw_figures", lambda *_: [])  # they take most of the time
     run = RunDirectory(str(tmp_path))
     rows = cells((512, 1024, 2048), (8, 16))
     assert not is_current(run)
@@ -139,7 +138,7 @@ def test_an_analysis_that_is_cut_short_is_not_current(
     def killed(*_: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("scaling.report.write_report", killed)
+    monkeypatch.setattr("saescale.scaling.report.report.write_report", killed)
     with pytest.raises(KeyboardInterrupt):
         analyse(run, bootstraps=0)
     assert not is_current(run, bootstraps=0)

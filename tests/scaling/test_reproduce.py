@@ -1,9 +1,8 @@
 """The published numbers come out again; `saescale reproduce gpt4-nk` runs all 200 seeds of what is short here."""
 
 import pytest
-
-from scaling.reproduce import reproduce
-from storage.errors import SaescaleError
+from saescale.scaling.reproduce import reproduce
+from saescale.storage.errors import SaescaleError
 
 
 @pytest.mark.parametrize("name", ["chinchilla", "quickstart"])

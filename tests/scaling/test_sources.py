@@ -8,11 +8,10 @@ import pyarrow as pa
 import pyarrow.csv
 import pyarrow.parquet
 import pytest
-
-from scaling.fit import fit_all
-from scaling.sources import load_sources
-from storage.errors import SaescaleError
-from storage.rundir import RunDirectory
+from saescale.scaling.laws.fit import fit_all
+from saescale.scaling.sources import load_sources
+from saescale.storage.errors import SaescaleError
+from saescale.storage.rundir import RunDirectory
 
 Rows = list[dict[str, Any]]
 

@@ -8,10 +8,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.csv
 import pytest
-
-from scaling.tables import Table, comparable, fingerprint, finished, load_curves, load_results
-from storage.errors import SaescaleError
-from storage.rundir import RunDirectory
+from saescale.scaling.tables import Table, comparable, fingerprint, finished, load_curves, load_results
+from saescale.storage.errors import SaescaleError
+from saescale.storage.rundir import RunDirectory
 
 Rows = list[dict[str, Any]]
 

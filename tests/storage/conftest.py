@@ -6,8 +6,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-
-from storage.activations import ActivationStore, Manifest, Rows, Site, write_manifest, write_shard
+from saescale.storage.manifest import Manifest, Site, write_manifest
+from saescale.storage.rows import Rows, write_shard
+from saescale.storage.store import ActivationStore
 
 BuildStore = Callable[..., ActivationStore]
 

@@ -16,20 +16,11 @@ import xxhash
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
-
-from storage import files
-from storage.activations import (
-    ActivationStore,
-    Manifest,
-    RowGroup,
-    Rows,
-    Shard,
-    find_bad_row,
-    to_float32,
-    write_manifest,
-    write_shard,
-)
-from storage.errors import SaescaleError
+from saescale.storage import files
+from saescale.storage.errors import SaescaleError
+from saescale.storage.manifest import Manifest, Shard, write_manifest
+from saescale.storage.rows import RowGroup, Rows, find_bad_row, to_float32, write_shard
+from saescale.storage.store import ActivationStore
 
 BuildStore = Callable[..., ActivationStore]
 

@@ -9,9 +9,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
-
-from storage import checkpoint, files
-from storage.errors import SaescaleError, SaescaleWarning
+from saescale.storage import checkpoint, files
+from saescale.storage.errors import SaescaleError, SaescaleWarning
 
 
 def tensors_of(step: int) -> dict[str, np.ndarray]:

@@ -9,9 +9,8 @@ from pathlib import Path
 from typing import BinaryIO
 
 import pytest
-
-from storage import files
-from storage.errors import SaescaleError
+from saescale.storage import files
+from saescale.storage.errors import SaescaleError
 
 
 def test_a_file_comes_back_on_every_file_system(any_url: str) -> None:

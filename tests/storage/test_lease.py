@@ -8,15 +8,14 @@ import time
 from pathlib import Path
 
 import pytest
-
-from storage import files, lease
-from storage.errors import SaescaleError, SaescaleWarning
-from storage.lease import Driver, Lease, Standing, Superseded, read_driver, require_free, require_owner
+from saescale.storage import files, lease
+from saescale.storage.errors import SaescaleError, SaescaleWarning
+from saescale.storage.lease import Driver, Lease, Standing, Superseded, read_driver, require_free, require_owner
 
 ROOT = Path(__file__).parents[2]
 HOLD = """
 import sys, time
-from storage.lease import Lease
+from saescale.storage.lease import Lease
 with Lease(sys.argv[1]):
     print("held", flush=True)
     time.sleep(600)

@@ -6,10 +6,9 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 import pytest
-
-from storage import files
-from storage.errors import SaescaleError
-from storage.rundir import CURVES_SCHEMA, RESULTS_SCHEMA, RunDirectory
+from saescale.storage import files
+from saescale.storage.errors import SaescaleError
+from saescale.storage.rundir import CURVES_SCHEMA, RESULTS_SCHEMA, RunDirectory
 
 
 def test_everything_comes_back_on_every_file_system(any_url: str) -> None:

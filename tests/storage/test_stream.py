@@ -13,11 +13,11 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-
-from storage import stream as stream_module
-from storage.activations import ActivationStore, RowGroup, to_float32
-from storage.errors import SaescaleError
-from storage.stream import Stream
+from saescale.storage import stream as stream_module
+from saescale.storage.errors import SaescaleError
+from saescale.storage.rows import RowGroup, to_float32
+from saescale.storage.store import ActivationStore
+from saescale.storage.stream import Stream
 
 BuildStore = Callable[..., ActivationStore]
 
@@ -267,8 +267,8 @@ def test_a_process_that_forgets_to_close_ends_all_the_same(build_store: BuildSto
     build_store(str(tmp_path))
     program = (
         "import sys\n"
-        "from storage.activations import ActivationStore\n"
-        "from storage.stream import Stream\n"
+        "from saescale.storage.store import ActivationStore\n"
+        "from saescale.storage.stream import Stream\n"
         "print(next(Stream(ActivationStore.open(sys.argv[1]), batch_tokens=4, seed=0)).shape)\n"
     )
     ended = subprocess.run(

@@ -4,10 +4,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from saescale.storage.store import ActivationStore
+from saescale.trainers.cell import Cell
 
-from storage.activations import ActivationStore
 from tests.trainers.synthetic import D_MODEL, sparse_rows, write_store
-from trainers.cell import Cell
 
 
 @pytest.fixture(scope="session")

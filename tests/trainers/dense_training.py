@@ -1,21 +1,20 @@
 """A cell trained by the dense reference alone: autograd in float32, the plain optimiser, a dense evaluation.
 
-Neither the sparse kernels nor trainers/step.py are in it, so that what they do can be held to it.
+Neither the sparse kernels nor trainers/architectures/topk_sparse.py are in it, so that what they do can be held to it.
 """
 
 from typing import NamedTuple
 
 import torch
-
-from storage.activations import ActivationStore
-from storage.stream import Stream
-from trainers import reference
-from trainers.cell import Cell
-from trainers.optimiser import SAEAdam
-from trainers.preprocess import normalise, to_tensor
-from trainers.reference import Objective
-from trainers.sae import SAE
-from trainers.train import measured_centre
+from saescale.storage.store import ActivationStore
+from saescale.storage.stream import Stream
+from saescale.trainers.architectures import reference
+from saescale.trainers.architectures.reference import Objective
+from saescale.trainers.architectures.topk import SAE
+from saescale.trainers.cell import Cell
+from saescale.trainers.preprocess import normalise, to_tensor
+from saescale.trainers.training.optimiser import SAEAdam
+from saescale.trainers.training.train import measured_centre
 
 
 class Outcome(NamedTuple):

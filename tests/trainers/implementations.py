@@ -16,8 +16,8 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
-
-from trainers import sparse_cpu, sparse_eager
+from saescale.trainers.kernels import cpu as sparse_cpu
+from saescale.trainers.kernels import eager as sparse_eager
 
 HAS_CUDA = torch.cuda.is_available()
 NAMES = ["cpu", "eager", *(["cuda", "eager on cuda"] if HAS_CUDA else ["cuda, interpreted"])]
@@ -32,7 +32,7 @@ class Implementation(NamedTuple):
 @cache
 def implementation(name: str) -> Implementation:
     if name == "cuda":
-        from trainers import sparse_cuda
+        from saescale.trainers.kernels import cuda as sparse_cuda
 
         return Implementation(sparse_cuda, torch.device("cuda"))
     if name == "cuda, interpreted":
@@ -42,13 +42,13 @@ def implementation(name: str) -> Implementation:
 
 
 def interpreted() -> ModuleType:
-    """trainers.sparse_cuda on a Triton of its own, whose functions are interpreted.
+    """saescale.trainers.kernels.cuda on a Triton of its own, whose functions are interpreted.
 
     Triton decides that when it is imported, and lightning has imported it long before. Nothing of this copy is left
     where others would find it, nor is the variable that makes it.
     """
     pytest.importorskip("triton", reason="Triton, which the `dev` extra installs, is not there")
-    path = importlib.util.find_spec("trainers.sparse_cuda")
+    path = importlib.util.find_spec("saescale.trainers.kernels.cuda")
     assert path is not None
     assert path.origin is not None
     spec = importlib.util.spec_from_file_location("trainers_sparse_cuda_interpreted", path.origin)
@@ -90,10 +90,9 @@ def compile_for(capability: int, sizes: dict[str, Any]) -> list[str]:
     To be called in a process of its own: nothing is launched in it from then on.
     """
     import triton
+    from saescale.trainers.kernels import cuda as sparse_cuda
     from triton.backends.compiler import GPUTarget
     from triton.runtime.jit import JITFunction
-
-    from trainers import sparse_cuda
 
     class Driver:
         def get_current_device(self) -> int:

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from itertools import count
 from pathlib import Path
 
-from trainers.train import PackJob, train_pack
+from saescale.trainers.training.train import PackJob, train_pack
 
 _STATUS, _RESET = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 COUNTABLE = _RESET.exists()  # Linux

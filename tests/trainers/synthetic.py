@@ -1,8 +1,8 @@
 """Synthetic activation stores whose dictionary is known."""
 
 import numpy as np
-
-from storage.activations import Manifest, Rows, Site, write_manifest, write_shard
+from saescale.storage.manifest import Manifest, Site, write_manifest
+from saescale.storage.rows import Rows, write_shard
 
 D_MODEL, N_TRUE, ACTIVE = 32, 64, 3
 

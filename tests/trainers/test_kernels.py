@@ -1,4 +1,4 @@
-"""Every implementation of the sparse algebra held to plain float64, and to what trainers/sparse.py promises."""
+"""Every implementation of the sparse algebra held to plain float64, and to what its interface promises."""
 
 import copy
 import math
@@ -15,17 +15,20 @@ import pytest
 import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from saescale.trainers.architectures import reference
+from saescale.trainers.architectures import topk_sparse as step_module
+from saescale.trainers.architectures.reference import Objective
+from saescale.trainers.architectures.topk import SAE
+from saescale.trainers.architectures.topk_sparse import Batch, DeadLatents
+from saescale.trainers.kernels import cpu as sparse_cpu
+from saescale.trainers.kernels import eager as sparse_eager
+from saescale.trainers.kernels.interface import AdamStep, Moments, Pairs, Selected, Summands, Term
+from saescale.trainers.training import optimiser
+from saescale.trainers.training.optimiser import SAEAdam
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.trainers.implementations import NAMES, TRITON, compile_for, implementation, interpreted
-from trainers import optimiser, reference, sparse_cpu, sparse_eager
-from trainers import step as step_module
-from trainers.optimiser import SAEAdam
-from trainers.reference import Objective
-from trainers.sae import SAE
-from trainers.sparse import AdamStep, Moments, Pairs, Selected, Summands, Term
-from trainers.step import Batch, DeadLatents
 
 every_implementation = pytest.mark.parametrize("name", NAMES)
 # Few, since an interpreted kernel is a thousand times as slow as a compiled one.

@@ -4,13 +4,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from saescale.storage.store import ActivationStore
+from saescale.trainers.cell import Cell, EvalSpec
+from saescale.trainers.training.memory import StreamSize, pack_memory
+from saescale.trainers.training.train import PackJob
 
-from storage.activations import ActivationStore
 from tests.trainers.peak_memory import COUNTABLE, measure
 from tests.trainers.synthetic import write_store
-from trainers.cell import Cell, EvalSpec
-from trainers.memory import StreamSize, pack_memory
-from trainers.train import PackJob
 
 D_MODEL, ROWS, HELD_OUT, ROW_GROUP = 512, 32_768, 8_192, 4_096
 

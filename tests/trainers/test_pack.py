@@ -14,25 +14,25 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from saescale.storage import checkpoint
+from saescale.storage.errors import SaescaleError
+from saescale.storage.files import exists, join
+from saescale.storage.lease import Lease, Superseded
+from saescale.storage.rundir import RunDirectory
+from saescale.storage.store import ActivationStore
+from saescale.storage.stream import Stream
+from saescale.trainers.architectures.topk import SAE
+from saescale.trainers.cell import Cell, EvalSpec
+from saescale.trainers.device import OutOfMemory
+from saescale.trainers.evals.nmse import HeldOut
+from saescale.trainers.exchange.native import load_trained
+from saescale.trainers.preprocess import Centre, geometric_median, measure_centre, normalise
+from saescale.trainers.training import pack as pack_module
+from saescale.trainers.training.optimiser import SAEAdam
+from saescale.trainers.training.report import Progress
+from saescale.trainers.training.train import PackJob, PackOutcome, train_pack
 
-from storage import checkpoint
-from storage.activations import ActivationStore
-from storage.errors import SaescaleError
-from storage.files import exists, join
-from storage.lease import Lease, Superseded
-from storage.rundir import RunDirectory
-from storage.stream import Stream
 from tests.trainers.synthetic import D_MODEL, sparse_rows, true_dictionary, write_store
-from trainers import pack as pack_module
-from trainers.callbacks import Progress
-from trainers.cell import Cell, EvalSpec
-from trainers.device import OutOfMemory
-from trainers.evaluate import HeldOut
-from trainers.optimiser import SAEAdam
-from trainers.preprocess import Centre, geometric_median, measure_centre, normalise
-from trainers.sae import SAE
-from trainers.train import PackJob, PackOutcome, train_pack
-from trainers.trained import load_trained
 
 MakeCell = Callable[..., Cell]
 
@@ -101,7 +101,7 @@ def test_the_first_kernel_does_not_change_the_number_of_threads(
 ) -> None:
     script = """
 import sys, torch
-from trainers.train import *
+from saescale.trainers.training.train import *
 torch.set_num_threads(1)
 train_pack(PackJob.model_validate_json(sys.argv[1]))
 sys.exit(torch.get_num_threads() != 1)
@@ -136,7 +136,10 @@ def test_sigkill_at_any_moment_loses_nothing(
     cells = [make_cell(tokens=49_152), make_cell(n_latents=96, k=5, tokens=49_152)]
     undisturbed = train_pack(job(cells, sparse_store, str(tmp_path / "a"), checkpoint_every_s=0.05))
     request = job(cells, sparse_store, str(tmp_path / "b"), checkpoint_every_s=0.05)
-    script = "import sys; from trainers.train import *; train_pack(PackJob.model_validate_json(sys.argv[1]))"
+    script = (
+        "import sys; from saescale.trainers.training.train import PackJob, train_pack; "
+        "train_pack(PackJob.model_validate_json(sys.argv[1]))"
+    )
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
     run = RunDirectory(str(tmp_path / "b"))
     rng, kills = np.random.default_rng(0), 0

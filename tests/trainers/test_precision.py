@@ -3,12 +3,12 @@
 from pathlib import Path
 
 import pytest
+from saescale.storage.store import ActivationStore
+from saescale.trainers.cell import Cell, EvalSpec, Precision
+from saescale.trainers.harvest.conduct import HarvestSpec, harvest
+from saescale.trainers.training.train import PackJob, train_pack
 
-from storage.activations import ActivationStore
 from tests.trainers.dense_training import train_dense
-from trainers.cell import Cell, EvalSpec, Precision
-from trainers.harvest import HarvestSpec, harvest
-from trainers.train import PackJob, train_pack
 
 HELD_OUT = 4_096
 

@@ -8,14 +8,13 @@ import pytest
 import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
-
-from trainers import reference
-from trainers.cell import Precision
-from trainers.optimiser import EPS, SAEAdam
-from trainers.reference import Objective
-from trainers.sae import SAE
-from trainers.sparse import Selected
-from trainers.step import Batch, DeadLatents, Gradient, Step, reconstruct, step
+from saescale.trainers.architectures import reference
+from saescale.trainers.architectures.reference import Objective
+from saescale.trainers.architectures.topk import SAE
+from saescale.trainers.architectures.topk_sparse import Batch, DeadLatents, Gradient, Step, reconstruct, step
+from saescale.trainers.cell import Precision
+from saescale.trainers.kernels.interface import Selected
+from saescale.trainers.training.optimiser import EPS, SAEAdam
 
 
 def random_sae(d_model: int, n_latents: int, k: int, seed: int) -> SAE:

@@ -17,6 +17,15 @@ import pyarrow as pa
 import pytest
 import wandb
 from pydantic import ValidationError
+from saescale.trainers.loggers import wandb_client
+from saescale.trainers.loggers.wandb_cells import (
+    Logged,
+    WandbLogger,
+    WandbSettings,
+    how_to_read,
+    log_summary,
+    resolve_mode,
+)
 
 from tests.trainers.wandb_case import (
     CONTEXT,
@@ -34,8 +43,6 @@ from tests.trainers.wandb_case import (
     wait_for,
 )  # fmt: skip
 from tests.trainers.wandb_server import WandbServer
-from trainers import wandb_client
-from trainers.wandb_logger import Logged, WandbLogger, WandbSettings, how_to_read, log_summary, resolve_mode
 
 __all__ = ["bare_machine", "server"]  # fixtures
 
@@ -129,8 +136,8 @@ def test_a_resumed_cell_has_the_same_run(tmp_path: Path) -> None:
 
 def test_a_killed_process_leaves_its_points(tmp_path: Path) -> None:
     script = f"""
-from trainers.wandb_logger import *
-from trainers.cell import Cell, CurveRow
+from saescale.trainers.loggers.wandb_cells import *
+from saescale.trainers.cell import Cell, CurveRow
 cell = Cell(**{cell().model_dump()!r})
 logger = WandbLogger(WandbSettings(mode="offline"), "sweep", {str(tmp_path)!r})
 logger.open([cell], {{}})
@@ -245,13 +252,15 @@ def test_bad_key_is_a_warning(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_without_a_key_nobody_is_asked(mode: str, tmp_path: Path) -> None:
     """On a terminal, where W&B would ask for a key and wait."""
     script = f"""
-from trainers.wandb_logger import *
+from saescale.trainers.loggers.wandb_cells import *
 from tests_cell import cell
 logger = WandbLogger(WandbSettings(mode={mode!r}), "sweep", {str(tmp_path)!r})
 logger.open([cell], {{}})
 logger.close()
 """
-    (tmp_path / "tests_cell.py").write_text(f"from trainers.cell import Cell\ncell = Cell(**{cell().model_dump()!r})\n")
+    (tmp_path / "tests_cell.py").write_text(
+        f"from saescale.trainers.cell import Cell\ncell = Cell(**{cell().model_dump()!r})\n"
+    )
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), os.getcwd()])}
     terminal, side = pty.openpty()
     command = [sys.executable, "-c", script]
@@ -265,7 +274,9 @@ logger.close()
 
 
 def test_import_is_cheap() -> None:
-    script = "import sys, trainers.wandb_logger; sys.exit('wandb' in sys.modules or 'torch' in sys.modules)"
+    script = (
+        "import sys, saescale.trainers.loggers.wandb_cells; sys.exit('wandb' in sys.modules or 'torch' in sys.modules)"
+    )
     assert subprocess.run([sys.executable, "-c", script], timeout=60, stdin=subprocess.DEVNULL).returncode == 0
 
 
@@ -347,8 +358,8 @@ def test_a_server_that_dies_holds_nobody_up(server: WandbServer, tmp_path: Path)
     """All cells together wait once for their uploads, and the process ends."""
     script = f"""
 from trainers import wandb_client
-from trainers.wandb_logger import *
-from trainers.cell import Cell
+from saescale.trainers.loggers.wandb_cells import *
+from saescale.trainers.cell import Cell
 wandb_client.FINISH_TIMEOUT = 2.0
 cells = [Cell(**fields) for fields in {[cell(n).model_dump() for n in (16, 32, 64, 128)]!r}]
 logger = WandbLogger(WandbSettings(), "sweep", {str(tmp_path)!r})

@@ -12,6 +12,8 @@ import matplotlib.image
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+from saescale.trainers.loggers import wandb_client
+from saescale.trainers.loggers.wandb_cells import Logged, WandbSettings, log_summary
 
 from tests.trainers.wandb_case import (
     CONTEXT,
@@ -28,8 +30,6 @@ from tests.trainers.wandb_case import (
     wait_for,
 )  # fmt: skip
 from tests.trainers.wandb_server import WandbServer
-from trainers import wandb_client
-from trainers.wandb_logger import Logged, WandbSettings, log_summary
 
 __all__ = ["bare_machine", "server"]  # fixtures
 
@@ -201,8 +201,8 @@ def test_a_server_that_fails_while_cells_train(server: WandbServer, tmp_path: Pa
     fields = [cell(n).model_dump() for n in (16, 32)]
     script = f"""
 from trainers import wandb_client
-from trainers.wandb_logger import *
-from trainers.cell import Cell, CurveRow
+from saescale.trainers.loggers.wandb_cells import *
+from saescale.trainers.cell import Cell, CurveRow
 wandb_client.FINISH_TIMEOUT = 3.0
 cells = [Cell(**fields) for fields in {fields!r}]
 logger = WandbLogger(WandbSettings(entity="me"), "sweep", {str(tmp_path)!r})

@@ -11,11 +11,11 @@ from typing import Any
 import pyarrow as pa
 import pytest
 import wandb
+from saescale.trainers.cell import Cell, CurveRow
+from saescale.trainers.loggers.wandb_cells import WandbLogger, WandbSettings
 from wandb.sdk.lib import wbauth
 
 from tests.trainers.wandb_server import WandbServer, wandb_server
-from trainers.cell import Cell, CurveRow
-from trainers.wandb_logger import WandbLogger, WandbSettings
 
 KEY = "0123456789abcdef" * 2 + "01234567"
 OFFLINE = WandbSettings(mode="offline")

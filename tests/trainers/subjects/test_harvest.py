@@ -14,14 +14,14 @@ import pytest
 import torch
 import xxhash
 from pydantic import ValidationError
-
-from storage.activations import ActivationStore, to_float32
-from storage.errors import SaescaleError
-from trainers import contexts
-from trainers import shards as module
-from trainers.harvest import HarvestSpec, harvest
-from trainers.subjects import get_subject
-from trainers.text import documents
+from saescale.storage.errors import SaescaleError
+from saescale.storage.rows import to_float32
+from saescale.storage.store import ActivationStore
+from saescale.trainers.harvest import contexts
+from saescale.trainers.harvest import make_shard as module
+from saescale.trainers.harvest.conduct import HarvestSpec, harvest
+from saescale.trainers.subjects.subject import get_subject
+from saescale.trainers.subjects.text import documents
 
 REPOSITORY = Path(__file__).parents[3]
 
@@ -185,7 +185,7 @@ def test_a_tokenizer_without_bos(
 
 CHILD = """
 import sys, time
-from trainers.harvest import HarvestSpec, harvest
+from saescale.trainers.harvest.conduct import HarvestSpec, harvest
 def progress(done, total, rate, stage):
     print(done, flush=True)
     if done >= 2 * 1024 + 512:
@@ -288,7 +288,7 @@ def test_a_folder_with_other_files_is_left_alone(spec: HarvestSpec) -> None:
 
 @pytest.mark.parametrize("scheme", ["memory", "s3"])
 def test_stores_on_other_file_systems_are_the_same(spec: HarvestSpec, scheme: str, request: Any) -> None:
-    from storage import files
+    from saescale.storage import files
 
     harvest(spec)
     url = f"memory://{time.time_ns()}" if scheme == "memory" else request.getfixturevalue("s3_url")

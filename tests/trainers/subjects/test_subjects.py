@@ -13,11 +13,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from saescale.storage.cache import cache_folder
+from saescale.storage.errors import SaescaleError
+from saescale.trainers.subjects import smollm2
+from saescale.trainers.subjects.language_model import Subject
+from saescale.trainers.subjects.subject import check_subject_name, get_subject
 from transformers import AutoModelForCausalLM, GPT2Config, GPTNeoXConfig, OPTConfig, Qwen3Config
-
-from storage.errors import SaescaleError
-from trainers.subjects import cache_folder, check_subject_name, get_subject, smollm2
-from trainers.subjects.huggingface import Subject
 
 ARCHITECTURES: dict[str, Any] = {
     "gpt2": GPT2Config(vocab_size=512, n_embd=32, n_layer=3, n_head=2, n_positions=64),

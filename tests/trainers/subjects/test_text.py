@@ -7,10 +7,9 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-
-from storage import files
-from storage.errors import SaescaleError
-from trainers.text import TXT_CHARACTERS, TXT_CHARACTERS_MOST, documents, python_prose
+from saescale.storage import files
+from saescale.storage.errors import SaescaleError
+from saescale.trainers.subjects.text import TXT_CHARACTERS, TXT_CHARACTERS_MOST, documents, python_prose
 
 
 def test_python_prose_is_long_english_without_doubles_in_a_seeded_order() -> None:

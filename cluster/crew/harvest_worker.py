@@ -1,0 +1,66 @@
+"""What an actor of a harvest runs: one loaded subject that tokenizes blocks and makes shards."""
+
+import socket
+from typing import NamedTuple
+
+from saescale.storage import files
+from saescale.storage.errors import SaescaleError
+from saescale.trainers.device import set_threads
+from saescale.trainers.harvest.conduct import Meter
+from saescale.trainers.harvest.contexts import Counted, Texts
+from saescale.trainers.harvest.make_shard import Facts, Harvester, ShardJob, ShardRecord
+from saescale.trainers.harvest.spec import HarvestSpec
+
+MARKER = "here"  # a file that the driver puts into the spool: a node that lacks it sees another folder
+
+
+class Loaded(NamedTuple):
+    """The node of an actor, and what its subject is."""
+
+    node: str
+    facts: Facts
+
+
+class ActorState(NamedTuple):
+    """How far an actor is with its task number `task`: rows done of it; tokens/s since the actor's first batch."""
+
+    task: int
+    rows: int
+    tokens_per_s: float
+
+
+class HarvestActor:
+    """Runs in a process of its own; `state` answers while it works."""
+
+    def __init__(self, spec: HarvestSpec, spool: str, threads: int) -> None:
+        self._spec, self._spool, self._threads = spec, spool, threads
+        self._meter = Meter(total=0)
+        self._task, self._before = -1, 0
+
+    def load(self, computed_in: str) -> Loaded:
+        """Loads the subject. SaescaleError names the node that lacks it, or does not see the store's folder."""
+        node = socket.gethostname()
+        set_threads(self._threads)
+        if not files.exists(files.join(self._spool, MARKER)):
+            raise SaescaleError(
+                f"the node {node} does not see the store's folder {self._spec.out}; "
+                "give a folder that all nodes share, or an object store (s3://...)"
+            )
+        try:
+            self._harvester = Harvester(self._spec, self._spool, computed_in)
+        except SaescaleError as error:
+            raise SaescaleError(f"on the node {node}: {error}") from error
+        return Loaded(node, self._harvester.facts)
+
+    def tokenize(self, task: int, texts: Texts) -> Counted:
+        """`Harvester.tokenize`."""
+        return self._harvester.tokenize(texts)
+
+    def make(self, task: int, job: ShardJob) -> ShardRecord:
+        """`Harvester.make`."""
+        set_threads(self._threads)  # of this thread: Ray has another one for each call that it runs at a time
+        self._task, self._before = task, self._meter.done
+        return self._harvester.make(job, self._meter.tell)
+
+    def state(self) -> ActorState:
+        return ActorState(self._task, self._meter.done - self._before, self._meter.rate)

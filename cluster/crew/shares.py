@@ -1,0 +1,54 @@
+"""What each process on a cluster has of its cores and GPUs, and how many actors a harvest has there."""
+
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+from saescale.storage.errors import SaescaleError
+
+
+class Shares(NamedTuple):
+    """`actors` that each claim so many CPUs and GPUs, in Ray's sense, and compute on `threads`."""
+
+    actors: int
+    threads: int
+    cpus: float
+    gpus: int
+
+
+def share_out(nodes: Sequence[Mapping[str, float]], actors: int | str, shards: int) -> Shares:
+    """What each of `actors` ("auto": one for each GPU, or for each node where there are none, no more than `shards`)
+    has of nodes with these resources ("CPU", "GPU").
+
+    An actor has one GPU where there are any, and the CPU cores are shared out. Raises SaescaleError when there are
+    fewer GPUs than actors.
+    """
+    gpus = sum(int(node.get("GPU", 0)) for node in nodes)
+    useful = sum(node.get("CPU", 0) >= 1 for node in nodes)
+    size = max(1, min(shards, gpus or useful)) if isinstance(actors, str) else actors
+    if gpus and size > gpus:
+        raise SaescaleError(f"{size} actors with a GPU each, but the cluster has {gpus}; ask for fewer (--actors)")
+    cpus = cpus_each(nodes, size, 1.0 if gpus else 0.0)
+    return Shares(size, max(1, int(cpus)), cpus, 1 if gpus else 0)
+
+
+def cpus_each(nodes: Sequence[Mapping[str, float]], processes: int, gpus: float) -> float:
+    """CPUs that each of `processes`, with so many GPUs each, can claim on nodes with these resources ("CPU", "GPU").
+
+    Claimed in full, so that Ray spreads them over the nodes; but never so many that a GPU is left without, or that a
+    process finds no room.
+    """
+    if gpus:
+        beside = [node.get("CPU", 0.0) * gpus / node["GPU"] for node in nodes if node.get("GPU", 0.0) >= gpus]
+        each = min(beside, default=1.0)
+        return float(int(each)) if each >= 1 else each
+    cores = [int(node["CPU"]) for node in nodes if node.get("CPU", 0) >= 1]
+    if not cores:
+        return 1.0
+    if processes > sum(cores):
+        return 1 / -(-processes // sum(cores))
+    return float(threads_for(cores, processes))
+
+
+def threads_for(cores: list[int], workers: int) -> int:
+    """The most threads that each of `workers` can have on nodes with so many `cores`; at least 1."""
+    return next((t for t in range(max(cores), 1, -1) if sum(c // t for c in cores) >= workers), 1)

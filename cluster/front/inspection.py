@@ -1,0 +1,64 @@
+"""What lies at a URL, in a few lines: an activation store, a run directory, or one cell's folder."""
+
+from saescale.storage.errors import SaescaleError
+from saescale.storage.files import exists, join
+from saescale.storage.rundir import RunDirectory
+from saescale.storage.store import ActivationStore
+
+
+def describe(url: str, verify: bool = False) -> dict[str, str]:
+    """Names and values to show. Raises SaescaleError where nothing of saescale's lies at `url`, or it is damaged."""
+    if exists(join(url, "manifest.json")):
+        return _store(url, verify)
+    if exists(join(url, "sweep.yaml")):
+        return _run(RunDirectory(url))
+    if exists(join(url, "sae.safetensors")):
+        return _cell(url)
+    raise SaescaleError(
+        f"{url}: no activation store (manifest.json), run directory (sweep.yaml) or cell (sae.safetensors)"
+    )
+
+
+def _store(url: str, verify: bool) -> dict[str, str]:
+    store = ActivationStore.open(url)
+    store.verify(full=verify)
+    manifest = store.manifest
+    size, dropped = sum(shard.bytes for shard in manifest.shards) / 2**20, ", ".join(manifest.dropped) or "nothing"
+    return {
+        "store": f"{url} ({store.fingerprint})",
+        "subject": f"{manifest.subject} ({manifest.fingerprint})",
+        "site": f"{manifest.site.hook} of layer {manifest.site.layer}, {manifest.site.positions}",
+        "rows": f"{store.rows('train'):,} train, {store.rows('heldout'):,} held out, d_model {manifest.d_model}",
+        "stored as": f"{manifest.dtype}, {size:,.1f} MiB in {len(manifest.shards)} shards",
+        "text": f"{manifest.corpus}, contexts of {manifest.context_length} tokens, dropped: {dropped}",
+        "mean square": f"{manifest.mean_square:.5g}, the mean squared norm of a row",
+        "checked": "checksums, shapes and values" if verify else "sizes and shapes (--verify reads every byte)",
+    }
+
+
+def _run(run: RunDirectory) -> dict[str, str]:
+    spec = run.read_spec() or {}
+    rows = run.read_results().to_pylist()
+    statuses = [row["status"] for row in rows]
+    fits = run.read_json("fits.json")
+    return {
+        "run": f"{run.url}: {spec.get('name')}",
+        "store": f"{spec.get('store')} ({spec.get('resolved', {}).get('store_fingerprint')})",
+        "grid": ", ".join(f"{name} {values}" for name, values in spec.get("grid", {}).items()),
+        "cells": ", ".join(f"{statuses.count(s)} {s}" for s in sorted(set(statuses))),
+        "laws": ", ".join(entry["law"] for entry in fits["fits"]) if fits else "not fitted yet",
+    }
+
+
+def _cell(url: str) -> dict[str, str]:
+    from saescale.trainers.exchange.native import load_trained
+
+    sae, cell = load_trained(join(url, "sae.safetensors"))
+    norms = sae.W_enc.detach().norm(dim=1)
+    return {
+        "cell": cell.cell_id,
+        "sae": f"TopK, n_latents {cell.n_latents}, k {cell.k}, d_model {cell.d_model}, unit-norm preprocessing",
+        "trained": f"{cell.tokens:,} tokens in batches of {cell.batch_tokens:,}, lr {cell.lr:.3g}, seed {cell.seed}",
+        "encoder norms": f"{norms.min():.3g} to {norms.max():.3g}, median {norms.median():.3g}",
+        "|b_pre|": f"{sae.b_pre.detach().norm():.4g}",
+    }

@@ -1,0 +1,51 @@
+"""What a submitted job brings along: its sweep file and saescale's own code, and nothing else of the user's disk."""
+
+import importlib.util
+import shutil
+from collections.abc import Iterator
+from importlib.metadata import version
+from pathlib import Path
+
+import yaml
+from saescale.cluster.sweep.spec import SweepSpec
+
+PACKAGES = ("saescale", "saescale.storage", "saescale.scaling", "saescale.trainers", "saescale.cluster")
+SWEEP, EXTENSION = "sweep.yaml", "extension.yaml"
+_SUFFIXES = (".py", ".j2", ".css", ".js", ".csv", ".md")
+
+
+def write_sweep(folder: Path, spec: SweepSpec, extension: SweepSpec | None = None) -> None:
+    """Writes sweep.yaml, and extension.yaml where there is one, as they were understood (comments are gone)."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, document in ((SWEEP, spec), (EXTENSION, extension)):
+        if document is not None:
+            text = yaml.safe_dump(document.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+            (folder / name).write_text(text, encoding="utf-8")
+
+
+def write_code(folder: Path) -> list[Path]:
+    """Copies saescale's sources, and returns what to put on the cluster's path: the one package, and its version.
+
+    Files are chosen one by one, so that no .env, key or notebook that lies among them can go with them.
+    """
+    for package in PACKAGES:
+        for source, relative in _sources(package):
+            target = folder.joinpath(*package.split("."), relative)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(source, target)
+    # A run records the version that trained it: this one, whatever is installed on the cluster.
+    info = folder / f"saescale-{version('saescale')}.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: saescale\nVersion: {version('saescale')}\n")
+    return [folder / "saescale", info]
+
+
+def _sources(package: str) -> Iterator[tuple[Path, Path]]:
+    found = importlib.util.find_spec(package)
+    assert found is not None
+    assert found.origin is not None
+    root = Path(found.origin).parent
+    for source in sorted(root.rglob("*")):
+        relative = source.relative_to(root)
+        if source.suffix in _SUFFIXES and not any(part.startswith((".", "__pycache__")) for part in relative.parts):
+            yield source, relative

@@ -1,0 +1,136 @@
+"""Runs a sweep from its spec to its report: checks the store, plans packs, has them trained, fits the laws."""
+
+import os
+from contextlib import ExitStack
+from typing import Any, NamedTuple
+
+from saescale.cluster.front.display import SweepDisplay
+from saescale.cluster.sweep.ledger import Ledger, open_ledger, provenance_of, recorded_precision
+from saescale.cluster.sweep.spec import SweepSpec
+from saescale.scaling.report.report import analyse, is_current
+from saescale.storage.files import join, list_names, local_path
+from saescale.storage.lease import Lease, read_driver, require_free
+from saescale.storage.rundir import RunDirectory
+from saescale.storage.store import ActivationStore
+from saescale.trainers.loggers.wandb_cells import how_to_read, log_summary, resolve_mode, wandb_directory
+
+FULL_VERIFY_BYTES = 2 * 2**30  # stores up to this size are read whole before training starts
+JOB = "SAESCALE_JOB"  # in the environment of a submitted sweep: the id of its Ray job
+WANDB = "wandb.json"  # what was logged, and how to read it
+
+
+class SweepOutcome(NamedTuple):
+    run: RunDirectory
+    fits: dict[str, Any]
+    cells: int
+    failed: int
+    trained: int  # cells that this call trained; 0 where all were done before
+    wandb: str | None  # how to read what was logged
+
+
+def run_sweep(
+    spec: SweepSpec,
+    display: SweepDisplay,
+    address: str | None = None,
+    bootstraps: int = 1000,
+    extending: bool = False,
+    retry_failed: bool = False,
+) -> SweepOutcome:
+    """Trains every cell of `spec` that has no result yet, fits the laws and writes the report.
+
+    `extending`: spec.out may hold the same sweep with fewer cells (extend.py), and gets the others. `retry_failed`:
+    cells that failed are trained again. It can be killed at any moment and called again. Raises SaescaleError on a
+    store or run directory that cannot be used, also because another driver works on it, and KeyboardInterrupt after
+    the workers have saved their checkpoints.
+    """
+    store, run = ActivationStore.open(spec.store), RunDirectory(spec.out)
+    precision = recorded_precision(run)
+    ledger = open_ledger(run, spec, store, precision, extending) if precision else None
+    trained = 0
+    if ledger is not None and retry_failed:
+        ledger.forget_failed()
+    with ExitStack() as held:
+        lease, job = None, os.environ.get(JOB)
+        if ledger is None or ledger.pending:
+            dead = require_free(run.url)  # now, or somebody would wait for workers in vain
+            verify(store, spec.eval.tokens, display)
+            display.stage("starting the workers")
+            # Only here: a sweep that is finished is shown without the seconds that Ray and torch take to import.
+            from saescale.cluster.crew.train_crew import Pool
+            from saescale.cluster.sweep.execute import Execution
+            from saescale.cluster.sweep.packing import plan_packs
+
+            with Pool(spec.grid.size, spec.resources, address) as pool:
+                ledger = ledger or open_ledger(run, spec, store, precision or pool.precision, extending)
+                trained = len(ledger.pending)
+                needs = pool.needs(store, spec.eval.tokens, remote_run=local_path(run.url) is None)
+                steps = ledger.checkpoint_steps()
+                packs = plan_packs(ledger.pending, steps, pool.count, pool.memory, needs)
+                # Not before the plan stands: a sweep that cannot be run leaves no run directory behind.
+                lease = held.enter_context(Lease(run.url, job, dead))
+                ledger.begin()
+                Execution(spec, ledger, pool, needs, packs, steps, lease, display).run()
+        else:
+            if not _is_concluded(run, bootstraps):
+                lease = held.enter_context(Lease(run.url, job))
+            # Cells of an extension may have their results already.
+            ledger.write_spec()
+        fits, wandb = _analyse(spec, ledger, display, bootstraps)
+        if lease is not None:
+            lease.end("finished")
+    failed = sum(result["status"] == "failed" for result in ledger.results.values())
+    return SweepOutcome(run, fits, len(ledger.cells), failed, trained, wandb)
+
+
+def _is_concluded(run: RunDirectory, bootstraps: int) -> bool:
+    """Whether the driver that trained the last cells also fitted the laws and said so."""
+    last = read_driver(run.url)
+    return (last is None or last.state == "finished") and is_current(run, bootstraps=bootstraps)
+
+
+def verify(store: ActivationStore, eval_tokens: int, display: SweepDisplay) -> None:
+    """Before any training time is spent: every shard's size and schema, and all its bytes where that is soon done."""
+    store.require_rows("train", 1, "a sweep")
+    store.require_rows("heldout", eval_tokens, "eval.tokens")
+    total = sum(shard.bytes for shard in store.manifest.shards)
+    display.stage("checking the activation store")
+    store.verify(full=total <= FULL_VERIFY_BYTES)
+
+
+def _analyse(
+    spec: SweepSpec, ledger: Ledger, display: SweepDisplay, bootstraps: int
+) -> tuple[dict[str, Any], str | None]:
+    """Fits, figures, report and the summary run in W&B; read back where they are there for these results already."""
+    run = ledger.run
+    ledger.settle()
+    fits = run.read_json("fits.json") if is_current(run, bootstraps=bootstraps) else None
+    if fits is None:
+        display.stage("fitting the laws, drawing the figures, writing the report")
+        fits = analyse(run, bootstraps=bootstraps, provenance=provenance_of(run))
+    mode = resolve_mode(spec.wandb)
+    if mode == "off":
+        return fits, None
+    logged = run.read_json(WANDB)
+    if not _is_logged(logged, fits, mode):
+        display.stage("logging the summary to W&B")
+        figures = [join(run.url, "figures", name) for name in list_names(join(run.url, "figures"))]
+        folder = wandb_directory(run.url)
+        done = log_summary(spec.wandb, spec.name, provenance_of(run), fits, run.read_results(), figures, folder)
+        read = f"W&B: {done.url}" if done.url else how_to_read(done.mode, folder, spec.wandb, spec.name)
+        if not done.whole:
+            read += "; the summary was not sent whole, run the sweep again to send it"
+        logged = {"made_from": fits["made_from"], "mode": done.mode, "whole": done.whole, "read": read}
+        # Last, so that an interrupted summary is logged again.
+        run.write_json(WANDB, logged)
+    return fits, logged["read"]
+
+
+def _is_logged(logged: Any, fits: dict[str, Any], mode: str) -> bool:
+    """Whether what WANDB says of an earlier summary leaves nothing to do: it is of these fits and whole, and on the
+    server where there is one now."""
+    return (
+        isinstance(logged, dict)
+        and logged.get("made_from") == fits["made_from"]
+        and logged.get("whole") is True
+        and (mode != "online" or logged.get("mode") == "online")
+    )

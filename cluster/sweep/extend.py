@@ -1,0 +1,98 @@
+"""`saescale sweep SPEC --extend MORE`: the cells of MORE beside those of SPEC, of which only the missing ones train."""
+
+import os
+from collections import defaultdict
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import yaml
+from saescale.cluster.sweep.spec import NO_STORE, Grid, SweepSpec, parse_spec
+from saescale.storage import files
+from saescale.storage.errors import SaescaleError
+from saescale.storage.rundir import RunDirectory
+
+# What decides how a cell is trained and measured: cells of one law must agree in it.
+_SHARED = ("train", "eval")
+
+
+class Extension(NamedTuple):
+    """`spec` has all cells; `added` of them are not in its run directory's sweep yet, or, before there is one, not in
+    the sweep file."""
+
+    spec: SweepSpec
+    added: int
+
+
+def extend(spec: SweepSpec, more: str) -> Extension:
+    """`spec` with the cells of `more` besides, a sweep file or one with a grid alone; what a run directory holds stays.
+
+    Nothing is written: the run directory takes the cells up when they can be trained (ledger.py). Raises SaescaleError
+    when the trainings, evaluations or stores differ: such cells are not of one law.
+    """
+    other = read_extension(spec, more)
+    grid = union(spec.grid, other.grid)
+    known = spec.grid
+    document = RunDirectory(spec.out).read_spec()
+    if document is not None:
+        there = parse_spec(document, f"{spec.out}/sweep.yaml")
+        _same(spec, there, f"{spec.out}/sweep.yaml")
+        known, grid = there.grid, union(there.grid, grid)
+    added = set(grid.combinations()) - set(known.combinations())
+    return Extension(spec.model_copy(update={"grid": grid}), len(added))
+
+
+def read_extension(spec: SweepSpec, more: str) -> SweepSpec:
+    """The cells of `more` as a sweep like `spec`. Raises SaescaleError as `extend` does."""
+    other = _read(more, spec)
+    _same(spec, other, more)
+    _same_store(spec, other, more)
+    return other
+
+
+def union(first: Grid, second: Grid) -> Grid:
+    """All cells of both: the lists of the first, and what they do not cover one by one."""
+    lists = {key: value for key, value in first.model_dump().items() if key != "cells"} if first.k else {}
+    covered = set(Grid.model_validate(lists).combinations()) if lists else set()
+    seeds: dict[tuple[int, int, str], list[int]] = defaultdict(list)
+    for n_latents, k, activation, seed in sorted({*first.combinations(), *second.combinations()} - covered):
+        seeds[n_latents, k, activation].append(seed)
+    cells = [{"n_latents": n, "k": k, "activation": a, "seed": own} for (n, k, a), own in seeds.items()]
+    return Grid.model_validate(lists | ({"cells": cells} if cells else {}))
+
+
+def _read(more: str, spec: SweepSpec) -> SweepSpec:
+    if not files.exists(more):
+        raise SaescaleError(f"there is no file at {more} to extend with; `saescale plan --write FILE` makes one")
+    try:
+        document = yaml.safe_load(files.read_bytes(more))
+    except yaml.YAMLError as error:
+        raise SaescaleError(f"{more} is not valid YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(document, Mapping) or "grid" not in document:
+        raise SaescaleError(f"{more} has no grid to extend with")
+    return parse_spec(spec.model_dump(mode="json") | dict(document), more)
+
+
+def _same(spec: SweepSpec, other: SweepSpec, where: str) -> None:
+    for section in _SHARED:
+        here: dict[str, Any] = getattr(spec, section).model_dump(mode="json")
+        there: dict[str, Any] = getattr(other, section).model_dump(mode="json")
+        for key in here:
+            if here[key] != there[key]:
+                raise SaescaleError(
+                    f"{where}: {section}.{key} is {there[key]} and the sweep's is {here[key]}; cells of one sweep are "
+                    "trained and measured alike: make them the same, or sweep it into a run directory of its own"
+                )
+
+
+def _same_store(spec: SweepSpec, other: SweepSpec, where: str) -> None:
+    if other.store != NO_STORE and _place(other.store) != _place(spec.store):
+        raise SaescaleError(
+            f"{where}: store is {other.store} and the sweep's is {spec.store}; cells of one sweep have one store: "
+            "leave it out or name the sweep's, or sweep it into a run directory of its own"
+        )
+
+
+def _place(url: str) -> str:
+    """One text for all ways to write where a store lies."""
+    local = files.local_path(url)
+    return url.rstrip("/") if local is None else os.path.realpath(local)

@@ -1,0 +1,274 @@
+"""The ledger: what each cell of a sweep has reached. The truth is in the run directory, this is its bookkeeping."""
+
+import math
+import time
+import warnings
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from importlib.metadata import version
+from typing import Any, TypeVar, get_args
+
+import pyarrow as pa
+import pyarrow.compute as pc
+from saescale.cluster.sweep.spec import Combination, SweepSpec, parse_spec
+from saescale.storage import checkpoint
+from saescale.storage.errors import SaescaleError, SaescaleWarning, Unavailable
+from saescale.storage.files import remove
+from saescale.storage.rundir import CURVES_SCHEMA, RunDirectory
+from saescale.storage.store import ActivationStore
+from saescale.trainers.cell import Cell, Precision
+from saescale.trainers.training.results import result_row
+
+T = TypeVar("T")
+# Parts of a sweep that may change between two calls of the same sweep: they do not change what its cells are.
+_FREE = ("store", "out", "resources", "wandb")
+_ASKED_AT_A_TIME = 16
+_PACKAGES = ("saescale", "torch", "ray", "lightning", "numpy", "numba", "pyarrow")
+
+
+class Ledger:
+    """Results of finished cells, kept in results.parquet and curves.parquet.
+
+    A cell is finished when its own result.json exists, which its worker writes last, so a driver that dies
+    between the two loses nothing: opening the ledger again reads what the cells say.
+    """
+
+    def __init__(self, run: RunDirectory, cells: Sequence[Cell], store: ActivationStore, document: Mapping[str, Any]):
+        self.run, self.cells, self._store, self._document = run, list(cells), store, dict(document)
+        self.results: dict[str, dict[str, Any]] = {}
+        self._written = -math.inf  # when the tables were
+        self._writing_s = 0.0  # how long that took
+        self._forgotten: list[str] = []  # failed cells whose results go when the sweep begins
+        self._without_curve: set[str] = set()
+        # What the table says already need not be read cell by cell, which for thousands in an object store is minutes.
+        known = {row["cell_id"]: row for row in run.read_results().to_pylist() if row["status"] in ("done", "failed")}
+        finished = run.cells_with_results()
+        for cell in cells:
+            if cell.cell_id in finished:
+                result = known.get(cell.cell_id) or run.read_cell_result(cell.cell_id)
+                if result is not None:
+                    self.results[cell.cell_id] = result
+
+    def begin(self) -> None:
+        """Writes sweep.yaml and the ledger: from now on `run` is this sweep's, with all its cells."""
+        for cell_id in self._forgotten:
+            remove(self.run.result_url(cell_id))
+        self.write_spec()
+        self.write()
+
+    def write_spec(self) -> None:
+        """Writes sweep.yaml where it is not there yet or lacks cells of an extension."""
+        if self.run.read_spec() != self._document:
+            self.run.write_spec(self._document)
+
+    def settle(self) -> None:
+        """Makes the tables say what the cells say, where a driver died before it could or has not taken the time."""
+        recorded = {row["cell_id"]: (row["status"], row["nmse"]) for row in self.run.read_results().to_pylist()}
+        curves = set(pc.unique(self.run.read_curves()["cell_id"]).to_pylist())
+        if (
+            recorded != {cell_id: (row["status"], row["nmse"]) for cell_id, row in self.results.items()}
+            or {cell_id for cell_id, row in self.results.items() if row["status"] == "done"} - curves
+        ):
+            self.remove_leftovers(self.cells)
+            self.write()
+
+    def remove_leftovers(self, cells: Iterable[Cell]) -> None:
+        """Removes the checkpoints of cells that have their result: a worker killed between the two leaves them."""
+        there = self.run.cell_files()
+        for cell in cells:
+            names = there.get(cell.cell_id, set())
+            if "result.json" in names and any(name.startswith("checkpoint/") for name in names):
+                remove(self.run.checkpoint_url(cell.cell_id))
+
+    def forget_failed(self) -> None:
+        """Failed cells are pending again, and go on from their last checkpoint where one is left.
+
+        What is written of them goes with `begin`, when this driver has the run.
+        """
+        self._forgotten = [cell_id for cell_id, result in self.results.items() if result["status"] == "failed"]
+        for cell_id in self._forgotten:
+            del self.results[cell_id]
+
+    @property
+    def pending(self) -> list[Cell]:
+        """Cells without a result."""
+        return [cell for cell in self.cells if cell.cell_id not in self.results]
+
+    def checkpoint_steps(self) -> dict[str, list[int]]:
+        """The checkpointed steps of each pending cell, newest first; cells without one are absent."""
+        there = self.run.cell_files()
+        begun = [c.cell_id for c in self.pending if f"checkpoint/{checkpoint.POINTER}" in there.get(c.cell_id, ())]
+        steps = {cell_id: checkpoint.steps(self.run.checkpoint_url(cell_id)) for cell_id in begun}
+        return {cell_id: found for cell_id, found in steps.items() if found}
+
+    def steps_reached(self, cells: Iterable[Cell]) -> int:
+        """Steps of `cells` that no kill can undo: the newest checkpoint's, or all of a cell that has its result."""
+
+        def reached(cell: Cell) -> int:
+            if cell.cell_id in self.results:
+                return cell.steps
+            return max(checkpoint.steps(self.run.checkpoint_url(cell.cell_id)), default=0)
+
+        return sum(self._of_each(cells, reached))
+
+    def record(self, results: Iterable[Mapping[str, Any]]) -> None:
+        """Takes up results of cells, and writes the tables unless that was just done.
+
+        Writing them takes the longer the more cells there are, so it is done for at most a twentieth of the time, and
+        not while the run directory does not answer: what is not in a table yet is in its cell's result.json.
+        """
+        self.results |= {result["cell_id"]: dict(result) for result in results}
+        if time.monotonic() - self._written > max(2.0, 20 * self._writing_s):
+            try:
+                self.write()
+            except Unavailable as error:
+                self._written = time.monotonic()
+                warnings.warn(f"the ledger is written later: {error}", SaescaleWarning, stacklevel=2)
+
+    def take_up(self, cells: Iterable[Cell]) -> None:
+        """Records those of `cells` that finished before the worker that trained them died."""
+        unknown = [cell for cell in cells if cell.cell_id not in self.results]
+        found = self._of_each(unknown, lambda cell: self.run.read_cell_result(cell.cell_id))
+        if results := [row for row in found if row is not None]:
+            for result in results:
+                remove(self.run.checkpoint_url(result["cell_id"]))
+            self.record(results)
+
+    def _of_each(self, cells: Iterable[Cell], ask: Callable[[Cell], T]) -> list[T]:
+        """What the run directory says of each, asked at a time: an answer of an object store takes a while."""
+        with ThreadPoolExecutor(_ASKED_AT_A_TIME) as pool:
+            return list(pool.map(ask, cells))
+
+    def fail(self, cell: Cell, why: str) -> None:
+        """Marks a cell as failed that no worker could finish. Its last checkpoint stays, for another try."""
+        steps = checkpoint.steps(self.run.checkpoint_url(cell.cell_id))
+        tokens = cell.batch_tokens * max(steps, default=0)
+        row = result_row(cell, self._store.manifest, tokens, wall_s=0.0, last=None, error=why)
+        self.run.write_cell_result(cell.cell_id, row)
+        self.record([row])
+
+    def write(self) -> None:
+        """results.parquet with one row for every cell of the sweep, and the curves of the finished ones."""
+        began = time.monotonic()
+        rows = [self.results.get(cell.cell_id, {"cell_id": cell.cell_id, "status": "pending"}) for cell in self.cells]
+        described = [
+            {"n_latents": cell.n_latents, "k": cell.k, "d_model": cell.d_model, "seed": cell.seed} | row
+            for cell, row in zip(self.cells, rows, strict=True)
+        ]
+        # Those that are there are kept as they are: read cell by cell, they would be read again for every cell.
+        there = self.run.read_curves().filter(pc.is_in(pc.field("cell_id"), pa.array(list(self.results), pa.string())))
+        missing = self.results.keys() - set(pc.unique(there["cell_id"]).to_pylist()) - self._without_curve
+        new = []
+        for cell_id in [cell_id for cell_id in self.results if cell_id in missing]:
+            curve = self.run.read_cell_curve(cell_id)
+            new += curve
+            if not curve:  # it failed before its first evaluation
+                self._without_curve.add(cell_id)
+        self.run.write_curves(pa.concat_tables([there, pa.Table.from_pylist(new, CURVES_SCHEMA)]))
+        self.run.write_results(described)
+        self._written = time.monotonic()
+        self._writing_s = self._written - began
+
+
+def recorded_precision(run: RunDirectory) -> Precision | None:
+    """What `precision: auto` was when the sweep in `run` began: it goes on with that wherever it is resumed."""
+    found = (run.read_spec() or {}).get("resolved", {}).get("precision")
+    return found if found in get_args(Precision) else None
+
+
+def open_ledger(
+    run: RunDirectory, spec: SweepSpec, store: ActivationStore, precision: Precision, extending: bool = False
+) -> Ledger:
+    """Picks up the sweep in `run`, or gives the ledger of a new one, of which nothing is written before `begin`.
+
+    `extending`: `spec` may have cells besides those of `run`. Raises SaescaleError where `run` holds another sweep.
+    """
+    document = _resolved(spec, store, precision)
+    found = run.read_spec()
+    if found is not None:
+        there, here = _combinations(found, f"{run.url}/sweep.yaml"), set(spec.grid.combinations())
+        same_cells = there <= here if extending else there == here
+        differences = _differences(_identity(found), _identity(document))
+        if differences or not same_cells:
+            said = [*([] if same_cells else [_other_cells(there, here)]), *differences]
+            raise SaescaleError(
+                f"{run.url} holds another sweep ({'; '.join(said[:3])}); give this one another run directory (out), "
+                f"or remove that one{'' if differences else _other_way(run, there, here)}"
+            )
+        # What began the sweep stays as it was written, such as the versions that its first cells were trained with.
+        document = found if there == here else found | {"grid": document["grid"]}
+    return Ledger(run, spec.cells(store, precision), store, document)
+
+
+def _resolved(spec: SweepSpec, store: ActivationStore, precision: Precision) -> dict[str, Any]:
+    """What sweep.yaml says: the spec with its defaults, what `auto` came to, the store, and the versions."""
+    return spec.model_dump(mode="json") | {
+        "resolved": {
+            "precision": precision,
+            "store_fingerprint": store.fingerprint,
+            "subject": store.manifest.subject,
+            "versions": {name: version(name) for name in _PACKAGES},
+        }
+    }
+
+
+def provenance_of(run: RunDirectory) -> dict[str, str]:
+    """What the report says about where a run's numbers come from, all of it from sweep.yaml.
+
+    Raises SaescaleError where `run` holds no sweep.
+    """
+    spec = _spec_of(run)
+    resolved = spec["resolved"]
+    return {
+        "sweep": spec["name"],
+        "store": f"{spec['store']} ({resolved['store_fingerprint']})",
+        "subject": resolved["subject"],
+        "held-out rows": f"{spec['eval']['tokens']:,}",
+        "precision": resolved["precision"],
+        "versions": ", ".join(f"{name} {number}" for name, number in resolved["versions"].items()),
+    }
+
+
+def _spec_of(run: RunDirectory) -> dict[str, Any]:
+    spec = run.read_spec()
+    if spec is None or "resolved" not in spec:
+        raise SaescaleError(f"{run.url} is not a run directory: there is no sweep.yaml of a sweep that ran in it")
+    return spec
+
+
+def _identity(document: Mapping[str, Any]) -> dict[str, Any]:
+    """What makes a sweep this one, beside its cells: all that decides how they are trained and measured."""
+    kept = {key: value for key, value in document.items() if key not in (*_FREE, "grid", "resolved")}
+    resolved = document.get("resolved", {})
+    return kept | {key: resolved.get(key) for key in ("precision", "store_fingerprint")}
+
+
+def _combinations(document: Mapping[str, Any], where: str) -> set[Combination]:
+    """The cells of a grid: one grid can be written in many ways, and what it means is these."""
+    return set(parse_spec(document, where).grid.combinations())
+
+
+def _other_cells(there: set[Combination], here: set[Combination]) -> str:
+    parts = []
+    for cells, where in ((there - here, "there"), (here - there, "here")):
+        if cells:
+            first, many = min(cells), "cell is" if len(cells) == 1 else "cells are"
+            parts.append(f"{len(cells)} {many} only {where} (n = {first.n_latents}, k = {first.k}, seed {first.seed})")
+    return f"grid: {', '.join(parts)}"
+
+
+def _other_way(run: RunDirectory, there: set[Combination], here: set[Combination]) -> str:
+    """What else can be done about a sweep that differs in its cells alone."""
+    if there > here:
+        return f"; or use {run.url}/sweep.yaml, which has these cells and those that were added"
+    if there < here:
+        return f"; or add the cells: saescale sweep {run.url}/sweep.yaml --extend THIS.yaml"
+    return ""
+
+
+def _differences(there: Any, here: Any, path: str = "") -> list[str]:
+    if isinstance(there, Mapping) and isinstance(here, Mapping):
+        keys = sorted({*there, *here})
+        names = {key: f"{path}.{key}" if path else key for key in keys}
+        return [d for key in keys for d in _differences(there.get(key), here.get(key), names[key])]
+    return [] if there == here else [f"{path} is {there} there and {here} here"]

@@ -1,0 +1,85 @@
+"""Which cells are trained together: packs that fit a worker's memory, take about equally long, longest first."""
+
+from collections import Counter, defaultdict
+from collections.abc import Callable, Mapping, Sequence
+from heapq import heappop, heappush
+
+from saescale.storage.checkpoint import KEPT
+from saescale.storage.errors import SaescaleError
+from saescale.trainers.cell import Cell
+
+PACKS_PER_WORKER = 2  # enough to even out several workers of different speed; each pack reads the stream once
+
+
+Needs = Callable[[Sequence[Cell]], float]
+
+
+def plan_packs(
+    cells: Sequence[Cell], steps: Mapping[str, Sequence[int]], workers: int, memory: float, needs: Needs
+) -> list[list[Cell]]:
+    """Cells in packs, the costliest pack first.
+
+    steps: the steps of each cell's checkpoints (absent: none); only cells with one in common go on together. memory:
+    bytes that one worker has; needs: bytes that a pack takes (trainers/training/memory.py). Raises SaescaleError
+    where one cell alone needs more memory.
+    """
+    alike: dict[tuple[int, int], list[Cell]] = defaultdict(list)
+    for cell in cells:
+        alike[cell.batch_tokens, cell.stream_seed].append(cell)
+    total = sum(cost(cell) for cell in cells)
+    wanted = workers * PACKS_PER_WORKER if workers > 1 else 1
+    packs: list[list[Cell]] = []
+    for company in alike.values():
+        for group in _groups(company, steps):
+            share = sum(cost(cell) for cell in group) / total
+            packs += split(group, max(1, round(share * wanted)), memory, needs)
+    return sorted(packs, key=lambda pack: -sum(cost(cell) for cell in pack))
+
+
+def _groups(cells: Sequence[Cell], steps: Mapping[str, Sequence[int]]) -> list[list[Cell]]:
+    """Cells that can go on together from a step that they all have, in as few groups as can easily be found.
+
+    By the newest step alone, a kill while a pack was being saved would part its cells for good.
+    """
+    stands = {cell.cell_id: set(steps.get(cell.cell_id, ())) for cell in cells}
+    for found in stands.values():
+        if len(found) < KEPT:  # the start is as near as the checkpoint that is still missing
+            found.add(0)
+    groups, left = [], list(cells)
+    while left:
+        counts = Counter(step for cell in left for step in stands[cell.cell_id])
+        together = max(counts, key=lambda step: (counts[step], step))
+        groups.append([cell for cell in left if together in stands[cell.cell_id]])
+        left = [cell for cell in left if together not in stands[cell.cell_id]]
+    return groups
+
+
+def split(cells: Sequence[Cell], count: int, memory: float, needs: Needs) -> list[list[Cell]]:
+    """At least `count` packs (where there are so many cells) of about equal cost that each fit into `memory` bytes.
+
+    Raises SaescaleError where one cell alone needs more.
+    """
+    wanted = min(count, len(cells))
+    costly_first = sorted(((cost(cell), cell) for cell in cells), key=lambda pair: -pair[0])
+    while True:
+        packs: list[list[Cell]] = [[] for _ in range(wanted)]
+        loads = [(0.0, number) for number in range(wanted)]
+        for spent, cell in costly_first:
+            load, number = heappop(loads)
+            packs[number].append(cell)
+            heappush(loads, (load + spent, number))
+        if all(needs(pack) <= memory for pack in packs):
+            return packs
+        if wanted == len(cells):
+            break
+        wanted = min(len(cells), max(wanted + 1, int(1.1 * wanted)))
+    largest = max(cells, key=lambda cell: needs([cell]))
+    raise SaescaleError(
+        f"cell {largest.cell_id} needs {needs([largest]) / 2**30:.1f} GiB and a worker has {memory / 2**30:.1f} GiB; "
+        "use fewer workers, a smaller batch_tokens or a larger machine"
+    )
+
+
+def cost(cell: Cell) -> float:
+    """Sparse training FLOPs of the whole cell."""
+    return float(cell.flops(cell.tokens).sparse)

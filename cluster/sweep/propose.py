@@ -1,0 +1,354 @@
+"""`saescale plan`: the cells to train next, what they cost, how they pack, and the sweep file that trains them."""
+
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence, Set
+from dataclasses import dataclass, field
+from itertools import count, islice
+from typing import Any, NamedTuple, cast
+
+import numpy as np
+import yaml
+from saescale.cluster.sweep.spec import NO_STORE, SweepSpec, parse_spec
+from saescale.scaling.laws.estimate import Fit, fit_law
+from saescale.scaling.laws.known import GPT4, N_K
+from saescale.scaling.planning.design import (
+    LEVELS,
+    TARGETS,
+    Candidates,
+    Design,
+    Target,
+    Wanted,
+    best_rectangle,
+    candidates,
+    expected,
+    least_cells,
+    propose,
+    wanted,
+)
+from saescale.scaling.planning.devices import Device
+from saescale.scaling.sources import load_sources
+from saescale.scaling.tables import Table, comparable, load_rows
+from saescale.storage import files
+from saescale.storage.errors import SaescaleError
+from saescale.storage.rundir import RunDirectory
+
+_DRAWS = 12  # of the fit's bootstrap, beside its best coefficients: guesses that the design is made for
+_WIDER = 16  # how far beyond the largest n of a run cells may go
+_SMALLEST = 512
+_NOISE = 0.005
+_KS = (8, 16, 32, 64, 128, 256, 512)
+
+
+@dataclass(frozen=True)
+class Request:
+    """What is asked: `hours` on one `device`; `at` is the point of a prediction or the k of an exponent or floor."""
+
+    hours: float
+    device: Device
+    target: str = "exponent"
+    at: Mapping[str, float] = field(default_factory=dict)
+    source: str | None = None
+    store: str | None = None
+    d_model: int = 768
+    tokens: float = 1e9  # of n = 32768; they grow with n^0.6
+    n_range: tuple[int | None, int | None] = (None, None)
+    ks: tuple[int, ...] = ()
+    noise: float | None = None
+    seeds: int = 3
+
+
+class Prior(NamedTuple):
+    """What is known before: coefficients [draws, coefficients], scatter of ln nmse, finished cells, in words, and the
+    seeds of each n and k that other cells have, finished or not."""
+
+    raw: np.ndarray
+    noise: float
+    cells: Mapping[str, np.ndarray]
+    words: str
+    seeds: Mapping[tuple[int, int], Set[int]]
+
+
+class PlannedCell(NamedTuple):
+    """A row of the plan; `hours` of all its seeds together."""
+
+    n_latents: int
+    k: int
+    seeds: tuple[int, ...]
+    tokens: int
+    flops: float
+    hours: float
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The proposal. `packs` are [n_latents, k, seed] of cells that train side by side on one device."""
+
+    request: Request
+    prior: Prior
+    spec: SweepSpec
+    cells: tuple[PlannedCell, ...]
+    goal: Wanted
+    design: Design
+    before: Design | None
+    rectangle: Design | None
+    packs: tuple[tuple[tuple[int, int, int], ...], ...]
+
+    def document(self) -> dict[str, Any]:
+        """Everything as JSON."""
+        device = self.request.device
+        return {
+            "target": self.request.target,
+            "at": dict(self.request.at),
+            "budget_hours": self.request.hours,
+            "hours": self.design.hours,
+            "device": {**device._asdict(), "flops_per_s": device.flops_per_s},
+            "prior": {"from": self.prior.words, "noise": self.prior.noise, "cells": len(self.prior.cells["k"])},
+            "cells": [cell._asdict() for cell in self.cells],
+            "expected": self._expected(self.design),
+            "before": self._expected(self.before),
+            "rectangle": self.rectangle
+            and {
+                "cells": int(self.rectangle.counts.sum()),
+                "hours": self.rectangle.hours,
+                "expected": self._expected(self.rectangle),
+            },
+            "packs": [list(map(list, pack)) for pack in self.packs],
+        }
+
+    def _expected(self, design: Design | None) -> list[dict[str, Any]] | None:
+        names = self.goal.names or N_K.names
+        return design and [
+            {"quantity": name, "value": float(value), "low": float(value - half), "high": float(value + half)}
+            for name, value, half in zip(names, design.value, design.half_width, strict=True)
+        ]
+
+    def yaml(self) -> str:
+        """The sweep file."""
+        document = self.spec.model_dump(mode="json", exclude={"grid"})
+        cells = sum(len(cell.seeds) for cell in self.cells)
+        lines = [
+            f"# {cells} cells that narrow the {self.request.target} the most within {self.request.hours:g} h on one "
+            f"{self.request.device.name}.",
+            f"# Prior: {self.prior.words}.",
+            "# To add them to a sweep that is there: saescale sweep ITS.yaml --extend THIS.yaml",
+            yaml.safe_dump(document, sort_keys=False, allow_unicode=True).rstrip(),
+            "grid:",
+            "  cells:",
+            *(f"  - {{n_latents: {c.n_latents}, k: {c.k}, seed: {list(c.seeds)}}}" for c in self.cells),
+        ]
+        return "\n".join(lines) + "\n"
+
+
+def make_plan(request: Request) -> Plan:
+    """The plan of a request. Raises SaescaleError for a target or point that does not fit and a budget too small."""
+    if request.target not in TARGETS:
+        raise SaescaleError(f"unknown target {request.target}; there are {', '.join(TARGETS)}")
+    if request.noise is not None and not 0 < request.noise < np.inf:
+        raise SaescaleError(f"--noise {request.noise:g} is no scatter; give a number above 0, such as {_NOISE}")
+    prior, base, d_model = _prior(request)
+    sizes, ks = _levels(request, prior.cells, d_model)
+    cells = _candidates(request, prior, base, d_model, sizes, ks)
+    goal = wanted(cast(Target, request.target), N_K, prior.raw, [k for k in ks if k in cells.k], request.at)
+    design = propose(cells, goal, request.hours, prior.cells, request.seeds)
+    rectangle = best_rectangle(cells, goal, request.hours, prior.cells, request.seeds)
+    planned, grid = _planned(cells, design, prior.seeds, base, d_model, request.device)
+    spec = parse_spec(base | {"grid": {"cells": grid}}, "the plan")
+    before = expected(cells, goal, prior.cells) if len(prior.cells["k"]) > len(N_K.names) else None
+    return Plan(request, prior, spec, planned, goal, design, before, rectangle, _packs(spec, d_model, request.device))
+
+
+def _prior(request: Request) -> tuple[Prior, dict[str, Any], int]:
+    """(what is known, the sweep to add to as a mapping without grid, d_model)."""
+    none = {"n_latents": np.empty(0), "k": np.empty(0)}
+    base: dict[str, Any] = {
+        "name": "plan",
+        "store": request.store or NO_STORE,
+        "out": "runs/plan",
+        "train": {"tokens": {"at": 32_768, "tokens": request.tokens, "exponent": 0.6}},
+    }
+    if request.source is None:
+        words = f"the published law of GPT-4's SAEs and an assumed scatter of {request.noise or _NOISE:.2%}"
+        return Prior(N_K.to_raw(GPT4)[None], request.noise or _NOISE, none, words, {}), base, request.d_model
+    results = comparable(load_sources([request.source])[0])
+    results.require(("n_latents", "k"))
+    try:
+        fit = fit_law(N_K, results.columns, results["nmse"], bootstraps=_DRAWS * 10)
+    except SaescaleError as error:
+        raise SaescaleError(
+            f"{request.source}: no law to plan from: {error}; or plan from the published law"
+        ) from error
+    d_model = int(results["d_model"][0]) if "d_model" in results else request.d_model
+    words = f"L(N, k) of {request.source} and its scatter of {request.noise or fit.noise:.2%} about it"
+    prior = Prior(
+        np.concatenate([fit.raw[None], _plausible(fit)]), request.noise or fit.noise,
+        {"n_latents": results["n_latents"], "k": results["k"]}, words, _seeds_of(request.source),
+    )  # fmt: skip
+    return prior, _base_of(request.source, results, base), d_model
+
+
+def sweep_of(source: str) -> dict[str, Any] | None:
+    """The sweep.yaml of a source of cells, or None where it is a table or a directory without one."""
+    return None if source.lower().endswith((".csv", ".parquet")) else RunDirectory(source).read_spec()
+
+
+def _seeds_of(source: str) -> dict[tuple[int, int], set[int]]:
+    """The seeds of each n and k: of the sweep's grid, and of all rows, since a failed cell is not trained again."""
+    found: dict[tuple[int, int], set[int]] = defaultdict(set)
+    document = sweep_of(source)
+    for cell in parse_spec(document, f"{source}/sweep.yaml").grid.combinations() if document else ():
+        found[cell.n_latents, cell.k].add(cell.seed)
+    rows = load_rows(source)
+    seeds = rows["seed"] if "seed" in rows and rows["seed"].dtype.kind == "f" else np.full(len(rows), np.nan)
+    for n, k, seed in zip(rows["n_latents"], rows["k"], seeds, strict=True):
+        if np.isfinite([n, k]).all():
+            own = found[int(n), int(k)]
+            # Where nobody wrote down which it was: as if seeds went up from 0.
+            own.add(int(seed) if np.isfinite(seed) else _unused(own, 1)[0])
+    return found
+
+
+def _unused(seeds: Set[int], wanted: int) -> list[int]:
+    """The first `wanted` that are not in `seeds`."""
+    return list(islice((seed for seed in count() if seed not in seeds), wanted))
+
+
+def _base_of(source: str, results: Table, base: dict[str, Any]) -> dict[str, Any]:
+    """How a run directory's cells were trained, or for a table the default with its tokens where they are all alike."""
+    if document := sweep_of(source):
+        return {key: value for key, value in document.items() if key not in ("grid", "resolved")}
+    if "tokens" in results and len(np.unique(results["tokens"])) == 1:
+        tokens = int(results["tokens"][0])
+        batch = next(size for size in (131_072, 8_192, 1_024, 256, 1) if tokens % size == 0)
+        return base | {"train": {"tokens": tokens, "batch_tokens": batch}}
+    return base
+
+
+def _plausible(fit: Fit) -> np.ndarray:
+    """A few of the bootstrap's coefficients whose exponents are those of a law that falls with n."""
+    slopes = np.stack([fit.law.exponent_of(fit.draws, "n_latents", {"k": k}) for k in np.unique(fit.columns["k"])])
+    return fit.draws[(slopes < 0).all(axis=0)][:_DRAWS]
+
+
+def _levels(request: Request, cells: Mapping[str, np.ndarray], d_model: int) -> tuple[np.ndarray, list[float]]:
+    """The n and k that cells may have; n doubles from --n-min, the smallest n that is there, or _SMALLEST."""
+    there = bool(len(cells["k"]))
+    low = request.n_range[0] or (int(cells["n_latents"].min()) if there else _SMALLEST)
+    high = request.n_range[1] or (_WIDER * int(cells["n_latents"].max()) if there else 2**24)
+    if low > high:
+        raise SaescaleError(f"--n-min {low} is above --n-max {high}")
+    ks = sorted(set(request.ks) or ({int(k) for k in cells["k"]} if there else {k for k in _KS if k <= d_model / 4}))
+    sizes = low * 2.0 ** np.arange(int(np.log2(high / low)) + 1)
+    return sizes, [float(k) for k in ks]
+
+
+def _candidates(
+    request: Request, prior: Prior, base: dict[str, Any], d_model: int, sizes: np.ndarray, ks: Sequence[float]
+) -> Candidates:
+    n, k = (v.ravel() for v in np.meshgrid(sizes, np.array(ks), indexing="ij"))
+    possible = k <= n
+    n, k = n[possible], k[possible]
+    if not len(n):
+        raise SaescaleError(f"no cell to add has k <= n: k is {min(ks):g} or more, n at most {sizes.max():g}")
+    _require_enough(request, n, k, prior.cells)
+    spec = parse_spec(base | {"grid": {"cells": _grid(n, k, [[0]] * len(n))}}, "the plan")
+    planned, needs = _cells(spec, d_model), _needs(spec, request.device)
+    hours = np.array([request.device.hours(cell.flops(cell.tokens).sparse) for cell in planned])
+    memory = np.array([needs([cell]) for cell in planned])
+    fits = memory <= request.device.memory
+    if not fits.any():
+        raise SaescaleError(
+            f"no cell fits into the memory of {request.device.name}; the smallest takes {memory.min() / 2**30:.3g} GiB"
+        )
+    if not fits.all():
+        _require_enough(request, n[fits], k[fits], prior.cells, request.device)
+    cheapest = hours[fits].min()
+    fits &= hours <= request.hours
+    if not fits.any():
+        raise SaescaleError(
+            f"{request.hours:.3g} h on {request.device.name} do not reach for one cell; the cheapest takes "
+            f"{cheapest:.3g} h. Raise --budget or lower --tokens"
+        )
+    return candidates(N_K, prior.raw, n[fits], k[fits], hours[fits], prior.noise)
+
+
+def _require_enough(
+    request: Request, n: np.ndarray, k: np.ndarray, there: Mapping[str, np.ndarray], device: Device | None = None
+) -> None:
+    """Raises SaescaleError where cells of `n` and `k` beside those that are `there` make no law at any budget;
+    `device`: the cells are those that its memory holds."""
+    which = f" that fit into the memory of {device.name}" if device else ""
+    for name, values, remedy in (
+        ("k", {*k, *there["k"]}, "add --k"),
+        ("n", {*n, *there["n_latents"]}, "lower --n-min or raise --n-max"),
+    ):
+        if len(values) < LEVELS:
+            raise SaescaleError(
+                f"a law takes {LEVELS} values of {name}; there are {len(values)} "
+                f"({', '.join(f'{value:g}' for value in sorted(values))}) in cells of k <= n{which}: "
+                + ("lower --n-min, add smaller --k or name a larger --gpu" if device else remedy)
+            )
+    most = len(n) * request.seeds + len(there["k"])
+    if most < least_cells(N_K):
+        raise SaescaleError(
+            f"a law takes {least_cells(N_K)} cells; there are at most {most}{which}: raise --seeds, or ask for more n "
+            "or k"
+        )
+
+
+def _planned(
+    cells: Candidates,
+    design: Design,
+    used: Mapping[tuple[int, int], Set[int]],
+    base: dict[str, Any],
+    d_model: int,
+    device: Device,
+) -> tuple[tuple[PlannedCell, ...], list[dict[str, Any]]]:
+    """The rows of the plan and of the sweep file's grid, with the first seeds that no cell of an n and k has."""
+    chosen = np.flatnonzero(design.counts)
+    own = [used.get((int(cells.n_latents[i]), int(cells.k[i])), frozenset()) for i in chosen]
+    seeds = [_unused(taken, int(design.counts[i])) for taken, i in zip(own, chosen, strict=True)]
+    grid = _grid(cells.n_latents[chosen], cells.k[chosen], seeds)
+    spec = parse_spec(base | {"grid": {"cells": grid}}, "the plan")
+    sparse = {(c.n_latents, c.k): (c.tokens, float(c.flops(c.tokens).sparse)) for c in _cells(spec, d_model)}
+    rows = []
+    for cell in grid:
+        tokens, flops = sparse[cell["n_latents"], cell["k"]]
+        hours = device.hours(flops) * len(cell["seed"])
+        rows.append(PlannedCell(cell["n_latents"], cell["k"], tuple(cell["seed"]), tokens, flops, hours))
+    return tuple(rows), grid
+
+
+def _grid(n: np.ndarray, k: np.ndarray, seeds: Sequence[list[int]]) -> list[dict[str, Any]]:
+    return [{"n_latents": int(a), "k": int(b), "seed": own} for a, b, own in zip(n, k, seeds, strict=True)]
+
+
+class _Planned(NamedTuple):
+    """What `SweepSpec.cells` asks of a store, before there is one."""
+
+    fingerprint: str
+    d_model: int
+
+
+def _cells(spec: SweepSpec, d_model: int) -> list[Any]:
+    return spec.cells(cast(Any, _Planned("planned", d_model)), "bf16")
+
+
+def _needs(spec: SweepSpec, device: Device) -> Callable[[Sequence[Any]], float]:
+    """Bytes that a pack takes on the device, over a store of which only d_model is known."""
+    from saescale.trainers.training.memory import StreamSize, pack_memory
+
+    stream = StreamSize(8_192, 2**40)
+    kernels: Any = "cpu" if device.name == "cpu" else "cuda"
+    return lambda cells: pack_memory(cells, spec.eval.tokens, stream, kernels).total
+
+
+def _packs(spec: SweepSpec, d_model: int, device: Device) -> tuple[tuple[tuple[int, int, int], ...], ...]:
+    from saescale.cluster.sweep.packing import plan_packs
+
+    packs = plan_packs(_cells(spec, d_model), {}, 1, device.memory, _needs(spec, device))
+    return tuple(tuple((c.n_latents, c.k, c.seed) for c in pack) for pack in packs)
+
+
+def write_plan(plan: Plan, url: str) -> None:
+    """Writes the sweep file. Raises SaescaleError when it cannot be written."""
+    files.write_atomic(url, plan.yaml().encode())

@@ -1,0 +1,291 @@
+"""The sweep file: a grid of cells over one activation store, validated with the path of what is wrong."""
+
+import difflib
+import itertools
+import math
+from collections.abc import Mapping, Sequence
+from typing import Annotated, Any, Literal, NamedTuple, Self, get_args
+
+import yaml
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    SerializerFunctionWrapHandler,
+    ValidationError,
+    field_validator,
+    model_serializer,
+    model_validator,
+)
+from pydantic_core import PydanticCustomError
+from saescale.storage import files
+from saescale.storage.errors import SaescaleError
+from saescale.storage.secrets import ADVICE, names_secret, secret_in_url
+from saescale.storage.store import ActivationStore
+from saescale.trainers.cell import Cell, EvalSpec, Precision, auto_k_aux
+from saescale.trainers.loggers.wandb_cells import WandbSettings
+
+# What a sweep file says where nobody has named a store yet: to be edited.
+NO_STORE = "stores/STORE"
+
+# Strict: `true`, "512" and 8.0 are mistakes in a sweep file. Reals are lax, because YAML reads 8e-4 as text.
+Positive = Annotated[int, Field(gt=0, strict=True)]
+NotNegative = Annotated[int, Field(ge=0, strict=True)]
+
+
+# Of a problem whose input must not be repeated.
+_SECRET = "secret"
+
+
+class _Model(BaseModel):
+    # What is wrong is told by `_problems`, which knows what may be shown.
+    model_config = ConfigDict(extra="forbid", hide_input_in_errors=True)
+
+
+class GridCell(_Model):
+    """One n and k, with a cell for each seed."""
+
+    n_latents: Positive
+    k: Positive
+    activation: Literal["topk"] = "topk"
+    seed: list[NotNegative] = Field(default=[0], min_length=1)
+
+
+class Combination(NamedTuple):
+    """What a cell of the grid is, in the order in which cells are listed."""
+
+    n_latents: int
+    k: int
+    activation: Literal["topk"]
+    seed: int
+
+
+class Grid(_Model):
+    """Every combination of the lists is a cell, and so is each of `cells` (such as `saescale plan` proposes)."""
+
+    n_latents: list[Positive] = Field(default=[], min_length=1)
+    k: list[Positive] = Field(default=[], min_length=1)
+    activation: list[Literal["topk"]] = Field(default=["topk"], min_length=1)
+    seed: list[NotNegative] = Field(default=[0], min_length=1)
+    cells: list[GridCell] = Field(default=[], min_length=1)
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if not self.cells or self.n_latents or self.k:
+            for name in ("n_latents", "k"):
+                if not getattr(self, name):
+                    raise ValueError(f"{name} is missing")
+        for n_latents, k, _, _ in self.combinations():
+            if k > n_latents:
+                raise ValueError(
+                    f"k = {k} is larger than n_latents = {n_latents}; a TopK SAE needs k <= n_latents: "
+                    "remove one of them"
+                )
+        return self
+
+    @model_serializer(mode="wrap")
+    def _without_empty(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        # A grid of lists is written as it always was, and a grid of cells can be read again.
+        return {key: value for key, value in handler(self).items() if value}
+
+    def combinations(self) -> list[Combination]:
+        """All cells, each once, by n_latents, k, activation and seed."""
+        found = {Combination(*c) for c in itertools.product(self.n_latents, self.k, self.activation, self.seed)}
+        found |= {Combination(c.n_latents, c.k, c.activation, seed) for c in self.cells for seed in c.seed}
+        return sorted(found)
+
+    @property
+    def size(self) -> int:
+        """Number of cells."""
+        return len(self.combinations())
+
+
+class TokenLaw(_Model):
+    """tokens (n / at)^exponent, rounded to whole batches: larger SAEs need more tokens to converge (about n^0.6)."""
+
+    at: Positive
+    tokens: float = Field(gt=0)
+    exponent: float
+
+
+class RateLaw(_Model):
+    """value (n / at)^exponent: 2e-4 (n / 2^14)^-0.5 is the rule that others took from Gao et al. 2024, figure 3."""
+
+    at: Positive
+    value: float = Field(gt=0)
+    exponent: float = -0.5
+
+
+class AuxK(_Model):
+    """The auxiliary loss that revives dead latents; `k: 0` switches it off."""
+
+    k: NotNegative | Literal["auto"] = "auto"  # auto: the power of two nearest to d_model / 2
+    coefficient: float = Field(default=1 / 32, ge=0)
+    dead_after_tokens: Positive = 10_000_000
+
+
+class Train(_Model):
+    """How each cell is trained; the defaults are the paper's (Gao et al. 2024)."""
+
+    tokens: Positive | TokenLaw
+    batch_tokens: Positive = 131_072
+    lr: Annotated[float, Field(gt=0)] | RateLaw = RateLaw(at=16_384, value=2e-4)
+    auxk: AuxK = AuxK()
+    multi_topk: bool = False
+    ema: float = Field(default=0.999, ge=0, lt=1)
+    precision: Literal["auto"] | Precision = "auto"  # of the encoder product; auto: the faster one on this machine
+    stream_seed: NotNegative = 0  # of the order of the data
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if isinstance(self.tokens, int) and self.tokens % self.batch_tokens:
+            raise ValueError(f"tokens = {self.tokens} is not a multiple of batch_tokens = {self.batch_tokens}")
+        return self
+
+
+class Resources(_Model):
+    """workers: processes that train packs. auto: one a GPU, or one a CPU core, but no more than cells; where nodes join
+    the cluster their number grows. A number is asked for whatever the cluster has now, so that an autoscaler sees it.
+    """
+
+    workers: Positive | Literal["auto"] = "auto"
+    gpus_per_worker: Annotated[float, Field(ge=0)] | Literal["auto"] = "auto"
+    cpus_per_worker: Annotated[float, Field(gt=0)] | Literal["auto"] = "auto"  # auto: the cores shared out
+    checkpoint_every_s: float = Field(default=60.0, gt=0)  # the most work, in seconds, that a killed worker loses
+    # A worker that gets nothing done for so long, not one batch, is ended and its pack begun again elsewhere.
+    stalled_after_s: float = Field(default=900.0, gt=0)
+
+
+class SweepSpec(_Model):
+    """The whole sweep file."""
+
+    name: str = Field(min_length=1, pattern=r"^[\w.-]+$")
+    store: str  # URL of the activation store
+    out: str  # URL of the run directory
+    grid: Grid
+    train: Train
+    eval: EvalSpec = EvalSpec()
+    resources: Resources = Resources()
+    wandb: WandbSettings = WandbSettings()
+    # What a run's sweep.yaml says besides; allowed here so that it can be swept again as it is, and not used.
+    resolved: dict[str, Any] = Field(default={}, exclude=True)
+
+    @field_validator("store", "out")
+    @classmethod
+    def _without_secrets(cls, url: str) -> str:
+        if found := secret_in_url(url):
+            raise PydanticCustomError(_SECRET, "{found}; {advice}", {"found": found, "advice": ADVICE})
+        return url
+
+    def cells(self, store: ActivationStore, precision: Precision) -> list[Cell]:
+        """The grid over `store`; `precision` is what `train.precision: auto` means here."""
+        grid, train = self.grid, self.train
+        return [
+            Cell(
+                store=store.fingerprint,
+                d_model=store.d_model,
+                n_latents=n_latents,
+                k=k,
+                activation=activation,
+                seed=seed,
+                stream_seed=train.stream_seed,
+                tokens=self.tokens_of(n_latents),
+                batch_tokens=train.batch_tokens,
+                lr=train.lr if isinstance(train.lr, float) else _law(train.lr.value, train.lr, n_latents),
+                k_aux=auto_k_aux(store.d_model) if train.auxk.k == "auto" else train.auxk.k,
+                auxk_coefficient=train.auxk.coefficient,
+                dead_after_tokens=train.auxk.dead_after_tokens,
+                multi_topk=train.multi_topk,
+                ema=train.ema,
+                precision=precision if train.precision == "auto" else train.precision,
+            )
+            for n_latents, k, activation, seed in grid.combinations()
+        ]
+
+    def tokens_of(self, n_latents: int) -> int:
+        """Training tokens of a cell of that size."""
+        tokens, batch = self.train.tokens, self.train.batch_tokens
+        if isinstance(tokens, int):
+            return tokens
+        return batch * max(1, round(_law(tokens.tokens, tokens, n_latents) / batch))
+
+
+def _law(value: float, law: TokenLaw | RateLaw, n_latents: int) -> float:
+    return value * math.pow(n_latents / law.at, law.exponent)
+
+
+def load_spec(url: str, out: str | None = None, wandb: str | None = None) -> SweepSpec:
+    """Reads a sweep file (YAML). `out` and `wandb` replace the file's run directory and W&B mode.
+
+    Raises SaescaleError that names the file, the path of the wrong key and the nearest valid name.
+    """
+    if not files.exists(url):
+        raise SaescaleError(f"there is no sweep file at {url}; deploy/sweeps holds examples")
+    try:
+        document = yaml.safe_load(files.read_bytes(url))
+    except yaml.YAMLError as error:
+        raise SaescaleError(f"{url} is not valid YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(document, dict):
+        raise SaescaleError(f"{url} holds no sweep: it should have the keys {', '.join(SweepSpec.model_fields)}")
+    if out:
+        document["out"] = out
+    if wandb:
+        section = document.get("wandb")
+        document["wandb"] = (section if isinstance(section, dict) else {}) | {"mode": wandb}
+    return parse_spec(document, url)
+
+
+def parse_spec(document: Mapping[str, Any], where: str) -> SweepSpec:
+    """Validates a sweep given as a mapping; `where` names it in errors."""
+    try:
+        return SweepSpec.model_validate(document)
+    except ValidationError as error:
+        raise SaescaleError(f"{where}: {'; '.join(_problems(error))}") from error
+
+
+def _problems(error: ValidationError) -> list[str]:
+    """One phrase for each wrong key, without the repetition that unions bring."""
+    phrases: dict[str, str] = {}
+    for problem in error.errors():
+        # The last part of a union's location names the member that did not fit, which no user wrote.
+        path = [part for part in problem["loc"] if isinstance(part, int) or part in _KEYS]
+        wrong = [part for part in problem["loc"] if problem["type"] == "extra_forbidden"][-1:]
+        name = ".".join(str(part) for part in [*path, *(part for part in wrong if part not in path)]) or "the sweep"
+        if problem["type"] == "extra_forbidden":
+            close = difflib.get_close_matches(str(wrong[0]), _fields(problem["loc"][:-1]), n=1, cutoff=0.5)
+            hint = f", did you mean {close[0]}?" if close else f", valid are {', '.join(_fields(problem['loc'][:-1]))}"
+            if not close and names_secret(str(wrong[0])):
+                hint = f"; {ADVICE}"
+            phrases.setdefault(name, f"{name} is not a key{hint}")
+        elif problem["type"] == "missing":
+            phrases.setdefault(name, f"{name} is missing")
+        else:
+            message = problem["msg"].removeprefix("Value error, ")
+            given = problem["input"]
+            echoed = problem["type"] != _SECRET and isinstance(given, str | int | float | bool | None)
+            shown = f" (given: {given!r})" if echoed else ""
+            phrases.setdefault(name, f"{name}: {message[0].lower()}{message[1:]}{shown}")
+    return list(phrases.values())
+
+
+def _fields(location: Sequence[int | str]) -> list[str]:
+    """The valid keys of the section at `location`."""
+    model: type[BaseModel] = SweepSpec
+    for part in location:
+        field = model.model_fields.get(str(part))
+        if field is None:
+            continue
+        candidates = [field.annotation, *get_args(field.annotation)]
+        model = next((c for c in candidates if isinstance(c, type) and issubclass(c, BaseModel)), model)
+    return list(model.model_fields)
+
+
+def _all_keys(model: type[BaseModel]) -> set[str]:
+    keys = set(model.model_fields)
+    for name in model.model_fields:
+        inner = _fields([name]) if model is SweepSpec else []
+        keys |= set(inner)
+    return keys
+
+
+_KEYS = _all_keys(SweepSpec) | {name for law in (GridCell, TokenLaw, RateLaw, AuxK) for name in law.model_fields}

@@ -1,0 +1,1 @@
+"""saescale measures how sparse autoencoders scale."""

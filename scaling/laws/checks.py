@@ -1,0 +1,240 @@
+"""Warnings in words: where the data cannot carry what a law claims."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from saescale.scaling.laws.estimate import Fit
+from saescale.scaling.laws.frontier import Frontier
+from saescale.scaling.laws.law import SYMBOLS
+from saescale.scaling.tables import Table, number
+from scipy.stats import binom, spearmanr
+
+_RANGE = 8.0
+_DEAD = 0.1
+_FALL = 0.02
+_TRADED = 0.9
+_WIDE = 0.25
+_SMALL_FLOOR = 0.02
+_LARGEST = 0.5
+_SPARE = 4
+_SINGULAR = 1e6
+_UNLIKELY = 0.01
+_SEEN = 12
+_EXACT = 1e-6
+
+
+@dataclass(frozen=True)
+class _Cells:
+    labels: list[str]
+
+    def __str__(self) -> str:
+        shown = "; ".join(self.labels[:4])
+        return shown + (f"; and {len(self.labels) - 4} more" if len(self.labels) > 4 else "")
+
+
+def data_warnings(results: Table, curves: Table | None) -> list[str]:
+    """What is wrong with the cells, whatever law is fitted to them; what their columns cannot tell is passed over."""
+    warnings = []
+    for column, symbol in (("n_latents", "N"), ("k", "k")):
+        if column not in results:
+            continue
+        low, high = results[column].min(), results[column].max()
+        if high / low < _RANGE:
+            warnings.append(
+                f"{symbol} spans only a factor of {high / low:.3g} ({number(low)} to {number(high)}): exponents from "
+                f"less than a factor of {_RANGE:g} are local slopes, not laws"
+            )
+    if "k" not in results:
+        warnings.append("no column k: all cells are taken for cells of one k")
+    elif "d_model" in results:
+        near = np.unique(results["k"][results["k"] > results["d_model"] / 4])
+        if len(near):
+            values = ", ".join(f"{k:g}" for k in near)
+            warnings.append(
+                f"k = {values} is above d_model / 4 = {results['d_model'][0] / 4:g}: the law holds for k "
+                "much smaller than d_model"
+            )
+    if "dead_fraction" in results:
+        rows = np.flatnonzero(results["dead_fraction"] > _DEAD)
+        if len(rows):
+            cells = _Cells([f"{_size(results, int(r))}: {results['dead_fraction'][r]:.0%}" for r in rows])
+            warnings.append(
+                f"{len(rows)} cells have more than {_DEAD:.0%} dead latents ({cells}): their effective N "
+                "is smaller, which flattens the law in N"
+            )
+    if "n_latents" in results and (rises := _rises(results)):
+        warnings.append(
+            f"nmse does not fall with N{' or'.join(rises)}: those cells are undertrained or too noisy for a law"
+        )
+    if curves is not None:
+        falling = _unconverged(results, curves)
+        if falling:
+            warnings.append(
+                f"{len(falling)} cells are not converged, their held-out nmse still fell by more than "
+                f"{_FALL:.0%} over the last quarter of training ({_Cells(falling)}): L(N, k) describes "
+                "this budget of tokens, not convergence"
+            )
+    return warnings
+
+
+def fit_warnings(fit: Fit) -> list[str]:
+    """What the fit itself says about how well its coefficients are determined."""
+    law, warnings = fit.law, []
+    if fit.agreeing < 2:
+        warnings.append(f"only {fit.agreeing} of {fit.starts} starts reach the best fit: it may not be the global one")
+    spare = len(fit.nmse) - len(law.names)
+    if fit.widen > 1 and spare < _SPARE:
+        warnings.append(
+            f"{len(fit.nmse)} points for {len(law.names)} coefficients: with {spare} degrees of freedom the scatter "
+            f"itself is hardly known, and intervals are {fit.widen:.1f} times as wide for it"
+        )
+    warnings += _uneven_scatter(fit)
+    if not len(fit.draws):
+        return warnings
+    if fit.conditioning and fit.conditioning.projected > _SINGULAR:
+        warnings.append(
+            "the cells hardly tell the exponents apart (condition number "
+            f"{fit.conditioning.projected:.2g}): add values of {', '.join(SYMBOLS.get(c, c) for c in law.columns)}"
+        )
+    if law.columns == ("n_latents",) and law.target == "nmse":
+        low, high = fit.exponent("n_latents", {})["low"], fit.exponent("n_latents", {})["high"]
+        if low is None or high is None or low <= 0 <= high:
+            warnings.append("the exponent of n cannot be told from 0")
+    if {"n_latents", "k"} <= set(law.columns) and "n_latents" in law.leading:
+        flat = []
+        for k in np.unique(fit.columns["k"]):
+            exponent = fit.exponent("n_latents", {"k": k})
+            if exponent["low"] is None or exponent["high"] is None or exponent["low"] <= 0 <= exponent["high"]:
+                flat.append(f"{k:g}")
+        if flat:
+            warnings.append(f"the exponent of n cannot be told from 0 at k = {', '.join(flat)}")
+    if len(law.terms) > 1 and law.join == 1:
+        warnings += _floor_warnings(fit)
+    return warnings
+
+
+def holdout_warnings(holdout: Mapping[str, Any]) -> list[str]:
+    """Where far fewer held-out cells lie in their intervals than 95 % of them should."""
+    covered, points = holdout.get("covered"), holdout["points"]
+    if covered is None or binom.cdf(covered, points, 0.95) > _UNLIKELY:
+        return []
+    return [
+        f"only {covered} of {points} held-out cells ({holdout['held_out']}) lie in their 95 % intervals: the law does "
+        "not extrapolate as well as it says"
+    ]
+
+
+def frontier_warnings(frontier: Frontier) -> list[str]:
+    """Where the points of a compute frontier are not what the best cells could reach."""
+    if frontier.ends_only:
+        return [
+            "without curves the frontier is made of the ends of cells, which is an upper bound: what a cell reaches on "
+            "its way is not in it, and for cells of equally many tokens C only stands for n"
+        ]
+    largest = max(curve.n_latents for curve in frontier.curves)
+    winners = frontier.winner[frontier.kept]
+    if np.mean([frontier.curves[i].n_latents == largest for i in winners]) > _LARGEST:
+        return [
+            f"more than half of the frontier's points belong to the largest N = {number(largest)}: larger cells might "
+            "do better there, so the frontier is an upper bound"
+        ]
+    return []
+
+
+def unstable_exponent(with_floor: Fit, without: Fit) -> str | None:
+    """In words, when a floor changes the exponent by a quarter or more while the residual hardly changes."""
+    a, b = (f.law.to_reported(f.raw)[1] for f in (with_floor, without))
+    similar = without.rms_log_residual < 1.5 * with_floor.rms_log_residual + 1e-3
+    if similar and abs(a - b) > _WIDE * abs(b):
+        return (
+            "floor and exponent are not told apart: with the irreducible term the exponent changes by more than "
+            f"{_WIDE:.0%} at nearly the same residual"
+        )
+    return None
+
+
+def _floor_warnings(fit: Fit) -> list[str]:
+    law, centre = fit.law, fit.centre
+    design = law.design({c: np.array([np.log(v)]) for c, v in centre.items()})[0]
+    own = law.term_of == len(law.terms) - 1
+    floor = fit.draws[:, own] @ design[own]
+    here = {c: np.array([v]) for c, v in centre.items()}
+    best = fit.raw[own] @ design[own] - law.log_value(fit.raw, here)[0]
+    low, _ = fit.spread(best, floor - law.log_value(fit.draws, here)[:, 0])
+    warnings = []
+    if low < np.log(_SMALL_FLOOR):
+        warnings.append(
+            "the data do not determine the irreducible term: at their centre its interval reaches down to less than "
+            f"{_SMALL_FLOOR:.0%} of nmse"
+        )
+    column = law.columns[0]
+    exponent = law.exponent_of(fit.draws, column, centre)
+    if np.ptp(exponent) > 1e-9 and np.ptp(floor) > 1e-9:
+        correlation = float(spearmanr(exponent, floor).statistic)
+        least, middle, most = np.percentile(exponent, [2.5, 50, 97.5])
+        if abs(correlation) > _TRADED and most - least > _WIDE * abs(middle):
+            warnings.append(
+                f"floor and exponent are traded off: the exponent of {SYMBOLS[column]} follows the irreducible term "
+                f"through its wide interval (rank correlation above {_TRADED:g} over the resamples)"
+            )
+    return warnings
+
+
+def _uneven_scatter(fit: Fit) -> list[str]:
+    """Whether cells scatter more at one end: intervals take their scatter about the law for the same everywhere."""
+    if fit.widen == 1 or len(fit.nmse) < _SEEN:
+        return []
+    scatter = np.abs(fit.law.log_value(fit.raw, fit.columns) - np.log(fit.nmse))
+    if scatter.max() < _EXACT:
+        return []
+    found = []
+    for column, values in fit.columns.items():
+        rank = spearmanr(values, scatter)
+        if rank.pvalue < _UNLIKELY:
+            end = "large" if rank.statistic > 0 else "small"
+            found.append(
+                f"cells scatter more about the law at {end} {SYMBOLS.get(column, column)}: intervals take it "
+                "for the same everywhere and are too narrow there"
+            )
+    return found
+
+
+def _size(results: Table, row: int) -> str:
+    """Such as "N = 512, k = 8"."""
+    symbols = {"n_latents": "N", "k": "k"}
+    named = [f"{symbol} = {number(results[column][row])}" for column, symbol in symbols.items() if column in results]
+    return ", ".join(named) or f"row {row + 1}"
+
+
+def _rises(results: Table) -> list[str]:
+    """Where nmse, averaged over cells of one size, does not fall from one N to the next: one phrase for each k."""
+    ks = results["k"] if "k" in results else np.zeros(len(results))
+    phrases = []
+    for k in np.unique(ks):
+        own = ks == k
+        sizes = np.unique(results["n_latents"][own])
+        means = [np.log(results["nmse"][own & (results["n_latents"] == n)]).mean() for n in sizes]
+        steps = zip(sizes[:-1], sizes[1:], np.diff(means), strict=True)
+        rises = [f"{number(low)} to {number(high)}" for low, high, fall in steps if fall >= 0]
+        if rises:
+            at = f" at k = {k:g}" if "k" in results else ""
+            phrases.append(f"{at} (from N = {'; '.join(rises)})")
+    return phrases
+
+
+def _unconverged(results: Table, curves: Table) -> list[str]:
+    falling = []
+    usable = np.isfinite(curves["nmse"]) & (curves["nmse"] > 0)
+    of_cell = curves.rows_of("cell_id")
+    for row, cell_id in enumerate(results["cell_id"].tolist()):
+        own = of_cell.get(cell_id)
+        if own is None or (own := own[usable[own]]).size < 3:
+            continue
+        own = own[np.argsort(curves["tokens"][own])]
+        tokens, nmse = curves["tokens"][own], curves["nmse"][own]
+        fall = 1 - nmse[-1] / np.interp(0.75 * tokens[-1], tokens, nmse)
+        if fall > _FALL:
+            falling.append(f"{_size(results, row)}: {fall:.1%}")
+    return falling

@@ -1,0 +1,381 @@
+"""The laws of a sweep: everything that its cells and curves can carry, as the document fits.json."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any, NamedTuple
+
+import numpy as np
+from saescale.scaling.laws.checks import (
+    data_warnings,
+    fit_warnings,
+    frontier_warnings,
+    holdout_warnings,
+    unstable_exponent,
+)
+from saescale.scaling.laws.convergence import Convergence, find_convergence
+from saescale.scaling.laws.estimate import Fit, centred, fit_law
+from saescale.scaling.laws.frontier import Curve, Frontier, find_frontier, fit_frontier, frontier_of_ends, read_curves
+from saescale.scaling.laws.holdout import compare_without_last, hold_out
+from saescale.scaling.laws.identify import profile_floor
+from saescale.scaling.laws.isoflop import IsoFlop, find_isoflop, fit_isoflop
+from saescale.scaling.laws.known import find_law, forms_of, law_names
+from saescale.scaling.laws.law import SYMBOLS, Law
+from saescale.scaling.tables import Table, check_cells, comparable, fingerprint, number
+from saescale.storage.errors import SaescaleError
+
+FORMAT = 1
+METHOD = 2  # of fits and intervals: results of another method are fitted again
+DEFAULT_LAWS = ("n_k", "n", "c")
+BOOTSTRAPS = 1000
+
+
+class Skipped(NamedTuple):
+    """A law that the data cannot carry, and why. `at` and `floor` as in a fit; {} where it concerns every k."""
+
+    law: str
+    at: dict[str, float]
+    floor: bool
+    reason: str
+
+
+class CoefficientRow(NamedTuple):
+    """A row of the coefficient table; `low` and `high` are None without a bootstrap."""
+
+    law: str
+    coefficient: str
+    value: float
+    low: float | None
+    high: float | None
+
+
+@dataclass(frozen=True)
+class Laws:
+    """All fits of one table of cells, with what was left out. `curves` are the held-out curves by k."""
+
+    results: Table
+    made_from: dict[str, Any]
+    fits: tuple[Fit, ...]
+    curves: dict[float, tuple[Curve, ...]]
+    frontiers: tuple[Frontier, ...]
+    skipped: tuple[Skipped, ...]
+    warnings: tuple[str, ...]
+    convergence: Convergence | None = None
+    isoflops: tuple[IsoFlop, ...] = ()
+
+    def document(self) -> dict[str, Any]:
+        """fits.json (format 1)."""
+        return {
+            "format": FORMAT,
+            "source": self.results.source,
+            "made_from": self.made_from,
+            "cells": len(self.results),
+            "compute": "sparse training FLOPs",
+            "fits": [fit.document() for fit in self.fits],
+            "skipped": [entry._asdict() for entry in self.skipped],
+            "excluded": list(self.results.excluded),
+            "warnings": list(self.warnings),
+            "tokens_to_convergence": self.convergence.document() if self.convergence else None,
+            "iso_flop": [view.document() for view in self.isoflops],
+        }
+
+
+def fit_laws(
+    results: Table,
+    curves: Table | None = None,
+    *,
+    bootstraps: int = BOOTSTRAPS,
+    seed: int = 0,
+    laws: Sequence[str] = DEFAULT_LAWS,
+) -> Laws:
+    """Fits the named laws, each to what it is over (law.py): cells, at each k where k is not among its columns; the
+    compute frontier at each k; the compute-optimal points on it.
+
+    Each law takes its own columns of `results`: n_k n_latents and k, n n_latents, n_d n_latents and tokens, c the
+    curves or, without them, flops; all of them nmse. Cells without a column k are taken for cells of one k. All forms
+    of a law are fitted: n and c with and without an irreducible term. What the data cannot carry is listed in
+    `skipped` with the reason: a law that was asked for and is in no fit is there. Deterministic in `seed`.
+
+    Raises SaescaleError for an unknown law and for values of nmse, n_latents or k that are not positive numbers.
+    """
+    made_from = describe_input(results, curves, bootstraps, seed, laws)
+    check_cells(results)
+    # Only a law over subjects sees more than the most frequent one.
+    subjects = comparable(results, over_subjects=True)
+    results = comparable(results)
+    by_k = _by_k(results)
+    if curves is not None and not (len(curves) and {"cell_id", "n_latents", "k"} <= set(results.columns)):
+        curves = None
+    curves_at = {} if curves is None else {at["k"]: read_curves(cells, curves) for at, cells in by_k}
+    found: list[Fit | Skipped] = []
+    asked = {law: forms_of(law) for law in law_names() if law in laws}
+    over = {form.over for forms in asked.values() for form in forms}
+    frontiers, no_frontier = _find_frontiers(results, by_k, curves, curves_at) if over - {"cells"} else ([], [])
+    isoflops = tuple(view for frontier in frontiers if (view := find_isoflop(frontier, results)))
+    for name, forms in asked.items():
+        if forms[0].over == "cells":
+            table = subjects if "d_model" in forms[0].columns else results
+            groups = [({}, table)] if "k" in forms[0].columns else _by_k(table)
+            found += _fit_cells(forms, table, groups, bootstraps, seed)
+            continue
+        found += [entry._replace(law=name) for entry in no_frontier]
+        for frontier in frontiers if forms[0].over == "frontier" else ():
+            found += _fit_frontier(forms, frontier, bootstraps, seed)
+        if forms[0].over == "optimum":
+            found += _fit_optimum(forms, frontiers, isoflops, bootstraps, seed)
+    return Laws(
+        results,
+        made_from,
+        tuple(entry for entry in found if isinstance(entry, Fit)),
+        curves_at,
+        tuple(frontiers),
+        tuple(entry for entry in found if isinstance(entry, Skipped)),
+        tuple(data_warnings(results, curves)),
+        None if curves is None else find_convergence(results, curves, bootstraps, seed),
+        isoflops,
+    )
+
+
+def describe_input(
+    results: Table, curves: Table | None, bootstraps: int, seed: int, laws: Sequence[str]
+) -> dict[str, Any]:
+    """What a document of fits.json depends on, its "made_from". Raises SaescaleError for an unknown law."""
+    forms = [law.formula for name in laws for law in forms_of(name)]
+    return {
+        "results": fingerprint(results, curves),
+        "bootstraps": bootstraps,
+        "seed": seed,
+        "laws": list(laws),
+        "formulas": forms,
+        "method": METHOD,
+    }
+
+
+def fit_all(
+    results: Table,
+    curves: Table | None = None,
+    bootstraps: int = BOOTSTRAPS,
+    seed: int = 0,
+    laws: Sequence[str] = DEFAULT_LAWS,
+) -> dict[str, Any]:
+    """`fit_laws` as the document of fits.json; raises what it raises."""
+    return fit_laws(results, curves, bootstraps=bootstraps, seed=seed, laws=laws).document()
+
+
+def predict(entry: Mapping[str, Any], **columns: float | np.ndarray) -> np.ndarray:
+    """nmse by one entry of fits.json's "fits" at n_latents=..., k=..., flops=... or tokens=... ([points]).
+
+    `flops` are sparse training FLOPs and `tokens` training tokens of the whole training, as in
+    results.parquet. Raises SaescaleError when a column that the law needs is missing or not positive.
+    """
+    law = find_law(entry["law"], entry["coefficients"])
+    points = {}
+    for column in law.columns:
+        if column not in columns:
+            raise SaescaleError(
+                f"law {law.name} needs {column} ({SYMBOLS[column]}); got {', '.join(columns) or 'nothing'}"
+            )
+        points[column] = np.atleast_1d(np.asarray(columns[column], dtype=np.float64))
+        if not (points[column] > 0).all():
+            raise SaescaleError(f"law {law.name}: {column} must be positive")
+    points = dict(zip(points, np.broadcast_arrays(*points.values()), strict=True))
+    return law.value({name: c["value"] for name, c in entry["coefficients"].items()}, points)
+
+
+def law_label(entry: Mapping[str, Any]) -> str:
+    """A short name of one entry of "fits" or "skipped", such as "n at k = 32, with floor"."""
+    return _label(entry["law"], [entry["at"]], entry["floor"])
+
+
+def fit_notes(document: Mapping[str, Any]) -> list[str]:
+    """What must be said beside the coefficients of a fits.json document: laws that were not fitted, warnings about the
+    cells and about each fit. What holds for several k or laws is said once and names them."""
+    skipped = _said_once([(entry, entry["reason"]) for entry in document["skipped"]])
+    warned = _said_once([(entry, warning) for entry in document["fits"] for warning in entry["warnings"]])
+    return [*(f"not fitted: {note}" for note in skipped), *document["warnings"], *warned]
+
+
+def coefficient_rows(document: Mapping[str, Any]) -> list[CoefficientRow]:
+    """The coefficient table of a fits.json document, exponents of n at each k included."""
+    rows = []
+    for entry in document["fits"]:
+        label = law_label(entry)
+        named = dict(entry["coefficients"])
+        for key, symbol in (("exponent_of_n_at_k", "k"), ("exponent_of_n_at_d_model", "s")):
+            named |= {f"exponent of n at {symbol} = {level}": v for level, v in entry.get(key, {}).items()}
+        rows += [CoefficientRow(label, name, v["value"], v["low"], v["high"]) for name, v in named.items()]
+    return rows
+
+
+def _by_k(results: Table) -> list[tuple[dict[str, float], Table]]:
+    """The cells of each k, with what they have in common."""
+    if "k" not in results:
+        return [({}, results)]
+    return [({"k": float(k)}, results.select(results["k"] == k)) for k in np.unique(results["k"])]
+
+
+def _fit_cells(
+    forms: tuple[Law, ...],
+    results: Table,
+    groups: list[tuple[dict[str, float], Table]],
+    bootstraps: int,
+    seed: int,
+) -> list[Fit | Skipped]:
+    """All forms of a law of cells for each group; the largest n is held out, and the costliest quarter of cells."""
+    try:
+        results.require(forms[0].columns)
+    except SaescaleError as error:
+        return [Skipped(forms[0].name, {}, False, str(error))]
+    found: list[Fit | Skipped] = []
+    for at, cells in groups:
+        fit_one = partial(
+            fit_law,
+            columns=cells.columns,
+            nmse=cells["nmse"],
+            bootstraps=bootstraps,
+            seed=seed,
+            at=at,
+            excluded=cells.excluded,
+        )
+        check = partial(_checked_cells, cells=cells, seed=seed)
+        found += _fit_forms(forms, at, fit_one, check)
+    return found
+
+
+def _find_frontiers(
+    results: Table,
+    groups: list[tuple[dict[str, float], Table]],
+    curves: Table | None,
+    curves_at: Mapping[float, tuple[Curve, ...]],
+) -> tuple[list[Frontier], list[Skipped]]:
+    """The frontier of each group, from curves where there are any."""
+    if curves is None:
+        try:
+            results.require(("flops",))
+        except SaescaleError as error:
+            return [], [Skipped("c", {}, False, f"without curves law c takes the flops of cells: {error}")]
+        return [frontier_of_ends(at, cells) for at, cells in groups], []
+    frontiers: list[Frontier] = []
+    skipped: list[Skipped] = []
+    for at, _ in groups:
+        try:
+            frontiers.append(find_frontier(at, curves_at[at["k"]]))
+        except SaescaleError as error:
+            skipped.append(Skipped("c", at, False, str(error)))
+    return frontiers, skipped
+
+
+def _fit_frontier(forms: tuple[Law, ...], frontier: Frontier, bootstraps: int, seed: int) -> list[Fit | Skipped]:
+    """All forms of law c; the upper half of the compute is held out, an extrapolation by a factor of 2."""
+
+    def fit_one(law: Law) -> Fit:
+        return replace(fit_frontier(law, frontier, bootstraps, seed), warnings=tuple(frontier_warnings(frontier)))
+
+    def check(fit: Fit) -> Fit:
+        half = float(fit.columns["flops"].max()) / 2
+        return _held_out(
+            fit, fit.columns["flops"] >= half, f"C >= {number(half)}", "the upper half of the compute", seed
+        )
+
+    return _fit_forms(forms, frontier.at, fit_one, check)
+
+
+def _fit_optimum(
+    forms: tuple[Law, ...],
+    frontiers: Sequence[Frontier],
+    isoflops: Sequence[IsoFlop],
+    bootstraps: int,
+    seed: int,
+) -> list[Fit | Skipped]:
+    """A compute-optimal law at each k where iso-FLOP minima were found."""
+    views = {tuple(view.frontier.at.items()): view for view in isoflops}
+    found: list[Fit | Skipped] = []
+    for frontier in frontiers:
+        view = views.get(tuple(frontier.at.items()))
+        if view is None:
+            reason = (
+                "no compute at which at least three sizes of n compete with the best one inside; add sizes, and curves"
+            )
+            found += [Skipped(law.name, frontier.at, law.has_floor, reason) for law in forms]
+            continue
+
+        def fit_one(law: Law, view: IsoFlop = view) -> Fit:
+            return replace(fit_isoflop(law, view, bootstraps, seed), warnings=view.warnings)
+
+        def check(fit: Fit) -> Fit:
+            return replace(fit, warnings=(*fit.warnings, *fit_warnings(fit)))
+
+        found += _fit_forms(forms, frontier.at, fit_one, check)
+    return found
+
+
+def _fit_forms(
+    forms: tuple[Law, ...], at: dict[str, float], fit_one: Callable[[Law], Fit], check: Callable[[Fit], Fit]
+) -> list[Fit | Skipped]:
+    """Each form fitted and checked; with both fitted, the one with the floor says when floor and exponent trade off."""
+    fits: list[Fit] = []
+    skipped: list[Fit | Skipped] = []
+    for law in forms:
+        try:
+            fits.append(check(fit_one(law)))
+        except SaescaleError as error:
+            skipped.append(Skipped(law.name, at, law.has_floor, str(error)))
+    plain = next((fit for fit in fits if not fit.law.has_floor), None)
+    for i, fit in enumerate(fits):
+        if plain and fit.law.has_floor and len(fits) == 2 and (warning := unstable_exponent(fit, plain)):
+            fits[i] = replace(fit, warnings=(*fit.warnings, warning))
+    return [*fits, *skipped]
+
+
+def _checked_cells(fit: Fit, cells: Table, seed: int) -> Fit:
+    """With what independent cells say besides: hold-outs, the profile of the floor, the law without its last term."""
+    column = "n_latents" if "n_latents" in cells else fit.law.columns[0]
+    largest = float(cells[column].max())
+    held = cells[column] >= largest
+    label = f"{SYMBOLS.get(column, column)} >= {number(largest)}"
+    fit = _held_out(fit, held, label, label, seed)
+    more: dict[str, Any] = {}
+    if "flops" in cells and np.isfinite(cells["flops"]).all():
+        least = float(np.quantile(cells["flops"], 0.75, method="higher"))
+        costly = cells["flops"] >= least
+        # Where they are the same cells, so are the predictions.
+        same = (costly == held).all()
+        text = f"C >= {number(least)}"
+        more["holdout_compute"] = (
+            {**fit.holdout, "held_out": text} if same and fit.holdout else hold_out(fit, costly, text, seed)
+        )
+    profile = None
+    if len(fit.draws):
+        problem, to_raw = centred(fit.law, fit.columns, np.log(fit.nmse))
+        if fit.law.join == 1:
+            profile = profile_floor(fit.law, problem, np.linalg.solve(to_raw, fit.raw), np.log(fit.nmse))
+        if comparison := compare_without_last(fit, held, seed):
+            more["without_last_term"] = comparison
+    return replace(fit, profile=profile, more=more)
+
+
+def _held_out(fit: Fit, held: np.ndarray, label: str, said: str, seed: int) -> Fit:
+    holdout = hold_out(fit, held, label, seed)
+    warnings = [*fit.warnings, *fit_warnings(fit)]
+    if holdout is None:
+        warnings.append(f"too few points remain without {said}: nothing was held out")
+    elif fit.kind != "curves":  # the points of a frontier are not independent cells
+        warnings += holdout_warnings(holdout)
+    return replace(fit, holdout=holdout, warnings=tuple(warnings))
+
+
+def _said_once(notes: Sequence[tuple[Mapping[str, Any], str]]) -> list[str]:
+    """Each text once, after the laws that it concerns; `notes` are (entry of fits or skipped, text)."""
+    concerned: dict[str, dict[tuple[str, bool], list[Mapping[str, float]]]] = {}
+    for entry, text in notes:
+        concerned.setdefault(text, {}).setdefault((entry["law"], entry["floor"]), []).append(entry["at"])
+    return [
+        "; ".join(_label(law, ats, floor) for (law, floor), ats in laws.items()) + f": {text}"
+        for text, laws in concerned.items()
+    ]
+
+
+def _label(law: str, ats: Sequence[Mapping[str, float]], floor: bool) -> str:
+    """Such as "n at k = 8, 16, with floor" for n with a floor at k = 8 and at k = 16."""
+    held = "".join(f" at {column} = {', '.join(f'{at[column]:g}' for at in ats)}" for column in ats[0])
+    return law + held + (", with floor" if floor else "")

@@ -1,0 +1,83 @@
+"""What the laws say about cells that were not trained: `saescale fit RUN --predict n=65536,k=64`."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from saescale.scaling.laws.estimate import Fit
+from saescale.scaling.laws.law import SYMBOLS
+from saescale.scaling.tables import number
+from saescale.storage.errors import SaescaleError
+
+_COLUMNS = {symbol: column for column, symbol in SYMBOLS.items()} | {column: column for column in SYMBOLS}
+_COLUMNS["N"] = "n_latents"
+_FAR = 4.0
+
+
+def parse_point(text: str) -> dict[str, float]:
+    """`n=65536,k=64` as {"n_latents": 65536.0, "k": 64.0}; the names are n, k, C, D, s or those of results.parquet.
+
+    Raises SaescaleError.
+    """
+    point: dict[str, float] = {}
+    for part in text.split(","):
+        name, _, value = (piece.strip() for piece in part.partition("="))
+        if name not in _COLUMNS:
+            raise SaescaleError(
+                f"{text}: {name or part!r} is none of {', '.join(_COLUMNS)}; write such as n=65536,k=64"
+            )
+        try:
+            number_ = float(value)
+        except ValueError:
+            raise SaescaleError(f"{text}: {name} is {value!r}, not a number; write such as n=65536,k=64") from None
+        if not (np.isfinite(number_) and number_ > 0):
+            raise SaescaleError(f"{text}: {name} must be positive and finite")
+        point[_COLUMNS[name]] = number_
+    return point
+
+
+def predictions(fits: Sequence[Fit], point: Mapping[str, float]) -> list[dict[str, Any]]:
+    """What every fit that applies says at `point`: those over its columns and, where they are of one k, of its k.
+
+    `low` and `high` are the 95 % interval of one newly trained cell (the scatter of cells included), `law_low` and
+    `law_high` of the law; None without a bootstrap. `far`: how far a column lies beyond the cells that were fitted, in
+    words. Raises SaescaleError where no fit applies.
+    """
+    found = []
+    for fit in fits:
+        if not set(fit.law.columns) <= set(point) or any(point.get(c, v) != v for c, v in fit.at.items()):
+            continue
+        prediction = fit.predict({c: np.array([point[c]]) for c in fit.law.columns})
+        ends = {
+            "law_low": prediction.low, "law_high": prediction.high,
+            "low": prediction.cell_low, "high": prediction.cell_high,
+        }  # fmt: skip
+        found.append(
+            {"law": fit.law.name, "at": dict(fit.at), "floor": fit.law.has_floor, "point": dict(point)}
+            | {"predicts": fit.law.target, "value": float(prediction.value[0])}
+            | {name: float(v[0]) if np.isfinite(v[0]) else None for name, v in ends.items()}
+            | {"far": _how_far(fit, point)}
+        )
+    if not found:
+        asked = ", ".join(f"{SYMBOLS[c]} = {number(v)}" for c, v in point.items())
+        there = "; ".join(dict.fromkeys(_applies(fit) for fit in fits)) or "none"
+        raise SaescaleError(f"no fitted law applies at {asked}; there are {there}")
+    return found
+
+
+def _how_far(fit: Fit, point: Mapping[str, float]) -> list[str]:
+    words = []
+    for column in fit.law.columns:
+        low, high = fit.columns[column].min(), fit.columns[column].max()
+        factor = max(point[column] / high, low / point[column])
+        if factor > 1:
+            end = f"{factor:.3g} times {'above the largest' if point[column] > high else 'below the smallest'}"
+            caution = ": an interval says nothing of whether the law still holds there" if factor > _FAR else ""
+            words.append(f"{SYMBOLS.get(column, column)} is {end} in the fit{caution}")
+    return words
+
+
+def _applies(fit: Fit) -> str:
+    needs = ", ".join(SYMBOLS.get(c, c) for c in fit.law.columns)
+    held = "".join(f" at {c} = {number(v)}" for c, v in fit.at.items())
+    return f"{fit.law.name}{held} (needs {needs})"

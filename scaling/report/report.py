@@ -1,0 +1,156 @@
+"""From a run directory to fits.json, figures and a report: one self-contained HTML page, or Markdown."""
+
+import base64
+import json
+from collections.abc import Mapping, Sequence
+from functools import cache
+from importlib.resources import files
+from typing import Any, Literal
+
+import jinja2
+from markupsafe import Markup
+from saescale.scaling.figures.figures import Figure, draw_figures
+from saescale.scaling.figures.interactive import theme
+from saescale.scaling.figures.palette import colour
+from saescale.scaling.laws.fit import BOOTSTRAPS, DEFAULT_LAWS, FORMAT, describe_input, fit_laws, fit_notes
+from saescale.scaling.report import text
+from saescale.scaling.tables import Table, load_curves, load_results
+from saescale.storage.errors import SaescaleError
+from saescale.storage.files import exists, join, write_atomic
+from saescale.storage.rundir import RunDirectory
+
+Format = Literal["html", "md"]
+REPORT = "report.html"
+FILES: dict[Format, str] = {"html": REPORT, "md": "report.md"}
+
+
+def analyse(
+    run: RunDirectory,
+    *,
+    bootstraps: int = BOOTSTRAPS,
+    seed: int = 0,
+    provenance: Mapping[str, Any] | None = None,
+    laws: Sequence[str] = DEFAULT_LAWS,
+    formats: Sequence[Format] = ("html",),
+) -> dict[str, Any]:
+    """Fits the laws to a run's finished cells; writes figures/, the report and last fits.json into the run.
+
+    `provenance` (subject, store fingerprint, versions ...) is shown in the report. `formats` are those of the report
+    besides html, which is always written; so is Markdown that is there already. No report stays behind its fits.
+    Deterministic in `seed`. Returns the document of fits.json. Raises SaescaleError when the run has no finished cell,
+    for an unknown law, and when the run cannot be written.
+    """
+    results, curves = load_results(run), load_curves(run)
+    results.require(("n_latents", "k"))
+    fitted = fit_laws(results, curves, bootstraps=bootstraps, seed=seed, laws=laws)
+    document = fitted.document()
+    figures = draw_figures(fitted, join(run.url, "figures"), curves)
+    written = [kind for kind in FILES if kind == "html" or kind in formats or exists(join(run.url, FILES[kind]))]
+    write_report(run.url, document, fitted.results, figures, provenance or {}, written)
+    # Last, so that what fits.json says it was made from holds for the rest too.
+    run.write_json("fits.json", document)
+    return document
+
+
+def is_current(
+    run: RunDirectory, *, bootstraps: int = BOOTSTRAPS, seed: int = 0, laws: Sequence[str] = DEFAULT_LAWS
+) -> bool:
+    """Whether `analyse` with these arguments would write the fits and the report that are there already.
+
+    False too where files are missing or damaged, or no cell is finished. Provenance and times do not count. Raises
+    SaescaleError for an unknown law.
+    """
+    try:
+        there = run.read_json("fits.json")
+        if not isinstance(there, dict) or there.get("format") != FORMAT or not exists(join(run.url, REPORT)):
+            return False
+        results, curves = load_results(run), load_curves(run)
+    except SaescaleError:
+        return False
+    return there.get("made_from") == describe_input(results, curves, bootstraps, seed, laws)
+
+
+def write_report(
+    run_url: str,
+    document: Mapping[str, Any],
+    results: Table,
+    figures: Sequence[Figure],
+    provenance: Mapping[str, Any],
+    formats: Sequence[Format] = ("html",),
+) -> list[str]:
+    """Writes RUN/report.html (one page with its figures and plotly.js inside, about 6 MB, nothing fetched when read)
+    and RUN/report.md (which shows the files in RUN/figures), as `formats` say. Returns their URLs.
+
+    `document` is that of fits.json, `results` the cells that it describes, with n_latents and k. Raises SaescaleError
+    when a file cannot be written.
+    """
+    shared = {
+        "title": text.title(results),
+        "summary": text.summarise(document, results),
+        "notes": fit_notes(document),
+        "fits": document["fits"],
+        "formulas": text.formulas(document),
+        "tables": text.law_tables(document),
+        "common": text.common_columns(results),
+        "columns": text.cell_columns(results),
+        "cells": [{"k": k, "cells": cells} for k, cells in text.cell_rows(results)],
+        "excluded": document["excluded"],
+        "provenance": {**text.totals(document, results), **provenance},
+    }
+    urls = []
+    for kind in formats:
+        page = _html(shared, document, results, figures) if kind == "html" else _markdown(shared, figures)
+        urls.append(join(run_url, FILES[kind]))
+        write_atomic(urls[-1], page.encode())
+    return urls
+
+
+def _html(shared: Mapping[str, Any], document: Mapping[str, Any], results: Table, figures: Sequence[Figure]) -> str:
+    ks = tuple(sorted({float(k) for k in results["k"]}))
+    others = tuple(figure.view for figure in figures if figure.view.ramp != "k")
+    data = {"figures": {figure.view.name: figure.plotly for figure in figures}, "dark": theme(ks, others)}
+    return _environment(True).get_template("report.html.j2").render(
+        **shared,
+        tiles=text.tiles(document, results),
+        ks=[{"value": f"{k:g}", "light": colour(k, ks), "dark": colour(k, ks, dark=True)} for k in ks],
+        figures=[{**_words(figure), "svg": base64.b64encode(figure.files["svg"]).decode()} for figure in figures],
+        # Within <script> "<" could end it; in JSON strings it may be written otherwise.
+        data=Markup(json.dumps(data, allow_nan=False).replace("<", "\\u003c")),
+        style=Markup(_own("report.css")),
+        script=Markup(_own("report.js")),
+        plotly=Markup(_plotly()),
+    )  # fmt: skip
+
+
+def _markdown(shared: Mapping[str, Any], figures: Sequence[Figure]) -> str:
+    template = _environment(False).get_template("report.md.j2")
+    return template.render(**shared, figures=[_words(figure) for figure in figures])
+
+
+def _words(figure: Figure) -> dict[str, str]:
+    view = figure.view
+    words = {"title": view.title, "caption": view.caption, "key": view.key}
+    return {"name": view.name} | {name: text.typeset(value) for name, value in words.items()}
+
+
+@cache
+def _own(name: str) -> str:
+    return files("saescale.scaling.report").joinpath(name).read_text(encoding="utf-8")
+
+
+@cache
+def _plotly() -> str:
+    """plotly.js as its Python package brings it; read as a file, without importing the package's Python side."""
+    return files("plotly").joinpath("package_data", "plotly.min.js").read_text(encoding="utf-8")
+
+
+@cache
+def _environment(escape: bool) -> jinja2.Environment:
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("saescale.scaling.report", "."),
+        autoescape=escape,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters["escaped"] = lambda value: str(value).replace("|", "\\|").replace("\n", " ")
+    return environment

@@ -1,0 +1,210 @@
+"""The activation store: Parquet shards of activations behind the manifest that seals them (FORMAT.md)."""
+
+import json
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import xxhash
+from pydantic import ValidationError
+from saescale.storage import files
+from saescale.storage.errors import SaescaleError, Unavailable
+from saescale.storage.manifest import FORMAT, MANIFEST, Manifest, Shard, check_size
+from saescale.storage.rows import CHUNK_BYTES, RowGroup, find_bad_row, raw_dtype
+
+
+class ActivationStore:
+    """A sealed store. Reading is safe from several threads; no file stays open between calls."""
+
+    def __init__(self, url: str, manifest: Manifest) -> None:
+        self.url = url
+        self.manifest = manifest
+        self.fingerprint = manifest.digest()
+        self.d_model = manifest.d_model
+        self._footers: dict[int, pq.FileMetaData] = {}
+
+    @staticmethod
+    def open(url: str) -> "ActivationStore":
+        """Opens a store by its manifest alone; SaescaleError when that is missing, newer, broken or empty."""
+        where = files.join(url, MANIFEST)
+        try:
+            content = files.read_bytes(where)
+        except FileNotFoundError as error:
+            raise SaescaleError(
+                f"{url} is no activation store: it has no {MANIFEST}; give the folder of a finished harvest, "
+                "or run the harvest again to finish it"
+            ) from error
+        try:
+            raw = json.loads(content)
+            version = raw["format"] if isinstance(raw, dict) else None
+            if isinstance(version, int) and version > FORMAT:
+                raise SaescaleError(
+                    f"{where} has format {version}, this saescale reads up to {FORMAT}; upgrade saescale"
+                )
+            manifest = Manifest.model_validate(raw)
+        except (ValueError, KeyError) as error:
+            reason = _reason(error)
+            raise SaescaleError(f"{where} is damaged ({reason}); restore it or harvest again") from error
+        if not sum(shard.rows for shard in manifest.shards):
+            raise SaescaleError(f"the activation store {url} is empty (0 rows); harvest some tokens first")
+        return ActivationStore(url, manifest)
+
+    def rows(self, split: str) -> int:
+        """Number of rows of the split."""
+        return sum(shard.rows for shard in self.manifest.shards if shard.split == split)
+
+    def require_rows(self, split: str, wanted: int, setting: str) -> None:
+        """Raises SaescaleError, which names `setting`, where the split has fewer than `wanted` rows."""
+        if self.rows(split) < wanted:
+            raise SaescaleError(
+                f"the activation store {self.url} holds {self.rows(split)} {split} rows "
+                f"and {setting} asks for {wanted}; lower it, or harvest more"
+            )
+
+    def row_groups(self, split: str) -> list[RowGroup]:
+        """All row groups of the split in stored order, from the manifest alone."""
+        return [
+            group
+            for number, shard in enumerate(self.manifest.shards)
+            if shard.split == split
+            for group in self._groups_of(number)
+        ]
+
+    def read_row_group(self, split: str, group: RowGroup) -> np.ndarray:
+        """One row group, [rows, d_model] raw dtype, read-only; SaescaleError when it cannot be read."""
+        shard = self.manifest.shards[group.shard]
+        if shard.split != split:
+            raise ValueError(f"shard {group.shard} ({shard.name}) is not of the split {split!r}")
+        try:
+            with self._open(group.shard) as parquet:
+                column = parquet.read_row_group(group.index, columns=["act"], use_threads=False).column(0)
+                array = column.chunk(0) if column.num_chunks == 1 else column.combine_chunks()
+        except SaescaleError:
+            raise
+        except Exception as error:  # object stores raise classes of their own
+            where = files.join(self.url, shard.name)
+            # What Arrow itself has to say of a file is an OSError too, but without a number.
+            of_arrow = type(error) is OSError and error.errno is None
+            if not of_arrow and files.may_pass(where, error):
+                raise Unavailable(f"{where}: row group {group.index} was not answered ({_reason(error)})") from error
+            raise self._damaged(group, f"cannot be read ({_reason(error)})") from error
+        if array.null_count or len(array) != group.rows:
+            raise self._damaged(group, f"has {len(array)} rows with {array.null_count} nulls")
+        values = np.frombuffer(array.buffers()[1], raw_dtype(self.manifest.dtype))
+        first = array.offset * self.d_model
+        return values[first : first + group.rows * self.d_model].reshape(group.rows, self.d_model)
+
+    def read_split(self, split: str, limit_rows: int | None = None) -> np.ndarray:
+        """The first `limit_rows` rows (all when None) in stored order, values checked: [rows, d_model]."""
+        wanted = self.rows(split) if limit_rows is None else min(limit_rows, self.rows(split))
+        out = np.empty((wanted, self.d_model), raw_dtype(self.manifest.dtype))
+        done = 0
+        for group in self.row_groups(split):
+            if done == wanted:
+                break
+            act = self.read_row_group(split, group)
+            self.check_values(group, act)
+            take = min(len(act), wanted - done)
+            out[done : done + take] = act[:take]
+            done += take
+        return out
+
+    def check_values(self, group: RowGroup, act: np.ndarray) -> None:
+        """SaescaleError naming file, row group and row when that group, `act`, has a row of `find_bad_row`."""
+        bad = find_bad_row(act, self.manifest.dtype)
+        if bad is not None:
+            raise self._damaged(group, f"has {bad[1]} in row {bad[0]}")
+
+    def verify(self, full: bool, progress: Callable[[int, int], None] | None = None) -> None:
+        """Checks every shard; SaescaleError at the first fault names file, row group and what is wrong.
+
+        Quick: presence, size in bytes, Parquet footer, width of `act`, row counts. Full: also the checksum
+        and every value (find_bad_row). `progress(done, total)` counts bytes of shards.
+        """
+        total = sum(shard.bytes for shard in self.manifest.shards)
+        done = 0
+        for number, shard in enumerate(self.manifest.shards):
+            self._footers.pop(number, None)
+            with self._open(number):
+                pass
+            if full:
+                self._check_sum(shard)
+                for group in self._groups_of(number):
+                    self.check_values(group, self.read_row_group(shard.split, group))
+            done += shard.bytes
+            if progress is not None:
+                progress(done, total)
+
+    def _groups_of(self, number: int) -> list[RowGroup]:
+        size, rows = self.manifest.row_group_rows, self.manifest.shards[number].rows
+        return [RowGroup(number, index, min(size, rows - first)) for index, first in enumerate(range(0, rows, size))]
+
+    @contextmanager
+    def _open(self, number: int) -> Iterator[pq.ParquetFile]:
+        """The shard, its size checked and, the first time, its footer."""
+        shard = self.manifest.shards[number]
+        where = files.join(self.url, shard.name)
+        local = files.local_path(where)
+        # A local size is checked every time: to read a mapped file that was cut short kills the process.
+        if local or number not in self._footers:
+            check_size(where, shard)
+        with pa.memory_map(local) if local else files.open_input(where, known_size=shard.bytes) as source:
+            try:
+                parquet = pq.ParquetFile(source, metadata=self._footers.get(number))
+            except (pa.ArrowException, OSError) as error:
+                raise SaescaleError(
+                    f"{where}: not a readable Parquet file ({_reason(error)}); restore the shard or harvest again"
+                ) from error
+            if number not in self._footers:
+                self._check_footer(where, number, parquet)
+                self._footers[number] = parquet.metadata
+            yield parquet
+
+    def _check_footer(self, where: str, number: int, parquet: pq.ParquetFile) -> None:
+        footer, schema = parquet.metadata, parquet.schema_arrow
+        remedy = "restore the shard or harvest again"
+        if "act" not in schema.names:
+            raise SaescaleError(f"{where}: has no column act; {remedy}")
+        kind = schema.field("act").type
+        if kind != pa.binary(2 * self.d_model):
+            raise SaescaleError(
+                f"{where}: column act is {kind}, but d_model = {self.d_model} needs "
+                f"fixed_size_binary[{2 * self.d_model}] (wrong width); {remedy}"
+            )
+        found = [footer.row_group(index).num_rows for index in range(footer.num_row_groups)]
+        expected = [group.rows for group in self._groups_of(number)]
+        if found != expected:
+            at = next((i for i, (a, b) in enumerate(zip(found, expected, strict=False)) if a != b), None)
+            what = (
+                f"{len(found)} row groups, not {len(expected)}"
+                if at is None
+                else f"row group {at} has {found[at]} rows, not {expected[at]}"
+            )
+            raise SaescaleError(f"{where}: {what} as its manifest says; {remedy}")
+
+    def _check_sum(self, shard: Shard) -> None:
+        where = files.join(self.url, shard.name)
+        checksum = xxhash.xxh3_64()
+        with files.open_input(where, known_size=shard.bytes) as file:
+            while chunk := file.read(CHUNK_BYTES):
+                checksum.update(chunk)
+        if checksum.hexdigest() != shard.xxh3:
+            raise SaescaleError(
+                f"{where}: checksum is {checksum.hexdigest()}, the manifest says {shard.xxh3}; "
+                "the file was changed or damaged: restore the shard or harvest again"
+            )
+
+    def _damaged(self, group: RowGroup, what: str) -> SaescaleError:
+        where = files.join(self.url, self.manifest.shards[group.shard].name)
+        return SaescaleError(f"{where}: row group {group.index} {what}; restore the shard or harvest again")
+
+
+def _reason(error: Exception) -> str:
+    if isinstance(error, ValidationError):
+        first = error.errors()[0]
+        return f"{'.'.join(str(part) for part in first['loc']) or 'manifest'}: {first['msg']}"
+    if isinstance(error, KeyError):
+        return f"no key {error}"
+    return " ".join(str(error).split())

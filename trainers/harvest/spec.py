@@ -1,0 +1,115 @@
+"""What a harvest is asked for, and the note of it in the store's folder by which an interrupted one goes on."""
+
+import json
+from typing import Any, Literal, Self
+
+import numpy as np
+from pydantic import BaseModel, ConfigDict, model_validator
+from saescale.storage import files
+from saescale.storage.errors import SaescaleError
+from saescale.trainers.subjects.subject import check_subject_name
+from saescale.trainers.subjects.text import PYTHON_PROSE
+
+PLAN = "harvest.json"
+
+
+class HarvestSpec(BaseModel):
+    """What to harvest and where to. Every field but `out` decides the bytes of the store.
+
+    `tokens` and `heldout_tokens` are rows of the two splits, multiples of `context_length`; `layer` counts from
+    0 (resid_post of layer L is the output of block L); `batch_contexts` contexts go through the subject at a time;
+    `compute_dtype` is the arithmetic of the forward pass ("auto": bfloat16 where that is fast). Raises
+    SaescaleError on values that make no harvest.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+    subject: str = "smollm2-135m"
+    layer: int = 22
+    corpus: str = PYTHON_PROSE
+    out: str
+    tokens: int = 262_144
+    heldout_tokens: int = 32_768
+    context_length: int = 64
+    dtype: Literal["float16", "bfloat16"] = "float16"
+    seed: int = 0
+    shard_rows: int = 32_768
+    row_group_rows: int = 8_192
+    batch_contexts: int = 16
+    compute_dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        check_subject_name(self.subject)
+        sizes = ("tokens", "heldout_tokens", "context_length", "shard_rows", "row_group_rows", "batch_contexts")
+        for name in sizes:
+            if getattr(self, name) < 1:
+                raise SaescaleError(f"harvest: {name} must be at least 1, not {getattr(self, name)}")
+        for name in ("layer", "seed"):
+            if getattr(self, name) < 0:
+                raise SaescaleError(f"harvest: {name} must be at least 0, not {getattr(self, name)}")
+        most = np.iinfo(np.int16).max
+        if self.context_length > most:
+            raise SaescaleError(f"harvest: context_length must be at most {most}, not {self.context_length}")
+        for name in ("tokens", "heldout_tokens", "shard_rows"):
+            value, length = getattr(self, name), self.context_length
+            if value % length:
+                below = value // length * length
+                raise SaescaleError(
+                    f"harvest: {name} must be a multiple of context_length {length}, not {value}; "
+                    f"the nearest are {below or length} and {below + length}"
+                )
+        return self
+
+    def identity(self) -> dict[str, Any]:
+        """The fields that decide the bytes of the store, for comparing two harvests."""
+        return self.model_dump(mode="json", exclude={"out"})
+
+
+# --- its note in the store's folder
+
+
+def read_plan(spec: HarvestSpec) -> dict[str, Any] | None:
+    """The plan of the harvest that `spec.out` holds, None for an empty folder.
+
+    Raises SaescaleError when the folder holds another harvest, other files, or a plan that cannot be read.
+    """
+    try:
+        found = _load(spec.out)
+    except FileNotFoundError:
+        others = [name for name in files.list_names(spec.out) if not name.startswith(".")]
+        if PLAN in others:  # another driver was faster
+            return read_plan(spec)
+        if others:
+            raise SaescaleError(
+                f"{spec.out} holds other files ({others[0]}) and no {PLAN}; harvest into an empty folder"
+            ) from None
+        return None
+    refuse_difference(spec.out, found, spec.identity())
+    return found
+
+
+def note_plan(url: str, plan: dict[str, Any]) -> None:
+    """Writes `plan` into the folder `url` unless it is there; SaescaleError when another one is."""
+    try:
+        refuse_difference(url, _load(url), plan)
+    except FileNotFoundError:
+        files.write_atomic(files.join(url, PLAN), (json.dumps(plan, indent=1) + "\n").encode())
+
+
+def refuse_difference(url: str, found: dict[str, Any], wanted: dict[str, Any]) -> None:
+    """SaescaleError that names what differs between the harvest that `url` holds and the wanted one."""
+    differing = [
+        f"{key} is {found.get(key)!r} there, {value!r} here" for key, value in wanted.items() if found.get(key) != value
+    ]
+    if differing:
+        raise SaescaleError(
+            f"{url} holds another harvest: {'; '.join(differing)}. Harvest into another folder, or remove this one"
+        )
+
+
+def _load(url: str) -> dict[str, Any]:
+    where = files.join(url, PLAN)
+    try:
+        return dict(json.loads(files.read_bytes(where)))
+    except ValueError as error:
+        raise SaescaleError(f"{where} is damaged ({error}); remove {url} or harvest elsewhere") from error

@@ -1,0 +1,156 @@
+"""The sparse algebra of a TopK SAE: one small interface, an implementation for each kind of device behind it.
+
+    cpu.py    numba kernels
+    cuda.py   Triton kernels
+    eager.py  plain torch, dense where it has to be: what stands in on other devices
+
+Of the six products of dense training only the encoder's forward pass stays dense. All else touches the k of N
+latents that a token selects, and neither a gradient of the weights nor anything of size batch x k x d_model is ever
+stored: a gradient stays in the factors that `transpose` sorts (Pairs), and `update_rows` sums each row of it where
+Adam uses it.
+
+Inputs are centred once per batch for all cells of a pack: with x' = x - origin and offset = b_pre - origin,
+W_enc (x - b_pre) + b_enc = W_enc x' + (b_enc - W_enc offset), and x - x_hat = x' - offset - z W_dec.
+trainers/architectures/topk_sparse.py puts the pieces together; the tests hold every implementation to the dense float64
+reference (trainers/architectures/topk.py).
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple, Protocol
+
+from torch import Tensor
+
+
+class Selected(NamedTuple):
+    """The k largest positive pre-activations of each token, in no particular order. Ties go to the lower index."""
+
+    indices: Tensor  # int32 [batch, k], -1 where fewer than k are positive
+    z: Tensor  # float32 [batch, k], 0 where the index is -1
+
+
+class Decoded(NamedTuple):
+    squared: Tensor  # float64 scalar: ||x - x_hat||^2 over the batch
+    dz: Tensor  # float32 [batch, k]: the loss's gradient by z; [batch, 0] where none was asked for
+
+
+class Term(NamedTuple):
+    """One reconstruction in a loss, of which `scale` * (x - x_hat) is the gradient by x_hat."""
+
+    selected: Selected
+    dz: Tensor  # float32 [batch, k]
+    scale: float
+
+
+class Pairs(NamedTuple):
+    """The active (token, latent) pairs of all terms, sorted by latent, then by term and token.
+
+    With the errors of all terms stacked to [terms * batch, d_model], latent n's gradients are sums over its pairs p in
+    starts[n]:starts[n + 1]: sum decoder[p] errors[rows[p]] for W_dec[n], sum encoder[p] (x[rows[p] % batch] - offset)
+    for W_enc[n], and sum encoder[p] for b_enc[n]. Entries beyond starts[-1], where an implementation leaves some, mean
+    nothing; nor do rows of `errors` that no pair names.
+    """
+
+    starts: Tensor  # int64 [n_latents + 1]
+    rows: Tensor  # int32 [pairs]: term * batch + token
+    decoder: Tensor  # float32 [pairs]: scale * z
+    encoder: Tensor  # float32 [pairs]: dz
+
+
+class Summands(NamedTuple):
+    """The gradient of a matrix [n_latents, d_model], row n of it
+
+    sum over p in starts[n]:starts[n + 1] of weights[p] sources[rows[p] % len(sources)] - shift[n] offset + extra row,
+
+    the last where `latents` names n.
+    """
+
+    starts: Tensor  # int64 [n_latents + 1]
+    rows: Tensor  # int32 [pairs]
+    weights: Tensor  # float32 [pairs]
+    sources: Tensor  # float32 [sources, d_model]
+    shift: Tensor | None  # float32 [n_latents]; None is zero
+    offset: Tensor  # float32 [d_model]
+    latents: Tensor  # int64 [extras], ascending
+    extra: Tensor  # float32 [extras, d_model]
+
+
+class Moments(NamedTuple):
+    """What Adam and the average keep for a parameter, each of its shape."""
+
+    exp_avg: Tensor
+    exp_avg_sq: Tensor
+    average: Tensor  # exponential moving average of the parameter, not bias-corrected
+
+
+class AdamStep(NamedTuple):
+    """The numbers of one step: correction1 = 1 / (1 - beta1^t), correction2 = 1 / sqrt(1 - beta2^t)."""
+
+    lr: float
+    beta1: float
+    beta2: float
+    eps: float
+    correction1: float
+    correction2: float
+    decay: float  # of the average
+
+
+class Kernels(Protocol):
+    """What an implementation offers. Tensors are on its device and contiguous, float32 unless said otherwise."""
+
+    def encode_select(self, x: Tensor, W_enc: Tensor, bias: Tensor, ks: Sequence[int]) -> list[Selected]:
+        """For each k of `ks` the k largest of ReLU(x W_enc^T + bias), exactly; [batch, n_latents] is never whole.
+
+        x [batch, d_model] and W_enc [n_latents, d_model], both bfloat16 or both float32, are multiplied with float32
+        accumulation (a bfloat16 product may be rounded to bfloat16); bias [n_latents] is added in float32.
+        """
+
+    def decode(
+        self, x: Tensor, offset: Tensor, selected: Selected, W_dec: Tensor, scale: float | None, error: Tensor
+    ) -> Decoded:
+        """Writes x - offset - z W_dec to `error` [batch, d_model]; with `scale`, dz = scale error . W_dec[index].
+
+        dz is 0 where z is (ReLU). x [batch, d_model], offset [d_model], W_dec [n_latents, d_model].
+        """
+
+    def transpose(self, terms: Sequence[Term], n_latents: int) -> Pairs:
+        """The pairs of `terms` with z > 0 by latent; the same order at every call."""
+
+    def latent_sums(self, pairs: Pairs) -> Tensor:
+        """[n_latents]: the sum of `encoder` over each latent's pairs, in their order."""
+
+    def update_rows(
+        self,
+        parameter: Tensor,
+        moments: Moments,
+        gradient: Summands,
+        adam: AdamStep,
+        unit_rows: bool,
+        operand: Tensor | None,
+    ) -> None:
+        """One step of a matrix [n_latents, d_model], in place and in one pass over it and its moments.
+
+        Sums the gradient's row, projects it off the row where `unit_rows`, applies Adam, scales the row back to unit
+        norm where `unit_rows`, takes it into the average, and rounds it to `operand` (bfloat16) where there is one.
+        """
+
+
+_PRODUCT_ENTRIES = {"cpu": 2**23, "cuda": 2**27}
+_PRODUCT_ROWS = 512
+
+
+def product_rows(batch: int, n_latents: int, device: str) -> int:
+    """Tokens whose pre-activations [rows, n_latents] are made, and held, at a time.
+
+    On a CPU so many that they are still in the cache when they are selected from, on CUDA 256 MiB of bfloat16; but no
+    fewer than 512, which would slow the product down.
+    """
+    return min(batch, max(_PRODUCT_ROWS, _PRODUCT_ENTRIES[device] // n_latents))
+
+
+def group_size(n_latents: int, k: int) -> int:
+    """Entries of a group of the two-level top-k on CUDA, a power of two: about as many entries lie in the k groups that
+    are searched as there are groups."""
+    size = 1
+    while 4 * size * size * k <= n_latents:
+        size *= 2
+    return size

@@ -1,0 +1,212 @@
+"""The summary run of a sweep in Weights & Biases: its laws, figures, results, and an artifact of the files."""
+
+import json
+import os
+import re
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import fsspec
+import pyarrow as pa
+import pyarrow.parquet as pq
+from saescale.storage.files import read_bytes
+from saescale.trainers.loggers import wandb_client as client
+from saescale.trainers.loggers.wandb_client import (
+    group_url,
+    how_to_send,
+    import_wandb,
+    init,
+    one_line,
+    resolve_mode,
+    run_id,
+    warn,
+    without_secrets,
+)
+from saescale.trainers.loggers.wandb_settings import Mode, WandbSettings
+from saescale.trainers.loggers.wandb_workspace import save_workspace
+
+_FILES = (".pdf", ".svg", ".png")  # figures as the artifact holds them
+
+
+class Coefficient(NamedTuple):
+    """One number of fits.json with its 95 % interval."""
+
+    law: str
+    coefficient: str
+    value: float
+    low: float | None
+    high: float | None
+
+
+class Logged(NamedTuple):
+    """What became of a summary. `mode`: how it was logged, after asking whether the server is there. `url`: where to
+    look when it is online. `whole`: all that this mode can do is done, so that logging it again would add nothing."""
+
+    mode: Mode
+    url: str | None
+    whole: bool
+
+
+def log_summary(
+    settings: WandbSettings,
+    sweep: str,
+    context: Mapping[str, Any],
+    fits: Mapping[str, Any],
+    results: pa.Table,
+    figures: Sequence[str],
+    directory: str,
+) -> Logged:
+    """The run that holds the outcome of a sweep: coefficients, results, figures, and an artifact of the files.
+
+    fits: the document of fits.json. results: the table of results.parquet. figures: paths or URLs of figures; those
+    with Plotly's JSON are interactive, others shown as their PNG, and PDF, SVG and PNG go into the artifact.
+    Calling it again (a new analysis, or one that was not logged whole) updates the same run. The URL is that of the
+    group and, with wandb-workspaces, of a workspace of its panels. Raises nothing: what could not be sent is one
+    warning.
+    """
+    mode: Mode = "offline"
+    try:
+        mode = client.reachable(resolve_mode(settings), directory)
+        if mode == "off":
+            return Logged(mode, None, True)
+        # Errors of cells and sources of fits quote URLs.
+        fits = without_secrets(fits)
+        results = pa.Table.from_pylist(without_secrets(results.to_pylist()), schema=results.schema)
+        return _log_summary(settings, mode, sweep, context, fits, results, figures, directory)
+    except Exception as error:
+        warn(f"the summary of {sweep}: {one_line(error)}; the run directory has all of it")
+        return Logged(mode, None, False)
+
+
+def _log_summary(
+    settings: WandbSettings,
+    mode: Mode,
+    sweep: str,
+    context: Mapping[str, Any],
+    fits: Mapping[str, Any],
+    results: pa.Table,
+    figures: Sequence[str],
+    directory: str,
+) -> Logged:
+    coefficients = list(_coefficients(fits))
+    run = init(
+        settings,
+        mode,
+        directory,
+        id=run_id("summary", sweep),
+        name=f"{sweep} summary",
+        group=sweep,
+        job_type="summary",
+        config=without_secrets({**context, "laws": {name: fit.get("formula") for name, fit in _named(fits)}}),
+    )
+    shown = dict(_figures(figures))
+    # Each part on its own: what one of them meets does not keep the others back.
+    parts: dict[str, Callable[[], Any]] = {
+        "figures": lambda: run.log(shown) if shown else None,
+        "tables": lambda: run.log(_tables(coefficients, results)),
+        "coefficients": lambda: run.summary.update(_flat(fits, coefficients)),
+        "artifact": lambda: run.log_artifact(_artifact(sweep, fits, results, figures)),
+    }
+    failed = []
+    for name, send in parts.items():
+        try:
+            send()
+        except Exception as error:
+            failed.append(f"{name} ({one_line(error)})")
+    if failed:
+        warn(f"of the summary of {sweep} these are not logged: {'; '.join(failed)}; the run directory has all of it")
+    sync_dir = run.settings.sync_dir
+    try:
+        run.finish(exit_code=1 if failed else 0)
+    except Exception as error:
+        # wandb keeps what an online run logs, but not its artifacts.
+        warn(
+            f"the summary of {sweep} is not uploaded to its end: {one_line(error)}; {how_to_send(sync_dir)} "
+            "but for its artifact, whose files are in the run directory"
+        )
+        return Logged(mode, None, False)
+    if mode != "online":
+        return Logged(mode, None, not failed)
+    # Panels are a help for readers: a server or a machine that cannot make them will not do so the next time either.
+    view = save_workspace(run.entity, settings.project, sweep, list(shown))
+    url = group_url(run.entity, settings.project, sweep) + (f" and, as panels, {view}" if view else "")
+    return Logged(mode, url, not failed)
+
+
+def _tables(coefficients: Sequence[Coefficient], results: pa.Table) -> dict[str, Any]:
+    wandb = import_wandb()
+    rows = [list(row.values()) for row in results.to_pylist()]
+    return {
+        "coefficients": wandb.Table(columns=list(Coefficient._fields), data=[list(c) for c in coefficients]),
+        "results": wandb.Table(columns=results.column_names, data=rows, allow_mixed_types=True),
+    }
+
+
+def _flat(fits: Mapping[str, Any], coefficients: Sequence[Coefficient]) -> dict[str, Any]:
+    """The numbers of the laws by names such as "n_k/alpha/low", by which runs are compared."""
+    flat: dict[str, Any] = {}
+    for c in coefficients:
+        flat |= {f"{c.law}/{c.coefficient}/{bound}": getattr(c, bound) for bound in ("value", "low", "high")}
+    for law, fit in _named(fits):
+        flat |= {f"{law}/{key}": fit[key] for key in ("points", "rms_log_residual") if key in fit}
+    return flat
+
+
+def _figures(urls: Sequence[str]) -> Iterator[tuple[str, Any]]:
+    """(name, what W&B shows): interactive where there is Plotly's JSON, else the PNG. One that cannot be read costs a
+    warning, not the others."""
+    wandb = import_wandb()
+    of_kind: dict[str, dict[str, str]] = {".json": {}, ".png": {}}
+    for url in urls:
+        name, kind = os.path.splitext(os.path.basename(url))
+        of_kind.get(kind, {})[name] = url
+    for name in of_kind[".json"] | of_kind[".png"]:
+        try:
+            if name in of_kind[".json"]:
+                from plotly.graph_objects import Figure
+
+                yield f"figures/{name}", wandb.Plotly(Figure(json.loads(read_bytes(of_kind[".json"][name]))))
+            else:
+                from PIL import Image
+
+                with fsspec.open(of_kind[".png"][name], "rb") as file:
+                    yield f"figures/{name}", wandb.Image(Image.open(file))
+        except Exception as error:
+            warn(f"the figure {name} is not logged: {one_line(error)}")
+
+
+def _artifact(sweep: str, fits: Mapping[str, Any], results: pa.Table, figures: Sequence[str]) -> Any:
+    """fits.json, results.parquet and the figures as files."""
+    artifact = import_wandb().Artifact("fits-" + re.sub(r"[^\w.-]", "-", sweep)[:100], type="fits")
+    with artifact.new_file("fits.json") as file:
+        json.dump(fits, file, indent=1)
+    with artifact.new_file("results.parquet", mode="wb") as file:
+        pq.write_table(results, file)
+    for url in figures:
+        if url.endswith(_FILES):
+            try:
+                content = read_bytes(url)
+            except OSError:
+                continue  # said when it was to be shown, where it is one of those
+            with artifact.new_file(f"figures/{os.path.basename(url)}", mode="wb") as file:
+                file.write(content)
+    return artifact
+
+
+def _named(fits: Mapping[str, Any]) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    """(name, fit): the law's name with what is held fixed and whether it has a floor, such as "n-k8-floor"."""
+    seen: Counter[str] = Counter()
+    for fit in fits.get("fits", []):
+        law = fit["law"] + "".join(f"-{column}{value:g}" for column, value in (fit.get("at") or {}).items())
+        law += "-floor" if fit.get("floor") else ""
+        seen[law] += 1
+        yield (law if seen[law] == 1 else f"{law}-{seen[law]}"), fit
+
+
+def _coefficients(fits: Mapping[str, Any]) -> Iterator[Coefficient]:
+    for law, fit in _named(fits):
+        named = dict(fit.get("coefficients", {}))
+        named.update({f"exponent_of_n_at_k{k}": c for k, c in (fit.get("exponent_of_n_at_k") or {}).items()})
+        for name, c in named.items():
+            yield Coefficient(law, name, c["value"], c.get("low"), c.get("high"))

@@ -1,0 +1,105 @@
+"""The view of a sweep in Weights & Biases: its cells grouped by k and N, with the panels that a scaling law needs.
+
+Made with wandb-workspaces, an optional package: without it a sweep is logged all the same.
+"""
+
+import hashlib
+from collections.abc import Sequence
+from typing import Any
+
+from saescale.trainers.loggers.wandb_client import import_wandb, one_line, server, warn
+
+_MOST_RUNS = 200  # lines in one panel; W&B's own default of 10 would hide most of a grid
+
+
+def save_workspace(entity: str, project: str, sweep: str, figures: Sequence[str]) -> str | None:
+    """Makes the view of `sweep` where it is not there yet, and returns its address.
+
+    figures: keys of figures of the summary run. A view that is there stays as it is: its readers may have arranged it.
+    None, with a warning that says what to do, where wandb-workspaces is not installed or the server refuses. Raises
+    nothing.
+    """
+    import_wandb()
+    try:
+        import wandb_workspaces.workspaces as ws
+    except ImportError:
+        warn("no workspace view is made: it takes wandb-workspaces (pip install 'saescale[workspaces]')")
+        return None
+    try:
+        # One name for a sweep, so that a second analysis finds the view of the first.
+        name = hashlib.sha256(f"{project}/{sweep}".encode()).hexdigest()[:11]
+        url = f"{server().app_url}/{entity}/{project}?nw={name}"
+        if not _exists(ws, url):
+            workspace = describe_workspace(ws, entity, project, sweep, figures)
+            workspace._internal_name = f"nw-{name}-v"
+            workspace.save()
+        return url
+    except Exception as error:
+        warn(f"no workspace view is made: {one_line(error)}")
+        return None
+
+
+def describe_workspace(ws: Any, entity: str, project: str, sweep: str, figures: Sequence[str]) -> Any:
+    """The view as wandb-workspaces' `Workspace`: nmse on logarithmic axes, latents, throughput, and the laws.
+
+    ws: the module wandb_workspaces.workspaces.
+    """
+    from wandb_workspaces.reports.v2 import LinePlot, MediaBrowser
+
+    flops, tokens = "Training FLOPs (sparse)", "Training tokens"
+
+    def line(title: str, metric: str, x: str = "tokens", log_x: bool = False, log_y: bool = False) -> Any:
+        label = flops if x == "flops" else tokens
+        return LinePlot(title=title, x=x, y=[metric], log_x=log_x, log_y=log_y, title_x=label, title_y=metric)
+
+    sections = [
+        ws.Section(
+            name="nmse",
+            panels=[
+                line("Held-out nmse against compute", "nmse", "flops", log_x=True, log_y=True),
+                line("Held-out nmse against tokens", "nmse", log_x=True, log_y=True),
+                line("Training nmse against tokens", "train_nmse", log_x=True, log_y=True),
+            ],
+            is_open=True,
+        ),
+        ws.Section(
+            name="Latents",
+            panels=[
+                line("Dead latents", "dead_fraction"),
+                line("Dead latents, long window", "dead_fraction_long"),
+                line("Active latents (L0)", "l0"),
+            ],
+            is_open=True,
+        ),
+        ws.Section(
+            name="Throughput",
+            panels=[line("Tokens per second", "tokens_per_s"), line("Learning rate", "lr")],
+            is_open=True,
+        ),
+    ]
+    if figures:
+        panels = [MediaBrowser(title=key.removeprefix("figures/"), media_keys=[key], num_columns=1) for key in figures]
+        sections.insert(0, ws.Section(name="Laws", panels=panels, is_open=True))
+    return ws.Workspace(
+        entity=entity,
+        project=project,
+        name=f"{sweep}: scaling",
+        sections=sections,
+        settings=ws.WorkspaceSettings(x_axis="tokens", max_runs=_MOST_RUNS),
+        runset_settings=ws.RunsetSettings(
+            filters=ws.And(ws.Metric("Group") == sweep),
+            groupby=[ws.Config("k"), ws.Config("n_latents")],
+            order=[ws.Ordering(ws.Config("n_latents"))],
+        ),
+    )
+
+
+def _exists(ws: Any, url: str) -> bool:
+    """Whether the view at `url` is there; what else goes wrong is raised."""
+    try:
+        ws.Workspace.from_url(url)
+    except ValueError as error:
+        if "not found in project" in str(error):
+            return False
+        raise
+    return True

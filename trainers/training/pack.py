@@ -1,0 +1,67 @@
+"""A pack: cells trained side by side from one pass over the stream, as one LightningModule.
+
+One batch in, every cell steps. Cells share the data order and the preprocessing and nothing else, so a cell's
+result does not depend on the company it was trained in.
+"""
+
+from collections.abc import Iterator, Sequence
+
+import lightning.pytorch as L
+import torch
+from saescale.storage.errors import one_line
+from saescale.storage.stream import Stream
+from saescale.trainers.architectures.topk_sparse import Batch
+from saescale.trainers.cell import Cell
+from saescale.trainers.device import spoils_the_process
+from saescale.trainers.preprocess import Centre, normalise, to_tensor
+from saescale.trainers.training.training_cell import TrainingCell
+from torch import Tensor
+from torch.utils.data import DataLoader, IterableDataset
+
+
+class Pack(L.LightningModule):
+    """Trains all its cells on each batch of raw activations [batch, d_model] (16-bit)."""
+
+    def __init__(self, cells: Sequence[Cell], centre: Centre, device: torch.device) -> None:
+        super().__init__()
+        self.automatic_optimization = False
+        self.centre = Centre(centre.b_pre.to(device), centre.variance)
+        self.training_cells = [TrainingCell(cell, self.centre, device) for cell in cells]
+        self.saes = torch.nn.ModuleList(cell.sae for cell in self.training_cells)
+        self.bf16 = any(cell.precision == "bf16" for cell in cells)
+        self.batches = 0  # in this process; a resumed pack starts at 0 again
+
+    @property
+    def running(self) -> list[TrainingCell]:
+        return [cell for cell in self.training_cells if cell.running]
+
+    def configure_optimizers(self) -> list[torch.optim.Optimizer]:
+        """None that Lightning should step: each cell has its own, which takes a gradient in factors (SAEAdam)."""
+        return []
+
+    def training_step(self, raw: Tensor, batch_index: int) -> None:
+        batch = Batch.of(normalise(raw), self.centre.b_pre, self.bf16)
+        for cell in self.running:
+            try:
+                cell.train_on(batch)
+            except Exception as error:
+                if spoils_the_process(error):
+                    raise
+                # Whatever it is, it is this cell's: the others share nothing with it but the batch.
+                cell.fail(f"{type(error).__name__}: {one_line(error)[:500]}")
+        self.batches += 1
+
+
+class _StreamDataset(IterableDataset[Tensor]):
+    def __init__(self, stream: Stream, dtype: str, pin: bool) -> None:
+        self.stream, self.dtype, self.pin = stream, dtype, pin
+
+    def __iter__(self) -> Iterator[Tensor]:
+        for act in self.stream:
+            raw = to_tensor(act, self.dtype)
+            yield raw.pin_memory() if self.pin else raw
+
+
+def stream_loader(stream: Stream, dtype: str, device: torch.device) -> DataLoader[Tensor]:
+    """The stream as Lightning takes it; reading stays in the stream's own prefetch thread."""
+    return DataLoader(_StreamDataset(stream, dtype, pin=device.type == "cuda"), batch_size=None, num_workers=0)

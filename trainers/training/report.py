@@ -1,0 +1,96 @@
+"""Where a pack stands, for whoever watches it, and how it is asked to stop."""
+
+import time
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import lightning.pytorch as L
+from saescale.storage.stream import Stream
+from saescale.trainers.training.pack import Pack
+from saescale.trainers.training.training_cell import TrainingCell
+
+
+class CellProgress(NamedTuple):
+    """Where one cell of a pack stands; nmse and dead_fraction are those of its last evaluation."""
+
+    cell_id: str
+    step: int
+    steps: int
+    nmse: float | None
+    dead_fraction: float | None
+
+
+class Progress(NamedTuple):
+    """Where a pack stands, for whoever watches it."""
+
+    step: int  # batches of the stream consumed, those of a former life included
+    steps: int  # of the longest cell
+    tokens_per_s: float  # of the stream; every cell of the pack trains on each token
+    running: int
+    done: int
+    failed: int
+    stream_wait: float  # share of the time since the last report that the pack waited for the stream, 0 to 1
+    cells: tuple[CellProgress, ...]  # those still running
+    ended: tuple[CellProgress, ...]  # those that finished or failed since the last report
+    trained_tokens: int  # by this call of train_pack, summed over the cells
+
+
+class Report(L.Callback):
+    """Tells `report` where the pack stands about twice a second, and stops it when `should_stop` says so."""
+
+    def __init__(
+        self, report: Callable[[Progress], None], should_stop: Callable[[], bool], start: int, stream: Stream
+    ) -> None:
+        self.report, self.should_stop, self.stream = report, should_stop, stream
+        self._start = start
+        self._began = self._last = time.monotonic()
+        self._waited = 0.0
+        self._running: list[TrainingCell] = []
+        self._trained_before = 0
+
+    def on_train_start(self, trainer: L.Trainer, pack: L.LightningModule) -> None:
+        assert isinstance(pack, Pack)
+        self._began = self._last = time.monotonic()
+        self._waited = self.stream.wait_seconds
+        self._running = pack.running
+        self._trained_before = _trained_tokens(pack)
+
+    def on_train_batch_end(self, trainer: L.Trainer, pack: L.LightningModule, *_: Any) -> None:
+        assert isinstance(pack, Pack)
+        # Has to come before the checkpoint callback, which saves when a stop was asked for.
+        if self.should_stop() or not pack.running:
+            trainer.should_stop = True
+        now = time.monotonic()
+        if now - self._last >= 0.5 or not pack.running:
+            self.report(self._progress(pack, now))
+            self._last, self._waited, self._running = now, self.stream.wait_seconds, pack.running
+
+    def _progress(self, pack: Pack, now: float) -> Progress:
+        cells = pack.training_cells
+        return Progress(
+            step=self._start + pack.batches,
+            steps=max(cell.cell.steps for cell in cells),
+            tokens_per_s=pack.batches * cells[0].cell.batch_tokens / max(1e-9, now - self._began),
+            running=len(pack.running),
+            done=sum(cell.step == cell.cell.steps for cell in cells),
+            failed=sum(cell.error is not None for cell in cells),
+            stream_wait=min(1.0, (self.stream.wait_seconds - self._waited) / max(1e-9, now - self._last)),
+            cells=tuple(_cell_progress(cell) for cell in pack.running),
+            ended=tuple(_cell_progress(cell) for cell in self._running if not cell.running),
+            trained_tokens=_trained_tokens(pack) - self._trained_before,
+        )
+
+
+def _trained_tokens(pack: Pack) -> int:
+    return sum(cell.tokens for cell in pack.training_cells)
+
+
+def _cell_progress(cell: TrainingCell) -> CellProgress:
+    last = cell.curve[-1] if cell.curve else None
+    return CellProgress(
+        cell_id=cell.cell.cell_id,
+        step=cell.step,
+        steps=cell.cell.steps,
+        nmse=last.nmse if last else None,
+        dead_fraction=last.dead_fraction if last else None,
+    )
