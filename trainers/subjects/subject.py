@@ -1,4 +1,8 @@
-"""The registry of subjects: the frozen models whose residual stream is decomposed."""
+"""The door of subjects: the frozen models whose residual stream is decomposed.
+
+A subject is a file of this folder that defines `load` at its top level: see README.md. Its name is the file's, with `-`
+for `_`; what follows a colon is for the file to read (`hf:openai-community/gpt2`).
+"""
 
 from __future__ import annotations
 
@@ -52,3 +56,63 @@ def get_subject(
     from saescale.trainers.subjects.smollm2 import load_smollm2
 
     return load_smollm2(Path(cache) if cache else cache_folder(), dtype, notify or (lambda stage: None))
+
+
+class Sequence(NamedTuple):
+    """One context as the subject reads it: `ids` int32 [length], and which positions are rows of a store."""
+
+    ids: np.ndarray
+    keep: np.ndarray  # bool [length]
+
+
+class Run(NamedTuple):
+    """What a forward pass gave: `resid` [batch, length, d_model] at each site that was asked for, in that order;
+    `logits` [batch, length, vocabulary] where they were asked for."""
+
+    resid: tuple[Tensor, ...]
+    logits: Tensor | None
+
+
+Patch = Callable[[Tensor], Tensor]  # resid at a site, [batch, length, d_model] -> what takes its place
+
+
+class Subject(Protocol):
+    """A frozen model. `fingerprint` identifies its weights whatever the arithmetic, `dtype` is that of its forward
+    pass. `labels` are the ground truths that `label` recomputes from ids; a subject without any has none."""
+
+    name: str
+    fingerprint: str
+    d_model: int
+    n_layers: int
+    dtype: torch.dtype
+    labels: tuple[str, ...]
+
+    def check_site(self, layer: int, length: int) -> None:
+        """Raises SaescaleError unless it has block `layer` and takes contexts of `length` positions."""
+
+    def run(
+        self, ids: Tensor, sites: Iterable[Site], patch: Mapping[Site, Patch] | None = None, logits: bool = False
+    ) -> Run:
+        """One forward pass over `ids` [batch, length]. It ends at the last site unless `logits` are asked for."""
+
+    def label(self, ids: np.ndarray) -> dict[str, np.ndarray]:
+        """Every label of `labels` for `ids` [batch, length]: {name: [batch, length, ...]}."""
+
+
+@runtime_checkable
+class ReadsText(Protocol):
+    """A subject whose sequences are cut from a corpus (language models)."""
+
+    bos_token_id: int | None
+    eos_token_id: int | None
+
+    def tokenize(self, texts: Iterable[str]) -> list[np.ndarray]:
+        """Token ids of each text, int32 [tokens], without special tokens."""
+
+
+@runtime_checkable
+class Generates(Protocol):
+    """A subject that makes its own sequences (games, mazes)."""
+
+    def sequences(self, split: Split, seed: int) -> Iterator[Sequence]:
+        """Without end, a pure function of (split, seed); no sequence of one split is one of the other."""

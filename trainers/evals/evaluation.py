@@ -1,0 +1,43 @@
+"""The door of evaluations: what is measured on a trained cell beside the nmse of its training.
+
+An evaluation is a file of this folder that defines `needs` and `measure` at its top level: see README.md.
+"""
+
+from collections.abc import Iterable
+from typing import Literal, NamedTuple, Protocol
+
+from saescale.storage.registry import Room
+from saescale.storage.source import Source
+from saescale.trainers.exchange.trained import Trained
+from saescale.trainers.subjects.subject import Subject
+
+EVALUATIONS = Room("saescale.trainers.evals", "evaluation", marker="measure")
+
+Need = Literal["subject", "labels", "text"]
+
+
+class Measurement(NamedTuple):
+    """One row of evals.parquet, less what says of which cell and evaluation it is."""
+
+    metric: str
+    value: float
+    low: float | None = None  # 95 % interval
+    high: float | None = None
+    at: str = ""  # what of: a latent, a label, a position; empty for the whole cell
+    n: int = 0  # samples behind it
+    seed: int | None = None  # where something was drawn
+
+
+class Evaluation(Protocol):
+    """What the file of an evaluation defines. `needs`: what it cannot do without; `measure` gets None for a subject
+    that it does not name there."""
+
+    needs: frozenset[Need]
+
+    def measure(self, trained: Trained, source: Source, subject: Subject | None) -> Iterable[Measurement]:
+        """On the held-out rows of `source`. Raises SaescaleError for what it cannot be measured on."""
+
+
+def find_evaluation(name: str) -> Evaluation:
+    """The evaluation of that name. Raises SaescaleError with the nearest name for an unknown one."""
+    return EVALUATIONS.load(name)  # type: ignore[return-value]  # a module with these names
