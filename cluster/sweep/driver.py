@@ -44,8 +44,9 @@ def run_sweep(
     the workers have saved their checkpoints.
     """
     store, run = ActivationStore.open(spec.store), RunDirectory(spec.out)
-    precision = recorded_precision(run)
-    ledger = open_ledger(run, spec, store, precision, extending) if precision else None
+    recorded = run.read_spec()
+    precision = recorded_precision(recorded)
+    ledger = open_ledger(run, recorded, spec, store, precision, extending) if precision else None
     trained = 0
     if ledger is not None and retry_failed:
         ledger.forget_failed()
@@ -61,7 +62,7 @@ def run_sweep(
             from saescale.cluster.sweep.packing import pack_cells
 
             with TrainCrew(spec.grid.size, spec.resources, address) as crew:
-                ledger = ledger or open_ledger(run, spec, store, precision or crew.precision, extending)
+                ledger = ledger or open_ledger(run, recorded, spec, store, precision or crew.precision, extending)
                 trained = len(ledger.pending)
                 needs = crew.needs(store, spec.eval.tokens, remote_run=local_path(run.url) is None)
                 steps = ledger.checkpoint_steps()
@@ -106,7 +107,7 @@ def _analyse(
     fits = run.read_json("fits.json") if is_current(run, bootstraps=bootstraps) else None
     if fits is None:
         display.stage("fitting the laws, drawing the figures, writing the report")
-        fits = analyse(run, bootstraps=bootstraps, provenance=provenance_of(run))
+        fits = analyse(run, bootstraps=bootstraps, provenance=provenance_of(run, ledger.document))
     mode = resolve_mode(spec.wandb)
     if mode == "off":
         return fits, None
@@ -115,7 +116,9 @@ def _analyse(
         display.stage("logging the summary to W&B")
         figures = [join(run.url, "figures", name) for name in list_names(join(run.url, "figures"))]
         folder = wandb_directory(run.url)
-        done = log_summary(spec.wandb, spec.name, provenance_of(run), fits, run.read_results(), figures, folder)
+        done = log_summary(
+            spec.wandb, spec.name, provenance_of(run, ledger.document), fits, run.read_results(), figures, folder
+        )
         read = f"W&B: {done.url}" if done.url else how_to_read(done.mode, folder, spec.wandb, spec.name)
         if not done.whole:
             read += "; the summary was not sent whole, run the sweep again to send it"
