@@ -146,9 +146,7 @@ def _prefix(subject: Subject) -> tuple[list[int], list[str]]:
     if isinstance(subject, Generates):
         return [], []
     if not isinstance(subject, ReadsText):
-        raise SaescaleError(
-            f"the subject {subject.name} neither reads text nor makes sequences; see subjects/README.md"
-        )
+        raise SaescaleError(f"the subject {subject.name} has neither `tokenize` nor `sequences`: give it one of them")
     if subject.bos_token_id is not None:
         return [subject.bos_token_id], ["bos"]
     return ([], []) if subject.eos_token_id is None else ([subject.eos_token_id], ["eos"])
