@@ -3,10 +3,13 @@
 import hashlib
 import math
 from functools import cached_property
-from typing import Literal, NamedTuple, Self
+from typing import Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 from saescale.scaling.compute import Flops, flops_per_token
+from saescale.storage.columns import CurveRow
+
+__all__ = ["Cell", "CurveRow", "EvalSpec", "Precision", "auto_k_aux"]
 
 Precision = Literal["fp32", "bf16"]  # of the operands of the encoder product
 
@@ -79,18 +82,3 @@ class Cell(BaseModel):
 def auto_k_aux(d_model: int) -> int:
     """The power of two nearest to d_model / 2 (Gao et al. 2024, appendix A.2: 512 typical, 256 at d_model 768)."""
     return 2 ** round(math.log2(d_model / 2))
-
-
-class CurveRow(NamedTuple):
-    """One evaluation of one cell: a row of curves.parquet (less cell_id) and one point in W&B."""
-
-    step: int
-    tokens: int
-    flops: float  # sparse training FLOPs so far
-    nmse: float  # whole held-out set, EMA weights, summed in float64
-    train_nmse: float  # mean of the training loss over the steps since the last row
-    l0: float  # mean number of active latents per held-out token
-    dead_fraction: float
-    dead_fraction_long: float
-    lr: float
-    tokens_per_s: float

@@ -2,7 +2,6 @@
 
 import uuid
 from contextlib import suppress
-from pathlib import Path
 from typing import NamedTuple
 
 from saescale.cluster.crew.harvest_crew import HarvestCrew, ShowHarvest
@@ -12,7 +11,7 @@ from saescale.storage.errors import SaescaleError
 from saescale.storage.manifest import Manifest
 from saescale.trainers.harvest.conduct import SPOOL_PREFIX, conduct
 from saescale.trainers.harvest.spec import HarvestSpec
-from saescale.trainers.subjects.subject import HUGGINGFACE_PREFIX
+from saescale.trainers.subjects.subject import name_for_other_processes
 
 
 class Harvest(NamedTuple):
@@ -46,11 +45,8 @@ def harvest_on_actors(spec: HarvestSpec, actors: int | str, address: str | None,
 
 def _for_other_nodes(spec: HarvestSpec) -> HarvestSpec:
     """The spec with paths that mean the same in every process."""
-    subject = spec.subject
-    source = subject.removeprefix(HUGGINGFACE_PREFIX)
-    if source != subject and source.startswith((".", "~")):
-        subject = HUGGINGFACE_PREFIX + str(Path(source).expanduser().absolute())
-    return spec.model_copy(update={"out": _absolute(spec.out), "subject": subject})
+    update = {"out": _absolute(spec.out), "subject": name_for_other_processes(spec.subject)}
+    return spec.model_copy(update=update)
 
 
 def _absolute(url: str) -> str:

@@ -11,17 +11,19 @@ from saescale.storage.errors import SaescaleError
 if TYPE_CHECKING:
     from saescale.cluster.crew.harvest_worker import ActorRow
 
-Corpus = Annotated[str, typer.Option(help="python-prose, or a path or URL of .txt, .jsonl or .parquet files.")]
+Corpus = Annotated[
+    str | None, typer.Option(help="python-prose (default), or a path or URL of .txt, .jsonl or .parquet files.")
+]
 
 
 def harvest(
-    subject: Annotated[str, typer.Argument(help="smollm2-135m, hf:<org>/<name> or hf:/path/to/folder.")],
+    subject: Annotated[str, typer.Argument(help="smollm2-135m, hf:<org>/<name>, hf:/path/to/folder or your own.")],
     out: Annotated[str, typer.Option(help="URL of the activation store to write.")],
     layer: Annotated[int, typer.Option(help="The site is resid_post of this layer, counted from 0.")],
-    corpus: Corpus = "python-prose",
+    corpus: Corpus = None,
     tokens: Annotated[int, typer.Option(help="Training rows.")] = 262_144,
     heldout_tokens: Annotated[int, typer.Option(help="Held-out rows, of other documents.")] = 32_768,
-    context_length: Annotated[int, typer.Option(help="Text tokens per context.")] = 64,
+    context_length: Annotated[int | None, typer.Option(help="Text tokens per context (default: 64).")] = None,
     dtype: Annotated[str, typer.Option(help="float16 or bfloat16, as stored.")] = "float16",
     seed: Annotated[int, typer.Option(help="Of the split and the order of documents and rows.")] = 0,
     actors: Annotated[
@@ -29,7 +31,7 @@ def harvest(
     ] = None,
     address: Address = None,
 ) -> None:
-    """Writes the residual stream of a subject on a text into an activation store.
+    """Writes the residual stream of a subject, on a text or on sequences of its own, into an activation store.
 
     Without --actors and --address this process does it alone. The store is the same whatever the number of actors.
 
@@ -45,7 +47,7 @@ def harvest(
         "heldout_tokens": heldout_tokens, "context_length": context_length, "seed": seed,
     }  # fmt: skip
     try:
-        spec = HarvestSpec.model_validate(given)
+        spec = HarvestSpec.model_validate({name: value for name, value in given.items() if value is not None})
     except ValidationError as error:
         problem = error.errors()[0]
         raise SaescaleError(f"harvest: {'.'.join(map(str, problem['loc']))}: {problem['msg']}") from error

@@ -65,6 +65,7 @@ def sweep(
     """
     from saescale.cluster.sweep.driver import run_sweep
     from saescale.cluster.sweep.spec import load_spec
+    from saescale.scaling.laws.settings import FitSettings
 
     loaded = load_spec(spec, out=out, wandb=wandb)
     if extend is not None:
@@ -74,7 +75,7 @@ def sweep(
         console.print(f"{added} cells added to {loaded.grid.size - added}", highlight=False)
     with display() as shown:
         began = time.monotonic()
-        outcome = run_sweep(loaded, shown, address, bootstraps, extend is not None, retry_failed)
+        outcome = run_sweep(loaded, shown, address, FitSettings(bootstraps), extend is not None, retry_failed)
     _summary(outcome, time.monotonic() - began, store=loaded.store)
     console.print(f"\nNext: saescale fit {loaded.out} --law n_k", highlight=False)
 
@@ -95,6 +96,7 @@ def report(
     Example: [bold]saescale report runs/quickstart --format md[/]
     """
     from saescale.cluster.sweep.ledger import provenance_of
+    from saescale.scaling.laws.settings import FitSettings
     from saescale.scaling.report.report import FILES, analyse
     from saescale.storage.rundir import RunDirectory
 
@@ -103,7 +105,7 @@ def report(
         raise SaescaleError(f"--format {unknown[0]}: there are {' and '.join(FILES)}")
     directory = RunDirectory(run)
     provenance = provenance_of(directory, directory.read_spec())
-    analyse(directory, bootstraps=bootstraps, provenance=provenance, formats=wanted)
+    analyse(directory, FitSettings(bootstraps), provenance=provenance, formats=wanted)
     pages = [f"{run}/{FILES[name]}" for name in wanted]
     say(f"wrote {', '.join(pages)}, {run}/fits.json and {run}/figures/")
     say(f"Next: open {pages[0]} in a browser")

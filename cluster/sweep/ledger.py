@@ -12,9 +12,10 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from saescale.cluster.sweep.spec import Combination, SweepSpec, parse_spec
 from saescale.storage import checkpoint
+from saescale.storage.columns import CURVES
 from saescale.storage.errors import SaescaleError, SaescaleWarning, Unavailable
 from saescale.storage.files import remove
-from saescale.storage.rundir import CURVES_SCHEMA, RunDirectory
+from saescale.storage.rundir import RunDirectory
 from saescale.storage.store import ActivationStore
 from saescale.trainers.cell import Cell, Precision
 from saescale.trainers.training.results import result_row
@@ -174,7 +175,7 @@ class Ledger:
             new += curve
             if not curve:  # it failed before its first evaluation
                 self._without_curve.add(cell_id)
-        self.run.write_curves(pa.concat_tables([there, pa.Table.from_pylist(new, CURVES_SCHEMA)]))
+        self.run.write_curves(pa.concat_tables([there, pa.Table.from_pylist(new, CURVES)]))
         self.run.write_results(described)
         self._written = time.monotonic()
         self._writing_s = self._written - began

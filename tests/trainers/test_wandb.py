@@ -357,7 +357,7 @@ def test_online(server: WandbServer, tmp_path: Path, capfd: pytest.CaptureFixtur
 def test_a_server_that_dies_holds_nobody_up(server: WandbServer, tmp_path: Path) -> None:
     """All cells together wait once for their uploads, and the process ends."""
     script = f"""
-from trainers import wandb_client
+from saescale.trainers.loggers import wandb_client
 from saescale.trainers.loggers.wandb_cells import *
 from saescale.trainers.cell import Cell
 wandb_client.FINISH_TIMEOUT = 2.0

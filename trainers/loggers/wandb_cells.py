@@ -8,7 +8,8 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
 
-from saescale.trainers.cell import Cell, CurveRow
+from saescale.storage.columns import CurveRow, columns_of
+from saescale.trainers.cell import Cell
 from saescale.trainers.loggers import wandb_client as client
 from saescale.trainers.loggers.wandb_client import (
     how_to_read,
@@ -31,9 +32,7 @@ __all__ = [
     "Logged", "Mode", "WandbLogger", "WandbSettings", "how_to_read", "log_summary", "resolve_mode", "wandb_directory",
 ]  # fmt: skip
 
-_SUMMARY = (
-    "nmse", "l0", "dead_fraction", "dead_fraction_long", "tokens", "flops", "flops_dense", "wall_s", "status", "error",
-)  # fmt: skip
+_SUMMARY = tuple(column.name for column in columns_of("results") if column.role != "spec")
 
 
 class WandbLogger:

@@ -22,7 +22,7 @@ def result_row(
         "d_model": cell.d_model,
         "n_latents": cell.n_latents,
         "k": cell.k,
-        "activation": cell.activation,
+        "architecture": cell.activation,
         "seed": cell.seed,
         "lr": cell.lr,
         "tokens": tokens,
