@@ -14,6 +14,7 @@ import yaml
 from saescale.storage import files
 from saescale.storage.columns import CURVES, EVALS, RESULTS, conform
 from saescale.storage.errors import SaescaleError
+from saescale.storage.yaml_text import parse_yaml, yaml_text
 
 
 class RunDirectory:
@@ -43,8 +44,7 @@ class RunDirectory:
 
     def write_spec(self, spec: dict[str, Any]) -> None:
         """Writes the resolved spec, sweep.yaml."""
-        text = yaml.safe_dump(spec, sort_keys=False, allow_unicode=True)
-        files.write_atomic(files.join(self.url, "sweep.yaml"), text.encode())
+        files.write_atomic(files.join(self.url, "sweep.yaml"), yaml_text(spec).encode())
 
     def read_spec(self) -> dict[str, Any] | None:
         """The resolved spec, or None when no sweep was started here."""
@@ -53,7 +53,7 @@ class RunDirectory:
         if content is None:
             return None
         try:
-            spec = yaml.safe_load(content)
+            spec = parse_yaml(content)
         except (yaml.YAMLError, UnicodeDecodeError) as error:
             raise _damaged(where, error) from error
         if not isinstance(spec, dict):

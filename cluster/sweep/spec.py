@@ -9,7 +9,6 @@ from typing import Annotated, Any, Literal, NamedTuple, Self, get_args
 import yaml
 from pydantic import (
     BaseModel,
-    ConfigDict,
     Field,
     SerializerFunctionWrapHandler,
     ValidationError,
@@ -18,28 +17,21 @@ from pydantic import (
     model_validator,
 )
 from pydantic_core import PydanticCustomError
+from saescale.cluster.crew.claims import NotNegative, Positive, Resources
+from saescale.cluster.crew.claims import Section as _Model
 from saescale.storage import files
 from saescale.storage.errors import SaescaleError
 from saescale.storage.secrets import ADVICE, names_secret, secret_in_url
 from saescale.storage.store import ActivationStore
+from saescale.storage.yaml_text import parse_yaml
 from saescale.trainers.cell import Cell, EvalSpec, Precision, auto_k_aux
 from saescale.trainers.loggers.wandb_cells import WandbSettings
 
 # What a sweep file says where nobody has named a store yet: to be edited.
 NO_STORE = "stores/STORE"
 
-# Strict: `true`, "512" and 8.0 are mistakes in a sweep file. Reals are lax, because YAML reads 8e-4 as text.
-Positive = Annotated[int, Field(gt=0, strict=True)]
-NotNegative = Annotated[int, Field(ge=0, strict=True)]
-
-
 # Of a problem whose input must not be repeated.
 _SECRET = "secret"
-
-
-class _Model(BaseModel):
-    # What is wrong is told by `_problems`, which knows what may be shown.
-    model_config = ConfigDict(extra="forbid", hide_input_in_errors=True)
 
 
 class GridCell(_Model):
@@ -143,19 +135,6 @@ class Train(_Model):
         return self
 
 
-class Resources(_Model):
-    """workers: processes that train packs. auto: one a GPU, or one a CPU core, but no more than cells; where nodes join
-    the cluster their number grows. A number is asked for whatever the cluster has now, so that an autoscaler sees it.
-    """
-
-    workers: Positive | Literal["auto"] = "auto"
-    gpus_per_worker: Annotated[float, Field(ge=0)] | Literal["auto"] = "auto"
-    cpus_per_worker: Annotated[float, Field(gt=0)] | Literal["auto"] = "auto"  # auto: the cores shared out
-    checkpoint_every_s: float = Field(default=60.0, gt=0)  # the most work, in seconds, that a killed worker loses
-    # A worker that gets nothing done for so long, not one batch, is ended and its pack begun again elsewhere.
-    stalled_after_s: float = Field(default=900.0, gt=0)
-
-
 class SweepSpec(_Model):
     """The whole sweep file."""
 
@@ -222,7 +201,7 @@ def load_spec(url: str, out: str | None = None, wandb: str | None = None) -> Swe
     if not files.exists(url):
         raise SaescaleError(f"there is no sweep file at {url}; deploy/sweeps holds examples")
     try:
-        document = yaml.safe_load(files.read_bytes(url))
+        document = parse_yaml(files.read_bytes(url))
     except yaml.YAMLError as error:
         raise SaescaleError(f"{url} is not valid YAML: {' '.join(str(error).split())}") from error
     if not isinstance(document, dict):

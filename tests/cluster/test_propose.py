@@ -14,7 +14,7 @@ from saescale.cluster.front import laws as laws_cli
 from saescale.cluster.sweep.driver import run_sweep
 from saescale.cluster.sweep.extend import extend, union
 from saescale.cluster.sweep.ledger import open_ledger
-from saescale.cluster.sweep.propose import Request, make_plan
+from saescale.cluster.sweep.propose import Request, make_proposal
 from saescale.cluster.sweep.spec import NO_STORE, Grid, load_spec, parse_spec
 from saescale.scaling.laws.settings import FitSettings
 from saescale.scaling.planning.devices import find_device
@@ -60,7 +60,7 @@ def test_a_grid_of_cells_has_its_mistakes_named(document: dict[str, Any]) -> Non
 
 def test_a_plan_is_a_sweep_file(tmp_path: Path) -> None:
     request = Request(hours=2.0, device=find_device("a100"), store="stores/mine", d_model=512, ks=(8, 16, 32))
-    plan = make_plan(request)
+    plan = make_proposal(request)
     path = tmp_path / "plan.yaml"
     path.write_text(plan.yaml())
     spec = load_spec(str(path))
@@ -83,7 +83,7 @@ def test_a_plan_goes_on_from_a_run(tmp_path: Path, document: dict[str, Any]) -> 
     run = RunDirectory(str(tmp_path / "run"))
     run.write_results(_cells((512, 1024, 2048, 4096), (8, 16, 32, 64), noise=0.004))
     run.write_spec(document | {"resolved": {"precision": "fp32"}})
-    plan = make_plan(Request(hours=4.0, device=find_device("a100", 1e12), source=run.url))
+    plan = make_proposal(Request(hours=4.0, device=find_device("a100", 1e12), source=run.url))
     assert plan.spec.train == parse_spec(document, "test").train
     assert len(plan.prior.cells["k"]) == 16
     assert plan.before is not None
@@ -129,11 +129,11 @@ def test_what_cannot_be_planned_at_any_budget() -> None:
         (request(at={"n_latents": 512.0}), "--at n: --target exponent does not depend on it"),
     ):
         with pytest.raises(SaescaleError, match=said):
-            make_plan(asked)
+            make_proposal(asked)
 
 
 def test_n_doubles_from_the_smallest_asked_for() -> None:
-    plan = make_plan(Request(hours=0.5, device=find_device("h100"), n_range=(500, 9_000), ks=(8, 16, 32)))
+    plan = make_proposal(Request(hours=0.5, device=find_device("h100"), n_range=(500, 9_000), ks=(8, 16, 32)))
     assert {c.n_latents for c in plan.cells} <= {500, 1000, 2000, 4000, 8000}
     assert min(c.n_latents for c in plan.cells) == 500
 
@@ -155,7 +155,7 @@ def test_proposed_seeds_are_those_of_no_other_cell(tmp_path: Path, document: dic
     table = tmp_path / "rows.csv"
     pa.csv.write_csv(run.read_results().select(["n_latents", "k", "seed", "nmse", "status"]), table)
     for source, at_4096 in ((run.url, (2, 3, 4)), (str(table), (1, 2, 3))):
-        found = {c.n_latents: c.seeds for c in make_plan(replace(request, source=source)).cells}
+        found = {c.n_latents: c.seeds for c in make_proposal(replace(request, source=source)).cells}
         assert found == {512: (0, 2, 3), 1024: (1, 3, 4), 2048: (2, 3, 4), 4096: at_4096}
 
 
@@ -196,7 +196,7 @@ def test_an_extension_that_cannot_be_trained_leaves_the_run_as_it_was(
 ) -> None:
     """Whatever is found before the plan stands: here a store that is gone, and one of other rows."""
     spec, run = parse_spec(document, "test"), RunDirectory(document["out"])
-    open_ledger(run, spec, store, "fp32").begin()
+    open_ledger(run, run.read_spec(), spec, store, "fp32").begin()
     there = (Path(run.url) / "sweep.yaml").read_bytes()
     more = tmp_path / "more.yaml"
     more.write_text("grid: {cells: [{n_latents: 256, k: 2}]}")
@@ -208,9 +208,9 @@ def test_an_extension_that_cannot_be_trained_leaves_the_run_as_it_was(
     write_store(other, sparse_rows(16_384, seed=2), sparse_rows(2_048, seed=3))
     with pytest.raises(SaescaleError, match="holds another sweep \\(store_fingerprint is"):
         run_sweep(larger.model_copy(update={"store": other}), Recorder(), extending=True)
-    ledger = open_ledger(run, larger, store, "fp32", extending=True)
+    ledger = open_ledger(run, run.read_spec(), larger, store, "fp32", extending=True)
     assert (Path(run.url) / "sweep.yaml").read_bytes() == there
-    open_ledger(run, spec, store, "fp32")  # which is still the sweep of its file
+    open_ledger(run, run.read_spec(), spec, store, "fp32")  # which is still the sweep of its file
 
     before = yaml.safe_load(there)
     ledger.begin()
@@ -224,28 +224,28 @@ def test_a_grid_is_its_cells_however_it_is_written(
     document: dict[str, Any], store: ActivationStore, tmp_path: Path
 ) -> None:
     spec, run = parse_spec(document, "test"), RunDirectory(document["out"])
-    open_ledger(run, spec, store, "fp32").begin()
+    open_ledger(run, run.read_spec(), spec, store, "fp32").begin()
     there = run.read_spec()
     cells = [{"n_latents": n, "k": k} for n in (128, 32, 64) for k in (8, 4, 2)]
     for grid_ in ({"n_latents": [128, 64, 32, 32], "k": [8, 2, 4]}, {"cells": cells}):
         same = parse_spec(document | {"grid": grid_}, "test")
-        open_ledger(run, same, store, "fp32").begin()
+        open_ledger(run, run.read_spec(), same, store, "fp32").begin()
         assert run.read_spec() == there
 
     # A file that has gained cells itself: they count as added, and without --extend it says what to do.
     gained = parse_spec(document | {"grid": {"n_latents": [32, 64, 128], "k": [2, 4, 8], "seed": [0, 1]}}, "test")
     with pytest.raises(SaescaleError, match=r"grid: 9 cells are only here .* or add the cells: .* --extend"):
-        open_ledger(run, gained, store, "fp32")
+        open_ledger(run, run.read_spec(), gained, store, "fp32")
     more = tmp_path / "more.yaml"
     more.write_text("grid: {cells: [{n_latents: 128, k: 2}]}")
     larger, added = extend(gained, str(more))
     assert added == 9
-    open_ledger(run, larger, store, "fp32", extending=True).begin()
+    open_ledger(run, run.read_spec(), larger, store, "fp32", extending=True).begin()
     # And the file as it was is a part of the run now.
     with pytest.raises(SaescaleError, match=f"or use {run.url}/sweep.yaml"):
-        open_ledger(run, spec, store, "fp32")
+        open_ledger(run, run.read_spec(), spec, store, "fp32")
     with pytest.raises(SaescaleError, match="9 cells are only there"):
-        open_ledger(run, spec, store, "fp32", extending=True)
+        open_ledger(run, run.read_spec(), spec, store, "fp32", extending=True)
 
 
 def test_cells_trained_in_another_way_are_refused(document: dict[str, Any], tmp_path: Path) -> None:
