@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 from saescale.cluster.sweep.status import read_status
 
+from tests.cluster.command import environment
 from tests.cluster.shadows import FLOORS, cast_shadows
-from tests.cluster.test_cli import environment
 
 COMMAND = str(Path(sys.executable).with_name("saescale"))
 

@@ -26,9 +26,9 @@ from saescale.cluster.sweep.status import read_status
 from saescale.storage.errors import SaescaleError
 from saescale.storage.lease import FILE, Lease
 
+from tests.cluster.command import ROOT, assert_one_line, environment, saescale, saescale_here
 from tests.cluster.ray_head import Head, ray_head
 from tests.cluster.shadows import cast_shadows
-from tests.cluster.test_cli import ROOT, assert_one_line, environment, saescale
 
 SECRETS = {
     "WANDB_API_KEY": "wandbmarker" + secrets.token_hex(15),
@@ -213,9 +213,9 @@ def test_who_may_not_or_asks_in_vain(
 def test_addresses_that_are_no_dashboard(client: Callable[..., Any], s3_endpoint: str) -> None:
     assert_one_line(client("list", "--address", "http://127.0.0.1:1"), "nothing answers at http://127.0.0.1:1")
     assert_one_line(client("list", "--address", s3_endpoint), "is no Ray dashboard")
-    assert_one_line(client("list", "--address", "ray://127.0.0.1:10001"), "no address of a Ray dashboard")
-    assert_one_line(client("list", RAY_API_SERVER_ADDRESS=""), "--address http://HEAD:8265")
-    hidden = client("list", "--address", "http://me:passmarker@127.0.0.1:1")
+    assert_one_line(saescale_here("list", "--address", "ray://127.0.0.1:10001"), "no address of a Ray dashboard")
+    assert_one_line(saescale_here("list", RAY_API_SERVER_ADDRESS=""), "--address http://HEAD:8265")
+    hidden = saescale_here("list", "--address", "http://me:passmarker@127.0.0.1:1")
     assert_one_line(hidden, "nothing answers at http://127.0.0.1:1")
     assert "passmarker" not in hidden.stderr
 
@@ -246,14 +246,14 @@ def test_what_is_refused_before_anything_is_sent(
     document: dict[str, Any], sweep_file: Callable[[Any], str], change: dict[str, Any], said: str
 ) -> None:
     file = sweep_file(document | change)
-    assert_one_line(saescale("submit", file, "--address", "http://127.0.0.1:1"), said)
+    assert_one_line(saescale_here("submit", file, "--address", "http://127.0.0.1:1"), said)
 
 
 def test_a_run_that_is_driven_is_not_submitted_again(
     document: dict[str, Any], sweep_file: Callable[[Any], str]
 ) -> None:
     with Lease(document["out"], job="small-1a2b3c4d"):
-        refused = saescale("submit", sweep_file(document), "--address", "http://127.0.0.1:1")
+        refused = saescale_here("submit", sweep_file(document), "--address", "http://127.0.0.1:1")
     assert_one_line(refused, "driven already", "saescale stop small-1a2b3c4d")
 
 
@@ -288,7 +288,7 @@ def test_an_extension_goes_along(document: dict[str, Any], sweep_file: Callable[
     (tmp_path / "other.yaml").write_text(
         yaml.safe_dump({"grid": {"n_latents": [256], "k": [2]}, "eval": {"tokens": 1}})
     )
-    refused = saescale(
+    refused = saescale_here(
         "submit", sweep_file(document), "--extend", str(tmp_path / "other.yaml"), "--address", "http://x"
     )
     assert_one_line(refused, "eval.tokens is 1")
@@ -318,7 +318,7 @@ def test_a_sweep_file_with_a_secret_is_refused_without_repeating_it(
 def test_a_key_of_wandb_in_a_sweep_file(document: dict[str, Any], sweep_file: Callable[[Any], str]) -> None:
     document |= {"wandb": {"mode": "off", "api_key": "secretmarker"}, "aws_secret_access_key": "secretmarker"}
     for command in ("sweep", "submit"):
-        result = saescale("--debug", command, sweep_file(document), "--address", "http://127.0.0.1:1")
+        result = saescale_here("--debug", command, sweep_file(document), "--address", "http://127.0.0.1:1")
         assert "wandb.api_key is not a key; a sweep file is copied" in result.stderr
         assert "aws_secret_access_key is not a key; a sweep file is copied" in result.stderr
         assert "secretmarker" not in result.stderr + result.stdout
