@@ -9,7 +9,7 @@ from saescale.cluster.sweep.spec import SweepSpec
 from saescale.cluster.sweep.watcher import SweepDisplay
 from saescale.scaling.laws.settings import FitSettings
 from saescale.scaling.report.report import analyse, is_current
-from saescale.storage.files import join, list_names, local_path
+from saescale.storage.files import join, list_names, local_path, read_bytes
 from saescale.storage.lease import Lease, read_driver, require_free
 from saescale.storage.rundir import RunDirectory
 from saescale.storage.store import ActivationStore
@@ -116,7 +116,7 @@ def _analyse(
     logged = run.read_json(WANDB)
     if not _is_logged(logged, fits, mode):
         display.stage("logging the summary to W&B")
-        figures = [join(run.url, "figures", name) for name in list_names(join(run.url, "figures"))]
+        figures = _drawn(run)
         folder = wandb_directory(run.url)
         done = log_summary(
             spec.wandb, spec.name, provenance_of(run, ledger.document), fits, run.read_results(), figures, folder
@@ -128,6 +128,12 @@ def _analyse(
         # Last, so that an interrupted summary is logged again.
         run.write_json(WANDB, logged)
     return fits, logged["read"]
+
+
+def _drawn(run: RunDirectory) -> dict[str, bytes]:
+    """The files of the figures of an earlier analysis, by their names."""
+    folder = join(run.url, "figures")
+    return {name: read_bytes(join(folder, name)) for name in list_names(folder)}
 
 
 def _is_logged(logged: Any, fits: dict[str, Any], mode: str) -> bool:

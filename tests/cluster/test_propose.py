@@ -23,8 +23,8 @@ from saescale.storage.errors import SaescaleError
 from saescale.storage.rundir import RunDirectory
 from saescale.storage.store import ActivationStore
 
+from tests.cluster.command import assert_one_line, saescale, saescale_here
 from tests.cluster.conftest import Recorder
-from tests.cluster.test_cli import assert_one_line, saescale
 from tests.scaling.conftest import _cells
 from tests.survival import without_times
 from tests.trainers.synthetic import sparse_rows, write_store
@@ -96,8 +96,8 @@ def test_a_plan_goes_on_from_a_run(tmp_path: Path, document: dict[str, Any]) -> 
 def test_what_cannot_be_planned(tmp_path: Path) -> None:
     few = tmp_path / "few.csv"
     few.write_text("n_latents,k,nmse\n64,2,0.5\n128,2,0.4\n")
+    assert_one_line(saescale("plan", "--budget", "soon"), "--budget soon is no time")
     for arguments, said in (
-        (["--budget", "soon"], "--budget soon is no time"),
         (["--gpu", "h10"], "did you mean h100?"),
         (["--target", "slope"], "unknown target slope; there are exponent, floor, prediction, coefficients"),
         (["--target", "prediction"], "add --at n=65536,k=64"),
@@ -105,7 +105,7 @@ def test_what_cannot_be_planned(tmp_path: Path) -> None:
         (["--k", "32"], "a law takes 3 values of k; there are 1 (32) in cells of k <= n: add --k"),
         ([str(few)], "2 points for 6 coefficients"),
     ):
-        assert_one_line(saescale("plan", *arguments), said)
+        assert_one_line(saescale_here("plan", *arguments), said)
 
 
 def test_what_cannot_be_planned_at_any_budget() -> None:
@@ -171,8 +171,7 @@ def test_a_sweep_is_extended_by_exactly_what_is_missing(
     more.write_text(
         yaml.safe_dump({"grid": {"cells": [{"n_latents": 64, "k": 4, "seed": [0, 1]}, {"n_latents": 128, "k": 2}]}})
     )
-    result = saescale("sweep", f"{document['out']}/sweep.yaml", "--extend", str(more), "--bootstraps", "10",
-                      RAY_ADDRESS=three_nodes.address)  # fmt: skip
+    result = saescale_here("sweep", f"{document['out']}/sweep.yaml", "--extend", str(more), "--bootstraps", "10")
     assert result.returncode == 0, result.stderr
     assert "2 cells added to 4" in result.stdout
     assert "2 of 6 cells trained now" in result.stdout
@@ -292,12 +291,12 @@ def test_fit_predicts_and_takes_laws_of_ones_own(tmp_path: Path) -> None:
     found = [(row["law"], row["point"]["n_latents"]) for row in document["predictions"]]
     assert found == [("n_k", 16384), ("power_of_k", 16384), ("n_k", 8192), ("power_of_k", 8192)]
     assert all(row["low"] < row["value"] < row["high"] for row in document["predictions"])
-    text = saescale("fit", str(table), "--law", "n_k", "--predict", "n=16384,k=32", "--bootstraps", "50").stdout
+    text = saescale_here("fit", str(table), "--law", "n_k", "--predict", "n=16384,k=32", "--bootstraps", "50").stdout
     assert "a new cell, 95 %" in text
     assert "n is 4 times above the largest in the fit" in text
-    assert_one_line(saescale("fit", str(table), "--predict", "m=3"), "m=3: 'm' is none of n, k")
-    assert_one_line(saescale("fit", str(table), "--law-file", str(tmp_path / "no.py")), "there is no law file at")
-    assert_one_line(saescale("reproduce", "chinchila"), "did you mean chinchilla?")
+    assert_one_line(saescale_here("fit", str(table), "--predict", "m=3"), "m=3: 'm' is none of ", "n=65536,k=64")
+    assert_one_line(saescale_here("fit", str(table), "--law-file", str(tmp_path / "no.py")), "there is no law file at")
+    assert_one_line(saescale_here("reproduce", "chinchila"), "did you mean chinchilla?")
     assert "met" in saescale("reproduce", "chinchilla").stdout
 
 
