@@ -183,7 +183,7 @@ class Law:
 
 
 def _unit(column: str) -> str:
-    return COLUMNS[column].unit if column in COLUMNS else column
+    return (COLUMNS[column].unit if column in COLUMNS else "") or column
 
 
 def log_sum(

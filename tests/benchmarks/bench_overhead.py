@@ -174,7 +174,7 @@ def _plain(spec: SweepSpec) -> dict[str, float]:
         ]
         for part in after:
             part.on_train_start(trainer, pack)
-        for index, act in enumerate(stream):
+        for index, (act, _) in enumerate(stream):
             pack.training_step(to_tensor(act, store.manifest.dtype), index)
             for part in after:
                 part.on_train_batch_end(trainer, pack)

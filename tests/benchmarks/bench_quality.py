@@ -94,7 +94,7 @@ def _write_rows(store: ActivationStore, cell: Cell, path: str) -> None:
     """One pass over the training rows in the stream's order, preprocessed."""
     batches = store.rows("train") // cell.batch_tokens
     with Stream(store, batch_tokens=cell.batch_tokens, seed=cell.stream_seed, batches=batches) as stream:
-        np.save(path, np.concatenate([normalise(to_tensor(act, store.manifest.dtype)).numpy() for act in stream]))
+        np.save(path, np.concatenate([normalise(to_tensor(batch.x, store.dtype)).numpy() for batch in stream]))
 
 
 def _peer(

@@ -27,7 +27,7 @@ class HeldOut:
 
     def __init__(self, store: ActivationStore, tokens: int, device: torch.device | str = "cpu") -> None:
         store.require_rows("heldout", tokens, "eval.tokens")
-        self._raw = to_tensor(store.read_split("heldout", tokens), store.manifest.dtype)
+        self._raw = to_tensor(store.heldout(tokens).act, store.dtype)
         self._device = torch.device(device)
         self.tokens = tokens
         self._total = self._variation()

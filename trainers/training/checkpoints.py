@@ -7,14 +7,14 @@ import lightning.pytorch as L
 from saescale.storage import checkpoint
 from saescale.storage.lease import require_owner
 from saescale.storage.rundir import RunDirectory
-from saescale.storage.stream import Stream
+from saescale.storage.source import Batches
 from saescale.trainers.training.pack import Pack
 
 
 class Checkpoint(L.Callback):
     """Saves every running cell each `every_s` seconds, and at once when the pack is asked to stop."""
 
-    def __init__(self, run: RunDirectory, every_s: float, stream: Stream, driver: str | None, start: int) -> None:
+    def __init__(self, run: RunDirectory, every_s: float, stream: Batches, driver: str | None, start: int) -> None:
         self.run, self.every_s, self.stream, self.driver = run, every_s, stream, driver
         self._whole = start  # the last step that the whole pack has
         self._last = time.monotonic()

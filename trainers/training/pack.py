@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 import lightning.pytorch as L
 import torch
 from saescale.storage.errors import one_line
-from saescale.storage.stream import Stream
+from saescale.storage.source import Batches
 from saescale.trainers.architectures.topk_sparse import Batch
 from saescale.trainers.cell import Cell
 from saescale.trainers.device import spoils_the_process
@@ -53,15 +53,15 @@ class Pack(L.LightningModule):
 
 
 class _StreamDataset(IterableDataset[Tensor]):
-    def __init__(self, stream: Stream, dtype: str, pin: bool) -> None:
+    def __init__(self, stream: Batches, dtype: str, pin: bool) -> None:
         self.stream, self.dtype, self.pin = stream, dtype, pin
 
     def __iter__(self) -> Iterator[Tensor]:
-        for act in self.stream:
-            raw = to_tensor(act, self.dtype)
+        for batch in self.stream:
+            raw = to_tensor(batch.x, self.dtype)
             yield raw.pin_memory() if self.pin else raw
 
 
-def stream_loader(stream: Stream, dtype: str, device: torch.device) -> DataLoader[Tensor]:
+def stream_loader(stream: Batches, dtype: str, device: torch.device) -> DataLoader[Tensor]:
     """The stream as Lightning takes it; reading stays in the stream's own prefetch thread."""
     return DataLoader(_StreamDataset(stream, dtype, pin=device.type == "cuda"), batch_size=None, num_workers=0)

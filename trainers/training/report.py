@@ -5,7 +5,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import lightning.pytorch as L
-from saescale.storage.stream import Stream
+from saescale.storage.source import Batches
 from saescale.trainers.training.pack import Pack
 from saescale.trainers.training.training_cell import TrainingCell
 
@@ -39,7 +39,7 @@ class Report(L.Callback):
     """Tells `report` where the pack stands about twice a second, and stops it when `should_stop` says so."""
 
     def __init__(
-        self, report: Callable[[Progress], None], should_stop: Callable[[], bool], start: int, stream: Stream
+        self, report: Callable[[Progress], None], should_stop: Callable[[], bool], start: int, stream: Batches
     ) -> None:
         self.report, self.should_stop, self.stream = report, should_stop, stream
         self._start = start

@@ -21,8 +21,8 @@ from pydantic import BaseModel, Field
 from saescale.storage import checkpoint
 from saescale.storage.errors import SaescaleError, SaescaleWarning, one_line
 from saescale.storage.rundir import RunDirectory
+from saescale.storage.source import Batches, Order, Source
 from saescale.storage.store import ActivationStore
-from saescale.storage.stream import Stream
 from saescale.trainers.cell import Cell, EvalSpec
 from saescale.trainers.device import OutOfMemory, default_device, is_out_of_memory, set_threads
 from saescale.trainers.evals.nmse import HeldOut
@@ -99,7 +99,7 @@ def _train(job: PackJob, report: Callable[[Progress], None], should_stop: Callab
             # The order matters: a stop is noticed by Report and saved by Checkpoint, which skips finished cells.
             checkpoints = Checkpoint(run, job.checkpoint_every_s, stream, job.driver, start)
             callbacks = [evaluate, Report(report, should_stop, start, stream), checkpoints]
-            _trainer(callbacks, device).fit(pack, stream_loader(stream, store.manifest.dtype, device))
+            _trainer(callbacks, device).fit(pack, stream_loader(stream, store.dtype, device))
     finally:
         logger.close()
     return PackOutcome(results + list(evaluate.results.values()), stopped=bool(pack.running))
@@ -164,17 +164,17 @@ def measured_centre(store: ActivationStore, cell: Cell) -> Centre:
     """Measured on the first rows of the stream."""
     sample = torch.empty(min(SAMPLE_TOKENS, store.rows("train")), store.d_model)
     with _stream(store, cell, -(-len(sample) // cell.batch_tokens)) as stream:
-        for number, act in enumerate(stream):
+        for number, batch in enumerate(stream):
             part = sample[number * cell.batch_tokens : (number + 1) * cell.batch_tokens]
-            part.copy_(normalise(to_tensor(act, store.manifest.dtype))[: len(part)])
+            part.copy_(normalise(to_tensor(batch.x, store.dtype))[: len(part)])
     return measure_centre(sample)
 
 
-def _stream(store: ActivationStore, cell: Cell, batches: int, position: dict[str, Any] | None = None) -> Stream:
+def _stream(store: Source, cell: Cell, batches: int, position: dict[str, Any] | None = None) -> Batches:
     """From the first batch, or from a checkpoint's `position` on in the order that it was trained in until then."""
     if position is not None:
-        return Stream.resume(store, position, batches=batches)
-    return Stream(store, "train", batch_tokens=cell.batch_tokens, seed=cell.stream_seed, batches=batches)
+        return store.resume(position, stop=batches)
+    return store.batches(Order("train", cell.stream_seed, cell.batch_tokens), stop=batches)
 
 
 def _trainer(callbacks: list[L.Callback], device: torch.device) -> L.Trainer:
