@@ -171,6 +171,7 @@ def sweep(
     """
     from saescale.cluster.sweep.driver import run_sweep
     from saescale.cluster.sweep.spec import load_spec
+    from saescale.scaling.laws.settings import FitSettings
 
     loaded = load_spec(spec, out=out, wandb=wandb)
     if extend is not None:
@@ -180,7 +181,7 @@ def sweep(
         console.print(f"{added} cells added to {loaded.grid.size - added}", highlight=False)
     with _display() as display:
         began = time.monotonic()
-        outcome = run_sweep(loaded, display, address, bootstraps, extend is not None, retry_failed)
+        outcome = run_sweep(loaded, display, address, FitSettings(bootstraps), extend is not None, retry_failed)
     _summary(outcome, time.monotonic() - began, store=loaded.store)
     console.print(f"\nNext: saescale fit {loaded.out} --law n_k", highlight=False)
 
@@ -212,6 +213,7 @@ def report(
     Example: [bold]saescale report runs/quickstart --format md[/]
     """
     from saescale.cluster.sweep.ledger import provenance_of
+    from saescale.scaling.laws.settings import FitSettings
     from saescale.scaling.report.report import FILES, analyse
     from saescale.storage.rundir import RunDirectory
 
@@ -219,7 +221,7 @@ def report(
     if unknown := [name for name in formats or [] if name not in FILES]:
         raise SaescaleError(f"--format {unknown[0]}: there are {' and '.join(FILES)}")
     directory = RunDirectory(run)
-    analyse(directory, bootstraps=bootstraps, provenance=provenance_of(directory), formats=wanted)
+    analyse(directory, FitSettings(bootstraps), provenance=provenance_of(directory), formats=wanted)
     pages = [f"{run}/{FILES[name]}" for name in wanted]
     console.print(f"wrote {', '.join(pages)}, {run}/fits.json and {run}/figures/", highlight=False, soft_wrap=True)
     console.print(f"Next: open {pages[0]} in a browser", highlight=False, soft_wrap=True)

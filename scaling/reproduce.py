@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from saescale.scaling.laws.estimate import Fit, fit_law
 from saescale.scaling.laws.known import GPT4, N_D, N_K
+from saescale.scaling.laws.settings import FitSettings
 from saescale.scaling.tables import load_results
 from saescale.storage.errors import SaescaleError
 from saescale.storage.rundir import RunDirectory
@@ -68,7 +69,7 @@ def chinchilla(seeds: int = 0) -> Reproduction:
     content = files("saescale.scaling").joinpath("data/chinchilla_points.csv").read_text()
     points = np.genfromtxt(io.StringIO(content), delimiter=",", names=True)
     columns = {"n_latents": points["n_parameters"], "tokens": points["tokens"]}
-    fit = fit_law(N_D, columns, points["loss"], bootstraps=0)
+    fit = fit_law(N_D, columns, points["loss"], FitSettings(0))
     found = dict(zip(N_D.names, N_D.to_reported(fit.raw), strict=True))
     published = {"A": "442.2", "B": "1271.8", "E": "1.7839", "a": "0.3426", "b": "0.3420"}
     lines = [Line("runs", "234", str(len(points)), len(points) == 234)]
@@ -133,7 +134,7 @@ def quickstart(seeds: int = 0) -> Reproduction:
         raise SaescaleError(f"there is no {PUBLISHED}/fits.json; run this from a checkout of the repository")
     results = load_results(str(PUBLISHED / "results.csv"))
     entry = next(entry for entry in document["fits"] if entry["law"] == "n_k")
-    fit = fit_law(N_K, results.columns, results["nmse"], bootstraps=0)
+    fit = fit_law(N_K, results.columns, results["nmse"], FitSettings(0))
     lines = [Line("cells", str(entry["points"]), str(len(results)), len(results) == entry["points"])]
     found = {name: value["value"] for name, value in fit.coefficients().items()}
     for k in entry["exponent_of_n_at_k"]:
@@ -156,7 +157,7 @@ REPRODUCTIONS: dict[str, Callable[[int], Reproduction]] = {
 
 
 def _simulated(n: np.ndarray, k: np.ndarray, nmse: np.ndarray, seed: int) -> Fit:
-    return fit_law(N_K, {"n_latents": n, "k": k}, nmse, bootstraps=_BOOTSTRAPS, seed=seed, agree=False)
+    return fit_law(N_K, {"n_latents": n, "k": k}, nmse, FitSettings(_BOOTSTRAPS, seed=seed), agree=False)
 
 
 def _holds(interval: dict[str, float | None], true: float) -> bool:

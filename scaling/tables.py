@@ -9,16 +9,17 @@ import pyarrow as pa
 import pyarrow.csv
 import pyarrow.parquet
 import xxhash
+from saescale.storage.columns import COLUMNS, columns_of, current_names
 from saescale.storage.errors import SaescaleError
 from saescale.storage.files import exists, join, open_input
 from saescale.storage.rundir import RunDirectory
 
-_POSITIVE = ("nmse", "loss", "n_latents", "k", "tokens", "flops", "flops_dense")
 _NUMERIC = (pa.types.is_integer, pa.types.is_floating, pa.types.is_boolean, pa.types.is_null)
+_POSITIVE = tuple(column.name for column in COLUMNS.values() if column.positive)
 # What fits, warnings and reports calculate with, where a table has it.
-_NUMBERS = (*_POSITIVE, "d_model", "seed", "lr", "l0", "dead_fraction", "dead_fraction_long", "wall_s")
-_TIMES = ("wall_s", "tokens_per_s")
-_COMPARABLE = ("subject", "site", "d_model", "activation")
+_NUMBERS = tuple(column.name for column in columns_of("results") if column.is_number)
+_TIMES = tuple(column.name for column in COLUMNS.values() if column.role == "time")
+_COMPARABLE = tuple(column.name for column in COLUMNS.values() if column.one_kind)
 
 
 @dataclass(frozen=True)
@@ -39,9 +40,10 @@ class Table:
 
     @classmethod
     def from_arrow(cls, table: pa.Table, source: str) -> Self:
-        """Integers, floats and booleans become float64; every other type becomes text (missing is "")."""
+        """Integers, floats and booleans become float64; every other type becomes text (missing is ""). Columns that
+        earlier versions called otherwise have today's names."""
         columns = {}
-        for name, column in zip(table.column_names, table.columns, strict=True):
+        for name, column in zip(current_names(table.column_names), table.columns, strict=True):
             kind = column.type
             # A CSV column without any value has the type null.
             if any(is_kind(kind) for is_kind in _NUMERIC):
@@ -190,12 +192,12 @@ def fingerprint(results: Table, curves: Table | None) -> str:
 
 
 def comparable(table: Table, over_subjects: bool = False) -> Table:
-    """Rows of one kind: where subject, site, d_model or activation differ, the most frequent combination stays.
+    """Rows of one kind: where subject, site, d_model or architecture differ, the most frequent combination stays.
 
     A law describes one subject and one kind of SAE; the others are excluded, with the reason. `over_subjects`: all
-    subjects stay, and only activations must agree.
+    subjects stay, and only architectures must agree.
     """
-    names = [name for name in (("activation",) if over_subjects else _COMPARABLE) if name in table]
+    names = [name for name in (("architecture",) if over_subjects else _COMPARABLE) if name in table]
     kinds = list(zip(*(table[name].tolist() for name in names), strict=True)) if names else []
     if len(set(map(str, kinds))) < 2:
         return table
@@ -246,7 +248,9 @@ def _read_file(url: str) -> Table:
     try:
         with open_input(url) as file:
             if url.lower().endswith(".csv"):
-                return Table.from_arrow(pyarrow.csv.read_csv(file), url)
-            return Table.from_arrow(pyarrow.parquet.read_table(file), url)
+                return Table.from_arrow(pyarrow.csv.read_csv(file, pyarrow.csv.ReadOptions(use_threads=False)), url)
+            # In this thread alone, as the run directory's tables are read and for the same reason (rundir.py).
+            parquet = pyarrow.parquet.ParquetFile(file, pre_buffer=False)
+            return Table.from_arrow(parquet.read(use_threads=False), url)
     except pa.ArrowInvalid as error:
         raise SaescaleError(f"{url}: not a readable table ({str(error).splitlines()[0]})") from error

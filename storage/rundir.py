@@ -8,52 +8,12 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import yaml
 from saescale.storage import files
+from saescale.storage.columns import CURVES, EVALS, RESULTS, conform
 from saescale.storage.errors import SaescaleError
-
-_TEXT, _INT, _REAL = pa.string(), pa.int64(), pa.float64()
-
-RESULTS_SCHEMA = pa.schema(
-    [
-        ("cell_id", _TEXT),
-        ("subject", _TEXT),
-        ("site", _TEXT),
-        ("d_model", _INT),
-        ("n_latents", _INT),
-        ("k", _INT),
-        ("activation", _TEXT),
-        ("seed", _INT),
-        ("lr", _REAL),
-        ("tokens", _INT),
-        ("flops", _REAL),
-        ("flops_dense", _REAL),
-        ("nmse", _REAL),
-        ("l0", _REAL),
-        ("dead_fraction", _REAL),
-        ("dead_fraction_long", _REAL),
-        ("wall_s", _REAL),
-        ("status", _TEXT),
-        ("error", _TEXT),
-    ]
-)
-
-CURVES_SCHEMA = pa.schema(
-    [
-        ("cell_id", _TEXT),
-        ("step", _INT),
-        ("tokens", _INT),
-        ("flops", _REAL),
-        ("nmse", _REAL),
-        ("train_nmse", _REAL),
-        ("l0", _REAL),
-        ("dead_fraction", _REAL),
-        ("dead_fraction_long", _REAL),
-        ("lr", _REAL),
-        ("tokens_per_s", _REAL),
-    ]
-)
 
 
 class RunDirectory:
@@ -112,12 +72,12 @@ class RunDirectory:
 
     def write_cell_curve(self, cell_id: str, rows: list[dict[str, Any]]) -> None:
         """Writes the whole curve of a cell, one row per evaluation; `cell_id` is filled in."""
-        table = pa.Table.from_pylist([row | {"cell_id": cell_id} for row in rows], CURVES_SCHEMA)
+        table = pa.Table.from_pylist([row | {"cell_id": cell_id} for row in rows], CURVES)
         self._write_table(f"cells/{cell_id}/curve.parquet", table)
 
     def read_cell_curve(self, cell_id: str) -> list[dict[str, Any]]:
         """The cell's curve so far; [] when it has none."""
-        return self._read_table(f"cells/{cell_id}/curve.parquet", CURVES_SCHEMA).to_pylist()
+        return self._read_table(f"cells/{cell_id}/curve.parquet", CURVES).to_pylist()
 
     def cell_files(self) -> dict[str, set[str]]:
         """The files of each cell that has any, relative to its folder: `result.json`, `checkpoint/latest.json` ..."""
@@ -135,19 +95,30 @@ class RunDirectory:
 
     def write_results(self, rows: list[dict[str, Any]]) -> None:
         """Writes results.parquet, one row per cell."""
-        self._write_table("results.parquet", pa.Table.from_pylist(rows, RESULTS_SCHEMA))
+        self._write_table("results.parquet", pa.Table.from_pylist(rows, RESULTS))
 
     def read_results(self) -> pa.Table:
         """results.parquet; no rows when it is missing."""
-        return self._read_table("results.parquet", RESULTS_SCHEMA)
+        return self._read_table("results.parquet", RESULTS)
 
     def write_curves(self, table: pa.Table) -> None:
-        """Writes curves.parquet; `table` has the columns of CURVES_SCHEMA in any order."""
-        self._write_table("curves.parquet", table.select(CURVES_SCHEMA.names).cast(CURVES_SCHEMA))
+        """Writes curves.parquet; `table` has the columns of CURVES in any order."""
+        self._write_table("curves.parquet", conform(table, CURVES))
 
     def read_curves(self) -> pa.Table:
         """curves.parquet; no rows when it is missing."""
-        return self._read_table("curves.parquet", CURVES_SCHEMA)
+        return self._read_table("curves.parquet", CURVES)
+
+    def write_evals(self, cell_id: str, evaluation: str, rows: list[dict[str, Any]]) -> None:
+        """Puts the rows of one evaluation of one cell into evals.parquet, in place of those that it had there."""
+        there = self.read_evals()
+        own = pc.and_(pc.equal(there["cell_id"], cell_id), pc.equal(there["evaluation"], evaluation))
+        new = pa.Table.from_pylist([row | {"cell_id": cell_id, "evaluation": evaluation} for row in rows], EVALS)
+        self._write_table("evals.parquet", pa.concat_tables([there.filter(pc.invert(own)), new]))
+
+    def read_evals(self) -> pa.Table:
+        """evals.parquet; no rows when it is missing."""
+        return self._read_table("evals.parquet", EVALS)
 
     def write_json(self, name: str, obj: Any) -> None:
         """Writes `obj` (JSON types, numpy scalars, arrays, tuples) to the file `name` of the run."""
@@ -176,7 +147,8 @@ class RunDirectory:
         try:
             # In this thread alone: one of Arrow's own that still works when the interpreter ends aborts the process
             # (arrow issue 34314), and `read_table` starts some whatever it is told.
-            return pq.ParquetFile(pa.BufferReader(content), pre_buffer=False).read(use_threads=False)
+            table = pq.ParquetFile(pa.BufferReader(content), pre_buffer=False).read(use_threads=False)
+            return conform(table, schema)
         except (pa.ArrowException, OSError) as error:
             raise _damaged(where, error) from error
 

@@ -8,7 +8,6 @@ from types import TracebackType
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
-
 from saescale.storage.manifest import Dtype, Site, Split
 from saescale.storage.rows import Rows
 
@@ -78,9 +77,7 @@ class Source(Protocol):
     @property
     def site(self) -> Site: ...
 
-    def batches(
-        self, order: Order, start: int = 0, stop: int | None = None, rank: int = 0, ranks: int = 1
-    ) -> Batches:
+    def batches(self, order: Order, start: int = 0, stop: int | None = None, rank: int = 0, ranks: int = 1) -> Batches:
         """Global batches `start` to `stop` (None: without end) of that order, this rank's slice of each."""
 
     def resume(self, state: dict[str, Any], stop: int | None = None, rank: int = 0, ranks: int = 1) -> Batches:

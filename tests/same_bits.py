@@ -37,6 +37,7 @@ def quickstart(folder: Path) -> Iterator[tuple[str, str]]:
     """Store and cells of `saescale quickstart --tiny`, in float32."""
     from saescale.cluster.front.quickstart import recipe
     from saescale.cluster.sweep.driver import run_sweep
+    from saescale.scaling.laws.settings import FitSettings
     from saescale.storage.store import ActivationStore
     from saescale.trainers.harvest.conduct import harvest
 
@@ -49,7 +50,7 @@ def quickstart(folder: Path) -> Iterator[tuple[str, str]]:
         yield f"store {shard.name}", shard.xxh3
     train = made.sweep.train.model_copy(update={"precision": "fp32"})
     spec = made.sweep.model_copy(update={"store": store, "train": train})
-    outcome = run_sweep(spec, Recorder(), bootstraps=0)
+    outcome = run_sweep(spec, Recorder(), settings=FitSettings(0))
     yield from run_digests(outcome.run.url)
 
 

@@ -3,6 +3,8 @@
 import difflib
 import hashlib
 import json
+import math
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, NamedTuple, Self
 
@@ -83,6 +85,8 @@ class Cell(BaseModel):
     def _check(self) -> Self:
         if self.k > self.n_latents:
             raise ValueError(f"k={self.k} is larger than n_latents={self.n_latents}: an SAE needs k <= n_latents")
+        if self.precision == "bf16" and not traits_of(self.architecture).bf16:
+            raise ValueError(f"{self.architecture} has no fast path, which is what bf16 is for: set precision to fp32")
         if self.tokens % self.batch_tokens:
             raise ValueError(f"tokens={self.tokens} is not a multiple of batch_tokens={self.batch_tokens}")
         return self
@@ -129,39 +133,56 @@ def known_architecture(name: str) -> str:
     return name.replace("-", "_")
 
 
-def whole_settings(architecture: str, k: int, settings: dict[str, Any]) -> "Settings":
-    """An architecture's settings with its defaults. Raises ValueError, in one line, for one that there is not."""
-    # Torch comes with it, which not everyone who reads a cell's fields needs.
+class Traits(NamedTuple):
+    settings: tuple[str, ...]  # names of what an architecture can be told beside k
+    bf16: bool  # whether it has a fast path, which is what has a precision
+
+
+def traits_of(architecture: str) -> Traits:
+    """What a sweep needs to know of an architecture. Raises SaescaleError for an unknown one."""
     from saescale.trainers.architectures.architecture import find_architecture
 
+    module = find_architecture(architecture)
+    return Traits(
+        tuple(name for name in module.Settings.model_fields if name != "k"), getattr(module, "step", None) is not None
+    )
+
+
+def check_settings(architectures: Sequence[str], settings: Mapping[str, Any]) -> None:
+    """Raises ValueError, in one line, for a setting that none of them has, or of a value that one does not take."""
     try:
-        model = find_architecture(architecture).Settings
+        traits = {name: traits_of(name) for name in architectures}
     except SaescaleError as error:  # a user's file that fails
         raise ValueError(str(error)) from error
-    names = [name for name in model.model_fields if name != "k"]
+    names = sorted({name for own in traits.values() for name in own.settings})
     for name in settings:
         if name not in names:
             close = difflib.get_close_matches(str(name), names, n=1, cutoff=0.4)
             hint = f"did you mean {close[0]}?" if close else f"there are {', '.join(names) or 'none'}"
-            raise ValueError(f"{name} is no setting of {architecture}, {hint}")
+            raise ValueError(f"{name} is no setting of {' or '.join(architectures)}: {hint}")
+    for architecture, own in traits.items():
+        whole_settings(architecture, 1, {name: value for name, value in settings.items() if name in own.settings})
+
+
+def whole_settings(architecture: str, k: int, settings: Mapping[str, Any]) -> "Settings":
+    """An architecture's settings with its defaults. Raises ValueError, in one line, for one that there is not."""
+    from saescale.trainers.architectures.architecture import find_architecture
+
     try:
+        model = find_architecture(architecture).Settings
+        unknown = [name for name in settings if name not in model.model_fields or name == "k"]
+        if unknown:
+            check_settings([architecture], {unknown[0]: None})
         return model(k=k, **settings)
+    except SaescaleError as error:
+        raise ValueError(str(error)) from error
     except ValidationError as error:
         problem = error.errors()[0]
         where = ".".join(str(part) for part in problem["loc"])
-        raise ValueError(f"setting {where} of {architecture}: {problem['msg']} (given: {problem['input']!r})") from error
+        given = f" (given: {problem['input']!r})"
+        raise ValueError(f"setting {where} of {architecture}: {problem['msg']}{given}") from error
 
 
-class CurveRow(NamedTuple):
-    """One evaluation of one cell: a row of curves.parquet (less cell_id) and one point in W&B."""
-
-    step: int
-    tokens: int
-    flops: float  # sparse training FLOPs so far
-    nmse: float  # whole held-out set, EMA weights, summed in float64
-    train_nmse: float  # mean of the training loss over the steps since the last row
-    l0: float  # mean number of active latents per held-out token
-    dead_fraction: float
-    dead_fraction_long: float
-    lr: float
-    tokens_per_s: float
+def auto_k_aux(d_model: int) -> int:
+    """The power of two nearest to d_model / 2 (Gao et al. 2024, appendix A.2: 512 typical, 256 at d_model 768)."""
+    return 2 ** round(math.log2(d_model / 2))

@@ -25,9 +25,9 @@ from saescale.storage.errors import SaescaleError, SaescaleWarning, one_line
 from saescale.storage.files import exists, join
 from saescale.storage.manifest import MANIFEST
 from saescale.storage.store import ActivationStore
-from saescale.trainers.cell import Precision
 from saescale.trainers.device import default_device, fast_precision
 from saescale.trainers.kernels.choose import KernelKind, kernel_kind
+from saescale.trainers.precision import Precision
 from saescale.trainers.training.memory import PROCESS_BYTES, StreamSize, pack_memory
 from saescale.trainers.training.report import Progress
 from saescale.trainers.training.train import PackJob, train_pack

@@ -40,16 +40,18 @@ def fit(
     Example: [bold]saescale fit runs/quickstart --law n_k --predict n=16384,k=32[/]
     """
     from saescale.cluster.front.display import coefficient_table
-    from saescale.scaling.laws.fit import DEFAULT_LAWS, fit_laws, fit_notes
+    from saescale.scaling.laws.fit import fit_laws, fit_notes
     from saescale.scaling.laws.known import load_laws
     from saescale.scaling.laws.predict import parse_point, predictions
+    from saescale.scaling.laws.settings import DEFAULT_LAWS, FitSettings
     from saescale.scaling.sources import load_sources
     from saescale.storage.rundir import RunDirectory
 
     own = tuple(dict.fromkeys(found.name for path in law_file or () for found in load_laws(path)))
     asked = (*(law or ()), *(name for name in own if name not in (law or ())))
     points = [parse_point(text) for text in predict or ()]
-    fitted = fit_laws(*load_sources(sources, _read_wandb), bootstraps=bootstraps, laws=asked or DEFAULT_LAWS)
+    settings = FitSettings(bootstraps, laws=asked or DEFAULT_LAWS)
+    fitted = fit_laws(*load_sources(sources, _read_wandb), settings)
     document = fitted.document()
     if points and fitted.fits:
         document["predictions"] = [row for point in points for row in predictions(fitted.fits, point)]

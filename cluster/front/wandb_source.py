@@ -6,8 +6,8 @@ from typing import Any
 
 import pyarrow as pa
 from saescale.scaling.tables import Table, check_cells, finished
+from saescale.storage.columns import COLUMNS, CURVES, OLD_NAMES, RESULTS
 from saescale.storage.errors import SaescaleError, one_line
-from saescale.storage.rundir import CURVES_SCHEMA, RESULTS_SCHEMA
 
 _TIMEOUT_S = 30
 _POINTS = 2_000  # of a curve, evenly taken; a longer one is thinned by the server
@@ -44,23 +44,22 @@ def read_project(path: str) -> tuple[Table, Table | None]:
     source = f"wandb:{path}"
     if not cells:
         raise SaescaleError(f"{source}: no run with n_latents and k in its config and nmse in its summary")
-    results = finished(Table.from_arrow(pa.Table.from_pylist(cells, RESULTS_SCHEMA), source)).with_values()
+    results = finished(Table.from_arrow(pa.Table.from_pylist(cells, RESULTS), source)).with_values()
     check_cells(results)
     if not curves:
         return results, None
-    return results, Table.from_arrow(pa.Table.from_pylist(curves, CURVES_SCHEMA), f"{source}, history")
+    return results, Table.from_arrow(pa.Table.from_pylist(curves, CURVES), f"{source}, history")
 
 
 def _cell(run: Any) -> dict[str, Any] | None:
     """A row of results.parquet, or None where the run is no cell."""
-    config, summary = dict(run.config), run.summary
+    config, summary = {OLD_NAMES.get(name, name): value for name, value in dict(run.config).items()}, run.summary
     if "n_latents" not in config or "k" not in config or run.job_type == "summary":
         return None
-    known = {name: summary.get(name, config.get(name)) for name in RESULTS_SCHEMA.names}
-    known |= {
-        name: config[name] for name in ("n_latents", "k", "d_model", "seed", "lr", "activation") if name in config
-    }
-    row = _as_schema(known, RESULTS_SCHEMA) | {
+    known = {name: summary.get(name, config.get(name)) for name in RESULTS.names}
+    # What defines a cell is in its config, whatever else the summary calls so.
+    known |= {name: config[name] for name in RESULTS.names if COLUMNS[name].role == "spec" and name in config}
+    row = _as_schema(known, RESULTS) | {
         "cell_id": _text(config.get("cell_id", run.id)),
         "subject": _text(config.get("subject", "")),
         "site": _text(_site(config.get("site", ""))),
@@ -105,5 +104,5 @@ def _site(site: Any) -> str:
 
 def _curve(run: Any, cell_id: str) -> list[dict[str, Any]]:
     logged = run.history(samples=_POINTS, keys=None, pandas=False)
-    rows = [_as_schema(row | {"step": row.get("_step"), "cell_id": cell_id}, CURVES_SCHEMA) for row in logged]
+    rows = [_as_schema(row | {"step": row.get("_step"), "cell_id": cell_id}, CURVES) for row in logged]
     return [row for row in rows if row["nmse"] is not None and row["tokens"] is not None]

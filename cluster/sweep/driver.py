@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 from saescale.cluster.front.display import SweepDisplay
 from saescale.cluster.sweep.ledger import Ledger, open_ledger, provenance_of, recorded_precision
 from saescale.cluster.sweep.spec import SweepSpec
+from saescale.scaling.laws.settings import FitSettings
 from saescale.scaling.report.report import analyse, is_current
 from saescale.storage.files import join, list_names, local_path
 from saescale.storage.lease import Lease, read_driver, require_free
@@ -16,6 +17,7 @@ from saescale.trainers.loggers.wandb_cells import how_to_read, log_summary, reso
 
 FULL_VERIFY_BYTES = 2 * 2**30  # stores up to this size are read whole before training starts
 JOB = "SAESCALE_JOB"  # in the environment of a submitted sweep: the id of its Ray job
+_SETTINGS = FitSettings()
 WANDB = "wandb.json"  # what was logged, and how to read it
 
 
@@ -32,7 +34,7 @@ def run_sweep(
     spec: SweepSpec,
     display: SweepDisplay,
     address: str | None = None,
-    bootstraps: int = 1000,
+    settings: FitSettings = _SETTINGS,
     extending: bool = False,
     retry_failed: bool = False,
 ) -> SweepOutcome:
@@ -71,21 +73,21 @@ def run_sweep(
                 ledger.begin()
                 Execution(spec, ledger, pool, needs, packs, steps, lease, display).run()
         else:
-            if not _is_concluded(run, bootstraps):
+            if not _is_concluded(run, settings):
                 lease = held.enter_context(Lease(run.url, job))
             # Cells of an extension may have their results already.
             ledger.write_spec()
-        fits, wandb = _analyse(spec, ledger, display, bootstraps)
+        fits, wandb = _analyse(spec, ledger, display, settings)
         if lease is not None:
             lease.end("finished")
     failed = sum(result["status"] == "failed" for result in ledger.results.values())
     return SweepOutcome(run, fits, len(ledger.cells), failed, trained, wandb)
 
 
-def _is_concluded(run: RunDirectory, bootstraps: int) -> bool:
+def _is_concluded(run: RunDirectory, settings: FitSettings) -> bool:
     """Whether the driver that trained the last cells also fitted the laws and said so."""
     last = read_driver(run.url)
-    return (last is None or last.state == "finished") and is_current(run, bootstraps=bootstraps)
+    return (last is None or last.state == "finished") and is_current(run, settings)
 
 
 def verify(store: ActivationStore, eval_tokens: int, display: SweepDisplay) -> None:
@@ -98,15 +100,15 @@ def verify(store: ActivationStore, eval_tokens: int, display: SweepDisplay) -> N
 
 
 def _analyse(
-    spec: SweepSpec, ledger: Ledger, display: SweepDisplay, bootstraps: int
+    spec: SweepSpec, ledger: Ledger, display: SweepDisplay, settings: FitSettings
 ) -> tuple[dict[str, Any], str | None]:
     """Fits, figures, report and the summary run in W&B; read back where they are there for these results already."""
     run = ledger.run
     ledger.settle()
-    fits = run.read_json("fits.json") if is_current(run, bootstraps=bootstraps) else None
+    fits = run.read_json("fits.json") if is_current(run, settings) else None
     if fits is None:
         display.stage("fitting the laws, drawing the figures, writing the report")
-        fits = analyse(run, bootstraps=bootstraps, provenance=provenance_of(run))
+        fits = analyse(run, settings, provenance=provenance_of(run))
     mode = resolve_mode(spec.wandb)
     if mode == "off":
         return fits, None

@@ -11,6 +11,7 @@ import yaml
 from saescale.cluster.sweep.spec import NO_STORE, SweepSpec, parse_spec
 from saescale.scaling.laws.estimate import Fit, fit_law
 from saescale.scaling.laws.known import GPT4, N_K
+from saescale.scaling.laws.settings import FitSettings
 from saescale.scaling.planning.design import (
     LEVELS,
     TARGETS,
@@ -172,7 +173,7 @@ def _prior(request: Request) -> tuple[Prior, dict[str, Any], int]:
     results = comparable(load_sources([request.source])[0])
     results.require(("n_latents", "k"))
     try:
-        fit = fit_law(N_K, results.columns, results["nmse"], bootstraps=_DRAWS * 10)
+        fit = fit_law(N_K, results.columns, results["nmse"], FitSettings(_DRAWS * 10))
     except SaescaleError as error:
         raise SaescaleError(
             f"{request.source}: no law to plan from: {error}; or plan from the published law"

@@ -7,9 +7,9 @@ from saescale.scaling.laws.estimate import Fit
 from saescale.scaling.laws.fit import Laws
 from saescale.scaling.laws.known import N_FLOOR, N_K
 from saescale.scaling.tables import Table, number
+from saescale.storage.columns import COLUMNS
 
-N_LABEL = "Latents N"
-NMSE_LABEL = "Held-out normalised MSE (nmse)"
+N_LABEL, NMSE_LABEL, DEAD_LABEL = (COLUMNS[name].title for name in ("n_latents", "nmse", "dead_fraction"))
 _BAND = 1.5
 _SYMBOLS = {"beta_k": "β_k", "beta_n": "β_n", "alpha": "α", "gamma": "γ", "zeta": "ζ", "eta": "η"}
 _N_K_FORMULA = "nmse = exp(α + β_k ln k + β_n ln n + γ ln k ln n) + exp(ζ + η ln k)"
@@ -116,7 +116,7 @@ def dead_fraction(laws: Laws) -> View | None:
         "Share of latents that are dead at the end of training. Above about 10 % the effective N is smaller than N, "
         "which flattens the law.",
         "Points: cells.",
-        count_axis(N_LABEL, results["n_latents"]), linear_axis("Dead latents (%)", shown, zero=True),
+        count_axis(N_LABEL, results["n_latents"]), linear_axis(f"{DEAD_LABEL} (%)", shown, zero=True),
         tuple(ks_of(laws)), tuple(layers),
     )  # fmt: skip
 
@@ -153,8 +153,8 @@ def dead_over_training(laws: Laws, curves: Table | None) -> View | None:
         "Share of latents that are dead as training goes on. A curve that still rises has not settled."
         + how_thinned(len(lines)),
         "Lines: cells, labelled at each k by the one that ends highest.",
-        linear_axis("Training tokens (millions)", [0.0, furthest], zero=True),
-        linear_axis("Dead latents (%)", np.concatenate(seen), zero=True),
+        linear_axis(f"{COLUMNS['tokens'].title} (millions)", [0.0, furthest], zero=True),
+        linear_axis(f"{DEAD_LABEL} (%)", np.concatenate(seen), zero=True),
         tuple(ks_of(laws)), tuple(layers),
     )  # fmt: skip
 

@@ -11,8 +11,9 @@ from saescale.scaling.laws.estimate import Fit
 from saescale.scaling.laws.fit import Laws
 from saescale.scaling.laws.frontier import Curve
 from saescale.scaling.laws.known import C_FLOOR, GPT4
+from saescale.storage.columns import COLUMNS
 
-C_LABEL = "Training compute C (FLOPs, sparse)"
+C_LABEL, K_LABEL = COLUMNS["flops"].title, COLUMNS["k"].title
 _SLICES = 6
 _LEAST_SIZES = 3
 
@@ -119,7 +120,7 @@ def exponents(laws: Laws) -> View | None:
     return View(
         "exponents", "Exponent of n at each k",
         f"How steeply the reducible part of nmse falls with n at fixed k{reference}.", " ".join(keys),
-        count_axis("Active latents k", ks, room=1.25), linear_axis("Exponent of n", shown), tuple(ks), tuple(layers),
+        count_axis(K_LABEL, ks, room=1.25), linear_axis("Exponent of n", shown), tuple(ks), tuple(layers),
     )  # fmt: skip
 
 

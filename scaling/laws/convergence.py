@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 from saescale.scaling.laws.estimate import Fit, fit_law
 from saescale.scaling.laws.law import Exponent, Law, Term
+from saescale.scaling.laws.settings import FitSettings
 from saescale.scaling.tables import Table
 from saescale.storage.errors import SaescaleError
 
@@ -48,7 +49,7 @@ class Convergence:
         }
 
 
-def find_convergence(cells: Table, curves: Table, bootstraps: int, seed: int) -> Convergence:
+def find_convergence(cells: Table, curves: Table, settings: FitSettings) -> Convergence:
     """Of `cells` (cell_id, n_latents, k) with their `curves` (cell_id, tokens, nmse), with a bootstrap over cells."""
     rows: list[dict[str, float | str]] = []
     unconverged = early = 0
@@ -74,7 +75,7 @@ def find_convergence(cells: Table, curves: Table, bootstraps: int, seed: int) ->
     columns = {name: np.array([float(r[name]) for r in rows]) for name in ("n_latents", "k", "tokens")}
     law = _OVER_K if len(np.unique(columns["k"])) > 1 else _AT_ONE_K
     try:
-        fit = fit_law(law, columns, columns["tokens"], bootstraps=bootstraps, seed=seed)
+        fit = fit_law(law, columns, columns["tokens"], settings)
     except SaescaleError as error:
         return Convergence(tuple(rows), unconverged, None, f"of cells that converged: {error}", early)
     return Convergence(tuple(rows), unconverged, fit, early=early)

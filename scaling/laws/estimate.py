@@ -8,11 +8,13 @@ import numpy as np
 from saescale.scaling.laws.huber import Problem, losses, minimise, polish
 from saescale.scaling.laws.identify import Conditioning, Profile, condition
 from saescale.scaling.laws.law import SYMBOLS, Law
+from saescale.scaling.laws.settings import FitSettings
 from saescale.storage.errors import SaescaleError
 from scipy.optimize import nnls
 from scipy.stats import norm, t
 
 STARTS = 64
+_SETTINGS = FitSettings()
 _QUANTILES = (2.5, 97.5)
 _AT_ONCE = 2_000_000  # numbers of float64 that one temporary may hold
 _SCATTER = norm.ppf((np.arange(40) + 0.5) / 40)
@@ -166,9 +168,8 @@ def fit_law(
     law: Law,
     columns: Mapping[str, np.ndarray],
     nmse: np.ndarray,
+    settings: FitSettings = _SETTINGS,
     *,
-    bootstraps: int = 1000,
-    seed: int = 0,
     at: Mapping[str, float] | None = None,
     resampler: Resampler | None = None,
     excluded: tuple[str, ...] = (),
@@ -178,8 +179,8 @@ def fit_law(
 
     The loss is Huber's on ln predicted - ln measured with a width of 1e-3, summed over points and minimised by
     variable projection from many starts: that of Hoffmann et al. 2022 (2203.15556, approach 3), with nmse in place of
-    the language model's loss. Intervals come from refits to `bootstraps` resamples, by default of cells (see
-    `resample_cells`), deterministic in `seed`. `agree`: False spares the starts that only confirm the best one.
+    the language model's loss. Intervals come from refits to resamples, by default of cells (see `resample_cells`);
+    of `settings` the laws do not count here. `agree`: False spares the starts that only confirm the best one.
 
     Raises SaescaleError when the points are fewer than coefficients + 2 or a column takes too few values.
     """
@@ -194,7 +195,7 @@ def fit_law(
                 f"{SYMBOLS.get(column, column)} takes {len(np.unique(values))} different values; "
                 f"it takes at least {_levels(law)}. Add cells"
             )
-    rng = np.random.default_rng(seed)
+    rng = np.random.default_rng(settings.seed)
     log_nmse = np.log(nmse)
     ones = np.ones(len(nmse))
     problem, to_raw = centred(law, columns, log_nmse)
@@ -203,10 +204,10 @@ def fit_law(
     best = polish(problem, found[np.argmin(loss)], log_nmse, ones)
     agreeing = int((loss <= 1.01 * losses(problem, best[None], log_nmse, ones)[0] + 1e-12).sum())
     draws, redrawn = np.empty((0, len(law.names))), 0
-    if bootstraps:
+    if settings.bootstraps:
         value = problem.log_value(best)[0]
-        samples = (resampler or resample_cells)(Fitted(value, log_nmse - value, len(best)), bootstraps, rng)
-        draws = _refits(problem, best, samples, bootstraps)
+        samples = (resampler or resample_cells)(Fitted(value, log_nmse - value, len(best)), settings.bootstraps, rng)
+        draws = _refits(problem, best, samples, settings.bootstraps)
         redrawn = samples.redrawn
     # Only residuals of independent cells have the degrees of freedom that Student's t counts.
     widen = 1.0 if resampler else float(t.ppf(0.975, len(nmse) - len(best)) / norm.ppf(0.975))

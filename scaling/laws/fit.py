@@ -21,13 +21,13 @@ from saescale.scaling.laws.identify import profile_floor
 from saescale.scaling.laws.isoflop import IsoFlop, find_isoflop, fit_isoflop
 from saescale.scaling.laws.known import find_law, forms_of, law_names
 from saescale.scaling.laws.law import SYMBOLS, Law
+from saescale.scaling.laws.settings import FitSettings
 from saescale.scaling.tables import Table, check_cells, comparable, fingerprint, number
 from saescale.storage.errors import SaescaleError
 
 FORMAT = 1
 METHOD = 2  # of fits and intervals: results of another method are fitted again
-DEFAULT_LAWS = ("n_k", "n", "c")
-BOOTSTRAPS = 1000
+_SETTINGS = FitSettings()
 
 
 class Skipped(NamedTuple):
@@ -83,10 +83,7 @@ class Laws:
 def fit_laws(
     results: Table,
     curves: Table | None = None,
-    *,
-    bootstraps: int = BOOTSTRAPS,
-    seed: int = 0,
-    laws: Sequence[str] = DEFAULT_LAWS,
+    settings: FitSettings = _SETTINGS,
 ) -> Laws:
     """Fits the named laws, each to what it is over (law.py): cells, at each k where k is not among its columns; the
     compute frontier at each k; the compute-optimal points on it.
@@ -94,11 +91,11 @@ def fit_laws(
     Each law takes its own columns of `results`: n_k n_latents and k, n n_latents, n_d n_latents and tokens, c the
     curves or, without them, flops; all of them nmse. Cells without a column k are taken for cells of one k. All forms
     of a law are fitted: n and c with and without an irreducible term. What the data cannot carry is listed in
-    `skipped` with the reason: a law that was asked for and is in no fit is there. Deterministic in `seed`.
+    `skipped` with the reason: a law that was asked for and is in no fit is there. Deterministic.
 
     Raises SaescaleError for an unknown law and for values of nmse, n_latents or k that are not positive numbers.
     """
-    made_from = describe_input(results, curves, bootstraps, seed, laws)
+    made_from = describe_input(results, curves, settings)
     check_cells(results)
     # Only a law over subjects sees more than the most frequent one.
     subjects = comparable(results, over_subjects=True)
@@ -108,7 +105,7 @@ def fit_laws(
         curves = None
     curves_at = {} if curves is None else {at["k"]: read_curves(cells, curves) for at, cells in by_k}
     found: list[Fit | Skipped] = []
-    asked = {law: forms_of(law) for law in law_names() if law in laws}
+    asked = {law: forms_of(law) for law in law_names() if law in settings.laws}
     over = {form.over for forms in asked.values() for form in forms}
     frontiers, no_frontier = _find_frontiers(results, by_k, curves, curves_at) if over - {"cells"} else ([], [])
     isoflops = tuple(view for frontier in frontiers if (view := find_isoflop(frontier, results)))
@@ -116,13 +113,13 @@ def fit_laws(
         if forms[0].over == "cells":
             table = subjects if "d_model" in forms[0].columns else results
             groups = [({}, table)] if "k" in forms[0].columns else _by_k(table)
-            found += _fit_cells(forms, table, groups, bootstraps, seed)
+            found += _fit_cells(forms, table, groups, settings)
             continue
         found += [entry._replace(law=name) for entry in no_frontier]
         for frontier in frontiers if forms[0].over == "frontier" else ():
-            found += _fit_frontier(forms, frontier, bootstraps, seed)
+            found += _fit_frontier(forms, frontier, settings)
         if forms[0].over == "optimum":
-            found += _fit_optimum(forms, frontiers, isoflops, bootstraps, seed)
+            found += _fit_optimum(forms, frontiers, isoflops, settings)
     return Laws(
         results,
         made_from,
@@ -131,21 +128,19 @@ def fit_laws(
         tuple(frontiers),
         tuple(entry for entry in found if isinstance(entry, Skipped)),
         tuple(data_warnings(results, curves)),
-        None if curves is None else find_convergence(results, curves, bootstraps, seed),
+        None if curves is None else find_convergence(results, curves, settings),
         isoflops,
     )
 
 
-def describe_input(
-    results: Table, curves: Table | None, bootstraps: int, seed: int, laws: Sequence[str]
-) -> dict[str, Any]:
+def describe_input(results: Table, curves: Table | None, settings: FitSettings) -> dict[str, Any]:
     """What a document of fits.json depends on, its "made_from". Raises SaescaleError for an unknown law."""
-    forms = [law.formula for name in laws for law in forms_of(name)]
+    forms = [law.formula for name in settings.laws for law in forms_of(name)]
     return {
         "results": fingerprint(results, curves),
-        "bootstraps": bootstraps,
-        "seed": seed,
-        "laws": list(laws),
+        "bootstraps": settings.bootstraps,
+        "seed": settings.seed,
+        "laws": list(settings.laws),
         "formulas": forms,
         "method": METHOD,
     }
@@ -154,12 +149,10 @@ def describe_input(
 def fit_all(
     results: Table,
     curves: Table | None = None,
-    bootstraps: int = BOOTSTRAPS,
-    seed: int = 0,
-    laws: Sequence[str] = DEFAULT_LAWS,
+    settings: FitSettings = _SETTINGS,
 ) -> dict[str, Any]:
     """`fit_laws` as the document of fits.json; raises what it raises."""
-    return fit_laws(results, curves, bootstraps=bootstraps, seed=seed, laws=laws).document()
+    return fit_laws(results, curves, settings).document()
 
 
 def predict(entry: Mapping[str, Any], **columns: float | np.ndarray) -> np.ndarray:
@@ -218,8 +211,7 @@ def _fit_cells(
     forms: tuple[Law, ...],
     results: Table,
     groups: list[tuple[dict[str, float], Table]],
-    bootstraps: int,
-    seed: int,
+    settings: FitSettings,
 ) -> list[Fit | Skipped]:
     """All forms of a law of cells for each group; the largest n is held out, and the costliest quarter of cells."""
     try:
@@ -232,12 +224,11 @@ def _fit_cells(
             fit_law,
             columns=cells.columns,
             nmse=cells["nmse"],
-            bootstraps=bootstraps,
-            seed=seed,
+            settings=settings,
             at=at,
             excluded=cells.excluded,
         )
-        check = partial(_checked_cells, cells=cells, seed=seed)
+        check = partial(_checked_cells, cells=cells, settings=settings)
         found += _fit_forms(forms, at, fit_one, check)
     return found
 
@@ -265,16 +256,16 @@ def _find_frontiers(
     return frontiers, skipped
 
 
-def _fit_frontier(forms: tuple[Law, ...], frontier: Frontier, bootstraps: int, seed: int) -> list[Fit | Skipped]:
+def _fit_frontier(forms: tuple[Law, ...], frontier: Frontier, settings: FitSettings) -> list[Fit | Skipped]:
     """All forms of law c; the upper half of the compute is held out, an extrapolation by a factor of 2."""
 
     def fit_one(law: Law) -> Fit:
-        return replace(fit_frontier(law, frontier, bootstraps, seed), warnings=tuple(frontier_warnings(frontier)))
+        return replace(fit_frontier(law, frontier, settings), warnings=tuple(frontier_warnings(frontier)))
 
     def check(fit: Fit) -> Fit:
         half = float(fit.columns["flops"].max()) / 2
         return _held_out(
-            fit, fit.columns["flops"] >= half, f"C >= {number(half)}", "the upper half of the compute", seed
+            fit, fit.columns["flops"] >= half, f"C >= {number(half)}", "the upper half of the compute", settings
         )
 
     return _fit_forms(forms, frontier.at, fit_one, check)
@@ -284,8 +275,7 @@ def _fit_optimum(
     forms: tuple[Law, ...],
     frontiers: Sequence[Frontier],
     isoflops: Sequence[IsoFlop],
-    bootstraps: int,
-    seed: int,
+    settings: FitSettings,
 ) -> list[Fit | Skipped]:
     """A compute-optimal law at each k where iso-FLOP minima were found."""
     views = {tuple(view.frontier.at.items()): view for view in isoflops}
@@ -300,7 +290,7 @@ def _fit_optimum(
             continue
 
         def fit_one(law: Law, view: IsoFlop = view) -> Fit:
-            return replace(fit_isoflop(law, view, bootstraps, seed), warnings=view.warnings)
+            return replace(fit_isoflop(law, view, settings), warnings=view.warnings)
 
         def check(fit: Fit) -> Fit:
             return replace(fit, warnings=(*fit.warnings, *fit_warnings(fit)))
@@ -327,13 +317,13 @@ def _fit_forms(
     return [*fits, *skipped]
 
 
-def _checked_cells(fit: Fit, cells: Table, seed: int) -> Fit:
+def _checked_cells(fit: Fit, cells: Table, settings: FitSettings) -> Fit:
     """With what independent cells say besides: hold-outs, the profile of the floor, the law without its last term."""
     column = "n_latents" if "n_latents" in cells else fit.law.columns[0]
     largest = float(cells[column].max())
     held = cells[column] >= largest
     label = f"{SYMBOLS.get(column, column)} >= {number(largest)}"
-    fit = _held_out(fit, held, label, label, seed)
+    fit = _held_out(fit, held, label, label, settings)
     more: dict[str, Any] = {}
     if "flops" in cells and np.isfinite(cells["flops"]).all():
         least = float(np.quantile(cells["flops"], 0.75, method="higher"))
@@ -342,20 +332,20 @@ def _checked_cells(fit: Fit, cells: Table, seed: int) -> Fit:
         same = (costly == held).all()
         text = f"C >= {number(least)}"
         more["holdout_compute"] = (
-            {**fit.holdout, "held_out": text} if same and fit.holdout else hold_out(fit, costly, text, seed)
+            {**fit.holdout, "held_out": text} if same and fit.holdout else hold_out(fit, costly, text, settings)
         )
     profile = None
     if len(fit.draws):
         problem, to_raw = centred(fit.law, fit.columns, np.log(fit.nmse))
         if fit.law.join == 1:
             profile = profile_floor(fit.law, problem, np.linalg.solve(to_raw, fit.raw), np.log(fit.nmse))
-        if comparison := compare_without_last(fit, held, seed):
+        if comparison := compare_without_last(fit, held, settings):
             more["without_last_term"] = comparison
     return replace(fit, profile=profile, more=more)
 
 
-def _held_out(fit: Fit, held: np.ndarray, label: str, said: str, seed: int) -> Fit:
-    holdout = hold_out(fit, held, label, seed)
+def _held_out(fit: Fit, held: np.ndarray, label: str, said: str, settings: FitSettings) -> Fit:
+    holdout = hold_out(fit, held, label, settings)
     warnings = [*fit.warnings, *fit_warnings(fit)]
     if holdout is None:
         warnings.append(f"too few points remain without {said}: nothing was held out")

@@ -10,6 +10,7 @@ from typing import NamedTuple
 import numpy as np
 from saescale.scaling.laws.estimate import Fit, Fitted, Resamples, chunks, draw_counts, fit_law
 from saescale.scaling.laws.law import Law
+from saescale.scaling.laws.settings import FitSettings
 from saescale.scaling.tables import Table
 from saescale.storage.errors import SaescaleError
 
@@ -115,7 +116,7 @@ def frontier_of_ends(at: Mapping[str, float], cells: Table) -> Frontier:
     return Frontier(dict(at), (), grid, envelope, kept[0], winner[0], edge, ends_only=True)
 
 
-def fit_frontier(law: Law, frontier: Frontier, bootstraps: int, seed: int) -> Fit:
+def fit_frontier(law: Law, frontier: Frontier, settings: FitSettings) -> Fit:
     """Fits L(C) to the frontier, with a bootstrap over cells: each resample has its own frontier.
 
     Raises SaescaleError when too few points of the frontier count.
@@ -142,8 +143,7 @@ def fit_frontier(law: Law, frontier: Frontier, bootstraps: int, seed: int) -> Fi
         law,
         {"flops": frontier.flops},
         frontier.nmse,
-        bootstraps=bootstraps,
-        seed=seed,
+        settings,
         at=frontier.at,
         resampler=resample,
         excluded=(excluded,) if dropped else (),

@@ -6,15 +6,17 @@ from typing import Any
 import numpy as np
 from saescale.scaling.laws.estimate import Fit, fit_law
 from saescale.scaling.laws.law import SYMBOLS, Law
+from saescale.scaling.laws.settings import FitSettings
 from saescale.storage.errors import SaescaleError
 
 BOOTSTRAPS = 400
 _DECIDES = 10.0
 _TELLS = 2.0
 _LEAST_RESIDUAL = 1e-6
+_SETTINGS = FitSettings()
 
 
-def hold_out(fit: Fit, held: np.ndarray, label: str, seed: int = 0) -> dict[str, Any] | None:
+def hold_out(fit: Fit, held: np.ndarray, label: str, settings: FitSettings = _SETTINGS) -> dict[str, Any] | None:
     """What the law, fitted to the points that are not `held` (bool [points]), predicts for those that are.
 
     None when too few points remain for a fit. Of each prediction: `log_error` = ln predicted - ln measured; `low` and
@@ -22,7 +24,7 @@ def hold_out(fit: Fit, held: np.ndarray, label: str, seed: int = 0) -> dict[str,
     how many of the measured values lie in theirs.
     """
     try:
-        refit = _refit(fit, fit.law, ~held, min(len(fit.draws), BOOTSTRAPS), seed)
+        refit = _refit(fit, fit.law, ~held, replace(settings, bootstraps=min(len(fit.draws), BOOTSTRAPS)))
     except SaescaleError:
         return None
     measured = fit.nmse[held]
@@ -51,7 +53,7 @@ def hold_out(fit: Fit, held: np.ndarray, label: str, seed: int = 0) -> dict[str,
     return document | {"predictions": rows}
 
 
-def compare_without_last(fit: Fit, held: np.ndarray | None, seed: int = 0) -> dict[str, Any] | None:
+def compare_without_last(fit: Fit, held: np.ndarray | None, settings: FitSettings = _SETTINGS) -> dict[str, Any] | None:
     """The law beside itself without its last term (the irreducible one, or a broken law's second power), in numbers
     and in words. None for a law of one term and where too few cells remain.
 
@@ -60,10 +62,10 @@ def compare_without_last(fit: Fit, held: np.ndarray | None, seed: int = 0) -> di
     """
     if len(fit.law.terms) < 2 or len(fit.nmse) < len(fit.law.names) + 3:
         return None
-    shorter = _without_last(fit.law)
+    shorter, settings = _without_last(fit.law), replace(settings, bootstraps=0)
     everything = np.ones(len(fit.nmse), dtype=bool)
     try:
-        without = _refit(fit, shorter, everything, 0, seed)
+        without = _refit(fit, shorter, everything, settings)
     except SaescaleError:
         return None
     difference = _aicc(without) - _aicc(fit)
@@ -83,7 +85,7 @@ def compare_without_last(fit: Fit, held: np.ndarray | None, seed: int = 0) -> di
         errors = {}
         for name, law in (("with", fit.law), ("without", shorter)):
             try:
-                rest = _refit(fit, law, ~held, 0, seed)
+                rest = _refit(fit, law, ~held, settings)
             except SaescaleError:
                 continue
             predicted = law.log_value(rest.raw, {c: fit.columns[c][held] for c in law.columns})
@@ -104,9 +106,9 @@ def _without_last(law: Law) -> Law:
     )
 
 
-def _refit(fit: Fit, law: Law, kept: np.ndarray, bootstraps: int, seed: int) -> Fit:
+def _refit(fit: Fit, law: Law, kept: np.ndarray, settings: FitSettings) -> Fit:
     columns = {c: v[kept] for c, v in fit.columns.items()}
-    return fit_law(law, columns, fit.nmse[kept], bootstraps=bootstraps, seed=seed, at=fit.at, agree=False)
+    return fit_law(law, columns, fit.nmse[kept], settings, at=fit.at, agree=False)
 
 
 def _aicc(fit: Fit) -> float:

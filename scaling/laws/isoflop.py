@@ -10,6 +10,7 @@ import numpy as np
 from saescale.scaling.laws.estimate import Fit, Fitted, Resamples, chunks, draw_counts, fit_law
 from saescale.scaling.laws.frontier import Frontier
 from saescale.scaling.laws.law import Law
+from saescale.scaling.laws.settings import FitSettings
 from saescale.scaling.tables import Table
 
 _LEAST_MINIMA = 3
@@ -79,7 +80,7 @@ def find_isoflop(frontier: Frontier, cells: Table) -> IsoFlop | None:
     )  # fmt: skip
 
 
-def fit_isoflop(law: Law, view: IsoFlop, bootstraps: int, seed: int) -> Fit:
+def fit_isoflop(law: Law, view: IsoFlop, settings: FitSettings) -> Fit:
     """Fits n(C) or D(C) to the minima, with a bootstrap over cells: each resample has its own minima.
 
     Raises SaescaleError when there are too few.
@@ -108,7 +109,7 @@ def fit_isoflop(law: Law, view: IsoFlop, bootstraps: int, seed: int) -> Fit:
 
     excluded = (f"{view.dropped} iso-FLOP minima at the edge of the grid",) if view.dropped else ()
     return fit_law(
-        law, {"flops": view.flops}, np.exp(targets(np.log(view.n_latents))), bootstraps=bootstraps, seed=seed,
+        law, {"flops": view.flops}, np.exp(targets(np.log(view.n_latents))), settings,
         at=frontier.at, resampler=resample, excluded=excluded,
     )  # fmt: skip
 

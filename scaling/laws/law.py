@@ -11,10 +11,10 @@ from functools import cached_property
 from typing import Literal, NamedTuple
 
 import numpy as np
+from saescale.storage.columns import COLUMNS
 from saescale.storage.errors import SaescaleError
 
-SYMBOLS = {"n_latents": "n", "k": "k", "flops": "C", "tokens": "D", "d_model": "s"}
-UNITS = {"n_latents": "latents", "k": "latents", "flops": "FLOPs", "tokens": "tokens", "d_model": "dimensions"}
+SYMBOLS = {column.name: column.symbol for column in COLUMNS.values() if column.symbol}
 _AMPLITUDE = (1e-3, 150.0)  # relative to the lowest and the highest measured value: e^-7 and e^5
 
 
@@ -104,8 +104,8 @@ class Law:
         """Every coefficient with its unit and bounds, in the order of `names`."""
         found = []
         for term in self.terms:
-            powers = [f"{UNITS.get(c, c)}^{e.name}" for e in term.exponents for c in e.columns]
-            unit = "logarithm" if term.logarithmic else " ".join([UNITS.get(self.target, self.target), *powers])
+            powers = [f"{_unit(c)}^{e.name}" for e in term.exponents for c in e.columns]
+            unit = "logarithm" if term.logarithmic else " ".join([_unit(self.target), *powers])
             found.append(Coefficient(term.amplitude, unit, *_AMPLITUDE, linear=True))
             for e in term.exponents:
                 bounds = sorted((e.sign * e.low, e.sign * e.high))
@@ -180,6 +180,10 @@ class Law:
                 others = [np.log(at[c]) for c in exponent.columns if c != column]
                 total = total + raw[..., i] * float(np.prod(others))
         return total
+
+
+def _unit(column: str) -> str:
+    return (COLUMNS[column].unit if column in COLUMNS else "") or column
 
 
 def log_sum(

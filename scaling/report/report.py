@@ -12,7 +12,8 @@ from markupsafe import Markup
 from saescale.scaling.figures.figures import Figure, draw_figures
 from saescale.scaling.figures.interactive import theme
 from saescale.scaling.figures.palette import colour
-from saescale.scaling.laws.fit import BOOTSTRAPS, DEFAULT_LAWS, FORMAT, describe_input, fit_laws, fit_notes
+from saescale.scaling.laws.fit import FORMAT, describe_input, fit_laws, fit_notes
+from saescale.scaling.laws.settings import FitSettings
 from saescale.scaling.report import text
 from saescale.scaling.tables import Table, load_curves, load_results
 from saescale.storage.errors import SaescaleError
@@ -21,28 +22,27 @@ from saescale.storage.rundir import RunDirectory
 
 Format = Literal["html", "md"]
 REPORT = "report.html"
+_SETTINGS = FitSettings()
 FILES: dict[Format, str] = {"html": REPORT, "md": "report.md"}
 
 
 def analyse(
     run: RunDirectory,
+    settings: FitSettings = _SETTINGS,
     *,
-    bootstraps: int = BOOTSTRAPS,
-    seed: int = 0,
     provenance: Mapping[str, Any] | None = None,
-    laws: Sequence[str] = DEFAULT_LAWS,
     formats: Sequence[Format] = ("html",),
 ) -> dict[str, Any]:
     """Fits the laws to a run's finished cells; writes figures/, the report and last fits.json into the run.
 
     `provenance` (subject, store fingerprint, versions ...) is shown in the report. `formats` are those of the report
     besides html, which is always written; so is Markdown that is there already. No report stays behind its fits.
-    Deterministic in `seed`. Returns the document of fits.json. Raises SaescaleError when the run has no finished cell,
+    Deterministic. Returns the document of fits.json. Raises SaescaleError when the run has no finished cell,
     for an unknown law, and when the run cannot be written.
     """
     results, curves = load_results(run), load_curves(run)
     results.require(("n_latents", "k"))
-    fitted = fit_laws(results, curves, bootstraps=bootstraps, seed=seed, laws=laws)
+    fitted = fit_laws(results, curves, settings)
     document = fitted.document()
     figures = draw_figures(fitted, join(run.url, "figures"), curves)
     written = [kind for kind in FILES if kind == "html" or kind in formats or exists(join(run.url, FILES[kind]))]
@@ -52,9 +52,7 @@ def analyse(
     return document
 
 
-def is_current(
-    run: RunDirectory, *, bootstraps: int = BOOTSTRAPS, seed: int = 0, laws: Sequence[str] = DEFAULT_LAWS
-) -> bool:
+def is_current(run: RunDirectory, settings: FitSettings = _SETTINGS) -> bool:
     """Whether `analyse` with these arguments would write the fits and the report that are there already.
 
     False too where files are missing or damaged, or no cell is finished. Provenance and times do not count. Raises
@@ -67,7 +65,7 @@ def is_current(
         results, curves = load_results(run), load_curves(run)
     except SaescaleError:
         return False
-    return there.get("made_from") == describe_input(results, curves, bootstraps, seed, laws)
+    return there.get("made_from") == describe_input(results, curves, settings)
 
 
 def write_report(

@@ -7,18 +7,14 @@ from typing import Any, NamedTuple
 import numpy as np
 from saescale.scaling.laws.fit import law_label
 from saescale.scaling.tables import Table
+from saescale.storage.columns import COLUMNS, columns_of
 
 Document = Mapping[str, Any]
 
-_CELL_COLUMNS = {
-    "n_latents": "N", "k": "k", "activation": "activation", "seed": "seed", "nmse": "nmse", "l0": "L0",
-    "dead_fraction": "dead", "lr": "lr", "tokens": "tokens", "flops": "FLOPs (sparse)",
-    "flops_dense": "FLOPs (dense)", "wall_s": "seconds", "cell_id": "cell",
-}  # fmt: skip
-# What a reader writes in the filter for a column, where it is not the label in small letters.
-_KEYS = {"n_latents": "n", "flops": "flops", "flops_dense": "flops_dense", "wall_s": "seconds", "dead_fraction": "dead"}
+# Of the table of cells; their names, which are long, stand last.
+_LISTED = sorted((column for column in columns_of("results") if column.listed), key=lambda c: c.name == "cell_id")
+_CELL_COLUMNS = {column.name: column for column in _LISTED}
 _RAISED = str.maketrans("0123456789-", "⁰¹²³⁴⁵⁶⁷⁸⁹⁻")
-_DECIMALS = {"nmse": 5, "l0": 2, "wall_s": 1}  # so that they line up
 _ALWAYS = ("n_latents", "k", "nmse")
 
 
@@ -206,15 +202,14 @@ def cell_columns(results: Table) -> list[Column]:
     """The columns in which cells differ; N, k and nmse always."""
     names = _shown(results)
     return [
-        Column(_KEYS.get(name, _CELL_COLUMNS[name].lower()), _CELL_COLUMNS[name], results[name].dtype.kind == "f")
-        for name in names
+        Column(_CELL_COLUMNS[name].key, _CELL_COLUMNS[name].label, results[name].dtype.kind == "f") for name in names
     ]
 
 
 def common_columns(results: Table) -> str:
-    """What all cells have in common, such as "activation topk, seed 0"."""
+    """What all cells have in common, such as "architecture topk, seed 0"."""
     names = [name for name in _CELL_COLUMNS if name in results and name not in _shown(results)]
-    texts = {_CELL_COLUMNS[name]: _text(name, results[name][0]) for name in names}
+    texts = {_CELL_COLUMNS[name].label: _text(name, results[name][0]) for name in names}
     return ", ".join(f"{label} {text}" for label, text in texts.items() if text)
 
 
@@ -249,8 +244,8 @@ def _text(column: str, value: Any) -> str:
         return ""
     if column == "dead_fraction":
         return f"{100 * value:.2f} %"
-    if column in _DECIMALS:
-        return f"{value:.{_DECIMALS[column]}f}"
+    if (decimals := COLUMNS[column].decimals) is not None:
+        return f"{value:.{decimals}f}"
     if value % 1 == 0 and abs(value) < 1e10:
         return f"{value:,.0f}"
     return scientific(value, 5)

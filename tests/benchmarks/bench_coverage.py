@@ -18,6 +18,7 @@ import numpy as np
 from saescale.scaling.laws.estimate import Fitted, Resamples, draw_counts, fit_law
 from saescale.scaling.laws.known import GPT4, N_FLOOR, N_K, N
 from saescale.scaling.laws.law import Law
+from saescale.scaling.laws.settings import FitSettings
 
 GRIDS = {
     "42": (2.0 ** np.arange(11, 22, 2), 2.0 ** np.arange(3, 10)),
@@ -64,7 +65,9 @@ def simulate(case: Case, sweeps: int, bootstraps: int, cells: bool) -> tuple[dic
         nmse = np.exp(log_law + case.noise * _errors(case.kind, len(n), n, rng))
         # Cells drawn with replacement keep no intervals wider than percentiles, as a classical bootstrap would.
         resampler = draw_cells(np.log(nmse), columns) if cells else None
-        fit = fit_law(case.law, columns, nmse, bootstraps=bootstraps, seed=seed, agree=False, resampler=resampler)
+        fit = fit_law(
+            case.law, columns, nmse, settings=FitSettings(bootstraps, seed=seed), agree=False, resampler=resampler
+        )
         there = fit.predict(beyond)
         new = true_there * np.exp(case.noise * _errors(case.kind, len(ks), np.full(len(ks), n.max()), rng))
         for i, value in enumerate(ks):

@@ -11,6 +11,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import numpy as np
 from saescale.scaling.laws.estimate import fit_law
 from saescale.scaling.laws.known import GPT4, N_K
+from saescale.scaling.laws.settings import FitSettings
 
 
 def main() -> None:
@@ -19,7 +20,7 @@ def main() -> None:
     nmse = N_K.value(GPT4, columns) * np.exp(0.005 * np.random.default_rng(0).standard_normal(len(n)))
     for bootstraps in (0, 1000, 4000):
         began = time.perf_counter()
-        fit = fit_law(N_K, columns, nmse, bootstraps=bootstraps)
+        fit = fit_law(N_K, columns, nmse, FitSettings(bootstraps))
         taken = time.perf_counter() - began
         print(f"{bootstraps:5d} bootstrap fits and {fit.starts} starts ({fit.agreeing} agree): {taken:.2f} s")
     assert fit.conditioning

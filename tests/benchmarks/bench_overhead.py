@@ -26,6 +26,7 @@ import psutil
 from saescale.cluster.front.quickstart import recipe
 from saescale.cluster.sweep.driver import run_sweep
 from saescale.cluster.sweep.spec import SweepSpec, parse_spec
+from saescale.scaling.laws.settings import FitSettings
 from saescale.storage.lease import Standing
 from saescale.storage.rundir import RunDirectory
 from saescale.storage.store import ActivationStore
@@ -151,7 +152,7 @@ class _Sweep(NamedTuple):
 
 def _sweep(spec: SweepSpec) -> dict[str, float]:
     clock = _Clock()
-    run_sweep(spec, clock, bootstraps=0)
+    run_sweep(spec, clock, settings=FitSettings(0))
     return _Sweep(clock.first - clock.began, clock.last - clock.first, clock.memory[0], clock.memory[-1])._asdict()
 
 
@@ -173,7 +174,7 @@ def _plain(spec: SweepSpec) -> dict[str, float]:
         ]
         for part in after:
             part.on_train_start(trainer, pack)
-        for index, act in enumerate(stream):
+        for index, (act, _) in enumerate(stream):
             pack.training_step(to_tensor(act, store.manifest.dtype), index)
             for part in after:
                 part.on_train_batch_end(trainer, pack)

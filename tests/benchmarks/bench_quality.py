@@ -23,9 +23,10 @@ from saescale.storage.rundir import RunDirectory
 from saescale.storage.store import ActivationStore
 from saescale.storage.stream import Stream
 from saescale.trainers.architectures.topk import SAE
-from saescale.trainers.cell import Cell, EvalSpec, Precision
+from saescale.trainers.cell import Cell, EvalSpec
 from saescale.trainers.device import set_threads
 from saescale.trainers.exchange.native import load_trained
+from saescale.trainers.precision import Precision
 from saescale.trainers.preprocess import normalise, to_tensor
 from saescale.trainers.training.train import PackJob, train_pack
 
@@ -94,7 +95,7 @@ def _write_rows(store: ActivationStore, cell: Cell, path: str) -> None:
     """One pass over the training rows in the stream's order, preprocessed."""
     batches = store.rows("train") // cell.batch_tokens
     with Stream(store, batch_tokens=cell.batch_tokens, seed=cell.stream_seed, batches=batches) as stream:
-        np.save(path, np.concatenate([normalise(to_tensor(act, store.manifest.dtype)).numpy() for act in stream]))
+        np.save(path, np.concatenate([normalise(to_tensor(batch.x, store.dtype)).numpy() for batch in stream]))
 
 
 def _peer(

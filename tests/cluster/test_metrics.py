@@ -17,6 +17,7 @@ from prometheus_client.samples import Sample
 from saescale.cluster.crew import metrics
 from saescale.cluster.sweep.driver import run_sweep
 from saescale.cluster.sweep.spec import parse_spec
+from saescale.scaling.laws.settings import FitSettings
 from saescale.storage.errors import SaescaleWarning
 from saescale.storage.rundir import RunDirectory
 from saescale.trainers.training.train import PackJob
@@ -85,7 +86,7 @@ def test_what_a_sweep_exports_is_what_the_dashboard_asks_for(three_nodes: Any, d
     document["train"]["lr"] = {"at": 32, "value": 1e-3, "exponent": 100.0}  # the cells of 64 latents fail
     recorder = Recorder()
     with scraping() as seen:
-        run = run_sweep(parse_spec(document, "test"), recorder, bootstraps=10).run
+        run = run_sweep(parse_spec(document, "test"), recorder, settings=FitSettings(10)).run
     seen.append(scrape())
     check_names(seen)
     check_values([of_sweep(samples) for samples in seen], run)

@@ -16,6 +16,7 @@ from saescale.cluster.sweep.extend import extend, union
 from saescale.cluster.sweep.ledger import open_ledger
 from saescale.cluster.sweep.propose import Request, make_plan
 from saescale.cluster.sweep.spec import NO_STORE, Grid, load_spec, parse_spec
+from saescale.scaling.laws.settings import FitSettings
 from saescale.scaling.planning.devices import find_device
 from saescale.scaling.tables import load_results
 from saescale.storage.errors import SaescaleError
@@ -162,7 +163,7 @@ def test_a_sweep_is_extended_by_exactly_what_is_missing(
     three_nodes: Any, document: dict[str, Any], tmp_path: Path
 ) -> None:
     document["grid"] = {"n_latents": [32, 64], "k": [2, 4]}
-    run = run_sweep(parse_spec(document, "test"), Recorder(), bootstraps=10).run
+    run = run_sweep(parse_spec(document, "test"), Recorder(), settings=FitSettings(10)).run
     before = without_times(run.read_results().to_pylist())
     wall = {row["cell_id"]: row["wall_s"] for row in run.read_results().to_pylist()}
 
@@ -186,7 +187,7 @@ def test_a_sweep_is_extended_by_exactly_what_is_missing(
     # Once more, also from the first file: nothing is missing, and nothing is lost.
     for spec in (load_spec(f"{document['out']}/sweep.yaml"), parse_spec(document, "test")):
         again, added = extend(spec, str(more))
-        outcome = run_sweep(again, Recorder(), bootstraps=10, extending=True)
+        outcome = run_sweep(again, Recorder(), settings=FitSettings(10), extending=True)
         assert (added, outcome.trained, outcome.cells) == (0, 0, 6)
 
 

@@ -19,6 +19,7 @@ from saescale.cluster.sweep import execute
 from saescale.cluster.sweep import packing as plan
 from saescale.cluster.sweep.driver import run_sweep
 from saescale.cluster.sweep.spec import parse_spec
+from saescale.scaling.laws.settings import FitSettings
 from saescale.storage import files
 from saescale.storage.errors import SaescaleError, SaescaleWarning
 from saescale.storage.lease import Standing, read_driver
@@ -71,7 +72,7 @@ def undisturbed(three_nodes: Any, store: Any, tmp_path_factory: pytest.TempPathF
             out = str(tmp_path_factory.mktemp("undisturbed") / "run")
             quiet = Recorder()
             spec = parse_spec(document | {"out": out, "store": store.url}, "test")
-            outcome = run_sweep(spec, quiet, bootstraps=0)
+            outcome = run_sweep(spec, quiet, settings=FitSettings(0))
             assert outcome.failed == 0
             fractions, finished = [s.fraction for s in quiet.seen], [s.done for s in quiet.seen]
             assert fractions == sorted(fractions)
@@ -142,7 +143,7 @@ def test_workers_and_nodes_killed_at_random_change_no_result(
         return False
 
     with Killer(kill, kills=12, seed=4, pause_s=(0.2, 0.8)) as killer:
-        outcome = run_sweep(parse_spec(sweep, "test"), seen, bootstraps=0)
+        outcome = run_sweep(parse_spec(sweep, "test"), seen, settings=FitSettings(0))
     assert killer.done == 12
     assert len(lost_nodes) == len(new_nodes) == 2
     one_result_each(outcome.run, outcome.cells)
@@ -166,7 +167,7 @@ def test_drivers_killed_at_random_change_no_result(
                 time.sleep(0.05)
             if not said:
                 with pytest.raises(SaescaleError, match=f"driven by another process already .process {driver.pid} on"):
-                    run_sweep(parse_spec(sweep, "test"), Recorder(), bootstraps=0)
+                    run_sweep(parse_spec(sweep, "test"), Recorder(), settings=FitSettings(0))
                 said = "refused"
             time.sleep(draw.uniform(0.2, 2.0))
             driver.send_signal(signal.SIGKILL)
@@ -177,7 +178,7 @@ def test_drivers_killed_at_random_change_no_result(
         assert found is not None
         assert not found.lives()
     assert kills >= 3
-    outcome = run_sweep(parse_spec(sweep, "test"), Recorder(), bootstraps=0)
+    outcome = run_sweep(parse_spec(sweep, "test"), Recorder(), settings=FitSettings(0))
     one_result_each(outcome.run, outcome.cells)
     assert_same(reached(outcome.run), expected)
 
@@ -200,7 +201,7 @@ def test_a_cell_that_kills_its_workers_fails_alone(
                 killed.add(pid)
 
     with pytest.warns(SaescaleWarning) as told:
-        outcome = run_sweep(parse_spec(document, "test"), Recorder(poison), bootstraps=0)
+        outcome = run_sweep(parse_spec(document, "test"), Recorder(poison), settings=FitSettings(0))
     assert len(killed) == 4
     assert any("go on as two packs" in str(warning.message) for warning in told)
     rows = {row["n_latents"]: row for row in outcome.run.read_results().to_pylist()}
@@ -210,7 +211,7 @@ def test_a_cell_that_kills_its_workers_fails_alone(
     assert "2 times in a row" in rows[64]["error"]
 
     # It was not the cell's own fault: asked for, it is trained again, and only it.
-    again = run_sweep(parse_spec(document, "test"), Recorder(), bootstraps=0, retry_failed=True)
+    again = run_sweep(parse_spec(document, "test"), Recorder(), settings=FitSettings(0), retry_failed=True)
     assert (again.trained, again.failed) == (1, 0)
     one_result_each(again.run, 2)
 
@@ -234,7 +235,7 @@ def test_a_pack_too_large_for_memory_is_split(three_nodes: Any, document: dict[s
 
     display = Limiting()
     with pytest.warns(SaescaleWarning, match="did not fit into memory.*its 2 cells go on as two packs"):
-        outcome = run_sweep(parse_spec(document, "test"), display, bootstraps=0)
+        outcome = run_sweep(parse_spec(document, "test"), display, settings=FitSettings(0))
     assert len(limited) == 1
     assert outcome.failed == 0
     one_result_each(outcome.run, 2)
@@ -251,7 +252,7 @@ def test_a_worker_that_stalls_is_replaced(three_nodes: Any, sweep: dict[str, Any
             os.kill(stopped[0], signal.SIGSTOP)
 
     with pytest.warns(SaescaleWarning, match="got nothing done for .* s and is ended"):
-        outcome = run_sweep(parse_spec(sweep, "test"), Recorder(stop), bootstraps=0)
+        outcome = run_sweep(parse_spec(sweep, "test"), Recorder(stop), settings=FitSettings(0))
     assert not psutil.pid_exists(stopped[0])
     one_result_each(outcome.run, 1)
 
@@ -276,7 +277,7 @@ def test_nodes_that_join_take_part(three_nodes: Any, sweep: dict[str, Any], monk
 
     try:
         with pytest.raises(KeyboardInterrupt):
-            run_sweep(parse_spec(sweep, "test"), Recorder(join), bootstraps=0)
+            run_sweep(parse_spec(sweep, "test"), Recorder(join), settings=FitSettings(0))
     finally:
         for node in joined:
             three_nodes.remove_node(node)
@@ -313,7 +314,9 @@ def test_an_object_store_that_fails_dawdles_and_goes_away_changes_no_result(
     try:
         with s3_faults.injected(rate=0.1) as met, pytest.warns(SaescaleWarning, match="go on from their checkpoints"):
             outcome = run_sweep(
-                parse_spec(sweep, "test"), Recorder(lambda now: training.set() if now.running else None), bootstraps=0
+                parse_spec(sweep, "test"),
+                Recorder(lambda now: training.set() if now.running else None),
+                settings=FitSettings(0),
             )
     finally:
         over.set()

@@ -8,6 +8,7 @@ from saescale.cluster.sweep import driver
 from saescale.cluster.sweep.driver import run_sweep
 from saescale.cluster.sweep.spec import parse_spec
 from saescale.cluster.sweep.status import read_status
+from saescale.scaling.laws.settings import FitSettings
 from saescale.scaling.report.report import analyse
 from saescale.storage.errors import SaescaleError, SaescaleWarning
 from saescale.storage.lease import Lease, Standing
@@ -18,9 +19,9 @@ from tests.cluster.conftest import Recorder
 
 def test_a_finished_sweep_is_not_trained_again(three_nodes: Any, document: dict[str, Any]) -> None:
     document["grid"] = {"n_latents": [32], "k": [2, 4]}
-    first = run_sweep(parse_spec(document, "test"), Recorder(), bootstraps=10)
+    first = run_sweep(parse_spec(document, "test"), Recorder(), settings=FitSettings(10))
     again = Recorder()
-    second = run_sweep(parse_spec(document, "test"), again, bootstraps=10)
+    second = run_sweep(parse_spec(document, "test"), again, settings=FitSettings(10))
     assert (first.trained, second.trained) == (2, 0)
     assert second.fits == first.fits
     assert again.stages == []
@@ -28,10 +29,10 @@ def test_a_finished_sweep_is_not_trained_again(three_nodes: Any, document: dict[
 
 def test_results_whose_driver_died_before_the_ledger_are_kept(three_nodes: Any, document: dict[str, Any]) -> None:
     document["grid"] = {"n_latents": [32], "k": [2, 4]}
-    outcome = run_sweep(parse_spec(document, "test"), Recorder(), bootstraps=10)
+    outcome = run_sweep(parse_spec(document, "test"), Recorder(), settings=FitSettings(10))
     wanted = outcome.run.read_results().to_pylist()
     outcome.run.write_results([{"cell_id": row["cell_id"], "status": "pending"} for row in wanted])
-    again = run_sweep(parse_spec(document, "test"), Recorder(), bootstraps=10)
+    again = run_sweep(parse_spec(document, "test"), Recorder(), settings=FitSettings(10))
     assert again.trained == 0
     assert again.run.read_results().to_pylist() == wanted
 
@@ -47,29 +48,29 @@ def test_a_driver_that_died_while_it_fitted_is_succeeded(
     with monkeypatch.context() as patch:
         patch.setattr(driver, "analyse", full)
         with pytest.raises(SaescaleError, match="disk full"):
-            run_sweep(parse_spec(document, "test"), Recorder(), bootstraps=10)
+            run_sweep(parse_spec(document, "test"), Recorder(), settings=FitSettings(10))
     assert read_status(document["out"]).state == "failed"
     with Lease(document["out"]), pytest.raises(SaescaleError, match="driven by another process"):
-        run_sweep(parse_spec(document, "test"), Recorder(), bootstraps=10)
-    outcome = run_sweep(parse_spec(document, "test"), Recorder(), bootstraps=10)
+        run_sweep(parse_spec(document, "test"), Recorder(), settings=FitSettings(10))
+    outcome = run_sweep(parse_spec(document, "test"), Recorder(), settings=FitSettings(10))
     assert outcome.trained == 0
     assert read_status(document["out"]).state == "finished"
 
 
 def test_another_sweep_in_the_run_directory_is_refused(three_nodes: Any, document: dict[str, Any]) -> None:
     document["grid"] = {"n_latents": [32], "k": [2]}
-    run_sweep(parse_spec(document, "test"), Recorder(), bootstraps=10)
+    run_sweep(parse_spec(document, "test"), Recorder(), settings=FitSettings(10))
     before = RunDirectory(document["out"]).read_results().to_pylist()
     document["train"]["ema"] = 0.5
     with pytest.raises(SaescaleError, match=r"holds another sweep \(train.ema is 0.9 there and 0.5 here\)"):
-        run_sweep(parse_spec(document, "test"), Recorder(), bootstraps=10)
+        run_sweep(parse_spec(document, "test"), Recorder(), settings=FitSettings(10))
     assert RunDirectory(document["out"]).read_results().to_pylist() == before
 
 
 def test_a_poisoned_cell_fails_beside_healthy_ones(three_nodes: Any, document: dict[str, Any]) -> None:
     document["grid"] = {"n_latents": [32, 64], "k": [2]}
     document["train"]["lr"] = {"at": 32, "value": 1e-3, "exponent": 100.0}  # 1.3e27 at 64 latents
-    outcome = run_sweep(parse_spec(document, "test"), Recorder(), bootstraps=10)
+    outcome = run_sweep(parse_spec(document, "test"), Recorder(), settings=FitSettings(10))
     rows = {row["n_latents"]: row for row in outcome.run.read_results().to_pylist()}
     assert outcome.failed == 1
     assert rows[32]["status"] == "done"
@@ -88,7 +89,7 @@ def test_a_sweep_in_object_storage_with_wandb_offline(
     monkeypatch.setenv("SAESCALE_CACHE", str(tmp_path / "cache"))
     document |= {"store": join(s3_url, "store"), "out": join(s3_url, "run"), "wandb": {"mode": "offline"}}
     document["grid"] = {"n_latents": [32, 64], "k": [2]}
-    outcome = run_sweep(parse_spec(document, "test"), Recorder(), bootstraps=10)
+    outcome = run_sweep(parse_spec(document, "test"), Recorder(), settings=FitSettings(10))
     assert outcome.trained == 2
     assert "report.html" in list_names(document["out"])
     assert {row["status"] for row in outcome.run.read_results().to_pylist()} == {"done"}
@@ -97,7 +98,7 @@ def test_a_sweep_in_object_storage_with_wandb_offline(
 def test_wandb_offline_runs_lie_in_the_run_directory(three_nodes: Any, document: dict[str, Any]) -> None:
     document["grid"] = {"n_latents": [32, 64], "k": [2]}
     document["wandb"] = {"mode": "offline"}
-    outcome = run_sweep(parse_spec(document, "test"), Recorder(), bootstraps=10)
+    outcome = run_sweep(parse_spec(document, "test"), Recorder(), settings=FitSettings(10))
     runs = list((Path(outcome.run.url) / "wandb").glob("offline-run-*"))
     assert len(runs) == 3  # two cells and the summary
     assert outcome.wandb is not None
@@ -114,11 +115,11 @@ def test_warnings_of_workers_reach_the_user(three_nodes: Any, document: dict[str
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        run_sweep(parse_spec(document, "test"), Recorder(interrupt), bootstraps=10)
+        run_sweep(parse_spec(document, "test"), Recorder(interrupt), settings=FitSettings(10))
     newest = max(Path(document["out"]).glob("cells/*/checkpoint/*.safetensors"))
     newest.write_bytes(newest.read_bytes()[:-8] + b"garbage!")
     with pytest.warns(SaescaleWarning, match="cannot be used, going back to the one before"):
-        outcome = run_sweep(parse_spec(document, "test"), Recorder(), bootstraps=10)
+        outcome = run_sweep(parse_spec(document, "test"), Recorder(), settings=FitSettings(10))
     assert outcome.run.read_results().to_pylist()[0]["status"] == "done"
 
 
@@ -139,11 +140,11 @@ def test_a_report_made_half_way_is_made_again_when_the_sweep_is_done(
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        run_sweep(parse_spec(document, "test"), Recorder(interrupt), bootstraps=10)
+        run_sweep(parse_spec(document, "test"), Recorder(interrupt), settings=FitSettings(10))
     run = RunDirectory(document["out"])
-    half = analyse(run, bootstraps=10)
+    half = analyse(run, settings=FitSettings(10))
     assert half["cells"] < 9
-    whole = run_sweep(parse_spec(document, "test"), Recorder(), bootstraps=10)
+    whole = run_sweep(parse_spec(document, "test"), Recorder(), settings=FitSettings(10))
     assert whole.fits["cells"] == 9
 
 

@@ -74,7 +74,7 @@ def run_of(
     cell: dict[str, Any], rows: list[dict[str, Any]], group: str = "first", job: str | None = "cell"
 ) -> dict[str, Any]:
     """A run as the server has it: values of the config in a mapping of their own, all of it JSON in text."""
-    described = ("n_latents", "k", "d_model", "seed", "lr", "activation", "cell_id", "subject", "site")
+    described = ("n_latents", "k", "d_model", "seed", "lr", "architecture", "cell_id", "subject", "site")
     config = {key: {"value": cell[key]} for key in described if key in cell}
     measured = ("nmse", "l0", "dead_fraction", "tokens", "flops", "flops_dense", "wall_s", "status", "error")
     return {
@@ -149,7 +149,7 @@ def test_an_odd_run_costs_no_other(serve: Serve) -> None:
             {"step": 3, "tokens": 20, "flops": {"sparse": 1}, "nmse": 0.5, "lr": "1e-3"}]  # fmt: skip
     odd = [
         run_of(cell | {"cell_id": "typed", "seed": "first", "d_model": 1.5, "lr": [1], "dead_fraction": "5%",
-                       "tokens": 2**70, "subject": 7, "activation": {"name": "topk"}, "error": "\ud800"}, rows),
+                       "tokens": 2**70, "subject": 7, "architecture": {"name": "topk"}, "error": "\ud800"}, rows),
         run_of(cell | {"cell_id": "other", "status": None}, [], job="train"),
         run_of(cell | {"cell_id": "low", "nmse": "low"}, []),
         run_of(cell | {"cell_id": "nan", "nmse": "NaN", "k": 0}, []),
@@ -166,7 +166,7 @@ def test_an_odd_run_costs_no_other(serve: Serve) -> None:
     (typed,) = np.flatnonzero(results["cell_id"] == "typed")
     for name in ("seed", "d_model", "lr", "dead_fraction", "tokens"):
         assert np.isnan(results[name][typed])
-    assert (results["subject"][typed], results["activation"][typed]) == ("7", "{'name': 'topk'}")
+    assert (results["subject"][typed], results["architecture"][typed]) == ("7", "{'name': 'topk'}")
     assert curves is not None
     assert (curves["step"].tolist(), curves["lr"].tolist()) == ([3], [1e-3])
     assert np.isnan(curves["flops"]).all()

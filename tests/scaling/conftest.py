@@ -23,7 +23,7 @@ def _cells(sizes: Iterable[int], ks: Iterable[int], noise: float = 0.0, seed: in
             rows.append(
                 {
                     "cell_id": f"{n}x{k}", "subject": "gpt4", "site": "resid_post 22", "d_model": D_MODEL,
-                    "n_latents": n, "k": k, "activation": "topk", "seed": 0, "lr": 1e-4, "tokens": TOKENS,
+                    "n_latents": n, "k": k, "architecture": "topk", "seed": 0, "lr": 1e-4, "tokens": TOKENS,
                     "flops": float(TOKENS * flops.sparse), "flops_dense": float(TOKENS * flops.dense),
                     "nmse": float(law * np.exp(noise * rng.standard_normal())), "l0": float(k),
                     "dead_fraction": 0.01, "dead_fraction_long": 0.0, "wall_s": 10.0, "status": "done", "error": None,

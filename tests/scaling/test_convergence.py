@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from saescale.scaling.laws.convergence import WITHIN, find_convergence
 from saescale.scaling.laws.fit import fit_all, fit_laws
+from saescale.scaling.laws.settings import FitSettings
 from saescale.scaling.tables import Table
 
 Rows = list[dict[str, Any]]
@@ -17,7 +18,7 @@ def test_tokens_to_convergence_grow_as_they_were_made(
     cells: Callable[..., Rows], curves_of: Callable[..., Rows]
 ) -> None:
     rows = cells(SIZES, KS)
-    found = find_convergence(Table.from_rows(rows), Table.from_rows(curves_of(rows, evaluations=200)), 100, 0)
+    found = find_convergence(Table.from_rows(rows), Table.from_rows(curves_of(rows, evaluations=200)), FitSettings(100))
     assert found.unconverged == 0
     exponent = found.document()["exponent_of_n"]
     assert exponent["low"] <= exponent["value"] <= exponent["high"]
@@ -29,7 +30,7 @@ def test_tokens_to_convergence_grow_as_they_were_made(
 
 def test_cells_that_still_fall_do_not_count(cells: Callable[..., Rows], curves_of: Callable[..., Rows]) -> None:
     rows = cells(SIZES, KS)
-    found = find_convergence(Table.from_rows(rows), Table.from_rows(curves_of(rows, late_fall=0.3)), 10, 0)
+    found = find_convergence(Table.from_rows(rows), Table.from_rows(curves_of(rows, late_fall=0.3)), FitSettings(10))
     assert (found.rows, found.unconverged) == ((), 15)
     assert found.document()["reason"] == "no cell with a curve converged (15 did not)"
 
@@ -42,11 +43,11 @@ def test_cells_that_converged_before_their_first_evaluation(
     for curve in curves:
         if curve["cell_id"].startswith("512x"):
             curve["nmse"] = 0.2
-    found = find_convergence(Table.from_rows(rows), Table.from_rows(curves), 0, 0)
+    found = find_convergence(Table.from_rows(rows), Table.from_rows(curves), FitSettings(0))
     assert (len(found.rows), found.unconverged, found.early) == (12, 0, 3)
     assert found.document()["converged_before_first_evaluation"] == 3
     flat = Table.from_rows([curve | {"nmse": 0.2} for curve in curves])
-    assert find_convergence(Table.from_rows(rows), flat, 0, 0).reason == (
+    assert find_convergence(Table.from_rows(rows), flat, FitSettings(0)).reason == (
         "15 cells converged before their first evaluation: evaluate earlier"
     )
 
@@ -66,7 +67,9 @@ def chinchilla_curves() -> tuple[Rows, Rows]:
 
 def test_compute_optimal_laws() -> None:
     cells, curves = chinchilla_curves()
-    document = fit_all(Table.from_rows(cells), Table.from_rows(curves), bootstraps=50, laws=("n_of_c", "d_of_c"))
+    document = fit_all(
+        Table.from_rows(cells), Table.from_rows(curves), settings=FitSettings(50, laws=("n_of_c", "d_of_c"))
+    )
     by_name = {entry["law"]: entry for entry in document["fits"]}
     g, h = by_name["n_of_c"]["coefficients"]["g"], by_name["d_of_c"]["coefficients"]["h"]
     assert g["value"] == pytest.approx(0.5, abs=0.03)
@@ -82,19 +85,19 @@ def test_compute_optimal_laws() -> None:
 
 def test_isoflop_does_without_the_cells_that_lack_compute() -> None:
     cells, curves = chinchilla_curves()
-    whole = fit_laws(Table.from_rows(cells), Table.from_rows(curves), bootstraps=0, laws=("n_of_c",)).isoflops[0]
+    whole = fit_laws(Table.from_rows(cells), Table.from_rows(curves), FitSettings(0, laws=("n_of_c",))).isoflops[0]
     cells[3] |= {"tokens": None}
     cells[5] |= {"flops": None}
-    holes = fit_laws(Table.from_rows(cells), Table.from_rows(curves), bootstraps=0, laws=("n_of_c",)).isoflops[0]
+    holes = fit_laws(Table.from_rows(cells), Table.from_rows(curves), FitSettings(0, laws=("n_of_c",))).isoflops[0]
     assert holes.slope == pytest.approx(whole.slope, abs=1e-9)
 
 
 def test_minima_at_the_edge_are_dropped() -> None:
     cells, curves = chinchilla_curves()
     small = [cell for cell in cells if cell["n_latents"] <= 2**10]
-    laws = fit_laws(Table.from_rows(small), Table.from_rows(curves), bootstraps=0, laws=("n_of_c",))
+    laws = fit_laws(Table.from_rows(small), Table.from_rows(curves), FitSettings(0, laws=("n_of_c",)))
     sizes = laws.isoflops[0].n_latents if laws.isoflops else np.empty(0)
     assert (sizes < 2**10).all()
-    few = fit_laws(Table.from_rows(small[:2]), Table.from_rows(curves), bootstraps=0, laws=("n_of_c",))
+    few = fit_laws(Table.from_rows(small[:2]), Table.from_rows(curves), FitSettings(0, laws=("n_of_c",)))
     assert few.fits == ()
     assert "curves of 2 different n" in few.skipped[0].reason

@@ -5,6 +5,7 @@ import pytest
 from saescale.scaling.compute import flops_per_token
 from saescale.scaling.laws.estimate import fit_law
 from saescale.scaling.laws.known import GPT4, N_K
+from saescale.scaling.laws.settings import FitSettings
 from saescale.scaling.planning.design import Candidates, Design, best_rectangle, candidates, expected, propose, wanted
 from saescale.scaling.planning.devices import find_device
 from saescale.storage.errors import SaescaleError
@@ -36,7 +37,7 @@ def simulated_errors(cells: Candidates, design: Design, sweeps: int) -> tuple[np
     errors, widths = [], []
     for seed in range(sweeps):
         nmse = np.exp(truth + NOISE * np.random.default_rng(seed).standard_normal(len(own)))
-        fit = fit_law(N_K, columns, nmse, bootstraps=200, seed=seed, agree=False)
+        fit = fit_law(N_K, columns, nmse, FitSettings(200, seed=seed), agree=False)
         found = [fit.exponent("n_latents", {"k": k}) for k in KS]
         errors.append(
             [f["value"] - N_K.exponent_of(RAW, "n_latents", {"k": k}) for f, k in zip(found, KS, strict=True)]

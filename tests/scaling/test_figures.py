@@ -17,6 +17,7 @@ from saescale.scaling.figures.palette import colour
 from saescale.scaling.figures.views import Label, Line, Points, View, spread
 from saescale.scaling.figures.views_profile import profile, tradeoff
 from saescale.scaling.laws.fit import Laws, fit_laws
+from saescale.scaling.laws.settings import FitSettings
 from saescale.scaling.tables import Table
 
 Rows = list[dict[str, Any]]
@@ -31,7 +32,7 @@ def fitted(cells: Callable[..., Rows], curves_of: Callable[..., Rows]) -> tuple[
     if not _FITTED:  # nothing here changes it
         rows = cells(SIZES, KS, noise=0.005)
         curves = Table.from_arrow(pa.Table.from_pylist(curves_of(rows)), "curves")
-        _FITTED.append((fit_laws(Table.from_rows(rows), curves, bootstraps=20), curves))
+        _FITTED.append((fit_laws(Table.from_rows(rows), curves, settings=FitSettings(20)), curves))
     return _FITTED[0]
 
 

@@ -9,6 +9,7 @@ import pytest
 from saescale.scaling.laws.estimate import fit_law
 from saescale.scaling.laws.fit import coefficient_rows, fit_all, fit_notes, predict
 from saescale.scaling.laws.known import GPT4, N_FLOOR, N_K, N
+from saescale.scaling.laws.settings import FitSettings
 from saescale.scaling.tables import Table
 from saescale.storage.errors import SaescaleError
 
@@ -20,7 +21,7 @@ Rows = list[dict[str, Any]]
 @pytest.mark.parametrize(("sizes", "ks"), [(SIZES, KS), ((512, 1024, 2048, 4096), (8, 16, 32, 64))])
 def test_published_coefficients_without_noise(cells: Callable[..., Rows], sizes: Any, ks: Any) -> None:
     table = Table.from_rows(cells(sizes, ks))
-    fit = fit_law(N_K, table.columns, table["nmse"], bootstraps=0)
+    fit = fit_law(N_K, table.columns, table["nmse"], FitSettings(0))
     found = dict(zip(N_K.names, N_K.to_reported(fit.raw), strict=True))
     assert found == pytest.approx(GPT4, abs=1e-6)
     assert fit.agreeing > 1
@@ -28,7 +29,7 @@ def test_published_coefficients_without_noise(cells: Callable[..., Rows], sizes:
 
 def test_published_coefficients_within_intervals_under_noise(cells: Callable[..., Rows]) -> None:
     table = Table.from_rows(cells(SIZES, KS, noise=0.005, seed=1))
-    document = fit_all(table, bootstraps=400, laws=("n_k",))
+    document = fit_all(table, settings=FitSettings(400, laws=("n_k",)))
     entry = document["fits"][0]
     for name, value in entry["coefficients"].items():
         assert value["low"] <= GPT4[name] <= value["high"], name
@@ -47,15 +48,15 @@ def test_floor_is_found_and_outliers_are_ignored() -> None:
     n = 2.0 ** np.arange(9, 20)
     nmse = N_FLOOR.value({"A": 3.0, "a": 0.4, "E": 0.1}, {"n_latents": n})
     nmse[3] *= 1.3
-    fit = fit_law(N_FLOOR, {"n_latents": n}, nmse, bootstraps=0)
+    fit = fit_law(N_FLOOR, {"n_latents": n}, nmse, FitSettings(0))
     np.testing.assert_allclose(N_FLOOR.to_reported(fit.raw), [3.0, 0.4, 0.1], rtol=0.01)
 
 
 def test_document_is_deterministic_json_and_predicts(cells: Callable[..., Rows]) -> None:
     rows = [row | {"flops": None} for row in cells((512, 1024, 2048, 4096), (8, 16, 32, 64), noise=0.005)]
     table = Table.from_rows(rows)
-    document = fit_all(table, bootstraps=50, seed=3)
-    assert json.dumps(document, allow_nan=False) == json.dumps(fit_all(table, bootstraps=50, seed=3))
+    document = fit_all(table, settings=FitSettings(50, seed=3))
+    assert json.dumps(document, allow_nan=False) == json.dumps(fit_all(table, settings=FitSettings(50, seed=3)))
     assert [fit["law"] for fit in document["fits"]] == ["n_k", "n", "n", "n", "n"]
     assert {s["law"] for s in document["skipped"]} == {"n", "c"}
     n_k, at_8 = document["fits"][:2]
@@ -72,7 +73,7 @@ def test_document_is_deterministic_json_and_predicts(cells: Callable[..., Rows])
 
 
 def test_two_by_two_grid_gives_a_document_with_reasons(cells: Callable[..., Rows]) -> None:
-    document = fit_all(Table.from_rows(cells((512, 1024), (8, 16))), bootstraps=10)
+    document = fit_all(Table.from_rows(cells((512, 1024), (8, 16))), settings=FitSettings(10))
     assert document["fits"] == []
     reasons = [s["reason"] for s in document["skipped"] if s["law"] == "n_k"]
     assert len(reasons) == 1
@@ -82,12 +83,12 @@ def test_two_by_two_grid_gives_a_document_with_reasons(cells: Callable[..., Rows
 def test_refusals_name_the_counts() -> None:
     n = 2.0 ** np.arange(9, 12)
     with pytest.raises(SaescaleError, match="3 points for 2 coefficients; it takes at least 4"):
-        fit_law(N, {"n_latents": n}, 1 / n, bootstraps=0)
+        fit_law(N, {"n_latents": n}, 1 / n, FitSettings(0))
     grid = {"n_latents": np.tile(n, 4), "k": np.repeat([8.0, 16.0], 6)}
     with pytest.raises(SaescaleError, match="k takes 2 different values; it takes at least 3"):
-        fit_law(N_K, grid, 1 / grid["n_latents"], bootstraps=0)
+        fit_law(N_K, grid, 1 / grid["n_latents"], FitSettings(0))
     with pytest.raises(SaescaleError, match=r"unknown law nk; did you mean n_k\? there are n_k, n, c, n_d"):
-        fit_all(Table.from_rows([{"n_latents": 1, "k": 1, "nmse": 1}]), laws=("nk",))
+        fit_all(Table.from_rows([{"n_latents": 1, "k": 1, "nmse": 1}]), settings=FitSettings(laws=("nk",)))
 
 
 def test_notes_say_each_thing_once() -> None:
@@ -127,7 +128,7 @@ def test_a_law_takes_its_own_columns_alone(
 ) -> None:
     ks = (8, 32, 128) if law == "n_k" else (8, 32) if "k" in columns else (8,)
     rows = [{name: row[name] for name in (*columns, "nmse")} for row in cells(SIZES, ks)]
-    document = fit_all(Table.from_rows(rows), bootstraps=20, laws=(law,))
+    document = fit_all(Table.from_rows(rows), settings=FitSettings(20, laws=(law,)))
     forms = 1 if law == "n_k" else 2
     assert [entry["law"] for entry in document["fits"]] == [law] * (fits if law == "n_k" else fits * forms)
     assert document["skipped"] == []
@@ -144,10 +145,10 @@ def test_a_law_takes_its_own_columns_alone(
     ],
 )
 def test_a_law_without_its_columns_is_skipped(law: str, reason: str) -> None:
-    document = fit_all(Table.from_rows([{"nmse": 0.5, "flops": 1e9}]), bootstraps=0, laws=(law,))
+    document = fit_all(Table.from_rows([{"nmse": 0.5, "flops": 1e9}]), settings=FitSettings(0, laws=(law,)))
     assert document["fits"] == []
     (skipped,) = document["skipped"]
     assert (skipped["law"], skipped["at"]) == (law, {})
     assert skipped["reason"].startswith(reason)
-    without = fit_all(Table.from_rows([{"nmse": 0.5, "n_latents": 8}]), bootstraps=0, laws=("c",))
+    without = fit_all(Table.from_rows([{"nmse": 0.5, "n_latents": 8}]), settings=FitSettings(0, laws=("c",)))
     assert without["skipped"][0]["reason"].startswith("without curves law c takes the flops of cells: rows: no column")

@@ -9,6 +9,7 @@ import saescale.scaling.laws.frontier
 from saescale.scaling.laws.frontier import Curve, find_frontier, fit_frontier, frontier_of_ends, read_curves
 from saescale.scaling.laws.huber import Problem
 from saescale.scaling.laws.known import C
+from saescale.scaling.laws.settings import FitSettings
 from saescale.scaling.tables import Table
 from saescale.storage.errors import SaescaleError
 
@@ -25,7 +26,7 @@ def tangent_curves(sizes: int = 7) -> tuple[Curve, ...]:
 
 def test_envelope_of_tangent_curves() -> None:
     frontier = find_frontier({"k": 8.0}, tangent_curves())
-    fit = fit_frontier(C, frontier, bootstraps=200, seed=0)
+    fit = fit_frontier(C, frontier, FitSettings(200, seed=0))
     middle = frontier.flops < 1e12 * 4.0**6
     np.testing.assert_allclose(np.log(frontier.nmse[middle]), -0.1 * np.log(frontier.flops[middle]), atol=0.03)
     assert fit.at == {"k": 8}
@@ -46,7 +47,7 @@ def test_points_that_bend_the_law_are_dropped() -> None:
 def test_many_resamples_are_taken_some_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
     """Ten thousand cells would else take gigabytes: the same numbers come out of temporaries of a bounded size."""
     frontier = find_frontier({"k": 8.0}, tangent_curves())
-    whole = fit_frontier(C, frontier, bootstraps=40, seed=0)
+    whole = fit_frontier(C, frontier, FitSettings(40, seed=0))
     largest = []
     keep, minimise = saescale.scaling.laws.frontier._keep, saescale.scaling.laws.estimate.minimise
 
@@ -61,7 +62,7 @@ def test_many_resamples_are_taken_some_at_a_time(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(saescale.scaling.laws.estimate, "_AT_ONCE", 2000)
     monkeypatch.setattr(saescale.scaling.laws.frontier, "_keep", watched_keep)
     monkeypatch.setattr(saescale.scaling.laws.estimate, "minimise", watched_minimise)
-    parts = fit_frontier(C, frontier, bootstraps=40, seed=0)
+    parts = fit_frontier(C, frontier, FitSettings(40, seed=0))
     assert 1000 < max(largest) <= 2000
     np.testing.assert_allclose(parts.draws, whole.draws, rtol=1e-6)
     flops = np.geomspace(1e12, 1e15, 30)
@@ -94,7 +95,7 @@ def test_frontier_of_ends_keeps_what_no_cheaper_cell_equals() -> None:
     frontier = frontier_of_ends({}, cells)
     np.testing.assert_allclose(frontier.flops, flops)
     np.testing.assert_allclose(frontier.nmse, nmse)
-    fit = fit_frontier(C, frontier, bootstraps=100, seed=0)
+    fit = fit_frontier(C, frontier, FitSettings(100, seed=0))
     np.testing.assert_allclose(C.to_reported(fit.raw), [5, 0.1], rtol=1e-6)
     assert np.isfinite(fit.draws).all()
     assert fit.excluded == ("1 of 7 points of compute: no better than with less compute",)

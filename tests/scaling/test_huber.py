@@ -5,6 +5,7 @@ import pytest
 from saescale.scaling.laws.estimate import centred, fit_law
 from saescale.scaling.laws.huber import _nnls, losses, minimise, solve_amplitudes
 from saescale.scaling.laws.known import GPT4, N_D, N_FLOOR, N_K
+from saescale.scaling.laws.settings import FitSettings
 from scipy.optimize import nnls
 
 GRID = {
@@ -41,7 +42,7 @@ def test_amplitudes_follow_from_the_exponents() -> None:
 def test_a_term_that_the_data_do_not_have_is_switched_off() -> None:
     n = 2.0 ** np.arange(9, 17)
     log_nmse = np.log(3.0 * n**-0.3)
-    fit = fit_law(N_FLOOR, {"n_latents": n}, np.exp(log_nmse), bootstraps=0)
+    fit = fit_law(N_FLOOR, {"n_latents": n}, np.exp(log_nmse), FitSettings(0))
     floor = N_FLOOR.to_reported(fit.raw)[2]
     assert floor < 1e-3 * np.exp(log_nmse.min())
     assert N_FLOOR.to_reported(fit.raw)[1] == pytest.approx(0.3, abs=1e-3)
@@ -70,7 +71,7 @@ def test_projection_takes_the_conditioning_out() -> None:
     loss = N_D.value({"A": 400.0, "a": 0.34, "B": 1300.0, "b": 0.34, "E": 1.8}, {"n_latents": n, "tokens": tokens})
     for law, columns, values, least in ((N_K, GRID, N_K.value(GPT4, GRID), 1e3),
                                         (N_D, {"n_latents": n, "tokens": tokens}, loss, 1e10)):  # fmt: skip
-        conditioning = fit_law(law, columns, values, bootstraps=0).conditioning
+        conditioning = fit_law(law, columns, values, settings=FitSettings(0)).conditioning
         assert conditioning is not None
         assert conditioning.coefficients > least * conditioning.projected
         assert conditioning.projected < 500

@@ -15,6 +15,7 @@ from saescale.scaling.laws.identify import profile_floor
 from saescale.scaling.laws.known import N_FLATTENS, N_FLOOR
 from saescale.scaling.laws.law import Exponent, Law, Term
 from saescale.scaling.laws.predict import parse_point, predictions
+from saescale.scaling.laws.settings import FitSettings
 from saescale.scaling.tables import Table
 from saescale.storage.errors import SaescaleError
 
@@ -33,7 +34,7 @@ def as_rows(n: np.ndarray, nmse: np.ndarray) -> Rows:
 
 
 def test_profile_of_a_floor_that_is_there() -> None:
-    fit = fit_laws(Table.from_rows(as_rows(*eight_widths())), bootstraps=50, laws=("n",)).fits[1]
+    fit = fit_laws(Table.from_rows(as_rows(*eight_widths())), settings=FitSettings(50, laws=("n",))).fits[1]
     profile = fit.document()["profile_of_floor"]
     assert profile["low"] < 0.1 < profile["high"]
     assert profile["low"] > 0.05
@@ -50,7 +51,7 @@ def test_profile_of_a_floor_that_is_there() -> None:
 
 def test_profile_reaches_zero_where_the_floor_is_not_determined() -> None:
     n, nmse = eight_widths(noise=0.05, truth={"A": 3.0, "a": 0.2, "E": 0.02})
-    fit = fit_laws(Table.from_rows(as_rows(n, nmse)), bootstraps=50, laws=("n",)).fits[1]
+    fit = fit_laws(Table.from_rows(as_rows(n, nmse)), settings=FitSettings(50, laws=("n",))).fits[1]
     assert fit.profile is not None
     assert fit.profile.low == 0.0
     assert fit.profile.high > 0.05
@@ -59,7 +60,7 @@ def test_profile_reaches_zero_where_the_floor_is_not_determined() -> None:
 def test_profile_that_is_open_above() -> None:
     """Where even a floor just under the lowest point is not refused, its interval has no upper end."""
     n, nmse = eight_widths(noise=0.3, seed=1, truth={"A": 0.5, "a": 0.01, "E": 0.5})
-    document = fit_laws(Table.from_rows(as_rows(n, nmse)), bootstraps=50, laws=("n",)).document()
+    document = fit_laws(Table.from_rows(as_rows(n, nmse)), settings=FitSettings(50, laws=("n",))).document()
     found = document["fits"][1]["profile_of_floor"]
     assert found["values"][-1]["ratio"] <= found["limit"]
     assert found["high"] is None
@@ -78,7 +79,7 @@ def test_profile_of_a_law_whose_first_term_lacks_its_first_column() -> None:
     )  # fmt: skip
     n, k = (grid.ravel() for grid in np.meshgrid([512.0, 1024, 2048, 4096], [8.0, 16, 32, 64]))
     noise = np.exp(0.003 * np.random.default_rng(0).standard_normal(16))
-    fit = fit_law(law, {"n_latents": n, "k": k}, (0.6 * k**-0.3 + 2 * n**-0.4) * noise, bootstraps=20)
+    fit = fit_law(law, {"n_latents": n, "k": k}, (0.6 * k**-0.3 + 2 * n**-0.4) * noise, settings=FitSettings(20))
     problem, to_raw = centred(law, fit.columns, np.log(fit.nmse))
     found = profile_floor(law, problem, np.linalg.solve(to_raw, fit.raw), np.log(fit.nmse))
     assert found is not None
@@ -90,13 +91,13 @@ def test_profile_of_a_law_whose_first_term_lacks_its_first_column() -> None:
 def test_with_and_without_a_floor() -> None:
     n, nmse = eight_widths()
     held = n == n.max()
-    needed = compare_without_last(fit_law(N_FLOOR, {"n_latents": n}, nmse, bootstraps=0), held)
+    needed = compare_without_last(fit_law(N_FLOOR, {"n_latents": n}, nmse, FitSettings(0)), held)
     assert needed is not None
     assert needed["aicc_difference"] > 10
     assert needed["words"].startswith("the cells need the last term (AICc")
     assert needed["rms_log_error_held_out"]["with"] < needed["rms_log_error_held_out"]["without"]
     plain = 3 * n**-0.3 * nmse / N_FLOOR.value(TRUE, {"n_latents": n})
-    without = compare_without_last(fit_law(N_FLOOR, {"n_latents": n}, plain, bootstraps=0), held)
+    without = compare_without_last(fit_law(N_FLOOR, {"n_latents": n}, plain, FitSettings(0)), held)
     assert without is not None
     assert "do without" in without["words"]
 
@@ -104,8 +105,8 @@ def test_with_and_without_a_floor() -> None:
 def test_curvature_shows_in_the_same_comparison() -> None:
     n = 2.0 ** np.arange(9, 21)
     bent = N_FLATTENS.value({"A": 300.0, "a": 0.9, "B": 1.0, "b": 0.1}, {"n_latents": n})
-    curved = compare_without_last(fit_law(N_FLATTENS, {"n_latents": n}, bent, bootstraps=0), None)
-    straight = compare_without_last(fit_law(N_FLATTENS, {"n_latents": n}, 3 * n**-0.3, bootstraps=0), None)
+    curved = compare_without_last(fit_law(N_FLATTENS, {"n_latents": n}, bent, FitSettings(0)), None)
+    straight = compare_without_last(fit_law(N_FLATTENS, {"n_latents": n}, 3 * n**-0.3, FitSettings(0)), None)
     assert curved is not None
     assert straight is not None
     assert curved["aicc_difference"] > 10
@@ -114,7 +115,7 @@ def test_curvature_shows_in_the_same_comparison() -> None:
 
 def test_hold_out_says_how_many_it_covers() -> None:
     n, nmse = eight_widths()
-    fit = fit_law(N_FLOOR, {"n_latents": n}, nmse, bootstraps=100)
+    fit = fit_law(N_FLOOR, {"n_latents": n}, nmse, FitSettings(100))
     document = hold_out(fit, n >= n[-2], "n >= 32768")
     assert document is not None
     assert (document["points"], document["coverage"]) == (2, document["covered"] / 2)
@@ -127,11 +128,13 @@ def test_compute_is_held_out_too(cells: Callable[..., Rows]) -> None:
     rows = cells((512, 1024, 2048, 4096), (8, 16, 32, 64))
     for row in rows:
         row["flops"] *= 4 if row["k"] == 8 else 1  # other cells than those of the largest n
-    (entry,) = fit_all(Table.from_rows(rows), bootstraps=20, laws=("n_k",))["fits"]
+    (entry,) = fit_all(Table.from_rows(rows), settings=FitSettings(20, laws=("n_k",)))["fits"]
     assert entry["holdout"]["held_out"] == "n >= 4096"
     assert {row["k"] for row in entry["holdout_compute"]["predictions"]} >= {8.0}
     assert min(row["n_latents"] for row in entry["holdout_compute"]["predictions"]) < 4096
-    same = fit_all(Table.from_rows(cells((512, 1024, 2048, 4096), (8, 16, 32, 64))), bootstraps=0, laws=("n_k",))
+    same = fit_all(
+        Table.from_rows(cells((512, 1024, 2048, 4096), (8, 16, 32, 64))), settings=FitSettings(0, laws=("n_k",))
+    )
     holdout, compute = (same["fits"][0][key] for key in ("holdout", "holdout_compute"))
     assert compute["predictions"] == holdout["predictions"]
 
@@ -149,7 +152,9 @@ def test_a_point_in_words() -> None:
 
 
 def test_predictions_of_the_laws_that_apply(cells: Callable[..., Rows]) -> None:
-    fits = fit_laws(Table.from_rows(cells((512, 1024, 2048, 4096), (8, 16, 32, 64), noise=0.003)), bootstraps=100).fits
+    fits = fit_laws(
+        Table.from_rows(cells((512, 1024, 2048, 4096), (8, 16, 32, 64), noise=0.003)), settings=FitSettings(100)
+    ).fits
     rows = predictions(fits, {"n_latents": 65536, "k": 32})
     assert [(row["law"], row["floor"]) for row in rows] == [("n_k", False), ("n", False)]
     for row in rows:
@@ -164,7 +169,7 @@ def test_predictions_of_the_laws_that_apply(cells: Callable[..., Rows]) -> None:
 def test_correlations_are_those_of_repeated_fits() -> None:
     """Of least squares about the truth: the inverse of J^T J says how estimates of A, a and E move together."""
     n, _ = eight_widths()
-    fits = [fit_law(N_FLOOR, {"n_latents": n}, eight_widths(0.001, seed)[1], bootstraps=0) for seed in range(60)]
+    fits = [fit_law(N_FLOOR, {"n_latents": n}, eight_widths(0.001, seed)[1], FitSettings(0)) for seed in range(60)]
     estimates = np.stack([N_FLOOR.to_reported(fit.raw) for fit in fits])
     expected = fits[0].conditioning
     assert expected is not None

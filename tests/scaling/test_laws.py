@@ -21,6 +21,7 @@ from saescale.scaling.laws.known import (
     registered,
 )
 from saescale.scaling.laws.law import Exponent, Law, Term, log_sum
+from saescale.scaling.laws.settings import FitSettings
 from saescale.scaling.tables import Table
 from saescale.storage.errors import SaescaleError
 
@@ -92,7 +93,7 @@ def test_a_law_of_ones_own_in_ten_lines(tmp_path: Path) -> None:
             for n in (512, 1024, 2048, 4096)
             for k in (8, 16, 32)
         ]
-        (entry,) = fit_all(Table.from_rows(rows), bootstraps=20, laws=("power_of_k",))["fits"]
+        (entry,) = fit_all(Table.from_rows(rows), settings=FitSettings(20, laws=("power_of_k",)))["fits"]
         found = {name: value["value"] for name, value in entry["coefficients"].items()}
         assert found == pytest.approx({"A": 4, "a": 0.25, "b": 0.3}, rel=1e-6)
         assert entry["formula"] == "nmse = A n^-a k^-b"
@@ -139,7 +140,7 @@ def test_broken_power_laws_turn_from_one_slope_to_the_other(law: Law, first: flo
     slopes = -np.diff(np.log(nmse)) / np.diff(np.log(n))
     assert slopes[0] == pytest.approx(first, abs=0.01)
     assert slopes[-1] == pytest.approx(second, abs=0.01)
-    fit = fit_law(law, {"n_latents": n}, nmse, bootstraps=50)
+    fit = fit_law(law, {"n_latents": n}, nmse, settings=FitSettings(50))
     found = dict(zip(law.names, law.to_reported(fit.raw), strict=True))
     assert found == pytest.approx(truth, rel=1e-3)
     # The terms keep their places in every resample.
@@ -160,7 +161,7 @@ def test_the_law_over_subjects() -> None:
         for n in (512, 1024, 2048, 4096, 8192):
             nmse = np.exp(-0.4 + 0.1 * np.log(s) + 0.1 * np.log(n) - 0.06 * np.log(s) * np.log(n)) + 0.05
             rows.append({"subject": f"width {s}", "d_model": s, "n_latents": n, "k": 32, "nmse": nmse})
-    (entry,) = fit_all(Table.from_rows(rows), bootstraps=20, laws=("n_s",))["fits"]
+    (entry,) = fit_all(Table.from_rows(rows), settings=FitSettings(20, laws=("n_s",)))["fits"]
     assert entry["at"] == {"k": 32}
     assert entry["points"] == 20
     for s in (256, 2048):

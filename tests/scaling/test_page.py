@@ -9,6 +9,7 @@ from typing import Any
 
 import pyarrow as pa
 import pytest
+from saescale.scaling.laws.settings import FitSettings
 from saescale.scaling.report.report import analyse
 from saescale.storage.rundir import RunDirectory
 
@@ -33,7 +34,7 @@ def url(tmp_path_factory: pytest.TempPathFactory, cells: Callable[..., Rows], cu
         run = RunDirectory(str(folder))
         run.write_results([*rows, rows[0] | {"cell_id": "gone", "status": "failed", "error": "loss is NaN", "k": 8}])
         run.write_curves(pa.Table.from_pylist(curves_of(rows)))
-        analyse(run, bootstraps=20, provenance={"sweep": "test", "store": "s3://b/s (abc123)"})
+        analyse(run, FitSettings(20), provenance={"sweep": "test", "store": "s3://b/s (abc123)"})
         _RUN.append(folder)
     return f"file://{_RUN[0]}/report.html"
 

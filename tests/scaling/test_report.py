@@ -10,6 +10,7 @@ from typing import Any
 import pyarrow as pa
 import pytest
 from saescale.scaling.laws.fit import fit_notes
+from saescale.scaling.laws.settings import FitSettings
 from saescale.scaling.report.report import analyse, is_current
 from saescale.scaling.report.text import duration, scientific, typeset
 from saescale.storage.rundir import RunDirectory
@@ -34,7 +35,7 @@ def test_analyse(
     run.write_results(rows)
     run.write_curves(pa.Table.from_pylist(curves_of(rows)))
     provenance = {"store fingerprint": "abc123", "versions": "numpy 2.4"}
-    document = analyse(run, bootstraps=20, provenance=provenance, formats=("html", "md"))
+    document = analyse(run, FitSettings(20), provenance=provenance, formats=("html", "md"))
     assert {fit["law"] for fit in document["fits"]} >= fitted
     assert json.loads((tmp_path / "fits.json").read_text()) == document
 
@@ -72,14 +73,14 @@ def test_no_report_stays_behind_its_fits(tmp_path: Path, cells: Callable[..., Ro
 
     rows = cells((512, 1024), (8, 16))
     run.write_results(rows)
-    analyse(run, bootstraps=0)
+    analyse(run, FitSettings(0))
     assert not (tmp_path / "report.md").exists()
     run.write_results(rows[:3])
-    analyse(run, bootstraps=0, formats=("md",))
-    assert is_current(run, bootstraps=0)
+    analyse(run, FitSettings(0), formats=("md",))
+    assert is_current(run, FitSettings(0))
     assert shown() == ["report.html", "report.md"]
     run.write_results(rows)
-    analyse(run, bootstraps=0)
+    analyse(run, FitSettings(0))
     assert shown() == []
 
 
@@ -87,7 +88,7 @@ def test_results_without_curves_or_optional_columns(cells: Callable[..., Rows]) 
     run = RunDirectory("memory://report/run")
     keys = ("cell_id", "n_latents", "k", "nmse", "status")
     run.write_results([{key: row[key] for key in keys} for row in cells((512, 1024, 2048, 4096), (8, 16, 32, 64))])
-    document = analyse(run, bootstraps=0, formats=("html", "md"))
+    document = analyse(run, FitSettings(0), formats=("html", "md"))
     assert [fit["law"] for fit in document["fits"]][:5] == ["n_k", *["n"] * 4]
     assert document["fits"][0]["coefficients"]["alpha"]["low"] is None
 
@@ -103,27 +104,27 @@ def test_current_until_anything_that_counts_changes(
     run.write_results([*rows[:-1], waiting])
     run.write_curves(pa.Table.from_pylist(curves_of(rows[:-1])))
     assert not is_current(run)
-    analyse(run, bootstraps=5, seed=1)
-    assert is_current(run, bootstraps=5, seed=1)
-    assert not is_current(run, bootstraps=6, seed=1)
-    assert not is_current(run, bootstraps=5, seed=2)
-    assert not is_current(run, bootstraps=5, seed=1, laws=("n_k",))
+    analyse(run, FitSettings(5, seed=1))
+    assert is_current(run, FitSettings(5, seed=1))
+    assert not is_current(run, FitSettings(6, seed=1))
+    assert not is_current(run, FitSettings(5, seed=2))
+    assert not is_current(run, FitSettings(5, seed=1, laws=("n_k",)))
 
     run.write_results([*(row | {"wall_s": 1.0} for row in rows[:-1]), waiting])
-    assert is_current(run, bootstraps=5, seed=1)
+    assert is_current(run, FitSettings(5, seed=1))
     run.write_results(rows)
-    assert not is_current(run, bootstraps=5, seed=1)
-    analyse(run, bootstraps=5, seed=1)
-    assert is_current(run, bootstraps=5, seed=1)
+    assert not is_current(run, FitSettings(5, seed=1))
+    analyse(run, FitSettings(5, seed=1))
+    assert is_current(run, FitSettings(5, seed=1))
     run.write_curves(pa.Table.from_pylist(curves_of(rows)))
-    assert not is_current(run, bootstraps=5, seed=1)
+    assert not is_current(run, FitSettings(5, seed=1))
 
-    analyse(run, bootstraps=5, seed=1)
+    analyse(run, FitSettings(5, seed=1))
     (tmp_path / "report.html").unlink()
-    assert not is_current(run, bootstraps=5, seed=1)
-    analyse(run, bootstraps=5, seed=1)
+    assert not is_current(run, FitSettings(5, seed=1))
+    analyse(run, FitSettings(5, seed=1))
     (tmp_path / "fits.json").write_text("{")
-    assert not is_current(run, bootstraps=5, seed=1)
+    assert not is_current(run, FitSettings(5, seed=1))
 
 
 def test_an_analysis_that_is_cut_short_is_not_current(
@@ -132,7 +133,7 @@ def test_an_analysis_that_is_cut_short_is_not_current(
     run = RunDirectory(str(tmp_path))
     rows = cells((512, 1024), (8, 16))
     run.write_results(rows[:-1])
-    analyse(run, bootstraps=0)
+    analyse(run, FitSettings(0))
     run.write_results(rows)
 
     def killed(*_: object) -> None:
@@ -140,8 +141,8 @@ def test_an_analysis_that_is_cut_short_is_not_current(
 
     monkeypatch.setattr("saescale.scaling.report.report.write_report", killed)
     with pytest.raises(KeyboardInterrupt):
-        analyse(run, bootstraps=0)
-    assert not is_current(run, bootstraps=0)
+        analyse(run, FitSettings(0))
+    assert not is_current(run, FitSettings(0))
 
 
 def test_text_from_tables_is_escaped(tmp_path: Path, cells: Callable[..., Rows]) -> None:
@@ -149,7 +150,7 @@ def test_text_from_tables_is_escaped(tmp_path: Path, cells: Callable[..., Rows])
     evil = "</script><b>x</b>|y"
     run.write_results([row | {"subject": evil, "cell_id": f"{evil}{row['cell_id']}"}
                        for row in cells((512, 1024), (8, 16))])  # fmt: skip
-    analyse(run, bootstraps=0, formats=("html", "md"))
+    analyse(run, FitSettings(0), formats=("html", "md"))
     page = (tmp_path / "report.html").read_text()
     assert "<b>x" not in page
     assert "&lt;b&gt;x" in page

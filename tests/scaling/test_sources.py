@@ -9,6 +9,7 @@ import pyarrow.csv
 import pyarrow.parquet
 import pytest
 from saescale.scaling.laws.fit import fit_all
+from saescale.scaling.laws.settings import FitSettings
 from saescale.scaling.sources import load_sources
 from saescale.storage.errors import SaescaleError
 from saescale.storage.rundir import RunDirectory
@@ -48,7 +49,7 @@ def test_tables_without_a_subject_are_of_subjects_of_their_own(tmp_path: Path) -
     results, curves = load_sources(urls)
     assert curves is None
     assert set(results["subject"]) == set(urls)
-    document = fit_all(results, bootstraps=0, laws=("n", "n_s"))
+    document = fit_all(results, settings=FitSettings(0, laws=("n", "n_s")))
     over_subjects = next(entry for entry in document["fits"] if entry["law"] == "n_s")
     assert over_subjects["points"] == 12
     assert {entry["points"] for entry in document["fits"] if entry["law"] == "n"} == {4}

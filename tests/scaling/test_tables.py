@@ -135,8 +135,8 @@ def test_bad_sources(tmp_path: Path) -> None:
 
 def test_cells_of_another_kind_are_excluded(cells: Callable[..., Rows]) -> None:
     rows = cells((512, 1024), (8, 16))
-    rows[0]["activation"] = "relu"
+    rows[0]["architecture"] = "relu"
     table = comparable(Table.from_arrow(pa.Table.from_pylist(rows), "rows"))
     assert len(table) == 3
-    assert "activation relu" in table.excluded[0]
-    assert "activation topk" in table.excluded[0]
+    assert "architecture relu" in table.excluded[0]
+    assert "architecture topk" in table.excluded[0]

@@ -7,8 +7,9 @@ import numpy as np
 import pyarrow as pa
 import pytest
 from saescale.storage import files
+from saescale.storage.columns import CURVES, RESULTS
 from saescale.storage.errors import SaescaleError
-from saescale.storage.rundir import CURVES_SCHEMA, RESULTS_SCHEMA, RunDirectory
+from saescale.storage.rundir import RunDirectory
 
 
 def test_everything_comes_back_on_every_file_system(any_url: str) -> None:
@@ -18,7 +19,7 @@ def test_everything_comes_back_on_every_file_system(any_url: str) -> None:
     assert run.read_cell_curve("a1") == []
     assert run.cells_with_results() == set()
     assert run.read_json("fits.json") is None
-    assert run.read_results().schema == RESULTS_SCHEMA
+    assert run.read_results().schema == RESULTS
     assert len(run.read_curves()) == 0
 
     spec = {"name": "Größe", "grid": {"n_latents": [512, 1024]}, "train": {"lr": 8e-4, "tokens": None}}
@@ -31,17 +32,17 @@ def test_everything_comes_back_on_every_file_system(any_url: str) -> None:
     run.write_cell_curve("a1", [{"step": 1, "tokens": 10, "flops": 2e20, "nmse": 0.7}])
     run.write_cell_curve("b2", [{"step": 1}, {"step": 2}])
     (row,) = run.read_cell_curve("a1")
-    assert list(row) == CURVES_SCHEMA.names
+    assert list(row) == CURVES.names
     assert (row["cell_id"], row["flops"], row["lr"]) == ("a1", 2e20, None)
     assert [row["step"] for row in run.read_cell_curve("b2")] == [1, 2]
     assert run.cells_with_results() == {"a1"}
     assert run.cell_url("a1").endswith("/cells/a1")
 
     run.write_results([{"cell_id": "a1", "nmse": 0.5, "k": 8, "status": "done", "other": 1}])
-    assert run.read_results().schema.equals(RESULTS_SCHEMA)
+    assert run.read_results().schema.equals(RESULTS)
     assert run.read_results().to_pylist()[0]["k"] == 8
-    curves = pa.Table.from_pylist(run.read_cell_curve("a1") + run.read_cell_curve("b2"), CURVES_SCHEMA)
-    run.write_curves(curves.select(list(reversed(CURVES_SCHEMA.names))))
+    curves = pa.Table.from_pylist(run.read_cell_curve("a1") + run.read_cell_curve("b2"), CURVES)
+    run.write_curves(curves.select(list(reversed(CURVES.names))))
     assert run.read_curves().equals(curves)
 
     run.write_json("fits.json", {"values": np.array([1.0, math.nan]), "inf": -math.inf, "n": np.int32(3)})

@@ -31,7 +31,7 @@ def train_dense(store: ActivationStore, cell: Cell, eval_tokens: int) -> Outcome
     objective = Objective(cell.k, centre.variance, cell.k_aux, cell.auxk_coefficient, cell.multi_topk)
     since = torch.zeros(cell.n_latents, dtype=torch.int64)
     with Stream(store, batch_tokens=cell.batch_tokens, seed=cell.stream_seed, batches=cell.steps) as stream:
-        for act in stream:
+        for act in (batch.x for batch in stream):
             x = normalise(to_tensor(act, store.manifest.dtype))
             forward = sae(x)
             since += len(x)

@@ -19,8 +19,8 @@ from saescale.storage.errors import SaescaleError
 from saescale.storage.files import exists, join
 from saescale.storage.lease import Lease, Superseded
 from saescale.storage.rundir import RunDirectory
+from saescale.storage.source import Order
 from saescale.storage.store import ActivationStore
-from saescale.storage.stream import Stream
 from saescale.trainers.architectures.topk import SAE
 from saescale.trainers.cell import Cell, EvalSpec
 from saescale.trainers.device import OutOfMemory
@@ -190,7 +190,7 @@ def test_a_resumed_pack_keeps_the_order_of_its_checkpoint(
     undisturbed = train_pack(job(cells, sparse_store, str(tmp_path / "a")))
     calls = iter(range(10**6))
     train_pack(job(cells, sparse_store, str(tmp_path / "b")), should_stop=lambda: next(calls) == 9)
-    monkeypatch.setitem(Stream.__init__.__kwdefaults__, "mix_row_groups", 3)
+    monkeypatch.setattr(Order.__new__, "__defaults__", (3,))
     other_order = train_pack(job(cells, sparse_store, str(tmp_path / "c")))
     assert comparable(other_order) != comparable(undisturbed)
     assert comparable(train_pack(job(cells, sparse_store, str(tmp_path / "b")))) == comparable(undisturbed)

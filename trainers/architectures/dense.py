@@ -98,4 +98,3 @@ def apply(params: Params, gradients: Mapping[str, Tensor], updates: Mapping[str,
         for name, parameter in params.items():
             moments, adam, unit_rows = updates[name]
             adam_rows(parameter, moments, gradients[name], adam, unit_rows)
-

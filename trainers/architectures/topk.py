@@ -8,8 +8,6 @@ sae.safetensors holds, are slightly shorter (Adam.averaged). Multiply z by a row
 unit directions are needed: that leaves x_hat as it is.
 """
 
-import math
-
 import torch
 from pydantic import Field
 from saescale.scaling.compute import Flops, flops_per_token
@@ -111,11 +109,6 @@ def flops(shape: Shape, settings: Settings, worked: Worked) -> Flops:
 
 
 step = TopKStep()
-
-
-def auto_k_aux(d_model: int) -> int:
-    """The power of two nearest to d_model / 2 (Gao et al. 2024, appendix A.2: 512 typical, 256 at d_model 768)."""
-    return 2 ** round(math.log2(d_model / 2))
 
 
 def _decode(params: Params, pre: Tensor, k: int) -> Forward:

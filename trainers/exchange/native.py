@@ -32,7 +32,7 @@ def write(trained: Trained, url: str) -> list[str]:
 
 
 def read(url: str) -> Trained:
-    """Reads what `write` wrote, on the CPU. Raises SaescaleError where there is no such SAE, or none that can be run."""
+    """Reads what `write` wrote, on the CPU. Raises SaescaleError where no such SAE is, or none that can be run."""
     where = _file(url)
     try:
         data = files.read_bytes(where)

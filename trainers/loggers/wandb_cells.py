@@ -8,7 +8,8 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
 
-from saescale.trainers.cell import Cell, CurveRow
+from saescale.storage.columns import CurveRow, columns_of
+from saescale.trainers.cell import Cell
 from saescale.trainers.loggers import wandb_client as client
 from saescale.trainers.loggers.wandb_client import (
     how_to_read,
@@ -31,9 +32,7 @@ __all__ = [
     "Logged", "Mode", "WandbLogger", "WandbSettings", "how_to_read", "log_summary", "resolve_mode", "wandb_directory",
 ]  # fmt: skip
 
-_SUMMARY = (
-    "nmse", "l0", "dead_fraction", "dead_fraction_long", "tokens", "flops", "flops_dense", "wall_s", "status", "error",
-)  # fmt: skip
+_SUMMARY = tuple(column.name for column in columns_of("results") if column.role != "spec")
 
 
 class WandbLogger:
@@ -86,7 +85,7 @@ class WandbLogger:
         if self._mode == "off":
             return
         subject = str(context.get("subject", ""))
-        fields = cell.model_dump()
+        fields = cell.model_dump(exclude={"settings"}) | cell.whole_settings.model_dump()
         shared = {f"context_{key}" if key in fields else key: value for key, value in context.items()}
         try:
             run = init(
@@ -97,7 +96,7 @@ class WandbLogger:
                 name=f"n{cell.n_latents} k{cell.k}" + (f" seed {cell.seed}" if cell.seed else ""),
                 group=self._sweep,
                 job_type="cell",
-                tags=[tag[:64] for tag in (cell.activation, subject) if tag],
+                tags=[tag[:64] for tag in (cell.architecture, subject) if tag],
                 config=without_secrets({**shared, **fields, "cell_id": cell.cell_id}),
             )
             run.define_metric("tokens")

@@ -7,6 +7,7 @@ import hashlib
 from collections.abc import Sequence
 from typing import Any
 
+from saescale.storage.columns import COLUMNS, columns_of
 from saescale.trainers.loggers.wandb_client import import_wandb, one_line, server, warn
 
 _MOST_RUNS = 200  # lines in one panel; W&B's own default of 10 would hide most of a grid
@@ -46,11 +47,10 @@ def describe_workspace(ws: Any, entity: str, project: str, sweep: str, figures: 
     """
     from wandb_workspaces.reports.v2 import LinePlot, MediaBrowser
 
-    flops, tokens = "Training FLOPs (sparse)", "Training tokens"
-
     def line(title: str, metric: str, x: str = "tokens", log_x: bool = False, log_y: bool = False) -> Any:
-        label = flops if x == "flops" else tokens
-        return LinePlot(title=title, x=x, y=[metric], log_x=log_x, log_y=log_y, title_x=label, title_y=metric)
+        return LinePlot(
+            title=title, x=x, y=[metric], log_x=log_x, log_y=log_y, title_x=COLUMNS[x].title, title_y=metric
+        )
 
     sections = [
         ws.Section(
@@ -62,21 +62,11 @@ def describe_workspace(ws: Any, entity: str, project: str, sweep: str, figures: 
             ],
             is_open=True,
         ),
-        ws.Section(
-            name="Latents",
-            panels=[
-                line("Dead latents", "dead_fraction"),
-                line("Dead latents, long window", "dead_fraction_long"),
-                line("Active latents (L0)", "l0"),
-            ],
-            is_open=True,
-        ),
-        ws.Section(
-            name="Throughput",
-            panels=[line("Tokens per second", "tokens_per_s"), line("Learning rate", "lr")],
-            is_open=True,
-        ),
     ]
+    shown = [column for column in columns_of("curves") if column.panel]
+    for name in dict.fromkeys(column.panel for column in shown):
+        panels = [line(column.title, column.name) for column in shown if column.panel == name]
+        sections.append(ws.Section(name=name, panels=panels, is_open=True))
     if figures:
         panels = [MediaBrowser(title=key.removeprefix("figures/"), media_keys=[key], num_columns=1) for key in figures]
         sections.insert(0, ws.Section(name="Laws", panels=panels, is_open=True))

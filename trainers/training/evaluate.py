@@ -3,7 +3,7 @@
 import time
 
 import numpy as np
-from saescale.trainers.cell import CurveRow
+from saescale.storage.columns import CurveRow
 from saescale.trainers.evals.nmse import HeldOut
 from saescale.trainers.training.pack import Pack
 from saescale.trainers.training.training_cell import TrainingCell

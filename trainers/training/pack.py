@@ -22,7 +22,7 @@ from torch.utils.data import DataLoader, IterableDataset
 
 
 class RawBatch(NamedTuple):
-    """Activations as a source holds them, 16-bit: x [batch, d_model], and target [batch, d_target] where there is one."""
+    """As a source holds them, 16-bit: x [batch, d_model], and target [batch, d_target] where there is one."""
 
     x: Tensor
     target: Tensor | None = None

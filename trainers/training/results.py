@@ -3,11 +3,12 @@
 from typing import Any
 
 from saescale.scaling.compute import Flops
+from saescale.storage.columns import CurveRow
 from saescale.storage.files import remove
 from saescale.storage.lease import require_owner
 from saescale.storage.manifest import Site
 from saescale.storage.rundir import RunDirectory
-from saescale.trainers.cell import Cell, CurveRow
+from saescale.trainers.cell import Cell
 from saescale.trainers.exchange import native
 from saescale.trainers.exchange.trained import Trained
 from saescale.trainers.loggers.interface import CellLogger
@@ -59,7 +60,7 @@ def result_row(
         "d_model": cell.d_model,
         "n_latents": cell.n_latents,
         "k": cell.k,
-        "activation": cell.architecture,
+        "architecture": cell.architecture,
         "seed": cell.seed,
         "lr": cell.lr,
         "tokens": tokens,

@@ -7,10 +7,11 @@ from typing import Any
 import numpy as np
 import torch
 from saescale.scaling.compute import Flops
+from saescale.storage.columns import CurveRow
 from saescale.trainers.architectures.architecture import Batch, Conditions, Shape, Worked, find_architecture
 from saescale.trainers.architectures.dead import DeadLatents
 from saescale.trainers.architectures.sae import SAE
-from saescale.trainers.cell import Cell, CurveRow
+from saescale.trainers.cell import Cell
 from saescale.trainers.preprocess import Centre
 from saescale.trainers.training.optimiser import Adam
 
