@@ -1,13 +1,16 @@
 # make quickstart   from SmolLM2-135M to a fitted L(N, k)
-# make test         the test suite
+# make test         the test suite, without its slow, chaos and network tiers (tests/README.md)
+# make test-all     all of it
 # make bench        the benchmarks of tests/benchmarks, one after another (about half an hour; needs the quickstart's store)
 # make soak         a sweep under random kills, beside the same undisturbed (about 20 minutes)
 # make lint         ruff and mypy
 
 PYTHON ?= python3
 BIN := .venv/bin
+# Tests that share the Ray cluster stay together; all others go to whichever process is free.
+PARALLEL := --numprocesses logical --maxprocesses 8 --dist loadgroup
 
-.PHONY: quickstart test bench soak lint install clean
+.PHONY: quickstart test test-all bench soak lint install clean
 
 install: .venv/installed
 
@@ -20,7 +23,10 @@ quickstart: install
 	$(BIN)/saescale quickstart $(ARGS)
 
 test: install
-	$(BIN)/python -m pytest --numprocesses 2 --dist loadgroup $(ARGS)
+	$(BIN)/python -m pytest $(PARALLEL) -m "not slow and not chaos and not network" $(ARGS)
+
+test-all: install
+	$(BIN)/python -m pytest $(PARALLEL) $(ARGS)
 
 bench: install
 	for name in $(or $(BENCH),step pack quality stream growth overhead); do $(BIN)/python -m tests.benchmarks.bench_$$name $(ARGS) || exit; done

@@ -21,10 +21,10 @@ SaveSubject = Callable[..., str]
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Two halves for `make test`, which runs them side by side: what shares the Ray cluster, and all else."""
+    """What shares the Ray cluster stays in one process of `make test`; the rest goes to whichever is free."""
     for item in items:
-        shares = "three_nodes" in getattr(item, "fixturenames", ())
-        item.add_marker(pytest.mark.xdist_group("cluster" if shares else "alone"))
+        if "three_nodes" in getattr(item, "fixturenames", ()):
+            item.add_marker(pytest.mark.xdist_group("cluster"))
 
 
 @pytest.fixture(scope="session")

@@ -2,17 +2,16 @@
 
 import uuid
 from contextlib import suppress
-from pathlib import Path
 from typing import NamedTuple
 
-from saescale.cluster.crew.harvest_crew import Actors, Progress
-from saescale.cluster.front.display import ActorRow
+from saescale.cluster.crew.harvest_crew import HarvestCrew, ShowHarvest
+from saescale.cluster.crew.harvest_worker import ActorRow
 from saescale.storage import files
 from saescale.storage.errors import SaescaleError
 from saescale.storage.manifest import Manifest
 from saescale.trainers.harvest.conduct import SPOOL_PREFIX, conduct
 from saescale.trainers.harvest.spec import HarvestSpec
-from saescale.trainers.subjects.subject import HUGGINGFACE_PREFIX
+from saescale.trainers.subjects.subject import name_for_other_processes
 
 
 class Harvest(NamedTuple):
@@ -22,7 +21,7 @@ class Harvest(NamedTuple):
     actors: list[ActorRow]
 
 
-def harvest_on_actors(spec: HarvestSpec, actors: int | str, address: str | None, progress: Progress) -> Harvest:
+def harvest_on_actors(spec: HarvestSpec, actors: int | str, address: str | None, show: ShowHarvest) -> Harvest:
     """A harvest (trainers/harvest/conduct.py) by `actors` processes ("auto": one for each GPU or node) of the Ray
     cluster at `address` (default: RAY_ADDRESS, else a local one).
 
@@ -30,13 +29,13 @@ def harvest_on_actors(spec: HarvestSpec, actors: int | str, address: str | None,
     this one. On machines of one kind the store is the same to the last bit whatever `actors` is, and the one that
     `harvest` writes; another kind may round otherwise. Memory here: less than 100 bytes for each document, no tokens;
     those lie in a folder of the store's folder until the end. Two calls at a time on one store do no harm, see
-    `conduct`. Raises what `harvest` and `Actors` raise.
+    `conduct`. Raises what `harvest` and `HarvestCrew` raise.
     """
     # A folder for this call alone: another one on the same store removes its own, and all of them only when the
     # store is sealed and nobody needs them any more.
     spool = files.join(_absolute(spec.out), SPOOL_PREFIX + uuid.uuid4().hex)
     try:
-        with Actors(_for_other_nodes(spec), spool, actors, address, progress) as crew:
+        with HarvestCrew(_for_other_nodes(spec), spool, actors, address, show) as crew:
             manifest = conduct(spec, crew, spool, crew.say)
             return Harvest(manifest, crew.rows())
     finally:
@@ -46,11 +45,8 @@ def harvest_on_actors(spec: HarvestSpec, actors: int | str, address: str | None,
 
 def _for_other_nodes(spec: HarvestSpec) -> HarvestSpec:
     """The spec with paths that mean the same in every process."""
-    subject = spec.subject
-    source = subject.removeprefix(HUGGINGFACE_PREFIX)
-    if source != subject and source.startswith((".", "~")):
-        subject = HUGGINGFACE_PREFIX + str(Path(source).expanduser().absolute())
-    return spec.model_copy(update={"out": _absolute(spec.out), "subject": subject})
+    update = {"out": _absolute(spec.out), "subject": name_for_other_processes(spec.subject)}
+    return spec.model_copy(update=update)
 
 
 def _absolute(url: str) -> str:

@@ -1,8 +1,10 @@
 """What an actor of a harvest runs: one loaded subject that tokenizes blocks and makes shards."""
 
+import os
 import socket
 from typing import NamedTuple
 
+import ray
 from saescale.storage import files
 from saescale.storage.errors import SaescaleError
 from saescale.trainers.device import set_threads
@@ -15,10 +17,22 @@ MARKER = "here"  # a file that the driver puts into the spool: a node that lacks
 
 
 class Loaded(NamedTuple):
-    """The node of an actor, and what its subject is."""
+    """Where an actor is, and what its subject is."""
 
     node: str
     facts: Facts
+    node_id: str  # Ray's, hex
+    pid: int
+
+
+class ActorRow(NamedTuple):
+    """What an actor of a harvest computed, and its rows a second meanwhile, reading and writing included."""
+
+    actor: int
+    node: str
+    shards: int
+    rows: int
+    tokens_per_s: float
 
 
 class ActorState(NamedTuple):
@@ -50,7 +64,7 @@ class HarvestActor:
             self._harvester = Harvester(self._spec, self._spool, computed_in)
         except SaescaleError as error:
             raise SaescaleError(f"on the node {node}: {error}") from error
-        return Loaded(node, self._harvester.facts)
+        return Loaded(node, self._harvester.facts, ray.get_runtime_context().get_node_id(), os.getpid())
 
     def tokenize(self, task: int, texts: Texts) -> Counted:
         """`Harvester.tokenize`."""

@@ -4,37 +4,21 @@ import time
 import warnings
 from collections.abc import Mapping, Sequence
 from types import TracebackType
-from typing import Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn
+from rich.progress import BarColumn, MofNCompleteColumn, TaskID, TextColumn
+from rich.progress import Progress as Bars
 from rich.table import Table
 from saescale.storage.errors import SaescaleWarning
 from saescale.storage.lease import Standing
 
+if TYPE_CHECKING:
+    from saescale.cluster.crew.harvest_worker import ActorRow
+
 LINE_EVERY_S = 10.0
 ACTORS_SHOWN = 4
-
-
-class ActorRow(NamedTuple):
-    """What an actor of a harvest computed, and its rows a second meanwhile, reading and writing included."""
-
-    actor: int
-    node: str
-    shards: int
-    rows: int
-    tokens_per_s: float
-
-
-class SweepDisplay(Protocol):
-    """What shows the progress of a sweep."""
-
-    def stage(self, text: str) -> None:
-        """A new part of the work begins."""
-
-    def sweep(self, standing: Standing) -> None:
-        """About twice a second while cells are trained."""
 
 
 class Display:
@@ -42,7 +26,7 @@ class Display:
 
     def __init__(self, console: Console) -> None:
         self.console = console
-        self._bars = Progress(
+        self._bars = Bars(
             TextColumn("{task.description}"),
             BarColumn(bar_width=None),
             MofNCompleteColumn(),
@@ -138,7 +122,7 @@ def duration(seconds: float) -> str:
     return f"{minutes} min {rest:02d} s" if minutes else f"{rest} s"
 
 
-def actor_table(actors: Sequence[ActorRow]) -> Table:
+def actor_table(actors: Sequence["ActorRow"]) -> Table:
     """What each actor of a harvest computed."""
     table = Table(box=None, header_style="bold", pad_edge=False)
     for name in ("actor", "node", "shards", "rows", "tokens/s"):

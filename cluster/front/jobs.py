@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Annotated, NamedTuple
 
 import typer
-from saescale.cluster.front.laws import Bootstraps, Json, console
+from saescale.cluster.front.console import Bootstraps, Extend, Json, RetryFailed, SweepOut, SweepWandb, console, say
 from saescale.storage.errors import SaescaleError
 
 if TYPE_CHECKING:
@@ -40,13 +40,11 @@ Job = Annotated[str, typer.Argument(help="What submit printed; `saescale list` n
 def submit(
     spec: Annotated[str, typer.Argument(help="A sweep file (YAML); store and out must be where every node sees them.")],
     address: Address = None,
-    out: Annotated[str | None, typer.Option(help="Run directory in place of the file's.")] = None,
-    wandb: Annotated[str | None, typer.Option(help="W&B mode in place of the file's.")] = None,
+    out: SweepOut = None,
+    wandb: SweepWandb = None,
     bootstraps: Bootstraps = 1000,
-    extend: Annotated[
-        str | None, typer.Option(help="A sweep file or plan whose cells are added; those that are there stay.")
-    ] = None,
-    retry_failed: Annotated[bool, typer.Option("--retry-failed", help="Train the cells that failed again.")] = False,
+    extend: Extend = None,
+    retry_failed: RetryFailed = False,
     python: Annotated[str, typer.Option(help="The interpreter on the cluster that has Ray and torch.")] = "python",
     follow: Annotated[bool, typer.Option("--follow", "-f", help="Show its log until it ends.")] = False,
 ) -> None:
@@ -69,10 +67,10 @@ def submit(
     service = Service(address)
     job = service.submit(loaded, extension, bootstraps, python, retry_failed)
     cells = loaded.grid.size
-    _say(f"submitted [bold]{job}[/]: {cells} cells of {loaded.name} to {service.address}, run directory {loaded.out}")
-    _say(f"Next: saescale status {job} --address {service.address} --watch")
-    _say(f"      saescale logs {job} --address {service.address} -f")
-    _say(f"      saescale stop {job} --address {service.address}")
+    say(f"submitted [bold]{job}[/]: {cells} cells of {loaded.name} to {service.address}, run directory {loaded.out}")
+    say(f"Next: saescale status {job} --address {service.address} --watch")
+    say(f"      saescale logs {job} --address {service.address} -f")
+    say(f"      saescale stop {job} --address {service.address}")
     if follow:
         _follow(service, job)
 
@@ -159,7 +157,7 @@ def list_jobs(address: Address = None, as_json: Json = False) -> None:
 
         console.print(jobs_table(found, time.time()))
     else:
-        _say(f"no sweep was submitted to {service.address}")
+        say(f"no sweep was submitted to {service.address}")
 
 
 def _is_run(what: str) -> bool:
@@ -253,7 +251,7 @@ def _follow(service: "Service", job: str) -> None:
     with _ended_by_ctrl_c(f"the job goes on; saescale stop {job} ends it"):
         asyncio.run(show())
         ended = service.job(job)
-        _say(f"{job}: {ended.state}")
+        say(f"{job}: {ended.state}")
     if ended.state != "succeeded":
         raise typer.Exit(1)
 
@@ -264,7 +262,7 @@ def _ended_by_ctrl_c(meaning: str) -> Iterator[None]:
     try:
         yield
     except KeyboardInterrupt:
-        _say(meaning)
+        say(meaning)
         raise typer.Exit(0) from None
 
 
@@ -274,13 +272,13 @@ def _stop_job(job: str, address: str | None) -> None:
     service = Service(address)
     before = service.job(job)
     if not before.active:
-        _say(f"{job} has ended already: {before.state}")
+        say(f"{job} has ended already: {before.state}")
         return
-    _say("stopping: the workers save their checkpoints")
+    say("stopping: the workers save their checkpoints")
     ended = service.stop(job)
-    _say(f"{job}: {ended.state}; the checkpoints are in {ended.run}")
+    say(f"{job}: {ended.state}; the checkpoints are in {ended.run}")
     if ended.state == "stopped":
-        _say("Next: submit the same sweep again; it goes on from there")
+        say("Next: submit the same sweep again; it goes on from there")
 
 
 def _stop_run(run: str, address: str | None) -> None:
@@ -294,11 +292,11 @@ def _stop_run(run: str, address: str | None) -> None:
         return
     if not driver.is_here:
         raise SaescaleError(f"{run} is driven on another machine ({driver.name}): run `saescale stop {run}` there")
-    _say("stopping: the workers save their checkpoints")
+    say("stopping: the workers save their checkpoints")
     os.kill(driver.pid, signal.SIGTERM)
     _wait_until_ended(driver)
-    _say(f"stopped; the checkpoints are in {run}")
-    _say("Next: run the same command again; it goes on from there")
+    say(f"stopped; the checkpoints are in {run}")
+    say("Next: run the same command again; it goes on from there")
 
 
 def _wait_until_ended(driver: "Driver", timeout: float = 90.0) -> None:
@@ -307,7 +305,3 @@ def _wait_until_ended(driver: "Driver", timeout: float = 90.0) -> None:
         if time.monotonic() > deadline:
             raise SaescaleError(f"{driver.name} has not ended {timeout:.0f} s after it was told to; tell it again")
         time.sleep(0.2)
-
-
-def _say(text: str) -> None:
-    console.print(text, highlight=False, soft_wrap=True)

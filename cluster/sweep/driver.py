@@ -4,9 +4,9 @@ import os
 from contextlib import ExitStack
 from typing import Any, NamedTuple
 
-from saescale.cluster.front.display import SweepDisplay
 from saescale.cluster.sweep.ledger import Ledger, open_ledger, provenance_of, recorded_precision
 from saescale.cluster.sweep.spec import SweepSpec
+from saescale.cluster.sweep.watcher import SweepDisplay
 from saescale.scaling.laws.settings import FitSettings
 from saescale.scaling.report.report import analyse, is_current
 from saescale.storage.files import join, list_names, local_path
@@ -58,20 +58,20 @@ def run_sweep(
             verify(store, spec.eval.tokens, display)
             display.stage("starting the workers")
             # Only here: a sweep that is finished is shown without the seconds that Ray and torch take to import.
-            from saescale.cluster.crew.train_crew import Pool
+            from saescale.cluster.crew.train_crew import TrainCrew
             from saescale.cluster.sweep.execute import Execution
-            from saescale.cluster.sweep.packing import plan_packs
+            from saescale.cluster.sweep.packing import pack_cells
 
-            with Pool(spec.grid.size, spec.resources, address) as pool:
-                ledger = ledger or open_ledger(run, spec, store, precision or pool.precision, extending)
+            with TrainCrew(spec.grid.size, spec.resources, address) as crew:
+                ledger = ledger or open_ledger(run, spec, store, precision or crew.precision, extending)
                 trained = len(ledger.pending)
-                needs = pool.needs(store, spec.eval.tokens, remote_run=local_path(run.url) is None)
+                needs = crew.needs(store, spec.eval.tokens, remote_run=local_path(run.url) is None)
                 steps = ledger.checkpoint_steps()
-                packs = plan_packs(ledger.pending, steps, pool.count, pool.memory, needs)
+                packs = pack_cells(ledger.pending, steps, crew.count, crew.memory, needs)
                 # Not before the plan stands: a sweep that cannot be run leaves no run directory behind.
                 lease = held.enter_context(Lease(run.url, job, dead))
                 ledger.begin()
-                Execution(spec, ledger, pool, needs, packs, steps, lease, display).run()
+                Execution(spec, ledger, crew, needs, packs, steps, lease, display).run()
         else:
             if not _is_concluded(run, settings):
                 lease = held.enter_context(Lease(run.url, job))

@@ -1,9 +1,10 @@
 """Which cells are trained together: packs that fit a worker's memory, take about equally long, longest first."""
 
 from collections import Counter, defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from heapq import heappop, heappush
 
+from saescale.cluster.crew.claims import Needs
 from saescale.storage.checkpoint import KEPT
 from saescale.storage.errors import SaescaleError
 from saescale.trainers.cell import Cell
@@ -11,10 +12,7 @@ from saescale.trainers.cell import Cell
 PACKS_PER_WORKER = 2  # enough to even out several workers of different speed; each pack reads the stream once
 
 
-Needs = Callable[[Sequence[Cell]], float]
-
-
-def plan_packs(
+def pack_cells(
     cells: Sequence[Cell], steps: Mapping[str, Sequence[int]], workers: int, memory: float, needs: Needs
 ) -> list[list[Cell]]:
     """Cells in packs, the costliest pack first.

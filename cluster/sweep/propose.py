@@ -69,7 +69,7 @@ class Prior(NamedTuple):
     seeds: Mapping[tuple[int, int], Set[int]]
 
 
-class PlannedCell(NamedTuple):
+class ProposedCell(NamedTuple):
     """A row of the plan; `hours` of all its seeds together."""
 
     n_latents: int
@@ -81,13 +81,13 @@ class PlannedCell(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Plan:
+class Proposal:
     """The proposal. `packs` are [n_latents, k, seed] of cells that train side by side on one device."""
 
     request: Request
     prior: Prior
     spec: SweepSpec
-    cells: tuple[PlannedCell, ...]
+    cells: tuple[ProposedCell, ...]
     goal: Wanted
     design: Design
     before: Design | None
@@ -140,7 +140,7 @@ class Plan:
         return "\n".join(lines) + "\n"
 
 
-def make_plan(request: Request) -> Plan:
+def make_proposal(request: Request) -> Proposal:
     """The plan of a request. Raises SaescaleError for a target or point that does not fit and a budget too small."""
     if request.target not in TARGETS:
         raise SaescaleError(f"unknown target {request.target}; there are {', '.join(TARGETS)}")
@@ -152,10 +152,11 @@ def make_plan(request: Request) -> Plan:
     goal = wanted(cast(Target, request.target), N_K, prior.raw, [k for k in ks if k in cells.k], request.at)
     design = propose(cells, goal, request.hours, prior.cells, request.seeds)
     rectangle = best_rectangle(cells, goal, request.hours, prior.cells, request.seeds)
-    planned, grid = _planned(cells, design, prior.seeds, base, d_model, request.device)
+    rows, grid = _proposed(cells, design, prior.seeds, base, d_model, request.device)
     spec = parse_spec(base | {"grid": {"cells": grid}}, "the plan")
     before = expected(cells, goal, prior.cells) if len(prior.cells["k"]) > len(N_K.names) else None
-    return Plan(request, prior, spec, planned, goal, design, before, rectangle, _packs(spec, d_model, request.device))
+    packs = _packs(spec, d_model, request.device)
+    return Proposal(request, prior, spec, rows, goal, design, before, rectangle, packs)
 
 
 def _prior(request: Request) -> tuple[Prior, dict[str, Any], int]:
@@ -246,15 +247,15 @@ def _candidates(
     request: Request, prior: Prior, base: dict[str, Any], d_model: int, sizes: np.ndarray, ks: Sequence[float]
 ) -> Candidates:
     n, k = (v.ravel() for v in np.meshgrid(sizes, np.array(ks), indexing="ij"))
-    possible = k <= n
-    n, k = n[possible], k[possible]
+    allowed = k <= n
+    n, k = n[allowed], k[allowed]
     if not len(n):
         raise SaescaleError(f"no cell to add has k <= n: k is {min(ks):g} or more, n at most {sizes.max():g}")
     _require_enough(request, n, k, prior.cells)
     spec = parse_spec(base | {"grid": {"cells": _grid(n, k, [[0]] * len(n))}}, "the plan")
-    planned, needs = _cells(spec, d_model), _needs(spec, request.device)
-    hours = np.array([request.device.hours(cell.flops(cell.tokens).sparse) for cell in planned])
-    memory = np.array([needs([cell]) for cell in planned])
+    possible, needs = _cells(spec, d_model), _needs(spec, request.device)
+    hours = np.array([request.device.hours(cell.flops(cell.tokens).sparse) for cell in possible])
+    memory = np.array([needs([cell]) for cell in possible])
     fits = memory <= request.device.memory
     if not fits.any():
         raise SaescaleError(
@@ -296,14 +297,14 @@ def _require_enough(
         )
 
 
-def _planned(
+def _proposed(
     cells: Candidates,
     design: Design,
     used: Mapping[tuple[int, int], Set[int]],
     base: dict[str, Any],
     d_model: int,
     device: Device,
-) -> tuple[tuple[PlannedCell, ...], list[dict[str, Any]]]:
+) -> tuple[tuple[ProposedCell, ...], list[dict[str, Any]]]:
     """The rows of the plan and of the sweep file's grid, with the first seeds that no cell of an n and k has."""
     chosen = np.flatnonzero(design.counts)
     own = [used.get((int(cells.n_latents[i]), int(cells.k[i])), frozenset()) for i in chosen]
@@ -315,7 +316,7 @@ def _planned(
     for cell in grid:
         tokens, flops = sparse[cell["n_latents"], cell["k"]]
         hours = device.hours(flops) * len(cell["seed"])
-        rows.append(PlannedCell(cell["n_latents"], cell["k"], tuple(cell["seed"]), tokens, flops, hours))
+        rows.append(ProposedCell(cell["n_latents"], cell["k"], tuple(cell["seed"]), tokens, flops, hours))
     return tuple(rows), grid
 
 
@@ -323,7 +324,7 @@ def _grid(n: np.ndarray, k: np.ndarray, seeds: Sequence[list[int]]) -> list[dict
     return [{"n_latents": int(a), "k": int(b), "seed": own} for a, b, own in zip(n, k, seeds, strict=True)]
 
 
-class _Planned(NamedTuple):
+class _StoreToCome(NamedTuple):
     """What `SweepSpec.cells` asks of a store, before there is one."""
 
     fingerprint: str
@@ -331,7 +332,7 @@ class _Planned(NamedTuple):
 
 
 def _cells(spec: SweepSpec, d_model: int) -> list[Any]:
-    return spec.cells(cast(Any, _Planned("planned", d_model)), "bf16")
+    return spec.cells(cast(Any, _StoreToCome("planned", d_model)), "bf16")
 
 
 def _needs(spec: SweepSpec, device: Device) -> Callable[[Sequence[Any]], float]:
@@ -344,12 +345,12 @@ def _needs(spec: SweepSpec, device: Device) -> Callable[[Sequence[Any]], float]:
 
 
 def _packs(spec: SweepSpec, d_model: int, device: Device) -> tuple[tuple[tuple[int, int, int], ...], ...]:
-    from saescale.cluster.sweep.packing import plan_packs
+    from saescale.cluster.sweep.packing import pack_cells
 
-    packs = plan_packs(_cells(spec, d_model), {}, 1, device.memory, _needs(spec, device))
+    packs = pack_cells(_cells(spec, d_model), {}, 1, device.memory, _needs(spec, device))
     return tuple(tuple((c.n_latents, c.k, c.seed) for c in pack) for pack in packs)
 
 
-def write_plan(plan: Plan, url: str) -> None:
+def write_proposal(proposal: Proposal, url: str) -> None:
     """Writes the sweep file. Raises SaescaleError when it cannot be written."""
-    files.write_atomic(url, plan.yaml().encode())
+    files.write_atomic(url, proposal.yaml().encode())

@@ -10,7 +10,6 @@ import yaml
 from pydantic import (
     AfterValidator,
     BaseModel,
-    ConfigDict,
     Field,
     SerializerFunctionWrapHandler,
     ValidationError,
@@ -19,6 +18,8 @@ from pydantic import (
     model_validator,
 )
 from pydantic_core import PydanticCustomError
+from saescale.cluster.crew.claims import NotNegative, Positive, Resources
+from saescale.cluster.crew.claims import Section as _Model
 from saescale.storage import files
 from saescale.storage.columns import OLD_NAMES
 from saescale.storage.errors import SaescaleError
@@ -31,18 +32,8 @@ from saescale.trainers.precision import Precision
 # What a sweep file says where nobody has named a store yet: to be edited.
 NO_STORE = "stores/STORE"
 
-# Strict: `true`, "512" and 8.0 are mistakes in a sweep file. Reals are lax, because YAML reads 8e-4 as text.
-Positive = Annotated[int, Field(gt=0, strict=True)]
-NotNegative = Annotated[int, Field(ge=0, strict=True)]
-
-
 # Of a problem whose input must not be repeated.
 _SECRET = "secret"
-
-
-class _Model(BaseModel):
-    # What is wrong is told by `_problems`, which knows what may be shown.
-    model_config = ConfigDict(extra="forbid", hide_input_in_errors=True)
 
 
 Architecture = Annotated[str, AfterValidator(known_architecture)]
@@ -166,19 +157,6 @@ class Train(_Model):
         if isinstance(self.tokens, int) and self.tokens % self.batch_tokens:
             raise ValueError(f"tokens = {self.tokens} is not a multiple of batch_tokens = {self.batch_tokens}")
         return self
-
-
-class Resources(_Model):
-    """workers: processes that train packs. auto: one a GPU, or one a CPU core, but no more than cells; where nodes join
-    the cluster their number grows. A number is asked for whatever the cluster has now, so that an autoscaler sees it.
-    """
-
-    workers: Positive | Literal["auto"] = "auto"
-    gpus_per_worker: Annotated[float, Field(ge=0)] | Literal["auto"] = "auto"
-    cpus_per_worker: Annotated[float, Field(gt=0)] | Literal["auto"] = "auto"  # auto: the cores shared out
-    checkpoint_every_s: float = Field(default=60.0, gt=0)  # the most work, in seconds, that a killed worker loses
-    # A worker that gets nothing done for so long, not one batch, is ended and its pack begun again elsewhere.
-    stalled_after_s: float = Field(default=900.0, gt=0)
 
 
 class SweepSpec(_Model):

@@ -5,7 +5,8 @@ import warnings
 
 import pytest
 from rich.console import Console
-from saescale.cluster.front.display import ActorRow, Display, actor_table, coefficient_table, duration
+from saescale.cluster.crew.harvest_worker import ActorRow
+from saescale.cluster.front.display import Display, actor_table, coefficient_table, duration
 from saescale.storage.errors import SaescaleWarning
 from saescale.storage.lease import Standing
 

@@ -12,6 +12,7 @@ from typing import Any
 
 import psutil
 import pytest
+from saescale.cluster.crew import crew
 from saescale.cluster.crew import harvest_crew as module
 from saescale.cluster.crew.harvest import harvest_on_actors
 from saescale.cluster.crew.shares import share_out
@@ -49,7 +50,8 @@ def spec(tiny_subject: str, tiny_corpus: str, tmp_path_factory: pytest.TempPathF
 def small_steps(monkeypatch: pytest.MonkeyPatch) -> None:
     """Text in several blocks, and no long waits."""
     monkeypatch.setattr(contexts, "BLOCK_CHARACTERS", 2**13)
-    monkeypatch.setattr(module, "POLL_S", 0.02)
+    monkeypatch.setattr(crew, "POLL_S", 0.02)
+    monkeypatch.setattr(module, "SHOW_S", 0.02)
     monkeypatch.setattr(module, "BACKOFF_S", (0.05, 0.2))
 
 

@@ -1,23 +1,24 @@
-"""From a subject and text to an activation store; what was written survives any interruption.
+"""From a subject and what it reads to an activation store; what was written survives any interruption.
 
-A harvest is a plan, which the numbers of tokens of the documents decide (contexts.py); shards, each a pure function
-of the plan and its number (shards.py); and a manifest from what the shards say of themselves. So it does not matter
+A harvest is a plan, which the numbers of tokens of the documents decide (assignment.py); shards, each a pure function
+of the plan and its number (make_shard.py); and a manifest from what the shards say of themselves. So it does not matter
 who makes which shard, and a harvest that died goes on with the shards that are missing.
 """
 
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Protocol
 
 import numpy as np
 from saescale.storage import files
 from saescale.storage.errors import SaescaleError
-from saescale.storage.manifest import FORMAT, MANIFEST, Manifest, Site, write_manifest
+from saescale.storage.manifest import FORMAT, MANIFEST, Manifest, Split, write_manifest
 from saescale.storage.store import ActivationStore
-from saescale.trainers.harvest.contexts import Assignment, Counted, Texts, text_blocks
-from saescale.trainers.harvest.make_shard import Facts, Harvester, ShardJob, ShardRecord
-from saescale.trainers.harvest.spec import HarvestSpec, read_plan, refuse_difference
+from saescale.trainers.harvest.assignment import Assignment
+from saescale.trainers.harvest.contexts import SPLITS, Block, Counted, draws, text_blocks
+from saescale.trainers.harvest.make_shard import Facts, Harvester, ShardJob, ShardRecord, site_of
+from saescale.trainers.harvest.spec import OWN_SEQUENCES, HarvestSpec, read_plan, refuse_difference
 
 SPOOL_PREFIX = ".tokens-"  # folders of token ids in the store's folder while a harvest goes on
 
@@ -31,8 +32,8 @@ class Crew(Protocol):
     def load(self, computed_in: str) -> Facts:
         """Loads the subject in that arithmetic ("auto": what is fast)."""
 
-    def tokenize(self, blocks: Iterator[Texts]) -> Iterator[Counted]:
-        """Puts the ids of the blocks into the spool; the caller may stop at any of them."""
+    def tokenize(self, blocks: Iterator[Block]) -> Iterator[Counted]:
+        """Puts the ids of the blocks, texts or draws, into the spool; the caller may stop at any of them."""
 
     def make(self, jobs: Iterator[ShardJob]) -> Iterator[ShardRecord]:
         """Makes the shards that are not there."""
@@ -65,16 +66,10 @@ def conduct(spec: HarvestSpec, crew: Crew, spool: str, say: Callable[[str], None
         # What `auto` came to when the harvest began: it is measured, and might come to something else now.
         begun = str(found.get("computed_in", "auto")) if found is not None else "auto"
         facts = crew.load(begun if spec.compute_dtype == "auto" else spec.compute_dtype)
-        say(f"tokenizing {spec.corpus}")
-        assignment = Assignment(spec)
-        for counted in crew.tokenize(text_blocks(spec.corpus, spec.seed)):
-            assignment.add(counted)
-            if assignment.full:
-                break
-        assignment.check_full()
+        assignment = _assign(spec, facts, crew, say)
         plan = {
             "format": 1,
-            **spec.identity(),
+            **spec.identity(facts.reads_text),
             "fingerprint": facts.fingerprint,
             "computed_in": facts.computed_in,
             "tokens_xxh3": assignment.digest(spool),
@@ -82,7 +77,7 @@ def conduct(spec: HarvestSpec, crew: Crew, spool: str, say: Callable[[str], None
         if found is not None:
             refuse_difference(spec.out, found, plan)
         jobs = (ShardJob(tokens, plan) for tokens in assignment.shards())
-        manifest = _manifest(spec, facts, crew.make(jobs))
+        manifest = _manifest(spec, facts, assignment.longest, crew.make(jobs))
         write_manifest(spec.out, manifest)
     except SaescaleError:
         # Another call that had the same to do was faster.
@@ -92,6 +87,26 @@ def conduct(spec: HarvestSpec, crew: Crew, spool: str, say: Callable[[str], None
     _tidy(spec)
     say("done")
     return manifest
+
+
+def _assign(spec: HarvestSpec, facts: Facts, crew: Crew, say: Callable[[str], None]) -> Assignment:
+    """Has the crew put into the spool what the shards are made from."""
+    assignment = Assignment(spec, divisible=facts.reads_text)
+    if facts.reads_text:
+        spec.check_contexts()
+        say(f"tokenizing {spec.corpus}")
+        rounds: list[tuple[Iterator[Block], Sequence[Split]]] = [(text_blocks(spec.corpus, spec.seed), SPLITS)]
+    else:
+        spec.refuse_text()
+        say("drawing sequences")
+        rounds = [(draws(split, spec.seed), [split]) for split in SPLITS]
+    for blocks, splits in rounds:
+        for counted in crew.tokenize(blocks):
+            assignment.add(counted)
+            if assignment.full(splits):
+                break
+    assignment.check_full()
+    return assignment
 
 
 def _sealed(spec: HarvestSpec) -> Manifest | None:
@@ -112,7 +127,7 @@ def _tidy(spec: HarvestSpec) -> None:
     files.remove_partials(spec.out)
 
 
-def _manifest(spec: HarvestSpec, facts: Facts, records: Iterator[ShardRecord]) -> Manifest:
+def _manifest(spec: HarvestSpec, facts: Facts, longest: int, records: Iterator[ShardRecord]) -> Manifest:
     shards, total, total_square = [], np.zeros(facts.d_model), 0.0
     for record in records:  # in the order of the shards: sums of floats depend on it
         shards.append(record.shard)
@@ -123,12 +138,12 @@ def _manifest(spec: HarvestSpec, facts: Facts, records: Iterator[ShardRecord]) -
         format=FORMAT,
         subject=spec.subject,
         fingerprint=facts.fingerprint,
-        site=Site(layer=spec.layer, positions="all but BOS" if facts.prefix else "all"),
+        site=site_of(spec, facts),
         d_model=facts.d_model,
         dtype=spec.dtype,
-        context_length=spec.context_length,
+        context_length=spec.context_length if facts.reads_text else longest,
         dropped=facts.dropped,
-        corpus=spec.corpus,
+        corpus=spec.corpus if facts.reads_text else OWN_SEQUENCES,
         seed=spec.seed,
         row_group_rows=spec.row_group_rows,
         shards=shards,
@@ -151,7 +166,7 @@ class _Alone:
         self._harvester = Harvester(self._spec, self._spool, computed_in, self._cache, self._meter.say)
         return self._harvester.facts
 
-    def tokenize(self, blocks: Iterator[Texts]) -> Iterator[Counted]:
+    def tokenize(self, blocks: Iterator[Block]) -> Iterator[Counted]:
         return map(self._harvester.tokenize, blocks)
 
     def make(self, jobs: Iterator[ShardJob]) -> Iterator[ShardRecord]:

@@ -1,4 +1,4 @@
-"""One process's part in a harvest: it tokenizes blocks of text and makes shards, any of them, in any order.
+"""One process's part in a harvest: it tokenizes or draws blocks and makes shards, any of them, in any order.
 
 A shard is a pure function of the spec, the tokens and the subject, is written whole or not at all, and comes out the
 same wherever it is made.
@@ -10,7 +10,7 @@ import importlib.metadata
 import platform
 import time
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -19,20 +19,19 @@ import torch
 import xxhash
 from saescale.storage import files
 from saescale.storage.errors import SaescaleError
-from saescale.storage.manifest import Shard
+from saescale.storage.manifest import Shard, Site
 from saescale.storage.rows import Rows, find_bad_row, raw_dtype, to_float32, write_shard
-from saescale.trainers.harvest.contexts import SPLITS, Counted, ShardTokens, Texts, spool_block
+from saescale.trainers.harvest.assignment import ShardTokens
+from saescale.trainers.harvest.contexts import SPLITS, Batch, Block, Context, Counted, batches
 from saescale.trainers.harvest.spec import HarvestSpec, note_plan
-from saescale.trainers.subjects.subject import get_subject
-
-if TYPE_CHECKING:
-    from saescale.trainers.subjects.language_model import Subject
+from saescale.trainers.subjects.subject import Generates, ReadsText, Subject, get_subject
 
 Tell = Callable[[int, str, bool], None]  # rows that were done, what is being done, whether it took computing
 
 
 class Facts(NamedTuple):
-    """What the plan and the manifest say of a loaded subject. `prefix` stands before each context and is dropped."""
+    """What the plan and the manifest say of a loaded subject. `prefix` stands before each context and is dropped;
+    without `reads_text` it makes its own sequences, and says itself which positions are kept."""
 
     fingerprint: str
     d_model: int
@@ -40,6 +39,12 @@ class Facts(NamedTuple):
     prefix: list[int]
     dropped: list[str]
     created_with: dict[str, str]
+    reads_text: bool
+
+    @property
+    def positions(self) -> str:
+        """Which of a context's positions are rows, in words."""
+        return "those that the subject keeps" if not self.reads_text else "all but BOS" if self.prefix else "all"
 
 
 class ShardRecord(NamedTuple):
@@ -77,23 +82,26 @@ class Harvester:
         notify: Callable[[str], None] | None = None,
     ) -> None:
         self._spec, self._spool = spec, spool
-        self._subject = subject = get_subject(spec.subject, cache=cache, dtype=computed_in, notify=notify)
-        # BOS, or EOS where there is none (as in GPT-2), or nothing.
-        first = subject.bos_token_id if subject.bos_token_id is not None else subject.eos_token_id
-        prefix = [] if first is None else [first]
-        subject.check_site(spec.layer, len(prefix) + spec.context_length)
+        self._subject: Subject = get_subject(spec.subject, cache=cache, dtype=computed_in, notify=notify)
+        subject = self._subject
+        prefix, dropped = _prefix(subject)
+        reads_text = not isinstance(subject, Generates)
+        # How long sequences are shows when they are drawn.
+        subject.check_site(spec.layer, len(prefix) + spec.context_length if reads_text else 1)
         self.facts = Facts(
             fingerprint=subject.fingerprint,
             d_model=subject.d_model,
             computed_in=str(subject.dtype).removeprefix("torch."),
             prefix=prefix,
-            dropped=[] if not prefix else ["bos"] if subject.bos_token_id is not None else ["eos"],
+            dropped=dropped,
             created_with=_versions(),
+            reads_text=reads_text,
         )
+        self._site = site_of(spec, self.facts)
 
-    def tokenize(self, texts: Texts) -> Counted:
+    def tokenize(self, block: Block) -> Counted:
         """Puts the ids of a block into the spool."""
-        return spool_block(self._spool, texts, self._subject)
+        return block.spool(self._spool, self._subject)  # type: ignore[arg-type]  # the kind of block is the subject's
 
     def make(self, job: ShardJob, tell: Tell) -> ShardRecord:
         """Writes the shard, or finds it sound as an interrupted harvest wrote it.
@@ -103,20 +111,17 @@ class Harvester:
         """
         began = time.monotonic()
         spec, tokens = self._spec, job.tokens
-        ids, docs = tokens.stretches.read(self._spool, spec.context_length)
-        order = np.random.default_rng([spec.seed, SPLITS.index(tokens.split), tokens.ordinal]).permutation(ids.size)
-        pos = np.arange(spec.context_length, dtype=np.int16) + np.int16(len(self.facts.prefix))
-        columns = {
-            "token": ids.ravel()[order],
-            "pos": np.tile(pos, len(ids))[order],
-            "doc": docs.ravel()[order],
-        }
+        contexts = batches(self._contexts(tokens), spec.batch_contexts)
+        columns = _columns(contexts)
+        rows = len(columns["token"])
+        order = np.random.default_rng([spec.seed, SPLITS.index(tokens.split), tokens.ordinal]).permutation(rows)
+        columns = {name: column[order] for name, column in columns.items()}
         kept = _read_kept(spec, tokens, columns, self.facts.d_model)
         if kept is not None:
             shard, act = kept
             tell(len(act), f"keeping {tokens.name}", False)
         else:
-            act = _activations(spec, self._subject, self.facts.prefix, ids, tell, tokens.name)[order]
+            act = _activations(spec, self._subject, self._site, contexts, tell, tokens.name)[order]
             note_plan(spec.out, job.plan)  # only now, so that what fails in the first shard leaves an empty folder
             shard = write_shard(
                 spec.out, tokens.name, tokens.split, Rows(act, **columns), spec.dtype, spec.row_group_rows
@@ -124,20 +129,50 @@ class Harvester:
         total, total_square = _moments(act, spec.dtype)
         return ShardRecord(shard, total, total_square, None if kept else time.monotonic() - began)
 
+    def _contexts(self, tokens: ShardTokens) -> list[Context]:
+        if self.facts.reads_text:
+            return tokens.stretches.texts(self._spool, self._spec.context_length, self.facts.prefix)
+        return tokens.stretches.sequences(self._spool)
+
+
+def site_of(spec: HarvestSpec, facts: Facts) -> Site:
+    """Where the rows of the harvest are taken."""
+    return Site(layer=spec.layer, positions=facts.positions)
+
+
+def _prefix(subject: Subject) -> tuple[list[int], list[str]]:
+    """What stands before each context of a text, and what it is called: BOS, or EOS where there is none (as in GPT-2),
+    or nothing."""
+    if isinstance(subject, Generates):
+        return [], []
+    if not isinstance(subject, ReadsText):
+        raise SaescaleError(f"the subject {subject.name} has neither `tokenize` nor `sequences`: give it one of them")
+    if subject.bos_token_id is not None:
+        return [subject.bos_token_id], ["bos"]
+    return ([], []) if subject.eos_token_id is None else ([subject.eos_token_id], ["eos"])
+
+
+def _columns(contexts: list[Batch]) -> dict[str, np.ndarray]:
+    """`token`, `pos` and `doc` [rows] of the rows of the contexts in their order."""
+    return {
+        "token": np.concatenate([batch.ids[batch.keep] for batch in contexts]),
+        "pos": np.concatenate([np.nonzero(batch.keep)[1] for batch in contexts]).astype(np.int16),
+        "doc": np.concatenate([batch.doc[batch.keep] for batch in contexts]),
+    }
+
 
 def _activations(
-    spec: HarvestSpec, subject: Subject, prefix: list[int], ids: np.ndarray, tell: Tell, name: str
+    spec: HarvestSpec, subject: Subject, site: Site, contexts: list[Batch], tell: Tell, name: str
 ) -> np.ndarray:
-    """Raw activations [rows, d_model] of the contexts `ids` in their order."""
-    length = spec.context_length
-    act = np.empty((ids.size, subject.d_model), raw_dtype(spec.dtype))
-    for first in range(0, len(ids), spec.batch_contexts):
-        batch = torch.from_numpy(ids[first : first + spec.batch_contexts])
-        batch = torch.cat([torch.tensor(prefix, dtype=torch.int32).expand(len(batch), -1), batch], dim=1)
-        resid = subject.resid_post(batch, spec.layer)[:, len(prefix) :].reshape(-1, subject.d_model)
-        start = first * length
-        act[start : start + len(resid)] = _raw(resid, spec)
-        tell(len(resid), f"harvesting {name}", True)
+    """Raw activations [rows, d_model] of the rows of the contexts in their order."""
+    act = np.empty((sum(int(batch.keep.sum()) for batch in contexts), subject.d_model), raw_dtype(spec.dtype))
+    start = 0
+    for batch in contexts:
+        (resid,) = subject.run(torch.from_numpy(batch.ids), [site]).resid
+        rows = resid[torch.from_numpy(batch.keep).to(resid.device)]
+        act[start : start + len(rows)] = _raw(rows, spec)
+        start += len(rows)
+        tell(len(rows), f"harvesting {name}", True)
     return act
 
 

@@ -11,15 +11,18 @@ from saescale.trainers.subjects.subject import check_subject_name
 from saescale.trainers.subjects.text import PYTHON_PROSE
 
 PLAN = "harvest.json"
+OF_TEXT = ("corpus", "context_length")  # fields that say nothing to a subject that makes its own sequences
+OWN_SEQUENCES = "sequences of the subject's own"  # what a manifest calls their corpus
 
 
 class HarvestSpec(BaseModel):
     """What to harvest and where to. Every field but `out` decides the bytes of the store.
 
-    `tokens` and `heldout_tokens` are rows of the two splits, multiples of `context_length`; `layer` counts from
-    0 (resid_post of layer L is the output of block L); `batch_contexts` contexts go through the subject at a time;
-    `compute_dtype` is the arithmetic of the forward pass ("auto": bfloat16 where that is fast). Raises
-    SaescaleError on values that make no harvest.
+    `tokens` and `heldout_tokens` are rows of the two splits; `layer` counts from 0 (resid_post of layer L is the output
+    of block L); `batch_contexts` contexts go through the subject at a time; `compute_dtype` is the arithmetic of the
+    forward pass ("auto": bfloat16 where that is fast). `corpus` and `context_length`, of which the rows of splits and
+    shards are multiples, are of subjects that read text and are not given for others. Raises SaescaleError on values
+    that make no harvest.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -50,6 +53,12 @@ class HarvestSpec(BaseModel):
         most = np.iinfo(np.int16).max
         if self.context_length > most:
             raise SaescaleError(f"harvest: context_length must be at most {most}, not {self.context_length}")
+        if "context_length" in self.model_fields_set:
+            self.check_contexts()
+        return self
+
+    def check_contexts(self) -> None:
+        """Raises SaescaleError unless splits and shards are whole contexts of a text."""
         for name in ("tokens", "heldout_tokens", "shard_rows"):
             value, length = getattr(self, name), self.context_length
             if value % length:
@@ -58,11 +67,17 @@ class HarvestSpec(BaseModel):
                     f"harvest: {name} must be a multiple of context_length {length}, not {value}; "
                     f"the nearest are {below or length} and {below + length}"
                 )
-        return self
 
-    def identity(self) -> dict[str, Any]:
+    def refuse_text(self) -> None:
+        """Raises SaescaleError where something was given that only subjects that read text can be told."""
+        if given := [name for name in OF_TEXT if name in self.model_fields_set]:
+            raise SaescaleError(
+                f"harvest: {given[0]} does not apply to {self.subject}, which makes its own sequences; leave it out"
+            )
+
+    def identity(self, reads_text: bool) -> dict[str, Any]:
         """The fields that decide the bytes of the store, for comparing two harvests."""
-        return self.model_dump(mode="json", exclude={"out"})
+        return self.model_dump(mode="json", exclude={"out", *(() if reads_text else OF_TEXT)})
 
 
 # --- its note in the store's folder
@@ -84,7 +99,7 @@ def read_plan(spec: HarvestSpec) -> dict[str, Any] | None:
                 f"{spec.out} holds other files ({others[0]}) and no {PLAN}; harvest into an empty folder"
             ) from None
         return None
-    refuse_difference(spec.out, found, spec.identity())
+    refuse_difference(spec.out, found, spec.identity(reads_text="corpus" in found))
     return found
 
 

@@ -1,8 +1,8 @@
-"""Any Hugging Face causal language model as a subject: tokens in, the residual stream at one site out."""
+"""Any Hugging Face causal language model as a subject: tokens in, residual streams and logits out."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -11,19 +11,23 @@ import numpy as np
 import torch
 import xxhash
 from saescale.storage.errors import SaescaleError
+from saescale.storage.manifest import Site
 from saescale.trainers.device import fast_precision
-from torch import nn
+from saescale.trainers.subjects.subject import Patch, Run
+from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
 
-class Subject:
+class LanguageModel:
     """A frozen causal language model.
 
     `d_model` and `n_layers` are its width and number of blocks, `bos_token_id` and `eos_token_id` are None
     where its tokenizer has none, `max_positions` is the longest context it takes (None: no limit known),
     `fingerprint` identifies its weights whatever the arithmetic, `dtype` is the arithmetic of its forward pass.
     """
+
+    labels: tuple[str, ...] = ()
 
     def __init__(self, name: str, model: Any, tokenizer: Any, fingerprint: str) -> None:
         config = model.config.get_text_config()
@@ -39,12 +43,17 @@ class Subject:
         self.dtype: torch.dtype = model.dtype
         self._layers = _decoder_layers(name, model.base_model, self.n_layers)
 
-    def tokenize(self, texts: Sequence[str]) -> list[np.ndarray]:
+    def tokenize(self, texts: Iterable[str]) -> list[np.ndarray]:
         """Token ids of each text, int32 [tokens], without special tokens."""
+        texts = list(texts)
         if not texts:
             return []
-        encoded = self.tokenizer(list(texts), add_special_tokens=False, return_attention_mask=False, verbose=False)
+        encoded = self.tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False)
         return [np.asarray(ids, dtype=np.int32) for ids in encoded["input_ids"]]
+
+    def label(self, ids: np.ndarray) -> dict[str, np.ndarray]:
+        """Nothing: nobody knows the truth about text."""
+        return {}
 
     def check_site(self, layer: int, length: int) -> None:
         """Raises SaescaleError unless the subject has block `layer` and takes contexts of `length` tokens."""
@@ -58,38 +67,66 @@ class Subject:
                 "use a smaller context_length"
             )
 
-    def resid_post(self, ids: torch.Tensor, layer: int) -> torch.Tensor:
-        """The residual stream after block `layer` (counted from 0) for `ids` [contexts, length].
+    def run(
+        self, ids: Tensor, sites: Iterable[Site], patch: Mapping[Site, Patch] | None = None, logits: bool = False
+    ) -> Run:
+        """One forward pass over `ids` [batch, length], on the subject's device and in its dtype.
 
-        Returns [contexts, length, d_model] in the subject's dtype, on its device. The forward pass ends at the
-        site: later blocks, the final norm and the LM head are not computed. Raises SaescaleError when the
-        subject has no such layer or the contexts are longer than it takes.
+        It ends at the last of `sites`, the residual streams after their blocks, unless `logits` are asked for: later
+        blocks, the final norm and the LM head are not computed. `patch` says what takes a stream's place
+        [batch, length, d_model] in all that follows, and in `Run.resid`; another float type is cast.
+
+        Raises SaescaleError where the subject has no such layer or the contexts are longer than it takes, ValueError
+        for a patch of another shape.
         """
-        self.check_site(layer, ids.shape[1])
+        asked, patches = [site.layer for site in sites], {site.layer: by for site, by in (patch or {}).items()}
+        for layer in {*asked, *patches}:
+            self.check_site(layer, ids.shape[1])
+        last = None if logits else max(asked)
+        resid: dict[int, Tensor] = {}
 
-        def stop(module: nn.Module, inputs: object, output: Any) -> None:
-            raise _AtSite(output[0] if isinstance(output, tuple) else output)
+        def at(layer: int) -> Callable[[nn.Module, object, Any], Any]:
+            def hook(module: nn.Module, inputs: object, output: Any) -> Any:
+                stream = output[0] if isinstance(output, tuple) else output
+                resid[layer] = _patched(stream, patches[layer]) if layer in patches else stream
+                if layer == last:
+                    raise _Reached
+                if layer not in patches:
+                    return None
+                return (resid[layer], *output[1:]) if isinstance(output, tuple) else resid[layer]
 
-        handle = self._layers[layer].register_forward_hook(stop)
+            return hook
+
+        handles = [self._layers[layer].register_forward_hook(at(layer)) for layer in {*asked, *patches}]
+        model = self.model if logits else self.model.base_model
+        output = None
         try:
             with torch.inference_mode():
-                self.model.base_model(input_ids=ids.to(self.model.device), use_cache=False)
-        except _AtSite as site:
-            return site.resid
+                output = model(input_ids=ids.to(self.model.device), use_cache=False)
+        except _Reached:
+            pass
         finally:
-            handle.remove()
-        raise SaescaleError(f"{self.name}: the forward pass never reached layer {layer}; the layout is unknown")
+            for handle in handles:
+                handle.remove()
+        if missing := [layer for layer in asked if layer not in resid]:
+            raise SaescaleError(
+                f"{self.name}: the forward pass never reached layer {missing[0]}; the layout is unknown"
+            )
+        return Run(tuple(resid[layer] for layer in asked), output.logits if logits else None)
 
 
-class _AtSite(Exception):
-    """Ends a forward pass early and carries what it was run for."""
+def _patched(stream: Tensor, by: Patch) -> Tensor:
+    new = by(stream)
+    if new.shape != stream.shape:
+        raise ValueError(f"a patch gave {list(new.shape)} where the residual stream is {list(stream.shape)}")
+    return new.to(stream.dtype)
 
-    def __init__(self, resid: torch.Tensor) -> None:
-        super().__init__("reached the site")
-        self.resid = resid
+
+class _Reached(Exception):
+    """Ends a forward pass at the last site that it was run for."""
 
 
-def load(name: str, source: str, dtype: str = "auto", fingerprint: str | None = None) -> Subject:
+def load_model(name: str, source: str, dtype: str = "auto", fingerprint: str | None = None) -> LanguageModel:
     """Loads the subject `name` from `source`, a local folder or a name on the Hugging Face hub.
 
     Without `fingerprint` the weights are hashed as they are stored. Raises SaescaleError when the model is
@@ -115,7 +152,7 @@ def load(name: str, source: str, dtype: str = "auto", fingerprint: str | None = 
             "machine reaches the hub (or give a local folder as hf:/path), and that it is a causal language model"
         ) from error
     model.eval().requires_grad_(False)
-    return Subject(name, model.to(device), tokenizer, fingerprint)
+    return LanguageModel(name, model.to(device), tokenizer, fingerprint)
 
 
 def compute_dtype(choice: str, device: torch.device) -> torch.dtype:

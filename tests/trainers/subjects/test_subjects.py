@@ -15,9 +15,10 @@ import pytest
 import torch
 from saescale.storage.cache import cache_folder
 from saescale.storage.errors import SaescaleError
-from saescale.trainers.subjects import smollm2
-from saescale.trainers.subjects.language_model import Subject
-from saescale.trainers.subjects.subject import check_subject_name, get_subject
+from saescale.storage.manifest import Site
+from saescale.trainers.subjects import smollm2_135m as smollm2
+from saescale.trainers.subjects.language_model import LanguageModel
+from saescale.trainers.subjects.subject import check_subject_name, get_subject, name_for_other_processes
 from transformers import AutoModelForCausalLM, GPT2Config, GPTNeoXConfig, OPTConfig, Qwen3Config
 
 ARCHITECTURES: dict[str, Any] = {
@@ -38,22 +39,68 @@ ARCHITECTURES: dict[str, Any] = {
 }
 
 
+def site(layer: int) -> Site:
+    return Site(layer=layer, positions="all")
+
+
+def resid_post(subject: LanguageModel, ids: torch.Tensor, layer: int) -> torch.Tensor:
+    return subject.run(ids, [site(layer)]).resid[0]
+
+
 @pytest.fixture(params=["llama", *ARCHITECTURES])
-def subject(request: pytest.FixtureRequest, tiny_subject: str, save_subject: Callable[..., str]) -> Subject:
+def subject(request: pytest.FixtureRequest, tiny_subject: str, save_subject: Callable[..., str]) -> LanguageModel:
     name = tiny_subject if request.param == "llama" else save_subject(request.param, ARCHITECTURES[request.param])
     return get_subject(name)
 
 
-def test_resid_post_is_exactly_the_hidden_state_of_the_whole_model(subject: Subject) -> None:
+def test_resid_post_is_exactly_the_hidden_state_of_the_whole_model(subject: LanguageModel) -> None:
     ids = torch.randint(2, 512, (5, 17), generator=torch.Generator().manual_seed(0))
     for _ in range(2):  # ending a forward pass early leaves nothing behind
         with torch.inference_mode():
             whole = subject.model(input_ids=ids, output_hidden_states=True, use_cache=False).hidden_states
         # The last entry of hidden_states is behind the final norm, so the last layer is compared through its own.
         for layer in range(subject.n_layers - 1):
-            resid = subject.resid_post(ids, layer)
+            resid = resid_post(subject, ids, layer)
             assert resid.shape == (5, 17, subject.d_model)
             assert torch.equal(resid, whole[layer + 1])
+
+
+def test_several_sites_are_those_of_single_runs(subject: LanguageModel) -> None:
+    ids = torch.randint(2, 512, (3, 12), generator=torch.Generator().manual_seed(1))
+    layers = [2, 0, 1]
+    together = subject.run(ids, [site(layer) for layer in layers])
+    assert together.logits is None
+    assert len(together.resid) == 3
+    for layer, resid in zip(layers, together.resid, strict=True):
+        assert torch.equal(resid, resid_post(subject, ids, layer))
+
+
+def test_the_rest_of_the_model_runs_on_a_patch(subject: LanguageModel) -> None:
+    ids = torch.randint(2, 512, (3, 12), generator=torch.Generator().manual_seed(2))
+    with torch.inference_mode():
+        whole = subject.model(input_ids=ids, use_cache=False).logits
+    first, last = site(1), site(2)
+    plain = subject.run(ids, [first, last], logits=True)
+    assert plain.logits is not None
+    assert torch.equal(plain.logits, whole)
+    # The identity, in a type that is cast back.
+    same = subject.run(ids, [last], {first: lambda x: x.double()}, logits=True)
+    assert same.logits is not None
+    assert torch.equal(same.logits, whole)
+    assert torch.equal(same.resid[0], plain.resid[1])
+    seen: list[torch.Tensor] = []
+    zero = subject.run(ids, [first, last], {first: lambda x: seen.append(x) or torch.zeros_like(x)}, logits=True)
+    assert torch.equal(seen[0], plain.resid[0])
+    assert not zero.resid[0].any()
+    assert zero.logits is not None
+    assert not torch.allclose(zero.logits, whole)
+    assert not torch.equal(zero.resid[1], plain.resid[1])
+    # What follows is a function of the patched stream alone: another text under the same patch gives the same.
+    other = subject.run(ids.flip(0), [], {first: lambda x: plain.resid[0]}, logits=True)
+    assert other.logits is not None
+    assert torch.equal(other.logits, whole)
+    with pytest.raises(ValueError, match="a patch gave"):
+        subject.run(ids, [last], {first: lambda x: x[:1]})
 
 
 def test_nothing_after_the_site_is_computed(tiny_subject: str) -> None:
@@ -62,7 +109,7 @@ def test_nothing_after_the_site_is_computed(tiny_subject: str) -> None:
     for number, layer in enumerate(subject.model.model.layers):
         layer.register_forward_pre_hook(lambda module, inputs, number=number: ran.append(number))
     subject.model.lm_head.register_forward_pre_hook(lambda module, inputs: ran.append(99))
-    subject.resid_post(torch.zeros(1, 4, dtype=torch.int32), 1)
+    resid_post(subject, torch.zeros(1, 4, dtype=torch.int32), 1)
     assert ran == [0, 1]
 
 
@@ -71,7 +118,7 @@ def test_the_last_layer_is_the_one_before_the_final_norm(tiny_subject: str) -> N
     ids = torch.arange(10)[None]
     with torch.inference_mode():
         whole = subject.model(input_ids=ids, output_hidden_states=True).hidden_states[-1]
-        assert torch.equal(subject.model.model.norm(subject.resid_post(ids, subject.n_layers - 1)), whole)
+        assert torch.equal(subject.model.model.norm(resid_post(subject, ids, subject.n_layers - 1)), whole)
 
 
 def test_tokens_come_without_special_ones(tiny_subject: str) -> None:
@@ -102,14 +149,19 @@ def test_bfloat16_is_that_of_the_library(tiny_subject: str) -> None:
     ids = torch.randint(2, 512, (3, 60), generator=torch.Generator().manual_seed(0))
     with torch.inference_mode():
         states = model(input_ids=ids, output_hidden_states=True).hidden_states
-    assert torch.equal(subject.resid_post(ids, 2), states[3])
+    assert torch.equal(resid_post(subject, ids, 2), states[3])
 
 
 def test_a_wrong_name_layer_or_context_is_one_line(tiny_subject: str, tmp_path: Path) -> None:
     with pytest.raises(SaescaleError, match=r"unknown subject 'smolm2-135': did you mean 'smollm2-135m'\?.*hf:"):
         check_subject_name("smolm2-135")
-    with pytest.raises(SaescaleError, match="unknown subject 'hf:'"):
-        get_subject("hf:")
+    for name in ("hf:", "smollm2_135m", "language-model", ""):
+        with pytest.raises(SaescaleError, match=f"unknown subject '{name}': .*there are hf, smollm2-135m"):
+            get_subject(name)
+    with pytest.raises(SaescaleError, match="hf needs the name of a model"):
+        get_subject("hf")
+    with pytest.raises(SaescaleError, match=r"unknown subject 'smollm2-135m:x'.*without the colon"):
+        get_subject("smollm2-135m:x")
     with pytest.raises(SaescaleError, match=f"there is no folder {tmp_path}/none"):
         get_subject(f"hf:{tmp_path}/none")
     with pytest.raises(SaescaleError, match=f"cannot load the subject hf:{tmp_path}"):
@@ -117,9 +169,16 @@ def test_a_wrong_name_layer_or_context_is_one_line(tiny_subject: str, tmp_path: 
     subject = get_subject(tiny_subject)
     for layer in (-1, 4):
         with pytest.raises(SaescaleError, match=f"has no layer {layer}: its 4 layers are 0 to 3"):
-            subject.resid_post(torch.zeros(1, 4, dtype=torch.int32), layer)
+            resid_post(subject, torch.zeros(1, 4, dtype=torch.int32), layer)
     with pytest.raises(SaescaleError, match="at most 64 tokens, not 65"):
-        subject.resid_post(torch.zeros(1, 65, dtype=torch.int32), 1)
+        resid_post(subject, torch.zeros(1, 65, dtype=torch.int32), 1)
+
+
+def test_a_relative_path_means_the_same_in_every_process(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert name_for_other_processes("hf:./mine") == f"hf:{tmp_path}/mine"
+    for name in ("hf:openai-community/gpt2", "hf:/models/mine", "smollm2-135m"):
+        assert name_for_other_processes(name) == name
 
 
 def test_damaged_weights_are_one_line(tiny_subject: str, tmp_path: Path) -> None:
@@ -136,7 +195,7 @@ def test_an_ambiguous_layout_is_refused(tiny_subject: str) -> None:
     model = subject.model
     model.model.other = torch.nn.ModuleList(torch.nn.Identity() for _ in range(4))
     with pytest.raises(SaescaleError, match=r"cannot tell where the blocks .*\(2 lists of 4 modules: layers, other"):
-        Subject("x", model, subject.tokenizer, "")
+        LanguageModel("x", model, subject.tokenizer, "")
 
 
 def test_the_cache_folder_can_be_chosen(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -160,7 +219,7 @@ def test_smollm2_is_downloaded_once_and_is_the_published_model(monkeypatch: pyte
     assert (subject.d_model, subject.n_layers, subject.bos_token_id) == (576, 30, 1)
     text = "The capital of France is the city of"
     ids = torch.tensor([[1, *subject.tokenize([text])[0]]])
-    resid = subject.resid_post(ids, 22)
+    resid = resid_post(subject, ids, 22)
     assert resid.shape == (1, ids.shape[1], 576)
     assert bool(resid.isfinite().all())
     with torch.inference_mode():

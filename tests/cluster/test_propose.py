@@ -14,7 +14,7 @@ from saescale.cluster.front import laws as laws_cli
 from saescale.cluster.sweep.driver import run_sweep
 from saescale.cluster.sweep.extend import extend, union
 from saescale.cluster.sweep.ledger import open_ledger
-from saescale.cluster.sweep.propose import Request, make_plan
+from saescale.cluster.sweep.propose import Request, make_proposal
 from saescale.cluster.sweep.spec import NO_STORE, Grid, load_spec, parse_spec
 from saescale.scaling.laws.settings import FitSettings
 from saescale.scaling.planning.devices import find_device
@@ -60,7 +60,7 @@ def test_a_grid_of_cells_has_its_mistakes_named(document: dict[str, Any]) -> Non
 
 def test_a_plan_is_a_sweep_file(tmp_path: Path) -> None:
     request = Request(hours=2.0, device=find_device("a100"), store="stores/mine", d_model=512, ks=(8, 16, 32))
-    plan = make_plan(request)
+    plan = make_proposal(request)
     path = tmp_path / "plan.yaml"
     path.write_text(plan.yaml())
     spec = load_spec(str(path))
@@ -83,7 +83,7 @@ def test_a_plan_goes_on_from_a_run(tmp_path: Path, document: dict[str, Any]) -> 
     run = RunDirectory(str(tmp_path / "run"))
     run.write_results(_cells((512, 1024, 2048, 4096), (8, 16, 32, 64), noise=0.004))
     run.write_spec(document | {"resolved": {"precision": "fp32"}})
-    plan = make_plan(Request(hours=4.0, device=find_device("a100", 1e12), source=run.url))
+    plan = make_proposal(Request(hours=4.0, device=find_device("a100", 1e12), source=run.url))
     assert plan.spec.train == parse_spec(document, "test").train
     assert len(plan.prior.cells["k"]) == 16
     assert plan.before is not None
@@ -129,11 +129,11 @@ def test_what_cannot_be_planned_at_any_budget() -> None:
         (request(at={"n_latents": 512.0}), "--at n: --target exponent does not depend on it"),
     ):
         with pytest.raises(SaescaleError, match=said):
-            make_plan(asked)
+            make_proposal(asked)
 
 
 def test_n_doubles_from_the_smallest_asked_for() -> None:
-    plan = make_plan(Request(hours=0.5, device=find_device("h100"), n_range=(500, 9_000), ks=(8, 16, 32)))
+    plan = make_proposal(Request(hours=0.5, device=find_device("h100"), n_range=(500, 9_000), ks=(8, 16, 32)))
     assert {c.n_latents for c in plan.cells} <= {500, 1000, 2000, 4000, 8000}
     assert min(c.n_latents for c in plan.cells) == 500
 
@@ -155,7 +155,7 @@ def test_proposed_seeds_are_those_of_no_other_cell(tmp_path: Path, document: dic
     table = tmp_path / "rows.csv"
     pa.csv.write_csv(run.read_results().select(["n_latents", "k", "seed", "nmse", "status"]), table)
     for source, at_4096 in ((run.url, (2, 3, 4)), (str(table), (1, 2, 3))):
-        found = {c.n_latents: c.seeds for c in make_plan(replace(request, source=source)).cells}
+        found = {c.n_latents: c.seeds for c in make_proposal(replace(request, source=source)).cells}
         assert found == {512: (0, 2, 3), 1024: (1, 3, 4), 2048: (2, 3, 4), 4096: at_4096}
 
 

@@ -23,7 +23,7 @@ import torch
 import transformers
 import xxhash
 from saescale.storage.errors import SaescaleError
-from saescale.trainers.subjects.language_model import Subject, first_line, load, quiet_transformers
+from saescale.trainers.subjects.language_model import LanguageModel, first_line, load_model, quiet_transformers
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 NAME = "smollm2-135m"
@@ -36,11 +36,13 @@ GGUF_BYTES = 98_362_432
 GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 
 
-def load_smollm2(cache: Path, dtype: str, notify: Callable[[str], None]) -> Subject:
+def load(rest: str, cache: Path, dtype: str, notify: Callable[[str], None]) -> LanguageModel:
     """SmolLM2-135M: 30 layers, d_model 576; downloaded into `cache` the first time.
 
     Raises SaescaleError when it cannot be downloaded, is not the pinned file, or cannot be stored.
     """
+    if rest:
+        raise SaescaleError(f"unknown subject '{NAME}:{rest}': {NAME} is one model, write it without the colon")
     # Unpacking the quantised file takes 20 s, reading the unpacked copy 0.3 s: it is made once per version.
     unpacked = cache / f"{NAME}-transformers-{transformers.__version__}"
     try:
@@ -54,7 +56,7 @@ def load_smollm2(cache: Path, dtype: str, notify: Callable[[str], None]) -> Subj
             f"cannot store SmolLM2-135M in {cache}: {error.strerror or first_line(error)}; free 500 MB there "
             "or set SAESCALE_CACHE to another folder; nothing half-written is left"
         ) from error
-    return load(NAME, str(unpacked), dtype=dtype, fingerprint=f"sha256:{GGUF_SHA256}")
+    return load_model(NAME, str(unpacked), dtype=dtype, fingerprint=f"sha256:{GGUF_SHA256}")
 
 
 # --- the download

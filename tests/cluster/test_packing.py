@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from saescale.cluster.crew.shares import cpus_each, threads_for
-from saescale.cluster.sweep.packing import cost, plan_packs
+from saescale.cluster.sweep.packing import cost, pack_cells
 from saescale.storage.errors import SaescaleError
 from saescale.trainers.cell import Cell
 from saescale.trainers.training.memory import StreamSize, pack_memory
@@ -37,7 +37,7 @@ def test_every_cell_once_within_memory_longest_first(
     cells = [cell(n, seed=i) for i, n in enumerate(sizes)]
     steps = {c.cell_id: found for c, found in zip(cells, started, strict=False)}
     memory = memory_cells * max(needs([c]) for c in cells)
-    packs = plan_packs(cells, steps, workers, memory, needs)
+    packs = pack_cells(cells, steps, workers, memory, needs)
     assert sorted(c.cell_id for pack in packs for c in pack) == sorted(c.cell_id for c in cells)
     assert all(needs(pack) <= memory for pack in packs)
     costs = [sum(cost(c) for c in pack) for pack in packs]
@@ -51,14 +51,14 @@ def test_every_cell_once_within_memory_longest_first(
 def test_a_pack_that_was_killed_while_it_was_saved_stays_together() -> None:
     cells = [cell(64, seed=i) for i in range(4)]
     steps = {c.cell_id: [30, 20] if i < 2 else [20, 10] for i, c in enumerate(cells)}
-    assert len(plan_packs(cells, steps, workers=1, memory=1e12, needs=needs)) == 1
+    assert len(pack_cells(cells, steps, workers=1, memory=1e12, needs=needs)) == 1
     first = {c.cell_id: [10] for c in cells[:2]}  # the others were not saved at all
-    assert len(plan_packs(cells, first, workers=1, memory=1e12, needs=needs)) == 1
+    assert len(pack_cells(cells, first, workers=1, memory=1e12, needs=needs)) == 1
 
 
 def test_the_quickstart_grid_is_balanced_over_two_workers() -> None:
     cells = [cell(n, k) for n in (512, 1024, 2048, 4096) for k in (8, 16, 32, 64)]
-    packs = plan_packs(cells, {}, workers=2, memory=1e12, needs=needs)
+    packs = pack_cells(cells, {}, workers=2, memory=1e12, needs=needs)
     costs = [sum(cost(c) for c in pack) for pack in packs]
     assert len(packs) == 4
     assert max(costs) < 1.1 * min(costs)
@@ -66,18 +66,18 @@ def test_the_quickstart_grid_is_balanced_over_two_workers() -> None:
 
 def test_one_worker_trains_the_whole_grid_from_one_pass() -> None:
     cells = [cell(n, k) for n in (512, 1024, 2048, 4096) for k in (8, 16, 32, 64)]
-    assert len(plan_packs(cells, {}, workers=1, memory=1e12, needs=needs)) == 1
+    assert len(pack_cells(cells, {}, workers=1, memory=1e12, needs=needs)) == 1
 
 
 def test_different_streams_are_never_packed_together() -> None:
     cells = [cell(64, batch_tokens=b, stream_seed=s, seed=i) for i in range(3) for b in (512, 1024) for s in (0, 1)]
-    for pack in plan_packs(cells, {}, workers=1, memory=1e12, needs=needs):
+    for pack in pack_cells(cells, {}, workers=1, memory=1e12, needs=needs):
         assert len({(c.batch_tokens, c.stream_seed) for c in pack}) == 1
 
 
 def test_a_cell_that_fits_nowhere_is_named() -> None:
     with pytest.raises(SaescaleError, match=r"cell n4096-k4-.* needs .* GiB and a worker has 0\.0 GiB"):
-        plan_packs([cell(64), cell(4096)], {}, workers=1, memory=2**20, needs=needs)
+        pack_cells([cell(64), cell(4096)], {}, workers=1, memory=2**20, needs=needs)
 
 
 @pytest.mark.parametrize(
@@ -94,7 +94,7 @@ def test_a_worker_without_kernels_is_planned_with_its_dense_gradient() -> None:
     assert of["eager"].training - of["cuda"].training > 4 * 65_536 * 768
     memory = (of["eager"].total + of["cuda"].total) / 2
     packs = [
-        plan_packs(large, {}, 1, memory, lambda c, k=kind: pack_memory(c, 2_048, StreamSize(1_024, 16_384), k).total)
+        pack_cells(large, {}, 1, memory, lambda c, k=kind: pack_memory(c, 2_048, StreamSize(1_024, 16_384), k).total)
         for kind in ("cuda", "eager")
     ]  # fmt: skip
     assert [len(pack) for pack in packs] == [1, 2]

@@ -1,0 +1,33 @@
+"""What the processes of a sweep ask of a cluster, and what packs ask of them."""
+
+from collections.abc import Callable, Sequence
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+from saescale.trainers.cell import Cell
+
+# Strict: `true`, "512" and 8.0 are mistakes in a sweep file. Reals are lax, because YAML reads 8e-4 as text.
+Positive = Annotated[int, Field(gt=0, strict=True)]
+NotNegative = Annotated[int, Field(ge=0, strict=True)]
+
+Needs = Callable[[Sequence[Cell]], float]  # bytes of a worker's memory that cells take as one pack
+
+
+class Section(BaseModel):
+    """A section of a sweep file: no other keys than its fields."""
+
+    # What is wrong is told by `sweep.spec`, which knows what may be shown.
+    model_config = ConfigDict(extra="forbid", hide_input_in_errors=True)
+
+
+class Resources(Section):
+    """workers: processes that train packs. auto: one a GPU, or one a CPU core, but no more than cells; where nodes join
+    the cluster their number grows. A number is asked for whatever the cluster has now, so that an autoscaler sees it.
+    """
+
+    workers: Positive | Literal["auto"] = "auto"
+    gpus_per_worker: Annotated[float, Field(ge=0)] | Literal["auto"] = "auto"
+    cpus_per_worker: Annotated[float, Field(gt=0)] | Literal["auto"] = "auto"  # auto: the cores shared out
+    checkpoint_every_s: float = Field(default=60.0, gt=0)  # the most work, in seconds, that a killed worker loses
+    # A worker that gets nothing done for so long, not one batch, is ended and its pack begun again elsewhere.
+    stalled_after_s: float = Field(default=900.0, gt=0)

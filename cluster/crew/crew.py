@@ -1,0 +1,267 @@
+"""The supervisor of long-lived Ray actors: starts them, lets those join that come up, replaces those that are lost.
+
+What an actor is, how many there are and what they do is a crew's own: train_crew.py, harvest_crew.py.
+"""
+
+import os
+import signal
+import time
+import warnings
+from abc import ABC, abstractmethod
+from collections.abc import Collection
+from contextlib import suppress
+from types import TracebackType
+from typing import Any, ClassVar, Generic, NamedTuple, Protocol, Self, TypeVar
+
+import ray
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+from saescale.cluster.crew.connect import connect
+from saescale.storage.errors import SaescaleError, SaescaleWarning, one_line
+
+POLL_S = 0.5
+PATIENCE_S = 60.0  # until actors that do not come up are mentioned
+
+
+class Place(Protocol):
+    """What an actor says of itself when it is up: at least which process it is. `node_id` is Ray's, hex."""
+
+    @property
+    def node_id(self) -> str: ...
+    @property
+    def pid(self) -> int: ...
+
+
+Info = TypeVar("Info", bound=Place)
+
+
+class Words(NamedTuple):
+    """How a crew speaks of actors that do not come up, for a {kind} of error or as it says of itself ({why})."""
+
+    again: str
+    fewer: str
+    waiting: str
+
+
+class Died(Exception):
+    """An actor is gone, or what it gave is; `kind` names the error without what is new in it each time."""
+
+    def __init__(self, error: BaseException) -> None:
+        said = one_line(error)
+        # Ray's own account of it stands behind a page of identifiers.
+        super().__init__(said[max(0, said.find("The actor is dead because")) :][:300])
+        self.kind = type(getattr(error, "cause", None) or error).__name__
+
+
+def take(reference: Any) -> Any:
+    """What an actor gave or raised; Died, with Ray's error as its cause, when it could not."""
+    try:
+        return ray.get(reference)
+    except ray.exceptions.RayTaskError as error:
+        raise error.cause from (None if isinstance(error.cause, SaescaleError) else error)
+    except ray.exceptions.RayError as error:
+        raise Died(error) from error
+
+
+class Crew(ABC, Generic[Info]):
+    """Actors of one kind, on the Ray cluster at `address` (default: RAY_ADDRESS, else a local Ray, which is then ended
+    with them), or on the one that this process has joined already.
+
+    `starting` maps the reference of which an answer says that an actor is up to the actor, `ready` those that are up
+    to what they said, and `idle` are the ready ones that have no work. Actors that find no room yet stay queued in Ray,
+    where an autoscaler sees what they ask for.
+    """
+
+    words: ClassVar[Words]
+
+    def __init__(self, address: str | None) -> None:
+        self.starting: dict[Any, Any] = {}
+        self.ready: dict[Any, Info] = {}
+        self.idle: list[Any] = []
+        self._actors: list[Any] = []
+        self._due: list[float] = []  # when others are to be started in the place of those that are lost
+        self._failed_starts = 0  # since one last came up
+        self._warned: set[str] = set()
+        self._alive_at = time.monotonic()
+        self.owns_ray = False
+        self._address = address
+
+    # --- what a crew says of its actors
+
+    @abstractmethod
+    def _create(self) -> tuple[Any, Any]:
+        """A new actor, and a reference that is answered with its Info when it is up."""
+
+    @abstractmethod
+    def _most_starts(self) -> int:
+        """So many may fail one after another before fewer actors have to do."""
+
+    @abstractmethod
+    def _pause(self, failures: int) -> float:
+        """Seconds until the next start after so many that failed."""
+
+    @abstractmethod
+    def _nobody(self, why: str) -> SaescaleError:
+        """What to say when there is not one actor and none comes up."""
+
+    def _joined(self, actor: Any, info: Info) -> None:
+        """An actor came up."""
+        self.ready[actor] = info
+        self.idle.append(actor)
+
+    # --- starting and joining
+
+    def connect(self) -> None:
+        """Joins Ray, or starts one. Raises SaescaleError when it cannot be reached."""
+        self.owns_ray = not ray.is_initialized()
+        if self.owns_ray:
+            connect(self._address)
+
+    def start(self) -> None:
+        """Queues one more actor."""
+        actor, up = self._create()
+        self._actors.append(actor)
+        self.starting[up] = actor
+
+    def start_later(self, pause: float) -> None:
+        """Queues one more actor in `pause` seconds, when somebody watches."""
+        self._due.append(time.monotonic() + pause)
+
+    def come_up(self, first_s: float, company_s: float) -> None:
+        """Until all are up, or one is since `company_s`. SaescaleError when none is after `first_s`."""
+        began, first = time.monotonic(), None
+        while self.starting or self._due:
+            now = time.monotonic()
+            first = now if first is None and self.ready else first
+            if (now - began > first_s) if first is None else (now - first > company_s):
+                break
+            self.watch(())
+        if not self.ready:
+            raise self._nobody("the cluster has no free CPUs or GPUs for one")
+
+    def watch(self, busy: Collection[Any]) -> list[Any]:
+        """Waits a little for something to happen, and returns which of the references `busy` have ended.
+
+        Meanwhile actors join. Raises SaescaleError when there is no actor and none comes up, and what an actor says to
+        the user in its start: another one would say the same.
+        """
+        now = time.monotonic()
+        for due in [due for due in self._due if due <= now]:
+            self._due.remove(due)
+            self.start()
+        watched = [*busy, *self.starting]
+        if watched:
+            ended, _ = ray.wait(watched, num_returns=1, timeout=POLL_S)
+            ended, _ = ray.wait(watched, num_returns=len(watched), timeout=0) if ended else ([], [])
+        else:
+            time.sleep(POLL_S)
+            ended = []
+        up = [reference for reference in ended if reference in self.starting]
+        for reference in up:
+            self._join(reference)
+        if busy or self.idle:
+            self._alive_at = time.monotonic()
+        elif time.monotonic() - self._alive_at > PATIENCE_S:
+            self.warn(self.words.waiting)
+        return [reference for reference in ended if reference not in up]
+
+    def _join(self, up: Any) -> None:
+        actor = self.starting.pop(up)
+        try:
+            info: Info = take(up)
+        except SaescaleError:
+            self._end(actor)
+            raise
+        except Died as died:
+            self._failed(actor, died)
+        except Exception as error:
+            # It lives on otherwise, with the device that it claimed.
+            self._failed(actor, Died(error))
+        else:
+            self._failed_starts = 0
+            self._joined(actor, info)
+
+    def _failed(self, actor: Any, died: Died) -> None:
+        self._end(actor)
+        self._failed_starts += 1
+        if self._failed_starts < self._most_starts():
+            self.warn(self.words.again.format(kind=died.kind, why=died))
+            self.start_later(self._pause(self._failed_starts))
+        elif self.ready or self.starting or self._due:
+            self.warn(self.words.fewer.format(kind=died.kind, why=died))
+        else:
+            raise self._nobody(str(died)) from died
+
+    # --- losing and ending
+
+    def lost(self, actor: Any, error: BaseException | None = None) -> Info:
+        """Forgets an actor that died, or ends one that is of no more use; returns what it was.
+
+        One that is only out of reach, as `error` may say, must not go on beside the next one: it is killed.
+        """
+        if isinstance(error, ray.exceptions.ActorUnavailableError):
+            self.kill(actor)
+        self._end(actor)
+        if actor in self.idle:
+            self.idle.remove(actor)
+        return self.ready.pop(actor)
+
+    def kill(self, actor: Any) -> None:
+        """Kills the process of an actor that does not answer, from its own node: `ray.kill` only asks it to end."""
+        info = self.ready[actor]
+        where = NodeAffinitySchedulingStrategy(info.node_id, soft=False)
+        ray.remote(_kill).options(num_cpus=0, scheduling_strategy=where, max_retries=0).remote(info.pid)
+
+    def replace_stranded(self) -> None:
+        """Replaces idle actors whose node is gone: nobody else notices."""
+        alive = {node["NodeID"] for node in ray.nodes() if node["Alive"]}
+        for actor in [actor for actor in self.idle if self.ready[actor].node_id not in alive]:
+            self.lost(actor)
+            self.start()
+
+    def _end(self, actor: Any) -> None:
+        ray.kill(actor)
+        self._actors.remove(actor)
+
+    def close(self) -> None:
+        """Ends the actors, and Ray where this crew started or joined it."""
+        if ray.is_initialized():
+            for actor in self._actors:
+                ray.kill(actor)
+            if self.owns_ray:
+                ray.shutdown()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    # --- what is told
+
+    def warn(self, text: str) -> None:
+        """Shows a warning once, however often it comes."""
+        if text not in self._warned:
+            self._warned.add(text)
+            warnings.warn(text, SaescaleWarning, stacklevel=3)
+
+
+def back_off(failures: int, first_s: float, most_s: float) -> float:
+    """Seconds to wait after so many failures: twice as long each time."""
+    return min(most_s, first_s * 2.0 ** min(20, failures - 1))
+
+
+def node_lives(node_id: str) -> bool:
+    """Whether the cluster still has a node."""
+    return any(node["Alive"] for node in ray.nodes() if node["NodeID"] == node_id)
+
+
+def nodes() -> list[dict[str, float]]:
+    """The resources ("CPU", "GPU", "memory") of each node that the cluster has now."""
+    return [node["Resources"] for node in ray.nodes() if node["Alive"]]
+
+
+def _kill(pid: int) -> None:
+    with suppress(ProcessLookupError):
+        os.kill(pid, signal.SIGKILL)

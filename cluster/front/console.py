@@ -1,0 +1,50 @@
+"""What all commands share: the console, options that several of them have, and how they speak."""
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+if TYPE_CHECKING:
+    from saescale.cluster.front.display import Display
+
+console = Console()
+
+Address = Annotated[str | None, typer.Option(help="Ray cluster (default: RAY_ADDRESS, else a local one).")]
+Bootstraps = Annotated[int, typer.Option(help="Bootstrap fits behind each interval.", min=0)]
+Extend = Annotated[
+    str | None, typer.Option(help="A sweep file or plan whose cells are added; those that are there stay.")
+]
+Json = Annotated[bool, typer.Option("--json", help="One JSON document alone on stdout.")]
+RetryFailed = Annotated[bool, typer.Option("--retry-failed", help="Train the cells that failed again.")]
+SweepOut = Annotated[str | None, typer.Option(help="Run directory in place of the file's.")]
+SweepWandb = Annotated[str | None, typer.Option(help="W&B mode in place of the file's.")]
+
+
+def say(text: str) -> None:
+    """A line on stdout, as it is."""
+    console.print(text, highlight=False, soft_wrap=True)
+
+
+def show_notes(notes: Sequence[str]) -> None:
+    """What must be said beside numbers, a line each."""
+    for note in notes:
+        console.print(f"[yellow]note:[/] {escape(note)}", highlight=False, soft_wrap=True)
+
+
+def table(*columns: str) -> Table:
+    """A table without lines; the first column is text, the others are numbers."""
+    made = Table(box=None, header_style="bold", pad_edge=False)
+    for i, column in enumerate(columns):
+        made.add_column(column, justify="left" if i == 0 else "right")
+    return made
+
+
+def display() -> "Display":
+    """What shows the progress of long work, a context manager."""
+    from saescale.cluster.front.display import Display
+
+    return Display(console)

@@ -1,0 +1,110 @@
+"""The command that plans: which cells to train next."""
+
+import json
+from typing import Annotated, Any
+
+import typer
+from saescale.cluster.front.console import Json, console, say, table
+from saescale.storage.errors import SaescaleError
+
+
+def plan(
+    source: Annotated[
+        str | None, typer.Argument(help="A run or table to plan from (default: the published law of GPT-4's SAEs).")
+    ] = None,
+    budget: Annotated[str, typer.Option(help="Time on one device: 200h, 90min or 2d.")] = "24h",
+    gpu: Annotated[str, typer.Option(help="h100, h200, b200, a100, l40s, rtx4090 or cpu.")] = "h100",
+    target: Annotated[
+        str, typer.Option(help="What to narrow: exponent, floor, prediction (with --at) or coefficients.")
+    ] = "exponent",
+    at: Annotated[
+        str | None, typer.Option(help="The cell to predict (n=65536,k=64), or the k of an exponent or floor (k=32).")
+    ] = None,
+    write: Annotated[str | None, typer.Option(help="The sweep file to write (default: only shown).")] = None,
+    store: Annotated[str | None, typer.Option(help="Activation store to name in the sweep file.")] = None,
+    d_model: Annotated[int, typer.Option(help="Where the source does not say it.", min=1)] = 768,
+    tokens: Annotated[
+        float, typer.Option(help="Tokens of a cell of n = 32768, without a source; they grow as n^0.6.")
+    ] = 1e9,
+    n_min: Annotated[int | None, typer.Option(help="Smallest n; the others double from it.", min=2)] = None,
+    n_max: Annotated[int | None, typer.Option(help="Largest n.", min=2)] = None,
+    k: Annotated[list[int] | None, typer.Option(help="A k that cells may have; repeatable.", min=1)] = None,
+    seeds: Annotated[int, typer.Option(help="At most so many new cells of one n and k.", min=1)] = 3,
+    noise: Annotated[float | None, typer.Option(help="Scatter of ln nmse between cells, if you know it.")] = None,
+    flops_per_s: Annotated[float | None, typer.Option(help="Sparse training FLOP/s that the device sustains.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Proposes the cells (n, k, tokens, seeds) that narrow an interval the most within a budget.
+
+    Example: [bold]saescale plan runs/quickstart --budget 1h --gpu cpu --write more.yaml[/]
+    """
+    from saescale.cluster.sweep.propose import Request, make_proposal, sweep_of, write_proposal
+    from saescale.cluster.sweep.spec import NO_STORE
+    from saescale.scaling.laws.predict import parse_point
+    from saescale.scaling.planning.devices import find_device
+    from saescale.storage.files import join
+
+    request = Request(
+        hours=_hours(budget), device=find_device(gpu, flops_per_s), target=target, source=source, store=store,
+        at=parse_point(at) if at else {}, d_model=d_model, tokens=tokens, n_range=(n_min, n_max), ks=tuple(k or ()),
+        noise=noise, seeds=seeds,
+    )  # fmt: skip
+    made = make_proposal(request)
+    document = made.document()
+    if write:
+        write_proposal(made, write)
+    if as_json:
+        print(json.dumps(document))
+        return
+    _show(document)
+    # Cells of a run are added to its sweep: by themselves they would be another sweep in the same directory.
+    run = source if source and sweep_of(source) else None
+    file = write or "plan.yaml"
+    next_ = f"saescale sweep {join(run, 'sweep.yaml')} --extend {file}" if run else f"saescale sweep {file}"
+    edit = f" (edit its store first: {NO_STORE})" if made.spec.store == NO_STORE else ""
+    if write:
+        say(f"wrote {write}")
+        say(f"Next: {next_}{edit}")
+    else:
+        say(f"Next: the same with --write {file}, then {next_}{edit}")
+
+
+def _hours(text: str) -> float:
+    """`200h`, `90min` or `2d` in hours; a bare number is hours. Raises SaescaleError."""
+    for unit, hours in (("min", 1 / 60), ("h", 1.0), ("d", 24.0), ("", 1.0)):
+        if text.endswith(unit):
+            try:
+                found = float(text.removesuffix(unit)) * hours
+            except ValueError:
+                break
+            if found > 0:
+                return found
+            break
+    raise SaescaleError(f"--budget {text} is no time; write such as 200h, 90min or 2d")
+
+
+def _show(document: dict[str, Any]) -> None:
+    device = document["device"]
+    say(f"Prior: {document['prior']['from']}")
+    shown = table("n", "k", "seeds", "tokens", "FLOPs (sparse)", "hours")
+    for cell in document["cells"]:
+        seeds = ", ".join(map(str, cell["seeds"]))
+        numbers = (f"{cell['tokens']:,}", f"{cell['flops']:.3g}", f"{cell['hours']:.3g}")
+        shown.add_row(f"{cell['n_latents']:,}", str(cell["k"]), seeds, *numbers)
+    console.print(shown)
+    count = sum(len(cell["seeds"]) for cell in document["cells"])
+    console.print(
+        f"\n{count} cells in {len(document['packs'])} packs, {document['hours']:.3g} h on one {device['name']} at an "
+        f"assumed {device['flops_per_s']:.3g} sparse training FLOP/s (--flops-per-s sets it)",
+        highlight=False, soft_wrap=True,
+    )  # fmt: skip
+    rectangle = document["rectangle"]
+    columns = [("before", document["before"]), ("with the plan", document["expected"])]
+    columns.append(("best full grid", rectangle and rectangle["expected"]))
+    expected = table("95 % interval to expect", "value", *(name for name, _ in columns))
+    for i, row in enumerate(document["expected"]):
+        halves = ["" if not rows else f"± {(rows[i]['high'] - rows[i]['low']) / 2:.3g}" for _, rows in columns]
+        expected.add_row(row["quantity"], f"{row['value']:.3g}", *halves)
+    console.print(expected)
+    if rectangle:
+        console.print(f"best full grid: {rectangle['cells']} cells, {rectangle['hours']:.3g} h", highlight=False)

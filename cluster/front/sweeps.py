@@ -1,0 +1,147 @@
+"""The commands that train: quickstart and sweep; and report, which writes again what they end with."""
+
+import os
+import shutil
+import sys
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from saescale.cluster.front.console import (
+    Address,
+    Bootstraps,
+    Extend,
+    RetryFailed,
+    SweepOut,
+    SweepWandb,
+    console,
+    display,
+    say,
+    show_notes,
+)
+from saescale.storage.errors import SaescaleError
+
+if TYPE_CHECKING:
+    from saescale.cluster.sweep.driver import SweepOutcome
+
+Wandb = Annotated[str, typer.Option(help="auto (online when a key is configured, else offline), online, offline, off.")]
+
+
+def quickstart(
+    tiny: Annotated[bool, typer.Option("--tiny", help="A few thousand tokens and a 2x2 grid.")] = False,
+    out: Annotated[str | None, typer.Option(help="Run directory (default: runs/quickstart).")] = None,
+    wandb: Wandb = "auto",
+) -> None:
+    """From SmolLM2-135M to a fitted L(N, k): harvest, 20 cells, laws, report. Run again, it goes on where it was.
+
+    Example: [bold]saescale quickstart --tiny[/]
+    """
+    from saescale.cluster.front.quickstart import next_commands, recipe, run_quickstart
+
+    steps = recipe(tiny, out, wandb)
+    with display() as shown:
+        began = time.monotonic()
+        outcome = run_quickstart(steps, shown)
+    _summary(outcome, time.monotonic() - began, store=steps.sweep.store)
+    console.print("\n[bold]Next[/]")
+    program = _program()
+    for command, meaning in next_commands(outcome):
+        say(f"  {program} {command}\n      {meaning}")
+
+
+def sweep(
+    spec: Annotated[str, typer.Argument(help="A sweep file (YAML); deploy/sweeps holds examples.")],
+    out: SweepOut = None,
+    address: Address = None,
+    wandb: SweepWandb = None,
+    bootstraps: Bootstraps = 1000,
+    extend: Extend = None,
+    retry_failed: RetryFailed = False,
+) -> None:
+    """Trains every cell of a grid and fits the laws. Run again, it trains only what has no result yet.
+
+    Example: [bold]saescale sweep deploy/sweeps/smollm2.yaml[/]
+    """
+    from saescale.cluster.sweep.driver import run_sweep
+    from saescale.cluster.sweep.spec import load_spec
+    from saescale.scaling.laws.settings import FitSettings
+
+    loaded = load_spec(spec, out=out, wandb=wandb)
+    if extend is not None:
+        from saescale.cluster.sweep.extend import extend as extended
+
+        loaded, added = extended(loaded, extend)
+        console.print(f"{added} cells added to {loaded.grid.size - added}", highlight=False)
+    with display() as shown:
+        began = time.monotonic()
+        outcome = run_sweep(loaded, shown, address, FitSettings(bootstraps), extend is not None, retry_failed)
+    _summary(outcome, time.monotonic() - began, store=loaded.store)
+    console.print(f"\nNext: saescale fit {loaded.out} --law n_k", highlight=False)
+
+
+def report(
+    run: Annotated[str, typer.Argument(help="URL of a run directory.")],
+    formats: Annotated[
+        list[str] | None,
+        typer.Option("--format", help="html (always written) or md besides it; may be given several times."),
+    ] = None,
+    bootstraps: Bootstraps = 1000,
+) -> None:
+    """Fits the laws again and writes fits.json, the figures and the report of a run directory.
+
+    report.html is one page that needs no network; figures/ has each figure as PNG, PDF and SVG for a paper and as
+    JSON for Plotly.
+
+    Example: [bold]saescale report runs/quickstart --format md[/]
+    """
+    from saescale.cluster.sweep.ledger import provenance_of
+    from saescale.scaling.laws.settings import FitSettings
+    from saescale.scaling.report.report import FILES, analyse
+    from saescale.storage.rundir import RunDirectory
+
+    wanted = [name for name in FILES if name in (formats or ()) or name == "html"]
+    if unknown := [name for name in formats or [] if name not in FILES]:
+        raise SaescaleError(f"--format {unknown[0]}: there are {' and '.join(FILES)}")
+    directory = RunDirectory(run)
+    analyse(directory, FitSettings(bootstraps), provenance=provenance_of(directory), formats=wanted)
+    pages = [f"{run}/{FILES[name]}" for name in wanted]
+    say(f"wrote {', '.join(pages)}, {run}/fits.json and {run}/figures/")
+    say(f"Next: open {pages[0]} in a browser")
+
+
+def _summary(outcome: "SweepOutcome", wall_s: float, store: str) -> None:
+    """What a sweep did, its coefficients, and where things lie."""
+    from saescale.cluster.front.display import coefficient_table, duration
+    from saescale.scaling.laws.fit import fit_notes
+
+    url = outcome.run.url
+    if outcome.trained:
+        done = f"{outcome.trained} of {outcome.cells} cells trained now, the others before"
+        done = f"all {outcome.cells} cells trained" if outcome.trained == outcome.cells else done
+    else:
+        done = f"all {outcome.cells} cells were done"
+    failed = f"; {outcome.failed} failed, see saescale status {url}" if outcome.failed else ""
+    console.print(f"\n[bold green]{done}[/] in {duration(wall_s)}{failed}", highlight=False)
+    console.print()
+    if outcome.fits["fits"]:
+        console.print(coefficient_table(outcome.fits, full=False))
+    show_notes(fit_notes(outcome.fits))
+    console.print()
+    for name, place in (
+        ("report", f"{url}/report.html"), ("figures", f"{url}/figures/"), ("fits", f"{url}/fits.json"),
+        ("results", f"{url}/results.parquet, curves.parquet"), ("trained SAEs", f"{url}/cells/*/sae.safetensors"),
+        ("activations", store),
+    ):  # fmt: skip
+        say(f"  {name:<13} {place}")
+    if outcome.wandb:
+        say(f"  {outcome.wandb}")
+
+
+def _program() -> str:
+    """How the user can call saescale from here: by name where the shell finds it, else by the path that ran."""
+    ran = Path(sys.argv[0]).absolute()
+    found = shutil.which("saescale")
+    if found and Path(found).absolute() == ran:
+        return "saescale"
+    return os.path.relpath(ran) if ran.is_relative_to(Path.cwd()) else str(ran)

@@ -1,0 +1,163 @@
+"""Which tokens of which documents make which shard: decided by numbers of tokens alone."""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import pairwise
+from typing import NamedTuple
+
+import numpy as np
+import xxhash
+from saescale.storage.errors import SaescaleError
+from saescale.storage.manifest import Split
+from saescale.trainers.harvest.contexts import (
+    SPLITS,
+    Context,
+    Counted,
+    read_block,
+    sequence_context,
+    text_contexts,
+)
+from saescale.trainers.harvest.spec import HarvestSpec
+
+
+class Stretches(NamedTuple):
+    """Stretches of documents, one after the other: ids `start` to `start + tokens` of the file of `block` are of
+    document `doc`, and of the rows among them those from `skip` to `skip + rows` are meant. All int64 [stretches]."""
+
+    block: np.ndarray
+    doc: np.ndarray
+    start: np.ndarray
+    tokens: np.ndarray
+    skip: np.ndarray
+    rows: np.ndarray
+
+    def texts(self, spool: str, length: int, prefix: Sequence[int]) -> list[Context]:
+        """The stretches as one text, cut into contexts of `length` ids behind `prefix`."""
+        return text_contexts(np.concatenate(list(self.ids(spool))), np.concatenate(list(self.docs())), length, prefix)
+
+    def sequences(self, spool: str) -> list[Context]:
+        """Each stretch as a context of its own."""
+        ids = np.concatenate(list(self.ids(spool)))
+        ends = np.cumsum(self.tokens)[:-1]
+        each = zip(np.split(ids, ends), self.doc.tolist(), self.skip.tolist(), self.rows.tolist(), strict=True)
+        return [sequence_context(*one) for one in each]
+
+    def ids(self, spool: str) -> Iterator[np.ndarray]:
+        """The ids as they lie in the spool, int32, block after block. Raises SaescaleError where one is not there."""
+        for part in self._blocks():
+            ids = read_block(spool, int(part.block[0]))
+            yield np.concatenate([ids[start : start + n] for start, n in zip(part.start, part.tokens, strict=True)])
+
+    def docs(self) -> Iterator[np.ndarray]:
+        """The document of each id, int32, block after block."""
+        for part in self._blocks():
+            yield np.repeat(part.doc.astype(np.int32), part.tokens)
+
+    def _blocks(self) -> Iterator[Stretches]:
+        edges = [0, *(np.flatnonzero(np.diff(self.block)) + 1), len(self.block)]
+        for first, last in pairwise(edges):
+            yield Stretches(*(column[first:last] for column in self))
+
+
+class ShardTokens(NamedTuple):
+    """What a shard is made from: its split, which one of that split it is, and the tokens of its contexts."""
+
+    split: Split
+    ordinal: int
+    stretches: Stretches
+
+    @property
+    def name(self) -> str:
+        return f"{self.split}-{self.ordinal:05d}.parquet"
+
+
+class Assignment:
+    """Gives the rows of blocks to the two splits, block after block, until both are full.
+
+    A document gives its rows to one split only. Of a text (`divisible`: any of its tokens can begin or end a context) a
+    seeded hash of its number sends it to heldout with that split's share of the tokens; when its split is full it goes
+    to the other one, so a corpus suffices whenever it has the tokens at all. A sequence says where it belongs.
+    """
+
+    def __init__(self, spec: HarvestSpec, divisible: bool) -> None:
+        self._spec, self._divisible = spec, divisible
+        self._wanted: dict[Split, int] = {"train": spec.tokens, "heldout": spec.heldout_tokens}
+        self._have: dict[Split, int] = dict.fromkeys(self._wanted, 0)
+        self._seen = 0
+        self._taken: dict[Split, list[np.ndarray]] = {split: [] for split in SPLITS}  # columns of Stretches
+        self.longest = 0  # ids of a document
+
+    def full(self, splits: Iterable[Split] = SPLITS) -> bool:
+        """Whether those splits have all their rows."""
+        return all(self._have[split] == self._wanted[split] for split in splits)
+
+    def add(self, counted: Counted) -> None:
+        """The next block; blocks of a split come in their order."""
+        wanted, have = self._wanted, self._have
+        heldout_share = wanted["heldout"] / sum(wanted.values())
+        taken: dict[Split, list[tuple[int, ...]]] = {split: [] for split in SPLITS}
+        start = 0
+        sizes = zip(counted.tokens.tolist(), counted.rows.tolist(), strict=True)
+        for number, (tokens, rows) in enumerate(sizes, start=counted.first):
+            split = counted.split
+            if split is None:
+                draw = xxhash.xxh3_64_intdigest(struct.pack("<QQ", self._spec.seed, number)) / 2**64
+                first, second = SPLITS[::-1] if draw < heldout_share else SPLITS
+                split = first if have[first] < wanted[first] else second
+            took = min(rows, wanted[split] - have[split])
+            if took:
+                taken[split].append((counted.block, number, start, took if self._divisible else tokens, 0, took))
+            have[split] += took
+            start += tokens
+        self._seen += start
+        self.longest = max(self.longest, int(counted.tokens.max(initial=0)))
+        for split, stretches in taken.items():
+            self._taken[split].append(np.array(stretches, np.int64).reshape(-1, len(Stretches._fields)).T)
+
+    def check_full(self) -> None:
+        """Raises SaescaleError unless both splits have all their tokens."""
+        if not self.full():
+            have = self._have
+            raise SaescaleError(
+                f"the corpus {self._spec.corpus} is too short: it gave {self._seen:,} tokens (train "
+                f"{have['train']:,}, heldout {have['heldout']:,}) where tokens + heldout_tokens = "
+                f"{sum(self._wanted.values()):,} are wanted; ask for fewer, or give more text"
+            )
+
+    def shards(self) -> Iterator[ShardTokens]:
+        """All shards in the order of the manifest."""
+        for split in SPLITS:
+            whole = self._whole(split)
+            ends = np.cumsum(whole.rows)
+            for ordinal, first in enumerate(range(0, self._wanted[split], self._spec.shard_rows)):
+                last = min(first + self._spec.shard_rows, self._wanted[split])
+                yield ShardTokens(split, ordinal, self._cut(whole, ends, first, last))
+
+    def digest(self, spool: str) -> str:
+        """xxh3-128 (hex) of all token ids and documents, by which other text under the same name shows.
+
+        Reads the spool once for each split, a block at a time.
+        """
+        digest = xxhash.xxh3_128()
+        for split in SPLITS:
+            whole = self._whole(split)
+            for column in (whole.ids(spool), whole.docs()):
+                for part in column:
+                    digest.update(part.data)
+        return digest.hexdigest()
+
+    def _whole(self, split: Split) -> Stretches:
+        return Stretches(*np.concatenate(self._taken[split], axis=1))
+
+    def _cut(self, whole: Stretches, ends: np.ndarray, first: int, last: int) -> Stretches:
+        """Rows `first` to `last` of stretches that end after `ends` rows."""
+        low, high = int(np.searchsorted(ends, first, "right")), int(np.searchsorted(ends, last, "left")) + 1
+        block, doc, start, tokens, skip, rows = (column[low:high].copy() for column in whole)
+        skip[0] = first - int(ends[low] - rows[0])
+        rows[0] -= skip[0]
+        rows[-1] -= int(ends[high - 1]) - last
+        if self._divisible:
+            start, tokens, skip = start + skip, rows, np.zeros_like(skip)
+        return Stretches(block, doc, start, tokens, skip, rows)
