@@ -21,9 +21,10 @@ from saescale.trainers.architectures import topk_sparse as step_module
 from saescale.trainers.architectures.reference import Objective
 from saescale.trainers.architectures.topk import SAE
 from saescale.trainers.architectures.topk_sparse import Batch, DeadLatents, step
-from saescale.trainers.cell import Cell, Precision, auto_k_aux
+from saescale.trainers.cell import Cell, auto_k_aux
 from saescale.trainers.kernels import eager as sparse_eager
 from saescale.trainers.kernels import interface as sparse
+from saescale.trainers.precision import Precision
 from saescale.trainers.preprocess import Centre, measure_centre
 from saescale.trainers.training import optimiser as optimiser_module
 from saescale.trainers.training.memory import StreamSize, pack_memory

@@ -20,8 +20,9 @@ from saescale.storage.store import ActivationStore
 from saescale.trainers.architectures.reference import Objective
 from saescale.trainers.architectures.topk import SAE
 from saescale.trainers.architectures.topk_sparse import Batch, DeadLatents, step
-from saescale.trainers.cell import Cell, EvalSpec, Precision
+from saescale.trainers.cell import Cell, EvalSpec
 from saescale.trainers.device import fast_precision, set_threads
+from saescale.trainers.precision import Precision
 from saescale.trainers.preprocess import measure_centre
 from saescale.trainers.training.memory import StreamSize, pack_memory
 from saescale.trainers.training.optimiser import SAEAdam

@@ -23,9 +23,10 @@ from saescale.storage.rundir import RunDirectory
 from saescale.storage.store import ActivationStore
 from saescale.storage.stream import Stream
 from saescale.trainers.architectures.topk import SAE
-from saescale.trainers.cell import Cell, EvalSpec, Precision
+from saescale.trainers.cell import Cell, EvalSpec
 from saescale.trainers.device import set_threads
 from saescale.trainers.exchange.native import load_trained
+from saescale.trainers.precision import Precision
 from saescale.trainers.preprocess import normalise, to_tensor
 from saescale.trainers.training.train import PackJob, train_pack
 

@@ -19,8 +19,9 @@ import torch
 from saescale.trainers.architectures.reference import Objective
 from saescale.trainers.architectures.topk import SAE
 from saescale.trainers.architectures.topk_sparse import Batch, DeadLatents, step
-from saescale.trainers.cell import Precision, auto_k_aux
+from saescale.trainers.cell import auto_k_aux
 from saescale.trainers.device import set_threads
+from saescale.trainers.precision import Precision
 from saescale.trainers.preprocess import measure_centre
 from saescale.trainers.training.optimiser import SAEAdam
 from torch import Tensor

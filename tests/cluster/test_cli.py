@@ -221,7 +221,7 @@ def test_fit_report_status_and_inspect(document: dict[str, Any], sweep_file: Cal
     assert unknown.returncode == 2
     assert "--format docx: there are html and md" in unknown.stderr
     cell = next((Path(out) / "cells").iterdir())
-    for url, said in ((out, "9 done"), (document["store"], "16,384 train"), (str(cell), "TopK, n_latents")):
+    for url, said in ((out, "9 done"), (document["store"], "16,384 train"), (str(cell), "topk, n_latents")):
         result = saescale("inspect", url)
         assert result.returncode == 0, result.stderr
         assert said in result.stdout

@@ -12,8 +12,8 @@ from saescale.trainers.architectures import reference
 from saescale.trainers.architectures.reference import Objective
 from saescale.trainers.architectures.topk import SAE
 from saescale.trainers.architectures.topk_sparse import Batch, DeadLatents, Gradient, Step, reconstruct, step
-from saescale.trainers.cell import Precision
 from saescale.trainers.kernels.interface import Selected
+from saescale.trainers.precision import Precision
 from saescale.trainers.training.optimiser import EPS, SAEAdam
 
 

@@ -11,7 +11,8 @@ from typing import Any
 import pyarrow as pa
 import pytest
 import wandb
-from saescale.trainers.cell import Cell, CurveRow
+from saescale.storage.columns import CurveRow
+from saescale.trainers.cell import Cell
 from saescale.trainers.loggers.wandb_cells import WandbLogger, WandbSettings
 from wandb.sdk.lib import wbauth
 
