@@ -18,9 +18,9 @@ def export(
     Example: [bold]saescale export runs/quickstart/cells/n512-k8-s0-1a2b3c4d --format native --out sae.safetensors[/]
     """
     from saescale.trainers.exchange.format import find_format
-    from saescale.trainers.exchange.load import load
+    from saescale.trainers.exchange.native import read
 
-    written = find_format(format).write(load(sae), out)
+    written = find_format(format).write(read(sae), out)
     say(f"wrote {', '.join(written)}")
     say(f"Next: saescale import {out} --format {format} --out sae.safetensors")
 

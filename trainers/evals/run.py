@@ -12,7 +12,7 @@ from saescale.storage.files import join
 from saescale.storage.rundir import RunDirectory
 from saescale.storage.store import ActivationStore
 from saescale.trainers.evals.evaluation import EVALUATIONS, Evaluation, find_evaluation
-from saescale.trainers.exchange.load import SAE_FILE, load
+from saescale.trainers.exchange.native import FILE, read
 from saescale.trainers.exchange.trained import Trained
 from saescale.trainers.subjects.subject import ReadsText, Subject, get_subject
 
@@ -71,7 +71,7 @@ def evaluate_run(
 def _cells(run: RunDirectory, wanted: Sequence[str]) -> list[str]:
     """Ids of the finished cells, in the order of the alphabet."""
     files = run.cell_files()
-    finished = sorted(cell for cell, names in files.items() if {"result.json", SAE_FILE} <= names)
+    finished = sorted(cell for cell, names in files.items() if {"result.json", FILE} <= names)
     if unknown := [cell for cell in wanted if cell not in finished]:
         raise SaescaleError(
             f"{run.url}: there is no finished cell {unknown[0]}; there are {', '.join(finished) or 'none'}"
@@ -131,5 +131,5 @@ class _Bench:
 
     def _cell(self, cell: str) -> Trained:
         if self._trained is None or self._trained[0] != cell:
-            self._trained = cell, load(self._run.cell_url(cell))
+            self._trained = cell, read(self._run.cell_url(cell))
         return self._trained[1]

@@ -29,8 +29,8 @@ def draw_block(subject: Generates, split: Split, seed: int, block: int) -> list[
     for number, (ids, keep) in enumerate(found):
         if ids.ndim != 1 or ids.shape != keep.shape or not len(ids) or ids.min() < 0:
             raise SaescaleError(
-                f"{what}: sequence {number} of {split} has ids {list(ids.shape)}, keep {list(keep.shape)}; both must be "
-                "[length], the ids 0 or more"
+                f"{what}: sequence {number} of {split} has ids {list(ids.shape)}, keep {list(keep.shape)}; both must "
+                "be [length], the ids 0 or more"
             )
     if not any(keep.any() for _, keep in found):
         raise SaescaleError(f"{what} keeps no position of {BLOCK_SEQUENCES} sequences of {split}")
