@@ -1,8 +1,10 @@
 """Each door proves itself: the examples of the rooms' pages, one file each, harvested, swept, measured and fitted."""
 
 import json
+import os
 import re
-from collections.abc import Iterator
+import subprocess
+import sys
 from pathlib import Path
 
 import pyarrow.parquet as pq
@@ -33,7 +35,7 @@ def test_an_example_is_one_short_file(page: str) -> None:
 
 
 @pytest.fixture
-def toys(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+def toys(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A folder with all examples in their rooms, in SAESCALE_PATH; the test runs in another one."""
     for page in PAGES:
         room, text = example(page)
@@ -42,7 +44,7 @@ def toys(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     monkeypatch.setenv("SAESCALE_PATH", str(tmp_path / "mine"))
     monkeypatch.setenv("COLUMNS", "200")
     monkeypatch.chdir(tmp_path)
-    yield tmp_path
+    return tmp_path
 
 
 def run(*arguments: str) -> str:
@@ -69,7 +71,9 @@ def test_toys_of_every_kind_are_harvested_swept_measured_exchanged_and_fitted(to
         "wandb": {"mode": "off"},
     }  # fmt: skip
     (toys / "sweep.yaml").write_text(yaml.safe_dump(sweep))
-    run("sweep", "sweep.yaml", "--bootstraps", "0")
+    # In a process of its own, whose Ray and workers have SAESCALE_PATH.
+    command = [sys.executable, "-m", "saescale.cluster.cli", "sweep", "sweep.yaml", "--bootstraps", "0"]
+    subprocess.run(command, env=os.environ | {"RAY_ADDRESS": ""}, check=True, timeout=500)
     results = pq.read_table("run/results.parquet").to_pylist()
     assert len(results) == 20
     assert {row["status"] for row in results} == {"done"}

@@ -1,6 +1,6 @@
 """From a run directory to the text that a latent fires on, in cells (# %%) for a notebook or an editor.
 
-python deploy/examples/walkthrough.py runs/quickstart stores/smollm2-135m-l22
+As a script: `python deploy/examples/walkthrough.py RUN STORE`.
 """
 
 # %% What a sweep left behind: tables (Arrow, `.to_pandas()` where pandas is installed), fits, trained SAEs.
@@ -8,6 +8,9 @@ import sys
 
 import numpy as np
 import torch
+from saescale.trainers.harvest.retrace import heldout_places
+from saescale.trainers.preprocess import to_tensor
+from saescale.trainers.subjects.subject import get_subject
 
 import saescale
 
@@ -24,8 +27,6 @@ best = min(results, key=lambda row: row["nmse"])
 trained = run.load(**{name: best[name] for name in ("n_latents", "k", "architecture", "seed")})
 
 # %% Held-out rows of the store that it was trained on, as a tensor [rows, d_model].
-from saescale.trainers.preprocess import to_tensor
-
 store = saescale.open_store(STORE)
 rows = min(store.rows("heldout"), 8_192)
 activations = to_tensor(store.heldout(rows).act, store.dtype)
@@ -50,9 +51,6 @@ activity = (sparse.values * (sparse.indices == latent)).sum(dim=1)  # [rows]
 print(f"\nlatent {latent} fires on {int(fires[latent])} of {rows} rows")
 
 # %% The rows on which it is most active, back in the contexts that they were in.
-from saescale.trainers.harvest.retrace import heldout_places
-from saescale.trainers.subjects.subject import get_subject
-
 subject = get_subject(store.subject, dtype="float32")
 places = heldout_places(store, subject, rows)
 AROUND = 8  # tokens shown on either side
