@@ -198,7 +198,7 @@ class Architecture(Protocol):
 
 def find_architecture(name: str) -> Architecture:
     """The architecture of that name. Raises SaescaleError with the nearest name for an unknown one."""
-    return ARCHITECTURES.load(name)  # type: ignore[return-value]  # a module with these names
+    return ARCHITECTURES.load(name)
 
 
 def unit_rows(rows: int, columns: int, generator: torch.Generator) -> Tensor:
