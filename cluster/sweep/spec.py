@@ -147,7 +147,7 @@ class Train(_Model):
     lr: Annotated[float, Field(gt=0)] | RateLaw = RateLaw(at=16_384, value=2e-4)
     auxk: AuxK = AuxK()
     multi_topk: bool = False
-    settings: dict[str, Any] = {}  # of an architecture's own
+    settings: dict[str, Any] = Field(default={})  # of an architecture's own
     ema: float = Field(default=0.999, ge=0, lt=1)
     precision: Literal["auto"] | Precision = "auto"  # of the encoder product; auto: the faster one on this machine
     stream_seed: NotNegative = 0  # of the order of the data

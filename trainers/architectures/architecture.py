@@ -184,7 +184,7 @@ class Architecture(Protocol):
     step: FastStep | None  # may be left out
 
     def parameters(self, shape: Shape, settings: Any, centre: Centre, seed: int) -> dict[str, Parameter]:
-        """Where training starts; `centre` is measured on the data, `seed` means the same on every device."""
+        """Where training starts, on the CPU; `centre` is measured on the data, and the caller's to keep."""
 
     def forward(self, params: Params, x: Tensor, settings: Any) -> Forward:
         """Of preprocessed x [batch, d_model], in any float dtype."""
@@ -198,7 +198,7 @@ class Architecture(Protocol):
 
 def find_architecture(name: str) -> Architecture:
     """The architecture of that name. Raises SaescaleError with the nearest name for an unknown one."""
-    return ARCHITECTURES.load(name)  # type: ignore[return-value]  # a module with these names
+    return ARCHITECTURES.load(name)
 
 
 def unit_rows(rows: int, columns: int, generator: torch.Generator) -> Tensor:

@@ -57,7 +57,7 @@ def parameters(shape: Shape, settings: Settings, centre: Centre, seed: int) -> d
         "W_enc": Parameter(W / norms.mean()),
         "b_enc": Parameter(torch.zeros(shape.n_latents)),
         "W_dec": Parameter(W, unit_rows=True),
-        "b_pre": Parameter(centre.b_pre.detach().cpu().float().clone()),
+        "b_pre": Parameter(centre.b_pre),
     }
 
 

@@ -47,4 +47,4 @@ class Evaluation(Protocol):
 
 def find_evaluation(name: str) -> Evaluation:
     """The evaluation of that name. Raises SaescaleError with the nearest name for an unknown one."""
-    return EVALUATIONS.load(name)  # type: ignore[return-value]  # a module with these names
+    return EVALUATIONS.load(name)

@@ -27,4 +27,4 @@ class Format(Protocol):
 
 def find_format(name: str) -> Format:
     """The format of that name. Raises SaescaleError with the nearest name for an unknown one."""
-    return FORMATS.load(name)  # type: ignore[return-value]  # a module with these names
+    return FORMATS.load(name)

@@ -22,7 +22,9 @@ class TrainingCell:
     def __init__(self, cell: Cell, centre: Centre, device: torch.device) -> None:
         self.cell, self.variance = cell, centre.variance
         shape, settings = Shape(cell.d_model, cell.n_latents), cell.whole_settings
-        parameters = find_architecture(cell.architecture).parameters(shape, settings, centre, cell.seed)
+        # A copy, since an architecture may start a parameter from it, and that is changed in place.
+        own = Centre(centre.b_pre.detach().cpu().clone(), centre.variance)
+        parameters = find_architecture(cell.architecture).parameters(shape, settings, own, cell.seed)
         params = {name: parameter.data.to(device).contiguous() for name, parameter in parameters.items()}
         self.sae = SAE(cell.architecture, shape, settings, params, cell.precision)
         self.optimiser = Adam(self.sae.params, parameters, cell.lr, cell.ema)
@@ -30,6 +32,7 @@ class TrainingCell:
         self.step = 0
         self.wall_s = 0.0  # spent in this cell's own steps; on a GPU, which works on, an estimate
         self.worked = Worked()
+        self.loss = float("nan")  # of its last step
         self.curve: list[CurveRow] = []
         self.error: str | None = None
         self._train_sum, self._train_steps = 0.0, 0
@@ -62,6 +65,7 @@ class TrainingCell:
             return
         sae.step.update(sae.params, sae.operands, result.gradient, self.optimiser.next(), sae.mesh)
         self.step += 1
+        self.loss = result.main
         self.worked = self.worked.plus(result.worked)
         self._train_sum += result.main
         self._train_steps += 1
