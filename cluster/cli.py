@@ -7,6 +7,7 @@ import os
 import signal
 import sys
 import traceback
+from collections.abc import Callable
 from types import FrameType
 from typing import Annotated
 
@@ -22,7 +23,7 @@ app = typer.Typer(
 )
 
 # In the order in which --help shows them.
-COMMANDS = {
+COMMANDS: dict[str, Callable[..., None]] = {
     "quickstart": sweeps.quickstart,
     "harvest": stores.harvest,
     "sweep": sweeps.sweep,

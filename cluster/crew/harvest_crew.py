@@ -15,7 +15,7 @@ from saescale.cluster.crew.harvest_worker import MARKER, ActorRow, ActorState, H
 from saescale.cluster.crew.shares import share_out
 from saescale.storage import files
 from saescale.storage.errors import SaescaleError, Unavailable, one_line
-from saescale.trainers.harvest.contexts import Counted, Texts
+from saescale.trainers.harvest.contexts import Block, Counted
 from saescale.trainers.harvest.make_shard import Facts, ShardJob, ShardRecord
 from saescale.trainers.harvest.spec import HarvestSpec
 
@@ -97,7 +97,7 @@ class HarvestCrew(Crew[Loaded]):
             self.watch(())
         return self._first.facts
 
-    def tokenize(self, blocks: Iterator[Texts]) -> Iterator[Counted]:
+    def tokenize(self, blocks: Iterator[Block]) -> Iterator[Counted]:
         return self._each("tokenize", blocks)
 
     def make(self, jobs: Iterator[ShardJob]) -> Iterator[ShardRecord]:

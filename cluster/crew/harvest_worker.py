@@ -9,7 +9,7 @@ from saescale.storage import files
 from saescale.storage.errors import SaescaleError
 from saescale.trainers.device import set_threads
 from saescale.trainers.harvest.conduct import Meter
-from saescale.trainers.harvest.contexts import Counted, Texts
+from saescale.trainers.harvest.contexts import Block, Counted
 from saescale.trainers.harvest.make_shard import Facts, Harvester, ShardJob, ShardRecord
 from saescale.trainers.harvest.spec import HarvestSpec
 
@@ -66,9 +66,9 @@ class HarvestActor:
             raise SaescaleError(f"on the node {node}: {error}") from error
         return Loaded(node, self._harvester.facts, ray.get_runtime_context().get_node_id(), os.getpid())
 
-    def tokenize(self, task: int, texts: Texts) -> Counted:
+    def tokenize(self, task: int, block: Block) -> Counted:
         """`Harvester.tokenize`."""
-        return self._harvester.tokenize(texts)
+        return self._harvester.tokenize(block)
 
     def make(self, task: int, job: ShardJob) -> ShardRecord:
         """`Harvester.make`."""

@@ -59,13 +59,14 @@ def submit(
     from saescale.cluster.jobs.service import Service, require_shared
     from saescale.cluster.sweep.extend import read_extension
     from saescale.cluster.sweep.spec import load_spec
+    from saescale.scaling.laws.settings import FitSettings
 
     loaded = load_spec(spec, out=out, wandb=wandb)
     extension = read_extension(loaded, extend) if extend is not None else None
     require_shared(loaded)
     _require_free(loaded.out)
     service = Service(address)
-    job = service.submit(loaded, extension, bootstraps, python, retry_failed)
+    job = service.submit(loaded, extension, FitSettings(bootstraps), python, retry_failed)
     cells = loaded.grid.size
     say(f"submitted [bold]{job}[/]: {cells} cells of {loaded.name} to {service.address}, run directory {loaded.out}")
     say(f"Next: saescale status {job} --address {service.address} --watch")

@@ -104,7 +104,8 @@ def report(
     if unknown := [name for name in formats or [] if name not in FILES]:
         raise SaescaleError(f"--format {unknown[0]}: there are {' and '.join(FILES)}")
     directory = RunDirectory(run)
-    analyse(directory, FitSettings(bootstraps), provenance=provenance_of(directory), formats=wanted)
+    provenance = provenance_of(directory, directory.read_spec())
+    analyse(directory, FitSettings(bootstraps), provenance=provenance, formats=wanted)
     pages = [f"{run}/{FILES[name]}" for name in wanted]
     say(f"wrote {', '.join(pages)}, {run}/fits.json and {run}/figures/")
     say(f"Next: open {pages[0]} in a browser")

@@ -6,8 +6,8 @@ from collections.abc import Iterator
 from importlib.metadata import version
 from pathlib import Path
 
-import yaml
 from saescale.cluster.sweep.spec import SweepSpec
+from saescale.storage.yaml_text import yaml_text
 
 PACKAGES = ("saescale", "saescale.storage", "saescale.scaling", "saescale.trainers", "saescale.cluster")
 SWEEP, EXTENSION = "sweep.yaml", "extension.yaml"
@@ -19,8 +19,7 @@ def write_sweep(folder: Path, spec: SweepSpec, extension: SweepSpec | None = Non
     folder.mkdir(parents=True, exist_ok=True)
     for name, document in ((SWEEP, spec), (EXTENSION, extension)):
         if document is not None:
-            text = yaml.safe_dump(document.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
-            (folder / name).write_text(text, encoding="utf-8")
+            (folder / name).write_text(yaml_text(document.model_dump(mode="json")), encoding="utf-8")
 
 
 def write_code(folder: Path) -> list[Path]:

@@ -25,6 +25,7 @@ from urllib.parse import urlsplit
 from saescale.cluster.jobs.package import EXTENSION, SWEEP, write_code, write_sweep
 from saescale.cluster.sweep.spec import SweepSpec
 from saescale.cluster.sweep.status import JobStatus
+from saescale.scaling.laws.settings import FitSettings
 from saescale.storage import files
 from saescale.storage.errors import SaescaleError, one_line
 
@@ -33,6 +34,8 @@ STOP_WAIT_S = 60
 CONNECT_S = 10.0
 POLL_S = 0.5
 HELPER_KEPT_S = 15.0
+_SETTINGS = FitSettings()
+_PROGRAM = ("-P", "-m", "saescale.cluster.cli")  # -P: nothing of the folder it starts in is taken for a package
 _HELPER = "saescale_for"  # key of the metadata of a job that only answers a question
 
 
@@ -92,7 +95,7 @@ class Service:
         self,
         spec: SweepSpec,
         extension: SweepSpec | None = None,
-        bootstraps: int = 1000,
+        settings: FitSettings = _SETTINGS,
         python: str = "python",
         retry_failed: bool = False,
     ) -> str:
@@ -103,7 +106,7 @@ class Service:
         """
         require_shared(spec)
         job = f"{re.sub(r'[^A-Za-z0-9_.-]', '-', spec.name)[:40]}-{uuid.uuid4().hex[:8]}"
-        command = [python, "-m", "saescale.cluster.cli", "sweep", SWEEP, "--bootstraps", str(bootstraps)]
+        command = [python, *_PROGRAM, "sweep", SWEEP, "--bootstraps", str(settings.bootstraps)]
         if extension is not None:
             command += ["--extend", EXTENSION]
         if retry_failed:
@@ -201,7 +204,7 @@ class Service:
             # Not what the job brought: Ray forgets that some minutes after its end.
             modules = [str(module) for module in write_code(Path(folder))]
             self.client.submit_job(
-                entrypoint=f"exec {shlex.join([python, '-m', 'saescale.cluster.cli', *arguments])}",
+                entrypoint=f"exec {shlex.join([python, *_PROGRAM, *arguments])}",
                 submission_id=helper,
                 runtime_env={"py_modules": modules},
                 metadata={_HELPER: job},

@@ -9,7 +9,7 @@ from saescale.cluster.sweep.spec import SweepSpec
 from saescale.cluster.sweep.watcher import SweepDisplay
 from saescale.scaling.laws.settings import FitSettings
 from saescale.scaling.report.report import analyse, is_current
-from saescale.storage.files import join, list_names, local_path
+from saescale.storage.files import join, list_names, local_path, read_bytes
 from saescale.storage.lease import Lease, read_driver, require_free
 from saescale.storage.rundir import RunDirectory
 from saescale.storage.store import ActivationStore
@@ -46,8 +46,9 @@ def run_sweep(
     the workers have saved their checkpoints.
     """
     store, run = ActivationStore.open(spec.store), RunDirectory(spec.out)
-    precision = recorded_precision(run)
-    ledger = open_ledger(run, spec, store, precision, extending) if precision else None
+    recorded = run.read_spec()
+    precision = recorded_precision(recorded)
+    ledger = open_ledger(run, recorded, spec, store, precision, extending) if precision else None
     trained = 0
     if ledger is not None and retry_failed:
         ledger.forget_failed()
@@ -63,7 +64,7 @@ def run_sweep(
             from saescale.cluster.sweep.packing import pack_cells
 
             with TrainCrew(spec.grid.size, spec.resources, address) as crew:
-                ledger = ledger or open_ledger(run, spec, store, precision or crew.precision, extending)
+                ledger = ledger or open_ledger(run, recorded, spec, store, precision or crew.precision, extending)
                 trained = len(ledger.pending)
                 needs = crew.needs(store, spec.eval.tokens, remote_run=local_path(run.url) is None)
                 steps = ledger.checkpoint_steps()
@@ -108,16 +109,18 @@ def _analyse(
     fits = run.read_json("fits.json") if is_current(run, settings) else None
     if fits is None:
         display.stage("fitting the laws, drawing the figures, writing the report")
-        fits = analyse(run, settings, provenance=provenance_of(run))
+        fits = analyse(run, settings, provenance=provenance_of(run, ledger.document))
     mode = resolve_mode(spec.wandb)
     if mode == "off":
         return fits, None
     logged = run.read_json(WANDB)
     if not _is_logged(logged, fits, mode):
         display.stage("logging the summary to W&B")
-        figures = [join(run.url, "figures", name) for name in list_names(join(run.url, "figures"))]
+        figures = _drawn(run)
         folder = wandb_directory(run.url)
-        done = log_summary(spec.wandb, spec.name, provenance_of(run), fits, run.read_results(), figures, folder)
+        done = log_summary(
+            spec.wandb, spec.name, provenance_of(run, ledger.document), fits, run.read_results(), figures, folder
+        )
         read = f"W&B: {done.url}" if done.url else how_to_read(done.mode, folder, spec.wandb, spec.name)
         if not done.whole:
             read += "; the summary was not sent whole, run the sweep again to send it"
@@ -125,6 +128,12 @@ def _analyse(
         # Last, so that an interrupted summary is logged again.
         run.write_json(WANDB, logged)
     return fits, logged["read"]
+
+
+def _drawn(run: RunDirectory) -> dict[str, bytes]:
+    """The files of the figures of an earlier analysis, by their names."""
+    folder = join(run.url, "figures")
+    return {name: read_bytes(join(folder, name)) for name in list_names(folder)}
 
 
 def _is_logged(logged: Any, fits: dict[str, Any], mode: str) -> bool:

@@ -10,6 +10,7 @@ from saescale.cluster.sweep.spec import NO_STORE, Grid, SweepSpec, parse_spec
 from saescale.storage import files
 from saescale.storage.errors import SaescaleError
 from saescale.storage.rundir import RunDirectory
+from saescale.storage.yaml_text import parse_yaml
 
 # What decides how a cell is trained and measured: cells of one law must agree in it.
 _SHARED = ("train", "eval")
@@ -64,7 +65,7 @@ def _read(more: str, spec: SweepSpec) -> SweepSpec:
     if not files.exists(more):
         raise SaescaleError(f"there is no file at {more} to extend with; `saescale plan --write FILE` makes one")
     try:
-        document = yaml.safe_load(files.read_bytes(more))
+        document = parse_yaml(files.read_bytes(more))
     except yaml.YAMLError as error:
         raise SaescaleError(f"{more} is not valid YAML: {' '.join(str(error).split())}") from error
     if not isinstance(document, Mapping) or "grid" not in document:

@@ -35,8 +35,17 @@ class Ledger:
     between the two loses nothing: opening the ledger again reads what the cells say.
     """
 
-    def __init__(self, run: RunDirectory, cells: Sequence[Cell], store: ActivationStore, document: Mapping[str, Any]):
-        self.run, self.cells, self._store, self._document = run, list(cells), store, dict(document)
+    def __init__(
+        self,
+        run: RunDirectory,
+        cells: Sequence[Cell],
+        store: ActivationStore,
+        document: Mapping[str, Any],
+        recorded: Mapping[str, Any] | None,
+    ) -> None:
+        self.run, self.cells, self._store = run, list(cells), store
+        self.document = dict(document)  # what sweep.yaml is to say
+        self._recorded = recorded  # what it says
         self.results: dict[str, dict[str, Any]] = {}
         self._written = -math.inf  # when the tables were
         self._writing_s = 0.0  # how long that took
@@ -60,8 +69,9 @@ class Ledger:
 
     def write_spec(self) -> None:
         """Writes sweep.yaml where it is not there yet or lacks cells of an extension."""
-        if self.run.read_spec() != self._document:
-            self.run.write_spec(self._document)
+        if self._recorded != self.document:
+            self.run.write_spec(self.document)
+            self._recorded = self.document
 
     def settle(self) -> None:
         """Makes the tables say what the cells say, where a driver died before it could or has not taken the time."""
@@ -174,25 +184,30 @@ class Ledger:
         self._writing_s = self._written - began
 
 
-def recorded_precision(run: RunDirectory) -> Precision | None:
-    """What `precision: auto` was when the sweep in `run` began: it goes on with that wherever it is resumed."""
-    found = (run.read_spec() or {}).get("resolved", {}).get("precision")
+def recorded_precision(recorded: Mapping[str, Any] | None) -> Precision | None:
+    """What `precision: auto` was when the sweep of a sweep.yaml began: it goes on with that wherever it is resumed."""
+    found = (recorded or {}).get("resolved", {}).get("precision")
     return found if found in get_args(Precision) else None
 
 
 def open_ledger(
-    run: RunDirectory, spec: SweepSpec, store: ActivationStore, precision: Precision, extending: bool = False
+    run: RunDirectory,
+    recorded: Mapping[str, Any] | None,
+    spec: SweepSpec,
+    store: ActivationStore,
+    precision: Precision,
+    extending: bool = False,
 ) -> Ledger:
     """Picks up the sweep in `run`, or gives the ledger of a new one, of which nothing is written before `begin`.
 
-    `extending`: `spec` may have cells besides those of `run`. Raises SaescaleError where `run` holds another sweep.
+    `recorded`: the sweep.yaml of `run`, if there is one. `extending`: `spec` may have cells besides those of `run`.
+    Raises SaescaleError where `run` holds another sweep.
     """
     document = _resolved(spec, store, precision)
-    found = run.read_spec()
-    if found is not None:
-        there, here = _combinations(found, f"{run.url}/sweep.yaml"), set(spec.grid.combinations())
+    if recorded is not None:
+        there, here = _combinations(recorded, f"{run.url}/sweep.yaml"), set(spec.grid.combinations())
         same_cells = there <= here if extending else there == here
-        differences = _differences(_identity(found), _identity(document))
+        differences = _differences(_identity(recorded), _identity(document))
         if differences or not same_cells:
             said = [*([] if same_cells else [_other_cells(there, here)]), *differences]
             raise SaescaleError(
@@ -200,8 +215,8 @@ def open_ledger(
                 f"or remove that one{'' if differences else _other_way(run, there, here)}"
             )
         # What began the sweep stays as it was written, such as the versions that its first cells were trained with.
-        document = found if there == here else found | {"grid": document["grid"]}
-    return Ledger(run, spec.cells(store, precision), store, document)
+        document = dict(recorded) if there == here else {**recorded, "grid": document["grid"]}
+    return Ledger(run, spec.cells(store, precision), store, document, recorded)
 
 
 def _resolved(spec: SweepSpec, store: ActivationStore, precision: Precision) -> dict[str, Any]:
@@ -216,13 +231,14 @@ def _resolved(spec: SweepSpec, store: ActivationStore, precision: Precision) -> 
     }
 
 
-def provenance_of(run: RunDirectory) -> dict[str, str]:
-    """What the report says about where a run's numbers come from, all of it from sweep.yaml.
+def provenance_of(run: RunDirectory, recorded: Mapping[str, Any] | None) -> dict[str, str]:
+    """What the report says about where a run's numbers come from, all of it from its sweep.yaml, `recorded`.
 
     Raises SaescaleError where `run` holds no sweep.
     """
-    spec = _spec_of(run)
-    resolved = spec["resolved"]
+    if recorded is None or "resolved" not in recorded:
+        raise SaescaleError(f"{run.url} is not a run directory: there is no sweep.yaml of a sweep that ran in it")
+    spec, resolved = recorded, recorded["resolved"]
     return {
         "sweep": spec["name"],
         "store": f"{spec['store']} ({resolved['store_fingerprint']})",
@@ -231,13 +247,6 @@ def provenance_of(run: RunDirectory) -> dict[str, str]:
         "precision": resolved["precision"],
         "versions": ", ".join(f"{name} {number}" for name, number in resolved["versions"].items()),
     }
-
-
-def _spec_of(run: RunDirectory) -> dict[str, Any]:
-    spec = run.read_spec()
-    if spec is None or "resolved" not in spec:
-        raise SaescaleError(f"{run.url} is not a run directory: there is no sweep.yaml of a sweep that ran in it")
-    return spec
 
 
 def _identity(document: Mapping[str, Any]) -> dict[str, Any]:

@@ -7,10 +7,9 @@ from itertools import count, islice
 from typing import Any, NamedTuple, cast
 
 import numpy as np
-import yaml
 from saescale.cluster.sweep.spec import NO_STORE, SweepSpec, parse_spec
 from saescale.scaling.laws.estimate import Fit, fit_law
-from saescale.scaling.laws.known import GPT4, N_K
+from saescale.scaling.laws.forms.n_k import GPT4, N_K
 from saescale.scaling.laws.settings import FitSettings
 from saescale.scaling.planning.design import (
     LEVELS,
@@ -32,6 +31,7 @@ from saescale.scaling.tables import Table, comparable, load_rows
 from saescale.storage import files
 from saescale.storage.errors import SaescaleError
 from saescale.storage.rundir import RunDirectory
+from saescale.storage.yaml_text import yaml_text
 
 _DRAWS = 12  # of the fit's bootstrap, beside its best coefficients: guesses that the design is made for
 _WIDER = 16  # how far beyond the largest n of a run cells may go
@@ -132,7 +132,7 @@ class Proposal:
             f"{self.request.device.name}.",
             f"# Prior: {self.prior.words}.",
             "# To add them to a sweep that is there: saescale sweep ITS.yaml --extend THIS.yaml",
-            yaml.safe_dump(document, sort_keys=False, allow_unicode=True).rstrip(),
+            yaml_text(document).rstrip(),
             "grid:",
             "  cells:",
             *(f"  - {{n_latents: {c.n_latents}, k: {c.k}, seed: {list(c.seeds)}}}" for c in self.cells),

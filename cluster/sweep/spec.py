@@ -25,6 +25,7 @@ from saescale.storage.columns import OLD_NAMES
 from saescale.storage.errors import SaescaleError
 from saescale.storage.secrets import ADVICE, names_secret, secret_in_url
 from saescale.storage.store import ActivationStore
+from saescale.storage.yaml_text import parse_yaml
 from saescale.trainers.cell import Cell, EvalSpec, auto_k_aux, check_settings, known_architecture, traits_of
 from saescale.trainers.loggers.wandb_cells import WandbSettings
 from saescale.trainers.precision import Precision
@@ -240,7 +241,7 @@ def load_spec(url: str, out: str | None = None, wandb: str | None = None) -> Swe
     if not files.exists(url):
         raise SaescaleError(f"there is no sweep file at {url}; deploy/sweeps holds examples")
     try:
-        document = yaml.safe_load(files.read_bytes(url))
+        document = parse_yaml(files.read_bytes(url))
     except yaml.YAMLError as error:
         raise SaescaleError(f"{url} is not valid YAML: {' '.join(str(error).split())}") from error
     if not isinstance(document, dict):

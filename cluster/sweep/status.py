@@ -12,6 +12,7 @@ from saescale.storage import checkpoint, files
 from saescale.storage.errors import SaescaleError
 from saescale.storage.lease import Driver, RunningCell, Standing, read_driver
 from saescale.storage.rundir import RunDirectory
+from saescale.storage.yaml_text import LOADER
 
 # Files of single cells, such as a checkpoint's pointer, are read for so many cells at most: details of a few that just
 # changed, not of thousands.
@@ -185,7 +186,7 @@ def _sweep_name(url: str) -> str:
 
 def _top_level(content: bytes, key: str) -> Iterator[str]:
     depth, previous = 0, None
-    for event in yaml.parse(content, Loader=yaml.CSafeLoader):
+    for event in yaml.parse(content, Loader=LOADER):
         if isinstance(event, yaml.CollectionStartEvent):
             depth += 1
         elif isinstance(event, yaml.CollectionEndEvent):

@@ -24,21 +24,25 @@ class Head(NamedTuple):
 
 
 @contextlib.contextmanager
-def ray_head(token: str, num_cpus: int) -> Iterator[Head]:
-    """Starts the head, waits until its dashboard answers, and ends exactly what it started."""
+def ray_head(token: str, num_cpus: int, path: Path) -> Iterator[Head]:
+    """Starts the head, waits until its dashboard answers, and ends exactly what it started.
+
+    Its processes, and those of its jobs, have `path` on their PYTHONPATH.
+    """
     # Unix sockets below it may have 107 characters.
     temporary = Path(tempfile.mkdtemp(prefix="rs-", dir="/tmp"))
     gcs, dashboard, agent, client, metrics = _free_ports(5)
     command = [
-        Path(sys.executable).with_name("ray"), "start", "--head", "--block", "--disable-usage-stats",
+        sys.executable, "-P", "-m", "ray.scripts.scripts", "start", "--head", "--block", "--disable-usage-stats",
         f"--num-cpus={num_cpus}", f"--port={gcs}", f"--dashboard-port={dashboard}", "--dashboard-host=127.0.0.1",
         "--node-ip-address=127.0.0.1", f"--dashboard-agent-listen-port={agent}", f"--ray-client-server-port={client}",
         f"--metrics-export-port={metrics}", f"--object-store-memory={80 * 2**20}", f"--temp-dir={temporary}",
     ]  # fmt: skip
-    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"  # as in an activated environment
-    cleared = ("RAY_ADDRESS", "RAY_API_SERVER_ADDRESS", "PYTHONPATH")
+    programs = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"  # as in an activated environment
+    cleared = ("RAY_ADDRESS", "RAY_API_SERVER_ADDRESS")
     inherited = {name: value for name, value in os.environ.items() if name not in cleared}
-    environment = inherited | {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": token, "PATH": path}
+    environment = inherited | {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": token, "PATH": programs}
+    environment["PYTHONPATH"] = str(path)
     with (temporary / "head.log").open("wb") as log:
         process = subprocess.Popen(command, env=environment, stdout=log, stderr=log, cwd=temporary)
     try:

@@ -4,7 +4,6 @@ import json
 import os
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -15,34 +14,8 @@ import pytest
 from saescale.cluster.sweep.status import read_status
 from saescale.storage.lease import read_driver
 
+from tests.cluster.command import SAESCALE, assert_one_line, environment, interruptible, saescale, saescale_here
 from tests.trainers.synthetic import sparse_rows, write_store
-
-SAESCALE = [sys.executable, "-m", "saescale.cluster.cli"]
-ROOT = Path(__file__).parents[2]
-
-
-def environment(**extra: str) -> dict[str, str]:
-    return os.environ | {"PYTHONPATH": str(ROOT), "RAY_ADDRESS": "", "COLUMNS": "200"} | extra
-
-
-def interruptible() -> None:
-    """For `preexec_fn`: what a shell started in the background, such as the tests, has been told to mind no SIGINT."""
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
-
-
-def saescale(*arguments: str, cwd: Path | None = None, **extra: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [*SAESCALE, *arguments], cwd=cwd, env=environment(**extra), capture_output=True, text=True, timeout=300
-    )
-
-
-def assert_one_line(result: subprocess.CompletedProcess[str], *said: str) -> None:
-    assert result.returncode == 2, result.stdout + result.stderr
-    lines = [line for line in result.stderr.splitlines() if line.strip()]
-    assert len(lines) == 1, result.stderr
-    assert lines[0].startswith("error: ")
-    for phrase in said:
-        assert phrase in lines[0], lines[0]
 
 
 def damage(url: Path, how: str) -> None:
@@ -96,27 +69,27 @@ def test_a_bad_store_is_refused_before_training(
     write_store(str(url), sparse_rows(16_384, seed=0), sparse_rows(2_048, seed=1))
     damage(url, how)
     document["store"] = str(url)
-    assert_one_line(saescale("sweep", sweep_file(document)), *said)
+    assert_one_line(saescale_here("sweep", sweep_file(document)), *said)
     assert not Path(document["out"]).exists()
 
 
 def test_bad_sweep_files(document: dict[str, Any], sweep_file: Callable[[Any], str]) -> None:
     document["grid"]["n_latents"] = [0]
     document["grids"] = 1
-    result = saescale("sweep", sweep_file(document))
+    result = saescale_here("sweep", sweep_file(document))
     assert_one_line(result, "grid.n_latents.0", "grids is not a key, did you mean grid?")
     assert not Path(document["out"]).exists()
 
 
 def test_fewer_than_no_bootstraps(sweep_file: Callable[[Any], str], document: dict[str, Any]) -> None:
     for command in (("sweep", sweep_file(document)), ("report", document["out"]), ("fit", document["out"])):
-        result = saescale(*command, "--bootstraps", "-1")
+        result = saescale_here(*command, "--bootstraps", "-1")
         assert result.returncode == 2
         assert "Invalid value for '--bootstraps'" in result.stderr
 
 
 def test_unknown_subject(tmp_path: Path) -> None:
-    result = saescale("harvest", "smollm-135m", "--layer", "3", "--out", str(tmp_path / "store"))
+    result = saescale_here("harvest", "smollm-135m", "--layer", "3", "--out", str(tmp_path / "store"))
     assert_one_line(result, "unknown subject 'smollm-135m'", "did you mean 'smollm2-135m'?")
     assert not (tmp_path / "store").exists()
 
@@ -157,12 +130,11 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
 def test_a_full_disk_stops_with_one_line_and_goes_on_when_there_is_room(
     three_nodes: Any, document: dict[str, Any], sweep_file: Callable[[Any], str], small_disk: Path
 ) -> None:
-    ray = {"RAY_ADDRESS": three_nodes.address}
     document |= {"out": str(small_disk / "run"), "grid": {"n_latents": [128, 512], "k": [2, 4]}}
-    assert_one_line(saescale("sweep", sweep_file(document), **ray), f"error: disk full while writing {small_disk}")
+    assert_one_line(saescale_here("sweep", sweep_file(document)), f"error: disk full while writing {small_disk}")
     assert not list(small_disk.rglob(".*.partial"))
     subprocess.run(["mount", "-o", "remount,size=64m", str(small_disk)], check=True)
-    result = saescale("sweep", sweep_file(document), **ray)
+    result = saescale_here("sweep", sweep_file(document))
     assert result.returncode == 0, result.stderr
     assert {cell.status for cell in read_status(document["out"]).cells} == {"done"}
 
@@ -199,9 +171,11 @@ def test_a_driver_that_is_asked_to_end_saves_what_it_has(
     assert ended.state == "stopped"
 
 
-def test_fit_report_status_and_inspect(document: dict[str, Any], sweep_file: Callable[[Any], str]) -> None:
+def test_fit_report_status_and_inspect(
+    three_nodes: Any, document: dict[str, Any], sweep_file: Callable[[Any], str]
+) -> None:
     out = document["out"]
-    assert saescale("sweep", sweep_file(document)).returncode == 0
+    assert saescale_here("sweep", sweep_file(document)).returncode == 0
     shown = saescale("fit", out, "--law", "n_k", "--json", "--bootstraps", "20")
     fits = json.loads(shown.stdout)
     assert [fit["law"] for fit in fits["fits"]] == ["n_k"]
@@ -209,33 +183,33 @@ def test_fit_report_status_and_inspect(document: dict[str, Any], sweep_file: Cal
     assert json.loads((Path(out) / "fits.json").read_text())["format"] == 1
 
     table = Path(out) / "results.parquet"
-    assert saescale("fit", str(table), "--law", "n_k", "--bootstraps", "20").returncode == 0
-    assert len(json.loads(saescale("status", out, "--json").stdout)["cells"]) == 9
-    assert "9 of 9 cells done" in saescale("status", out).stdout
+    assert saescale_here("fit", str(table), "--law", "n_k", "--bootstraps", "20").returncode == 0
+    assert len(json.loads(saescale_here("status", out, "--json").stdout)["cells"]) == 9
+    assert "9 of 9 cells done" in saescale_here("status", out).stdout
     (Path(out) / "report.html").unlink()
     assert saescale("report", out, "--bootstraps", "20", "--format", "html", "--format", "md").returncode == 0
     assert "<img" in (Path(out) / "report.html").read_text()
     assert "figures/nmse_against_n.png" in (Path(out) / "report.md").read_text()
     assert {p.suffix for p in (Path(out) / "figures").glob("nmse_against_n.*")} == {".png", ".pdf", ".svg", ".json"}
-    unknown = saescale("report", out, "--format", "docx")
+    unknown = saescale_here("report", out, "--format", "docx")
     assert unknown.returncode == 2
     assert "--format docx: there are html and md" in unknown.stderr
     cell = next((Path(out) / "cells").iterdir())
     for url, said in ((out, "9 done"), (document["store"], "16,384 train"), (str(cell), "topk, n_latents")):
-        result = saescale("inspect", url)
+        result = saescale_here("inspect", url)
         assert result.returncode == 0, result.stderr
         assert said in result.stdout
     assert "checksums" in saescale("inspect", document["store"], "--verify").stdout
-    assert_one_line(saescale("inspect", str(Path(out) / "cells")), "no activation store")
-    assert_one_line(saescale("fit", str(Path(out) / "nothing.csv")), "nothing.csv")
+    assert_one_line(saescale_here("inspect", str(Path(out) / "cells")), "no activation store")
+    assert_one_line(saescale_here("fit", str(Path(out) / "nothing.csv")), "nothing.csv")
     for command in ("status", "report"):
-        assert_one_line(saescale(command, str(Path(out) / "cells")), "not a run directory")
+        assert_one_line(saescale_here(command, str(Path(out) / "cells")), "not a run directory")
     few = Path(out) / "few.csv"
     few.write_text("n_latents,k,nmse\n64,2,0.5\n128,2,0.4\n")
-    assert_one_line(saescale("fit", str(few), "--law", "n_k"), "2 points for 6 coefficients")
+    assert_one_line(saescale_here("fit", str(few), "--law", "n_k"), "2 points for 6 coefficients")
 
 
 def test_debug_shows_the_traceback(tmp_path: Path) -> None:
-    result = saescale("--debug", "inspect", str(tmp_path))
+    result = saescale_here("--debug", "inspect", str(tmp_path))
     assert result.returncode == 2
     assert "Traceback" in result.stderr

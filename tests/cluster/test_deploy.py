@@ -7,7 +7,7 @@ from typing import Any
 
 import yaml
 
-from tests.cluster.test_cli import ROOT
+from tests.cluster.command import ROOT
 
 DEPLOY = ROOT / "deploy"
 

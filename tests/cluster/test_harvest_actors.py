@@ -23,7 +23,7 @@ from saescale.trainers.harvest import contexts
 from saescale.trainers.harvest.conduct import harvest
 from saescale.trainers.harvest.spec import HarvestSpec
 
-from tests.cluster.test_cli import SAESCALE, assert_one_line, environment, saescale
+from tests.cluster.command import SAESCALE, assert_one_line, environment, saescale, saescale_here
 
 
 @pytest.fixture(scope="module")
@@ -248,7 +248,7 @@ def test_more_actors_than_gpus_are_refused() -> None:
 
 
 def test_a_bad_number_of_actors_is_one_line(tiny_subject: str) -> None:
-    result = saescale("harvest", tiny_subject, "--layer", "2", "--out", "nowhere", "--actors", "0")
+    result = saescale_here("harvest", tiny_subject, "--layer", "2", "--out", "nowhere", "--actors", "0")
     assert_one_line(result, "--actors must be a number of at least 1, or auto, not '0'")
 
 

@@ -23,8 +23,8 @@ from saescale.storage.errors import SaescaleError
 from saescale.storage.rundir import RunDirectory
 from saescale.storage.store import ActivationStore
 
+from tests.cluster.command import assert_one_line, saescale, saescale_here
 from tests.cluster.conftest import Recorder
-from tests.cluster.test_cli import assert_one_line, saescale
 from tests.scaling.conftest import _cells
 from tests.survival import without_times
 from tests.trainers.synthetic import sparse_rows, write_store
@@ -96,8 +96,8 @@ def test_a_plan_goes_on_from_a_run(tmp_path: Path, document: dict[str, Any]) -> 
 def test_what_cannot_be_planned(tmp_path: Path) -> None:
     few = tmp_path / "few.csv"
     few.write_text("n_latents,k,nmse\n64,2,0.5\n128,2,0.4\n")
+    assert_one_line(saescale("plan", "--budget", "soon"), "--budget soon is no time")
     for arguments, said in (
-        (["--budget", "soon"], "--budget soon is no time"),
         (["--gpu", "h10"], "did you mean h100?"),
         (["--target", "slope"], "unknown target slope; there are exponent, floor, prediction, coefficients"),
         (["--target", "prediction"], "add --at n=65536,k=64"),
@@ -105,7 +105,7 @@ def test_what_cannot_be_planned(tmp_path: Path) -> None:
         (["--k", "32"], "a law takes 3 values of k; there are 1 (32) in cells of k <= n: add --k"),
         ([str(few)], "2 points for 6 coefficients"),
     ):
-        assert_one_line(saescale("plan", *arguments), said)
+        assert_one_line(saescale_here("plan", *arguments), said)
 
 
 def test_what_cannot_be_planned_at_any_budget() -> None:
@@ -171,8 +171,7 @@ def test_a_sweep_is_extended_by_exactly_what_is_missing(
     more.write_text(
         yaml.safe_dump({"grid": {"cells": [{"n_latents": 64, "k": 4, "seed": [0, 1]}, {"n_latents": 128, "k": 2}]}})
     )
-    result = saescale("sweep", f"{document['out']}/sweep.yaml", "--extend", str(more), "--bootstraps", "10",
-                      RAY_ADDRESS=three_nodes.address)  # fmt: skip
+    result = saescale_here("sweep", f"{document['out']}/sweep.yaml", "--extend", str(more), "--bootstraps", "10")
     assert result.returncode == 0, result.stderr
     assert "2 cells added to 4" in result.stdout
     assert "2 of 6 cells trained now" in result.stdout
@@ -196,7 +195,7 @@ def test_an_extension_that_cannot_be_trained_leaves_the_run_as_it_was(
 ) -> None:
     """Whatever is found before the plan stands: here a store that is gone, and one of other rows."""
     spec, run = parse_spec(document, "test"), RunDirectory(document["out"])
-    open_ledger(run, spec, store, "fp32").begin()
+    open_ledger(run, run.read_spec(), spec, store, "fp32").begin()
     there = (Path(run.url) / "sweep.yaml").read_bytes()
     more = tmp_path / "more.yaml"
     more.write_text("grid: {cells: [{n_latents: 256, k: 2}]}")
@@ -208,9 +207,9 @@ def test_an_extension_that_cannot_be_trained_leaves_the_run_as_it_was(
     write_store(other, sparse_rows(16_384, seed=2), sparse_rows(2_048, seed=3))
     with pytest.raises(SaescaleError, match="holds another sweep \\(store_fingerprint is"):
         run_sweep(larger.model_copy(update={"store": other}), Recorder(), extending=True)
-    ledger = open_ledger(run, larger, store, "fp32", extending=True)
+    ledger = open_ledger(run, run.read_spec(), larger, store, "fp32", extending=True)
     assert (Path(run.url) / "sweep.yaml").read_bytes() == there
-    open_ledger(run, spec, store, "fp32")  # which is still the sweep of its file
+    open_ledger(run, run.read_spec(), spec, store, "fp32")  # which is still the sweep of its file
 
     before = yaml.safe_load(there)
     ledger.begin()
@@ -224,28 +223,28 @@ def test_a_grid_is_its_cells_however_it_is_written(
     document: dict[str, Any], store: ActivationStore, tmp_path: Path
 ) -> None:
     spec, run = parse_spec(document, "test"), RunDirectory(document["out"])
-    open_ledger(run, spec, store, "fp32").begin()
+    open_ledger(run, run.read_spec(), spec, store, "fp32").begin()
     there = run.read_spec()
     cells = [{"n_latents": n, "k": k} for n in (128, 32, 64) for k in (8, 4, 2)]
     for grid_ in ({"n_latents": [128, 64, 32, 32], "k": [8, 2, 4]}, {"cells": cells}):
         same = parse_spec(document | {"grid": grid_}, "test")
-        open_ledger(run, same, store, "fp32").begin()
+        open_ledger(run, run.read_spec(), same, store, "fp32").begin()
         assert run.read_spec() == there
 
     # A file that has gained cells itself: they count as added, and without --extend it says what to do.
     gained = parse_spec(document | {"grid": {"n_latents": [32, 64, 128], "k": [2, 4, 8], "seed": [0, 1]}}, "test")
     with pytest.raises(SaescaleError, match=r"grid: 9 cells are only here .* or add the cells: .* --extend"):
-        open_ledger(run, gained, store, "fp32")
+        open_ledger(run, run.read_spec(), gained, store, "fp32")
     more = tmp_path / "more.yaml"
     more.write_text("grid: {cells: [{n_latents: 128, k: 2}]}")
     larger, added = extend(gained, str(more))
     assert added == 9
-    open_ledger(run, larger, store, "fp32", extending=True).begin()
+    open_ledger(run, run.read_spec(), larger, store, "fp32", extending=True).begin()
     # And the file as it was is a part of the run now.
     with pytest.raises(SaescaleError, match=f"or use {run.url}/sweep.yaml"):
-        open_ledger(run, spec, store, "fp32")
+        open_ledger(run, run.read_spec(), spec, store, "fp32")
     with pytest.raises(SaescaleError, match="9 cells are only there"):
-        open_ledger(run, spec, store, "fp32", extending=True)
+        open_ledger(run, run.read_spec(), spec, store, "fp32", extending=True)
 
 
 def test_cells_trained_in_another_way_are_refused(document: dict[str, Any], tmp_path: Path) -> None:
@@ -292,12 +291,12 @@ def test_fit_predicts_and_takes_laws_of_ones_own(tmp_path: Path) -> None:
     found = [(row["law"], row["point"]["n_latents"]) for row in document["predictions"]]
     assert found == [("n_k", 16384), ("power_of_k", 16384), ("n_k", 8192), ("power_of_k", 8192)]
     assert all(row["low"] < row["value"] < row["high"] for row in document["predictions"])
-    text = saescale("fit", str(table), "--law", "n_k", "--predict", "n=16384,k=32", "--bootstraps", "50").stdout
+    text = saescale_here("fit", str(table), "--law", "n_k", "--predict", "n=16384,k=32", "--bootstraps", "50").stdout
     assert "a new cell, 95 %" in text
     assert "n is 4 times above the largest in the fit" in text
-    assert_one_line(saescale("fit", str(table), "--predict", "m=3"), "m=3: 'm' is none of n, k")
-    assert_one_line(saescale("fit", str(table), "--law-file", str(tmp_path / "no.py")), "there is no law file at")
-    assert_one_line(saescale("reproduce", "chinchila"), "did you mean chinchilla?")
+    assert_one_line(saescale_here("fit", str(table), "--predict", "m=3"), "m=3: 'm' is none of ", "n=65536,k=64")
+    assert_one_line(saescale_here("fit", str(table), "--law-file", str(tmp_path / "no.py")), "there is no law file at")
+    assert_one_line(saescale_here("reproduce", "chinchila"), "did you mean chinchilla?")
     assert "met" in saescale("reproduce", "chinchilla").stdout
 
 

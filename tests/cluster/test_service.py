@@ -6,6 +6,7 @@ import re
 import secrets
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 import urllib.request
@@ -25,8 +26,9 @@ from saescale.cluster.sweep.status import read_status
 from saescale.storage.errors import SaescaleError
 from saescale.storage.lease import FILE, Lease
 
+from tests.cluster.command import ROOT, assert_one_line, environment, saescale, saescale_here
 from tests.cluster.ray_head import Head, ray_head
-from tests.cluster.test_cli import ROOT, assert_one_line, environment, saescale
+from tests.cluster.shadows import cast_shadows
 
 SECRETS = {
     "WANDB_API_KEY": "wandbmarker" + secrets.token_hex(15),
@@ -36,7 +38,11 @@ SECRETS = {
 
 @pytest.fixture(scope="module")
 def head() -> Iterator[Head]:
-    with ray_head(token="tokenmarker" + secrets.token_hex(16), num_cpus=2) as started:
+    # Whoever runs the cluster may have packages with the names of saescale's floors.
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        ray_head("tokenmarker" + secrets.token_hex(16), num_cpus=2, path=cast_shadows(Path(folder))) as started,
+    ):
         yield started
 
 
@@ -44,9 +50,11 @@ def head() -> Iterator[Head]:
 def client(head: Head, tmp_path: Path) -> Callable[..., subprocess.CompletedProcess[str]]:
     """`saescale` on a machine that knows the token and has secrets of its own; keywords change its environment."""
 
+    here = cast_shadows(tmp_path / "shadows")
+
     def run(*arguments: str, **extra: str) -> subprocess.CompletedProcess[str]:
         known = SECRETS | {"RAY_AUTH_TOKEN": head.token, "RAY_API_SERVER_ADDRESS": head.url, "HOME": str(tmp_path)}
-        return saescale(*arguments, cwd=tmp_path, **(known | {"RAY_AUTH_MODE": ""} | extra))
+        return saescale(*arguments, cwd=here, **(known | {"RAY_AUTH_MODE": ""} | extra))
 
     return run
 
@@ -118,8 +126,8 @@ def _assert_no_secret_went_along(head: Head, job: str, run: Path, printed: str) 
         for uri in uris
     ]
     assert [path.name for path in _contents(sweep)] == ["sweep.yaml"]
-    top = {path.name.split("-")[0] for module in modules for path in module.iterdir() if path.name != "__pycache__"}
-    assert top == {*PACKAGES, "saescale"}
+    top = {path.name for module in modules for path in module.iterdir() if path.name != "__pycache__"}
+    assert top == {"saescale", f"saescale-{version('saescale')}.dist-info"}
     uploaded = {path: content for folder in (sweep, *modules) for path, content in _contents(folder).items()}
     written = _contents(run)
     told = {Path("printed"): printed.encode(), Path("job"): json.dumps(details).encode(),
@@ -205,9 +213,9 @@ def test_who_may_not_or_asks_in_vain(
 def test_addresses_that_are_no_dashboard(client: Callable[..., Any], s3_endpoint: str) -> None:
     assert_one_line(client("list", "--address", "http://127.0.0.1:1"), "nothing answers at http://127.0.0.1:1")
     assert_one_line(client("list", "--address", s3_endpoint), "is no Ray dashboard")
-    assert_one_line(client("list", "--address", "ray://127.0.0.1:10001"), "no address of a Ray dashboard")
-    assert_one_line(client("list", RAY_API_SERVER_ADDRESS=""), "--address http://HEAD:8265")
-    hidden = client("list", "--address", "http://me:passmarker@127.0.0.1:1")
+    assert_one_line(saescale_here("list", "--address", "ray://127.0.0.1:10001"), "no address of a Ray dashboard")
+    assert_one_line(saescale_here("list", RAY_API_SERVER_ADDRESS=""), "--address http://HEAD:8265")
+    hidden = saescale_here("list", "--address", "http://me:passmarker@127.0.0.1:1")
     assert_one_line(hidden, "nothing answers at http://127.0.0.1:1")
     assert "passmarker" not in hidden.stderr
 
@@ -238,14 +246,14 @@ def test_what_is_refused_before_anything_is_sent(
     document: dict[str, Any], sweep_file: Callable[[Any], str], change: dict[str, Any], said: str
 ) -> None:
     file = sweep_file(document | change)
-    assert_one_line(saescale("submit", file, "--address", "http://127.0.0.1:1"), said)
+    assert_one_line(saescale_here("submit", file, "--address", "http://127.0.0.1:1"), said)
 
 
 def test_a_run_that_is_driven_is_not_submitted_again(
     document: dict[str, Any], sweep_file: Callable[[Any], str]
 ) -> None:
     with Lease(document["out"], job="small-1a2b3c4d"):
-        refused = saescale("submit", sweep_file(document), "--address", "http://127.0.0.1:1")
+        refused = saescale_here("submit", sweep_file(document), "--address", "http://127.0.0.1:1")
     assert_one_line(refused, "driven already", "saescale stop small-1a2b3c4d")
 
 
@@ -256,16 +264,18 @@ def test_what_goes_to_the_cluster(document: dict[str, Any], tmp_path: Path) -> N
     assert parse_spec(yaml.safe_load((tmp_path / "sweep" / "sweep.yaml").read_text()), "there") == spec
     code = tmp_path / "code"
     modules = write_code(code)
-    assert {path.name.split("-")[0] for path in modules} == {*PACKAGES, "saescale"} == {
-        path.name.split("-")[0] for path in code.iterdir()
-    }  # fmt: skip
-    there = {str(path.relative_to(code)) for path in code.rglob("*") if path.is_file()}
-    assert {str(path.relative_to(ROOT)) for name in PACKAGES for path in (ROOT / name).rglob("*.py")} <= there
-    assert {"scaling/report.html.j2", "scaling/data/chinchilla_points.csv"} <= there
+    assert {path.name for path in modules} == {"saescale", f"saescale-{version('saescale')}.dist-info"}
+    assert sorted(modules) == sorted(code.iterdir())
+    there = {str(path.relative_to(code / "saescale")) for path in code.rglob("saescale/**/*") if path.is_file()}
+    floors = [package.removeprefix("saescale.") for package in PACKAGES[1:]]
+    assert {str(path.relative_to(ROOT)) for name in floors for path in (ROOT / name).rglob("*.py")} <= there
+    assert {"__init__.py", "scaling/report/report.html.j2", "scaling/data/chinchilla_points.csv"} <= there
     asked = "import saescale.cluster as c, importlib.metadata as m; print(c.__file__, m.version('saescale'))"
     command = [sys.executable, "-c", asked]
     found = subprocess.run(command, env=environment(PYTHONPATH=str(code)), cwd="/", capture_output=True, text=True)
-    assert found.stdout.split() == [str(code / "cluster" / "spec.py"), version("saescale")], found.stderr
+    assert found.stdout.split() == [str(code / "saescale" / "cluster" / "__init__.py"), version("saescale")], (
+        found.stderr
+    )
 
 
 def test_an_extension_goes_along(document: dict[str, Any], sweep_file: Callable[[Any], str], tmp_path: Path) -> None:
@@ -278,7 +288,7 @@ def test_an_extension_goes_along(document: dict[str, Any], sweep_file: Callable[
     (tmp_path / "other.yaml").write_text(
         yaml.safe_dump({"grid": {"n_latents": [256], "k": [2]}, "eval": {"tokens": 1}})
     )
-    refused = saescale(
+    refused = saescale_here(
         "submit", sweep_file(document), "--extend", str(tmp_path / "other.yaml"), "--address", "http://x"
     )
     assert_one_line(refused, "eval.tokens is 1")
@@ -308,7 +318,7 @@ def test_a_sweep_file_with_a_secret_is_refused_without_repeating_it(
 def test_a_key_of_wandb_in_a_sweep_file(document: dict[str, Any], sweep_file: Callable[[Any], str]) -> None:
     document |= {"wandb": {"mode": "off", "api_key": "secretmarker"}, "aws_secret_access_key": "secretmarker"}
     for command in ("sweep", "submit"):
-        result = saescale("--debug", command, sweep_file(document), "--address", "http://127.0.0.1:1")
+        result = saescale_here("--debug", command, sweep_file(document), "--address", "http://127.0.0.1:1")
         assert "wandb.api_key is not a key; a sweep file is copied" in result.stderr
         assert "aws_secret_access_key is not a key; a sweep file is copied" in result.stderr
         assert "secretmarker" not in result.stderr + result.stdout

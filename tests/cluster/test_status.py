@@ -21,7 +21,7 @@ from saescale.storage.errors import SaescaleError
 from saescale.storage.lease import FILE, Lease, RunningCell, Standing
 from saescale.storage.rundir import RunDirectory
 
-from tests.cluster.test_cli import ROOT, SAESCALE, assert_one_line, environment, interruptible, saescale
+from tests.cluster.command import ROOT, SAESCALE, assert_one_line, environment, interruptible, saescale, saescale_here
 
 
 @pytest.fixture(autouse=True)
@@ -186,14 +186,14 @@ def test_a_run_directory_needs_neither_torch_nor_ray(tmp_path: Path) -> None:
 
 
 def test_where_there_is_no_run(tmp_path: Path) -> None:
-    assert_one_line(saescale("status", str(tmp_path)), "is not a run directory")
-    assert_one_line(saescale("status", "grid-1a2b3c4d", RAY_API_SERVER_ADDRESS=""), "--address")
-    assert_one_line(saescale("stop", str(tmp_path)), "nothing drives")
+    assert_one_line(saescale_here("status", str(tmp_path)), "is not a run directory")
+    assert_one_line(saescale_here("status", "grid-1a2b3c4d", RAY_API_SERVER_ADDRESS=""), "--address")
+    assert_one_line(saescale_here("stop", str(tmp_path)), "nothing drives")
     run = make_run(str(tmp_path / "run"), ROWS)
     (tmp_path / "run" / FILE).write_text("{")
-    assert_one_line(saescale("status", run.url), "driver.json is damaged")
+    assert_one_line(saescale_here("status", run.url), "driver.json is damaged")
     (tmp_path / "run" / "sweep.yaml").write_text("name: [")
-    assert_one_line(saescale("status", run.url), "sweep.yaml is damaged")
+    assert_one_line(saescale_here("status", run.url), "sweep.yaml is damaged")
 
 
 def test_watching_without_a_terminal_ends_with_the_sweep(tmp_path: Path) -> None:
@@ -262,10 +262,10 @@ def test_a_driver_elsewhere_is_not_stopped_from_here(tmp_path: Path) -> None:
         document = json.loads((tmp_path / "run" / FILE).read_text())
     elsewhere = document | {"machine": "far", "host": "far", "state": "running", "beat_at": time.time()}
     (tmp_path / "run" / FILE).write_text(json.dumps(elsewhere))
-    assert_one_line(saescale("stop", run.url), "driven on another machine", "there")
+    assert_one_line(saescale_here("stop", run.url), "driven on another machine", "there")
     submitted = elsewhere | {"job": "grid-1a2b3c4d"}
     (tmp_path / "run" / FILE).write_text(json.dumps(submitted))
-    assert_one_line(saescale("stop", run.url, RAY_API_SERVER_ADDRESS=""), "--address")
+    assert_one_line(saescale_here("stop", run.url, RAY_API_SERVER_ADDRESS=""), "--address")
 
 
 def grid(sizes: int, ks: int, seeds: int, status: Callable[[int], str]) -> SweepStatus:

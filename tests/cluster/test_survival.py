@@ -25,8 +25,8 @@ from saescale.storage.errors import SaescaleError, SaescaleWarning
 from saescale.storage.lease import Standing, read_driver
 from saescale.storage.rundir import RunDirectory
 
+from tests.cluster.command import SAESCALE, environment
 from tests.cluster.conftest import NODE, Recorder
-from tests.cluster.test_cli import SAESCALE, environment
 from tests.s3_faults import Faults
 from tests.survival import assert_same, reached
 

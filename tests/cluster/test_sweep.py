@@ -1,9 +1,14 @@
 """Sweeps on a real three-node Ray cluster: results, kills, resume, the ledger, W&B files."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
+from saescale.cluster.crew import train_crew
+from saescale.cluster.crew.claims import Resources
+from saescale.cluster.crew.train_crew import TrainCrew
 from saescale.cluster.sweep import driver
 from saescale.cluster.sweep.driver import run_sweep
 from saescale.cluster.sweep.spec import parse_spec
@@ -17,92 +22,33 @@ from saescale.storage.rundir import RunDirectory
 from tests.cluster.conftest import Recorder
 
 
-def test_a_finished_sweep_is_not_trained_again(three_nodes: Any, document: dict[str, Any]) -> None:
-    document["grid"] = {"n_latents": [32], "k": [2, 4]}
-    first = run_sweep(parse_spec(document, "test"), Recorder(), settings=FitSettings(10))
-    again = Recorder()
-    second = run_sweep(parse_spec(document, "test"), again, settings=FitSettings(10))
-    assert (first.trained, second.trained) == (2, 0)
-    assert second.fits == first.fits
-    assert again.stages == []
+@pytest.fixture(scope="module")
+def crews(three_nodes: Any) -> Iterator[list[TrainCrew]]:
+    """At most one: two workers for all tests that neither end them nor are about their start."""
+    started: list[TrainCrew] = []
+    yield started
+    for crew in started:
+        crew.close()
 
 
-def test_results_whose_driver_died_before_the_ledger_are_kept(three_nodes: Any, document: dict[str, Any]) -> None:
-    document["grid"] = {"n_latents": [32], "k": [2, 4]}
-    outcome = run_sweep(parse_spec(document, "test"), Recorder(), settings=FitSettings(10))
-    wanted = outcome.run.read_results().to_pylist()
-    outcome.run.write_results([{"cell_id": row["cell_id"], "status": "pending"} for row in wanted])
-    again = run_sweep(parse_spec(document, "test"), Recorder(), settings=FitSettings(10))
-    assert again.trained == 0
-    assert again.run.read_results().to_pylist() == wanted
+@pytest.fixture
+def warm(crews: list[TrainCrew], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Sweeps get the workers that are there, and leave them, unless they end in an error: such workers are done for."""
+
+    @contextmanager
+    def lent(cells: int, resources: Resources, address: str | None) -> Iterator[TrainCrew]:
+        if not crews:
+            crews.append(TrainCrew(9, resources, address))
+        try:
+            yield crews[0]
+        except BaseException:
+            crews.pop().close()
+            raise
+
+    monkeypatch.setattr(train_crew, "TrainCrew", lent)
 
 
-def test_a_driver_that_died_while_it_fitted_is_succeeded(
-    three_nodes: Any, document: dict[str, Any], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    document["grid"] = {"n_latents": [32], "k": [2]}
-
-    def full(*_: Any, **__: Any) -> None:
-        raise SaescaleError("disk full")
-
-    with monkeypatch.context() as patch:
-        patch.setattr(driver, "analyse", full)
-        with pytest.raises(SaescaleError, match="disk full"):
-            run_sweep(parse_spec(document, "test"), Recorder(), settings=FitSettings(10))
-    assert read_status(document["out"]).state == "failed"
-    with Lease(document["out"]), pytest.raises(SaescaleError, match="driven by another process"):
-        run_sweep(parse_spec(document, "test"), Recorder(), settings=FitSettings(10))
-    outcome = run_sweep(parse_spec(document, "test"), Recorder(), settings=FitSettings(10))
-    assert outcome.trained == 0
-    assert read_status(document["out"]).state == "finished"
-
-
-def test_another_sweep_in_the_run_directory_is_refused(three_nodes: Any, document: dict[str, Any]) -> None:
-    document["grid"] = {"n_latents": [32], "k": [2]}
-    run_sweep(parse_spec(document, "test"), Recorder(), settings=FitSettings(10))
-    before = RunDirectory(document["out"]).read_results().to_pylist()
-    document["train"]["ema"] = 0.5
-    with pytest.raises(SaescaleError, match=r"holds another sweep \(train.ema is 0.9 there and 0.5 here\)"):
-        run_sweep(parse_spec(document, "test"), Recorder(), settings=FitSettings(10))
-    assert RunDirectory(document["out"]).read_results().to_pylist() == before
-
-
-def test_a_poisoned_cell_fails_beside_healthy_ones(three_nodes: Any, document: dict[str, Any]) -> None:
-    document["grid"] = {"n_latents": [32, 64], "k": [2]}
-    document["train"]["lr"] = {"at": 32, "value": 1e-3, "exponent": 100.0}  # 1.3e27 at 64 latents
-    outcome = run_sweep(parse_spec(document, "test"), Recorder(), settings=FitSettings(10))
-    rows = {row["n_latents"]: row for row in outcome.run.read_results().to_pylist()}
-    assert outcome.failed == 1
-    assert rows[32]["status"] == "done"
-    assert rows[64]["status"] == "failed"
-    assert "diverged" in rows[64]["error"]
-
-
-def test_a_sweep_in_object_storage_with_wandb_offline(
-    three_nodes: Any, document: dict[str, Any], store: Any, s3_url: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    import fsspec
-    from saescale.storage.files import join, list_names
-
-    target = fsspec.filesystem("s3")
-    target.put(store.url + "/", join(s3_url, "store"), recursive=True)
-    monkeypatch.setenv("SAESCALE_CACHE", str(tmp_path / "cache"))
-    document |= {"store": join(s3_url, "store"), "out": join(s3_url, "run"), "wandb": {"mode": "offline"}}
-    document["grid"] = {"n_latents": [32, 64], "k": [2]}
-    outcome = run_sweep(parse_spec(document, "test"), Recorder(), settings=FitSettings(10))
-    assert outcome.trained == 2
-    assert "report.html" in list_names(document["out"])
-    assert {row["status"] for row in outcome.run.read_results().to_pylist()} == {"done"}
-
-
-def test_wandb_offline_runs_lie_in_the_run_directory(three_nodes: Any, document: dict[str, Any]) -> None:
-    document["grid"] = {"n_latents": [32, 64], "k": [2]}
-    document["wandb"] = {"mode": "offline"}
-    outcome = run_sweep(parse_spec(document, "test"), Recorder(), settings=FitSettings(10))
-    runs = list((Path(outcome.run.url) / "wandb").glob("offline-run-*"))
-    assert len(runs) == 3  # two cells and the summary
-    assert outcome.wandb is not None
-    assert "wandb sync" in outcome.wandb
+# --- with workers of their own, which are told to stop; first, since those of the others keep two of three GPUs
 
 
 def test_warnings_of_workers_reach_the_user(three_nodes: Any, document: dict[str, Any]) -> None:
@@ -123,13 +69,6 @@ def test_warnings_of_workers_reach_the_user(three_nodes: Any, document: dict[str
     assert outcome.run.read_results().to_pylist()[0]["status"] == "done"
 
 
-def test_too_few_held_out_rows_are_named_before_training(document: dict[str, Any]) -> None:
-    document["eval"]["tokens"] = 4_096
-    with pytest.raises(SaescaleError, match=r"holds 2048 heldout rows and eval\.tokens asks for 4096"):
-        run_sweep(parse_spec(document, "test"), Recorder())
-    assert not Path(document["out"]).exists()
-
-
 def test_a_report_made_half_way_is_made_again_when_the_sweep_is_done(
     three_nodes: Any, document: dict[str, Any]
 ) -> None:
@@ -148,8 +87,106 @@ def test_a_report_made_half_way_is_made_again_when_the_sweep_is_done(
     assert whole.fits["cells"] == 9
 
 
-def test_a_sweep_that_cannot_be_planned_leaves_nothing(three_nodes: Any, document: dict[str, Any]) -> None:
+# --- with workers that are there
+
+
+def test_a_finished_sweep_is_not_trained_again(warm: None, document: dict[str, Any]) -> None:
+    document["grid"] = {"n_latents": [32], "k": [2, 4]}
+    first = run_sweep(parse_spec(document, "test"), Recorder(), settings=FitSettings(10))
+    again = Recorder()
+    second = run_sweep(parse_spec(document, "test"), again, settings=FitSettings(10))
+    assert (first.trained, second.trained) == (2, 0)
+    assert second.fits == first.fits
+    assert again.stages == []
+
+
+def test_results_whose_driver_died_before_the_ledger_are_kept(warm: None, document: dict[str, Any]) -> None:
+    document["grid"] = {"n_latents": [32], "k": [2, 4]}
+    outcome = run_sweep(parse_spec(document, "test"), Recorder(), settings=FitSettings(10))
+    wanted = outcome.run.read_results().to_pylist()
+    outcome.run.write_results([{"cell_id": row["cell_id"], "status": "pending"} for row in wanted])
+    again = run_sweep(parse_spec(document, "test"), Recorder(), settings=FitSettings(10))
+    assert again.trained == 0
+    assert again.run.read_results().to_pylist() == wanted
+
+
+def test_a_driver_that_died_while_it_fitted_is_succeeded(
+    warm: None, document: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    document["grid"] = {"n_latents": [32], "k": [2]}
+
+    def full(*_: Any, **__: Any) -> None:
+        raise SaescaleError("disk full")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(driver, "analyse", full)
+        with pytest.raises(SaescaleError, match="disk full"):
+            run_sweep(parse_spec(document, "test"), Recorder(), settings=FitSettings(10))
+    assert read_status(document["out"]).state == "failed"
+    with Lease(document["out"]), pytest.raises(SaescaleError, match="driven by another process"):
+        run_sweep(parse_spec(document, "test"), Recorder(), settings=FitSettings(10))
+    outcome = run_sweep(parse_spec(document, "test"), Recorder(), settings=FitSettings(10))
+    assert outcome.trained == 0
+    assert read_status(document["out"]).state == "finished"
+
+
+def test_another_sweep_in_the_run_directory_is_refused(warm: None, document: dict[str, Any]) -> None:
+    document["grid"] = {"n_latents": [32], "k": [2]}
+    run_sweep(parse_spec(document, "test"), Recorder(), settings=FitSettings(10))
+    before = RunDirectory(document["out"]).read_results().to_pylist()
+    document["train"]["ema"] = 0.5
+    with pytest.raises(SaescaleError, match=r"holds another sweep \(train.ema is 0.9 there and 0.5 here\)"):
+        run_sweep(parse_spec(document, "test"), Recorder(), settings=FitSettings(10))
+    assert RunDirectory(document["out"]).read_results().to_pylist() == before
+
+
+def test_a_poisoned_cell_fails_beside_healthy_ones(warm: None, document: dict[str, Any]) -> None:
+    document["grid"] = {"n_latents": [32, 64], "k": [2]}
+    document["train"]["lr"] = {"at": 32, "value": 1e-3, "exponent": 100.0}  # 1.3e27 at 64 latents
+    outcome = run_sweep(parse_spec(document, "test"), Recorder(), settings=FitSettings(10))
+    rows = {row["n_latents"]: row for row in outcome.run.read_results().to_pylist()}
+    assert outcome.failed == 1
+    assert rows[32]["status"] == "done"
+    assert rows[64]["status"] == "failed"
+    assert "diverged" in rows[64]["error"]
+
+
+def test_a_sweep_in_object_storage_with_wandb_offline(
+    warm: None, document: dict[str, Any], store: Any, s3_url: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    import fsspec
+    from saescale.storage.files import join, list_names
+
+    target = fsspec.filesystem("s3")
+    target.put(store.url + "/", join(s3_url, "store"), recursive=True)
+    monkeypatch.setenv("SAESCALE_CACHE", str(tmp_path / "cache"))
+    document |= {"store": join(s3_url, "store"), "out": join(s3_url, "run"), "wandb": {"mode": "offline"}}
+    document["grid"] = {"n_latents": [32, 64], "k": [2]}
+    outcome = run_sweep(parse_spec(document, "test"), Recorder(), settings=FitSettings(10))
+    assert outcome.trained == 2
+    assert "report.html" in list_names(document["out"])
+    assert {row["status"] for row in outcome.run.read_results().to_pylist()} == {"done"}
+
+
+def test_wandb_offline_runs_lie_in_the_run_directory(warm: None, document: dict[str, Any]) -> None:
+    document["grid"] = {"n_latents": [32, 64], "k": [2]}
+    document["wandb"] = {"mode": "offline"}
+    outcome = run_sweep(parse_spec(document, "test"), Recorder(), settings=FitSettings(10))
+    runs = list((Path(outcome.run.url) / "wandb").glob("offline-run-*"))
+    assert len(runs) == 3  # two cells and the summary
+    assert outcome.wandb is not None
+    assert "wandb sync" in outcome.wandb
+
+
+def test_a_sweep_that_cannot_be_planned_leaves_nothing(warm: None, document: dict[str, Any]) -> None:
     document["train"] |= {"batch_tokens": 2**30, "tokens": 2**30}
     with pytest.raises(SaescaleError, match=r"needs .* GiB and a worker has"):
+        run_sweep(parse_spec(document, "test"), Recorder())
+    assert not Path(document["out"]).exists()
+
+
+def test_too_few_held_out_rows_are_named_before_training(document: dict[str, Any]) -> None:
+    document["eval"]["tokens"] = 4_096
+    with pytest.raises(SaescaleError, match=r"holds 2048 heldout rows and eval\.tokens asks for 4096"):
         run_sweep(parse_spec(document, "test"), Recorder())
     assert not Path(document["out"]).exists()

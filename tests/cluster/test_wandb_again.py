@@ -28,10 +28,10 @@ def ledger(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     run = RunDirectory(str(tmp_path / "run"))
     run.write_json("fits.json", {**FITS, "made_from": {"results": "abc"}})
     monkeypatch.setattr(driver, "is_current", lambda *_, **__: True)
-    monkeypatch.setattr(driver, "provenance_of", lambda _: {"subject": "toy"})
+    monkeypatch.setattr(driver, "provenance_of", lambda *_: {"subject": "toy"})
     monkeypatch.setattr(run.__class__, "read_results", lambda _: RESULTS)
     monkeypatch.setattr(wandb_client, "INIT_TIMEOUT", 3.0)
-    return SimpleNamespace(run=run, settle=lambda: None)
+    return SimpleNamespace(run=run, document={}, settle=lambda: None)
 
 
 def analyse(ledger: Any, settings: WandbSettings = ONLINE) -> tuple[str, list[str]]:

@@ -13,7 +13,7 @@ import pytest
 from saescale.cluster.front.wandb_source import read_project
 from saescale.storage.errors import SaescaleError
 
-from tests.cluster.test_cli import assert_one_line, saescale
+from tests.cluster.command import assert_one_line, saescale, saescale_here
 from tests.scaling.conftest import _cells, _curves_of
 from tests.trainers.wandb_case import bare_machine
 
@@ -190,4 +190,4 @@ def test_fit_from_the_command_line(serve: Serve) -> None:
     assert document["source"] == "wandb:me/sweeps/first"
     assert document["fits"][0]["points"] == 12
     assert document["tokens_to_convergence"]["exponent_of_n"]["value"] == pytest.approx(0.5, abs=0.1)
-    assert_one_line(saescale("fit", "wandb:me/nothing"), "wandb:me/nothing", "WANDB_API_KEY")
+    assert_one_line(saescale_here("fit", "wandb:me/nothing"), "wandb:me/nothing", "WANDB_API_KEY")

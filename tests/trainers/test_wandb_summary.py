@@ -39,18 +39,15 @@ PLOTLY = {"data": [{"type": "scatter", "x": [512, 1024], "y": [0.4, 0.3], "meta"
 
 
 @pytest.fixture
-def figures(tmp_path: Path) -> list[str]:
+def figures() -> dict[str, bytes]:
     """An interactive figure with its files, and one that is a picture only."""
-    folder = tmp_path / "figures"
-    folder.mkdir()
-    (folder / "nmse_against_n.json").write_text(json.dumps(PLOTLY))
-    (folder / "nmse_against_n.pdf").write_bytes(b"%PDF-1.4")
-    for name in ("nmse_against_n.png", "dead_fraction.png"):
-        matplotlib.image.imsave(folder / name, np.zeros((4, 4, 3)))
-    return sorted(map(str, folder.iterdir()))
+    picture = io.BytesIO()
+    matplotlib.image.imsave(picture, np.zeros((4, 4, 3)), format="png")
+    pictures = {name: picture.getvalue() for name in ("nmse_against_n.png", "dead_fraction.png")}
+    return {"nmse_against_n.json": json.dumps(PLOTLY).encode(), "nmse_against_n.pdf": b"%PDF-1.4"} | pictures
 
 
-def summarise(settings: WandbSettings, figures: list[str], directory: Path) -> Logged:
+def summarise(settings: WandbSettings, figures: dict[str, bytes], directory: Path) -> Logged:
     return log_summary(settings, "sweep", CONTEXT, {**FITS, "source": "s3://me:hush@b/x"}, RESULTS, figures,
                        str(directory))  # fmt: skip
 
@@ -95,7 +92,9 @@ def check_artifact(server: WandbServer) -> None:
     assert server.files[f"{artifact}/figures/nmse_against_n.pdf"] == b"%PDF-1.4"
 
 
-def test_online(server: WandbServer, figures: list[str], tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_online(
+    server: WandbServer, figures: dict[str, bytes], tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
     found: list[Logged] = []
     assert messages(lambda: found.append(summarise(ONLINE, figures, tmp_path))) == []
     check_summary(server)
@@ -107,7 +106,7 @@ def test_online(server: WandbServer, figures: list[str], tmp_path: Path, capfd: 
     assert capfd.readouterr() == ("", "")
 
 
-def test_workspace(server: WandbServer, figures: list[str], tmp_path: Path) -> None:
+def test_workspace(server: WandbServer, figures: dict[str, bytes], tmp_path: Path) -> None:
     url = summarise(ONLINE, figures, tmp_path).url
     (view,) = server.views.values()
     assert url is not None
@@ -135,7 +134,7 @@ def test_workspace(server: WandbServer, figures: list[str], tmp_path: Path) -> N
 
 
 def test_without_the_package_of_workspaces(
-    server: WandbServer, figures: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    server: WandbServer, figures: dict[str, bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, "wandb_workspaces.workspaces", None)
     (said,) = messages(lambda: summarise(ONLINE, figures, tmp_path))
@@ -145,7 +144,7 @@ def test_without_the_package_of_workspaces(
     check_artifact(server)
 
 
-def test_a_server_without_views_costs_a_warning(server: WandbServer, figures: list[str], tmp_path: Path) -> None:
+def test_a_server_without_views_costs_a_warning(server: WandbServer, figures: dict[str, bytes], tmp_path: Path) -> None:
     server.answers_views = False
     (said,) = messages(lambda: summarise(ONLINE, figures, tmp_path))
     assert "no workspace view is made" in said
@@ -153,7 +152,7 @@ def test_a_server_without_views_costs_a_warning(server: WandbServer, figures: li
     check_artifact(server)
 
 
-def test_offline_then_sync(server: WandbServer, figures: list[str], tmp_path: Path) -> None:
+def test_offline_then_sync(server: WandbServer, figures: dict[str, bytes], tmp_path: Path) -> None:
     cells = [cell(16), cell(32)]
     assert messages(lambda: train(OFFLINE, tmp_path, cells)) == []
     assert messages(lambda: summarise(OFFLINE, figures, tmp_path)) == []
@@ -176,7 +175,7 @@ def test_offline_then_sync(server: WandbServer, figures: list[str], tmp_path: Pa
 
 
 def test_a_server_that_takes_no_more_files(
-    server: WandbServer, figures: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    server: WandbServer, figures: dict[str, bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Half-way: runs are opened, then uploads fail. The sweep goes on, is told, and can send the rest later."""
     monkeypatch.setattr(wandb_client, "FINISH_TIMEOUT", 3.0)

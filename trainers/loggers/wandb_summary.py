@@ -1,5 +1,6 @@
 """The summary run of a sweep in Weights & Biases: its laws, figures, results, and an artifact of the files."""
 
+import io
 import json
 import os
 import re
@@ -7,10 +8,8 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
-import fsspec
 import pyarrow as pa
 import pyarrow.parquet as pq
-from saescale.storage.files import read_bytes
 from saescale.trainers.loggers import wandb_client as client
 from saescale.trainers.loggers.wandb_client import (
     group_url,
@@ -54,13 +53,13 @@ def log_summary(
     context: Mapping[str, Any],
     fits: Mapping[str, Any],
     results: pa.Table,
-    figures: Sequence[str],
+    figures: Mapping[str, bytes],
     directory: str,
 ) -> Logged:
     """The run that holds the outcome of a sweep: coefficients, results, figures, and an artifact of the files.
 
-    fits: the document of fits.json. results: the table of results.parquet. figures: paths or URLs of figures; those
-    with Plotly's JSON are interactive, others shown as their PNG, and PDF, SVG and PNG go into the artifact.
+    fits: the document of fits.json. results: the table of results.parquet. figures: files of figures by their names;
+    those with Plotly's JSON are interactive, others shown as their PNG, and PDF, SVG and PNG go into the artifact.
     Calling it again (a new analysis, or one that was not logged whole) updates the same run. The URL is that of the
     group and, with wandb-workspaces, of a workspace of its panels. Raises nothing: what could not be sent is one
     warning.
@@ -86,7 +85,7 @@ def _log_summary(
     context: Mapping[str, Any],
     fits: Mapping[str, Any],
     results: pa.Table,
-    figures: Sequence[str],
+    figures: Mapping[str, bytes],
     directory: str,
 ) -> Logged:
     coefficients = list(_coefficients(fits))
@@ -153,43 +152,38 @@ def _flat(fits: Mapping[str, Any], coefficients: Sequence[Coefficient]) -> dict[
     return flat
 
 
-def _figures(urls: Sequence[str]) -> Iterator[tuple[str, Any]]:
+def _figures(files: Mapping[str, bytes]) -> Iterator[tuple[str, Any]]:
     """(name, what W&B shows): interactive where there is Plotly's JSON, else the PNG. One that cannot be read costs a
     warning, not the others."""
     wandb = import_wandb()
-    of_kind: dict[str, dict[str, str]] = {".json": {}, ".png": {}}
-    for url in urls:
-        name, kind = os.path.splitext(os.path.basename(url))
-        of_kind.get(kind, {})[name] = url
+    of_kind: dict[str, dict[str, bytes]] = {".json": {}, ".png": {}}
+    for file, content in files.items():
+        name, kind = os.path.splitext(file)
+        of_kind.get(kind, {})[name] = content
     for name in of_kind[".json"] | of_kind[".png"]:
         try:
             if name in of_kind[".json"]:
                 from plotly.graph_objects import Figure
 
-                yield f"figures/{name}", wandb.Plotly(Figure(json.loads(read_bytes(of_kind[".json"][name]))))
+                yield f"figures/{name}", wandb.Plotly(Figure(json.loads(of_kind[".json"][name])))
             else:
                 from PIL import Image
 
-                with fsspec.open(of_kind[".png"][name], "rb") as file:
-                    yield f"figures/{name}", wandb.Image(Image.open(file))
+                yield f"figures/{name}", wandb.Image(Image.open(io.BytesIO(of_kind[".png"][name])))
         except Exception as error:
             warn(f"the figure {name} is not logged: {one_line(error)}")
 
 
-def _artifact(sweep: str, fits: Mapping[str, Any], results: pa.Table, figures: Sequence[str]) -> Any:
+def _artifact(sweep: str, fits: Mapping[str, Any], results: pa.Table, figures: Mapping[str, bytes]) -> Any:
     """fits.json, results.parquet and the figures as files."""
     artifact = import_wandb().Artifact("fits-" + re.sub(r"[^\w.-]", "-", sweep)[:100], type="fits")
     with artifact.new_file("fits.json") as file:
         json.dump(fits, file, indent=1)
     with artifact.new_file("results.parquet", mode="wb") as file:
         pq.write_table(results, file)
-    for url in figures:
-        if url.endswith(_FILES):
-            try:
-                content = read_bytes(url)
-            except OSError:
-                continue  # said when it was to be shown, where it is one of those
-            with artifact.new_file(f"figures/{os.path.basename(url)}", mode="wb") as file:
+    for name, content in figures.items():
+        if name.endswith(_FILES):
+            with artifact.new_file(f"figures/{name}", mode="wb") as file:
                 file.write(content)
     return artifact
 

@@ -1,0 +1,149 @@
+"""The supervisor of actors, with actors that do nothing but come up or fail to."""
+
+import os
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import pytest
+import ray
+from saescale.cluster.crew import crew as module
+from saescale.cluster.crew.crew import Crew, Words
+from saescale.storage.errors import SaescaleError, SaescaleWarning
+
+
+class Up(NamedTuple):
+    node_id: str
+    pid: int
+    number: int
+
+
+class Toy:
+    """Comes up, or ends in its start as `how` says."""
+
+    def up(self, how: str, number: int) -> Up:
+        if how == "dies":
+            os._exit(1)
+        if how == "fails":
+            raise RuntimeError("no such device")
+        if how == "says":
+            raise SaescaleError("every node lacks the subject")
+        return Up(ray.get_runtime_context().get_node_id(), os.getpid(), number)
+
+    def work(self) -> str:
+        time.sleep(600)
+        return "done"
+
+
+class Toys(Crew[Up]):
+    """Starts actors that end as `hows` say, one after another, and come up when these are used up."""
+
+    words = Words(again="again: {kind}", fewer="fewer: {kind}", waiting="still waiting")
+
+    def __init__(self, *hows: str) -> None:
+        super().__init__(None)
+        self.hows, self.number = list(hows), 0
+        self.connect()
+
+    def _create(self) -> tuple[Any, Any]:
+        self.number += 1
+        toy: Any = ray.remote(Toy).options(num_cpus=0, max_concurrency=2).remote()
+        return toy, toy.up.remote(self.hows.pop(0) if self.hows else "comes", self.number)
+
+    def _most_starts(self) -> int:
+        return 3
+
+    def _pause(self, failures: int) -> float:
+        return 0.0
+
+    def _nobody(self, why: str) -> SaescaleError:
+        return SaescaleError(f"nobody: {why}")
+
+
+@pytest.fixture
+def toys(three_nodes: Any, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., Toys]]:
+    monkeypatch.setattr(module, "POLL_S", 0.05)
+    made: list[Toys] = []
+
+    def make(*hows: str, count: int = 1) -> Toys:
+        made.append(Toys(*hows))
+        for _ in range(count):
+            made[-1].start()
+        return made[-1]
+
+    yield make
+    for crew in made:
+        crew.close()
+    assert ray.is_initialized()  # it was joined before, so it is not theirs to end
+
+
+def test_starts_that_fail_are_made_again(toys: Callable[..., Toys]) -> None:
+    crew = toys("dies", "fails")
+    with pytest.warns(SaescaleWarning) as said:
+        crew.come_up(first_s=60, company_s=0)
+    assert [str(warning.message) for warning in said] == ["again: ActorDiedError", "again: RuntimeError"]
+    (info,) = crew.ready.values()
+    assert info.number == 3
+    assert crew.idle == list(crew.ready)
+
+
+def test_too_many_in_a_row_leave_fewer_or_nobody(toys: Callable[..., Toys]) -> None:
+    crew = toys("fails", "fails", "fails")
+    with pytest.warns(SaescaleWarning), pytest.raises(SaescaleError, match=r"nobody: .*no such device"):
+        crew.come_up(first_s=60, company_s=0)
+    assert not crew.ready
+    crew = toys("comes")
+    crew.come_up(first_s=60, company_s=0)
+    crew.hows = ["fails"] * 3
+    crew.start()
+    with pytest.warns(SaescaleWarning, match="fewer: RuntimeError"):
+        crew.come_up(first_s=60, company_s=60)
+    assert len(crew.ready) == 1
+    assert not crew.starting
+
+
+def test_what_an_actor_says_to_the_user_ends_the_crew(toys: Callable[..., Toys]) -> None:
+    with pytest.raises(SaescaleError, match=r"^every node lacks the subject$"):
+        toys("says").come_up(first_s=60, company_s=0)
+
+
+def test_nobody_in_time_is_an_error_and_is_mentioned_before(
+    toys: Callable[..., Toys], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "PATIENCE_S", 0.0)
+    crew = toys(count=0)
+    crew.start_later(600)
+    with (
+        pytest.warns(SaescaleWarning, match="still waiting"),
+        pytest.raises(SaescaleError, match="nobody: the cluster has no free CPUs or GPUs for one"),
+    ):
+        crew.come_up(first_s=0.5, company_s=0)
+
+
+def test_one_that_works_is_killed_and_replaced(toys: Callable[..., Toys]) -> None:
+    crew = toys(count=2)
+    crew.come_up(first_s=60, company_s=60)
+    assert len(crew.ready) == 2
+    actor = crew.idle.pop()
+    working = actor.work.remote()
+    crew.kill(actor)
+    while not (ended := crew.watch([working])):
+        pass
+    assert ended == [working]
+    with pytest.raises(ray.exceptions.RayActorError):
+        ray.get(working)
+    assert crew.lost(actor).number in (1, 2)
+    crew.start()
+    crew.come_up(first_s=60, company_s=60)
+    assert sorted(info.number for info in crew.ready.values())[-1] == 3
+    assert len(crew.ready) == len(crew.idle) == 2
+
+
+def test_a_warning_is_shown_once(toys: Callable[..., Toys]) -> None:
+    crew = toys(count=0)
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        for _ in range(3):
+            crew.warn("the same")
+    assert len(said) == 1

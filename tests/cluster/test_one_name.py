@@ -1,0 +1,39 @@
+"""saescale works from a folder whose packages have the names of its floors: the real command, on a Ray of its own."""
+
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from saescale.cluster.sweep.status import read_status
+
+from tests.cluster.command import environment
+from tests.cluster.shadows import FLOORS, cast_shadows
+
+COMMAND = str(Path(sys.executable).with_name("saescale"))
+
+
+def test_the_shadows_are_cast(tmp_path: Path) -> None:
+    for name in FLOORS:
+        result = subprocess.run(
+            [sys.executable, "-c", f"import {name}"], cwd=cast_shadows(tmp_path / name), capture_output=True, text=True
+        )
+        assert f"this is the {name} of the user" in result.stderr
+
+
+@pytest.mark.parametrize("also", ["in the current folder", "on PYTHONPATH"])
+def test_a_sweep_among_them(
+    document: dict[str, Any], sweep_file: Callable[[Any], str], tmp_path: Path, also: str
+) -> None:
+    folder = cast_shadows(tmp_path / "shadows")
+    document["grid"] = {"n_latents": [32], "k": [2]}
+    file = sweep_file(document)
+    here, path = (folder, "") if also == "in the current folder" else (tmp_path, str(folder))
+    command = [COMMAND, "sweep", file, "--bootstraps", "0"]
+    result = subprocess.run(
+        command, cwd=here, env=environment(PYTHONPATH=path), capture_output=True, text=True, timeout=300
+    )
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert read_status(document["out"]).state == "finished"
