@@ -8,7 +8,7 @@ import signal
 import time
 import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from contextlib import suppress
 from types import TracebackType
 from typing import Any, ClassVar, Generic, NamedTuple, Protocol, Self, TypeVar
@@ -17,6 +17,7 @@ import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from saescale.cluster.crew.connect import connect
 from saescale.storage.errors import SaescaleError, SaescaleWarning, one_line
+from saescale.storage.registry import PATH
 
 POLL_S = 0.5
 PATIENCE_S = 60.0  # until actors that do not come up are mentioned
@@ -115,6 +116,12 @@ class Crew(ABC, Generic[Info]):
         self.owns_ray = not ray.is_initialized()
         if self.owns_ray:
             connect(self._address)
+
+    def _actor(self, kind: type, options: Mapping[str, Any], *arguments: Any) -> Any:
+        """An actor of a class, which finds the user's own files (storage/registry.py) where this process does."""
+        own = [os.path.abspath(folder) for folder in os.environ.get(PATH, "").split(os.pathsep) if folder]
+        seen = {"runtime_env": {"env_vars": {PATH: os.pathsep.join(own)}}} if own else {}
+        return ray.remote(kind).options(**options, **seen).remote(*arguments)
 
     def start(self) -> None:
         """Queues one more actor."""

@@ -123,7 +123,7 @@ class HarvestCrew(Crew[Loaded]):
         shares = self._shares
         # Two threads: one works, the other answers state.
         options = {"num_cpus": shares.cpus, "num_gpus": shares.gpus, "max_concurrency": 2}
-        actor: Any = ray.remote(HarvestActor).options(**options).remote(self._spec, self._spool, shares.threads)
+        actor = self._actor(HarvestActor, options, self._spec, self._spool, shares.threads)
         self._did[actor] = _Actor(len(self._did) + 1)
         return actor, actor.load.remote(self._computed_in)
 

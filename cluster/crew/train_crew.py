@@ -81,7 +81,7 @@ class TrainCrew(Crew[WorkerInfo]):
     def _create(self) -> tuple[Any, Any]:
         # Four threads: one trains, the others answer state, stop and describe meanwhile.
         options = {"num_cpus": self._cpus, "num_gpus": self._gpus, "max_concurrency": 4}
-        worker: Any = ray.remote(Worker).options(**options).remote(self._cpus, self._gpus)
+        worker = self._actor(Worker, options, self._cpus, self._gpus)
         return worker, worker.describe.remote()
 
     def _most_starts(self) -> int:

@@ -1,6 +1,7 @@
 """Runs a sweep from its spec to its report: checks the store, plans packs, has them trained, fits the laws."""
 
 import os
+import warnings
 from contextlib import ExitStack
 from typing import Any, NamedTuple
 
@@ -9,6 +10,7 @@ from saescale.cluster.sweep.spec import SweepSpec
 from saescale.cluster.sweep.watcher import SweepDisplay
 from saescale.scaling.laws.settings import FitSettings
 from saescale.scaling.report.report import analyse, is_current
+from saescale.storage.errors import SaescaleError, SaescaleWarning, one_line
 from saescale.storage.files import join, list_names, local_path, read_bytes
 from saescale.storage.lease import Lease, read_driver, require_free
 from saescale.storage.rundir import RunDirectory
@@ -132,8 +134,13 @@ def _analyse(
 
 def _drawn(run: RunDirectory) -> dict[str, bytes]:
     """The files of the figures of an earlier analysis, by their names."""
-    folder = join(run.url, "figures")
-    return {name: read_bytes(join(folder, name)) for name in list_names(folder)}
+    folder, found = join(run.url, "figures"), {}
+    for name in list_names(folder):
+        try:
+            found[name] = read_bytes(join(folder, name))
+        except (OSError, SaescaleError) as error:
+            warnings.warn(f"the figure {name} is not logged: {one_line(error)}", SaescaleWarning, stacklevel=2)
+    return found
 
 
 def _is_logged(logged: Any, fits: dict[str, Any], mode: str) -> bool:

@@ -4,6 +4,7 @@ import os
 import time
 import warnings
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
@@ -11,12 +12,14 @@ import ray
 from saescale.cluster.crew import crew as module
 from saescale.cluster.crew.crew import Crew, Words
 from saescale.storage.errors import SaescaleError, SaescaleWarning
+from saescale.storage.registry import PATH
 
 
 class Up(NamedTuple):
     node_id: str
     pid: int
     number: int
+    own: str | None  # where it looks for files of the user's
 
 
 class Toy:
@@ -29,7 +32,7 @@ class Toy:
             raise RuntimeError("no such device")
         if how == "says":
             raise SaescaleError("every node lacks the subject")
-        return Up(ray.get_runtime_context().get_node_id(), os.getpid(), number)
+        return Up(ray.get_runtime_context().get_node_id(), os.getpid(), number, os.environ.get(PATH))
 
     def work(self) -> str:
         time.sleep(600)
@@ -48,7 +51,7 @@ class Toys(Crew[Up]):
 
     def _create(self) -> tuple[Any, Any]:
         self.number += 1
-        toy: Any = ray.remote(Toy).options(num_cpus=0, max_concurrency=2).remote()
+        toy = self._actor(Toy, {"num_cpus": 0, "max_concurrency": 2})
         return toy, toy.up.remote(self.hows.pop(0) if self.hows else "comes", self.number)
 
     def _most_starts(self) -> int:
@@ -138,6 +141,18 @@ def test_one_that_works_is_killed_and_replaced(toys: Callable[..., Toys]) -> Non
     crew.come_up(first_s=60, company_s=60)
     assert sorted(info.number for info in crew.ready.values())[-1] == 3
     assert len(crew.ready) == len(crew.idle) == 2
+
+
+def test_actors_find_the_files_of_the_users_own(
+    toys: Callable[..., Toys], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On nodes that were started before anybody named a folder, too."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv(PATH, f"mine{os.pathsep}/theirs")
+    crew = toys()
+    crew.come_up(first_s=60, company_s=0)
+    (info,) = crew.ready.values()
+    assert info.own == f"{tmp_path}/mine{os.pathsep}/theirs"
 
 
 def test_a_warning_is_shown_once(toys: Callable[..., Toys]) -> None:

@@ -199,7 +199,7 @@ def test_a_server_that_fails_while_cells_train(server: WandbServer, tmp_path: Pa
     """In a process of its own: runs that cannot be ended go on trying until it ends."""
     fields = [cell(n).model_dump() for n in (16, 32)]
     script = f"""
-from trainers import wandb_client
+from saescale.trainers.loggers import wandb_client
 from saescale.trainers.loggers.wandb_cells import *
 from saescale.storage.columns import CurveRow
 from saescale.trainers.cell import Cell
