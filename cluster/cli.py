@@ -12,7 +12,7 @@ from types import FrameType
 from typing import Annotated
 
 import typer
-from saescale.cluster.front import jobs, laws, plan, stores, sweeps
+from saescale.cluster.front import evals, exchange, jobs, laws, plan, stores, sweeps
 from saescale.storage.errors import SaescaleError, one_line
 
 app = typer.Typer(
@@ -32,11 +32,14 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "logs": jobs.logs,
     "stop": jobs.stop,
     "list": jobs.list_jobs,
+    "eval": evals.evaluate,
     "fit": laws.fit,
     "plan": plan.plan,
     "reproduce": laws.reproduce,
     "report": sweeps.report,
     "inspect": stores.inspect,
+    "export": exchange.export,
+    "import": exchange.import_,
 }
 for _name, _command in COMMANDS.items():
     app.command(_name)(_command)

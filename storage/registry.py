@@ -27,11 +27,13 @@ PATH = "SAESCALE_PATH"
 
 
 class Room(NamedTuple):
-    """`package`: where its files are; `what`: what one of them is, in words; `marker`: the name that each defines."""
+    """`package`: where its files are; `what`: what one of them is, in words; `marker`: the name that each defines;
+    `folder`: what the user's own is called (the last part of `package`)."""
 
     package: str
     what: str
     marker: str
+    folder: str = ""
 
     def names(self) -> tuple[str, ...]:
         """All that can be asked for, in the order of the alphabet. Imports none of them."""
@@ -60,7 +62,7 @@ class Room(NamedTuple):
         return Path(next(iter(spec.submodule_search_locations)))
 
     def _files(self) -> dict[str, Path]:
-        room = self.package.rpartition(".")[2]
+        room = self.folder or self.package.rpartition(".")[2]
         own = [Path(folder) / room for folder in os.environ.get(PATH, "").split(os.pathsep) if folder]
         # The product's own last: a user's file never takes the place of one of them.
         return {

@@ -4,6 +4,7 @@ import io
 import json
 import math
 from collections import defaultdict
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -11,22 +12,26 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import yaml
-from saescale.storage import files
+from saescale.storage import checkpoint, files
 from saescale.storage.columns import CURVES, EVALS, RESULTS, conform
 from saescale.storage.errors import SaescaleError
+from saescale.storage.lease import require_owner
 from saescale.storage.yaml_text import parse_yaml, yaml_text
 
 
 class RunDirectory:
-    """The files below `url`. Readers return None (tables: no rows) for what is not there yet.
+    """The files below `url` (RUN.md). Readers return None (tables: no rows) for what is not there yet.
 
-    A file that is there but unreadable is a SaescaleError. Tables have exactly the columns of their schema:
-    absent keys become null, other keys of a cell's result stay in its result.json. NaN and Inf, which JSON
-    does not have, become null there.
+    A file that is there but unreadable is a SaescaleError. Tables have exactly the columns of columns.py: absent keys
+    become null, other keys of a cell's result stay in its result.json. NaN and Inf, which JSON does not have, become
+    null there.
+
+    `owner`: the driver (lease.py) on whose behalf this one writes. Once another driver has taken the run over, every
+    writer raises Superseded and nothing is written. None: whoever drives it.
     """
 
-    def __init__(self, url: str) -> None:
-        self.url = url
+    def __init__(self, url: str, owner: str | None = None) -> None:
+        self.url, self.owner = url, owner
 
     def cell_url(self, cell_id: str) -> str:
         """The folder of one cell."""
@@ -36,6 +41,10 @@ class RunDirectory:
         """The folder of one cell's checkpoints, there while it trains."""
         return files.join(self.cell_url(cell_id), "checkpoint")
 
+    def require_owner(self) -> None:
+        """Raises Superseded where another driver than the owner has the run. Before files that others write here."""
+        require_owner(self.url, self.owner)
+
     def result_url(self, cell_id: str) -> str:
         """The file that makes a cell a finished one."""
         return files.join(self.cell_url(cell_id), "result.json")
@@ -43,8 +52,8 @@ class RunDirectory:
     # --- the spec
 
     def write_spec(self, spec: dict[str, Any]) -> None:
-        """Writes the resolved spec, sweep.yaml."""
-        files.write_atomic(files.join(self.url, "sweep.yaml"), yaml_text(spec).encode())
+        """Writes the resolved spec, sweep.yaml. Raises SaescaleError, as every writer, where it cannot be written."""
+        self._write("sweep.yaml", yaml_text(spec).encode())
 
     def read_spec(self) -> dict[str, Any] | None:
         """The resolved spec, or None when no sweep was started here."""
@@ -78,6 +87,18 @@ class RunDirectory:
     def read_cell_curve(self, cell_id: str) -> list[dict[str, Any]]:
         """The cell's curve so far; [] when it has none."""
         return self._read_table(f"cells/{cell_id}/curve.parquet", CURVES).to_pylist()
+
+    def save_checkpoint(
+        self, cell_id: str, step: int, tensors: Mapping[str, np.ndarray], state: dict[str, Any], keep: int | None = None
+    ) -> None:
+        """Adds a checkpoint to the cell's, as checkpoint.save does: `state` is JSON, `keep` the step to go back to."""
+        self.require_owner()
+        checkpoint.save(self.checkpoint_url(cell_id), step, tensors, state, keep)
+
+    def remove_checkpoints(self, cell_id: str) -> None:
+        """All of the cell's, once it has its result."""
+        self.require_owner()
+        files.remove(self.checkpoint_url(cell_id))
 
     def cell_files(self) -> dict[str, set[str]]:
         """The files of each cell that has any, relative to its folder: `result.json`, `checkpoint/latest.json` ..."""
@@ -123,7 +144,7 @@ class RunDirectory:
     def write_json(self, name: str, obj: Any) -> None:
         """Writes `obj` (JSON types, numpy scalars, arrays, tuples) to the file `name` of the run."""
         text = json.dumps(_plain(obj), indent=1, allow_nan=False) + "\n"
-        files.write_atomic(files.join(self.url, name), text.encode())
+        self._write(name, text.encode())
 
     def read_json(self, name: str) -> Any:
         """The content of the JSON file `name`, or None when it is missing."""
@@ -137,7 +158,11 @@ class RunDirectory:
     def _write_table(self, name: str, table: pa.Table) -> None:
         buffer = io.BytesIO()
         pq.write_table(table, buffer, compression="zstd")
-        files.write_atomic(files.join(self.url, name), buffer.getvalue())
+        self._write(name, buffer.getvalue())
+
+    def _write(self, name: str, content: bytes) -> None:
+        self.require_owner()
+        files.write_atomic(files.join(self.url, name), content)
 
     def _read_table(self, name: str, schema: pa.Schema) -> pa.Table:
         where = files.join(self.url, name)

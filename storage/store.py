@@ -1,8 +1,9 @@
 """The activation store: Parquet shards of activations behind the manifest that seals them (FORMAT.md)."""
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -11,18 +12,23 @@ import xxhash
 from pydantic import ValidationError
 from saescale.storage import files
 from saescale.storage.errors import SaescaleError, Unavailable
-from saescale.storage.manifest import FORMAT, MANIFEST, Manifest, Shard, check_size
-from saescale.storage.rows import CHUNK_BYTES, RowGroup, find_bad_row, raw_dtype
+from saescale.storage.manifest import FORMAT, MANIFEST, Dtype, Manifest, Shard, Site, check_size
+from saescale.storage.rows import CHUNK_BYTES, RowGroup, Rows, find_bad_row, raw_dtype
+from saescale.storage.source import Order
+from saescale.storage.stream import Stream
+
+_PLACES = {"token": np.int32, "pos": np.int16, "doc": np.int32}  # of a row: columns of Rows beside act
 
 
 class ActivationStore:
-    """A sealed store. Reading is safe from several threads; no file stays open between calls."""
+    """A sealed store, the `Source` of files. Reading is safe from several threads; no file stays open between calls."""
 
     def __init__(self, url: str, manifest: Manifest) -> None:
         self.url = url
         self.manifest = manifest
         self.fingerprint = manifest.digest()
         self.d_model = manifest.d_model
+        self.dtype: Dtype = manifest.dtype
         self._footers: dict[int, pq.FileMetaData] = {}
 
     @staticmethod
@@ -51,6 +57,53 @@ class ActivationStore:
             raise SaescaleError(f"the activation store {url} is empty (0 rows); harvest some tokens first")
         return ActivationStore(url, manifest)
 
+    # --- as a source (source.py)
+
+    @property
+    def identity(self) -> str:
+        """The store's fingerprint (FORMAT.md), which changes with any row."""
+        return self.fingerprint
+
+    @property
+    def subject(self) -> str:
+        return self.manifest.subject
+
+    @property
+    def site(self) -> Site:
+        return self.manifest.site
+
+    def batches(self, order: Order, start: int = 0, stop: int | None = None, rank: int = 0, ranks: int = 1) -> Stream:
+        """Batches with x [batch_tokens // ranks, d_model]; raises SaescaleError for a split without rows, and where
+        ranks do not divide the batch."""
+        return Stream(
+            self, order.split, batch_tokens=order.batch_tokens, seed=order.seed, mix_row_groups=order.mix_row_groups,
+            start=start, batches=stop, rank=rank, world_size=ranks,
+        )  # fmt: skip
+
+    def resume(self, state: dict[str, Any], stop: int | None = None, rank: int = 0, ranks: int = 1) -> Stream:
+        """Goes on where `state()` of a stream was taken. Raises SaescaleError where that is of another store."""
+        return Stream.resume(self, state, batches=stop, rank=rank, world_size=ranks)
+
+    def heldout(self, rows: int | None = None, columns: Sequence[str] = ("act",)) -> Rows:
+        """The first held-out rows in stored order, values checked: act [rows, d_model] raw dtype, `token`, `pos` and
+        `doc` [rows] each; of no rows what `columns` does not name. Raises SaescaleError where there are fewer."""
+        wanted = self.rows("heldout") if rows is None else rows
+        self.require_rows("heldout", wanted, "the held-out set")
+        act = self.read_split("heldout", wanted if "act" in columns else 0)
+        found = {name: np.empty(wanted if name in columns else 0, dtype) for name, dtype in _PLACES.items()}
+        done = 0
+        for group in self.row_groups("heldout"):
+            names = [name for name in found if name in columns]
+            if done >= wanted or not names:
+                break
+            take = min(group.rows, wanted - done)
+            for name, values in self._read(group, names).items():
+                found[name][done : done + take] = values.slice(0, take).to_numpy()
+            done += take
+        return Rows(act, **found)
+
+    # --- rows
+
     def rows(self, split: str) -> int:
         """Number of rows of the split."""
         return sum(shard.rows for shard in self.manifest.shards if shard.split == split)
@@ -77,24 +130,30 @@ class ActivationStore:
         shard = self.manifest.shards[group.shard]
         if shard.split != split:
             raise ValueError(f"shard {group.shard} ({shard.name}) is not of the split {split!r}")
+        array = self._read(group, ["act"])["act"]
+        values = np.frombuffer(array.buffers()[1], raw_dtype(self.manifest.dtype))
+        first = array.offset * self.d_model
+        return values[first : first + group.rows * self.d_model].reshape(group.rows, self.d_model)
+
+    def _read(self, group: RowGroup, names: list[str]) -> dict[str, pa.Array]:
+        """Columns of a row group, [rows] each and without nulls."""
         try:
             with self._open(group.shard) as parquet:
-                column = parquet.read_row_group(group.index, columns=["act"], use_threads=False).column(0)
-                array = column.chunk(0) if column.num_chunks == 1 else column.combine_chunks()
+                table = parquet.read_row_group(group.index, columns=names, use_threads=False)
+                arrays = {name: _one_chunk(table.column(name)) for name in names}
         except SaescaleError:
             raise
         except Exception as error:  # object stores raise classes of their own
-            where = files.join(self.url, shard.name)
+            where = files.join(self.url, self.manifest.shards[group.shard].name)
             # What Arrow itself has to say of a file is an OSError too, but without a number.
             of_arrow = type(error) is OSError and error.errno is None
             if not of_arrow and files.may_pass(where, error):
                 raise Unavailable(f"{where}: row group {group.index} was not answered ({_reason(error)})") from error
             raise self._damaged(group, f"cannot be read ({_reason(error)})") from error
-        if array.null_count or len(array) != group.rows:
-            raise self._damaged(group, f"has {len(array)} rows with {array.null_count} nulls")
-        values = np.frombuffer(array.buffers()[1], raw_dtype(self.manifest.dtype))
-        first = array.offset * self.d_model
-        return values[first : first + group.rows * self.d_model].reshape(group.rows, self.d_model)
+        for array in arrays.values():
+            if array.null_count or len(array) != group.rows:
+                raise self._damaged(group, f"has {len(array)} rows with {array.null_count} nulls")
+        return arrays
 
     def read_split(self, split: str, limit_rows: int | None = None) -> np.ndarray:
         """The first `limit_rows` rows (all when None) in stored order, values checked: [rows, d_model]."""
@@ -199,6 +258,10 @@ class ActivationStore:
     def _damaged(self, group: RowGroup, what: str) -> SaescaleError:
         where = files.join(self.url, self.manifest.shards[group.shard].name)
         return SaescaleError(f"{where}: row group {group.index} {what}; restore the shard or harvest again")
+
+
+def _one_chunk(column: pa.ChunkedArray) -> pa.Array:
+    return column.chunk(0) if column.num_chunks == 1 else column.combine_chunks()
 
 
 def _reason(error: Exception) -> str:

@@ -11,16 +11,43 @@ from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from types import TracebackType
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 from saescale.storage.errors import SaescaleError
+from saescale.storage.manifest import Dtype
 from saescale.storage.rows import RowGroup, raw_dtype
-from saescale.storage.store import ActivationStore
+from saescale.storage.source import SourceBatch
 
 _READERS = 4
 # Row groups whose values this process has found good: (url, store fingerprint, shard, row group).
 _checked: set[tuple[str, str, int, int]] = set()
+
+
+class RowGroups(Protocol):
+    """What a stream reads: rows in groups that can be read in any order, from several threads."""
+
+    @property
+    def url(self) -> str: ...
+
+    @property
+    def fingerprint(self) -> str:
+        """Identifies the rows."""
+
+    @property
+    def d_model(self) -> int: ...
+
+    @property
+    def dtype(self) -> Dtype: ...
+
+    def row_groups(self, split: str) -> list[RowGroup]:
+        """All of the split, in stored order."""
+
+    def read_row_group(self, split: str, group: RowGroup) -> np.ndarray:
+        """One of them, [rows, d_model] raw dtype."""
+
+    def check_values(self, group: RowGroup, act: np.ndarray) -> None:
+        """Raises SaescaleError where a row is no activation."""
 
 
 class _Window(NamedTuple):
@@ -33,7 +60,7 @@ class _Window(NamedTuple):
 
 
 class Stream:
-    """Iterator of batches [batch_tokens // world_size, d_model], raw dtype, owned by the consumer.
+    """Iterator of batches whose x is [batch_tokens // world_size, d_model], raw dtype, owned by the consumer.
 
     It starts at global batch `start` and stops after global batch `batches` (absolute; None: endless). Rank r
     gets the r-th of `world_size` equal slices of every global batch: the concatenation over ranks is the same
@@ -47,7 +74,7 @@ class Stream:
 
     def __init__(
         self,
-        store: ActivationStore,
+        store: RowGroups,
         split: str = "train",
         *,
         batch_tokens: int,
@@ -83,7 +110,7 @@ class Stream:
         self._ready_rows = prefetch * self._slice
         self.wait_seconds = 0.0
 
-        self._window = np.empty((0, store.d_model), raw_dtype(store.manifest.dtype))
+        self._window = np.empty((0, store.d_model), raw_dtype(store.dtype))
         self._used = 0
         self._changed = threading.Condition()
         self._ready: deque[np.ndarray] = deque()
@@ -93,10 +120,11 @@ class Stream:
         self._thread.start()
 
     @classmethod
-    def resume(cls, store: ActivationStore, state: dict[str, Any], **settings: Any) -> "Stream":
+    def resume(cls, store: RowGroups, state: dict[str, Any], **settings: Any) -> "Stream":
         """The stream that goes on where `state()` was taken, at any world size.
 
-        `settings` are those that do not change the order: batches, rank, world_size, prefetch.
+        `settings` are those that do not change the order: batches, rank, world_size, prefetch. Raises
+        SaescaleError where it was taken of another store.
         """
         if state["store"] != store.fingerprint:
             raise SaescaleError(
@@ -137,7 +165,7 @@ class Stream:
     def __iter__(self) -> "Stream":
         return self
 
-    def __next__(self) -> np.ndarray:
+    def __next__(self) -> SourceBatch:
         if self._next == self._end or (self._closed and self._error is None):
             self.close()
             raise StopIteration
@@ -151,7 +179,7 @@ class Stream:
             missing -= len(part)
             parts.append(part)
         self._next += 1
-        return parts[0] if len(parts) == 1 else np.concatenate(parts)
+        return SourceBatch(parts[0] if len(parts) == 1 else np.concatenate(parts))
 
     def _take_window(self) -> np.ndarray:
         began = time.perf_counter()

@@ -70,10 +70,10 @@ def packs(folder: Path) -> Iterator[tuple[str, str]]:
     cells = [
         Cell.model_validate(shared | own)
         for own in (
-            {"n_latents": 64, "k": 3, "k_aux": 16},
-            {"n_latents": 512, "k": 2, "k_aux": 8},  # dead latents beyond 8 k_aux: the sparse way
-            {"n_latents": 256, "k": 4, "k_aux": 64, "multi_topk": True},
-            {"n_latents": 128, "k": 3, "k_aux": 0, "seed": 1},
+            {"n_latents": 64, "k": 3, "settings": {"k_aux": 16}},
+            {"n_latents": 512, "k": 2, "settings": {"k_aux": 8}},  # dead latents beyond 8 k_aux: the sparse way
+            {"n_latents": 256, "k": 4, "settings": {"k_aux": 64, "multi_topk": True}},
+            {"n_latents": 128, "k": 3, "seed": 1},
         )
     ]
     run = str(folder / "pack")

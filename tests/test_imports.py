@@ -45,7 +45,7 @@ def test_imports_point_down(path: Path) -> None:
     ("modules", "unwanted"),
     [
         ("storage.store storage.stream storage.rundir storage.checkpoint", "torch ray wandb lightning"),
-        ("scaling.report.report scaling.tables scaling.laws.known", "torch ray wandb lightning"),
+        ("scaling.report.report scaling.tables scaling.laws.law", "torch ray wandb lightning"),
         ("trainers.training.train trainers.harvest.conduct trainers.subjects.subject", "ray"),
         ("cluster.cli", "torch ray wandb lightning numpy"),
     ],

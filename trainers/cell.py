@@ -1,17 +1,24 @@
 """A cell: one SAE to train, named by a hash of everything that defines it."""
 
+import difflib
 import hashlib
+import json
 import math
+from collections.abc import Mapping, Sequence
 from functools import cached_property
-from typing import Literal, Self
+from typing import TYPE_CHECKING, Any, NamedTuple, Self
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
-from saescale.scaling.compute import Flops, flops_per_token
-from saescale.storage.columns import CurveRow
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
+from saescale.scaling.compute import Flops
+from saescale.storage.errors import SaescaleError
+from saescale.trainers.architectures import ARCHITECTURES
+from saescale.trainers.precision import Precision
 
-__all__ = ["Cell", "CurveRow", "EvalSpec", "Precision", "auto_k_aux"]
+if TYPE_CHECKING:
+    from saescale.trainers.architectures.architecture import Settings
 
-Precision = Literal["fp32", "bf16"]  # of the operands of the encoder product
+# Fields of the cells of saescale 0.1.0 that are settings of TopK now.
+_TOPK_ONCE = ("k_aux", "auxk_coefficient", "multi_topk")
 
 
 class EvalSpec(BaseModel):
@@ -24,10 +31,12 @@ class EvalSpec(BaseModel):
 
 
 class Cell(BaseModel):
-    """One SAE of a sweep: what it is (n_latents, k, activation, seed) and how it is trained.
+    """One SAE of a sweep: what it is (architecture, settings, n_latents, k, seed) and how it is trained.
 
     Two cells with the same fields are the same experiment: they share `cell_id`, and a sweep never trains one twice.
     Token counts are numbers of activations (rows of the store), counted with repetition over passes.
+
+    Raises pydantic's ValidationError for an architecture or a setting that there is not, with the nearest name.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -35,33 +44,67 @@ class Cell(BaseModel):
     store: str  # fingerprint of the activation store
     d_model: int = Field(gt=0)
     n_latents: int = Field(gt=0)
-    k: int = Field(gt=0)
-    activation: Literal["topk"] = "topk"
-    seed: int = 0  # of the initial decoder
+    k: int = Field(gt=0)  # active latents per token
+    architecture: str = "topk"
+    settings: dict[str, Any] = Field(default={}, validate_default=True)  # the architecture's own, less its defaults
+    seed: int = 0  # of the initial weights
     stream_seed: int = 0  # of the order of the data; one for the whole sweep
     tokens: int = Field(gt=0)
     batch_tokens: int = Field(gt=0)
     lr: float = Field(gt=0)
-    k_aux: int = Field(ge=0)  # 0 switches AuxK off
-    auxk_coefficient: float = Field(default=1 / 32, ge=0)
     dead_after_tokens: int = Field(gt=0)
-    multi_topk: bool = False
     ema: float = Field(default=0.999, ge=0, lt=1)
     precision: Precision = "fp32"
+
+    @model_validator(mode="before")
+    @classmethod
+    def _as_it_was(cls, fields: Any) -> Any:
+        """Takes the fields that cells had in saescale 0.1.0 too."""
+        if not isinstance(fields, dict):
+            return fields
+        once = {name: fields[name] for name in _TOPK_ONCE if name in fields}
+        fields = {name: value for name, value in fields.items() if name not in once}
+        if "activation" in fields:
+            fields["architecture"] = fields.pop("activation")
+        return fields | {"settings": fields.get("settings", {}) | once} if once else fields
+
+    @field_validator("architecture")
+    @classmethod
+    def _known(cls, name: str) -> str:
+        return known_architecture(name)
+
+    @field_validator("settings")
+    @classmethod
+    def _valid(cls, settings: dict[str, Any], info: ValidationInfo) -> dict[str, Any]:
+        if "architecture" not in info.data or "k" not in info.data:
+            return settings
+        whole = whole_settings(info.data["architecture"], info.data["k"], settings)
+        return whole.model_dump(mode="json", exclude={"k"}, exclude_defaults=True)
 
     @model_validator(mode="after")
     def _check(self) -> Self:
         if self.k > self.n_latents:
-            raise ValueError(f"k={self.k} is larger than n_latents={self.n_latents}: a TopK SAE needs k <= n_latents")
+            raise ValueError(f"k={self.k} is larger than n_latents={self.n_latents}: an SAE needs k <= n_latents")
+        if self.precision == "bf16" and not traits_of(self.architecture).bf16:
+            raise ValueError(f"{self.architecture} has no fast path, which is what bf16 is for: set precision to fp32")
         if self.tokens % self.batch_tokens:
             raise ValueError(f"tokens={self.tokens} is not a multiple of batch_tokens={self.batch_tokens}")
         return self
 
     @cached_property
     def cell_id(self) -> str:
-        """Readable prefix and the first 8 hex digits of the SHA-256 of all fields."""
-        digest = hashlib.sha256(self.model_dump_json().encode()).hexdigest()
+        """Readable prefix and the first 8 hex digits of the SHA-256 of the fields that differ from their defaults.
+
+        So a new field with a default renames no cell.
+        """
+        defined = json.dumps(self.model_dump(mode="json", exclude_defaults=True), sort_keys=True)
+        digest = hashlib.sha256(defined.encode()).hexdigest()
         return f"n{self.n_latents}-k{self.k}-s{self.seed}-{digest[:8]}"
+
+    @cached_property
+    def whole_settings(self) -> "Settings":
+        """Of its architecture, with k and all defaults."""
+        return whole_settings(self.architecture, self.k, self.settings)
 
     @property
     def steps(self) -> int:
@@ -73,10 +116,71 @@ class Cell(BaseModel):
         return 4 * self.dead_after_tokens
 
     def flops(self, tokens: int) -> Flops:
-        """Training FLOPs spent after `tokens` tokens (paper.md, compute): sparse, and dense-equivalent."""
-        multi_k = min(4 * self.k, self.n_latents) if self.multi_topk else 0
-        per_token = flops_per_token(self.d_model, self.n_latents, self.k, self.k_aux, multi_k)
-        return Flops(sparse=per_token.sparse * tokens, dense=per_token.dense * tokens)
+        """Training FLOPs to expect of `tokens` tokens, where none of the latents is dead."""
+        from saescale.trainers.architectures.architecture import Shape, Worked, find_architecture
+
+        worked = Worked(tokens=tokens, selected=self.k * tokens)
+        shape = Shape(self.d_model, self.n_latents)
+        return find_architecture(self.architecture).flops(shape, self.whole_settings, worked)
+
+
+def known_architecture(name: str) -> str:
+    """`name` as cells spell it. Raises ValueError, with the nearest name, where there is no such architecture."""
+    try:
+        ARCHITECTURES.check(name)
+    except SaescaleError as error:
+        raise ValueError(str(error)) from error
+    return name.replace("-", "_")
+
+
+class Traits(NamedTuple):
+    settings: tuple[str, ...]  # names of what an architecture can be told beside k
+    bf16: bool  # whether it has a fast path, which is what has a precision
+
+
+def traits_of(architecture: str) -> Traits:
+    """What a sweep needs to know of an architecture. Raises SaescaleError for an unknown one."""
+    from saescale.trainers.architectures.architecture import find_architecture
+
+    module = find_architecture(architecture)
+    return Traits(
+        tuple(name for name in module.Settings.model_fields if name != "k"), getattr(module, "step", None) is not None
+    )
+
+
+def check_settings(architectures: Sequence[str], settings: Mapping[str, Any]) -> None:
+    """Raises ValueError, in one line, for a setting that none of them has, or of a value that one does not take."""
+    try:
+        traits = {name: traits_of(name) for name in architectures}
+    except SaescaleError as error:  # a user's file that fails
+        raise ValueError(str(error)) from error
+    names = sorted({name for own in traits.values() for name in own.settings})
+    for name in settings:
+        if name not in names:
+            close = difflib.get_close_matches(str(name), names, n=1, cutoff=0.4)
+            hint = f"did you mean {close[0]}?" if close else f"there are {', '.join(names) or 'none'}"
+            raise ValueError(f"{name} is no setting of {' or '.join(architectures)}: {hint}")
+    for architecture, own in traits.items():
+        whole_settings(architecture, 1, {name: value for name, value in settings.items() if name in own.settings})
+
+
+def whole_settings(architecture: str, k: int, settings: Mapping[str, Any]) -> "Settings":
+    """An architecture's settings with its defaults. Raises ValueError, in one line, for one that there is not."""
+    from saescale.trainers.architectures.architecture import find_architecture
+
+    try:
+        model = find_architecture(architecture).Settings
+        unknown = [name for name in settings if name not in model.model_fields or name == "k"]
+        if unknown:
+            check_settings([architecture], {unknown[0]: None})
+        return model(k=k, **settings)
+    except SaescaleError as error:
+        raise ValueError(str(error)) from error
+    except ValidationError as error:
+        problem = error.errors()[0]
+        where = ".".join(str(part) for part in problem["loc"])
+        given = f" (given: {problem['input']!r})"
+        raise ValueError(f"setting {where} of {architecture}: {problem['msg']}{given}") from error
 
 
 def auto_k_aux(d_model: int) -> int:

@@ -6,7 +6,7 @@ from functools import cache
 import numba
 import torch
 from saescale.storage.errors import SaescaleError
-from saescale.trainers.cell import Precision
+from saescale.trainers.precision import Precision
 
 
 class OutOfMemory(SaescaleError):

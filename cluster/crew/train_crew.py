@@ -15,7 +15,7 @@ from saescale.cluster.crew.shares import cpus_each
 from saescale.cluster.crew.train_worker import Worker, WorkerInfo
 from saescale.storage.errors import SaescaleError, SaescaleWarning
 from saescale.storage.store import ActivationStore
-from saescale.trainers.cell import Precision
+from saescale.trainers.precision import Precision
 from saescale.trainers.training.memory import PROCESS_BYTES, StreamSize, pack_memory
 
 _START_TIMEOUT_S = 900.0  # until the first worker is up; an autoscaler may have to find a machine for it

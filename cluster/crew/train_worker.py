@@ -13,9 +13,9 @@ from saescale.cluster.crew.metrics import WorkerMetrics
 from saescale.storage.errors import SaescaleError, SaescaleWarning
 from saescale.storage.files import exists, join
 from saescale.storage.manifest import MANIFEST
-from saescale.trainers.cell import Precision
 from saescale.trainers.device import default_device, fast_precision
 from saescale.trainers.kernels.choose import KernelKind, kernel_kind
+from saescale.trainers.precision import Precision
 from saescale.trainers.training.report import Progress
 from saescale.trainers.training.train import PackJob, train_pack
 

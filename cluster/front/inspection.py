@@ -1,5 +1,7 @@
 """What lies at a URL, in a few lines: an activation store, a run directory, or one cell's folder."""
 
+from typing import Any
+
 from saescale.storage.errors import SaescaleError
 from saescale.storage.files import exists, join
 from saescale.storage.rundir import RunDirectory
@@ -51,14 +53,21 @@ def _run(run: RunDirectory) -> dict[str, str]:
 
 
 def _cell(url: str) -> dict[str, str]:
-    from saescale.trainers.exchange.native import load_trained
+    from saescale.trainers.exchange import native
 
-    sae, cell = load_trained(join(url, "sae.safetensors"))
-    norms = sae.W_enc.detach().norm(dim=1)
+    sae, cell = native.read(url)
+    settings = "".join(f", {name} {value}" for name, value in cell.settings.items())
     return {
         "cell": cell.cell_id,
-        "sae": f"TopK, n_latents {cell.n_latents}, k {cell.k}, d_model {cell.d_model}, unit-norm preprocessing",
+        "sae": f"{cell.architecture}, n_latents {cell.n_latents}, k {cell.k}, d_model {cell.d_model}{settings}, "
+        "unit-norm preprocessing",
         "trained": f"{cell.tokens:,} tokens in batches of {cell.batch_tokens:,}, lr {cell.lr:.3g}, seed {cell.seed}",
-        "encoder norms": f"{norms.min():.3g} to {norms.max():.3g}, median {norms.median():.3g}",
-        "|b_pre|": f"{sae.b_pre.detach().norm():.4g}",
-    }
+    } | {name: _described(tensor) for name, tensor in sae.params.items()}
+
+
+def _described(tensor: Any) -> str:
+    shape = " x ".join(str(size) for size in tensor.shape)
+    if tensor.ndim < 2:
+        return f"[{shape}], norm {tensor.norm():.4g}"
+    norms = tensor.norm(dim=-1)
+    return f"[{shape}], norms of rows {norms.min():.3g} to {norms.max():.3g}, median {norms.median():.3g}"

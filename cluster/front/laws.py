@@ -19,7 +19,7 @@ def fit(
         typer.Option(help="n_k, n, c, n_d, n_s, n_of_c, d_of_c, n_flattens, n_steepens or your own; repeatable."),
     ] = None,
     law_file: Annotated[
-        list[str] | None, typer.Option(help="A Python file that registers laws of your own; repeatable.")
+        list[str] | None, typer.Option(help="A Python file that defines `forms`, a law of your own; repeatable.")
     ] = None,
     predict: Annotated[
         list[str] | None, typer.Option(help="Predict nmse there, such as n=65536,k=64; repeatable.")
@@ -34,7 +34,7 @@ def fit(
     """
     from saescale.cluster.front.display import coefficient_table
     from saescale.scaling.laws.fit import fit_laws, fit_notes
-    from saescale.scaling.laws.known import load_laws
+    from saescale.scaling.laws.law import load_laws
     from saescale.scaling.laws.predict import parse_point, predictions
     from saescale.scaling.laws.settings import DEFAULT_LAWS, FitSettings
     from saescale.scaling.sources import load_sources

@@ -55,9 +55,9 @@ def union(first: Grid, second: Grid) -> Grid:
     lists = {key: value for key, value in first.model_dump().items() if key != "cells"} if first.k else {}
     covered = set(Grid.model_validate(lists).combinations()) if lists else set()
     seeds: dict[tuple[int, int, str], list[int]] = defaultdict(list)
-    for n_latents, k, activation, seed in sorted({*first.combinations(), *second.combinations()} - covered):
-        seeds[n_latents, k, activation].append(seed)
-    cells = [{"n_latents": n, "k": k, "activation": a, "seed": own} for (n, k, a), own in seeds.items()]
+    for n_latents, k, architecture, seed in sorted({*first.combinations(), *second.combinations()} - covered):
+        seeds[n_latents, k, architecture].append(seed)
+    cells = [{"n_latents": n, "k": k, "architecture": a, "seed": own} for (n, k, a), own in seeds.items()]
     return Grid.model_validate(lists | ({"cells": cells} if cells else {}))
 
 

@@ -17,7 +17,8 @@ from saescale.storage.errors import SaescaleError, SaescaleWarning, Unavailable
 from saescale.storage.files import remove
 from saescale.storage.rundir import RunDirectory
 from saescale.storage.store import ActivationStore
-from saescale.trainers.cell import Cell, Precision
+from saescale.trainers.cell import Cell
+from saescale.trainers.precision import Precision
 from saescale.trainers.training.results import result_row
 
 T = TypeVar("T")
@@ -154,7 +155,9 @@ class Ledger:
         """Marks a cell as failed that no worker could finish. Its last checkpoint stays, for another try."""
         steps = checkpoint.steps(self.run.checkpoint_url(cell.cell_id))
         tokens = cell.batch_tokens * max(steps, default=0)
-        row = result_row(cell, self._store.manifest, tokens, wall_s=0.0, last=None, error=why)
+        row = result_row(
+            cell, self._store.subject, self._store.site, tokens, cell.flops(tokens), wall_s=0.0, last=None, error=why
+        )
         self.run.write_cell_result(cell.cell_id, row)
         self.record([row])
 

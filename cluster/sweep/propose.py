@@ -9,7 +9,7 @@ from typing import Any, NamedTuple, cast
 import numpy as np
 from saescale.cluster.sweep.spec import NO_STORE, SweepSpec, parse_spec
 from saescale.scaling.laws.estimate import Fit, fit_law
-from saescale.scaling.laws.known import GPT4, N_K
+from saescale.scaling.laws.forms.n_k import GPT4, N_K
 from saescale.scaling.laws.settings import FitSettings
 from saescale.scaling.planning.design import (
     LEVELS,

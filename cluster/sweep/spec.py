@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal, NamedTuple, Self, get_args
 
 import yaml
 from pydantic import (
+    AfterValidator,
     BaseModel,
     Field,
     SerializerFunctionWrapHandler,
@@ -20,12 +21,14 @@ from pydantic_core import PydanticCustomError
 from saescale.cluster.crew.claims import NotNegative, Positive, Resources
 from saescale.cluster.crew.claims import Section as _Model
 from saescale.storage import files
+from saescale.storage.columns import OLD_NAMES
 from saescale.storage.errors import SaescaleError
 from saescale.storage.secrets import ADVICE, names_secret, secret_in_url
 from saescale.storage.store import ActivationStore
 from saescale.storage.yaml_text import parse_yaml
-from saescale.trainers.cell import Cell, EvalSpec, Precision, auto_k_aux
+from saescale.trainers.cell import Cell, EvalSpec, auto_k_aux, check_settings, known_architecture, traits_of
 from saescale.trainers.loggers.wandb_cells import WandbSettings
+from saescale.trainers.precision import Precision
 
 # What a sweep file says where nobody has named a store yet: to be edited.
 NO_STORE = "stores/STORE"
@@ -34,12 +37,26 @@ NO_STORE = "stores/STORE"
 _SECRET = "secret"
 
 
-class GridCell(_Model):
+Architecture = Annotated[str, AfterValidator(known_architecture)]
+
+
+class _OldNames(_Model):
+    """Takes `activation` for `architecture`, as sweep files had it in saescale 0.1.0."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _renamed(cls, fields: Any) -> Any:
+        if isinstance(fields, dict) and "activation" in fields and "architecture" not in fields:
+            return {OLD_NAMES.get(name, name): value for name, value in fields.items()}
+        return fields
+
+
+class GridCell(_OldNames):
     """One n and k, with a cell for each seed."""
 
     n_latents: Positive
     k: Positive
-    activation: Literal["topk"] = "topk"
+    architecture: Architecture = "topk"
     seed: list[NotNegative] = Field(default=[0], min_length=1)
 
 
@@ -48,16 +65,16 @@ class Combination(NamedTuple):
 
     n_latents: int
     k: int
-    activation: Literal["topk"]
+    architecture: str
     seed: int
 
 
-class Grid(_Model):
+class Grid(_OldNames):
     """Every combination of the lists is a cell, and so is each of `cells` (such as `saescale plan` proposes)."""
 
     n_latents: list[Positive] = Field(default=[], min_length=1)
     k: list[Positive] = Field(default=[], min_length=1)
-    activation: list[Literal["topk"]] = Field(default=["topk"], min_length=1)
+    architecture: list[Architecture] = Field(default=["topk"], min_length=1)
     seed: list[NotNegative] = Field(default=[0], min_length=1)
     cells: list[GridCell] = Field(default=[], min_length=1)
 
@@ -70,8 +87,7 @@ class Grid(_Model):
         for n_latents, k, _, _ in self.combinations():
             if k > n_latents:
                 raise ValueError(
-                    f"k = {k} is larger than n_latents = {n_latents}; a TopK SAE needs k <= n_latents: "
-                    "remove one of them"
+                    f"k = {k} is larger than n_latents = {n_latents}; an SAE needs k <= n_latents: remove one of them"
                 )
         return self
 
@@ -81,10 +97,15 @@ class Grid(_Model):
         return {key: value for key, value in handler(self).items() if value}
 
     def combinations(self) -> list[Combination]:
-        """All cells, each once, by n_latents, k, activation and seed."""
-        found = {Combination(*c) for c in itertools.product(self.n_latents, self.k, self.activation, self.seed)}
-        found |= {Combination(c.n_latents, c.k, c.activation, seed) for c in self.cells for seed in c.seed}
+        """All cells, each once, by n_latents, k, architecture and seed."""
+        found = {Combination(*c) for c in itertools.product(self.n_latents, self.k, self.architecture, self.seed)}
+        found |= {Combination(c.n_latents, c.k, c.architecture, seed) for c in self.cells for seed in c.seed}
         return sorted(found)
+
+    @property
+    def architectures(self) -> list[str]:
+        """Those of all cells."""
+        return sorted({c.architecture for c in self.combinations()})
 
     @property
     def size(self) -> int:
@@ -117,13 +138,17 @@ class AuxK(_Model):
 
 
 class Train(_Model):
-    """How each cell is trained; the defaults are the paper's (Gao et al. 2024)."""
+    """How each cell is trained; the defaults are the paper's (Gao et al. 2024).
+
+    Of `auxk`, `multi_topk` and `settings` each architecture takes what it has a setting for.
+    """
 
     tokens: Positive | TokenLaw
     batch_tokens: Positive = 131_072
     lr: Annotated[float, Field(gt=0)] | RateLaw = RateLaw(at=16_384, value=2e-4)
     auxk: AuxK = AuxK()
     multi_topk: bool = False
+    settings: dict[str, Any] = Field(default={})  # of an architecture's own
     ema: float = Field(default=0.999, ge=0, lt=1)
     precision: Literal["auto"] | Precision = "auto"  # of the encoder product; auto: the faster one on this machine
     stream_seed: NotNegative = 0  # of the order of the data
@@ -156,29 +181,44 @@ class SweepSpec(_Model):
             raise PydanticCustomError(_SECRET, "{found}; {advice}", {"found": found, "advice": ADVICE})
         return url
 
+    @model_validator(mode="after")
+    def _settings_are_known(self) -> Self:
+        """Before anything is harvested or trained. Loads architectures, and torch, only where there is need."""
+        if self.train.settings:
+            check_settings(self.grid.architectures, self.train.settings)
+        return self
+
     def cells(self, store: ActivationStore, precision: Precision) -> list[Cell]:
-        """The grid over `store`; `precision` is what `train.precision: auto` means here."""
+        """The grid over `store`; `precision` is what `train.precision: auto` means here.
+
+        An architecture without a fast path works in fp32 whatever is asked for.
+        """
         grid, train = self.grid, self.train
+        asked = {
+            "k_aux": auto_k_aux(store.d_model) if train.auxk.k == "auto" else train.auxk.k,
+            "auxk_coefficient": train.auxk.coefficient,
+            "multi_topk": train.multi_topk,
+        } | train.settings
+        traits = {name: traits_of(name) for name in grid.architectures}
+        wanted = precision if train.precision == "auto" else train.precision
         return [
             Cell(
                 store=store.fingerprint,
                 d_model=store.d_model,
                 n_latents=n_latents,
                 k=k,
-                activation=activation,
+                architecture=architecture,
+                settings={name: asked[name] for name in traits[architecture].settings if name in asked},
                 seed=seed,
                 stream_seed=train.stream_seed,
                 tokens=self.tokens_of(n_latents),
                 batch_tokens=train.batch_tokens,
                 lr=train.lr if isinstance(train.lr, float) else _law(train.lr.value, train.lr, n_latents),
-                k_aux=auto_k_aux(store.d_model) if train.auxk.k == "auto" else train.auxk.k,
-                auxk_coefficient=train.auxk.coefficient,
                 dead_after_tokens=train.auxk.dead_after_tokens,
-                multi_topk=train.multi_topk,
                 ema=train.ema,
-                precision=precision if train.precision == "auto" else train.precision,
+                precision=wanted if traits[architecture].bf16 else "fp32",
             )
-            for n_latents, k, activation, seed in grid.combinations()
+            for n_latents, k, architecture, seed in grid.combinations()
         ]
 
     def tokens_of(self, n_latents: int) -> int:

@@ -5,7 +5,8 @@ from saescale.scaling.figures.axes import count_axis, linear_axis, log_axis
 from saescale.scaling.figures.views import Band, Label, Layer, Line, Points, Rule, View, how_thinned, thinned
 from saescale.scaling.laws.estimate import Fit
 from saescale.scaling.laws.fit import Laws
-from saescale.scaling.laws.known import N_FLOOR, N_K
+from saescale.scaling.laws.forms.n import N_FLOOR
+from saescale.scaling.laws.forms.n_k import N_K
 from saescale.scaling.tables import Table, number
 from saescale.storage.columns import COLUMNS
 

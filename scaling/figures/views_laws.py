@@ -9,8 +9,9 @@ from saescale.scaling.figures.views import Band, Label, Layer, Line, Marker, Poi
 from saescale.scaling.figures.views_cells import N_LABEL, NMSE_LABEL, joint_fit, ks_of, one_form
 from saescale.scaling.laws.estimate import Fit
 from saescale.scaling.laws.fit import Laws
+from saescale.scaling.laws.forms.c import C_FLOOR
+from saescale.scaling.laws.forms.n_k import GPT4
 from saescale.scaling.laws.frontier import Curve
-from saescale.scaling.laws.known import C_FLOOR, GPT4
 from saescale.storage.columns import COLUMNS
 
 C_LABEL, K_LABEL = COLUMNS["flops"].title, COLUMNS["k"].title

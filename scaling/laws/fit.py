@@ -19,9 +19,8 @@ from saescale.scaling.laws.frontier import Curve, Frontier, find_frontier, fit_f
 from saescale.scaling.laws.holdout import compare_without_last, hold_out
 from saescale.scaling.laws.identify import profile_floor
 from saescale.scaling.laws.isoflop import IsoFlop, find_isoflop, fit_isoflop
-from saescale.scaling.laws.known import find_law, forms_of, law_names
-from saescale.scaling.laws.law import SYMBOLS, Law
-from saescale.scaling.laws.settings import FitSettings
+from saescale.scaling.laws.law import SYMBOLS, Law, find_law, forms_of
+from saescale.scaling.laws.settings import DEFAULT_LAWS, FitSettings
 from saescale.scaling.tables import Table, check_cells, comparable, fingerprint, number
 from saescale.storage.errors import SaescaleError
 
@@ -105,7 +104,7 @@ def fit_laws(
         curves = None
     curves_at = {} if curves is None else {at["k"]: read_curves(cells, curves) for at, cells in by_k}
     found: list[Fit | Skipped] = []
-    asked = {law: forms_of(law) for law in law_names() if law in settings.laws}
+    asked = {law: forms_of(law) for law in _in_order(settings.laws)}
     over = {form.over for forms in asked.values() for form in forms}
     frontiers, no_frontier = _find_frontiers(results, by_k, curves, curves_at) if over - {"cells"} else ([], [])
     isoflops = tuple(view for frontier in frontiers if (view := find_isoflop(frontier, results)))
@@ -198,6 +197,11 @@ def coefficient_rows(document: Mapping[str, Any]) -> list[CoefficientRow]:
             named |= {f"exponent of n at {symbol} = {level}": v for level, v in entry.get(key, {}).items()}
         rows += [CoefficientRow(label, name, v["value"], v["low"], v["high"]) for name, v in named.items()]
     return rows
+
+
+def _in_order(laws: Sequence[str]) -> list[str]:
+    """Those that are fitted by default first, since the others are read beside them."""
+    return [*(law for law in DEFAULT_LAWS if law in laws), *(law for law in laws if law not in DEFAULT_LAWS)]
 
 
 def _by_k(results: Table) -> list[tuple[dict[str, float], Table]]:

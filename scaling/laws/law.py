@@ -1,20 +1,27 @@
-"""What a scaling law is, as data: sums of power-law terms with named coefficients.
+"""The door of laws: what a scaling law is, as data, and how one is found by its name.
+
+A law is a file of forms/ that defines `forms` at its top level, all forms of the law that its name says: see README.md.
 
 Every law is L(x) = sum over terms of  amplitude * exp(sum over exponents of  e * product of ln(columns)), or another
 power mean of its terms. In logarithms of the amplitudes, ln L is a log-sum-exp of affine functions, which gives every
-law exact gradients and the same well-conditioned fit (see estimate.py). A new law is a few lines of data (laws.py).
+law exact gradients and the same well-conditioned fit (see estimate.py). A new law is a few lines of data.
 """
 
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 from typing import Literal, NamedTuple
 
 import numpy as np
+from saescale.scaling.laws.settings import DEFAULT_LAWS
 from saescale.storage.columns import COLUMNS
 from saescale.storage.errors import SaescaleError
+from saescale.storage.registry import Room, load_file
 
 SYMBOLS = {column.name: column.symbol for column in COLUMNS.values() if column.symbol}
+LAWS = Room("saescale.scaling.laws.forms", "law", marker="forms", folder="laws")
+_FROM_FILES: dict[str, Path] = {}  # laws of --law-file, by their names
 _AMPLITUDE = (1e-3, 150.0)  # relative to the lowest and the highest measured value: e^-7 and e^5
 
 
@@ -183,7 +190,7 @@ class Law:
 
 
 def _unit(column: str) -> str:
-    return COLUMNS[column].unit if column in COLUMNS else column
+    return (COLUMNS[column].unit if column in COLUMNS else "") or column
 
 
 def log_sum(
@@ -197,3 +204,68 @@ def log_sum(
     total = shares.sum(axis=-1)
     shares /= total[..., None]
     return (top + np.log(total)) / join, shares[..., term_of] * design
+
+
+# --- laws by their names
+
+
+def law_names() -> tuple[str, ...]:
+    """The names that can be asked for, each once, those that are fitted by default first."""
+    return (*DEFAULT_LAWS, *(name for name in LAWS.names() if name not in DEFAULT_LAWS), *_FROM_FILES)
+
+
+def forms_of(name: str) -> tuple[Law, ...]:
+    """All forms of a law, such as with and without a floor: each is fitted, and they are compared.
+
+    Raises SaescaleError for an unknown name, and for a file of the user's whose `forms` are no laws of that name.
+    """
+    if name in _FROM_FILES:
+        return _forms(_FROM_FILES[name])
+    module = LAWS.load(name)
+    forms = _checked(module.forms, str(module.__file__))
+    if forms[0].name != name:
+        raise SaescaleError(f"{module.__file__} defines the law {forms[0].name}; call it {name}, as the file is called")
+    return forms
+
+
+def find_law(name: str, coefficients: Mapping[str, object]) -> Law:
+    """The law of an entry of fits.json, by its name and coefficient names. Raises SaescaleError."""
+    forms = forms_of(name)
+    for law in forms:
+        if set(law.names) == set(coefficients):
+            return law
+    raise SaescaleError(
+        f"no law {name} with coefficients {', '.join(coefficients)}; there are "
+        + "; ".join(law.formula for law in forms)
+    )
+
+
+def load_laws(path: str) -> tuple[Law, ...]:
+    """The forms of a law of the user's own, from a file as those in forms/ are; from now on its name can be asked for.
+
+    Raises SaescaleError when the file is missing or fails, defines no law, or one that there is already.
+    """
+    where = Path(path).resolve()
+    if not where.is_file():
+        raise SaescaleError(f"there is no law file at {path}; it is a Python file that defines forms, a tuple of laws")
+    forms = _forms(where)
+    name = forms[0].name
+    if name in LAWS.names() and Path(str(LAWS.load(name).__file__)).resolve() != where:
+        raise SaescaleError(f"{path}: there is a law {name} already; choose another name")
+    if name not in LAWS.names():
+        _FROM_FILES[name] = where
+    return forms
+
+
+def _forms(path: Path) -> tuple[Law, ...]:
+    return _checked(getattr(load_file(path, "law"), "forms", ()), str(path))
+
+
+def _checked(forms: object, where: str) -> tuple[Law, ...]:
+    if not isinstance(forms, tuple | list) or not forms or not all(isinstance(form, Law) for form in forms):
+        raise SaescaleError(f"{where} defines no law; it should say forms = (Law(...),)")
+    if len({form.name for form in forms}) > 1:
+        raise SaescaleError(f"{where} defines laws of several names; the forms of one law share its name")
+    if len({frozenset(form.names) for form in forms}) < len(forms):
+        raise SaescaleError(f"{where}: two forms of {forms[0].name} have the same coefficients; name them differently")
+    return tuple(forms)

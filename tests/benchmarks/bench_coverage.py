@@ -16,7 +16,8 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import numpy as np
 from saescale.scaling.laws.estimate import Fitted, Resamples, draw_counts, fit_law
-from saescale.scaling.laws.known import GPT4, N_FLOOR, N_K, N
+from saescale.scaling.laws.forms.n import N_FLOOR, N
+from saescale.scaling.laws.forms.n_k import GPT4, N_K
 from saescale.scaling.laws.law import Law
 from saescale.scaling.laws.settings import FitSettings
 

@@ -17,20 +17,19 @@ from typing import Any, NamedTuple
 
 import torch
 from saescale.scaling.compute import flops_per_token
-from saescale.trainers.architectures import topk_sparse as step_module
-from saescale.trainers.architectures.reference import Objective
-from saescale.trainers.architectures.topk import SAE
-from saescale.trainers.architectures.topk_sparse import Batch, DeadLatents, step
-from saescale.trainers.cell import Cell, Precision, auto_k_aux
+from saescale.trainers.architectures import topk_sparse
+from saescale.trainers.architectures.architecture import Batch
+from saescale.trainers.cell import Cell, auto_k_aux
+from saescale.trainers.kernels import choose
 from saescale.trainers.kernels import eager as sparse_eager
-from saescale.trainers.kernels import interface as sparse
+from saescale.trainers.kernels.interface import Kernels
+from saescale.trainers.precision import Precision
 from saescale.trainers.preprocess import Centre, measure_centre
-from saescale.trainers.training import optimiser as optimiser_module
 from saescale.trainers.training.memory import StreamSize, pack_memory
-from saescale.trainers.training.optimiser import SAEAdam
-from saescale.trainers.training.pack import Pack
+from saescale.trainers.training.pack import Pack, RawBatch
 
 from tests.benchmarks.harness import BenchmarkError, alternate, console, machine, run, show_table, write_result
+from tests.benchmarks.ours import training_cell
 from tests.benchmarks.protocol import Size, unit_rows
 
 SIZES = [Size(8192, 768, 32768, 32), Size(32768, 768, 32768, 32), Size(32768, 768, 131072, 64)]
@@ -50,7 +49,7 @@ def main() -> None:
     if not torch.cuda.is_available():
         raise BenchmarkError("torch sees no CUDA device here; this benchmark measures one")
     device = torch.device("cuda")
-    where = machine() | {"gpu": torch.cuda.get_device_name(device), "kernels": sparse.kernel_kind(device)}
+    where = machine() | {"gpu": torch.cuda.get_device_name(device), "kernels": choose.kernel_kind(device)}
     peak = _peak_rate(device, arguments.rounds)
     result = {
         "machine": where,
@@ -85,26 +84,21 @@ def _peak_rate(device: torch.device, rounds: int) -> float:
     return float(2 * 8192**3 / timing.median)
 
 
-def _train(size: Size, device: torch.device, precision: Precision, kernels: sparse.Kernels) -> Callable[[], object]:
+def _train(size: Size, device: torch.device, precision: Precision, kernels: Kernels) -> Callable[[], object]:
     x = unit_rows(size)[0]
     centre = measure_centre(x)
-    sae = SAE(size.d_model, size.n_latents, size.k)
-    sae.initialise(centre.b_pre, seed=0)
-    sae.to(device)
+    cell = training_cell(size, centre, precision, auto_k_aux(size.d_model), str(device))
     rows, origin = x.to(device), centre.b_pre.to(device)
-    optimiser, dead = SAEAdam(sae, 1e-4, 0.999, precision), DeadLatents(size.n_latents, device)
-    objective = Objective(size.k, centre.variance, auto_k_aux(size.d_model))
 
     def train() -> None:
-        step_module.kernels = optimiser_module.kernels = lambda device: kernels
-        batch = Batch.of(rows, origin, precision == "bf16")
-        optimiser.step(step(sae, optimiser.operand, batch, objective, dead, NEVER).gradient)
+        topk_sparse.kernels = lambda device: kernels
+        cell.train_on(Batch.of(rows, origin, precision == "bf16"))
 
     return train
 
 
 def _measure(size: Size, device: torch.device, peak: float, rounds: int) -> dict[str, Any]:
-    ours = sparse.kernels(device)
+    ours = choose.kernels(device)
     x = torch.randn(size.batch_tokens, size.d_model, device=device, dtype=torch.bfloat16)
     W = torch.randn(size.n_latents, size.d_model, device=device, dtype=torch.bfloat16)
     pre = x.new_empty(size.batch_tokens, size.n_latents)
@@ -134,18 +128,18 @@ def _grid(device: torch.device, peak: float, rounds: int) -> dict[str, Any]:
     cells = [
         Cell(
             store="random", d_model=size.d_model, n_latents=n, k=k, tokens=size.batch_tokens,
-            batch_tokens=size.batch_tokens, lr=2e-4 * (2**14 / n) ** 0.5, k_aux=auto_k_aux(size.d_model),
+            batch_tokens=size.batch_tokens, lr=2e-4 * (2**14 / n) ** 0.5, settings={"k_aux": auto_k_aux(size.d_model)},
             dead_after_tokens=NEVER, precision="bf16",
         ).model_copy(update={"tokens": 10**6 * size.batch_tokens})
         for n, k in GRID
     ]  # fmt: skip
-    step_module.kernels = optimiser_module.kernels = sparse.kernels
+    topk_sparse.kernels = choose.kernels
     torch.cuda.reset_peak_memory_stats(device)
     x = unit_rows(size)[0]
     sample = measure_centre(x)
     pack = Pack(cells, Centre(sample.b_pre, sample.variance), device)
     raw = x.half().to(device)
-    timing = alternate([_Turn("grid", lambda: pack.training_step(raw, 0))], rounds, warmup=3)["grid"]
+    timing = alternate([_Turn("grid", lambda: pack.training_step(RawBatch(raw), 0))], rounds, warmup=3)["grid"]
     flops = sum(float(cell.flops(size.batch_tokens).sparse) for cell in cells)
     measured = torch.cuda.max_memory_allocated(device)
     predicted = pack_memory(cells, 2**15, StreamSize(8192, 2**27), "cuda").total

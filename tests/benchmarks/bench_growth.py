@@ -17,17 +17,16 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from saescale.storage.store import ActivationStore
-from saescale.trainers.architectures.reference import Objective
-from saescale.trainers.architectures.topk import SAE
-from saescale.trainers.architectures.topk_sparse import Batch, DeadLatents, step
-from saescale.trainers.cell import Cell, EvalSpec, Precision
+from saescale.trainers.architectures.architecture import Batch
+from saescale.trainers.cell import Cell, EvalSpec
 from saescale.trainers.device import fast_precision, set_threads
+from saescale.trainers.precision import Precision
 from saescale.trainers.preprocess import measure_centre
 from saescale.trainers.training.memory import StreamSize, pack_memory
-from saescale.trainers.training.optimiser import SAEAdam
 from saescale.trainers.training.train import PackJob
 
 from tests.benchmarks.harness import alternate, console, machine, run, show_table, write_result
+from tests.benchmarks.ours import training_cell
 from tests.benchmarks.protocol import Size, unit_rows
 from tests.trainers.peak_memory import measure
 from tests.trainers.synthetic import write_store
@@ -85,20 +84,14 @@ class _Step(NamedTuple):
 def _setting(size: Size, dead_share: float, precision: Precision) -> Callable[[], object]:
     x = unit_rows(size)[0]
     centre = measure_centre(x)
-    sae = SAE(size.d_model, size.n_latents, size.k)
-    sae.initialise(centre.b_pre, seed=0)
-    optimiser = SAEAdam(sae, 1e-4, 0.999, precision)
-    objective = Objective(size.k, centre.variance, K_AUX)
-    dead = DeadLatents(size.n_latents)
+    cell = training_cell(size, centre, precision, K_AUX)
     never = torch.arange(size.n_latents) < dead_share * size.n_latents
-    with torch.no_grad():
-        # Latents that are dead for good: AuxK sees their pre-activations, and they never win a place.
-        sae.b_enc[never] = -10.0
+    # Latents that are dead for good: AuxK sees their pre-activations, and they never win a place.
+    cell.sae.params["b_enc"][never] = -10.0
 
     def train() -> None:
-        dead.tokens_since[never] = 10**9
-        batch = Batch.of(x, centre.b_pre, precision == "bf16")
-        optimiser.step(step(sae, optimiser.operand, batch, objective, dead, 10**8).gradient)
+        cell.dead.tokens_since[never] = 10**9
+        cell.train_on(Batch.of(x, centre.b_pre, precision == "bf16"))
 
     return train
 
@@ -136,7 +129,7 @@ def _memories(precision: Precision, threads: int) -> list[dict[str, Any]]:
                     Cell.model_validate({
                         "store": store.fingerprint, "d_model": BASE.d_model, "n_latents": BASE.n_latents,
                         "k": BASE.k, "tokens": 16_384, "batch_tokens": BASE.batch_tokens, "lr": 1e-3, "seed": seed,
-                        "k_aux": K_AUX, "dead_after_tokens": 8_192, "precision": precision,
+                        "settings": {"k_aux": K_AUX}, "dead_after_tokens": 8_192, "precision": precision,
                     } | fields)
                     for seed in range(value if axis == "cells" else 1)
                 ]  # fmt: skip

@@ -35,10 +35,12 @@ from saescale.trainers.device import default_device, fast_precision, set_threads
 from saescale.trainers.evals.nmse import HeldOut
 from saescale.trainers.loggers.interface import NoLogger
 from saescale.trainers.preprocess import to_tensor
-from saescale.trainers.training.checkpoints import Checkpoint
-from saescale.trainers.training.evaluate import Evaluate
-from saescale.trainers.training.pack import Pack
-from saescale.trainers.training.report import Report
+from saescale.trainers.training.after_batch import AfterBatch
+from saescale.trainers.training.checkpoints import Checkpoints
+from saescale.trainers.training.evaluate import Evaluator
+from saescale.trainers.training.pack import Pack, RawBatch
+from saescale.trainers.training.report import Reporter
+from saescale.trainers.training.results import Records
 from saescale.trainers.training.train import measured_centre
 
 from tests.benchmarks.harness import ROOT, BenchmarkError, console, machine, quartiles, run, show_table, write_result
@@ -167,17 +169,17 @@ def _plain(spec: SweepSpec) -> dict[str, float]:
     trainer = cast(L.Trainer, SimpleNamespace(should_stop=False))
     with Stream(store, batch_tokens=cells[0].batch_tokens, seed=cells[0].stream_seed, batches=steps) as stream:
         held_out = HeldOut(store, spec.eval.tokens, device)
-        after = [
-            Evaluate(held_out, spec.eval.every_tokens, out, store, NoLogger(), None),
-            Report(lambda progress: None, lambda: False, 0, stream),
-            Checkpoint(out, spec.resources.checkpoint_every_s, stream, None, 0),
-        ]
-        for part in after:
-            part.on_train_start(trainer, pack)
-        for index, act in enumerate(stream):
-            pack.training_step(to_tensor(act, store.manifest.dtype), index)
-            for part in after:
-                part.on_train_batch_end(trainer, pack)
+        after = AfterBatch(
+            Evaluator(held_out, spec.eval.every_tokens),
+            Records(out, store.subject, store.site, NoLogger(), None),
+            Reporter(lambda progress: None, 0, stream),
+            Checkpoints(out, spec.resources.checkpoint_every_s, stream, None, 0),
+            lambda: False,
+        )
+        after.on_train_start(trainer, pack)
+        for index, batch in enumerate(stream):
+            pack.training_step(RawBatch(to_tensor(batch.x, store.dtype)), index)
+            after.on_train_batch_end(trainer, pack)
     return {"training_s": time.perf_counter() - began}
 
 

@@ -18,14 +18,15 @@ from typing import Any
 import numpy as np
 import torch
 from saescale.cluster.front.quickstart import recipe
-from saescale.storage.files import join
 from saescale.storage.rundir import RunDirectory
 from saescale.storage.store import ActivationStore
 from saescale.storage.stream import Stream
-from saescale.trainers.architectures.topk import SAE
-from saescale.trainers.cell import Cell, EvalSpec, Precision
+from saescale.trainers.architectures.architecture import Shape
+from saescale.trainers.architectures.sae import SAE
+from saescale.trainers.cell import Cell, EvalSpec
 from saescale.trainers.device import set_threads
-from saescale.trainers.exchange.native import load_trained
+from saescale.trainers.exchange import native
+from saescale.trainers.precision import Precision
 from saescale.trainers.preprocess import normalise, to_tensor
 from saescale.trainers.training.train import PackJob, train_pack
 
@@ -83,7 +84,7 @@ def _ours(store: ActivationStore, cell: Cell, precision: Precision, held_out: in
     cell = Cell.model_validate(cell.model_dump() | {"precision": precision})
     settings = EvalSpec(tokens=held_out, every_tokens=cell.tokens)
     result = train_pack(PackJob(cells=[cell], store=store.url, run=folder, sweep="bench", eval=settings)).results[0]
-    sae = load_trained(join(RunDirectory(folder).cell_url(cell.cell_id), "sae.safetensors")).sae
+    sae = native.read(RunDirectory(folder).cell_url(cell.cell_id)).sae
     return {
         "nmse": dense_nmse(sae, store, held_out), "nmse_reported": result["nmse"],
         "dead_fraction": result["dead_fraction"],
@@ -94,7 +95,7 @@ def _write_rows(store: ActivationStore, cell: Cell, path: str) -> None:
     """One pass over the training rows in the stream's order, preprocessed."""
     batches = store.rows("train") // cell.batch_tokens
     with Stream(store, batch_tokens=cell.batch_tokens, seed=cell.stream_seed, batches=batches) as stream:
-        np.save(path, np.concatenate([normalise(to_tensor(act, store.manifest.dtype)).numpy() for act in stream]))
+        np.save(path, np.concatenate([normalise(to_tensor(batch.x, store.dtype)).numpy() for batch in stream]))
 
 
 def _peer(
@@ -107,9 +108,9 @@ def _peer(
          *map(str, size), f"{folder}/peer.npz", "--threads", str(arguments.threads)],
         cwd=folder, env=os.environ | QUIET | ALIKE | {"PYTHONPATH": str(ROOT)}, check=True, capture_output=True,
     )  # fmt: skip
-    sae = SAE(cell.d_model, cell.n_latents, cell.k)
     with np.load(f"{folder}/peer.npz") as trained:
-        sae.load_state_dict({name: torch.from_numpy(trained[name]) for name in trained})
+        params = {name: torch.from_numpy(trained[name]) for name in trained}
+    sae = SAE("topk", Shape(cell.d_model, cell.n_latents), cell.whole_settings, params)
     return {"nmse": dense_nmse(sae, store, held_out), "lr": lr}
 
 

@@ -16,13 +16,12 @@ from functools import partial
 from importlib.metadata import version
 
 import torch
-from saescale.trainers.architectures.reference import Objective
-from saescale.trainers.architectures.topk import SAE
-from saescale.trainers.architectures.topk_sparse import Batch, DeadLatents, step
-from saescale.trainers.cell import Precision, auto_k_aux
+from saescale.trainers.architectures.architecture import Batch
+from saescale.trainers.cell import Cell, auto_k_aux
 from saescale.trainers.device import set_threads
-from saescale.trainers.preprocess import measure_centre
-from saescale.trainers.training.optimiser import SAEAdam
+from saescale.trainers.precision import Precision
+from saescale.trainers.preprocess import Centre, measure_centre
+from saescale.trainers.training.training_cell import TrainingCell
 from torch import Tensor
 
 from tests.benchmarks.protocol import Server, Size, serve, unit_rows
@@ -31,23 +30,27 @@ DEAD_AFTER_TOKENS = 10_000_000  # what the peers take too: beyond what a benchma
 TRIALS = 2  # of each form of the encoder product
 
 
+def training_cell(size: Size, centre: Centre, precision: Precision, k_aux: int, device: str = "cpu") -> TrainingCell:
+    """A TopK cell of that size at its first step."""
+    cell = Cell(
+        store="random", d_model=size.d_model, n_latents=size.n_latents, k=size.k, tokens=10**6 * size.batch_tokens,
+        batch_tokens=size.batch_tokens, lr=2e-4 * (2**14 / size.n_latents) ** 0.5, settings={"k_aux": k_aux},
+        dead_after_tokens=DEAD_AFTER_TOKENS, precision=precision,
+    )  # fmt: skip
+    return TrainingCell(cell, centre, torch.device(device))
+
+
 def saescale_step(size: Size, sample: Tensor, precision: Precision) -> Callable[[Tensor], float]:
     """A cell's training step on preprocessed x [batch_tokens, d_model], which returns the loss.
 
     `sample` [rows, d_model], preprocessed, stands for the first rows of the stream.
     """
     centre = measure_centre(sample)
-    sae = SAE(size.d_model, size.n_latents, size.k)
-    sae.initialise(centre.b_pre, seed=0)
-    optimiser = SAEAdam(sae, 2e-4 * (2**14 / size.n_latents) ** 0.5, 0.999, precision)
-    objective = Objective(size.k, centre.variance, auto_k_aux(size.d_model))
-    dead = DeadLatents(size.n_latents)
+    cell = training_cell(size, centre, precision, auto_k_aux(size.d_model))
 
     def train(x: Tensor) -> float:
-        batch = Batch.of(x, centre.b_pre, precision == "bf16")
-        result = step(sae, optimiser.operand, batch, objective, dead, DEAD_AFTER_TOKENS)
-        optimiser.step(result.gradient)
-        return result.main
+        cell.train_on(Batch.of(x, centre.b_pre, precision == "bf16"))
+        return cell.loss
 
     return train
 

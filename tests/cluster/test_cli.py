@@ -195,7 +195,7 @@ def test_fit_report_status_and_inspect(
     assert unknown.returncode == 2
     assert "--format docx: there are html and md" in unknown.stderr
     cell = next((Path(out) / "cells").iterdir())
-    for url, said in ((out, "9 done"), (document["store"], "16,384 train"), (str(cell), "TopK, n_latents")):
+    for url, said in ((out, "9 done"), (document["store"], "16,384 train"), (str(cell), "topk, n_latents")):
         result = saescale_here("inspect", url)
         assert result.returncode == 0, result.stderr
         assert said in result.stdout

@@ -14,7 +14,7 @@ from saescale.trainers.training.memory import StreamSize, pack_memory
 
 def cell(n_latents: int, k: int = 4, **fields: object) -> Cell:
     defaults = {
-        "store": "s", "d_model": 64, "tokens": 65_536, "batch_tokens": 1024, "lr": 1e-3, "k_aux": 8,
+        "store": "s", "d_model": 64, "tokens": 65_536, "batch_tokens": 1024, "lr": 1e-3, "settings": {"k_aux": 8},
         "dead_after_tokens": 1000,
     }  # fmt: skip
     return Cell.model_validate(defaults | {"n_latents": n_latents, "k": k} | fields)

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 import pytest
 from saescale.scaling.compute import flops_per_token
-from saescale.scaling.laws.known import GPT4, N_K
+from saescale.scaling.laws.forms.n_k import GPT4, N_K
 
 D_MODEL = 4096
 TOKENS = 8_000_000

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from saescale.scaling.compute import flops_per_token
 from saescale.scaling.laws.estimate import fit_law
-from saescale.scaling.laws.known import GPT4, N_K
+from saescale.scaling.laws.forms.n_k import GPT4, N_K
 from saescale.scaling.laws.settings import FitSettings
 from saescale.scaling.planning.design import Candidates, Design, best_rectangle, candidates, expected, propose, wanted
 from saescale.scaling.planning.devices import find_device

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 from saescale.scaling.laws.estimate import fit_law
 from saescale.scaling.laws.fit import coefficient_rows, fit_all, fit_notes, predict
-from saescale.scaling.laws.known import GPT4, N_FLOOR, N_K, N
+from saescale.scaling.laws.forms.n import N_FLOOR, N
+from saescale.scaling.laws.forms.n_k import GPT4, N_K
 from saescale.scaling.laws.settings import FitSettings
 from saescale.scaling.tables import Table
 from saescale.storage.errors import SaescaleError
@@ -87,7 +88,7 @@ def test_refusals_name_the_counts() -> None:
     grid = {"n_latents": np.tile(n, 4), "k": np.repeat([8.0, 16.0], 6)}
     with pytest.raises(SaescaleError, match="k takes 2 different values; it takes at least 3"):
         fit_law(N_K, grid, 1 / grid["n_latents"], FitSettings(0))
-    with pytest.raises(SaescaleError, match=r"unknown law nk; did you mean n_k\? there are n_k, n, c, n_d"):
+    with pytest.raises(SaescaleError, match=r"unknown law 'nk': did you mean n_k\? there are c, d_of_c, n, n_d"):
         fit_all(Table.from_rows([{"n_latents": 1, "k": 1, "nmse": 1}]), settings=FitSettings(laws=("nk",)))
 
 

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 import saescale.scaling.laws.estimate
 import saescale.scaling.laws.frontier
+from saescale.scaling.laws.forms.c import C
 from saescale.scaling.laws.frontier import Curve, find_frontier, fit_frontier, frontier_of_ends, read_curves
 from saescale.scaling.laws.huber import Problem
-from saescale.scaling.laws.known import C
 from saescale.scaling.laws.settings import FitSettings
 from saescale.scaling.tables import Table
 from saescale.storage.errors import SaescaleError

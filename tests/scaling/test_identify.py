@@ -10,9 +10,10 @@ from saescale.scaling.figures.views_profile import profile
 from saescale.scaling.laws.checks import fit_warnings
 from saescale.scaling.laws.estimate import centred, fit_law
 from saescale.scaling.laws.fit import fit_all, fit_laws
+from saescale.scaling.laws.forms.n import N_FLOOR
+from saescale.scaling.laws.forms.n_flattens import N_FLATTENS
 from saescale.scaling.laws.holdout import compare_without_last, hold_out
 from saescale.scaling.laws.identify import profile_floor
-from saescale.scaling.laws.known import N_FLATTENS, N_FLOOR
 from saescale.scaling.laws.law import Exponent, Law, Term
 from saescale.scaling.laws.predict import parse_point, predictions
 from saescale.scaling.laws.settings import FitSettings

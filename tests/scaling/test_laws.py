@@ -6,24 +6,16 @@ import numpy as np
 import pytest
 from saescale.scaling.laws.estimate import fit_law
 from saescale.scaling.laws.fit import fit_all
-from saescale.scaling.laws.known import (
-    GPT4,
-    LAWS,
-    N_FLATTENS,
-    N_FLOOR,
-    N_K,
-    N_STEEPENS,
-    N,
-    find_law,
-    forms_of,
-    load_laws,
-    register,
-    registered,
-)
-from saescale.scaling.laws.law import Exponent, Law, Term, log_sum
+from saescale.scaling.laws.forms.n import N_FLOOR, N
+from saescale.scaling.laws.forms.n_flattens import N_FLATTENS
+from saescale.scaling.laws.forms.n_k import GPT4, N_K
+from saescale.scaling.laws.forms.n_steepens import N_STEEPENS
+from saescale.scaling.laws.law import Law, find_law, forms_of, law_names, load_laws, log_sum
 from saescale.scaling.laws.settings import FitSettings
 from saescale.scaling.tables import Table
 from saescale.storage.errors import SaescaleError
+
+EVERY = [form for name in law_names() for form in forms_of(name)]
 
 
 def test_n_k_is_the_published_formula() -> None:
@@ -38,7 +30,7 @@ def test_exponent_at_k_as_in_the_paper(k: float, exponent: float) -> None:
     assert float(N_K.exponent_of(N_K.to_raw(GPT4), "n_latents", {"k": k})) == pytest.approx(exponent, abs=5e-4)
 
 
-@pytest.mark.parametrize("law", LAWS, ids=lambda law: law.formula)
+@pytest.mark.parametrize("law", EVERY, ids=lambda law: law.formula)
 def test_gradients_are_exact(law: Law) -> None:
     rng = np.random.default_rng(0)
     design = law.design({c: rng.normal(size=5) for c in law.columns})
@@ -51,7 +43,7 @@ def test_gradients_are_exact(law: Law) -> None:
         np.testing.assert_allclose(gradient[:, i], (up - down) / 2e-6, rtol=1e-6, atol=1e-8)
 
 
-@pytest.mark.parametrize("law", LAWS, ids=lambda law: law.formula)
+@pytest.mark.parametrize("law", EVERY, ids=lambda law: law.formula)
 def test_reported_coefficients_lead_back(law: Law) -> None:
     raw = np.linspace(-1.0, 1.0, len(law.names))
     reported = dict(zip(law.names, law.to_reported(raw), strict=True))
@@ -71,64 +63,83 @@ def test_unknown_law() -> None:
 
 TEN_LINES = """
 from saescale.scaling.laws.law import Exponent, Law, Term
-from saescale.scaling.laws.known import register
 
-POWER_OF_K = register(Law(
+POWER_OF_K = Law(
     name="power_of_k", formula="nmse = A n^-a k^-b", columns=("n_latents", "k"),
     terms=(Term("A", (Exponent("a", ("n_latents",), sign=-1.0), Exponent("b", ("k",), sign=-1.0))),),
-))
+)
+forms = (POWER_OF_K,)
 """
 
 
-def test_a_law_of_ones_own_in_ten_lines(tmp_path: Path) -> None:
+@pytest.fixture(autouse=True)
+def _forget(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Laws of files are known to a process; each test has its own."""
+    monkeypatch.setattr("saescale.scaling.laws.law._FROM_FILES", {})
+
+
+@pytest.mark.parametrize("how", ["--law-file", "SAESCALE_PATH"])
+def test_a_law_of_ones_own_in_ten_lines(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, how: str) -> None:
     assert len(TEN_LINES.strip().splitlines()) <= 10
-    path = tmp_path / "mine.py"
+    if how == "SAESCALE_PATH":
+        path = tmp_path / "laws" / "power_of_k.py"
+        path.parent.mkdir()
+        monkeypatch.setenv("SAESCALE_PATH", str(tmp_path))
+    else:
+        path = tmp_path / "mine.py"
     path.write_text(TEN_LINES)
-    before = registered()
-    try:
-        (law,) = load_laws(str(path))
-        assert load_laws(str(path)) == (law,)
-        rows = [
-            {"n_latents": n, "k": k, "nmse": 4 * n**-0.25 * k**-0.3}
-            for n in (512, 1024, 2048, 4096)
-            for k in (8, 16, 32)
-        ]
-        (entry,) = fit_all(Table.from_rows(rows), settings=FitSettings(20, laws=("power_of_k",)))["fits"]
-        found = {name: value["value"] for name, value in entry["coefficients"].items()}
-        assert found == pytest.approx({"A": 4, "a": 0.25, "b": 0.3}, rel=1e-6)
-        assert entry["formula"] == "nmse = A n^-a k^-b"
-        assert entry["units"] == {"A": "nmse latents^a latents^b", "a": "1", "b": "1"}
-        assert entry["holdout"]["rms_log_error"] < 1e-6
-        assert find_law("power_of_k", found) is law
-    finally:
-        from saescale.scaling.laws import known as laws
-
-        laws._REGISTERED[:] = before
+    (law,) = forms_of("power_of_k") if how == "SAESCALE_PATH" else load_laws(str(path))
+    assert load_laws(str(path)) == (law,)
+    assert law_names()[:3] == ("n_k", "n", "c")
+    assert law_names().count("power_of_k") == 1
+    rows = [
+        {"n_latents": n, "k": k, "nmse": 4 * n**-0.25 * k**-0.3} for n in (512, 1024, 2048, 4096) for k in (8, 16, 32)
+    ]
+    (entry,) = fit_all(Table.from_rows(rows), settings=FitSettings(20, laws=("power_of_k",)))["fits"]
+    found = {name: value["value"] for name, value in entry["coefficients"].items()}
+    assert found == pytest.approx({"A": 4, "a": 0.25, "b": 0.3}, rel=1e-6)
+    assert entry["formula"] == "nmse = A n^-a k^-b"
+    assert entry["units"] == {"A": "nmse latents^a latents^b", "a": "1", "b": "1"}
+    assert entry["holdout"]["rms_log_error"] < 1e-6
+    assert find_law("power_of_k", found) is law
 
 
-def test_law_files_that_do_not_work(tmp_path: Path) -> None:
-    path = tmp_path / "mine.py"
-    for text, message in (
-        ("1 / 0", "mine.py fails with ZeroDivisionError: division by zero"),
-        ("x = 1", "registers no law"),
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("1 / 0", r"mine.py \(law\) fails with ZeroDivisionError: division by zero"),
+        ("x = 1", "mine.py defines no law"),
+        ("forms = (1,)", "mine.py defines no law"),
         (
             TEN_LINES.replace('columns=("n_latents", "k")', 'columns=("k",)'),
             "its exponents use k, n_latents, its columns",
         ),
         (TEN_LINES.replace("terms=(", 'terms=(Term("E"), '), "its first term needs an exponent; put a constant last"),
         (TEN_LINES.replace('"b"', '"a"'), "each coefficient needs a name of its own; got A, a, a"),
-    ):
-        path.write_text(text)
-        with pytest.raises(SaescaleError, match=message):
-            load_laws(str(path))
+        (TEN_LINES.replace('"power_of_k"', '"n"'), "there is a law n already; choose another name"),
+        (TEN_LINES.replace("(POWER_OF_K,)", "(POWER_OF_K, POWER_OF_K)"), "two forms of power_of_k have the same"),
+    ],
+)
+def test_law_files_that_do_not_work(tmp_path: Path, text: str, message: str) -> None:
+    path = tmp_path / "mine.py"
+    path.write_text(text)
+    with pytest.raises(SaescaleError, match=message):
+        load_laws(str(path))
+
+
+def test_a_law_is_called_as_its_file_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "laws").mkdir()
+    (tmp_path / "laws" / "mine.py").write_text(TEN_LINES)
+    monkeypatch.setenv("SAESCALE_PATH", str(tmp_path))
+    with pytest.raises(SaescaleError, match=r"mine\.py defines the law power_of_k; call it mine, as the file is"):
+        forms_of("mine")
+
+
+def test_unknown_law_files_and_names() -> None:
     with pytest.raises(SaescaleError, match="there is no law file at nothing"):
         load_laws("nothing.py")
-
-
-def test_one_name_and_the_same_coefficients_are_one_law() -> None:
-    assert register(N) is N
-    with pytest.raises(SaescaleError, match="there is a law n with coefficients A, a; choose another name"):
-        register(Law("n", "nmse = A k^-a", ("k",), (Term("A", (Exponent("a", ("k",), sign=-1.0),)),)))
+    with pytest.raises(SaescaleError, match="unknown law 'nk': did you mean n_k"):
+        forms_of("nk")
     assert forms_of("n") == (N, N_FLOOR)
 
 

@@ -9,6 +9,7 @@ import pytest
 from saescale.storage import files
 from saescale.storage.columns import CURVES, RESULTS
 from saescale.storage.errors import SaescaleError
+from saescale.storage.lease import Lease, Superseded
 from saescale.storage.rundir import RunDirectory
 
 
@@ -66,3 +67,28 @@ def test_damaged_files_are_one_clear_line(tmp_path: Path) -> None:
     (tmp_path / "sweep.yaml").write_bytes(b"[1, 2]")
     with pytest.raises(SaescaleError, match=r"sweep\.yaml holds no mapping"):
         run.read_spec()
+
+
+def test_no_writer_writes_for_a_driver_that_was_superseded(tmp_path: Path) -> None:
+    with Lease(str(tmp_path), None) as lease:
+        run = RunDirectory(str(tmp_path), owner=lease.driver)
+        run.write_json("fits.json", {})
+        stale = RunDirectory(str(tmp_path), owner="another")
+        before = sorted(path for path in tmp_path.rglob("*"))
+        for write in (
+            lambda: stale.write_spec({}),
+            lambda: stale.write_cell_result("a", {}),
+            lambda: stale.write_cell_curve("a", []),
+            lambda: stale.save_checkpoint("a", 1, {}, {}),
+            lambda: stale.remove_checkpoints("a"),
+            lambda: stale.write_results([]),
+            lambda: stale.write_curves(CURVES.empty_table()),
+            lambda: stale.write_evals("a", "probe_loss", []),
+            lambda: stale.write_json("fits.json", {}),
+        ):
+            with pytest.raises(Superseded, match="taken over by another driver"):
+                write()
+        writers = {name for name in vars(RunDirectory) if name.startswith(("write_", "save_", "remove_"))}
+        assert len(writers) == 9, "a new writer belongs into this test"
+        assert sorted(path for path in tmp_path.rglob("*")) == before
+        RunDirectory(str(tmp_path)).write_json("fits.json", {})

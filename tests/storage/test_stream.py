@@ -16,15 +16,16 @@ from hypothesis import strategies as st
 from saescale.storage import stream as stream_module
 from saescale.storage.errors import SaescaleError
 from saescale.storage.rows import RowGroup, to_float32
+from saescale.storage.source import SourceBatch
 from saescale.storage.store import ActivationStore
 from saescale.storage.stream import Stream
 
 BuildStore = Callable[..., ActivationStore]
 
 
-def numbers(batches: list[np.ndarray], dtype: str = "float16") -> list[list[int]]:
+def numbers(batches: list[SourceBatch], dtype: str = "float16") -> list[list[int]]:
     """The row numbers of each batch (see the fixture that builds the stores)."""
-    rows = [to_float32(batch, dtype) for batch in batches]
+    rows = [to_float32(batch.x, dtype) for batch in batches]
     return [(act[:, 0] * 128 + act[:, 1]).astype(int).tolist() for act in rows]
 
 
@@ -160,7 +161,7 @@ def test_batches_belong_to_the_consumer(store: ActivationStore) -> None:
         Stream(store, batch_tokens=5, seed=0, batches=40) as stream,
         Stream(store, batch_tokens=5, seed=0, batches=40) as untouched,
     ):
-        for mine, theirs in zip(stream, untouched, strict=True):
+        for (mine, _), (theirs, _) in zip(stream, untouched, strict=True):
             assert np.array_equal(mine, theirs)
             assert mine.dtype == np.float16
             assert mine.shape == (5, 4)
@@ -203,7 +204,7 @@ def test_a_reading_error_reaches_the_consumer_after_the_good_batches(
         return original(self, split, group)
 
     monkeypatch.setattr(ActivationStore, "read_row_group", failing)
-    got: list[np.ndarray] = []
+    got: list[SourceBatch] = []
     stream = Stream(store, batches=10, **order)
     with pytest.raises(SaescaleError, match="the disk is gone"):
         got.extend(stream)
@@ -269,7 +270,7 @@ def test_a_process_that_forgets_to_close_ends_all_the_same(build_store: BuildSto
         "import sys\n"
         "from saescale.storage.store import ActivationStore\n"
         "from saescale.storage.stream import Stream\n"
-        "print(next(Stream(ActivationStore.open(sys.argv[1]), batch_tokens=4, seed=0)).shape)\n"
+        "print(next(Stream(ActivationStore.open(sys.argv[1]), batch_tokens=4, seed=0)).x.shape)\n"
     )
     ended = subprocess.run(
         [sys.executable, "-c", program, str(tmp_path)],

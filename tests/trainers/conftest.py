@@ -24,8 +24,11 @@ def make_cell(sparse_store: ActivationStore) -> Callable[..., Cell]:
     def make(**fields: object) -> Cell:
         defaults = {
             "store": sparse_store.fingerprint, "d_model": D_MODEL, "n_latents": 64, "k": 3, "tokens": 8_192,
-            "batch_tokens": 256, "lr": 3e-3, "k_aux": 16, "dead_after_tokens": 2_048, "ema": 0.9,
+            "batch_tokens": 256, "lr": 3e-3, "dead_after_tokens": 2_048, "ema": 0.9,
         }  # fmt: skip
+        if fields.get("architecture", "topk") == "topk":
+            own = {name: fields.pop(name) for name in ("k_aux", "multi_topk") if name in fields}
+            defaults["settings"] = {"k_aux": 16} | own
         return Cell.model_validate(defaults | fields)
 
     return make

@@ -1,6 +1,5 @@
 """Every implementation of the sparse algebra held to plain float64, and to what its interface promises."""
 
-import copy
 import math
 import os
 import sys
@@ -15,20 +14,16 @@ import pytest
 import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from saescale.trainers.architectures import reference
-from saescale.trainers.architectures import topk_sparse as step_module
-from saescale.trainers.architectures.reference import Objective
-from saescale.trainers.architectures.topk import SAE
-from saescale.trainers.architectures.topk_sparse import Batch, DeadLatents
+from saescale.trainers.architectures import topk_sparse
+from saescale.trainers.architectures.dead import DeadLatents
 from saescale.trainers.kernels import cpu as sparse_cpu
 from saescale.trainers.kernels import eager as sparse_eager
 from saescale.trainers.kernels.interface import AdamStep, Moments, Pairs, Selected, Summands, Term
-from saescale.trainers.training import optimiser
-from saescale.trainers.training.optimiser import SAEAdam
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.trainers.implementations import NAMES, TRITON, compile_for, implementation, interpreted
+from tests.trainers.topk_case import adam_of, in_float64, new_sae, reference_step, take_step, update
 
 every_implementation = pytest.mark.parametrize("name", NAMES)
 # Few, since an interpreted kernel is a thousand times as slow as a compiled one.
@@ -580,40 +575,35 @@ def test_training_equals_autograd_and_the_plain_optimiser(
 ) -> None:
     kernels, device = implementation(name)
     # AuxK goes one way while few latents are dead, and the other while many are.
-    monkeypatch.setattr(step_module, "FEW_DEAD", 8 if auxk == "rows" else 1)
-    for module in (step_module, optimiser):
-        monkeypatch.setattr(module, "kernels", lambda device: kernels)
+    monkeypatch.setattr(topk_sparse, "FEW_DEAD", 8 if auxk == "rows" else 1)
+    monkeypatch.setattr(topk_sparse, "kernels", lambda device: kernels)
     monkeypatch.setattr(kernels, "_PIECE", 8, raising=False)
     n_latents, d_model, k = 20, 10, 3
     generator = torch.Generator().manual_seed(5)
-    sae = SAE(d_model, n_latents, k)
-    sae.initialise(0.1 * torch.randn(d_model, generator=generator), seed=1)
-    with torch.no_grad():
-        sae.b_enc[:8] -= 5  # dead
-        sae.b_enc[8] += 5  # active on every token
-    exact = copy.deepcopy(sae).double()
-    sae = sae.to(device)
-    fast, plain = SAEAdam(sae, 1e-3, 0.9), SAEAdam(exact, 1e-3, 0.9)
-    origin = sae.b_pre.detach().clone()
-    objective = Objective(k, variance=0.8, k_aux=3, auxk_coefficient=0.5, multi_topk=multi)
+    b_pre = 0.1 * torch.randn(d_model, generator=generator)
+    sae = new_sae(d_model, n_latents, k, b_pre, seed=1, k_aux=3, auxk_coefficient=0.5, multi_topk=multi)
+    sae.params["b_enc"][:8] -= 5  # dead
+    sae.params["b_enc"][8] += 5  # active on every token
+    exact = in_float64(sae)
+    sae = sae.like({key: tensor.to(device) for key, tensor in sae.params.items()})
+    fast, plain = adam_of(sae, 1e-3, 0.9), adam_of(exact, 1e-3, 0.9)
+    origin = sae.params["b_pre"].clone()
     dead = DeadLatents(n_latents, device)
     dead.tokens_since[:8] = 100
 
     for _ in range(3):
         x = torch.randn(12, d_model, generator=generator)
-        result = step_module.step(sae, fast.operand, Batch.of(x.to(device), origin, False), objective, dead, 100)
-        fast.step(result.gradient)
-
-        forward = exact(x.double())
-        losses = reference.losses(exact, x.double(), forward, dead.after(100).cpu(), objective)
-        names, parameters = zip(*exact.named_parameters(), strict=True)
-        gradients = torch.autograd.grad(losses.total, parameters)
-        plain.step_plain(dict(zip(names, gradients, strict=True)))
-        assert float(losses.auxk.detach()) > 0
+        result = take_step(sae, x.to(device), origin, dead, 100, variance=0.8)
+        losses, gradients = reference_step(exact, x, dead.after(100).cpu(), variance=0.8)
+        update(sae, fast, result)
+        plain.apply(gradients)
+        assert float(losses.parts["auxk"].detach()) > 0
         assert bool(len(result.gradient.aux.latents)) == (auxk == "rows")
         assert result.main == pytest.approx(float(losses.main.detach()), rel=1e-4)
-        assert result.multi == pytest.approx(float(losses.multi.detach()), rel=1e-4)
-        assert result.auxk == pytest.approx(float(losses.auxk.detach()), rel=1e-4)
+        for part in ("multi", "auxk"):
+            assert result.parts[part] == pytest.approx(float(losses.parts[part].detach()), rel=1e-4)
+        assert result.worked.selected_aux == losses.beside.selected_aux
+        assert result.worked.dead == losses.beside.dead == 8 * 12
         for key, tensor in fast.tensors().items():
             assert close(tensor, plain.tensors()[key], 1e-5), key
 

@@ -25,7 +25,7 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> ActivationStore:
 def cell(store: ActivationStore, n_latents: int, k: int, **fields: object) -> Cell:
     defaults = {
         "store": store.fingerprint, "d_model": D_MODEL, "n_latents": n_latents, "k": k, "tokens": 16_384,
-        "batch_tokens": 2_048, "lr": 1e-3, "k_aux": 64, "dead_after_tokens": 4_096,
+        "batch_tokens": 2_048, "lr": 1e-3, "settings": {"k_aux": 64}, "dead_after_tokens": 4_096,
     }  # fmt: skip
     return Cell.model_validate(defaults | fields)
 
@@ -62,7 +62,8 @@ def test_every_part_of_a_cell_counts(store: ActivationStore) -> None:
     before = pack_memory([base], HELD_OUT, known)
     for larger, part in (
         ({"n_latents": 32_768}, "held"), ({"precision": "bf16"}, "held"), ({"k": 1_024}, "training"),
-        ({"batch_tokens": 16_384}, "training"), ({"multi_topk": True}, "training"), ({"k_aux": 2_048}, "training"),
+        ({"batch_tokens": 16_384}, "training"), ({"settings": {"k_aux": 64, "multi_topk": True}}, "training"),
+        ({"settings": {"k_aux": 2_048}}, "training"),
         ({"k": 1_024}, "evaluation"),
     ):  # fmt: skip
         more = Cell.model_validate(base.model_dump() | larger)

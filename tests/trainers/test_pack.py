@@ -16,23 +16,22 @@ import pytest
 import torch
 from saescale.storage import checkpoint
 from saescale.storage.errors import SaescaleError
-from saescale.storage.files import exists, join
+from saescale.storage.files import exists
 from saescale.storage.lease import Lease, Superseded
 from saescale.storage.rundir import RunDirectory
+from saescale.storage.source import Order
 from saescale.storage.store import ActivationStore
-from saescale.storage.stream import Stream
-from saescale.trainers.architectures.topk import SAE
+from saescale.trainers.architectures.topk_sparse import TopKStep
 from saescale.trainers.cell import Cell, EvalSpec
 from saescale.trainers.device import OutOfMemory
 from saescale.trainers.evals.nmse import HeldOut
-from saescale.trainers.exchange.native import load_trained
-from saescale.trainers.preprocess import Centre, geometric_median, measure_centre, normalise
-from saescale.trainers.training import pack as pack_module
-from saescale.trainers.training.optimiser import SAEAdam
+from saescale.trainers.exchange import native
+from saescale.trainers.preprocess import geometric_median, measure_centre, normalise
 from saescale.trainers.training.report import Progress
 from saescale.trainers.training.train import PackJob, PackOutcome, train_pack
 
 from tests.trainers.synthetic import D_MODEL, sparse_rows, true_dictionary, write_store
+from tests.trainers.topk_case import in_float64, new_sae
 
 MakeCell = Callable[..., Cell]
 
@@ -44,7 +43,7 @@ def job(cells: list[Cell], store: ActivationStore, run: str, **fields: object) -
 
 
 def weights(run: str, cell: Cell) -> dict[str, torch.Tensor]:
-    return load_trained(join(RunDirectory(run).cell_url(cell.cell_id), "sae.safetensors")).sae.state_dict()
+    return native.read(RunDirectory(run).cell_url(cell.cell_id)).sae.params
 
 
 def comparable(outcome: PackOutcome) -> dict[str, dict[str, object]]:
@@ -190,7 +189,7 @@ def test_a_resumed_pack_keeps_the_order_of_its_checkpoint(
     undisturbed = train_pack(job(cells, sparse_store, str(tmp_path / "a")))
     calls = iter(range(10**6))
     train_pack(job(cells, sparse_store, str(tmp_path / "b")), should_stop=lambda: next(calls) == 9)
-    monkeypatch.setitem(Stream.__init__.__kwdefaults__, "mix_row_groups", 3)
+    monkeypatch.setattr(Order.__new__, "__defaults__", (3,))
     other_order = train_pack(job(cells, sparse_store, str(tmp_path / "c")))
     assert comparable(other_order) != comparable(undisturbed)
     assert comparable(train_pack(job(cells, sparse_store, str(tmp_path / "b")))) == comparable(undisturbed)
@@ -248,14 +247,14 @@ def test_nothing_random_that_a_checkpoint_would_have_to_hold(
 def test_an_error_in_one_cell_fails_that_cell_alone(
     sparse_store: ActivationStore, make_cell: MakeCell, run_url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real = pack_module.step
+    real = TopKStep.measure
 
-    def broken(sae: SAE, *rest: Any) -> Any:
-        if sae.W_enc.shape[0] == 128:
+    def broken(self: TopKStep, params: dict[str, torch.Tensor], *rest: Any) -> Any:
+        if len(params["W_enc"]) == 128:
             raise ValueError("no such latent")
-        return real(sae, *rest)
+        return real(self, params, *rest)
 
-    monkeypatch.setattr(pack_module, "step", broken)
+    monkeypatch.setattr(TopKStep, "measure", broken)
     good, bad = make_cell(n_latents=64), make_cell(n_latents=128)
     results = {row["cell_id"]: row for row in train_pack(job([good, bad], sparse_store, run_url)).results}
     assert results[good.cell_id]["status"] == "done"
@@ -274,7 +273,7 @@ def test_memory_that_runs_out_is_no_cells_fault(
     def full(*_: Any) -> Any:
         raise error
 
-    monkeypatch.setattr(pack_module, "step", full)
+    monkeypatch.setattr(TopKStep, "measure", full)
     two = job([make_cell(n_latents=64), make_cell(n_latents=128)], sparse_store, run_url)
     with pytest.raises(OutOfMemory, match="2 cells did not fit into memory"):
         train_pack(two)
@@ -309,14 +308,12 @@ def test_another_store_is_refused(sparse_store: ActivationStore, make_cell: Make
 
 
 def test_held_out_nmse_is_global_and_exact(sparse_store: ActivationStore) -> None:
-    sae = SAE(D_MODEL, 64, 3)
-    sae.initialise(torch.zeros(D_MODEL), seed=0)
-    centre = Centre(torch.zeros(D_MODEL), 1.0)
-    got = HeldOut(sparse_store, 2_000).evaluate([SAEAdam(sae, 1e-3, 0.9)], centre)[0]
+    sae = new_sae(D_MODEL, 64, 3)
+    got = HeldOut(sparse_store, 2_000).evaluate([lambda: sae], torch.zeros(D_MODEL))[0]
     x = normalise(torch.from_numpy(sparse_store.read_split("heldout", 2_000))).double()
-    error = x - sae.double()(x).reconstruction
+    error = x - in_float64(sae).forward(x).x_hat
     wanted = error.square().sum() / (x - x.mean(dim=0)).square().sum()
-    assert got.nmse == pytest.approx(float(wanted.detach()), rel=1e-6)
+    assert got.nmse == pytest.approx(float(wanted), rel=1e-6)
 
 
 def test_held_out_rows_that_do_not_vary_are_refused(tmp_path: Path) -> None:
@@ -324,7 +321,7 @@ def test_held_out_rows_that_do_not_vary_are_refused(tmp_path: Path) -> None:
     store = ActivationStore.open(write_store(str(tmp_path / "flat"), sparse_rows(64, seed=1), same))
     for tokens in (1, 63):
         with pytest.raises(SaescaleError, match=rf"flat: the first {tokens} held-out rows have a total variation of"):
-            HeldOut(store, tokens)
+            HeldOut(store, tokens, where=store.url)
 
 
 def test_preprocessing_and_geometric_median() -> None:
@@ -338,11 +335,3 @@ def test_preprocessing_and_geometric_median() -> None:
     distance = lambda at: float((points - at).norm(dim=1).sum())  # noqa: E731
     assert all(distance(median) <= distance(median + 0.05 * torch.randn(4)) + 1e-2 for _ in range(20))
     assert measure_centre(x).variance == pytest.approx(float((x - x.mean(dim=0)).square().mean()), rel=1e-5)
-
-
-def test_cell_names_follow_from_what_defines_them(make_cell: MakeCell) -> None:
-    assert make_cell().cell_id == make_cell().cell_id
-    assert make_cell().cell_id.startswith("n64-k3-s0-")
-    different = [make_cell(), make_cell(lr=1e-3), make_cell(seed=1), make_cell(multi_topk=True), make_cell(ema=0.5)]
-    assert len({cell.cell_id for cell in different}) == len(different)
-    assert Cell.model_validate(json.loads(make_cell().model_dump_json())) == make_cell()

@@ -4,8 +4,9 @@ from pathlib import Path
 
 import pytest
 from saescale.storage.store import ActivationStore
-from saescale.trainers.cell import Cell, EvalSpec, Precision
+from saescale.trainers.cell import Cell, EvalSpec
 from saescale.trainers.harvest.conduct import HarvestSpec, harvest
+from saescale.trainers.precision import Precision
 from saescale.trainers.training.train import PackJob, train_pack
 
 from tests.trainers.dense_training import train_dense
@@ -27,7 +28,7 @@ def test_held_out_nmse_within_half_a_percent_and_dead_fraction_within_a_point(
 ) -> None:
     cell = Cell(
         store=smollm2_store.fingerprint, d_model=576, n_latents=2_048, k=32, tokens=98_304, batch_tokens=512,
-        lr=2e-3, k_aux=256, dead_after_tokens=2_048, ema=0.95, precision=precision,
+        lr=2e-3, settings={"k_aux": 256}, dead_after_tokens=2_048, ema=0.95, precision=precision,
     )  # fmt: skip
     settings = EvalSpec(tokens=HELD_OUT, every_tokens=98_304)
     job = PackJob(cells=[cell], store=smollm2_store.url, run=str(tmp_path / "run"), sweep="precision", eval=settings)

@@ -137,7 +137,8 @@ def test_a_resumed_cell_has_the_same_run(tmp_path: Path) -> None:
 def test_a_killed_process_leaves_its_points(tmp_path: Path) -> None:
     script = f"""
 from saescale.trainers.loggers.wandb_cells import *
-from saescale.trainers.cell import Cell, CurveRow
+from saescale.storage.columns import CurveRow
+from saescale.trainers.cell import Cell
 cell = Cell(**{cell().model_dump()!r})
 logger = WandbLogger(WandbSettings(mode="offline"), "sweep", {str(tmp_path)!r})
 logger.open([cell], {{}})

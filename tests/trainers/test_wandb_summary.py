@@ -201,7 +201,8 @@ def test_a_server_that_fails_while_cells_train(server: WandbServer, tmp_path: Pa
     script = f"""
 from saescale.trainers.loggers import wandb_client
 from saescale.trainers.loggers.wandb_cells import *
-from saescale.trainers.cell import Cell, CurveRow
+from saescale.storage.columns import CurveRow
+from saescale.trainers.cell import Cell
 wandb_client.FINISH_TIMEOUT = 3.0
 cells = [Cell(**fields) for fields in {fields!r}]
 logger = WandbLogger(WandbSettings(entity="me"), "sweep", {str(tmp_path)!r})

@@ -11,7 +11,8 @@ from typing import Any
 import pyarrow as pa
 import pytest
 import wandb
-from saescale.trainers.cell import Cell, CurveRow
+from saescale.storage.columns import CurveRow
+from saescale.trainers.cell import Cell
 from saescale.trainers.loggers.wandb_cells import WandbLogger, WandbSettings
 from wandb.sdk.lib import wbauth
 
@@ -74,7 +75,7 @@ def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[WandbServer]:
 def cell(n_latents: int = 16, **fields: Any) -> Cell:
     defaults: dict[str, Any] = {
         "store": "abc", "d_model": 8, "k": 4, "tokens": 64, "batch_tokens": 8, "lr": 1e-3,
-        "k_aux": 4, "dead_after_tokens": 32,
+        "settings": {"k_aux": 4}, "dead_after_tokens": 32,
     }  # fmt: skip
     return Cell(n_latents=n_latents, **(defaults | fields))
 

@@ -2,8 +2,8 @@
 
 An architecture is a file of this folder that defines what `Architecture` lists, at its top level: see README.md for a
 whole example. Everything else (data, optimiser, dead latents, average of the weights, checkpoints, evaluation, laws)
-is the same for all of them. What a file must give is the dense reference, from which autograd makes the gradients;
-`step` is the fast path of those that have one, and the tests hold it to that reference.
+is the same for all of them. What a file must give is the dense reference, from which autograd makes the gradients
+(dense.py); `step` is the fast path of those that have one, and the tests hold it to that reference.
 """
 
 from collections.abc import Mapping
@@ -11,15 +11,15 @@ from typing import Any, NamedTuple, Protocol
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field
-from torch import Tensor
-
 from saescale.scaling.compute import Flops
-from saescale.storage.registry import Room
+from saescale.trainers.architectures import ARCHITECTURES
+from saescale.trainers.kernels.choose import KernelKind
 from saescale.trainers.kernels.interface import AdamStep, Moments
 from saescale.trainers.mesh.mesh import Mesh
+from saescale.trainers.precision import Precision
 from saescale.trainers.preprocess import Centre
+from torch import Tensor
 
-ARCHITECTURES = Room("saescale.trainers.architectures", "architecture", marker="forward")
 ACTIVE_ABOVE = 1e-3  # a latent counts as active on a token when its activation exceeds this
 
 Params = Mapping[str, Tensor]
@@ -44,7 +44,6 @@ class Parameter(NamedTuple):
     data: Tensor  # float32
     unit_rows: bool = False  # of a matrix: the gradient is projected off its rows, and they are brought to norm 1 again
     betas: tuple[float, float] = (0.9, 0.999)
-    rounded: bool = False  # in a bf16 cell the forward product takes a copy of it rounded to bfloat16
 
 
 class Forward(NamedTuple):
@@ -58,29 +57,41 @@ class State(NamedTuple):
 
     variance: float  # c, the fixed normaliser of the squared error (trainers/preprocess.py)
     dead: Tensor  # [n_latents] bool: not active for dead_after_tokens, this batch included
-    progress: float  # share of the cell's tokens that it has been trained on, 0 to 1
+    progress: float = 0.0  # share of the cell's tokens that it has been trained on, 0 to 1
+
+
+class Auxiliary(NamedTuple):
+    """What the losses decoded beside `Forward.latents`, for the account of FLOPs; see Worked."""
+
+    selected: int = 0
+    selected_aux: int = 0
+    dead: int = 0
 
 
 class Losses(NamedTuple):
     main: Tensor  # scalar: mean((x_hat - target)^2) / c, the training nmse
     total: Tensor  # scalar: what the gradient is of
     parts: Mapping[str, Tensor] = {}  # what else total is made of, by name, each a scalar
+    beside: Auxiliary = Auxiliary()
 
 
 class Worked(NamedTuple):
-    """What the steps of a cell did, summed over them; `selected` and `selected_aux` are (token, latent) pairs."""
+    """What steps did, summed over them; `selected` and `selected_aux` are (token, latent) pairs."""
 
-    tokens: int
-    selected: int  # that were decoded, of all reconstructions of the main losses
-    selected_aux: int  # that were decoded for dead latents
-    dead: int  # dead latents that were scored, summed over tokens
+    tokens: int = 0
+    selected: int = 0  # that were decoded, of all reconstructions of the main losses
+    selected_aux: int = 0  # that were decoded for dead latents
+    dead: int = 0  # dead latents that were scored, summed over tokens
+
+    def plus(self, other: "Worked") -> "Worked":
+        return Worked(*(a + b for a, b in zip(self, other, strict=True)))
 
 
 class Batch(NamedTuple):
     """Preprocessed activations, shared by the cells of a pack."""
 
     x: Tensor  # float32 [batch, d_model], minus `origin`
-    origin: Tensor  # [d_model], the geometric median that every b_pre starts from
+    origin: Tensor  # [d_model], the geometric median of the data: near zero, bfloat16 is finer
     rounded: Tensor  # x in bfloat16, or x itself where no cell needs that
     target: Tensor | None = None  # [batch, d_target], preprocessed, where x_hat is compared with another site
 
@@ -91,6 +102,14 @@ class Batch(NamedTuple):
         return cls(centred, origin, centred.bfloat16() if bf16 else centred, target)
 
 
+class Conditions(NamedTuple):
+    """Under which a step is made, beside the batch."""
+
+    variance: float  # as in State
+    dead_after_tokens: int
+    progress: float = 0.0  # as in State
+
+
 class Step(NamedTuple):
     """What one batch gave one cell."""
 
@@ -98,6 +117,14 @@ class Step(NamedTuple):
     parts: Mapping[str, float]  # Losses.parts
     gradient: Any  # of Losses.total: whatever `FastStep.update` takes
     worked: Worked
+
+
+class Update(NamedTuple):
+    """What the optimiser has for a parameter at one step (trainers/training/optimiser.py)."""
+
+    moments: Moments
+    adam: AdamStep
+    unit_rows: bool
 
 
 class Reconstruction(NamedTuple):
@@ -111,7 +138,7 @@ class Reconstruction(NamedTuple):
 class Dead(Protocol):
     """For each latent the number of tokens since it was last active (architectures/dead.py)."""
 
-    def update(self, latents: Tensor | Any) -> None: ...
+    def update(self, latents: Any) -> None: ...
 
     def after(self, window: int) -> Tensor: ...
 
@@ -119,33 +146,45 @@ class Dead(Protocol):
 class FastStep(Protocol):
     """The sparse path of an architecture: the same losses and gradients without a tensor [batch, n_latents].
 
-    `params` are float32; `operands` are those of them that Parameter calls rounded, as the forward product takes them
-    (bfloat16 copies in a bf16 cell, else the parameters themselves).
+    `params` are float32. `operands` are those of them that `rounded` names, as products take them: bfloat16 copies in
+    a bf16 cell, which `update` keeps up to date, else the parameters themselves.
     """
 
+    rounded: frozenset[str]
+
     def measure(
-        self, params: Params, operands: Params, batch: Batch, settings: Any, variance: float, dead: Any,
-        dead_after_tokens: int, mesh: Mesh,
+        self, params: Params, operands: Params, batch: Batch, settings: Any, conditions: Conditions, dead: Dead,
+        mesh: Mesh,
     ) -> Step:  # fmt: skip
         """Losses and gradient of a batch, which is counted in `dead`."""
 
     def update(
-        self, params: Params, operands: Params, moments: Mapping[str, Moments], gradient: Any, adam: AdamStep
+        self, params: Params, operands: Params, gradient: Any, updates: Mapping[str, Update], mesh: Mesh
     ) -> None:
-        """One step of the optimiser by that gradient, in place, operands included."""
+        """One step of the optimiser by that gradient, in place."""
 
     def reconstruct(self, params: Params, operands: Params, batch: Batch, settings: Any, mesh: Mesh) -> Reconstruction:
         """The forward pass alone."""
+
+    def training_bytes(
+        self, shape: Shape, settings: Any, batch: int, precision: Precision, kernels: KernelKind
+    ) -> float:
+        """Memory that `measure` and `update` take beside what is held, `batch` and the optimiser's state."""
+
+    def evaluation_bytes(
+        self, shape: Shape, settings: Any, batch: int, precision: Precision, kernels: KernelKind
+    ) -> float:
+        """Memory that `reconstruct` takes beside parameters, operands and batch."""
 
 
 class Architecture(Protocol):
     """What the file of an architecture defines. Shapes: Forward, Shape. Matrices have a row for each latent."""
 
     Settings: type[Settings]
-    step: FastStep | None
+    step: FastStep | None  # may be left out
 
     def parameters(self, shape: Shape, settings: Any, centre: Centre, seed: int) -> dict[str, Parameter]:
-        """Where training starts; `centre` is measured on the data, `seed` means the same on every device."""
+        """Where training starts, on the CPU; `centre` is measured on the data, and the caller's to keep."""
 
     def forward(self, params: Params, x: Tensor, settings: Any) -> Forward:
         """Of preprocessed x [batch, d_model], in any float dtype."""
@@ -159,15 +198,10 @@ class Architecture(Protocol):
 
 def find_architecture(name: str) -> Architecture:
     """The architecture of that name. Raises SaescaleError with the nearest name for an unknown one."""
-    return ARCHITECTURES.load(name)  # type: ignore[return-value]  # a module with these names
+    return ARCHITECTURES.load(name)
 
 
-def fired(latents: Tensor) -> Tensor:
-    """[batch, n_latents] -> [n_latents] bool: active on at least one token of the batch."""
-    return (latents > ACTIVE_ABOVE).any(dim=0)
-
-
-def unit_rows(rows: int, columns: int, seed: int) -> Tensor:
-    """Random directions [rows, columns], drawn on the CPU, so that a seed means the same on every device."""
-    W = torch.randn(rows, columns, generator=torch.Generator().manual_seed(seed))
+def unit_rows(rows: int, columns: int, generator: torch.Generator) -> Tensor:
+    """Random directions [rows, columns] of norm 1; `generator` is the CPU's, so that a seed means the same anywhere."""
+    W = torch.randn(rows, columns, generator=generator)
     return W / W.norm(dim=1, keepdim=True)

@@ -1,64 +1,119 @@
-"""The TopK SAE: its parameters, its initialisation, and its forward pass in plain dense torch."""
+"""The TopK SAE (Gao et al. 2024, 2406.04093): its parameters, its forward pass and its losses in plain dense torch.
 
-from typing import NamedTuple
+    z = ReLU(TopK(W_enc (x - b_pre) + b_enc)),  x_hat = z W_dec + b_pre
+
+W_enc [n_latents, d_model], b_enc [n_latents], W_dec [n_latents, d_model] with one row per latent, b_pre [d_model].
+While an SAE trains its decoder rows have unit norm; those of averaged weights, which evaluation uses and
+sae.safetensors holds, are slightly shorter (Adam.averaged). Multiply z by a row's norm and divide the row by it where
+unit directions are needed: that leaves x_hat as it is.
+"""
 
 import torch
-from torch import Tensor, nn
+from pydantic import Field
+from saescale.scaling.compute import Flops, flops_per_token
+from saescale.trainers.architectures import architecture
+from saescale.trainers.architectures.architecture import (
+    Auxiliary,
+    Forward,
+    Losses,
+    Parameter,
+    Params,
+    Shape,
+    State,
+    Worked,
+    unit_rows,
+)
+from saescale.trainers.architectures.topk_sparse import TopKStep
+from saescale.trainers.preprocess import Centre
+from torch import Tensor
+
+MULTI_TOPK_FACTOR = 4
+MULTI_TOPK_WEIGHT = 1 / 8
 
 
-class Forward(NamedTuple):
-    pre_activations: Tensor  # [batch, n_latents]
-    latents: Tensor  # [batch, n_latents], zero outside the k largest
-    reconstruction: Tensor  # [batch, d_model]
+class Settings(architecture.Settings):
+    k_aux: int = Field(default=0, ge=0)  # dead latents in the AuxK loss; 0 switches it off
+    auxk_coefficient: float = Field(default=1 / 32, ge=0)
+    multi_topk: bool = False  # a second reconstruction, by 4k latents, in the loss
+
+    def reconstructions(self, n_latents: int) -> list[tuple[int, float]]:
+        """Number of latents and weight of each reconstruction in the loss, the SAE's own first."""
+        if not self.multi_topk:
+            return [(self.k, 1.0)]
+        return [(self.k, 1.0), (min(MULTI_TOPK_FACTOR * self.k, n_latents), MULTI_TOPK_WEIGHT)]
 
 
-class SAE(nn.Module):
-    """z = ReLU(TopK(W_enc (x - b_pre) + b_enc)), x_hat = z W_dec + b_pre (Gao et al. 2024, section 2.3).
+def parameters(shape: Shape, settings: Settings, centre: Centre, seed: int) -> dict[str, Parameter]:
+    """Random unit decoder rows, tied encoder, b_pre the geometric median of the data.
 
-    W_enc [n_latents, d_model], b_enc [n_latents], W_dec [n_latents, d_model] with one row per latent,
-    b_pre [d_model]. While an SAE trains its decoder rows have unit norm; those of averaged weights, which evaluation
-    uses and sae.safetensors holds, are slightly shorter (SAEAdam.averaged). Multiply z by a row's norm and divide the
-    row by it where unit directions are needed: that leaves x_hat as it is.
+    The encoder is scaled so that 256 random unit vectors are reconstructed at norm 1 on average (appendix A.1).
     """
+    generator = torch.Generator().manual_seed(seed)
+    W = unit_rows(shape.n_latents, shape.d_model, generator)
+    probes = unit_rows(256, shape.d_model, generator)
+    # With zero biases the reconstruction is linear in the encoder's scale, so one division sets the norm.
+    norms = (_top_k(probes @ W.T, settings.k).relu() @ W).norm(dim=1)
+    return {
+        "W_enc": Parameter(W / norms.mean()),
+        "b_enc": Parameter(torch.zeros(shape.n_latents)),
+        "W_dec": Parameter(W, unit_rows=True),
+        "b_pre": Parameter(centre.b_pre),
+    }
 
-    def __init__(self, d_model: int, n_latents: int, k: int) -> None:
-        super().__init__()
-        self.d_model, self.n_latents, self.k = d_model, n_latents, k
-        self.W_enc = nn.Parameter(torch.zeros(n_latents, d_model))
-        self.b_enc = nn.Parameter(torch.zeros(n_latents))
-        self.W_dec = nn.Parameter(torch.zeros(n_latents, d_model))
-        self.b_pre = nn.Parameter(torch.zeros(d_model))
 
-    @torch.no_grad()
-    def initialise(self, b_pre: Tensor, seed: int) -> None:
-        """Random unit decoder rows, tied encoder, b_pre [d_model] (the geometric median of the data).
+def forward(params: Params, x: Tensor, settings: Settings) -> Forward:
+    return _decode(params, (x - params["b_pre"]) @ params["W_enc"].T + params["b_enc"], settings.k)
 
-        The encoder is scaled so that 256 random unit vectors are reconstructed at norm 1 on average
-        (Gao et al. 2024, appendix A.1). Drawn on the CPU, so that a seed means the same on every device.
-        """
-        generator = torch.Generator().manual_seed(seed)
-        W = torch.randn(self.n_latents, self.d_model, generator=generator)
-        W /= W.norm(dim=1, keepdim=True)
-        probes = torch.randn(256, self.d_model, generator=generator)
-        probes /= probes.norm(dim=1, keepdim=True)
-        # With zero biases the reconstruction is linear in the encoder's scale, so one division sets the norm.
-        norms = (_top_k(probes @ W.T, self.k).relu() @ W).norm(dim=1)
-        self.W_dec.copy_(W)
-        self.W_enc.copy_(W / norms.mean())
-        self.b_pre.copy_(b_pre)
 
-    def encode(self, x: Tensor) -> Tensor:
-        """Pre-activations [batch, n_latents] of preprocessed x [batch, d_model]."""
-        return (x - self.b_pre) @ self.W_enc.T + self.b_enc
+def losses(params: Params, forward: Forward, target: Tensor, settings: Settings, state: State) -> Losses:
+    """main + multi / 8 + auxk_coefficient * auxk: `multi` the squared error with 4k latents, `auxk` see `auxk_loss`."""
+    main = (forward.x_hat - target).square().mean() / state.variance
 
-    def forward(self, x: Tensor, k: int | None = None) -> Forward:
-        """The dense reference: x [batch, d_model], preprocessed; `k` other than the SAE's own for Multi-TopK."""
-        return self.decode(self.encode(x), k)
+    multi, selected = target.new_zeros(()), 0
+    for k, _ in settings.reconstructions(forward.latents.shape[1])[1:]:
+        wider = _decode(params, forward.pre_activations, k)
+        multi = (wider.x_hat - target).square().mean() / state.variance
+        selected = int((wider.latents > 0).sum())
 
-    def decode(self, pre: Tensor, k: int | None = None) -> Forward:
-        """What `forward` makes of pre-activations [batch, n_latents]."""
-        latents = _top_k(pre, self.k if k is None else k).relu()
-        return Forward(pre, latents, latents @ self.W_dec + self.b_pre)
+    error = (target - forward.x_hat).detach()
+    auxk, dead = auxk_loss(params, forward.pre_activations, error, state.dead, settings.k_aux)
+    total = main + MULTI_TOPK_WEIGHT * multi + settings.auxk_coefficient * auxk
+    return Losses(main, total, {"multi": multi, "auxk": auxk}, dead._replace(selected=selected))
+
+
+def auxk_loss(params: Params, pre: Tensor, error: Tensor, dead: Tensor, k_aux: int) -> tuple[Tensor, Auxiliary]:
+    """The k_aux largest pre-activations [batch, n_latents] among `dead` latents reconstruct error = x - x_hat.
+
+    A scalar: their squared error over that of the mean error, 0 where no latent is dead (appendix A.2). The caller
+    detaches `error`, so AuxK reaches the dead latents' encoder and decoder rows and b_pre through the encoder, and
+    nothing else.
+    """
+    count = int(dead.sum())
+    k_aux = min(k_aux, count)
+    if k_aux == 0:
+        return error.new_zeros(()), Auxiliary()
+    best = pre.masked_fill(~dead, -torch.inf).topk(k_aux, dim=-1)
+    latents = torch.zeros_like(pre).scatter(-1, best.indices, best.values.relu())
+    # No b_pre here: the residual has it taken off already.
+    error_hat = latents @ params["W_dec"]
+    loss = (error_hat - error).square().mean() / (error.mean(dim=0) - error).square().mean()
+    done = Auxiliary(selected_aux=int((latents > 0).sum()), dead=count * len(pre))
+    return loss.nan_to_num(0.0), done
+
+
+def flops(shape: Shape, settings: Settings, worked: Worked) -> Flops:
+    """As if every token had selected k and, for AuxK, k_aux latents."""
+    multi_k = sum(k for k, _ in settings.reconstructions(shape.n_latents)[1:])
+    per_token = flops_per_token(shape.d_model, shape.n_latents, settings.k, settings.k_aux, multi_k)
+    return Flops(sparse=per_token.sparse * worked.tokens, dense=per_token.dense * worked.tokens)
+
+
+step = TopKStep()
+
+
+def _decode(params: Params, pre: Tensor, k: int) -> Forward:
+    latents = _top_k(pre, k).relu()
+    return Forward(pre, latents, latents @ params["W_dec"] + params["b_pre"])
 
 
 def _top_k(pre: Tensor, k: int) -> Tensor:

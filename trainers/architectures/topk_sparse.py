@@ -1,36 +1,52 @@
-"""What one batch gives one cell: losses and gradient in training, the error alone in evaluation.
+"""The sparse path of TopK: what one batch gives one cell, and the optimiser's step by it.
 
-    result = step(sae, operand, batch, objective, dead, dead_after_tokens)
-    optimiser.step(result.gradient)
+    result = step.measure(params, operands, batch, settings, conditions, dead, mesh)
+    step.update(params, operands, result.gradient, updates, mesh)
 
-The objective is that of reference.py; the algebra is that of trainers/kernels/interface.py, on every device.
+The objective is that of topk.py; the algebra is that of trainers/kernels/interface.py, on every device.
 """
 
-from typing import NamedTuple
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple, Protocol
 
 import torch
-from saescale.trainers.architectures.reference import ACTIVE_ABOVE, MULTI_TOPK_FACTOR, MULTI_TOPK_WEIGHT, Objective
-from saescale.trainers.architectures.topk import SAE
-from saescale.trainers.kernels.choose import kernels
-from saescale.trainers.kernels.interface import Pairs, Selected, Term
+from saescale.trainers.architectures.architecture import (
+    Batch,
+    Conditions,
+    Dead,
+    Params,
+    Reconstruction,
+    Shape,
+    Step,
+    Update,
+    Worked,
+)
+from saescale.trainers.kernels.choose import KernelKind, kernels
+from saescale.trainers.kernels.eager import ENTRIES as EAGER_ENTRIES
+from saescale.trainers.kernels.eager import adam_rows
+from saescale.trainers.kernels.interface import Pairs, Selected, Summands, Term, group_size, product_rows
+from saescale.trainers.mesh.mesh import Mesh
+from saescale.trainers.precision import Precision
 from torch import Tensor
 
 FEW_DEAD = 8  # times k_aux: up to so many dead latents AuxK is computed dense
 AUXK_ENTRIES = 2**22  # activations of dead latents that it then holds at a time: 16 MiB
+_FLOAT = 4
 
 
-class Batch(NamedTuple):
-    """Preprocessed activations, shared by the cells of a pack."""
+class TopKSettings(Protocol):
+    """What this path needs of topk.Settings."""
 
-    x: Tensor  # float32 [batch, d_model], minus `origin`
-    origin: Tensor  # [d_model], the geometric median that every b_pre starts from
-    rounded: Tensor  # x in bfloat16, or x itself where no cell needs that
+    @property
+    def k(self) -> int: ...
 
-    @classmethod
-    def of(cls, x: Tensor, origin: Tensor, bf16: bool) -> "Batch":
-        """From preprocessed x [batch, d_model]; `bf16`: some cell has operands of that type."""
-        centred = x - origin
-        return cls(centred, origin, centred.bfloat16() if bf16 else centred)
+    @property
+    def k_aux(self) -> int: ...
+
+    @property
+    def auxk_coefficient(self) -> float: ...
+
+    def reconstructions(self, n_latents: int) -> list[tuple[int, float]]: ...
 
 
 class DeadRows(NamedTuple):
@@ -43,7 +59,7 @@ class DeadRows(NamedTuple):
 
 
 class Gradient(NamedTuple):
-    """The gradient of a cell's loss, in factors: SAEAdam.step sums the rows where it uses them."""
+    """The gradient of a cell's loss, in factors: `update` sums the rows where it uses them."""
 
     pairs: Pairs
     errors: Tensor  # [terms * batch, d_model]
@@ -53,160 +69,208 @@ class Gradient(NamedTuple):
     b_pre: Tensor  # [d_model], without the part through the encoder, - W_enc^T (gradient of b_enc)
 
 
-class Step(NamedTuple):
-    """What one batch gave one cell: losses as in reference.Losses, and the gradient of their total."""
+class TopKStep:
+    """FastStep of TopK. Of a cell that several processes share each asks `mesh` for what the others have."""
 
-    main: float
-    multi: float
-    auxk: float
-    gradient: Gradient
+    rounded: frozenset[str] = frozenset({"W_enc"})
+
+    @torch.no_grad()
+    def measure(
+        self, params: Params, operands: Params, batch: Batch, settings: TopKSettings, conditions: Conditions,
+        dead: Dead, mesh: Mesh,
+    ) -> Step:  # fmt: skip
+        """Losses and gradient of a batch, which is counted in `dead`."""
+        sparse = kernels(batch.x.device)
+        W_dec, offset = params["W_dec"], params["b_pre"] - batch.origin
+        n_latents, d_model = W_dec.shape
+        elements = batch.x.numel()
+        target = _target(batch)
+        ks, weights = zip(*settings.reconstructions(n_latents), strict=True)
+        selections = _select(params, operands, batch, offset, ks, mesh)
+
+        # One more for AuxK, where it may need one.
+        errors = batch.x.new_empty(len(ks) + bool(settings.k_aux), len(batch.x), d_model)
+        b_pre = torch.zeros_like(offset)
+        terms, losses = [], []
+        for selected, weight, error in zip(selections, weights, errors, strict=False):
+            # The gradient by x_hat of the mean over batch and d_model of the squared error over c.
+            scale = -2.0 * weight / (elements * conditions.variance)
+            decoded = sparse.decode(target, offset, selected, W_dec, scale, error)
+            terms.append(Term(selected, decoded.dz, scale))
+            losses.append(float(mesh.mean_replicas(decoded.squared)) / elements / conditions.variance)
+            b_pre.add_(error.sum(dim=0), alpha=scale)
+        pairs = sum(_active(selected) for selected in selections)
+
+        # Has to go before AuxK: a latent that came back to life in this batch is no longer dead.
+        dead.update(selections[0])
+        idle = dead.after(conditions.dead_after_tokens)
+        auxk = _auxk(params, operands, batch, offset, errors[0], idle, settings, errors[-1])
+        if auxk.term is not None:
+            terms.append(auxk.term)
+        gradient = Gradient(
+            sparse.transpose(terms, n_latents), errors.view(-1, d_model), batch.x, offset, auxk.rows, b_pre
+        )  # fmt: skip
+        parts = {"multi": losses[1] if len(losses) > 1 else 0.0, "auxk": auxk.loss}
+        worked = Worked(len(batch.x), pairs, auxk.pairs, auxk.dead * len(batch.x))
+        return Step(losses[0], parts, gradient, worked)
+
+    @torch.no_grad()
+    def update(
+        self, params: Params, operands: Params, gradient: Gradient, updates: Mapping[str, Update], mesh: Mesh
+    ) -> None:
+        """Project W_dec's gradient off its unit rows, Adam, renormalise W_dec's rows, then the average.
+
+        The two matrices and their moments are read and written once (Kernels.update_rows), and their gradients never
+        exist in memory. W_enc is read twice more in a step, by its products with the gradient of b_enc and with the
+        offset: each needs all of what goes before.
+        """
+        pairs, aux, W_enc = gradient.pairs, gradient.aux, params["W_enc"]
+        sparse = kernels(W_enc.device)
+        b_enc = sparse.latent_sums(pairs)
+        # What AuxK's rows have of the offset is in them already, so it is added after `shift` was taken.
+        shift = b_enc.clone()
+        b_enc.index_add_(0, aux.latents, aux.b_enc)
+        # Has to go before W_enc is updated: pre-activations see x - b_pre.
+        b_pre = gradient.b_pre - mesh.sum_shards(b_enc @ W_enc)
+
+        of_decoder = Summands(
+            pairs.starts, pairs.rows, pairs.decoder, gradient.errors, None, gradient.offset, aux.latents, aux.W_dec
+        )  # fmt: skip
+        of_encoder = Summands(
+            pairs.starts, pairs.rows, pairs.encoder, gradient.x, shift, gradient.offset, aux.latents, aux.W_enc
+        )  # fmt: skip
+        for name, summands in (("W_dec", of_decoder), ("W_enc", of_encoder)):
+            moments, adam, unit_rows = updates[name]
+            operand = None if operands[name] is params[name] else operands[name]
+            sparse.update_rows(params[name], moments, summands, adam, unit_rows, operand)
+        for name, dense in (("b_enc", b_enc), ("b_pre", b_pre)):
+            moments, adam, unit_rows = updates[name]
+            adam_rows(params[name], moments, dense, adam, unit_rows)
+
+    @torch.no_grad()
+    def reconstruct(
+        self, params: Params, operands: Params, batch: Batch, settings: TopKSettings, mesh: Mesh
+    ) -> Reconstruction:
+        offset = params["b_pre"] - batch.origin
+        selected = _select(params, operands, batch, offset, [settings.k], mesh)[0]
+        error = torch.empty_like(batch.x)
+        decoded = kernels(batch.x.device).decode(_target(batch), offset, selected, params["W_dec"], None, error)
+        return Reconstruction(error, float(decoded.squared), _active(selected))
+
+    def training_bytes(
+        self, shape: Shape, settings: TopKSettings, batch: int, precision: Precision, kernels: KernelKind
+    ) -> float:
+        """One step: pre-activations, errors, selections, sorted pairs, AuxK."""
+        ks = [k for k, _ in settings.reconstructions(shape.n_latents)]
+        k_aux, matrix = settings.k_aux, shape.n_latents * shape.d_model * _FLOAT
+        errors = (len(ks) + bool(k_aux)) * batch * shape.d_model * _FLOAT
+        # Index, z and dz of each, then their pairs sorted: row and two weights. A few index tensors are int64 on the
+        # way; on a GPU the sort has keys and an order besides.
+        pairs = batch * (sum(ks) + k_aux) * (3 * _FLOAT + 3 * _FLOAT + (8 if kernels == "cpu" else 24))
+        few = min(FEW_DEAD * k_aux, shape.n_latents)
+        dense_auxk = 4 * few * shape.d_model * _FLOAT + 4 * min(AUXK_ENTRIES, batch * few) * _FLOAT
+        sparse_auxk = matrix / (2 if precision == "bf16" else 1) if k_aux else 0
+        gradients = 2 * (2 * matrix + (shape.n_latents + shape.d_model) * _FLOAT) if kernels == "eager" else 0
+        made = _pre_activations(shape, max(ks), batch, precision, kernels)
+        return made + errors + pairs + max(dense_auxk, sparse_auxk) + gradients
+
+    def evaluation_bytes(
+        self, shape: Shape, settings: TopKSettings, batch: int, precision: Precision, kernels: KernelKind
+    ) -> float:
+        errors = batch * shape.d_model * _FLOAT + batch * settings.k * 3 * _FLOAT
+        widest = max(k for k, _ in settings.reconstructions(shape.n_latents))
+        return _pre_activations(shape, widest, batch, precision, kernels) + errors
 
 
-class Reconstruction(NamedTuple):
-    """What the selected latents leave over, for evaluation."""
-
-    error: Tensor  # x - x_hat, float32 [batch, d_model]
-    squared: float  # ||error||^2 over the batch, summed in float64
-    active: int  # latents with z > 0, over all tokens
-
-
-class DeadLatents:
-    """For each latent the number of tokens since it was last active (activation > 1e-3)."""
-
-    def __init__(self, n_latents: int, device: torch.device | str = "cpu") -> None:
-        self.tokens_since = torch.zeros(n_latents, dtype=torch.int64, device=device)
-
-    def update(self, selected: Selected) -> None:
-        """Counts a batch."""
-        n_latents = len(self.tokens_since)
-        # Without indexing by a mask, which would make the host wait for the device.
-        active = torch.where(selected.z > ACTIVE_ABOVE, selected.indices, n_latents).flatten().long()
-        fired = torch.zeros(n_latents + 1, dtype=torch.bool, device=active.device).index_fill_(0, active, True)[:-1]
-        self.tokens_since.add_(len(selected.z)).masked_fill_(fired, 0)
-
-    def after(self, window: int) -> Tensor:
-        """[n_latents] bool: not active for at least `window` tokens."""
-        return self.tokens_since >= window
+def _pre_activations(shape: Shape, k: int, rows: int, precision: Precision, kernels: KernelKind) -> float:
+    if kernels == "eager":
+        # Keys to select by, or latents and their gradient.
+        return 4 * _FLOAT * min(rows * shape.n_latents, EAGER_ENTRIES)
+    width = 2 if precision == "bf16" else _FLOAT
+    maxima = _FLOAT / group_size(shape.n_latents, k) if kernels == "cuda" else 0
+    return product_rows(rows, shape.n_latents, kernels) * shape.n_latents * (width + maxima)
 
 
-@torch.no_grad()
-def step(
-    sae: SAE, operand: Tensor, batch: Batch, objective: Objective, dead: DeadLatents, dead_after_tokens: int
-) -> Step:
-    """Losses and gradient of a batch, which is counted in `dead`.
-
-    operand: W_enc, in float32 or rounded to bfloat16, which decides the precision of the encoder product
-    (SAEAdam.operand).
-    """
-    sparse = kernels(batch.x.device)
-    offset = sae.b_pre - batch.origin
-    elements, d_model = batch.x.numel(), batch.x.shape[1]
-    ks, weights = [objective.k], [1.0]
-    if objective.multi_topk:
-        ks.append(min(MULTI_TOPK_FACTOR * objective.k, sae.n_latents))
-        weights.append(MULTI_TOPK_WEIGHT)
-    selections = _select(sae, operand, batch, offset, ks)
-
-    # One more for AuxK, where it may need one.
-    errors = batch.x.new_empty(len(ks) + bool(objective.k_aux), len(batch.x), d_model)
-    b_pre = torch.zeros_like(offset)
-    terms, losses = [], []
-    for selected, weight, error in zip(selections, weights, errors, strict=False):
-        # The gradient by x_hat of the mean over batch and d_model of the squared error over c.
-        scale = -2.0 * weight / (elements * objective.variance)
-        decoded = sparse.decode(batch.x, offset, selected, sae.W_dec, scale, error)
-        terms.append(Term(selected, decoded.dz, scale))
-        losses.append(float(decoded.squared) / elements / objective.variance)
-        b_pre.add_(error.sum(dim=0), alpha=scale)
-
-    # Has to go before AuxK: a latent that came back to life in this batch is no longer dead.
-    dead.update(selections[0])
-    auxk = _auxk(
-        sae, operand, batch, offset, errors[0], dead.after(dead_after_tokens), objective, errors[-1]
-    )  # fmt: skip
-    if auxk.term is not None:
-        terms.append(auxk.term)
-    pairs = sparse.transpose(terms, sae.n_latents)
-    gradient = Gradient(pairs, errors.view(-1, d_model), batch.x, offset, auxk.rows, b_pre)
-    return Step(losses[0], losses[1] if objective.multi_topk else 0.0, auxk.loss, gradient)
+def _target(batch: Batch) -> Tensor:
+    """What x_hat is compared with, minus origin."""
+    return batch.x if batch.target is None else batch.target - batch.origin
 
 
-@torch.no_grad()
-def reconstruct(sae: SAE, operand: Tensor, batch: Batch) -> Reconstruction:
-    """The forward pass alone; `operand` as in `step`."""
-    offset = sae.b_pre - batch.origin
-    selected = _select(sae, operand, batch, offset, [sae.k])[0]
-    error = torch.empty_like(batch.x)
-    decoded = kernels(batch.x.device).decode(batch.x, offset, selected, sae.W_dec, None, error)
-    return Reconstruction(error, float(decoded.squared), int((selected.z > 0).sum()))
+def _active(selected: Selected) -> int:
+    return int((selected.z > 0).sum())
 
 
-def _select(sae: SAE, operand: Tensor, batch: Batch, offset: Tensor, ks: list[int]) -> list[Selected]:
-    bias = sae.b_enc - sae.W_enc @ offset
-    x = batch.rounded if operand.dtype == torch.bfloat16 else batch.x
-    selections = kernels(x.device).encode_select(x, operand, bias, ks)
+def _select(
+    params: Params, operands: Params, batch: Batch, offset: Tensor, ks: Sequence[int], mesh: Mesh
+) -> list[Selected]:
+    bias = params["b_enc"] - params["W_enc"] @ offset
+    W_enc = operands["W_enc"]
+    x = batch.rounded if W_enc.dtype == torch.bfloat16 else batch.x
+    selections = kernels(x.device).encode_select(x, W_enc, bias, ks)
     # One bad weight shows in `bias`. The NaN that x86 makes is negative and would never be selected: a diverged
     # encoder would look like one without active latents.
     bad = ~bias.isfinite().all()
-    return [Selected(indices, z.masked_fill_(bad, torch.nan)) for indices, z in selections]
+    return [
+        mesh.select(Selected(indices, z.masked_fill_(bad, torch.nan)), k)
+        for (indices, z), k in zip(selections, ks, strict=True)
+    ]
 
 
 class _AuxK(NamedTuple):
-    """The AuxK loss (reference.auxk_loss) and its gradient, in one of two forms: rows, or a term like the others."""
+    """The AuxK loss (topk.auxk_loss) and its gradient, in one of two forms: rows, or a term like the others."""
 
     loss: float
     rows: DeadRows
     term: Term | None
+    pairs: int = 0  # that were decoded
+    dead: int = 0  # latents that were scored
 
 
 def _auxk(
-    sae: SAE,
-    operand: Tensor,
-    batch: Batch,
-    offset: Tensor,
-    error: Tensor,
-    dead: Tensor,
-    objective: Objective,
-    miss: Tensor,
-) -> _AuxK:
+    params: Params, operands: Params, batch: Batch, offset: Tensor, error: Tensor, dead: Tensor,
+    settings: TopKSettings, miss: Tensor,
+) -> _AuxK:  # fmt: skip
     """`error` is x - x_hat of the main loss, `dead` [n_latents] bool; the term's errors are written to `miss`.
 
     While few latents are dead, products with their rows gathered into one matrix are the fastest way, and their
     gradients small. Where many are, k_aux of them are few, and AuxK goes the way of the other losses.
     """
-    latents = dead.nonzero().squeeze(1) if objective.k_aux else dead.new_empty(0, dtype=torch.int64)
-    k_aux = min(objective.k_aux, len(latents))
+    latents = dead.nonzero().squeeze(1) if settings.k_aux else dead.new_empty(0, dtype=torch.int64)
+    k_aux = min(settings.k_aux, len(latents))
     none = DeadRows(latents[:0], error[:0], error.new_empty(0), error[:0])
     if k_aux == 0:
         return _AuxK(0.0, none, None)
     denominator = float((error.mean(dim=0) - error).square().mean())
     if not denominator > 0:
         return _AuxK(0.0, none, None)
-    bias = sae.b_enc[latents] - sae.W_enc[latents] @ offset
+    bias = params["b_enc"][latents] - params["W_enc"][latents] @ offset
     # The gradient by e_hat of the mean squared error over that of the mean error, e being x - x_hat.
-    scale = -2 * objective.auxk_coefficient / (error.numel() * denominator)
+    scale = -2 * settings.auxk_coefficient / (error.numel() * denominator)
     if len(latents) <= FEW_DEAD * k_aux:
-        squared, rows = _dead_rows(sae, batch.x, offset, error, latents, bias, k_aux, scale)
-        return _AuxK(squared / error.numel() / denominator, rows, None)
+        squared, pairs, rows = _dead_rows(params, batch.x, offset, error, latents, bias, k_aux, scale)
+        return _AuxK(squared / error.numel() / denominator, rows, None, pairs, len(latents))
 
-    sparse = kernels(error.device)
-    x = batch.rounded if operand.dtype == torch.bfloat16 else batch.x
-    among = sparse.encode_select(x, operand[latents], bias, [k_aux])[0]
+    sparse, W_enc = kernels(error.device), operands["W_enc"]
+    x = batch.rounded if W_enc.dtype == torch.bfloat16 else batch.x
+    among = sparse.encode_select(x, W_enc[latents], bias, [k_aux])[0]
     names = latents.int()[among.indices.clamp_min(0).long()].masked_fill_(among.indices < 0, -1)
     selected = Selected(names, among.z)
     # No b_pre here: the error has it taken off already.
-    decoded = sparse.decode(error, torch.zeros_like(offset), selected, sae.W_dec, scale, miss)
+    decoded = sparse.decode(error, torch.zeros_like(offset), selected, params["W_dec"], scale, miss)
     loss = float(decoded.squared) / error.numel() / denominator
-    return _AuxK(loss, none, Term(selected, decoded.dz, scale))
+    return _AuxK(loss, none, Term(selected, decoded.dz, scale), _active(selected), len(latents))
 
 
 def _dead_rows(
-    sae: SAE, x: Tensor, offset: Tensor, error: Tensor, latents: Tensor, bias: Tensor, k_aux: int, scale: float
-) -> tuple[float, DeadRows]:
-    """||e - e_hat||^2 and the gradients of AuxK, dense over the dead `latents` alone; `bias` is theirs."""
-    W_enc, W_dec = sae.W_enc[latents], sae.W_dec[latents]
+    params: Params, x: Tensor, offset: Tensor, error: Tensor, latents: Tensor, bias: Tensor, k_aux: int, scale: float
+) -> tuple[float, int, DeadRows]:
+    """||e - e_hat||^2, the pairs it took, and the gradients of AuxK, dense over the dead `latents` alone.
+
+    `bias` is theirs.
+    """
+    W_enc, W_dec = params["W_enc"][latents], params["W_dec"][latents]
     rows = DeadRows(latents, torch.zeros_like(W_enc), torch.zeros_like(bias), torch.zeros_like(W_dec))
-    squared = 0.0
+    squared, pairs = 0.0, 0
     size = max(1, AUXK_ENTRIES // len(latents))
     for part, target in zip(x.split(size), error.split(size), strict=True):
         z = torch.addmm(bias, part, W_enc.T).relu_()
@@ -215,9 +279,11 @@ def _dead_rows(
             z = torch.zeros_like(z).scatter_(1, best.indices, best.values)
         miss = torch.addmm(target, z, W_dec, alpha=-1)
         squared += float(torch.linalg.vector_norm(miss, dtype=torch.float64)) ** 2
-        dz = (miss @ W_dec.T).mul_(z > 0)
+        active = z > 0
+        pairs += int(active.sum())
+        dz = (miss @ W_dec.T).mul_(active)
         rows.W_dec.addmm_(z.T, miss, alpha=scale)
         rows.W_enc.addmm_(dz.T, part, alpha=scale)
         rows.b_enc.add_(dz.sum(dim=0), alpha=scale)
     rows.W_enc.addr_(rows.b_enc, offset, alpha=-1)
-    return squared, rows
+    return squared, pairs, rows

@@ -3,13 +3,17 @@
 An evaluation is a file of this folder that defines `needs` and `measure` at its top level: see README.md.
 """
 
+from __future__ import annotations
+
 from collections.abc import Iterable
-from typing import Literal, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Literal, NamedTuple, Protocol
 
 from saescale.storage.registry import Room
-from saescale.storage.source import Source
-from saescale.trainers.exchange.trained import Trained
-from saescale.trainers.subjects.subject import Subject
+
+if TYPE_CHECKING:
+    from saescale.storage.source import Source
+    from saescale.trainers.exchange.trained import Trained
+    from saescale.trainers.subjects.subject import Subject
 
 EVALUATIONS = Room("saescale.trainers.evals", "evaluation", marker="measure")
 
@@ -29,8 +33,11 @@ class Measurement(NamedTuple):
 
 
 class Evaluation(Protocol):
-    """What the file of an evaluation defines. `needs`: what it cannot do without; `measure` gets None for a subject
-    that it does not name there."""
+    """What the file of an evaluation defines.
+
+    `needs` says what it cannot do without: the "subject", one with "labels", one that reads "text". Without any of them
+    `measure` gets None for the subject.
+    """
 
     needs: frozenset[Need]
 
@@ -40,4 +47,4 @@ class Evaluation(Protocol):
 
 def find_evaluation(name: str) -> Evaluation:
     """The evaluation of that name. Raises SaescaleError with the nearest name for an unknown one."""
-    return EVALUATIONS.load(name)  # type: ignore[return-value]  # a module with these names
+    return EVALUATIONS.load(name)

@@ -1,41 +1,58 @@
 """Held-out nmse: sum ||x - x_hat||^2 / sum ||x - mean(x)||^2 over the whole held-out set, summed in float64."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import torch
 from saescale.storage.errors import SaescaleError
-from saescale.storage.store import ActivationStore
-from saescale.trainers.architectures.topk_sparse import Batch, reconstruct
-from saescale.trainers.preprocess import Centre, normalise, to_tensor
-from saescale.trainers.training.optimiser import SAEAdam
+from saescale.storage.source import Source
+from saescale.trainers.architectures.architecture import Batch
+from saescale.trainers.architectures.sae import SAE
+from saescale.trainers.evals.evaluation import Measurement, Need
+from saescale.trainers.exchange.trained import Trained
+from saescale.trainers.preprocess import normalise, to_tensor
+from saescale.trainers.subjects.subject import Subject
+from torch import Tensor
 
 CHUNK_ROWS = 8_192  # preprocessed and encoded at a time
 
+needs: frozenset[Need] = frozenset()
 
-class Evaluation(NamedTuple):
+
+def measure(trained: Trained, source: Source, subject: Subject | None) -> Iterator[Measurement]:
+    """nmse and l0 on all held-out rows of `source`."""
+    held_out = HeldOut(source, None, next(iter(trained.sae.params.values())).device)
+    quality = held_out.evaluate([lambda: trained.sae], trained.origin, trained.sae.precision == "bf16")[0]
+    yield Measurement("nmse", quality.nmse, n=held_out.tokens)
+    yield Measurement("l0", quality.l0, n=held_out.tokens)
+
+
+class Quality(NamedTuple):
     nmse: float
     l0: float  # mean number of active latents per token
 
 
 class HeldOut:
-    """The first `tokens` held-out rows of a store, kept in memory as they are stored (2 bytes a number).
+    """The first `tokens` held-out rows of a source (None: all), kept in memory as they are stored (2 bytes a number).
 
-    Raises SaescaleError where there are fewer, and where nmse has no meaning because they do not vary.
+    `where` names the source in errors. Raises SaescaleError where there are fewer, and where nmse has no meaning
+    because they do not vary.
     """
 
-    def __init__(self, store: ActivationStore, tokens: int, device: torch.device | str = "cpu") -> None:
-        store.require_rows("heldout", tokens, "eval.tokens")
-        self._raw = to_tensor(store.read_split("heldout", tokens), store.manifest.dtype)
+    def __init__(
+        self, source: Source, tokens: int | None, device: torch.device | str = "cpu", where: str | None = None
+    ) -> None:
+        self._raw = to_tensor(source.heldout(tokens).act, source.dtype)
         self._device = torch.device(device)
-        self.tokens = tokens
+        self.tokens = len(self._raw)
         self._total = self._variation()
         # Rows have unit norm, so equal ones leave nothing but rounding.
-        if not math.isfinite(self._total) or self._total <= 1e-20 * tokens:
+        if not math.isfinite(self._total) or self._total <= 1e-20 * self.tokens:
             raise SaescaleError(
-                f"{store.url}: the first {tokens} held-out rows have a total variation of {self._total:.3g}, so nmse "
-                "has no meaning; set eval.tokens to take in rows that differ, or harvest again"
+                f"{where or source.identity}: the first {self.tokens} held-out rows have a total variation of "
+                f"{self._total:.3g}, so nmse has no meaning; set eval.tokens to take in rows that differ, or harvest "
+                "again"
             )
 
     def _variation(self) -> float:
@@ -49,18 +66,18 @@ class HeldOut:
             total += (normalise(chunk).double() - mean).square().sum()
         return float(total)
 
-    def evaluate(self, optimisers: Sequence[SAEAdam], centre: Centre) -> list[Evaluation]:
-        """nmse and l0 of each SAE with its averaged weights; the rows are read and preprocessed once for all."""
-        squared = [0.0] * len(optimisers)
-        active = [0] * len(optimisers)
-        bf16 = any(optimiser.operand.dtype == torch.bfloat16 for optimiser in optimisers)
+    def evaluate(self, saes: Sequence[Callable[[], SAE]], origin: Tensor, bf16: bool = False) -> list[Quality]:
+        """nmse and l0 of each SAE; the rows are read and preprocessed once for all.
+
+        `origin` [d_model]: what batches are centred by; `bf16`: some SAE has operands of that type.
+        """
+        squared, active = [0.0] * len(saes), [0] * len(saes)
         for chunk in self._raw.split(CHUNK_ROWS):
-            batch = Batch.of(normalise(chunk.to(self._device)), centre.b_pre, bf16)
-            for i, optimiser in enumerate(optimisers):
-                # Made again for every chunk: copies of all cells would double the pack's weights, and on a CPU this
-                # is a few per cent of a chunk's product.
-                sae = optimiser.averaged()
-                result = reconstruct(sae, sae.W_enc.data.to(optimiser.operand.dtype), batch)
+            batch = Batch.of(normalise(chunk.to(self._device)), origin, bf16)
+            for i, make in enumerate(saes):
+                # Made again for every chunk: averaged copies of all cells would double a pack's weights, and on a CPU
+                # this is a few per cent of a chunk's product.
+                result = make().reconstruct(batch)
                 squared[i] += result.squared
                 active[i] += result.active
-        return [Evaluation(s / self._total, a / self.tokens) for s, a in zip(squared, active, strict=True)]
+        return [Quality(s / self._total, a / self.tokens) for s, a in zip(squared, active, strict=True)]

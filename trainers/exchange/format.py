@@ -1,9 +1,16 @@
-"""The door of exchange formats: a trained SAE on disk, as saescale or another library writes it."""
+"""The door of exchange formats: a trained SAE on disk, as saescale or another library writes it.
 
-from typing import Protocol
+A format is a file of this folder that defines `write` and `read` at its top level: see README.md.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Protocol
 
 from saescale.storage.registry import Room
-from saescale.trainers.exchange.trained import Trained
+
+if TYPE_CHECKING:
+    from saescale.trainers.exchange.trained import Trained
 
 FORMATS = Room("saescale.trainers.exchange", "exchange format", marker="write")
 
@@ -20,4 +27,4 @@ class Format(Protocol):
 
 def find_format(name: str) -> Format:
     """The format of that name. Raises SaescaleError with the nearest name for an unknown one."""
-    return FORMATS.load(name)  # type: ignore[return-value]  # a module with these names
+    return FORMATS.load(name)

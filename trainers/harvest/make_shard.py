@@ -19,7 +19,7 @@ import torch
 import xxhash
 from saescale.storage import files
 from saescale.storage.errors import SaescaleError
-from saescale.storage.manifest import Shard, Site
+from saescale.storage.manifest import Shard, Site, Split
 from saescale.storage.rows import Rows, find_bad_row, raw_dtype, to_float32, write_shard
 from saescale.trainers.harvest.assignment import ShardTokens
 from saescale.trainers.harvest.contexts import SPLITS, Batch, Block, Context, Counted, batches
@@ -84,7 +84,7 @@ class Harvester:
         self._spec, self._spool = spec, spool
         self._subject: Subject = get_subject(spec.subject, cache=cache, dtype=computed_in, notify=notify)
         subject = self._subject
-        prefix, dropped = _prefix(subject)
+        prefix, dropped = prefix_of(subject)
         reads_text = not isinstance(subject, Generates)
         # How long sequences are shows when they are drawn.
         subject.check_site(spec.layer, len(prefix) + spec.context_length if reads_text else 1)
@@ -114,7 +114,7 @@ class Harvester:
         contexts = batches(self._contexts(tokens), spec.batch_contexts)
         columns = _columns(contexts)
         rows = len(columns["token"])
-        order = np.random.default_rng([spec.seed, SPLITS.index(tokens.split), tokens.ordinal]).permutation(rows)
+        order = mixed(spec.seed, tokens.split, tokens.ordinal, rows)
         columns = {name: column[order] for name, column in columns.items()}
         kept = _read_kept(spec, tokens, columns, self.facts.d_model)
         if kept is not None:
@@ -140,7 +140,12 @@ def site_of(spec: HarvestSpec, facts: Facts) -> Site:
     return Site(layer=spec.layer, positions=facts.positions)
 
 
-def _prefix(subject: Subject) -> tuple[list[int], list[str]]:
+def mixed(seed: int, split: Split, ordinal: int, rows: int) -> np.ndarray:
+    """Which row of its contexts stands at each place of a shard, int64 [rows]."""
+    return np.random.default_rng([seed, SPLITS.index(split), ordinal]).permutation(rows)
+
+
+def prefix_of(subject: Subject) -> tuple[list[int], list[str]]:
     """What stands before each context of a text, and what it is called: BOS, or EOS where there is none (as in GPT-2),
     or nothing."""
     if isinstance(subject, Generates):

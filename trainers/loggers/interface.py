@@ -3,7 +3,8 @@
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
-from saescale.trainers.cell import Cell, CurveRow
+from saescale.storage.columns import CurveRow
+from saescale.trainers.cell import Cell
 
 
 class CellLogger(Protocol):

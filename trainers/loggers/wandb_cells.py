@@ -85,7 +85,7 @@ class WandbLogger:
         if self._mode == "off":
             return
         subject = str(context.get("subject", ""))
-        fields = cell.model_dump()
+        fields = cell.model_dump(exclude={"settings"}) | cell.whole_settings.model_dump()
         shared = {f"context_{key}" if key in fields else key: value for key, value in context.items()}
         try:
             run = init(
@@ -96,7 +96,7 @@ class WandbLogger:
                 name=f"n{cell.n_latents} k{cell.k}" + (f" seed {cell.seed}" if cell.seed else ""),
                 group=self._sweep,
                 job_type="cell",
-                tags=[tag[:64] for tag in (cell.activation, subject) if tag],
+                tags=[tag[:64] for tag in (cell.architecture, subject) if tag],
                 config=without_secrets({**shared, **fields, "cell_id": cell.cell_id}),
             )
             run.define_metric("tokens")

@@ -6,9 +6,8 @@ over shards, the optimiser for means over replicas.
 
 from typing import Protocol
 
-from torch import Tensor
-
 from saescale.trainers.kernels.interface import Selected
+from torch import Tensor
 
 
 class Mesh(Protocol):

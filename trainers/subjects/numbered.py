@@ -5,7 +5,8 @@ row of a store, whose `doc` is the number of its sequence, leads back to the who
 """
 
 import struct
-from itertools import islice
+from collections.abc import Iterable, Iterator
+from itertools import groupby, islice
 
 import xxhash
 from saescale.storage.errors import SaescaleError
@@ -28,15 +29,17 @@ def draw_block(subject: Generates, split: Split, seed: int, block: int) -> list[
     for number, (ids, keep) in enumerate(found):
         if ids.ndim != 1 or ids.shape != keep.shape or not len(ids) or ids.min() < 0:
             raise SaescaleError(
-                f"{what}: sequence {number} of {split} has ids {list(ids.shape)} and keep {list(keep.shape)}; they must "
-                "be of one length, the ids 0 or more"
+                f"{what}: sequence {number} of {split} has ids {list(ids.shape)}, keep {list(keep.shape)}; both must "
+                "be [length], the ids 0 or more"
             )
     if not any(keep.any() for _, keep in found):
         raise SaescaleError(f"{what} keeps no position of {BLOCK_SEQUENCES} sequences of {split}")
     return found
 
 
-def find_sequence(subject: Generates, split: Split, seed: int, number: int) -> Sequence:
-    """The sequence of that number, the `doc` of a row of `split` in a store that was harvested with that seed."""
-    block, place = divmod(number, BLOCK_SEQUENCES)
-    return draw_block(subject, split, seed, block)[place]
+def find_sequences(subject: Generates, split: Split, seed: int, numbers: Iterable[int]) -> Iterator[Sequence]:
+    """The sequences of those numbers, ascending: the `doc` of rows of `split` in a store harvested with that seed."""
+    for block, those in groupby(numbers, lambda number: number // BLOCK_SEQUENCES):
+        drawn = draw_block(subject, split, seed, block)
+        for number in those:
+            yield drawn[number % BLOCK_SEQUENCES]

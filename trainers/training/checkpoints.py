@@ -1,30 +1,34 @@
-"""Saves a pack so that it can go on from there after it was killed at any moment."""
+"""Saves a pack so that it can go on from there after it was killed at any moment, and takes it up again."""
 
 import time
-from typing import Any
+import warnings
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
-import lightning.pytorch as L
+import torch
 from saescale.storage import checkpoint
+from saescale.storage.errors import SaescaleError, SaescaleWarning, one_line
 from saescale.storage.lease import require_owner
 from saescale.storage.rundir import RunDirectory
-from saescale.storage.stream import Stream
+from saescale.storage.source import Batches
+from saescale.trainers.cell import Cell
+from saescale.trainers.preprocess import Centre
 from saescale.trainers.training.pack import Pack
 
 
-class Checkpoint(L.Callback):
-    """Saves every running cell each `every_s` seconds, and at once when the pack is asked to stop."""
+class Checkpoints:
+    """Saves every running cell each `every_s` seconds; `start` is the step that the pack started from."""
 
-    def __init__(self, run: RunDirectory, every_s: float, stream: Stream, driver: str | None, start: int) -> None:
+    def __init__(self, run: RunDirectory, every_s: float, stream: Batches, driver: str | None, start: int) -> None:
         self.run, self.every_s, self.stream, self.driver = run, every_s, stream, driver
         self._whole = start  # the last step that the whole pack has
         self._last = time.monotonic()
 
-    def on_train_start(self, trainer: L.Trainer, pack: L.LightningModule) -> None:
+    def begin(self) -> None:
         self._last = time.monotonic()
 
-    def on_train_batch_end(self, trainer: L.Trainer, pack: L.LightningModule, *_: Any) -> None:
-        if trainer.should_stop or time.monotonic() - self._last >= self.every_s:
-            assert isinstance(pack, Pack)
+    def save_if_due(self, pack: Pack, at_once: bool) -> None:
+        if at_once or time.monotonic() - self._last >= self.every_s:
             self.save(pack)
             self._last = time.monotonic()
 
@@ -46,3 +50,48 @@ class Checkpoint(L.Callback):
                 keep=self._whole,
             )
         self._whole = max((cell.step for cell in pack.running), default=self._whole)
+
+
+class Resumed(NamedTuple):
+    pack: Pack
+    step: int
+    position: dict[str, Any]  # of the stream
+
+
+def resume(run: RunDirectory, cells: Sequence[Cell], device: torch.device) -> Resumed | None:
+    """The pack at the last step that all cells have a good checkpoint of; None where there is no such step.
+
+    Good means undamaged and, for all cells, from the same order of the stream.
+    """
+    urls = [run.checkpoint_url(cell.cell_id) for cell in cells]
+    steps = [set(checkpoint.steps(url)) for url in urls]
+    common = set.intersection(*steps)
+    if not common and all(steps):
+        text = f"the {len(cells)} cells of a pack have no checkpoint at a common step and start from the beginning"
+        warnings.warn(text, SaescaleWarning, stacklevel=2)
+    for step in sorted(common, reverse=True):
+        try:
+            return _restore(urls, cells, step, device)
+        except SaescaleError as error:
+            text = f"checkpoint at step {step} cannot be used, going back to the one before or to the start: {error}"
+            warnings.warn(text, SaescaleWarning, stacklevel=2)
+    return None
+
+
+def _restore(urls: Sequence[str], cells: Sequence[Cell], step: int, device: torch.device) -> Resumed:
+    """Cell by cell, so that the states of two are never in memory beside the pack. Raises SaescaleError."""
+    tensors, state, _ = checkpoint.load(urls[0], step)
+    position = state.get("stream", {})
+    if not position or "variance" not in state:
+        raise SaescaleError(f"{urls[0]} does not say the order of its data or the scale of its loss")
+    # The centre too comes from the checkpoint, so that the pack goes on with the same bits.
+    pack = Pack(cells, Centre(torch.from_numpy(tensors["centre"]), state["variance"]), device)
+    for training_cell, url in zip(pack.training_cells, urls, strict=True):
+        tensors, state, _ = checkpoint.load(url, step)
+        if state.get("stream") != position:
+            raise SaescaleError(f"{url} names another order of its data than the rest of the pack, or none")
+        try:
+            training_cell.restore(tensors, state)
+        except (KeyError, TypeError, RuntimeError) as error:  # a part is missing, or has another shape
+            raise SaescaleError(f"{url} holds no checkpoint of this cell ({one_line(error)})") from error
+    return Resumed(pack, step, position)

@@ -8,16 +8,16 @@ that is predicted; held-out rows and the stream's windows lie in the host's.
 """
 
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import NamedTuple
 
-from saescale.trainers.architectures.reference import MULTI_TOPK_FACTOR
-from saescale.trainers.architectures.topk_sparse import AUXK_ENTRIES, FEW_DEAD
+import torch
+from saescale.trainers.architectures.architecture import Settings, Shape, find_architecture
+from saescale.trainers.architectures.sae import step_of
 from saescale.trainers.cell import Cell
 from saescale.trainers.evals.nmse import CHUNK_ROWS
 from saescale.trainers.kernels.choose import KernelKind
-from saescale.trainers.kernels.eager import ENTRIES as EAGER_ENTRIES
-from saescale.trainers.kernels.interface import group_size, product_rows
-from saescale.trainers.preprocess import SAMPLE_TOKENS
+from saescale.trainers.preprocess import SAMPLE_TOKENS, Centre
 
 PROCESS_BYTES = 800 * 2**20  # imports and compiled kernels of a worker, in the host's memory; measured
 _FLOAT = 4
@@ -72,15 +72,30 @@ def pack_memory(
 
 
 def _weights(cell: Cell) -> float:
-    return _FLOAT * (2 * cell.n_latents * cell.d_model + cell.n_latents + cell.d_model)
+    return _FLOAT * _numbers(cell.architecture, cell.d_model, cell.n_latents, cell.whole_settings)
+
+
+@lru_cache(maxsize=4096)
+def _numbers(architecture: str, d_model: int, n_latents: int, settings: Settings) -> int:
+    """How many numbers the parameters hold: as in two small SAEs, a fixed number and one for each latent."""
+    small = min(n_latents, max(16, settings.k))
+
+    def count(n: int) -> int:
+        centre = Centre(torch.zeros(d_model), 1.0)
+        made = find_architecture(architecture).parameters(Shape(d_model, n), settings, centre, 0)
+        return sum(parameter.data.numel() for parameter in made.values())
+
+    each = (count(2 * small) - count(small)) // small
+    return count(small) + each * (n_latents - small)
 
 
 def _rounded(cell: Cell) -> float:
-    return 2 * cell.n_latents * cell.d_model if cell.precision == "bf16" else 0
+    names = step_of(cell.architecture, cell.n_latents).rounded
+    return 2 * cell.n_latents * cell.d_model * len(names) if cell.precision == "bf16" else 0
 
 
 def _held(cell: Cell) -> float:
-    # The gradient of the weights is not among them: it is never whole (sparse.update_rows).
+    # Parameters, two moments and the average. A gradient of the weights is part of the step, where one is made.
     return 4 * _weights(cell) + _rounded(cell) + 8 * cell.n_latents
 
 
@@ -89,34 +104,13 @@ def _preprocessed(rows: int, d_model: int) -> float:
     return rows * d_model * (2 + _FLOAT + 2 + _FLOAT)
 
 
-def _pre_activations(cell: Cell, rows: int, kernels: KernelKind) -> float:
-    if kernels == "eager":
-        # Keys to select by, or latents and their gradient.
-        return 4 * _FLOAT * min(rows * cell.n_latents, EAGER_ENTRIES)
-    width = 2 if cell.precision == "bf16" else _FLOAT
-    widest = min(MULTI_TOPK_FACTOR * cell.k, cell.n_latents) if cell.multi_topk else cell.k
-    maxima = _FLOAT / group_size(cell.n_latents, widest) if kernels == "cuda" else 0
-    return product_rows(rows, cell.n_latents, kernels) * cell.n_latents * (width + maxima)
-
-
 def _step(cell: Cell, kernels: KernelKind) -> float:
-    batch = cell.batch_tokens
-    multi = min(MULTI_TOPK_FACTOR * cell.k, cell.n_latents) if cell.multi_topk else 0
-    terms = 1 + bool(multi) + bool(cell.k_aux)
-    selected = cell.k + multi + cell.k_aux
-    errors = terms * batch * cell.d_model * _FLOAT
-    # Index, z and dz of each, then their pairs sorted: row and two weights. A few index tensors are int64 on the way;
-    # on a GPU the sort has keys and an order besides.
-    pairs = batch * selected * (3 * _FLOAT + 3 * _FLOAT + (8 if kernels == "cpu" else 24))
-    few = min(FEW_DEAD * cell.k_aux, cell.n_latents)
-    dense_auxk = 4 * few * cell.d_model * _FLOAT + 4 * min(AUXK_ENTRIES, batch * few) * _FLOAT
-    sparse_auxk = cell.n_latents * cell.d_model * (2 if cell.precision == "bf16" else _FLOAT) if cell.k_aux else 0
-    gradients = 2 * _weights(cell) if kernels == "eager" else 0
-    return _pre_activations(cell, batch, kernels) + errors + pairs + max(dense_auxk, sparse_auxk) + gradients
+    step, shape = step_of(cell.architecture, cell.n_latents), Shape(cell.d_model, cell.n_latents)
+    return step.training_bytes(shape, cell.whole_settings, cell.batch_tokens, cell.precision, kernels)
 
 
 def _evaluation(cell: Cell, kernels: KernelKind) -> float:
-    errors = CHUNK_ROWS * cell.d_model * _FLOAT + CHUNK_ROWS * cell.k * 3 * _FLOAT
-    working = _weights(cell) + _rounded(cell) + _pre_activations(cell, CHUNK_ROWS, kernels) + errors
+    step, shape = step_of(cell.architecture, cell.n_latents), Shape(cell.d_model, cell.n_latents)
+    made = step.evaluation_bytes(shape, cell.whole_settings, CHUNK_ROWS, cell.precision, kernels)
     # A finished cell's averaged weights stand beside the bytes of its file.
-    return max(working, 2 * _weights(cell))
+    return max(_weights(cell) + _rounded(cell) + made, 2 * _weights(cell))

@@ -1,11 +1,10 @@
-"""Where a pack stands, for whoever watches it, and how it is asked to stop."""
+"""Where a pack stands, for whoever watches it."""
 
 import time
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-import lightning.pytorch as L
-from saescale.storage.stream import Stream
+from saescale.storage.source import Batches
 from saescale.trainers.training.pack import Pack
 from saescale.trainers.training.training_cell import TrainingCell
 
@@ -35,31 +34,24 @@ class Progress(NamedTuple):
     trained_tokens: int  # by this call of train_pack, summed over the cells
 
 
-class Report(L.Callback):
-    """Tells `report` where the pack stands about twice a second, and stops it when `should_stop` says so."""
+class Reporter:
+    """Tells `report` where the pack stands about twice a second, and when it ends. `start`: the step it began at."""
 
-    def __init__(
-        self, report: Callable[[Progress], None], should_stop: Callable[[], bool], start: int, stream: Stream
-    ) -> None:
-        self.report, self.should_stop, self.stream = report, should_stop, stream
+    def __init__(self, report: Callable[[Progress], None], start: int, stream: Batches) -> None:
+        self.report, self.stream = report, stream
         self._start = start
         self._began = self._last = time.monotonic()
         self._waited = 0.0
         self._running: list[TrainingCell] = []
         self._trained_before = 0
 
-    def on_train_start(self, trainer: L.Trainer, pack: L.LightningModule) -> None:
-        assert isinstance(pack, Pack)
+    def begin(self, pack: Pack) -> None:
         self._began = self._last = time.monotonic()
         self._waited = self.stream.wait_seconds
         self._running = pack.running
         self._trained_before = _trained_tokens(pack)
 
-    def on_train_batch_end(self, trainer: L.Trainer, pack: L.LightningModule, *_: Any) -> None:
-        assert isinstance(pack, Pack)
-        # Has to come before the checkpoint callback, which saves when a stop was asked for.
-        if self.should_stop() or not pack.running:
-            trainer.should_stop = True
+    def tell(self, pack: Pack) -> None:
         now = time.monotonic()
         if now - self._last >= 0.5 or not pack.running:
             self.report(self._progress(pack, now))

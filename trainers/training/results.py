@@ -1,28 +1,66 @@
-"""What a cell leaves in the run directory when it ends: a row of results.parquet, done or failed."""
+"""What a cell leaves in the run directory: its curve as it grows, its weights and its result when it ends."""
 
 from typing import Any
 
-from saescale.storage.manifest import Manifest
-from saescale.trainers.cell import Cell, CurveRow
+from saescale.scaling.compute import Flops
+from saescale.storage.columns import CurveRow
+from saescale.storage.files import remove
+from saescale.storage.lease import require_owner
+from saescale.storage.manifest import Site
+from saescale.storage.rundir import RunDirectory
+from saescale.trainers.cell import Cell
+from saescale.trainers.exchange import native
+from saescale.trainers.exchange.trained import Trained
+from saescale.trainers.loggers.interface import CellLogger
+from saescale.trainers.training.training_cell import TrainingCell
+
+
+class Records:
+    """Writes for the holder of the run (storage/lease.py), and tells the logger. Raises Superseded for anyone else."""
+
+    def __init__(self, run: RunDirectory, subject: str, site: Site, logger: CellLogger, driver: str | None) -> None:
+        self.run, self.subject, self.site, self.logger, self.driver = run, subject, site, logger, driver
+        self.results: dict[str, dict[str, Any]] = {}  # of the cells that ended, by cell_id
+
+    def point(self, cell: TrainingCell, row: CurveRow) -> None:
+        """Logs one point of the curve, and writes the curve so far."""
+        self.logger.log(cell.cell, row)
+        require_owner(self.run.url, self.driver)
+        self.run.write_cell_curve(cell.cell.cell_id, [row._asdict() for row in cell.curve])
+
+    def end(self, cell: TrainingCell) -> None:
+        """The weights, then the result: a cell counts as finished when its result.json is there."""
+        name = cell.cell.cell_id
+        last = cell.curve[-1] if cell.curve else None
+        result = result_row(
+            cell.cell, self.subject, self.site, cell.tokens, cell.flops, cell.wall_s, last, cell.error
+        )  # fmt: skip
+        require_owner(self.run.url, self.driver)
+        if cell.error is None:
+            native.write(Trained(cell.averaged(), cell.cell), self.run.cell_url(name))
+        self.run.write_cell_result(name, result)
+        remove(self.run.checkpoint_url(name))
+        self.results[name] = result
+        self.logger.finish(cell.cell, result)
 
 
 def result_row(
-    cell: Cell, manifest: Manifest, tokens: int, wall_s: float, last: CurveRow | None, error: str | None
-) -> dict[str, Any]:
+    cell: Cell, subject: str, site: Site, tokens: int, flops: Flops, wall_s: float, last: CurveRow | None,
+    error: str | None,
+) -> dict[str, Any]:  # fmt: skip
     """The row of a cell that trained on `tokens` tokens in `wall_s` seconds; `last` is its last evaluation.
 
     With `error`, which says why the cell failed, it measures nothing.
     """
-    flops = cell.flops(tokens)
     measured = last if error is None else None
     return {
         "cell_id": cell.cell_id,
-        "subject": manifest.subject,
-        "site": f"{manifest.site.hook}.{manifest.site.layer}",
+        "subject": subject,
+        "site": f"{site.hook}.{site.layer}",
         "d_model": cell.d_model,
         "n_latents": cell.n_latents,
         "k": cell.k,
-        "architecture": cell.activation,
+        "architecture": cell.architecture,
         "seed": cell.seed,
         "lr": cell.lr,
         "tokens": tokens,

@@ -12,27 +12,28 @@ nothing is drawn after a cell's first weights, which its seed gives.
 import gc
 import logging
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import lightning.pytorch as L
 import torch
 from pydantic import BaseModel, Field
-from saescale.storage import checkpoint
-from saescale.storage.errors import SaescaleError, SaescaleWarning, one_line
+from saescale.storage.errors import SaescaleError, one_line
 from saescale.storage.rundir import RunDirectory
+from saescale.storage.source import Order, Source
 from saescale.storage.store import ActivationStore
-from saescale.storage.stream import Stream
 from saescale.trainers.cell import Cell, EvalSpec
 from saescale.trainers.device import OutOfMemory, default_device, is_out_of_memory, set_threads
 from saescale.trainers.evals.nmse import HeldOut
 from saescale.trainers.loggers.interface import CellLogger, NoLogger
 from saescale.trainers.loggers.wandb_cells import WandbLogger, WandbSettings, resolve_mode, wandb_directory
 from saescale.trainers.preprocess import SAMPLE_TOKENS, Centre, measure_centre, normalise, to_tensor
-from saescale.trainers.training.checkpoints import Checkpoint
-from saescale.trainers.training.evaluate import Evaluate
+from saescale.trainers.training.after_batch import AfterBatch
+from saescale.trainers.training.checkpoints import Checkpoints, resume
+from saescale.trainers.training.evaluate import Evaluator
 from saescale.trainers.training.pack import Pack, stream_loader
-from saescale.trainers.training.report import Progress, Report
+from saescale.trainers.training.report import Progress, Reporter
+from saescale.trainers.training.results import Records
 
 
 class PackJob(BaseModel):
@@ -77,8 +78,8 @@ def _train(job: PackJob, report: Callable[[Progress], None], should_stop: Callab
     set_threads(job.threads or torch.get_num_threads())
     # Lightning's trainer and module refer to each other: without this the last pack's weights would still be there.
     gc.collect()
-    store, run = ActivationStore.open(job.store), RunDirectory(job.run)
-    _check(job.cells, store)
+    source, run = ActivationStore.open(job.store), RunDirectory(job.run)
+    _check(job, source)
     finished = {cell.cell_id: run.read_cell_result(cell.cell_id) for cell in job.cells}
     results = [result for result in finished.values() if result is not None]
     cells = [cell for cell in job.cells if finished[cell.cell_id] is None]
@@ -86,105 +87,63 @@ def _train(job: PackJob, report: Callable[[Progress], None], should_stop: Callab
         return PackOutcome(results, stopped=False)
 
     device = default_device()
-    resumed = _resume(run, cells, device)
-    start, position = (resumed.step, resumed.position) if resumed else (0, None)
-    pack = resumed.pack if resumed else Pack(cells, measured_centre(store, cells[0]), device)
+    resumed = resume(run, cells, device)
+    start = resumed.step if resumed else 0
+    pack = resumed.pack if resumed else Pack(cells, measured_centre(source, cells[0]), device)
 
-    held_out = HeldOut(store, job.eval.tokens, device)
+    held_out = HeldOut(source, job.eval.tokens, device, job.store)
     logger = _logger(job)
-    logger.open(cells, _context(job, store))
-    evaluate = Evaluate(held_out, job.eval.every_tokens, run, store, logger, job.driver)
+    logger.open(cells, _context(job, source))
+    records = Records(run, source.subject, source.site, logger, job.driver)
+    last = max(cell.steps for cell in cells)
     try:
-        with _stream(store, cells[0], max(cell.steps for cell in cells), position) as stream:
-            # The order matters: a stop is noticed by Report and saved by Checkpoint, which skips finished cells.
-            checkpoints = Checkpoint(run, job.checkpoint_every_s, stream, job.driver, start)
-            callbacks = [evaluate, Report(report, should_stop, start, stream), checkpoints]
-            _trainer(callbacks, device).fit(pack, stream_loader(stream, store.manifest.dtype, device))
+        with source.resume(resumed.position, last) if resumed else source.batches(order(cells[0]), stop=last) as stream:
+            after = AfterBatch(
+                Evaluator(held_out, job.eval.every_tokens),
+                records,
+                Reporter(report, start, stream),
+                Checkpoints(run, job.checkpoint_every_s, stream, job.driver, start),
+                should_stop,
+            )
+            _trainer(after, device).fit(pack, stream_loader(stream, source.dtype, device))
     finally:
         logger.close()
-    return PackOutcome(results + list(evaluate.results.values()), stopped=bool(pack.running))
+    return PackOutcome(results + list(records.results.values()), stopped=bool(pack.running))
 
 
-def _check(cells: Sequence[Cell], store: ActivationStore) -> None:
-    if any(cell.store != store.fingerprint for cell in cells):
+def _check(job: PackJob, source: Source) -> None:
+    if any(cell.store != source.identity for cell in job.cells):
         raise SaescaleError(
-            f"{store.url} is not the store that these cells were planned for (fingerprint {store.fingerprint}); "
+            f"{job.store} is not the store that these cells were planned for (fingerprint {source.identity}); "
             "start a new run directory for a new store"
         )
-    if len({(cell.batch_tokens, cell.stream_seed) for cell in cells}) > 1:
+    if len({(cell.batch_tokens, cell.stream_seed) for cell in job.cells}) > 1:
         raise SaescaleError("cells of one pack must share batch_tokens and stream_seed: plan them into different packs")
 
 
-class _Resumed(NamedTuple):
-    pack: Pack
-    step: int
-    position: dict[str, Any]  # of the stream
+def order(cell: Cell) -> Order:
+    """The order of the data that `cell`, and every other of its pack, is trained in."""
+    return Order("train", cell.stream_seed, cell.batch_tokens)
 
 
-def _resume(run: RunDirectory, cells: Sequence[Cell], device: torch.device) -> _Resumed | None:
-    """The pack at the last step that all cells have a good checkpoint of; None where there is no such step.
-
-    Good means undamaged and, for all cells, from the same order of the stream.
-    """
-    urls = [run.checkpoint_url(cell.cell_id) for cell in cells]
-    steps = [set(checkpoint.steps(url)) for url in urls]
-    common = set.intersection(*steps)
-    if not common and all(steps):
-        text = f"the {len(cells)} cells of a pack have no checkpoint at a common step and start from the beginning"
-        warnings.warn(text, SaescaleWarning, stacklevel=2)
-    for step in sorted(common, reverse=True):
-        try:
-            return _restore(urls, cells, step, device)
-        except SaescaleError as error:
-            text = f"checkpoint at step {step} cannot be used, going back to the one before or to the start: {error}"
-            warnings.warn(text, SaescaleWarning, stacklevel=2)
-    return None
-
-
-def _restore(urls: Sequence[str], cells: Sequence[Cell], step: int, device: torch.device) -> _Resumed:
-    """Cell by cell, so that the states of two are never in memory beside the pack. Raises SaescaleError."""
-    tensors, state, _ = checkpoint.load(urls[0], step)
-    position = state.get("stream", {})
-    if not position or "variance" not in state:
-        raise SaescaleError(f"{urls[0]} does not say the order of its data or the scale of its loss")
-    # The centre too comes from the checkpoint, so that the pack goes on with the same bits.
-    pack = Pack(cells, Centre(torch.from_numpy(tensors["centre"]), state["variance"]), device)
-    for training_cell, url in zip(pack.training_cells, urls, strict=True):
-        tensors, state, _ = checkpoint.load(url, step)
-        if state.get("stream") != position:
-            raise SaescaleError(f"{url} names another order of its data than the rest of the pack, or none")
-        try:
-            training_cell.restore(tensors, state)
-        except (KeyError, TypeError, RuntimeError) as error:  # a part is missing, or has another shape
-            raise SaescaleError(f"{url} holds no checkpoint of this cell ({one_line(error)})") from error
-    return _Resumed(pack, step, position)
-
-
-def measured_centre(store: ActivationStore, cell: Cell) -> Centre:
-    """Measured on the first rows of the stream."""
-    sample = torch.empty(min(SAMPLE_TOKENS, store.rows("train")), store.d_model)
-    with _stream(store, cell, -(-len(sample) // cell.batch_tokens)) as stream:
-        for number, act in enumerate(stream):
+def measured_centre(source: ActivationStore, cell: Cell) -> Centre:
+    """Measured on the first 32,768 rows of the stream, or on all where there are fewer."""
+    sample = torch.empty(min(SAMPLE_TOKENS, source.rows("train")), source.d_model)
+    with source.batches(order(cell), stop=-(-len(sample) // cell.batch_tokens)) as stream:
+        for number, batch in enumerate(stream):
             part = sample[number * cell.batch_tokens : (number + 1) * cell.batch_tokens]
-            part.copy_(normalise(to_tensor(act, store.manifest.dtype))[: len(part)])
+            part.copy_(normalise(to_tensor(batch.x, source.dtype))[: len(part)])
     return measure_centre(sample)
 
 
-def _stream(store: ActivationStore, cell: Cell, batches: int, position: dict[str, Any] | None = None) -> Stream:
-    """From the first batch, or from a checkpoint's `position` on in the order that it was trained in until then."""
-    if position is not None:
-        return Stream.resume(store, position, batches=batches)
-    return Stream(store, "train", batch_tokens=cell.batch_tokens, seed=cell.stream_seed, batches=batches)
-
-
-def _trainer(callbacks: list[L.Callback], device: torch.device) -> L.Trainer:
+def _trainer(callback: L.Callback, device: torch.device) -> L.Trainer:
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", message=".*does not have many workers.*")
     return L.Trainer(
         accelerator="gpu" if device.type == "cuda" else "cpu",
         devices=1,
         max_epochs=1,
-        callbacks=callbacks,
+        callbacks=[callback],
         logger=False,
         enable_checkpointing=False,
         enable_progress_bar=False,
@@ -192,14 +151,13 @@ def _trainer(callbacks: list[L.Callback], device: torch.device) -> L.Trainer:
     )
 
 
-def _context(job: PackJob, store: ActivationStore) -> dict[str, Any]:
-    manifest = store.manifest
+def _context(job: PackJob, source: Source) -> dict[str, Any]:
     return {
         "sweep": job.sweep,
         "run": job.run,
         "store_url": job.store,
-        "subject": manifest.subject,
-        "site": f"{manifest.site.hook}.{manifest.site.layer}",
+        "subject": source.subject,
+        "site": f"{source.site.hook}.{source.site.layer}",
         "eval_tokens": job.eval.tokens,
     }
 

@@ -6,27 +6,33 @@ from typing import Any
 
 import numpy as np
 import torch
-from saescale.trainers.architectures.reference import Objective
-from saescale.trainers.architectures.topk import SAE
-from saescale.trainers.architectures.topk_sparse import Batch, DeadLatents, step
-from saescale.trainers.cell import Cell, CurveRow
+from saescale.scaling.compute import Flops
+from saescale.storage.columns import CurveRow
+from saescale.trainers.architectures.architecture import Batch, Conditions, Shape, Worked, find_architecture
+from saescale.trainers.architectures.dead import DeadLatents
+from saescale.trainers.architectures.sae import SAE
+from saescale.trainers.cell import Cell
 from saescale.trainers.preprocess import Centre
-from saescale.trainers.training.optimiser import SAEAdam
+from saescale.trainers.training.optimiser import Adam
 
 
 class TrainingCell:
     """One cell while it trains: the SAE, its optimiser and dead counters, and what has been measured so far."""
 
     def __init__(self, cell: Cell, centre: Centre, device: torch.device) -> None:
-        self.cell = cell
-        self.sae = SAE(cell.d_model, cell.n_latents, cell.k)
-        self.sae.initialise(centre.b_pre.cpu(), cell.seed)
-        self.sae.to(device)
-        self.optimiser = SAEAdam(self.sae, cell.lr, cell.ema, cell.precision)
+        self.cell, self.variance = cell, centre.variance
+        shape, settings = Shape(cell.d_model, cell.n_latents), cell.whole_settings
+        # A copy, since an architecture may start a parameter from it, and that is changed in place.
+        own = Centre(centre.b_pre.detach().cpu().clone(), centre.variance)
+        parameters = find_architecture(cell.architecture).parameters(shape, settings, own, cell.seed)
+        params = {name: parameter.data.to(device).contiguous() for name, parameter in parameters.items()}
+        self.sae = SAE(cell.architecture, shape, settings, params, cell.precision)
+        self.optimiser = Adam(self.sae.params, parameters, cell.lr, cell.ema)
         self.dead = DeadLatents(cell.n_latents, device)
-        self.objective = Objective(cell.k, centre.variance, cell.k_aux, cell.auxk_coefficient, cell.multi_topk)
         self.step = 0
         self.wall_s = 0.0  # spent in this cell's own steps; on a GPU, which works on, an estimate
+        self.worked = Worked()
+        self.loss = float("nan")  # of its last step
         self.curve: list[CurveRow] = []
         self.error: str | None = None
         self._train_sum, self._train_steps = 0.0, 0
@@ -41,20 +47,33 @@ class TrainingCell:
         """Neither finished nor failed."""
         return self.error is None and self.step < self.cell.steps
 
+    @property
+    def flops(self) -> Flops:
+        """Of what its steps did so far."""
+        return self.sae.architecture.flops(self.sae.shape, self.sae.settings, self.worked)
+
     def train_on(self, batch: Batch) -> None:
         """One step. A loss that is not finite fails the cell, before its weights are touched."""
         start = time.perf_counter()
-        result = step(
-            self.sae, self.optimiser.operand, batch, self.objective, self.dead, self.cell.dead_after_tokens
+        sae = self.sae
+        conditions = Conditions(self.variance, self.cell.dead_after_tokens, self.step / self.cell.steps)
+        result = sae.step.measure(
+            sae.params, sae.operands, batch, sae.settings, conditions, self.dead, sae.mesh
         )  # fmt: skip
-        if not np.isfinite([result.main, result.multi, result.auxk]).all():
+        if not np.isfinite([result.main, *result.parts.values()]).all():
             self.diverge(f"training loss {result.main}")
             return
-        self.optimiser.step(result.gradient)
+        sae.step.update(sae.params, sae.operands, result.gradient, self.optimiser.next(), sae.mesh)
         self.step += 1
+        self.loss = result.main
+        self.worked = self.worked.plus(result.worked)
         self._train_sum += result.main
         self._train_steps += 1
         self.wall_s += time.perf_counter() - start
+
+    def averaged(self) -> SAE:
+        """A copy of the SAE with the average of its weights, which is what is evaluated and kept."""
+        return self.sae.like(self.optimiser.averaged())
 
     def diverge(self, what: str) -> None:
         """Takes the cell out of the pack: `what` is not finite."""
@@ -70,7 +89,7 @@ class TrainingCell:
         row = CurveRow(
             step=self.step,
             tokens=self.tokens,
-            flops=self.cell.flops(self.tokens).sparse,
+            flops=self.flops.sparse,
             nmse=nmse,
             train_nmse=self._train_sum / max(1, self._train_steps),
             l0=l0,
@@ -93,6 +112,7 @@ class TrainingCell:
         return {
             "step": self.step,
             "wall_s": self.wall_s,
+            "worked": self.worked._asdict(),
             "train": [self._train_sum, self._train_steps],
             "curve": [row._asdict() for row in self.curve],
         }
@@ -100,7 +120,9 @@ class TrainingCell:
     def restore(self, tensors: Mapping[str, np.ndarray], state: Mapping[str, Any]) -> None:
         """Goes back to where `tensors()` and `state()` were taken, to the last bit; KeyError where one is missing."""
         self.step, self.wall_s = state["step"], state["wall_s"]
+        self.worked = Worked(**state["worked"])
         self._train_sum, self._train_steps = state["train"]
         self.curve = [CurveRow(**row) for row in state["curve"]]
         self.dead.tokens_since.copy_(torch.from_numpy(tensors["tokens_since_active"]))
         self.optimiser.restore(tensors, self.step)
+        self.sae.round()

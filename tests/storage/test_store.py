@@ -11,28 +11,19 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-import torch
 import xxhash
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from saescale.storage import files
 from saescale.storage.errors import SaescaleError
-from saescale.storage.manifest import Manifest, Shard, write_manifest
-from saescale.storage.rows import RowGroup, Rows, find_bad_row, to_float32, write_shard
+from saescale.storage.manifest import Manifest, write_manifest
+from saescale.storage.rows import RowGroup, to_float32, write_shard
 from saescale.storage.store import ActivationStore
 
+from tests.storage.small_rows import rows_of, varied
+
 BuildStore = Callable[..., ActivationStore]
-
-
-def rows_of(act: np.ndarray) -> Rows:
-    number = np.arange(len(act), dtype=np.int32)
-    return Rows(act, number, number.astype(np.int16), number)
-
-
-def varied(rows: int, d_model: int) -> np.ndarray:
-    """Sound rows: 1 to d_model each."""
-    return np.tile(np.arange(1, d_model + 1, dtype=np.float16), (rows, 1))
 
 
 def rewrite_manifest(store: ActivationStore, **changes: Any) -> None:
@@ -92,40 +83,6 @@ def test_any_finite_rows_come_back_bit_for_bit(bits: np.ndarray, dtype: str, row
     for name in ("token", "pos", "doc"):
         assert np.array_equal(table[name].to_numpy(), getattr(rows, name))
     files.remove(url)
-
-
-@settings(max_examples=60, deadline=None)
-@given(
-    bits=hnp.arrays(np.uint16, st.tuples(st.integers(1, 40), st.integers(1, 6))),
-    dtype=st.sampled_from(["float16", "bfloat16"]),
-)
-def test_bad_rows_are_those_that_the_values_show(bits: np.ndarray, dtype: str) -> None:
-    act = bits.view(np.float16) if dtype == "float16" else bits
-    values = to_float32(act, dtype)
-    if dtype == "bfloat16":
-        exact = torch.from_numpy(bits.view(np.int16)).view(torch.bfloat16).float().numpy()
-        assert np.array_equal(values, exact, equal_nan=True)
-    bad = ~np.isfinite(values).all(axis=1) | (values == values[:, :1]).all(axis=1)
-    found = find_bad_row(act, dtype)
-    assert (found[0] if found else None) == (int(bad.argmax()) if bad.any() else None)
-
-
-def test_a_bad_row_far_into_a_large_block_is_found() -> None:
-    act = varied(300_000, 8)
-    act[299_999, 3] = np.inf
-    assert find_bad_row(act, "float16") == (299_999, "NaN or Inf")
-
-
-@pytest.mark.parametrize(
-    ("value", "what"),
-    [(np.nan, "NaN or Inf"), (-np.inf, "NaN or Inf"), (0, "zero norm;"), (7, "zero norm once its mean is subtracted")],
-)
-def test_bad_values_are_refused_when_written(tmp_path: Path, value: float, what: str) -> None:
-    act = varied(20, 4)
-    act[13] = value
-    with pytest.raises(SaescaleError, match=rf"a\.parquet: row 13 \(row group 1\) has {what}"):
-        write_shard(str(tmp_path), "a.parquet", "train", rows_of(act), "float16", 8)
-    assert list(tmp_path.iterdir()) == []
 
 
 def plant(store: ActivationStore, act: np.ndarray) -> None:
@@ -241,42 +198,3 @@ def test_an_unusable_manifest_is_one_clear_line(build_store: BuildStore, tmp_pat
     rewrite_manifest(store, shards=[])
     with pytest.raises(SaescaleError, match=r"is empty \(0 rows\)"):
         ActivationStore.open(str(tmp_path))
-
-
-def test_a_sealed_store_is_immutable(build_store: BuildStore, any_url: str) -> None:
-    store = build_store(any_url)
-    act = varied(3, 4)
-    with pytest.raises(SaescaleError, match="immutable"):
-        write_shard(any_url, "more.parquet", "train", rows_of(act), "float16", 8)
-    with pytest.raises(SaescaleError, match="immutable"):
-        write_manifest(any_url, store.manifest)
-    assert "more.parquet" not in files.list_names(any_url)
-
-
-def test_a_manifest_is_not_written_over_missing_shards(build_store: BuildStore, tmp_path: Path) -> None:
-    store = build_store(str(tmp_path / "a"))
-    with pytest.raises(SaescaleError, match="the shard is missing"):
-        write_manifest(str(tmp_path / "b"), store.manifest)
-    assert not (tmp_path / "b").exists()
-
-
-def test_the_fingerprint_follows_every_shard(build_store: BuildStore) -> None:
-    manifest = build_store(f"memory://{uuid.uuid4().hex}").manifest
-    other = manifest.shards[0].model_copy(update={"xxh3": "0" * 16})
-    assert manifest.model_copy(update={"shards": [other, *manifest.shards[1:]]}).digest() != manifest.digest()
-    assert manifest.model_copy().digest() == manifest.digest()
-
-
-def test_a_shard_name_stays_inside_the_store() -> None:
-    with pytest.raises(ValueError, match="name"):
-        Shard(name="../x", split="train", rows=1, bytes=1, xxh3="")
-
-
-def test_columns_that_do_not_fit_are_refused(tmp_path: Path) -> None:
-    act = varied(3, 4)
-    with pytest.raises(ValueError, match="equal length"):
-        write_shard(str(tmp_path), "a", "train", rows_of(act)._replace(doc=np.arange(2)), "float16", 8)
-    with pytest.raises(ValueError, match="uint16"):
-        write_shard(str(tmp_path), "a", "train", rows_of(act), "bfloat16", 8)
-    with pytest.raises(pa.ArrowInvalid):
-        write_shard(str(tmp_path), "a", "train", rows_of(act)._replace(pos=np.full(3, 70_000)), "float16", 8)

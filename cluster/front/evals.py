@@ -1,0 +1,51 @@
+"""The command about evaluations: what is measured on trained cells beside nmse."""
+
+from typing import Annotated
+
+import typer
+from saescale.cluster.front.console import console, display, say, show_notes, table
+
+
+def evaluate(
+    run: Annotated[str, typer.Argument(help="URL of a run directory.")],
+    evals: Annotated[
+        str | None, typer.Option(help="Evaluations to measure, such as a,b (default: all that there are).")
+    ] = None,
+    cell: Annotated[
+        list[str] | None, typer.Option(help="Id of a cell; repeatable (default: all finished cells).")
+    ] = None,
+) -> None:
+    """Measures evaluations on the trained cells of a run. Run again, it measures only what is not there yet.
+
+    The rows go into evals.parquet of the run directory.
+
+    Example: [bold]saescale eval runs/quickstart --evals nmse[/]
+    """
+    from saescale.trainers.evals.run import evaluate_run
+
+    names = [name.strip() for name in (evals or "").split(",") if name.strip()]
+    with display() as shown:
+        done = evaluate_run(run, names, cell or (), progress=shown.evals)
+    _show(run, names)
+    show_notes(done.failed)
+    say(f"\n{done.measured} measured, {done.there} were there, {len(done.failed)} failed: {run}/evals.parquet")
+    say(f"Next: saescale report {run}")
+    if done.failed:
+        raise typer.Exit(1)
+
+
+def _show(run: str, names: list[str]) -> None:
+    """Each metric over the cells: how many have it, and its range. `at`: what of, where it is not the whole cell."""
+    import numpy as np
+    from saescale.storage.rundir import RunDirectory
+
+    found: dict[tuple[str, str, str], list[float]] = {}
+    for row in RunDirectory(run).read_evals().to_pylist():
+        if not names or row["evaluation"] in names:
+            found.setdefault((row["evaluation"], row["metric"], row["at"] or ""), []).append(row["value"])
+    shown = table("evaluation", "metric", "at", "cells", "lowest", "median", "highest")
+    for key, values in found.items():
+        present = [value for value in values if value is not None]
+        numbers = (min(present), float(np.median(present)), max(present)) if present else ()
+        shown.add_row(*key, str(len(values)), *(f"{number:.4g}" for number in numbers))
+    console.print(shown)

@@ -1,0 +1,44 @@
+"""The commands about trained SAEs in files of other libraries: export and import."""
+
+from typing import Annotated
+
+import typer
+from saescale.cluster.front.console import say
+
+Format = Annotated[str, typer.Option("--format", help="The format of the other side, such as native.")]
+
+
+def export(
+    sae: Annotated[str, typer.Argument(help="A cell's folder, or an SAE's file.")],
+    out: Annotated[str, typer.Option(help="File or folder to write.")],
+    format: Format = "native",
+) -> None:
+    """Writes a trained SAE as another library reads it.
+
+    Example: [bold]saescale export runs/quickstart/cells/n512-k8-s0-1a2b3c4d --format native --out sae.safetensors[/]
+    """
+    from saescale.trainers.exchange.format import find_format
+    from saescale.trainers.exchange.native import read
+
+    written = find_format(format).write(read(sae), out)
+    say(f"wrote {', '.join(written)}")
+    say(f"Next: saescale import {out} --format {format} --out sae.safetensors")
+
+
+def import_(
+    path: Annotated[str, typer.Argument(help="The file or folder of an SAE in the other format.")],
+    out: Annotated[str, typer.Option(help="The file to write, in saescale's own format.")],
+    format: Format = "native",
+) -> None:
+    """Reads a trained SAE of another library and writes it as saescale's own.
+
+    Example: [bold]saescale import sae.safetensors --format native --out imported/sae.safetensors[/]
+    """
+    from saescale.trainers.exchange import native
+    from saescale.trainers.exchange.format import find_format
+
+    trained = find_format(format).read(path)
+    (written,) = native.write(trained, out)
+    cell = trained.cell
+    say(f"wrote {written}: {cell.n_latents} latents, k {cell.k}, d_model {cell.d_model}")
+    say(f'Next: saescale.load("{written}") in Python')

@@ -1,0 +1,100 @@
+"""The path of an architecture that has no fast one: its dense reference, with gradients by autograd.
+
+It has tensors [batch, n_latents] for a whole batch, so it is for small SAEs and new ideas, and works in float32.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from saescale.trainers.architectures.architecture import (
+    Architecture,
+    Batch,
+    Conditions,
+    Dead,
+    Params,
+    Reconstruction,
+    Shape,
+    State,
+    Step,
+    Update,
+    Worked,
+)
+from saescale.trainers.kernels.choose import KernelKind
+from saescale.trainers.kernels.eager import adam_rows
+from saescale.trainers.mesh.mesh import Mesh
+from saescale.trainers.precision import Precision
+from torch import Tensor
+
+CHUNK_ENTRIES = 2**23  # of [rows, n_latents] that a forward pass makes at a time where no gradient is asked for
+_FLOAT = 4
+# Tensors [batch, n_latents] that live at the same time: those of the forward pass and of the losses, which autograd
+# keeps, and their gradients. Measured with `topk` and the example of README.md (tests/trainers/test_memory.py).
+_LIVE = 8
+
+
+class DenseStep:
+    """What FastStep is, by `architecture`'s reference."""
+
+    rounded: frozenset[str] = frozenset()
+
+    def __init__(self, architecture: Architecture, n_latents: int) -> None:
+        self.architecture = architecture
+        self.rows = max(1, CHUNK_ENTRIES // n_latents)  # whose latents are made at a time, without a gradient
+
+    def measure(
+        self, params: Params, operands: Params, batch: Batch, settings: Any, conditions: Conditions, dead: Dead,
+        mesh: Mesh,
+    ) -> Step:  # fmt: skip
+        x = batch.x + batch.origin
+        with torch.enable_grad():
+            moved = {name: tensor.detach().requires_grad_() for name, tensor in params.items()}
+            forward = self.architecture.forward(moved, x, settings)
+            # Has to come before the losses: a latent that came back to life in this batch is no longer dead in it.
+            dead.update(forward.latents.detach())
+            state = State(conditions.variance, dead.after(conditions.dead_after_tokens), conditions.progress)
+            target = x if batch.target is None else batch.target
+            losses = self.architecture.losses(moved, forward, target, settings, state)
+            gradients = torch.autograd.grad(losses.total, list(moved.values()), materialize_grads=True)
+        beside = losses.beside
+        active = int((forward.latents > 0).sum())
+        worked = Worked(len(x), active + beside.selected, beside.selected_aux, beside.dead)
+        parts = {name: float(value.detach()) for name, value in losses.parts.items()}
+        return Step(float(losses.main.detach()), parts, dict(zip(moved, gradients, strict=True)), worked)
+
+    def update(
+        self, params: Params, operands: Params, gradient: Mapping[str, Tensor], updates: Mapping[str, Update],
+        mesh: Mesh,
+    ) -> None:  # fmt: skip
+        apply(params, gradient, updates)
+
+    @torch.no_grad()
+    def reconstruct(self, params: Params, operands: Params, batch: Batch, settings: Any, mesh: Mesh) -> Reconstruction:
+        x = batch.x + batch.origin
+        error = x.clone() if batch.target is None else batch.target.clone()
+        active = 0
+        for rows, left in zip(x.split(self.rows), error.split(self.rows), strict=True):
+            forward = self.architecture.forward(params, rows, settings)
+            left.sub_(forward.x_hat)
+            active += int((forward.latents > 0).sum())
+        return Reconstruction(error, float(error.double().square_().sum()), active)
+
+    def training_bytes(
+        self, shape: Shape, settings: Any, batch: int, precision: Precision, kernels: KernelKind
+    ) -> float:
+        gradients = 2 * shape.n_latents * shape.d_model * _FLOAT
+        return _FLOAT * batch * (_LIVE * shape.n_latents + 4 * shape.d_model) + gradients
+
+    def evaluation_bytes(
+        self, shape: Shape, settings: Any, batch: int, precision: Precision, kernels: KernelKind
+    ) -> float:
+        entries = min(batch * shape.n_latents, max(CHUNK_ENTRIES, shape.n_latents))
+        return _FLOAT * (_LIVE / 2 * entries + 4 * batch * shape.d_model)
+
+
+def apply(params: Params, gradients: Mapping[str, Tensor], updates: Mapping[str, Update]) -> None:
+    """One step of the optimiser, one operation at a time, from a dense gradient for each parameter's name."""
+    with torch.no_grad():
+        for name, parameter in params.items():
+            moments, adam, unit_rows = updates[name]
+            adam_rows(parameter, moments, gradients[name], adam, unit_rows)

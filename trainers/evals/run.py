@@ -1,0 +1,135 @@
+"""Evaluations of the finished cells of a run directory, whose rows go into its evals.parquet.
+
+What is there already is not measured again, and each evaluation of each cell is written when it is done: killed at any
+moment, the same call goes on from there.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+from saescale.storage.errors import SaescaleError, one_line
+from saescale.storage.files import join
+from saescale.storage.rundir import RunDirectory
+from saescale.storage.store import ActivationStore
+from saescale.trainers.evals.evaluation import EVALUATIONS, Evaluation, find_evaluation
+from saescale.trainers.exchange.native import FILE, read
+from saescale.trainers.exchange.trained import Trained
+from saescale.trainers.subjects.subject import ReadsText, Subject, get_subject
+
+
+class Evaluated(NamedTuple):
+    """What a call did, in pairs of cell and evaluation; `failed` says why, a line each."""
+
+    measured: int
+    there: int
+    failed: tuple[str, ...]
+
+
+def evaluate_run(
+    url: str,
+    names: Sequence[str] = (),
+    cells: Sequence[str] = (),
+    cache: str | None = None,
+    progress: Callable[[int, int, str], None] | None = None,
+) -> Evaluated:
+    """Measures the named evaluations (all that there are where none is named) on the named cells (all finished ones).
+
+    The source is that of sweep.yaml; its subject is loaded once, in the arithmetic of the harvest, and only where an
+    evaluation needs it; `cache` is its folder for downloads. `progress(done, total, what)` is called before each and at
+    the end. One that fails for a cell is told in `failed`, and the others go on.
+
+    Raises SaescaleError for an unknown evaluation or cell, and where `url` is no run with a finished cell or its store
+    is another one.
+    """
+    run = RunDirectory(url)
+    evaluations = {name.replace("-", "_"): find_evaluation(name) for name in names or EVALUATIONS.names()}
+    if not evaluations:
+        raise SaescaleError("there is no evaluation; see trainers/evals/README.md for how to add one")
+    found = _cells(run, cells)
+    table = run.read_evals()
+    there = set(zip(table["cell_id"].to_pylist(), table["evaluation"].to_pylist(), strict=True))
+    missing = [(cell, name) for cell in found for name in evaluations if (cell, name) not in there]
+    kept = len(found) * len(evaluations) - len(missing)
+    if not missing:
+        return Evaluated(0, kept, ())
+    bench = _Bench(run, cache)
+    failed = []
+    for done, (cell, name) in enumerate(missing):
+        if progress is not None:
+            progress(done, len(missing), f"{name} of {cell}")
+        try:
+            run.write_evals(cell, name, bench.rows(cell, evaluations[name]))
+        except SaescaleError as error:
+            failed.append(f"{name} of {cell}: {error}")
+        except Exception as error:  # a mistake in one evaluation, maybe of the user's own, must not end the others
+            failed.append(f"{name} of {cell}: {type(error).__name__}: {one_line(error)}")
+    if progress is not None:
+        progress(len(missing), len(missing), "")
+    return Evaluated(len(missing) - len(failed), kept, tuple(failed))
+
+
+def _cells(run: RunDirectory, wanted: Sequence[str]) -> list[str]:
+    """Ids of the finished cells, in the order of the alphabet."""
+    files = run.cell_files()
+    finished = sorted(cell for cell, names in files.items() if {"result.json", FILE} <= names)
+    if unknown := [cell for cell in wanted if cell not in finished]:
+        raise SaescaleError(
+            f"{run.url}: there is no finished cell {unknown[0]}; there are {', '.join(finished) or 'none'}"
+        )
+    if not finished:
+        raise SaescaleError(f"{run.url} is no run directory with a finished cell; run saescale sweep first")
+    return list(wanted) or finished
+
+
+class _Bench:
+    """What evaluations of one run share, each of it loaded when it is first needed."""
+
+    def __init__(self, run: RunDirectory, cache: str | None) -> None:
+        self._run, self._cache = run, cache
+        self._source: ActivationStore | None = None
+        self._subject: Subject | None = None
+        self._trained: tuple[str, Trained] | None = None
+
+    def rows(self, cell: str, evaluation: Evaluation) -> list[dict[str, Any]]:
+        """Rows of evals.parquet. Raises SaescaleError where there is none."""
+        trained, source = self._cell(cell), self.source()
+        if trained.cell.store != source.identity:
+            raise SaescaleError(
+                f"it was trained on the store {trained.cell.store}, and {source.url} is now {source.identity}; "
+                "give sweep.yaml the store that it was trained on"
+            )
+        subject = self.subject(evaluation) if evaluation.needs else None
+        rows = [measurement._asdict() for measurement in evaluation.measure(trained, source, subject)]
+        if not rows:
+            raise SaescaleError("it measured nothing")
+        return rows
+
+    def source(self) -> ActivationStore:
+        if self._source is None:
+            store = (self._run.read_spec() or {}).get("store")
+            if not isinstance(store, str):
+                raise SaescaleError(f"{join(self._run.url, 'sweep.yaml')} names no store")
+            self._source = ActivationStore.open(store)
+        return self._source
+
+    def subject(self, evaluation: Evaluation) -> Subject:
+        """The subject of the source, with what the evaluation needs."""
+        if self._subject is None:
+            manifest = self.source().manifest
+            subject = get_subject(manifest.subject, self._cache, manifest.created_with.get("computed_in", "auto"))
+            if subject.fingerprint != manifest.fingerprint:
+                raise SaescaleError(
+                    f"the subject {subject.name} has other weights ({subject.fingerprint}) than those that were "
+                    f"harvested ({manifest.fingerprint}); give this machine the same ones"
+                )
+            self._subject = subject
+        if "labels" in evaluation.needs and not self._subject.labels:
+            raise SaescaleError(f"the subject {self._subject.name} has no labels")
+        if "text" in evaluation.needs and not isinstance(self._subject, ReadsText):
+            raise SaescaleError(f"the subject {self._subject.name} reads no text")
+        return self._subject
+
+    def _cell(self, cell: str) -> Trained:
+        if self._trained is None or self._trained[0] != cell:
+            self._trained = cell, read(self._run.cell_url(cell))
+        return self._trained[1]
