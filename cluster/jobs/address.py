@@ -39,7 +39,7 @@ def shown(address: str) -> str:
 
 
 def reach(url: str, address: str) -> None:
-    """Raises SaescaleError where nothing answers at `url`, shown as `address`. Ray's own client would wait for minutes."""
+    """SaescaleError where nothing answers at `url`, shown as `address`: Ray's own client would wait for minutes."""
     parts = urlsplit(url)
     assert parts.hostname is not None
     try:
