@@ -1,0 +1,167 @@
+"""Evaluations of a run: each measured once, whatever fails or dies on the way; the commands eval, export and import."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from saescale.cluster.cli import app
+from saescale.storage.errors import SaescaleError
+from saescale.storage.rundir import RunDirectory
+from saescale.storage.store import ActivationStore
+from saescale.trainers.cell import Cell, EvalSpec
+from saescale.trainers.evals import run as module
+from saescale.trainers.evals.run import evaluate_run
+from saescale.trainers.harvest.conduct import harvest
+from saescale.trainers.harvest.spec import HarvestSpec
+from saescale.trainers.training.train import PackJob, train_pack
+from typer.testing import CliRunner
+
+from tests.test_doors import example
+
+COUNTED = """
+import os, pathlib, time
+from saescale.trainers.evals.evaluation import Measurement
+from saescale.storage.errors import SaescaleError
+
+needs = frozenset()
+
+def measure(trained, source, subject):
+    assert subject is None
+    with open("measured.txt", "a") as file:
+        print(trained.cell.n_latents, os.getpid(), file=file, flush=True)
+    if trained.cell.n_latents == int(os.environ.get("SLOW", 0)):
+        time.sleep(60)
+    if trained.cell.n_latents == int(os.environ.get("FAIL", 0)):
+        raise SaescaleError("too large for this")
+    if trained.cell.n_latents == int(os.environ.get("BREAK", 0)):
+        return 1 / 0
+    yield Measurement("size", float(trained.cell.n_latents), low=1.0, high=2.0, at="all", n=3, seed=4)
+"""
+
+
+@pytest.fixture
+def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> RunDirectory:
+    """Three cells over the toy subject, in the current folder; the evaluations `toy` and `counted`."""
+    for room in ("subjects", "evals"):
+        (tmp_path / "mine" / room).mkdir(parents=True)
+        (tmp_path / "mine" / room / "toy.py").write_text(example(f"trainers/{room}")[1])
+    (tmp_path / "mine" / "evals" / "counted.py").write_text(COUNTED)
+    monkeypatch.setenv("SAESCALE_PATH", str(tmp_path / "mine"))
+    monkeypatch.chdir(tmp_path)
+    harvest(HarvestSpec(subject="toy", layer=0, out="store", tokens=2_048, heldout_tokens=1_024, row_group_rows=256))
+    shared = {
+        "store": ActivationStore.open("store").identity, "d_model": 16, "tokens": 1_024, "batch_tokens": 128,
+        "lr": 3e-3, "k": 2, "dead_after_tokens": 512, "ema": 0.9,
+    }  # fmt: skip
+    cells = [Cell.model_validate(shared | {"n_latents": n}) for n in (16, 24, 32)]
+    spec = EvalSpec(tokens=512, every_tokens=512)
+    done = train_pack(PackJob(cells=cells, store="store", run="run", sweep="evals", eval=spec))
+    found = RunDirectory("run")
+    found.write_spec({"name": "evals", "store": "store"})
+    found.write_results(done.results)
+    return found
+
+
+def measured() -> list[int]:
+    """Sizes of the cells that `counted` was called with."""
+    return [int(line.split()[0]) for line in Path("measured.txt").read_text().splitlines()]
+
+
+def test_all_are_measured_once(run: RunDirectory, monkeypatch: pytest.MonkeyPatch) -> None:
+    loaded: list[str] = []
+    whole = module.get_subject
+    monkeypatch.setattr(module, "get_subject", lambda *a: loaded.append(a[0]) or whole(*a))
+    assert evaluate_run("run", ["counted"]) == (3, 0, ())
+    assert loaded == []  # it needs none
+    rows = run.read_evals().to_pylist()
+    assert sorted(row["value"] for row in rows) == [16, 24, 32]
+    kept = {name: rows[0][name] for name in ("evaluation", "metric", "low", "high", "at", "n", "seed")}
+    assert kept == {"evaluation": "counted", "metric": "size", "low": 1, "high": 2, "at": "all", "n": 3, "seed": 4}
+    assert evaluate_run("run") == (6, 3, ())  # toy and nmse, on three cells each
+    assert loaded == ["toy"]
+    assert sorted(measured()) == [16, 24, 32]
+    assert {row["evaluation"] for row in run.read_evals().to_pylist()} == {"counted", "nmse", "toy"}
+    assert evaluate_run("run") == (0, 9, ())
+
+
+def test_nmse_of_all_held_out_rows_is_a_metric_like_others(run: RunDirectory) -> None:
+    evaluate_run("run", ["nmse"])
+    rows = {row["cell_id"]: row["value"] for row in run.read_evals().to_pylist() if row["metric"] == "nmse"}
+    recorded = {row["cell_id"]: row["nmse"] for row in run.read_results().to_pylist()}
+    assert rows.keys() == recorded.keys()
+    for cell, value in rows.items():  # the sweep's is of the first 512 rows
+        assert value == pytest.approx(recorded[cell], rel=0.1)
+
+
+def test_what_fails_for_one_cell_is_a_line_and_the_others_go_on(
+    run: RunDirectory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FAIL", "16")
+    monkeypatch.setenv("BREAK", "24")
+    result = CliRunner().invoke(app, ["eval", "run", "--evals", "counted"], env={"COLUMNS": "200"})
+    assert result.exit_code == 1
+    assert "1 measured, 0 were there, 2 failed" in result.output
+    assert "too large for this" in result.output
+    assert "ZeroDivisionError: division by zero" in result.output
+    assert [row["value"] for row in run.read_evals().to_pylist()] == [32]
+    monkeypatch.delenv("FAIL")
+    monkeypatch.delenv("BREAK")
+    assert evaluate_run("run", ["counted"]) == (2, 1, ())
+
+
+def test_a_killed_call_loses_nothing_that_was_measured(run: RunDirectory) -> None:
+    command = [sys.executable, "-m", "saescale.cluster.cli", "eval", "run", "--evals", "counted"]
+    with subprocess.Popen(command, env=os.environ | {"SLOW": "32"}, stdout=subprocess.DEVNULL) as child:
+        began = time.monotonic()
+        while not (Path("measured.txt").exists() and 32 in measured()):
+            assert time.monotonic() - began < 120
+            time.sleep(0.1)
+        child.send_signal(signal.SIGKILL)
+    assert sorted(row["value"] for row in run.read_evals().to_pylist()) == [16, 24]
+    assert evaluate_run("run", ["counted"]) == (1, 2, ())
+    assert sorted(measured()) == [16, 24, 32, 32]
+    assert run.read_evals().num_rows == 3
+
+
+def test_what_cannot_be_measured_is_one_line(run: RunDirectory, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(SaescaleError, match="unknown evaluation 'conted': did you mean counted"):
+        evaluate_run("run", ["conted"])
+    with pytest.raises(SaescaleError, match="no finished cell n9"):
+        evaluate_run("run", ["counted"], cells=["n9"])
+    with pytest.raises(SaescaleError, match="no run directory with a finished cell"):
+        evaluate_run("store")
+    # Other weights under the same name.
+    toy = Path("mine/subjects/toy.py")
+    toy.write_text(toy.read_text().replace('"toy-1"', '"toy-2"'))
+    for name in [name for name in sys.modules if name.startswith("saescale_user_toy_")]:
+        monkeypatch.delitem(sys.modules, name)
+    done = evaluate_run("run", ["toy"])
+    assert done.measured == 0
+    assert all("other weights (toy-2) than those that were harvested (toy-1)" in line for line in done.failed)
+    # Another store than that of the training.
+    harvest(HarvestSpec(subject="toy", layer=0, out="other", tokens=2_048, heldout_tokens=1_024, row_group_rows=128))
+    run.write_spec({"name": "evals", "store": "other"})
+    assert all("it was trained on the store" in line for line in evaluate_run("run", ["counted"]).failed)
+
+
+def test_export_and_import_give_the_same_file(run: RunDirectory) -> None:
+    cell = run.cell_url(run.read_results()["cell_id"][0].as_py())
+    said = CliRunner().invoke(app, ["export", cell, "--format", "native", "--out", "out/a.safetensors"])
+    assert said.exit_code == 0, said.output
+    assert "Next: saescale import out/a.safetensors" in said.output
+    said = CliRunner().invoke(app, ["import", "out/a.safetensors", "--format", "native", "--out", "out/b.safetensors"])
+    assert said.exit_code == 0, said.output
+    original = Path(cell, "sae.safetensors").read_bytes()
+    assert Path("out/a.safetensors").read_bytes() == Path("out/b.safetensors").read_bytes() == original
+    for arguments, words in (
+        (["export", "nowhere", "--out", "x"], "no SAE at nowhere"),
+        (["export", cell, "--format", "natve", "--out", "x"], "did you mean native"),
+        (["import", "store/manifest.json", "--out", "x"], "cannot read store/manifest.json"),
+    ):
+        result = CliRunner().invoke(app, arguments)
+        assert isinstance(result.exception, SaescaleError)
+        assert words in str(result.exception)
