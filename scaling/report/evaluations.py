@@ -21,7 +21,7 @@ def evaluation_tables(evals: pa.Table, results: Table) -> list[TextTable]:
     for name in dict.fromkeys(row["evaluation"] for row in rows):
         own = [row for row in rows if row["evaluation"] == name]
         shown = ([row for row in own if not row["at"]] or own)[:_MOST_ROWS]
-        shown.sort(key=lambda row: (_place(results, cells[row["cell_id"]]), row["metric"], row["at"] or ""))
+        shown.sort(key=lambda row: (row["metric"], _place(results, cells[row["cell_id"]]), row["at"] or ""))
         described = any(row["at"] for row in shown)
         left = len(own) - len(shown)
         note = f"{left:,} more rows, of single latents, labels or positions, are in evals.parquet." if left else ""
