@@ -92,7 +92,9 @@ def test_auto_k_aux_is_the_power_of_two_nearest_half_of_d_model(
     document: dict[str, Any], store: ActivationStore
 ) -> None:
     document["train"]["auxk"]["k"] = "auto"
-    assert {cell.k_aux for cell in parse_spec(document, "test").cells(store, "fp32")} == {16}  # d_model 32
+    assert {cell.whole_settings.k_aux for cell in parse_spec(document, "test").cells(store, "fp32")} == {
+        16
+    }  # d_model 32
 
 
 @pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.name)
