@@ -41,6 +41,11 @@ def default_device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
+def device_kind(device: torch.device) -> str:
+    """What results.parquet calls a device of its kind: a GPU as its maker does, else the type, such as cpu."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+
+
 _GAIN = 1.25  # a bf16 product has to be this much faster to be worth its rounding
 
 

@@ -1,23 +1,32 @@
-"""What a device sustains, for estimates of how long cells take. Assumptions, each of which a user can replace."""
+"""What a device sustains, for estimates of how long cells take: as a run measured it, else assumptions."""
 
 import difflib
 from typing import NamedTuple
 
+import numpy as np
+from saescale.scaling.tables import Table
 from saescale.storage.errors import SaescaleError
 
 # The share of the peak that training a TopK SAE's sparse FLOPs is assumed to reach: one large encoder product beside
 # gathers, scatters and the optimiser's memory traffic. An assumption: no device has been measured for it but the CPU.
 _SHARE = 0.2
+_GIVEN = "as given"
 
 
 class Device(NamedTuple):
     """`peak` FLOP/s of dense bf16 products as the vendor states it, the `share` of it that is assumed to be sustained
-    in sparse training FLOPs, and `memory` in bytes."""
+    in sparse training FLOPs, and `memory` in bytes. `speed_from` says in words where the speed comes from."""
 
     name: str
     peak: float
     share: float
     memory: float
+    speed_from: str = "assumed (--flops-per-s sets it)"
+
+    @property
+    def given(self) -> bool:
+        """Whether a user said the speed, which no measurement replaces."""
+        return self.speed_from == _GIVEN
 
     @property
     def flops_per_s(self) -> float:
@@ -55,4 +64,20 @@ def find_device(name: str, flops_per_s: float | None = None) -> Device:
         return device
     if not flops_per_s > 0:
         raise SaescaleError(f"FLOPs per second must be positive, got {flops_per_s:g}")
-    return device._replace(peak=flops_per_s, share=1.0)
+    return device._replace(peak=flops_per_s, share=1.0, speed_from=_GIVEN)
+
+
+def as_measured(device: Device, results: Table) -> Device:
+    """The device at the speed at which the cells of `results` trained on devices of its kind: their sparse training
+    FLOPs over the seconds of their own steps, all cells together. Unchanged where no cell says that it was one.
+
+    A cell's `device` is what its maker calls it, such as "NVIDIA H100 80GB HBM3", or cpu.
+    """
+    if not {"device", "flops", "wall_s"} <= set(results.columns) or results["device"].dtype.kind == "f":
+        return device
+    own = np.array([device.name in "".join(name.lower().split()) for name in results["device"].tolist()], dtype=bool)
+    own &= np.isfinite(results["flops"]) & np.isfinite(results["wall_s"]) & (results["wall_s"] > 0)
+    if not own.any():
+        return device
+    speed = float(results["flops"][own].sum() / results["wall_s"][own].sum())
+    return device._replace(peak=speed, share=1.0, speed_from=f"measured by {int(own.sum())} cells of {results.source}")

@@ -30,7 +30,8 @@ class Records:
         name = cell.cell.cell_id
         last = cell.curve[-1] if cell.curve else None
         result = result_row(
-            cell.cell, self.subject, self.site, cell.tokens, cell.flops, cell.wall_s, last, cell.error
+            cell.cell, self.subject, self.site, cell.tokens, cell.flops, cell.wall_s, last, cell.error,
+            device=cell.device_kind,
         )  # fmt: skip
         if cell.error is None:
             self.run.require_owner()
@@ -43,9 +44,10 @@ class Records:
 
 def result_row(
     cell: Cell, subject: str, site: Site, tokens: int, flops: Flops, wall_s: float, last: CurveRow | None,
-    error: str | None,
+    error: str | None, device: str | None = None,
 ) -> dict[str, Any]:  # fmt: skip
-    """The row of a cell that trained on `tokens` tokens in `wall_s` seconds; `last` is its last evaluation.
+    """The row of a cell that trained on `tokens` tokens in `wall_s` seconds on a `device` of that kind; `last` is its
+    last evaluation.
 
     With `error`, which says why the cell failed, it measures nothing.
     """
@@ -68,6 +70,7 @@ def result_row(
         "dead_fraction": measured.dead_fraction if measured else None,
         "dead_fraction_long": measured.dead_fraction_long if measured else None,
         "wall_s": wall_s,
+        "device": device,
         "status": "failed" if error else "done",
         "error": error,
     }
