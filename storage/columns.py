@@ -45,6 +45,7 @@ class Column(NamedTuple):
 
     @property
     def is_number(self) -> bool:
+        """Whether its values are numbers rather than text."""
         return bool(self.type != _TEXT)
 
 

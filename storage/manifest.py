@@ -85,6 +85,7 @@ def write_manifest(url: str, manifest: Manifest) -> None:
 
 
 def check_size(where: str, shard: Shard) -> None:
+    """Raises SaescaleError where the file is missing or has not the bytes that the manifest says."""
     try:
         found = files.size(where)
     except FileNotFoundError as error:

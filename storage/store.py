@@ -66,10 +66,12 @@ class ActivationStore:
 
     @property
     def subject(self) -> str:
+        """Its name, as `trainers.subjects` takes it."""
         return self.manifest.subject
 
     @property
     def site(self) -> Site:
+        """Layer, hook and positions of the rows."""
         return self.manifest.site
 
     def batches(self, order: Order, start: int = 0, stop: int | None = None, rank: int = 0, ranks: int = 1) -> Stream:

@@ -108,17 +108,19 @@ def _analyse(
     """Fits, figures, report and the summary run in W&B; read back where they are there for these results already."""
     run = ledger.run
     ledger.settle()
+    made = None
     fits = run.read_json("fits.json") if is_current(run, settings) else None
     if fits is None:
         display.stage("fitting the laws, drawing the figures, writing the report")
-        fits = analyse(run, settings, provenance=provenance_of(run, ledger.document))
+        made = analyse(run, settings, provenance=provenance_of(run, ledger.document))
+        fits = made.document
     mode = resolve_mode(spec.wandb)
     if mode == "off":
         return fits, None
     logged = run.read_json(WANDB)
     if not _is_logged(logged, fits, mode):
         display.stage("logging the summary to W&B")
-        figures = _drawn(run)
+        figures = _drawn(run) if made is None else made.figure_files()
         folder = wandb_directory(run.url)
         done = log_summary(
             spec.wandb, spec.name, provenance_of(run, ledger.document), fits, run.read_results(), figures, folder

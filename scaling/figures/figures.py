@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from saescale.scaling.figures import paper
 from saescale.scaling.figures.interactive import Spec, plot
@@ -23,11 +23,15 @@ _KINDS = ("png", "pdf", "svg", "json")
 
 
 class Figure(NamedTuple):
-    """A view with what was drawn of it: Plotly's JSON, and files by format (png, pdf, svg)."""
+    """A view with what was drawn of it: Plotly's JSON, and files by format (png, pdf, svg, and Plotly's as json)."""
 
     view: View
     plotly: Spec
     files: Mapping[str, bytes]
+
+    def named_files(self) -> dict[str, bytes]:
+        """The files by their names in the run's figures/: NAME.png ..."""
+        return {f"{self.view.name}.{kind}": content for kind, content in self.files.items()}
 
 
 def views_of(laws: Laws, curves: Table | None = None) -> list[View]:
@@ -60,10 +64,11 @@ def draw_figures(laws: Laws, folder: str, curves: Table | None = None) -> list[F
     """
     drawn = []
     for view in views_of(laws, curves):
-        figure = Figure(view, plot(view), paper.draw(view))
-        contents: dict[str, Any] = {**figure.files, "json": json.dumps(figure.plotly, allow_nan=False).encode()}
-        for kind, content in contents.items():
-            write_atomic(join(folder, f"{view.name}.{kind}"), content)
+        plotly = plot(view)
+        interactive = json.dumps(plotly, allow_nan=False).encode()
+        figure = Figure(view, plotly, {**paper.draw(view), "json": interactive})
+        for name, content in figure.named_files().items():
+            write_atomic(join(folder, name), content)
         drawn.append(figure)
     stale = set(NAMES) - {figure.view.name for figure in drawn}
     for file in {f"{name}.{kind}" for name in stale for kind in _KINDS} & set(list_names(folder)):

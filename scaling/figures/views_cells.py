@@ -161,6 +161,7 @@ def dead_over_training(laws: Laws, curves: Table | None) -> View | None:
 
 
 def ks_of(laws: Laws) -> list[float]:
+    """Every k of the cells, each once, the smallest first."""
     return [float(k) for k in np.unique(laws.results["k"])]
 
 

@@ -100,6 +100,7 @@ class Law:
 
     @cached_property
     def names(self) -> tuple[str, ...]:
+        """The coefficients in the order of the terms: each amplitude, then its exponents."""
         return tuple(n for t in self.terms for n in (t.amplitude, *(e.name for e in t.exponents)))
 
     @cached_property

@@ -21,9 +21,11 @@ class Device(NamedTuple):
 
     @property
     def flops_per_s(self) -> float:
+        """Sparse training FLOPs a second that it is assumed to sustain."""
         return self.peak * self.share
 
     def hours(self, flops: float) -> float:
+        """How long it takes for so many sparse training FLOPs."""
         return flops / self.flops_per_s / 3600
 
 

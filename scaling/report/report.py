@@ -5,9 +5,10 @@ import json
 from collections.abc import Mapping, Sequence
 from functools import cache
 from importlib.resources import files
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import jinja2
+import pyarrow as pa
 from markupsafe import Markup
 from saescale.scaling.figures.figures import Figure, draw_figures
 from saescale.scaling.figures.interactive import theme
@@ -15,6 +16,7 @@ from saescale.scaling.figures.palette import colour
 from saescale.scaling.laws.fit import FORMAT, describe_input, fit_laws, fit_notes
 from saescale.scaling.laws.settings import FitSettings
 from saescale.scaling.report import text
+from saescale.scaling.report.evaluations import evaluation_tables
 from saescale.scaling.tables import Table, load_curves, load_results
 from saescale.storage.errors import SaescaleError
 from saescale.storage.files import exists, join, write_atomic
@@ -26,18 +28,30 @@ _SETTINGS = FitSettings()
 FILES: dict[Format, str] = {"html": REPORT, "md": "report.md"}
 
 
+class Analysis(NamedTuple):
+    """What `analyse` made: the document of fits.json, the figures as they lie in figures/, the URLs of the reports."""
+
+    document: dict[str, Any]
+    figures: tuple[Figure, ...]
+    reports: tuple[str, ...]
+
+    def figure_files(self) -> dict[str, bytes]:
+        """Every file of every figure, by its name in figures/."""
+        return {name: content for figure in self.figures for name, content in figure.named_files().items()}
+
+
 def analyse(
     run: RunDirectory,
     settings: FitSettings = _SETTINGS,
     *,
     provenance: Mapping[str, Any] | None = None,
     formats: Sequence[Format] = ("html",),
-) -> dict[str, Any]:
+) -> Analysis:
     """Fits the laws to a run's finished cells; writes figures/, the report and last fits.json into the run.
 
     `provenance` (subject, store fingerprint, versions ...) is shown in the report. `formats` are those of the report
     besides html, which is always written; so is Markdown that is there already. No report stays behind its fits.
-    Deterministic. Returns the document of fits.json. Raises SaescaleError when the run has no finished cell,
+    Deterministic. Raises SaescaleError when the run has no finished cell,
     for an unknown law, and when the run cannot be written.
     """
     results, curves = load_results(run), load_curves(run)
@@ -46,10 +60,11 @@ def analyse(
     document = fitted.document()
     figures = draw_figures(fitted, join(run.url, "figures"), curves)
     written = [kind for kind in FILES if kind == "html" or kind in formats or exists(join(run.url, FILES[kind]))]
-    write_report(run.url, document, fitted.results, figures, provenance or {}, written)
+    evals = run.read_evals()
+    reports = write_report(run.url, document, fitted.results, evals, figures, provenance or {}, written)
     # Last, so that what fits.json says it was made from holds for the rest too.
     run.write_json("fits.json", document)
-    return document
+    return Analysis(document, tuple(figures), tuple(reports))
 
 
 def is_current(run: RunDirectory, settings: FitSettings = _SETTINGS) -> bool:
@@ -72,6 +87,7 @@ def write_report(
     run_url: str,
     document: Mapping[str, Any],
     results: Table,
+    evals: pa.Table,
     figures: Sequence[Figure],
     provenance: Mapping[str, Any],
     formats: Sequence[Format] = ("html",),
@@ -79,7 +95,8 @@ def write_report(
     """Writes RUN/report.html (one page with its figures and plotly.js inside, about 6 MB, nothing fetched when read)
     and RUN/report.md (which shows the files in RUN/figures), as `formats` say. Returns their URLs.
 
-    `document` is that of fits.json, `results` the cells that it describes, with n_latents and k. Raises SaescaleError
+    `document` is that of fits.json, `results` the cells that it describes, with n_latents and k, `evals` what else was
+    measured on them (evals.parquet). Raises SaescaleError
     when a file cannot be written.
     """
     shared = {
@@ -89,6 +106,7 @@ def write_report(
         "fits": document["fits"],
         "formulas": text.formulas(document),
         "tables": text.law_tables(document),
+        "evaluations": evaluation_tables(evals, results),
         "common": text.common_columns(results),
         "columns": text.cell_columns(results),
         "cells": [{"k": k, "cells": cells} for k, cells in text.cell_rows(results)],

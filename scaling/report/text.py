@@ -37,17 +37,22 @@ class TextTable(NamedTuple):
 
 
 class Column(NamedTuple):
+    """A column of the table of cells."""
+
     key: str  # its name in the filter
     label: str
     number: bool
 
 
 class CellText(NamedTuple):
+    """One value of the table of cells, as it is read and as it is sorted."""
+
     text: str
     value: float | None  # what the column is sorted by; None where it holds text
 
 
 def title(results: Table) -> str:
+    """The report's, with subject and site where the cells say them."""
     names = [results[name][0] for name in ("subject", "site") if name in results and results[name].dtype.kind == "U"]
     return " of ".join(["Scaling of sparse autoencoders", *filter(None, [", ".join(filter(None, names))])])
 

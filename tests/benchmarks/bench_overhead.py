@@ -171,9 +171,9 @@ def _plain(spec: SweepSpec) -> dict[str, float]:
         held_out = HeldOut(store, spec.eval.tokens, device)
         after = AfterBatch(
             Evaluator(held_out, spec.eval.every_tokens),
-            Records(out, store.subject, store.site, NoLogger(), None),
+            Records(out, store.subject, store.site, NoLogger()),
             Reporter(lambda progress: None, 0, stream),
-            Checkpoints(out, spec.resources.checkpoint_every_s, stream, None, 0),
+            Checkpoints(out, spec.resources.checkpoint_every_s, stream, 0),
             lambda: False,
         )
         after.on_train_start(trainer, pack)

@@ -276,7 +276,7 @@ def test_cells_trained_in_another_way_are_refused(document: dict[str, Any], tmp_
 
 
 def test_fit_predicts_and_takes_laws_of_ones_own(tmp_path: Path) -> None:
-    from tests.scaling.test_laws import TEN_LINES
+    from tests.scaling.test_law import TEN_LINES
 
     table = tmp_path / "cells.csv"
     rows = _cells((512, 1024, 2048, 4096), (8, 16, 32, 64), noise=0.004)

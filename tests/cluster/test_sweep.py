@@ -81,7 +81,7 @@ def test_a_report_made_half_way_is_made_again_when_the_sweep_is_done(
     with pytest.raises(KeyboardInterrupt):
         run_sweep(parse_spec(document, "test"), Recorder(interrupt), settings=FitSettings(10))
     run = RunDirectory(document["out"])
-    half = analyse(run, settings=FitSettings(10))
+    half = analyse(run, settings=FitSettings(10)).document
     assert half["cells"] < 9
     whole = run_sweep(parse_spec(document, "test"), Recorder(), settings=FitSettings(10))
     assert whole.fits["cells"] == 9

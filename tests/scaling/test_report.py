@@ -35,7 +35,8 @@ def test_analyse(
     run.write_results(rows)
     run.write_curves(pa.Table.from_pylist(curves_of(rows)))
     provenance = {"store fingerprint": "abc123", "versions": "numpy 2.4"}
-    document = analyse(run, FitSettings(20), provenance=provenance, formats=("html", "md"))
+    made = analyse(run, FitSettings(20), provenance=provenance, formats=("html", "md"))
+    document = made.document
     assert {fit["law"] for fit in document["fits"]} >= fitted
     assert json.loads((tmp_path / "fits.json").read_text()) == document
 
@@ -88,7 +89,7 @@ def test_results_without_curves_or_optional_columns(cells: Callable[..., Rows]) 
     run = RunDirectory("memory://report/run")
     keys = ("cell_id", "n_latents", "k", "nmse", "status")
     run.write_results([{key: row[key] for key in keys} for row in cells((512, 1024, 2048, 4096), (8, 16, 32, 64))])
-    document = analyse(run, FitSettings(0), formats=("html", "md"))
+    document = analyse(run, FitSettings(0), formats=("html", "md")).document
     assert [fit["law"] for fit in document["fits"]][:5] == ["n_k", *["n"] * 4]
     assert document["fits"][0]["coefficients"]["alpha"]["low"] is None
 
@@ -164,3 +165,28 @@ def test_numbers_as_a_paper_would_have_them() -> None:
         "−0.71 [−1.1, −0.4] at n\u00a0≥\u00a04096, n-k C\u00a0≥\u00a03.1 × 10¹²"
     )
     assert [duration(s) for s in (14.2, 192, 7500)] == ["14 s", "3 min 12 s", "2 h 05 min"]
+
+
+def test_the_evaluations_of_cells(tmp_path: Path, cells: Callable[..., Rows]) -> None:
+    run = RunDirectory(str(tmp_path))
+    run.write_results(cells((512, 1024), (8, 16)))
+    for n, k in ((1024, 16), (512, 8)):
+        whole = {"metric": "ce_recovered", "value": 0.9 + k / 1000, "low": 0.88, "high": 0.94, "n": 4096, "seed": 0}
+        run.write_evals(f"{n}x{k}", "downstream_loss", [whole, whole | {"at": "latent 3", "value": 0.5}])
+    run.write_evals("gone", "downstream_loss", [{"metric": "ce_recovered", "value": 0.1}])
+    made = analyse(run, FitSettings(0), formats=("html", "md"))
+    assert made.reports == (str(tmp_path / "report.html"), str(tmp_path / "report.md"))
+    files = {path.name: path.read_bytes() for path in (tmp_path / "figures").iterdir()}
+    assert made.figure_files() == files
+    lines = (tmp_path / "report.md").read_text().splitlines()
+    start = lines.index("### Evaluation downstream_loss")
+    table = [line for line in lines[start:] if line.startswith("|")][:4]
+    assert table == [
+        "| cell | metric | value | 95 % interval | samples |",
+        "| --- | ---: | ---: | ---: | ---: |",
+        "| N = 512, k = 8 | ce_recovered | 0.908 | 0.88 to 0.94 | 4,096 |",
+        "| N = 1024, k = 16 | ce_recovered | 0.916 | 0.88 to 0.94 | 4,096 |",
+    ]
+    assert "2 more rows, of single latents, labels or positions, are in evals.parquet." in lines
+    page = (tmp_path / "report.html").read_text()
+    assert page.index('id="evaluations"') < page.index("Evaluation downstream_loss") < page.index('id="cells"')

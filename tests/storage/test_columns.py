@@ -49,3 +49,8 @@ def test_evaluations_replace_their_own_rows(tmp_path: Path) -> None:
     found = [(r["cell_id"], r["evaluation"], r["value"]) for r in run.read_evals().to_pylist()]
     assert found == [("b", "probe_loss", 3.0), ("a", "downstream", 4.0), ("a", "probe_loss", 5.0)]
     assert run.read_evals().to_pylist()[0]["high"] == 3.5
+
+
+def test_the_page_of_the_run_directory_has_every_column() -> None:
+    page = (Path(__file__).parents[2] / "storage" / "RUN.md").read_text()
+    assert [name for name in COLUMNS if f"`{name}`" not in page] == []

@@ -8,7 +8,6 @@ from typing import Any, NamedTuple
 import torch
 from saescale.storage import checkpoint
 from saescale.storage.errors import SaescaleError, SaescaleWarning, one_line
-from saescale.storage.lease import require_owner
 from saescale.storage.rundir import RunDirectory
 from saescale.storage.source import Batches
 from saescale.trainers.cell import Cell
@@ -19,8 +18,8 @@ from saescale.trainers.training.pack import Pack
 class Checkpoints:
     """Saves every running cell each `every_s` seconds; `start` is the step that the pack started from."""
 
-    def __init__(self, run: RunDirectory, every_s: float, stream: Batches, driver: str | None, start: int) -> None:
-        self.run, self.every_s, self.stream, self.driver = run, every_s, stream, driver
+    def __init__(self, run: RunDirectory, every_s: float, stream: Batches, start: int) -> None:
+        self.run, self.every_s, self.stream = run, every_s, stream
         self._whole = start  # the last step that the whole pack has
         self._last = time.monotonic()
 
@@ -35,15 +34,14 @@ class Checkpoints:
     def save(self, pack: Pack) -> None:
         """All running cells at the same step; each keeps the one before that all of them have.
 
-        Raises SaescaleError, which names the file, where one cannot be written; what was saved before stays good.
+        Raises SaescaleError, which names the file, where one cannot be written, and Superseded (lease.py); what was
+        saved before stays good.
         """
-        # A worker whose driver was lost may live on for a moment beside that of the next driver.
-        require_owner(self.run.url, self.driver)
         for cell in pack.running:
             # Not the stream's own index: Lightning has fetched a batch ahead of the step.
             position = self.stream.state() | {"batch": cell.step}
-            checkpoint.save(
-                self.run.checkpoint_url(cell.cell.cell_id),
+            self.run.save_checkpoint(
+                cell.cell.cell_id,
                 cell.step,
                 cell.tensors() | {"centre": pack.centre.b_pre.cpu().numpy()},
                 cell.state() | {"variance": pack.centre.variance, "stream": position},

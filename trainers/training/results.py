@@ -4,8 +4,6 @@ from typing import Any
 
 from saescale.scaling.compute import Flops
 from saescale.storage.columns import CurveRow
-from saescale.storage.files import remove
-from saescale.storage.lease import require_owner
 from saescale.storage.manifest import Site
 from saescale.storage.rundir import RunDirectory
 from saescale.trainers.cell import Cell
@@ -16,16 +14,15 @@ from saescale.trainers.training.training_cell import TrainingCell
 
 
 class Records:
-    """Writes for the holder of the run (storage/lease.py), and tells the logger. Raises Superseded for anyone else."""
+    """Writes into the run, and tells the logger. Raises Superseded where the run's owner lost it (storage/lease.py)."""
 
-    def __init__(self, run: RunDirectory, subject: str, site: Site, logger: CellLogger, driver: str | None) -> None:
-        self.run, self.subject, self.site, self.logger, self.driver = run, subject, site, logger, driver
+    def __init__(self, run: RunDirectory, subject: str, site: Site, logger: CellLogger) -> None:
+        self.run, self.subject, self.site, self.logger = run, subject, site, logger
         self.results: dict[str, dict[str, Any]] = {}  # of the cells that ended, by cell_id
 
     def point(self, cell: TrainingCell, row: CurveRow) -> None:
         """Logs one point of the curve, and writes the curve so far."""
         self.logger.log(cell.cell, row)
-        require_owner(self.run.url, self.driver)
         self.run.write_cell_curve(cell.cell.cell_id, [row._asdict() for row in cell.curve])
 
     def end(self, cell: TrainingCell) -> None:
@@ -35,11 +32,11 @@ class Records:
         result = result_row(
             cell.cell, self.subject, self.site, cell.tokens, cell.flops, cell.wall_s, last, cell.error
         )  # fmt: skip
-        require_owner(self.run.url, self.driver)
         if cell.error is None:
+            self.run.require_owner()
             native.write(Trained(cell.averaged(), cell.cell), self.run.cell_url(name))
         self.run.write_cell_result(name, result)
-        remove(self.run.checkpoint_url(name))
+        self.run.remove_checkpoints(name)
         self.results[name] = result
         self.logger.finish(cell.cell, result)
 

@@ -78,7 +78,7 @@ def _train(job: PackJob, report: Callable[[Progress], None], should_stop: Callab
     set_threads(job.threads or torch.get_num_threads())
     # Lightning's trainer and module refer to each other: without this the last pack's weights would still be there.
     gc.collect()
-    source, run = ActivationStore.open(job.store), RunDirectory(job.run)
+    source, run = ActivationStore.open(job.store), RunDirectory(job.run, job.driver)
     _check(job, source)
     finished = {cell.cell_id: run.read_cell_result(cell.cell_id) for cell in job.cells}
     results = [result for result in finished.values() if result is not None]
@@ -94,7 +94,7 @@ def _train(job: PackJob, report: Callable[[Progress], None], should_stop: Callab
     held_out = HeldOut(source, job.eval.tokens, device, job.store)
     logger = _logger(job)
     logger.open(cells, _context(job, source))
-    records = Records(run, source.subject, source.site, logger, job.driver)
+    records = Records(run, source.subject, source.site, logger)
     last = max(cell.steps for cell in cells)
     try:
         with source.resume(resumed.position, last) if resumed else source.batches(order(cells[0]), stop=last) as stream:
@@ -102,7 +102,7 @@ def _train(job: PackJob, report: Callable[[Progress], None], should_stop: Callab
                 Evaluator(held_out, job.eval.every_tokens),
                 records,
                 Reporter(report, start, stream),
-                Checkpoints(run, job.checkpoint_every_s, stream, job.driver, start),
+                Checkpoints(run, job.checkpoint_every_s, stream, start),
                 should_stop,
             )
             _trainer(after, device).fit(pack, stream_loader(stream, source.dtype, device))

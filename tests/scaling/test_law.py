@@ -131,7 +131,7 @@ def test_a_law_is_called_as_its_file_is(tmp_path: Path, monkeypatch: pytest.Monk
     (tmp_path / "laws").mkdir()
     (tmp_path / "laws" / "mine.py").write_text(TEN_LINES)
     monkeypatch.setenv("SAESCALE_PATH", str(tmp_path))
-    with pytest.raises(SaescaleError, match=r"mine\.py defines the law power_of_k; call it mine, as the file is called"):
+    with pytest.raises(SaescaleError, match=r"mine\.py defines the law power_of_k; call it mine, as the file is"):
         forms_of("mine")
 
 
