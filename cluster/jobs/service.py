@@ -11,7 +11,6 @@ import logging
 import os
 import re
 import shlex
-import socket
 import tempfile
 import time
 import uuid
@@ -19,9 +18,9 @@ from collections.abc import AsyncIterator, Iterator
 from contextlib import contextmanager, suppress
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, NamedTuple
-from urllib.parse import urlsplit
+from typing import Any
 
+from saescale.cluster.jobs.address import has_token, no_dashboard, reach, resolve_address, shown
 from saescale.cluster.jobs.package import EXTENSION, SWEEP, write_code, write_sweep
 from saescale.cluster.sweep.spec import SweepSpec
 from saescale.cluster.sweep.status import JobStatus
@@ -31,44 +30,11 @@ from saescale.storage.errors import SaescaleError, one_line
 
 # How long a driver that is told to stop may take until Ray kills it: its workers save their checkpoints meanwhile.
 STOP_WAIT_S = 60
-CONNECT_S = 10.0
 POLL_S = 0.5
 HELPER_KEPT_S = 15.0
 _SETTINGS = FitSettings()
 _PROGRAM = ("-P", "-m", "saescale.cluster.cli")  # -P: nothing of the folder it starts in is taken for a package
 _HELPER = "saescale_for"  # key of the metadata of a job that only answers a question
-
-
-class Submitted(NamedTuple):
-    job: str
-    address: str
-
-
-def resolve_address(given: str | None) -> str:
-    """The address of the dashboard, with its scheme. Raises SaescaleError where nothing says it."""
-    address = given or os.environ.get("RAY_API_SERVER_ADDRESS")
-    if not address:
-        from_ray = os.environ.get("RAY_ADDRESS", "")
-        address = from_ray if from_ray.startswith(("http://", "https://")) else None
-    if not address:
-        raise SaescaleError(
-            "which cluster? Give the address of Ray's dashboard: --address http://HEAD:8265 (or RAY_API_SERVER_ADDRESS)"
-        )
-    if "://" not in address:
-        address = f"http://{address}"
-    try:
-        parts = urlsplit(address)
-        usable = parts.scheme in ("http", "https") and parts.hostname and (parts.port or True)
-    except ValueError:
-        usable = False
-    if not usable:
-        raise SaescaleError(f"{shown(address)} is no address of a Ray dashboard; give one such as http://HEAD:8265")
-    return address.rstrip("/")
-
-
-def shown(address: str) -> str:
-    """The address as it may be printed: without what stands before an @ or in a query."""
-    return re.sub(r"(?<=://)[^/@\s]*@", "", address).partition("?")[0]
 
 
 class Service:
@@ -77,11 +43,11 @@ class Service:
     def __init__(self, address: str | None) -> None:
         self.url = resolve_address(address)
         self.address = shown(self.url)
-        _reach(self.url, self.address)
+        reach(self.url, self.address)
         # Ray lets its environment win over the argument; what the user typed shall win.
         os.environ["RAY_API_SERVER_ADDRESS"] = self.url
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-        if _has_token() and not os.environ.get("RAY_AUTH_MODE"):
+        if has_token() and not os.environ.get("RAY_AUTH_MODE"):
             os.environ["RAY_AUTH_MODE"] = "token"
         from ray.job_submission import JobSubmissionClient
 
@@ -245,14 +211,14 @@ class Service:
             raise SaescaleError(
                 f"{self.address} refuses this machine's token; put the cluster's into RAY_AUTH_TOKEN, or its file into "
                 "RAY_AUTH_TOKEN_PATH"
-                if _has_token()
+                if has_token()
                 else f"{self.address} asks for a token and there is none here; set RAY_AUTH_TOKEN, or "
                 "RAY_AUTH_TOKEN_PATH to its file"
             ) from None
         except requests.exceptions.InvalidHeader:
             raise SaescaleError("the token holds characters that no token has; look at RAY_AUTH_TOKEN") from None
         except (requests.exceptions.JSONDecodeError, requests.exceptions.HTTPError, json.JSONDecodeError):
-            raise _no_dashboard(self.address) from None
+            raise no_dashboard(self.address) from None
         except (ConnectionError, requests.exceptions.RequestException) as error:
             raise SaescaleError(
                 f"the connection to {self.address} failed ({type(error).__name__}); see that the cluster is up"
@@ -262,7 +228,7 @@ class Service:
             if "status code 404" in text:
                 raise _NotFound(text) from None
             if "returned 404" in text:
-                raise _no_dashboard(self.address) from None
+                raise no_dashboard(self.address) from None
             raise SaescaleError(f"{self.address}: {text[-500:]}") from None
 
 
@@ -280,34 +246,6 @@ def require_shared(spec: SweepSpec) -> None:
                 f"{name}: {url} would be another place on the cluster; give a URL (s3://...) or the absolute path of a "
                 "folder that all its nodes share"
             )
-
-
-def _reach(url: str, address: str) -> None:
-    """Ray's own client would wait for minutes for an address behind which nothing answers."""
-    parts = urlsplit(url)
-    assert parts.hostname is not None
-    try:
-        socket.create_connection(
-            (parts.hostname, parts.port or (443 if parts.scheme == "https" else 80)), timeout=CONNECT_S
-        ).close()
-    except OSError as error:
-        reason = "no answer" if isinstance(error, TimeoutError) else one_line(error)
-        raise SaescaleError(
-            f"nothing answers at {address} ({reason}); see that the cluster is up, and give the address of Ray's "
-            "dashboard (--address http://HEAD:8265)"
-        ) from None
-
-
-def _no_dashboard(address: str) -> SaescaleError:
-    return SaescaleError(f"what answers at {address} is no Ray dashboard; its port is 8265 where nobody changed it")
-
-
-def _has_token() -> bool:
-    return bool(
-        os.environ.get("RAY_AUTH_TOKEN")
-        or os.environ.get("RAY_AUTH_TOKEN_PATH")
-        or (Path.home() / ".ray" / "auth_token").exists()
-    )
 
 
 def _is_sweep(details: Any) -> bool:

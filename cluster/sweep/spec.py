@@ -18,8 +18,7 @@ from pydantic import (
     model_validator,
 )
 from pydantic_core import PydanticCustomError
-from saescale.cluster.crew.claims import NotNegative, Positive, Resources
-from saescale.cluster.crew.claims import Section as _Model
+from saescale.cluster.crew.claims import NotNegative, Positive, Resources, Section
 from saescale.storage import files
 from saescale.storage.columns import OLD_NAMES
 from saescale.storage.errors import SaescaleError
@@ -40,7 +39,7 @@ _SECRET = "secret"
 Architecture = Annotated[str, AfterValidator(known_architecture)]
 
 
-class _OldNames(_Model):
+class _OldNames(Section):
     """Takes `activation` for `architecture`, as sweep files had it in saescale 0.1.0."""
 
     @model_validator(mode="before")
@@ -113,7 +112,7 @@ class Grid(_OldNames):
         return len(self.combinations())
 
 
-class TokenLaw(_Model):
+class TokenLaw(Section):
     """tokens (n / at)^exponent, rounded to whole batches: larger SAEs need more tokens to converge (about n^0.6)."""
 
     at: Positive
@@ -121,7 +120,7 @@ class TokenLaw(_Model):
     exponent: float
 
 
-class RateLaw(_Model):
+class RateLaw(Section):
     """value (n / at)^exponent: 2e-4 (n / 2^14)^-0.5 is the rule that others took from Gao et al. 2024, figure 3."""
 
     at: Positive
@@ -129,7 +128,7 @@ class RateLaw(_Model):
     exponent: float = -0.5
 
 
-class AuxK(_Model):
+class AuxK(Section):
     """The auxiliary loss that revives dead latents; `k: 0` switches it off."""
 
     k: NotNegative | Literal["auto"] = "auto"  # auto: the power of two nearest to d_model / 2
@@ -137,7 +136,7 @@ class AuxK(_Model):
     dead_after_tokens: Positive = 10_000_000
 
 
-class Train(_Model):
+class Train(Section):
     """How each cell is trained; the defaults are the paper's (Gao et al. 2024).
 
     Of `auxk`, `multi_topk` and `settings` each architecture takes what it has a setting for.
@@ -160,7 +159,7 @@ class Train(_Model):
         return self
 
 
-class SweepSpec(_Model):
+class SweepSpec(Section):
     """The whole sweep file."""
 
     name: str = Field(min_length=1, pattern=r"^[\w.-]+$")

@@ -10,7 +10,8 @@ import pyarrow as pa
 import pyarrow.csv
 import pytest
 import yaml
-from saescale.cluster.front import laws as laws_cli
+from saescale.cluster.front import laws as laws_commands
+from saescale.cluster.front import plan as plan_command
 from saescale.cluster.sweep.driver import run_sweep
 from saescale.cluster.sweep.extend import extend, union
 from saescale.cluster.sweep.ledger import open_ledger
@@ -60,13 +61,13 @@ def test_a_grid_of_cells_has_its_mistakes_named(document: dict[str, Any]) -> Non
 
 def test_a_plan_is_a_sweep_file(tmp_path: Path) -> None:
     request = Request(hours=2.0, device=find_device("a100"), store="stores/mine", d_model=512, ks=(8, 16, 32))
-    plan = make_proposal(request)
+    proposal = make_proposal(request)
     path = tmp_path / "plan.yaml"
-    path.write_text(plan.yaml())
+    path.write_text(proposal.yaml())
     spec = load_spec(str(path))
     assert spec.store == "stores/mine"
-    assert spec.grid.size == int(plan.design.counts.sum())
-    document = json.loads(json.dumps(plan.document(), allow_nan=False))
+    assert spec.grid.size == int(proposal.design.counts.sum())
+    document = json.loads(json.dumps(proposal.document(), allow_nan=False))
     assert document["hours"] == pytest.approx(sum(cell["hours"] for cell in document["cells"]))
     assert document["hours"] <= 2.0
     packed = sorted(tuple(cell) for pack in document["packs"] for cell in pack)
@@ -83,14 +84,14 @@ def test_a_plan_goes_on_from_a_run(tmp_path: Path, document: dict[str, Any]) -> 
     run = RunDirectory(str(tmp_path / "run"))
     run.write_results(_cells((512, 1024, 2048, 4096), (8, 16, 32, 64), noise=0.004))
     run.write_spec(document | {"resolved": {"precision": "fp32"}})
-    plan = make_proposal(Request(hours=4.0, device=find_device("a100", 1e12), source=run.url))
-    assert plan.spec.train == parse_spec(document, "test").train
-    assert len(plan.prior.cells["k"]) == 16
-    assert plan.before is not None
-    assert (plan.design.half_width < plan.before.half_width).all()
+    proposal = make_proposal(Request(hours=4.0, device=find_device("a100", 1e12), source=run.url))
+    assert proposal.spec.train == parse_spec(document, "test").train
+    assert len(proposal.prior.cells["k"]) == 16
+    assert proposal.before is not None
+    assert (proposal.design.half_width < proposal.before.half_width).all()
     # A cell that is there gets other seeds.
-    assert all(0 not in c.seeds for c in plan.cells if c.n_latents <= 4096)
-    assert max(c.n_latents for c in plan.cells) > 4096
+    assert all(0 not in c.seeds for c in proposal.cells if c.n_latents <= 4096)
+    assert max(c.n_latents for c in proposal.cells) > 4096
 
 
 def test_what_cannot_be_planned(tmp_path: Path) -> None:
@@ -133,9 +134,9 @@ def test_what_cannot_be_planned_at_any_budget() -> None:
 
 
 def test_n_doubles_from_the_smallest_asked_for() -> None:
-    plan = make_proposal(Request(hours=0.5, device=find_device("h100"), n_range=(500, 9_000), ks=(8, 16, 32)))
-    assert {c.n_latents for c in plan.cells} <= {500, 1000, 2000, 4000, 8000}
-    assert min(c.n_latents for c in plan.cells) == 500
+    proposal = make_proposal(Request(hours=0.5, device=find_device("h100"), n_range=(500, 9_000), ks=(8, 16, 32)))
+    assert {c.n_latents for c in proposal.cells} <= {500, 1000, 2000, 4000, 8000}
+    assert min(c.n_latents for c in proposal.cells) == 500
 
 
 def test_proposed_seeds_are_those_of_no_other_cell(tmp_path: Path, document: dict[str, Any]) -> None:
@@ -308,7 +309,7 @@ def test_the_next_command_is_one_that_runs(
         return capsys.readouterr().out.split("Next: ")[1].strip()
 
     def planned(source: str, **arguments: Any) -> str:
-        return next_of(laws_cli.plan, source=source, gpu="a100", budget="1h", **arguments)
+        return next_of(plan_command.plan, source=source, gpu="a100", budget="1h", **arguments)
 
     run, bare = RunDirectory(str(tmp_path / "run")), RunDirectory(str(tmp_path / "bare"))
     rows = _cells((512, 1024, 2048, 4096), (8, 16, 32, 64), noise=0.004)
@@ -323,8 +324,8 @@ def test_the_next_command_is_one_that_runs(
     assert planned(bare.url).endswith(f"saescale sweep plan.yaml {edit}")
     assert planned(bare.url, write=file, store="stores/mine") == f"saescale sweep {file}"
 
-    monkeypatch.setattr(laws_cli, "_read_wandb", lambda path: (load_results(bare), None))
+    monkeypatch.setattr(laws_commands, "_read_wandb", lambda path: (load_results(bare), None))
     fit = {"law": ["n_k"], "predict": ["n=512,k=8"], "bootstraps": 0}
-    assert next_of(laws_cli.fit, sources=["wandb:me/project"], **fit) == "saescale fit wandb:me/project --json"
-    both = next_of(laws_cli.fit, sources=["wandb:me/project", run.url], **fit)
+    assert next_of(laws_commands.fit, sources=["wandb:me/project"], **fit) == "saescale fit wandb:me/project --json"
+    both = next_of(laws_commands.fit, sources=["wandb:me/project", run.url], **fit)
     assert both.startswith(f"saescale plan {run.url} --budget")

@@ -18,8 +18,9 @@ from typing import Any
 import psutil
 import pytest
 import yaml
+from saescale.cluster.jobs.address import resolve_address, shown
 from saescale.cluster.jobs.package import EXTENSION, PACKAGES, write_code, write_sweep
-from saescale.cluster.jobs.service import STOP_WAIT_S, resolve_address, shown
+from saescale.cluster.jobs.service import STOP_WAIT_S
 from saescale.cluster.sweep.extend import extend, read_extension
 from saescale.cluster.sweep.spec import parse_spec
 from saescale.cluster.sweep.status import read_status

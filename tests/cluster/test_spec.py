@@ -44,7 +44,8 @@ def changed(document: dict[str, Any], path: str, value: Any) -> dict[str, Any]:
         ("grid.n_latents", [0], "grid.n_latents.0: input should be greater than 0 (given: 0)"),
         ("grid.n_latents", [4, 64], "grid: k = 8 is larger than n_latents = 4"),
         ("grid.n_latents", [], "grid.n_latents: list should have at least 1 item"),
-        ("grid.activation", ["relu"], "grid.activation.0: input should be 'topk'"),
+        ("grid.architecture", ["topc"], "grid.architecture.0: unknown architecture 'topc': did you mean topk?"),
+        ("grid.activation", ["topc"], "grid.architecture.0: unknown architecture 'topc'"),  # its name in 0.1.0
         ("train.tokens", 1000, "train: tokens = 1000 is not a multiple of batch_tokens = 256"),
         ("train.tokens", KeyError, "train.tokens is missing"),
         ("store", KeyError, "store is missing"),
@@ -91,7 +92,9 @@ def test_auto_k_aux_is_the_power_of_two_nearest_half_of_d_model(
     document: dict[str, Any], store: ActivationStore
 ) -> None:
     document["train"]["auxk"]["k"] = "auto"
-    assert {cell.k_aux for cell in parse_spec(document, "test").cells(store, "fp32")} == {16}  # d_model 32
+    assert {cell.whole_settings.k_aux for cell in parse_spec(document, "test").cells(store, "fp32")} == {
+        16
+    }  # d_model 32
 
 
 @pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.name)

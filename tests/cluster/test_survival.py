@@ -110,6 +110,7 @@ class Killer:
         self._thread.join()
 
 
+@pytest.mark.chaos
 @pytest.mark.filterwarnings("ignore::saescale.storage.errors.SaescaleWarning")
 def test_workers_and_nodes_killed_at_random_change_no_result(
     three_nodes: Any, sweep: dict[str, Any], undisturbed: Callable[..., Any]
@@ -150,6 +151,7 @@ def test_workers_and_nodes_killed_at_random_change_no_result(
     assert_same(reached(outcome.run), expected)
 
 
+@pytest.mark.chaos
 @pytest.mark.filterwarnings("ignore::saescale.storage.errors.SaescaleWarning")
 def test_drivers_killed_at_random_change_no_result(
     three_nodes: Any, sweep: dict[str, Any], undisturbed: Callable[..., Any], tmp_path: Path
@@ -183,6 +185,7 @@ def test_drivers_killed_at_random_change_no_result(
     assert_same(reached(outcome.run), expected)
 
 
+@pytest.mark.slow
 def test_a_cell_that_kills_its_workers_fails_alone(
     three_nodes: Any, document: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -257,6 +260,7 @@ def test_a_worker_that_stalls_is_replaced(three_nodes: Any, sweep: dict[str, Any
     one_result_each(outcome.run, 1)
 
 
+@pytest.mark.slow
 def test_nodes_that_join_take_part(three_nodes: Any, sweep: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     """The packs are all handed out when a node comes, so one of them is divided for it."""
     monkeypatch.setattr(execute, "LOOK_S", 0.2)
@@ -289,6 +293,7 @@ def test_nodes_that_join_take_part(three_nodes: Any, sweep: dict[str, Any], monk
     assert found.state == "stopped"
 
 
+@pytest.mark.chaos
 def test_an_object_store_that_fails_dawdles_and_goes_away_changes_no_result(
     three_nodes: Any,
     sweep: dict[str, Any],

@@ -1,0 +1,112 @@
+"""What is asked of `saescale plan`, and what it proposes, as JSON and as a sweep file."""
+
+from collections.abc import Mapping, Set
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import numpy as np
+from saescale.cluster.sweep.spec import SweepSpec
+from saescale.scaling.laws.forms.n_k import N_K
+from saescale.scaling.planning.design import Design, Wanted
+from saescale.scaling.planning.devices import Device
+from saescale.storage.yaml_text import yaml_text
+
+
+@dataclass(frozen=True)
+class Request:
+    """What is asked: `hours` on one `device`; `at` is the point of a prediction or the k of an exponent or floor."""
+
+    hours: float
+    device: Device
+    target: str = "exponent"
+    at: Mapping[str, float] = field(default_factory=dict)
+    source: str | None = None
+    store: str | None = None
+    d_model: int = 768
+    tokens: float = 1e9  # of n = 32768; they grow with n^0.6
+    n_range: tuple[int | None, int | None] = (None, None)
+    ks: tuple[int, ...] = ()
+    noise: float | None = None
+    seeds: int = 3
+
+
+class Prior(NamedTuple):
+    """What is known before: coefficients [draws, coefficients], scatter of ln nmse, finished cells, in words, and the
+    seeds of each n and k that other cells have, finished or not."""
+
+    raw: np.ndarray
+    noise: float
+    cells: Mapping[str, np.ndarray]
+    words: str
+    seeds: Mapping[tuple[int, int], Set[int]]
+
+
+class ProposedCell(NamedTuple):
+    """A row of the plan; `hours` of all its seeds together."""
+
+    n_latents: int
+    k: int
+    seeds: tuple[int, ...]
+    tokens: int
+    flops: float
+    hours: float
+
+
+@dataclass(frozen=True)
+class Proposal:
+    """The proposal. `packs` are [n_latents, k, seed] of cells that train side by side on one device."""
+
+    request: Request
+    prior: Prior
+    spec: SweepSpec
+    cells: tuple[ProposedCell, ...]
+    goal: Wanted
+    design: Design
+    before: Design | None
+    rectangle: Design | None
+    packs: tuple[tuple[tuple[int, int, int], ...], ...]
+
+    def document(self) -> dict[str, Any]:
+        """Everything as JSON."""
+        device = self.request.device
+        return {
+            "target": self.request.target,
+            "at": dict(self.request.at),
+            "budget_hours": self.request.hours,
+            "hours": self.design.hours,
+            "device": {**device._asdict(), "flops_per_s": device.flops_per_s},
+            "prior": {"from": self.prior.words, "noise": self.prior.noise, "cells": len(self.prior.cells["k"])},
+            "cells": [cell._asdict() for cell in self.cells],
+            "expected": self._expected(self.design),
+            "before": self._expected(self.before),
+            "rectangle": self.rectangle
+            and {
+                "cells": int(self.rectangle.counts.sum()),
+                "hours": self.rectangle.hours,
+                "expected": self._expected(self.rectangle),
+            },
+            "packs": [list(map(list, pack)) for pack in self.packs],
+        }
+
+    def _expected(self, design: Design | None) -> list[dict[str, Any]] | None:
+        names = self.goal.names or N_K.names
+        return design and [
+            {"quantity": name, "value": float(value), "low": float(value - half), "high": float(value + half)}
+            for name, value, half in zip(names, design.value, design.half_width, strict=True)
+        ]
+
+    def yaml(self) -> str:
+        """The sweep file."""
+        document = self.spec.model_dump(mode="json", exclude={"grid"})
+        cells = sum(len(cell.seeds) for cell in self.cells)
+        lines = [
+            f"# {cells} cells that narrow the {self.request.target} the most within {self.request.hours:g} h on one "
+            f"{self.request.device.name}.",
+            f"# Prior: {self.prior.words}.",
+            "# To add them to a sweep that is there: saescale sweep ITS.yaml --extend THIS.yaml",
+            yaml_text(document).rstrip(),
+            "grid:",
+            "  cells:",
+            *(f"  - {{n_latents: {c.n_latents}, k: {c.k}, seed: {list(c.seeds)}}}" for c in self.cells),
+        ]
+        return "\n".join(lines) + "\n"
