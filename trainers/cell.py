@@ -109,6 +109,12 @@ class Cell(BaseModel):
         """Of its architecture, with k and all defaults."""
         return whole_settings(self.architecture, self.k, self.settings)
 
+    def __getstate__(self) -> dict[Any, Any]:
+        """Without what is cached: the settings of a user's own architecture are of a class that another process has
+        only when it loads that file itself."""
+        state = super().__getstate__()
+        return state | {"__dict__": {name: getattr(self, name) for name in type(self).model_fields}}
+
     @property
     def steps(self) -> int:
         return self.tokens // self.batch_tokens
