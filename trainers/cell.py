@@ -101,6 +101,9 @@ class Cell(BaseModel):
         digest = hashlib.sha256(defined.encode()).hexdigest()
         return f"n{self.n_latents}-k{self.k}-s{self.seed}-{digest[:8]}"
 
+    def __hash__(self) -> int:
+        return hash(self.cell_id)
+
     @cached_property
     def whole_settings(self) -> "Settings":
         """Of its architecture, with k and all defaults."""

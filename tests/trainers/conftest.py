@@ -1,5 +1,6 @@
 """A synthetic activation store, and cells over it."""
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -8,6 +9,8 @@ from saescale.storage.store import ActivationStore
 from saescale.trainers.cell import Cell
 
 from tests.trainers.synthetic import D_MODEL, sparse_rows, write_store
+
+README = Path(__file__).parents[2] / "trainers" / "architectures" / "README.md"
 
 
 @pytest.fixture(scope="session")
@@ -37,3 +40,16 @@ def make_cell(sparse_store: ActivationStore) -> Callable[..., Cell]:
 @pytest.fixture
 def run_url(tmp_path: Path) -> str:
     return str(tmp_path / "run")
+
+
+@pytest.fixture
+def toy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    """The example of the page, where a user would put it."""
+    block = re.search(r"```python\n(# architectures/toy\.py\n.*?)```", README.read_text(), re.DOTALL)
+    assert block is not None
+    source = block.group(1)
+    assert len(source.splitlines()) < 60
+    (tmp_path / "own" / "architectures").mkdir(parents=True)
+    (tmp_path / "own" / "architectures" / "toy.py").write_text(source)
+    monkeypatch.setenv("SAESCALE_PATH", str(tmp_path / "own"))
+    return "toy"

@@ -56,6 +56,25 @@ def test_the_prediction_is_within_15_percent_of_the_peak(store: ActivationStore,
     assert max(finished) <= 1, finished
 
 
+@pytest.mark.skipif(not COUNTABLE, reason="counts memory as Linux does")
+def test_a_dense_path_takes_no_more_than_predicted(toy: str, store: ActivationStore, tmp_path: Path) -> None:
+    """Training is the larger part of one of them, evaluation of the other."""
+    cells = [
+        cell(store, n_latents, 4, tokens=4 * batch, batch_tokens=batch, architecture=toy, settings={})
+        for n_latents, batch in ((128, 512), (8_192, 1_024), (16_384, 128))
+    ]
+    jobs = [
+        PackJob(
+            cells=[one], store=store.url, run=str(tmp_path / str(one.n_latents)), sweep="test", threads=2,
+            eval=EvalSpec(tokens=HELD_OUT, every_tokens=4_096),
+        )
+        for one in cells
+    ]  # fmt: skip
+    peaks = measure(jobs[0], jobs[1:])
+    ratios = [peak / predicted([one]) for peak, one in zip(peaks, cells[1:], strict=True)]
+    assert all(0.5 < ratio <= 1 for ratio in ratios), ratios
+
+
 def test_every_part_of_a_cell_counts(store: ActivationStore) -> None:
     base = cell(store, 16_384, 16)
     known = StreamSize(ROW_GROUP, ROWS)

@@ -29,21 +29,7 @@ from saescale.trainers.training.train import PackJob, train_pack
 from tests.trainers.dense_training import dense_nmse, train_dense
 from tests.trainers.synthetic import D_MODEL, sparse_rows
 
-README = Path(__file__).parents[2] / "trainers" / "architectures" / "README.md"
 MakeCell = Callable[..., Cell]
-
-
-@pytest.fixture
-def toy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
-    """The example of the page, where a user would put it."""
-    block = re.search(r"```python\n(# architectures/toy\.py\n.*?)```", README.read_text(), re.DOTALL)
-    assert block is not None
-    source = block.group(1)
-    assert len(source.splitlines()) < 60
-    (tmp_path / "own" / "architectures").mkdir(parents=True)
-    (tmp_path / "own" / "architectures" / "toy.py").write_text(source)
-    monkeypatch.setenv("SAESCALE_PATH", str(tmp_path / "own"))
-    return "toy"
 
 
 def comparable(run: RunDirectory, cells: list[Cell]) -> list[object]:

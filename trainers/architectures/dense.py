@@ -29,8 +29,9 @@ from torch import Tensor
 CHUNK_ENTRIES = 2**23  # of [rows, n_latents] that a forward pass makes at a time where no gradient is asked for
 _FLOAT = 4
 # Tensors [batch, n_latents] that live at the same time: those of the forward pass and of the losses, which autograd
-# keeps, and their gradients. Measured with `topk` and the example of README.md (tests/trainers/test_memory.py).
-_LIVE = 8
+# keeps, and their gradients; without a gradient those of the forward pass. Measured: 5 and 5 with the example of
+# README.md, 6 with TopK's reference and its AuxK and Multi-TopK losses.
+_LIVE, _LIVE_FORWARD = 7, 6
 
 
 class DenseStep:
@@ -89,7 +90,7 @@ class DenseStep:
         self, shape: Shape, settings: Any, batch: int, precision: Precision, kernels: KernelKind
     ) -> float:
         entries = min(batch * shape.n_latents, max(CHUNK_ENTRIES, shape.n_latents))
-        return _FLOAT * (_LIVE / 2 * entries + 4 * batch * shape.d_model)
+        return _FLOAT * (_LIVE_FORWARD * entries + 4 * batch * shape.d_model)
 
 
 def apply(params: Params, gradients: Mapping[str, Tensor], updates: Mapping[str, Update]) -> None:
