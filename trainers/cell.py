@@ -101,10 +101,19 @@ class Cell(BaseModel):
         digest = hashlib.sha256(defined.encode()).hexdigest()
         return f"n{self.n_latents}-k{self.k}-s{self.seed}-{digest[:8]}"
 
+    def __hash__(self) -> int:
+        return hash(self.cell_id)
+
     @cached_property
     def whole_settings(self) -> "Settings":
         """Of its architecture, with k and all defaults."""
         return whole_settings(self.architecture, self.k, self.settings)
+
+    def __getstate__(self) -> dict[Any, Any]:
+        """Without what is cached: the settings of a user's own architecture are of a class that another process has
+        only when it loads that file itself."""
+        state = super().__getstate__()
+        return state | {"__dict__": {name: getattr(self, name) for name in type(self).model_fields}}
 
     @property
     def steps(self) -> int:

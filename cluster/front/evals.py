@@ -23,7 +23,7 @@ def evaluate(
     """
     from saescale.trainers.evals.run import evaluate_run
 
-    names = [name.strip() for name in (evals or "").split(",") if name.strip()]
+    names = [name.strip().replace("-", "_") for name in (evals or "").split(",") if name.strip()]
     with display() as shown:
         done = evaluate_run(run, names, cell or (), progress=shown.evals)
     _show(run, names)

@@ -45,7 +45,10 @@ def changed(document: dict[str, Any], path: str, value: Any) -> dict[str, Any]:
         ("grid.n_latents", [4, 64], "grid: k = 8 is larger than n_latents = 4"),
         ("grid.n_latents", [], "grid.n_latents: list should have at least 1 item"),
         ("grid.architecture", ["topc"], "grid.architecture.0: unknown architecture 'topc': did you mean topk?"),
-        ("grid.activation", ["topc"], "grid.architecture.0: unknown architecture 'topc'"),  # its name in 0.1.0
+        ("grid.activation", ["topc"], "grid.architecture.0: unknown architecture 'topc': did you mean topk?"),
+        ("grid.architecture", ["relu", "topk"], "grid.architecture.0: unknown architecture 'relu': "),
+        ("train.settings", {"k_axu": 8}, "k_axu is no setting of topk: did you mean k_aux?"),
+        ("train.settings", {"k_aux": -8}, "setting k_aux of topk: Input should be greater than or equal to 0"),
         ("train.tokens", 1000, "train: tokens = 1000 is not a multiple of batch_tokens = 256"),
         ("train.tokens", KeyError, "train.tokens is missing"),
         ("store", KeyError, "store is missing"),
@@ -92,9 +95,37 @@ def test_auto_k_aux_is_the_power_of_two_nearest_half_of_d_model(
     document: dict[str, Any], store: ActivationStore
 ) -> None:
     document["train"]["auxk"]["k"] = "auto"
-    assert {cell.whole_settings.k_aux for cell in parse_spec(document, "test").cells(store, "fp32")} == {
-        16
-    }  # d_model 32
+    assert {cell.settings["k_aux"] for cell in parse_spec(document, "test").cells(store, "fp32")} == {16}  # d_model 32
+
+
+def test_settings_reach_the_architectures_that_have_them(
+    document: dict[str, Any], store: ActivationStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    page = (Path(__file__).parents[2] / "trainers" / "architectures" / "README.md").read_text()
+    (tmp_path / "architectures").mkdir()
+    (tmp_path / "architectures" / "toy.py").write_text(page.split("```python\n")[1].split("```")[0])
+    monkeypatch.setenv("SAESCALE_PATH", str(tmp_path))
+    document["grid"] |= {"n_latents": [64], "k": [4], "architecture": ["topk", "toy"]}
+    document["train"] |= {"settings": {"share": 0.3}, "multi_topk": True, "precision": "auto"}
+    cells = {cell.architecture: cell for cell in parse_spec(document, "test").cells(store, "bf16")}
+    assert cells["topk"].settings == {"k_aux": 8, "multi_topk": True}
+    assert cells["toy"].settings == {"share": 0.3}
+    assert (cells["topk"].precision, cells["toy"].precision) == ("bf16", "fp32")
+    document["train"]["settings"] = {"shared": 0.3}
+    with pytest.raises(SaescaleError, match="shared is no setting of topk or toy: did you mean share") as caught:
+        parse_spec(document, "test")
+    assert "\n" not in str(caught.value)
+
+
+def test_activation_is_the_old_name_of_architecture(document: dict[str, Any], store: ActivationStore) -> None:
+    now = parse_spec(document, "test").cells(store, "fp32")
+    document["grid"]["activation"] = ["topk"]
+    document["grid"]["cells"] = [{"n_latents": 64, "k": 4, "activation": "topk"}]
+    old = parse_spec(document, "test")
+    assert set(now) <= set(old.cells(store, "fp32"))
+    written = old.model_dump(mode="json")["grid"]
+    assert written["architecture"] == ["topk"]
+    assert "activation" not in written
 
 
 @pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.name)

@@ -20,7 +20,7 @@ from saescale.trainers.harvest.spec import HarvestSpec
 from saescale.trainers.training.train import PackJob, train_pack
 from typer.testing import CliRunner
 
-from tests.test_doors import example
+from tests.test_doors import example, same_sae
 
 COUNTED = """
 import os, pathlib, time
@@ -155,8 +155,7 @@ def test_export_and_import_give_the_same_file(run: RunDirectory) -> None:
     assert "Next: saescale import out/a.safetensors" in said.output
     said = CliRunner().invoke(app, ["import", "out/a.safetensors", "--format", "native", "--out", "out/b.safetensors"])
     assert said.exit_code == 0, said.output
-    original = Path(cell, "sae.safetensors").read_bytes()
-    assert Path("out/a.safetensors").read_bytes() == Path("out/b.safetensors").read_bytes() == original
+    assert same_sae(f"{cell}/sae.safetensors", "out/a.safetensors", "out/b.safetensors")
     for arguments, words in (
         (["export", "nowhere", "--out", "x"], "no SAE at nowhere"),
         (["export", cell, "--format", "natve", "--out", "x"], "did you mean native"),

@@ -82,6 +82,12 @@ def test_it_trains_beside_topk_and_goes_on_after_sigkill_to_the_same_bits(
         "train_pack(PackJob.model_validate_json(sys.argv[1]))"
     )
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    calls = iter(range(10**6))
+    late = RunDirectory(str(tmp_path / "c"))
+    assert train_pack(job("c"), should_stop=lambda: next(calls) == 70).stopped
+    train_pack(job("c"))
+    assert comparable(late, cells) == comparable(RunDirectory(str(tmp_path / "a")), cells)
+
     process = subprocess.Popen([sys.executable, "-c", script, job("b").model_dump_json()], env=environment)
     deadline = time.monotonic() + 120
     while not checkpoint.steps(run.checkpoint_url(own.cell_id)) and time.monotonic() < deadline:

@@ -56,7 +56,7 @@ def update(sae: SAE, adam: Adam, step: Step) -> None:
 
 def reference_step(sae: SAE, x: torch.Tensor, dead: torch.Tensor, variance: float = 1.0) -> tuple[Losses, Tensors]:
     """Losses and gradients of the dense reference in float64."""
-    exact = {name: tensor.double().requires_grad_() for name, tensor in sae.params.items()}
+    exact = {name: tensor.detach().double().clone().requires_grad_() for name, tensor in sae.params.items()}
     forward = topk.forward(exact, x.double(), sae.settings)
     losses = topk.losses(exact, forward, x.double(), sae.settings, State(variance, dead))
     gradients = torch.autograd.grad(losses.total, list(exact.values()), materialize_grads=True)

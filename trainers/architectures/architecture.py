@@ -184,7 +184,7 @@ class Architecture(Protocol):
     step: FastStep | None  # may be left out
 
     def parameters(self, shape: Shape, settings: Any, centre: Centre, seed: int) -> dict[str, Parameter]:
-        """Where training starts, on the CPU; `centre` is measured on the data, and the caller's to keep."""
+        """Where training starts, on the CPU, by name (no dots); `centre` is measured on the data, and the caller's."""
 
     def forward(self, params: Params, x: Tensor, settings: Any) -> Forward:
         """Of preprocessed x [batch, d_model], in any float dtype."""

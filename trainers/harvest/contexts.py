@@ -144,10 +144,9 @@ def sequence_context(signed: np.ndarray, doc: int, skip: int, rows: int) -> Cont
 
 def batches(contexts: Sequence[Context], size: int) -> list[Batch]:
     """At most `size` contexts at a time, those of one length together, shorter ones first."""
-    lengths = np.array([len(context.ids) for context in contexts])
     found: list[Batch] = []
-    for length in np.unique(lengths):
-        alike = [contexts[number] for number in np.flatnonzero(lengths == length)]
+    for length in sorted({len(context.ids) for context in contexts}):
+        alike = [context for context in contexts if len(context.ids) == length]
         parts = (alike[first : first + size] for first in range(0, len(alike), size))
         found += [Batch(*(np.stack(column) for column in zip(*part, strict=True))) for part in parts]
     return found

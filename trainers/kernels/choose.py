@@ -8,23 +8,23 @@ import torch
 from saescale.storage.errors import SaescaleWarning, one_line
 from saescale.trainers.kernels.interface import Kernels
 
-KernelKind = Literal["cpu", "cuda", "eager"]  # sparse_cpu.py, sparse_cuda.py, sparse_eager.py
+KernelKind = Literal["cpu", "cuda", "eager"]  # the files of that name
 
 
 def kernels(device: torch.device) -> Kernels:
     """The implementation for a device. Imported when asked for: numba and Triton take seconds to load."""
     kind = kernel_kind(device)
     if kind == "cpu":
-        from saescale.trainers.kernels import cpu as sparse_cpu
+        from saescale.trainers.kernels import cpu
 
-        return sparse_cpu
+        return cpu
     if kind == "cuda":
-        from saescale.trainers.kernels import cuda as sparse_cuda
+        from saescale.trainers.kernels import cuda
 
-        return sparse_cuda
-    from saescale.trainers.kernels import eager as sparse_eager
+        return cuda
+    from saescale.trainers.kernels import eager
 
-    return sparse_eager
+    return eager
 
 
 def kernel_kind(device: torch.device) -> KernelKind:
@@ -38,9 +38,9 @@ def kernel_kind(device: torch.device) -> KernelKind:
 def _on_cuda(index: int) -> KernelKind:
     device = torch.device("cuda", index)
     try:
-        from saescale.trainers.kernels import cuda as sparse_cuda
+        from saescale.trainers.kernels import cuda
 
-        fault = sparse_cuda.check(device)
+        fault = cuda.check(device)
     except ImportError as error:
         fault = one_line(error)
     if fault is None:

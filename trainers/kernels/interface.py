@@ -95,7 +95,11 @@ class AdamStep(NamedTuple):
 
 
 class Kernels(Protocol):
-    """What an implementation offers. Tensors are on its device and contiguous, float32 unless said otherwise."""
+    """What an implementation offers. Tensors are on its device and contiguous, float32 unless said otherwise.
+
+    Nothing is checked: shapes and types other than those stated are the caller's fault and undefined. NaN and infinity
+    in the operands come through to `squared`, so that a diverged cell is noticed.
+    """
 
     def encode_select(self, x: Tensor, W_enc: Tensor, bias: Tensor, ks: Sequence[int]) -> list[Selected]:
         """For each k of `ks` the k largest of ReLU(x W_enc^T + bias), exactly; [batch, n_latents] is never whole.

@@ -99,7 +99,7 @@ class LanguageModel:
 
         handles = [self._layers[layer].register_forward_hook(at(layer)) for layer in {*asked, *patches}]
         model = self.model if logits else self.model.base_model
-        output = None
+        output: Any = None
         try:
             with torch.inference_mode():
                 output = model(input_ids=ids.to(self.model.device), use_cache=False)

@@ -126,7 +126,7 @@ def get_subject(
     """
     check_subject_name(name)
     file, _, rest = name.partition(":")
-    found: SubjectFile = SUBJECTS.load(file)  # type: ignore[assignment]  # a module with these names
+    found: SubjectFile = SUBJECTS.load(file)
     return found.load(rest, Path(cache) if cache else cache_folder(), dtype, notify or (lambda stage: None))
 
 

@@ -43,7 +43,7 @@ class Checkpoints:
             self.run.save_checkpoint(
                 cell.cell.cell_id,
                 cell.step,
-                cell.tensors() | {"centre": pack.centre.b_pre.cpu().numpy()},
+                cell.tensors() | {"pack.centre": pack.centre.b_pre.cpu().numpy()},
                 cell.state() | {"variance": pack.centre.variance, "stream": position},
                 keep=self._whole,
             )
@@ -83,7 +83,7 @@ def _restore(urls: Sequence[str], cells: Sequence[Cell], step: int, device: torc
     if not position or "variance" not in state:
         raise SaescaleError(f"{urls[0]} does not say the order of its data or the scale of its loss")
     # The centre too comes from the checkpoint, so that the pack goes on with the same bits.
-    pack = Pack(cells, Centre(torch.from_numpy(tensors["centre"]), state["variance"]), device)
+    pack = Pack(cells, Centre(torch.from_numpy(tensors["pack.centre"]), state["variance"]), device)
     for training_cell, url in zip(pack.training_cells, urls, strict=True):
         tensors, state, _ = checkpoint.load(url, step)
         if state.get("stream") != position:

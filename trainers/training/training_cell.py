@@ -106,7 +106,8 @@ class TrainingCell:
 
     def tensors(self) -> dict[str, np.ndarray]:
         """Everything that a resumed cell needs, as a checkpoint holds it."""
-        named = self.optimiser.tensors() | {"tokens_since_active": self.dead.tokens_since}
+        # With a dot, which the name of a parameter does not have.
+        named = self.optimiser.tensors() | {"dead.tokens_since": self.dead.tokens_since}
         return {name: tensor.cpu().numpy() for name, tensor in named.items()}
 
     def state(self) -> dict[str, Any]:
@@ -125,6 +126,6 @@ class TrainingCell:
         self.worked = Worked(**state["worked"])
         self._train_sum, self._train_steps = state["train"]
         self.curve = [CurveRow(**row) for row in state["curve"]]
-        self.dead.tokens_since.copy_(torch.from_numpy(tensors["tokens_since_active"]))
+        self.dead.tokens_since.copy_(torch.from_numpy(tensors["dead.tokens_since"]))
         self.optimiser.restore(tensors, self.step)
         self.sae.round()
