@@ -144,7 +144,7 @@ def _show_convergence(found: dict[str, Any] | None) -> None:
 
 
 def _comparisons(document: dict[str, Any], laws: Sequence[str]) -> list[str]:
-    """Of the named laws whether they need their last term, and whether they fit where no warning says that they do not."""
+    """Of the named laws whether they need their last term, and that they fit where no warning says otherwise."""
     from saescale.scaling.laws.fit import law_label
 
     return [
