@@ -63,7 +63,7 @@ def data_warnings(results: Table, convergence: Convergence | None) -> list[str]:
     if (above := int((results["nmse"] > 1).sum())) == len(results):
         warnings.append("nmse is above 1 in every cell: it is taken for another loss, and none for diverged")
     elif above:
-        warnings.append(f"{above} cells with nmse above 1, worse than the mean alone, diverged and are in the fits")
+        warnings.append(f"nmse is above 1, worse than that of the mean alone, in {above} of the cells that are fitted")
     if convergence is not None:
         warnings += convergence.warnings()
     return warnings
@@ -75,7 +75,7 @@ def fit_warnings(fit: Fit) -> list[str]:
     if fit.agreeing < 2:
         warnings.append(f"only {fit.agreeing} of {fit.starts} starts reach the best fit: it may not be the global one")
     if fit.misses and fit.lack:
-        warnings.append(fit.lack.words)
+        warnings += fit.lack.said
     warnings += _bounds(fit)
     spare = fit.free
     if fit.widen > 1 and spare < _SPARE:

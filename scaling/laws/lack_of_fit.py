@@ -49,18 +49,19 @@ class LackOfFit:
         return self.missed**2 / self.noise**2 if self.significant else 0.0
 
     @property
-    def words(self) -> str:
-        """The test, what it means and what to do."""
+    def said(self) -> tuple[str, ...]:
+        """The test; and where the form misses something, what that means and what to do, alike for every law."""
         test = f"F = {self.f:.3g} at {self.free[0]} and {self.free[1]} degrees of freedom, p = {self.p:.2g}"
         if not self.significant:
             return (
                 f"no lack of fit is seen ({test}): what the law leaves over is the scatter of equal cells, "
-                f"{self.pure:.2%}, and intervals go by that"
+                f"{self.pure:.2%}, and intervals go by that",
             )
         return (
             f"lack of fit ({test}): equal cells scatter by {self.pure:.2%}, and the law misses each kind of cell by a "
-            f"further {self.missed:.2%}, so another form may be needed (n_flattens and n_steepens show a bend in n); "
-            f"intervals are widened by it, seeds count as one observation, and more of them narrow nothing: add n and k"
+            f"further {self.missed:.2%}",
+            "with a lack of fit intervals are widened by it and seeds count as one observation, so that more of them "
+            "narrow nothing: add n and k, or try another form (n_flattens and n_steepens show a bend in n)",
         )
 
     def document(self) -> dict[str, Any]:
@@ -68,7 +69,7 @@ class LackOfFit:
         return {
             "F": self.f, "degrees_of_freedom": list(self.free), "p": self.p, "significant": self.significant,
             "sd_of_equal_cells": self.pure, "sd_missed": self.missed, "kinds": self.kinds, "repeated": self.repeated,
-            "words": self.words,
+            "words": "; ".join(self.said),
         }  # fmt: skip
 
 

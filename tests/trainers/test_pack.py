@@ -81,6 +81,7 @@ def test_results_and_curves_are_complete(sparse_store: ActivationStore, make_cel
         assert result is not None
         assert result["status"] == "done"
         assert result["tokens"] == cell.tokens == curve[-1]["tokens"]
+        assert result["device"] == "cpu"  # in the tests, whose GPUs are hidden
         assert result["nmse"] == curve[-1]["nmse"] > 0
         assert [row["tokens"] for row in curve] == list(range(2_048, cell.tokens + 1, 2_048))
         assert result["flops"] == curve[-1]["flops"] == cell.flops(cell.tokens).sparse
