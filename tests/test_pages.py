@@ -1,0 +1,91 @@
+"""The pages: what they point to is there, their tables are those of the published results, their Python runs."""
+
+import csv
+import re
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+from saescale.scaling.laws.settings import FitSettings
+from saescale.scaling.report.report import analyse
+from saescale.storage.rundir import RunDirectory
+from saescale.storage.store import ActivationStore
+from saescale.trainers.cell import Cell, EvalSpec
+from saescale.trainers.training.train import PackJob, train_pack
+
+from tests.benchmarks.readme_tables import tables
+from tests.trainers.synthetic import D_MODEL, sparse_rows, write_store
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text()
+BENCHMARKS = (ROOT / "tests/benchmarks/README.md").read_text()
+PAGES = [
+    ROOT / name
+    for name in subprocess.run(
+        ["git", "ls-files", "--cached", "--others", "--exclude-standard", "*.md"],
+        cwd=ROOT, capture_output=True, text=True, check=True,
+    ).stdout.split()
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_local_links_resolve(page: Path) -> None:
+    links = [link.partition("#")[0] for link in re.findall(r"\]\(([^)\s]+)\)", page.read_text())]
+    local = [link for link in links if link and not link.startswith("http")]
+    assert [link for link in local if not (page.parent / link).exists()] == []
+
+
+def test_every_floor_and_room_with_a_door_has_a_page() -> None:
+    rooms = ("architectures", "subjects", "evals", "exchange", "mesh", "kernels", "harvest")
+    folders = ["storage", "scaling", "scaling/laws", "trainers", *(f"trainers/{room}" for room in rooms), "cluster"]
+    assert [folder for folder in folders if ROOT / folder / "README.md" not in PAGES] == []
+    assert len(README.splitlines()) <= 120
+
+
+def test_the_table_is_that_of_the_published_results() -> None:
+    with (ROOT / "deploy/results/quickstart/results.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert len(rows) == 20
+    for n in sorted({int(row["n_latents"]) for row in rows}):
+        found = {int(row["k"]): float(row["nmse"]) for row in rows if int(row["n_latents"]) == n}
+        line = f"| {n:,} | " + " | ".join(f"{found[k]:.4f}" for k in sorted(found)) + " |"
+        assert line in README
+
+
+@pytest.mark.parametrize(("name", "table"), tables().items())
+def test_tables_of_benchmarks_are_those_of_their_results(name: str, table: str) -> None:
+    assert table in BENCHMARKS, f"run python -m tests.benchmarks.readme_tables and take its table of {name} over"
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a store and a run where the pages' Python expects the quickstart's."""
+    folder = tmp_path_factory.mktemp("home")
+    url = write_store(str(folder / "stores/smollm2-135m-l22"), sparse_rows(8_192, 0), sparse_rows(1_024, 1))
+    shared = {
+        "store": ActivationStore.open(url).identity, "d_model": D_MODEL, "tokens": 4_096, "batch_tokens": 256,
+        "lr": 3e-3, "dead_after_tokens": 2_048, "ema": 0.9,
+    }  # fmt: skip
+    cells = [Cell.model_validate(shared | {"n_latents": n, "k": k}) for n in (64, 128, 256, 512) for k in (4, 8)]
+    out = str(folder / "runs/quickstart")
+    done = train_pack(
+        PackJob(cells=cells, store=url, run=out, sweep="pages", eval=EvalSpec(tokens=1_024, every_tokens=2_048))
+    )
+    run = RunDirectory(out)
+    run.write_spec({"name": "pages", "store": url})
+    run.write_results(done.results)
+    analyse(run, FitSettings(bootstraps=0))
+    best = min(done.results, key=lambda row: row["nmse"])["cell_id"]
+    (folder / "runs/quickstart/cells/CELL").symlink_to(folder / "runs/quickstart/cells" / best)
+    return folder
+
+
+@pytest.mark.parametrize("page", ["README.md", "saescale/README.md"])
+def test_the_python_of_the_pages_runs(page: str, home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(home)
+    (block,) = re.findall(r"```python\n(.*?)```", (ROOT / page).read_text(), re.DOTALL)
+    names = {"activations": torch.from_numpy(sparse_rows(32, 2).astype("float32"))}
+    exec(compile(block, page, "exec"), names)
+    assert names["latents"].shape == (32, 512)
+    assert names["x_hat"].shape == names["activations"].shape
