@@ -149,7 +149,7 @@ class Train(Section):
     multi_topk: bool = False
     settings: dict[str, Any] = Field(default={})  # of an architecture's own
     ema: float = Field(default=0.999, ge=0, lt=1)
-    precision: Literal["auto"] | Precision = "auto"  # of the encoder product; auto: the faster one on this machine
+    precision: Literal["auto"] | Precision = "auto"  # of the encoder product; auto: crew/precision.py
     stream_seed: NotNegative = 0  # of the order of the data
 
     @model_validator(mode="after")

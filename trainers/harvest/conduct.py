@@ -31,7 +31,7 @@ class Crew(Protocol):
     asked, whoever was faster."""
 
     def load(self, computed_in: str) -> Facts:
-        """Loads the subject in that arithmetic ("auto": what is fast)."""
+        """Loads the subject in that arithmetic ("auto": what its device is made for)."""
 
     def tokenize(self, blocks: Iterator[Block]) -> Iterator[Counted]:
         """Puts the ids of the blocks, texts or draws, into the spool; the caller may stop at any of them."""
@@ -64,7 +64,7 @@ def conduct(spec: HarvestSpec, crew: Crew, spool: str, say: Callable[[str], None
         return manifest
     try:
         say(f"loading {spec.subject}")
-        # What `auto` came to when the harvest began: it is measured, and might come to something else now.
+        # What `auto` came to when the harvest began: it may go on elsewhere.
         begun = str(found.get("computed_in", "auto")) if found is not None else "auto"
         facts = crew.load(begun if spec.compute_dtype == "auto" else spec.compute_dtype)
         assignment = _assign(spec, facts, crew, say)
