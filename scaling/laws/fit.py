@@ -21,7 +21,7 @@ from saescale.scaling.laws.identify import profile_floor
 from saescale.scaling.laws.isoflop import IsoFlop, find_isoflop, fit_isoflop
 from saescale.scaling.laws.law import SYMBOLS, Law, find_law, forms_of
 from saescale.scaling.laws.settings import DEFAULT_LAWS, FitSettings
-from saescale.scaling.tables import Table, check_cells, comparable, fingerprint, number
+from saescale.scaling.tables import Table, check_cells, comparable, fingerprint, number, unlike
 from saescale.storage.errors import SaescaleError
 
 FORMAT = 1
@@ -126,7 +126,7 @@ def fit_laws(
         curves_at,
         tuple(frontiers),
         tuple(entry for entry in found if isinstance(entry, Skipped)),
-        tuple(data_warnings(results, curves)),
+        (*results.notes, *unlike(results), *data_warnings(results, curves)),
         None if curves is None else find_convergence(results, curves, settings),
         isoflops,
     )
