@@ -26,7 +26,7 @@ class EvalSpec(BaseModel):
 
     model_config = ConfigDict(extra="forbid")
 
-    tokens: int = Field(default=32_768, gt=0, strict=True)  # held-out rows
+    tokens: int = Field(default=32_768, gt=0, strict=True)  # held-out rows; part of what a cell is
     every_tokens: int = Field(default=16_384, gt=0, strict=True)  # training tokens between two points of the curve
 
 
@@ -55,6 +55,7 @@ class Cell(BaseModel):
     dead_after_tokens: int = Field(gt=0)
     ema: float = Field(default=0.999, ge=0, lt=1)
     precision: Precision = "fp32"
+    heldout_rows: int | None = Field(default=None, gt=0)  # that nmse is measured on; None: not known, as in 0.1.0
 
     @model_validator(mode="before")
     @classmethod

@@ -19,7 +19,7 @@ from saescale.storage.rundir import RunDirectory
 from saescale.storage.store import ActivationStore
 from saescale.trainers.cell import Cell
 from saescale.trainers.precision import Precision
-from saescale.trainers.training.results import result_row
+from saescale.trainers.training.results import Provenance, result_row
 
 T = TypeVar("T")
 # Parts of a sweep that may change between two calls of the same sweep: they do not change what its cells are.
@@ -155,9 +155,8 @@ class Ledger:
         """Marks a cell as failed that no worker could finish. Its last checkpoint stays, for another try."""
         steps = checkpoint.steps(self.run.checkpoint_url(cell.cell_id))
         tokens = cell.batch_tokens * max(steps, default=0)
-        row = result_row(
-            cell, self._store.subject, self._store.site, tokens, cell.flops(tokens), wall_s=0.0, last=None, error=why
-        )
+        provenance = Provenance.of(self._store, self.document["eval"]["tokens"])
+        row = result_row(cell, provenance, tokens, cell.flops(tokens), wall_s=0.0, last=None, error=why)
         self.run.write_cell_result(cell.cell_id, row)
         self.record([row])
 

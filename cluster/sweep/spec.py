@@ -215,6 +215,7 @@ class SweepSpec(Section):
                 lr=train.lr if isinstance(train.lr, float) else _law(train.lr.value, train.lr, n_latents),
                 dead_after_tokens=train.auxk.dead_after_tokens,
                 ema=train.ema,
+                heldout_rows=self.eval.tokens,
                 precision=wanted if traits[architecture].bf16 else "fp32",
             )
             for n_latents, k, architecture, seed in grid.combinations()

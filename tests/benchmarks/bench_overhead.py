@@ -40,7 +40,7 @@ from saescale.trainers.training.checkpoints import Checkpoints
 from saescale.trainers.training.evaluate import Evaluator
 from saescale.trainers.training.pack import Pack, RawBatch
 from saescale.trainers.training.report import Reporter
-from saescale.trainers.training.results import Records
+from saescale.trainers.training.results import Provenance, Records
 from saescale.trainers.training.train import measured_centre
 
 from tests.benchmarks.harness import ROOT, BenchmarkError, console, machine, quartiles, run, show_table, write_result
@@ -171,7 +171,7 @@ def _plain(spec: SweepSpec) -> dict[str, float]:
         held_out = HeldOut(store, spec.eval.tokens, device)
         after = AfterBatch(
             Evaluator(held_out, spec.eval.every_tokens),
-            Records(out, store.subject, store.site, NoLogger()),
+            Records(out, Provenance.of(store, spec.eval.tokens), NoLogger()),
             Reporter(lambda progress: None, 0, stream),
             Checkpoints(out, spec.resources.checkpoint_every_s, stream, 0),
             lambda: False,

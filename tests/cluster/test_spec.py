@@ -88,6 +88,9 @@ def test_a_grid_becomes_cells(document: dict[str, Any], store: ActivationStore) 
     by_n = {cell.n_latents: cell for cell in cells}
     assert {n: cell.tokens for n, cell in by_n.items()} == {32: 8192, 64: 16384, 128: 32768}
     assert by_n[128].lr == pytest.approx(3e-3 * 2**-0.5)
+    document["eval"]["tokens"] = 1_024
+    others = parse_spec(document, "test").cells(store, "fp32")
+    assert not {cell.cell_id for cell in cells} & {cell.cell_id for cell in others}
     assert all(cell.store == store.fingerprint and cell.d_model == store.d_model for cell in cells)
 
 
