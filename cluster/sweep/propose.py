@@ -71,7 +71,8 @@ def _prior(request: Request) -> tuple[Prior, dict[str, Any], int]:
         words = f"the published law of GPT-4's SAEs and an assumed scatter of {request.noise or _NOISE:.2%}"
         prior = Prior(N_K.to_raw(GPT4)[None], request.noise or _NOISE, 0.0, none, words, {}, request.device)
         return prior, base, request.d_model
-    results = comparable(without_diverged(load_sources([request.source])[0]))
+    results, curves = load_sources([request.source])
+    results = comparable(without_diverged(results))
     results.require(("n_latents", "k"))
     try:
         fit = fit_law(
@@ -87,7 +88,7 @@ def _prior(request: Request) -> tuple[Prior, dict[str, Any], int]:
     if fit.misses and fit.lack:
         shared = fit.lack.shared
         words += f", {shared:.0%} of whose variance all seeds of one n and k share (lack of fit): new n and k tell more"
-    device = request.device if request.device.given else as_measured(request.device, results)
+    device = request.device if request.device.given else as_measured(request.device, results, curves)
     prior = Prior(
         np.concatenate([fit.raw[None], _plausible(fit)]), request.noise or fit.noise, shared,
         {"n_latents": results["n_latents"], "k": results["k"]}, words, _seeds_of(request.source), device,

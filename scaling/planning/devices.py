@@ -1,6 +1,7 @@
 """What a device sustains, for estimates of how long cells take: as a run measured it, else assumptions."""
 
 import difflib
+from itertools import pairwise
 from typing import NamedTuple
 
 import numpy as np
@@ -67,17 +68,45 @@ def find_device(name: str, flops_per_s: float | None = None) -> Device:
     return device._replace(peak=flops_per_s, share=1.0, speed_from=_GIVEN)
 
 
-def as_measured(device: Device, results: Table) -> Device:
-    """The device at the speed at which the cells of `results` trained on devices of its kind: their sparse training
-    FLOPs over the seconds of their own steps, all cells together. Unchanged where no cell says that it was one.
+def as_measured(device: Device, results: Table, curves: Table | None = None) -> Device:
+    """The device at the speed at which the cells of `results` trained on devices of its kind, all cells together: by
+    the tokens per second of their `curves`, else by the seconds of their own steps. Unchanged where no cell tells.
 
     A cell's `device` is what its maker calls it, such as "NVIDIA H100 80GB HBM3", or cpu.
     """
-    if not {"device", "flops", "wall_s"} <= set(results.columns) or results["device"].dtype.kind == "f":
+    if "device" not in results or results["device"].dtype.kind == "f":
         return device
     own = np.array([device.name in "".join(name.lower().split()) for name in results["device"].tolist()], dtype=bool)
-    own &= np.isfinite(results["flops"]) & np.isfinite(results["wall_s"]) & (results["wall_s"] > 0)
-    if not own.any():
-        return device
-    speed = float(results["flops"][own].sum() / results["wall_s"][own].sum())
-    return device._replace(peak=speed, share=1.0, speed_from=f"measured by {int(own.sum())} cells of {results.source}")
+    for flops, seconds in (_of_curves(results, curves, own), _of_steps(results, own)):
+        if seconds > 0:
+            words = f"measured by {int(own.sum())} cells of {results.source}"
+            return device._replace(peak=flops / seconds, share=1.0, speed_from=words)
+    return device
+
+
+def _of_curves(results: Table, curves: Table | None, own: np.ndarray) -> tuple[float, float]:
+    """(FLOPs, seconds) between the evaluations of the cells that are `own`, but not up to the first, when code is
+    compiled. Cells of one pack share the stream, its rate and the seconds: these count once."""
+    needed = {"cell_id", "step", "tokens", "flops", "tokens_per_s"}
+    if curves is None or "cell_id" not in results or not needed <= set(curves.columns):
+        return 0.0, 0.0
+    rows_of, total = curves.rows_of("cell_id"), 0.0
+    seconds: dict[tuple[float, float], float] = {}
+    for cell in results["cell_id"][own].tolist():
+        rows = rows_of.get(cell, np.empty(0, dtype=int))
+        rows = rows[np.argsort(curves["step"][rows], kind="stable")]
+        for before, row in pairwise(rows):
+            rate = float(curves["tokens_per_s"][row])
+            if rate > 0:
+                total += float(curves["flops"][row] - curves["flops"][before])
+                spent = float(curves["tokens"][row] - curves["tokens"][before]) / rate
+                seconds[float(curves["step"][row]), rate] = spent
+    return total, sum(seconds.values())
+
+
+def _of_steps(results: Table, own: np.ndarray) -> tuple[float, float]:
+    """(FLOPs, seconds) of the cells that are `own`."""
+    if not {"flops", "wall_s"} <= set(results.columns):
+        return 0.0, 0.0
+    own = own & np.isfinite(results["flops"]) & (results["wall_s"] > 0)
+    return float(results["flops"][own].sum()), float(results["wall_s"][own].sum())

@@ -198,3 +198,21 @@ def test_a_device_is_as_fast_as_the_run_measured_on_its_kind() -> None:
         assert as_measured(find_device(name), results) == find_device(name)
     assert "assumed" in find_device("a100").speed_from
     assert as_measured(find_device("h100"), Table.from_rows([{"flops": 1.0, "wall_s": 1.0}])) == find_device("h100")
+
+
+def test_cells_of_a_pack_share_its_seconds() -> None:
+    """Two packs on one device after each other, timed by a clock of the test's own: three cells, then one."""
+    packs = {"a": [(64, 3e6), (128, 5e6), (256, 9e6)], "b": [(512, 2e7)]}
+    clock = {"a": [9.0, 2.0, 3.0], "b": [8.0, 4.0, 5.0]}  # the first interval compiles
+    results, curves, flops = [], [], 0.0
+    for pack, cells_of in packs.items():
+        for n, each in cells_of:
+            results.append({"cell_id": f"{pack}{n}", "device": "cpu", "flops": 3000 * each, "wall_s": 1.0})
+            flops += 2000 * each
+            curves += [
+                {"cell_id": f"{pack}{n}", "step": i + 1, "tokens": 1000 * (i + 1), "flops": 1000 * (i + 1) * each,
+                 "tokens_per_s": 1000 / spent}
+                for i, spent in enumerate(clock[pack])
+            ]  # fmt: skip
+    device = as_measured(find_device("cpu"), Table.from_rows(results), Table.from_rows(curves))
+    assert device.flops_per_s == pytest.approx(flops / (2 + 3 + 4 + 5))
