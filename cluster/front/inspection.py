@@ -60,6 +60,9 @@ def _run(run: RunDirectory) -> dict[str, str]:
 def _cell(url: str) -> dict[str, str]:
     from saescale.trainers.exchange import native
 
+    cells, _, cell_id = url.rstrip("/").rpartition("/")
+    if cells.endswith("/cells"):
+        RunDirectory(cells.removesuffix("/cells")).check_cell(cell_id)
     sae, cell = native.read(url)
     settings = "".join(f", {name} {value}" for name, value in cell.settings.items())
     return {

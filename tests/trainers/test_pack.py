@@ -227,7 +227,7 @@ def test_checkpoints_without_one_order_of_the_data_are_not_used(
     undisturbed = train_pack(job(cells, sparse_store, str(tmp_path / "a")))
     calls = iter(range(10**6))
     train_pack(job(cells, sparse_store, str(tmp_path / "b")), should_stop=lambda: next(calls) == 9)
-    pointer = Path(RunDirectory(str(tmp_path / "b")).checkpoint_url(cells[1].cell_id)) / "latest.json"
+    pointer = Path(RunDirectory(str(tmp_path / "b")).checkpoint_url(cells[1].cell_id)) / "latest-00001.json"
     content = json.loads(pointer.read_text())
     for generation in content["generations"]:
         stream = generation["meta"].pop("stream")

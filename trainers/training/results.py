@@ -51,9 +51,8 @@ class Records:
         )
         if cell.error is None:
             self.run.require_owner()
-            native.write(Trained(cell.averaged(), cell.cell), self.run.cell_url(name))
+            native.write(Trained(cell.averaged(), cell.cell), self.run.weights_url(name))
         self.run.write_cell_result(name, result)
-        self.run.remove_checkpoints(name)
         self.results[name] = result
         self.logger.finish(cell.cell, result)
 
