@@ -12,13 +12,16 @@ from saescale.trainers.training.train import PackJob, train_pack
 from tests.trainers.dense_training import train_dense
 
 HELD_OUT = 4_096
+pytestmark = [pytest.mark.network, pytest.mark.slow]
 
 
 @pytest.fixture(scope="module")
 def smollm2_store(tmp_path_factory: pytest.TempPathFactory) -> ActivationStore:
     url = str(tmp_path_factory.mktemp("smollm2") / "store")
     sizes = {"tokens": 16_384, "heldout_tokens": HELD_OUT, "row_group_rows": 2_048, "shard_rows": 16_384}
-    harvest(HarvestSpec.model_validate({"subject": "smollm2-135m", "layer": 22, "out": url, **sizes}))
+    # In float32: what bfloat16 rounds to depends on the processor.
+    exact = {"subject": "smollm2-135m", "layer": 22, "out": url, "compute_dtype": "float32"}
+    harvest(HarvestSpec.model_validate(exact | sizes))
     return ActivationStore.open(url)
 
 
@@ -28,7 +31,7 @@ def test_held_out_nmse_within_half_a_percent_and_dead_fraction_within_a_point(
 ) -> None:
     cell = Cell(
         store=smollm2_store.fingerprint, d_model=576, n_latents=2_048, k=32, tokens=98_304, batch_tokens=512,
-        lr=2e-3, settings={"k_aux": 256}, dead_after_tokens=2_048, ema=0.95, precision=precision,
+        lr=2e-3, settings={"k_aux": 256}, dead_after_tokens=512, ema=0.95, precision=precision,
     )  # fmt: skip
     settings = EvalSpec(tokens=HELD_OUT, every_tokens=98_304)
     job = PackJob(cells=[cell], store=smollm2_store.url, run=str(tmp_path / "run"), sweep="precision", eval=settings)
@@ -36,5 +39,5 @@ def test_held_out_nmse_within_half_a_percent_and_dead_fraction_within_a_point(
     dense = train_dense(smollm2_store, cell, HELD_OUT)
     assert fast["nmse"] == pytest.approx(dense.nmse, rel=0.005)
     assert fast["dead_fraction"] == pytest.approx(dense.dead_fraction, abs=0.01)
-    assert dense.dead_fraction > 0  # or AuxK had nothing to do
+    assert dense.dead_fraction > 0.01  # or AuxK had nothing to do
     assert 0 < dense.nmse < 0.6
