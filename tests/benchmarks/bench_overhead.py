@@ -1,6 +1,6 @@
 """What Ray and Lightning cost a sweep, and whether its driver's memory grows with tokens.
 
-    python -m tests.benchmarks.bench_overhead           (reads the store that `make quickstart` makes)
+    python -m tests.benchmarks.bench_overhead           (store: `quickstart --recipe full`)
 
 Two ways to train the same cells as one pack, in turns, each in a process of its own and with all cores: `run_sweep`,
 with a local Ray, one worker and Lightning's loop; and a plain loop over the same stream, steps, evaluations and
@@ -23,7 +23,7 @@ from typing import Any, NamedTuple, cast
 
 import lightning.pytorch as L
 import psutil
-from saescale.cluster.front.quickstart import recipe
+from saescale.cluster.front.quickstart import full_sweep
 from saescale.cluster.sweep.driver import run_sweep
 from saescale.cluster.sweep.spec import SweepSpec, parse_spec
 from saescale.scaling.laws.settings import FitSettings
@@ -96,7 +96,7 @@ def _arguments() -> argparse.Namespace:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--store", default=recipe(False, None, "off").sweep.store, help="default: the quickstart's")
+    parser.add_argument("--store", default=full_sweep().store, help="default: the quickstart's")
     parser.add_argument("--tokens", type=int, default=524_288, help="that each cell trains on (default: 524,288)")
     parser.add_argument("--rounds", type=int, default=3, help="default: 3")
     parser.add_argument("--memory-tokens", type=int, default=65_536, help="of the smaller of two (default: 65,536)")
@@ -107,7 +107,7 @@ def _arguments() -> argparse.Namespace:
 
 
 def _spec(store: str, tokens: int) -> dict[str, Any]:
-    spec = recipe(False, None, "off").sweep.model_dump(mode="json") | {"store": str(Path(store).absolute())}
+    spec = full_sweep().model_dump(mode="json") | {"store": str(Path(store).absolute())}
     spec["grid"] = GRID
     spec["train"]["tokens"] = tokens
     spec["eval"]["every_tokens"] = tokens // 4

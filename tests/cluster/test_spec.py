@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import yaml
-from saescale.cluster.front.quickstart import recipe
+from saescale.cluster.front.quickstart import full_sweep
 from saescale.cluster.sweep.spec import load_spec, parse_spec
 from saescale.storage.errors import SaescaleError
 from saescale.storage.store import ActivationStore
@@ -139,7 +139,7 @@ def test_the_examples_are_valid(path: Path) -> None:
 def test_the_example_is_the_quickstart() -> None:
     """The numbers of the quickstart's sweep stand in deploy/sweeps too, to be edited."""
     example = load_spec(str(next(path for path in EXAMPLES if path.name == "smollm2.yaml")))
-    ours = recipe(False, None, "auto").sweep
+    ours = full_sweep()
     assert example.grid == ours.grid
     assert example.train == ours.train
     assert (example.eval, example.store) == (ours.eval, ours.store)
