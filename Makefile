@@ -1,7 +1,7 @@
 # make quickstart   from SmolLM2-135M to a fitted L(N, k)
 # make test         the test suite, without its slow, chaos and network tiers (tests/README.md)
 # make test-all     all of it
-# make bench        the benchmarks of tests/benchmarks, one after another (about half an hour; needs the quickstart's store)
+# make bench        the benchmarks of tests/benchmarks, one after another (about half an hour; needs the store of quickstart --recipe full)
 # make soak         a sweep under random kills, beside the same undisturbed (about 20 minutes)
 # make lint         ruff and mypy
 

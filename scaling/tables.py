@@ -1,6 +1,6 @@
 """Tables of finished cells and their curves, checked before a law sees them."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Self
 
@@ -21,18 +21,25 @@ _POSITIVE = tuple(column.name for column in COLUMNS.values() if column.positive)
 _NUMBERS = tuple(column.name for column in columns_of("results") if column.is_number)
 _TIMES = tuple(column.name for column in COLUMNS.values() if column.role == "time")
 _COMPARABLE = tuple(column.name for column in COLUMNS.values() if column.one_kind)
+_ALIKE = tuple(column.name for column in COLUMNS.values() if column.alike)
+# What tells two cells apart, whatever their ids are.
+IDENTITY = tuple(c.name for c in columns_of("results") if c.role == "spec" and c.name not in ("cell_id", "subject"))
+# Of these a table may say nothing of some cells.
+TOLD_APART = tuple(name for name in (*_COMPARABLE, *_ALIKE) if name not in ("subject", "d_model"))
+_SHOWN = 5  # values of a column in a note
 
 
 @dataclass(frozen=True)
 class Table:
     """Named columns of equal length: numbers as float64 [rows] (missing is NaN), everything else as str.
 
-    `excluded` says in words which rows were left out and why.
+    `excluded` says in words which rows were left out and why, `notes` what else a reader of fits must know of them.
     """
 
     columns: dict[str, np.ndarray]
     source: str
     excluded: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
 
     @classmethod
     def from_rows(cls, rows: Iterable[dict[str, Any]], source: str = "rows") -> Self:
@@ -133,12 +140,37 @@ def load_results(source: str | RunDirectory) -> Table:
 def load_rows(source: str | RunDirectory) -> Table:
     """All rows of a source of cells, finished or not, as they are. Raises SaescaleError where they cannot be read."""
     if isinstance(source, RunDirectory):
-        return Table.from_arrow(source.read_results(), join(source.url, "results.parquet"))
+        table = Table.from_arrow(source.read_results(), join(source.url, "results.parquet"))
+        return table if known(table["store"]).all() else _told_by(source.read_spec() or {}, table)
     if source.lower().endswith((".csv", ".parquet")):
         return _read_file(source)
     if exists(join(source, "results.parquet")):
         return load_rows(RunDirectory(source))
     raise SaescaleError(f"{source}: neither a run directory with results.parquet nor a .csv or .parquet file")
+
+
+def known(values: np.ndarray) -> np.ndarray:
+    """Which values [rows] are there: bool [rows]."""
+    return ~np.isnan(values) if values.dtype.kind == "f" else values != ""
+
+
+def _told_by(spec: Mapping[str, Any], table: Table) -> Table:
+    """With what a run's sweep.yaml says of its cells, since the tables of saescale 0.1.0 do not."""
+    sections = (spec.get(name) for name in ("train", "eval", "resolved"))
+    train, evaluation, resolved = (section if isinstance(section, dict) else {} for section in sections)
+    told = {
+        "store": resolved.get("store_fingerprint"),
+        "heldout_rows": evaluation.get("tokens"),
+        # What was asked for, since `resolved` said what `auto` would have been.
+        "precision": resolved.get("precision") if train.get("precision") in (None, "auto") else train["precision"],
+        "batch_tokens": train.get("batch_tokens"),
+        "ema": train.get("ema"),
+    }
+    columns = dict(table.columns)
+    for name, value in told.items():
+        if isinstance(value, str if COLUMNS[name].type == pa.string() else int | float):
+            columns[name] = np.where(known(columns[name]), columns[name], value)
+    return replace(table, columns=columns)
 
 
 def load_curves(source: str | RunDirectory) -> Table | None:
@@ -193,20 +225,63 @@ def fingerprint(results: Table, curves: Table | None) -> str:
 
 
 def comparable(table: Table, over_subjects: bool = False) -> Table:
-    """Rows of one kind: where subject, site, d_model or architecture differ, the most frequent combination stays.
+    """Rows of one kind: where subject, site, d_model, architecture, store or held-out rows differ, the most frequent
+    combination stays, and of equally frequent ones the first. What is not known of a row is taken to be as in most.
 
-    A law describes one subject and one kind of SAE; the others are excluded, with the reason. `over_subjects`: all
-    subjects stay, and only architectures must agree.
+    A law describes one subject and one kind of SAE, measured on the same rows; the others are excluded, with the
+    reason, and a note says in what they differ. `over_subjects`: all subjects stay, and only architectures must agree.
     """
     names = [name for name in (("architecture",) if over_subjects else _COMPARABLE) if name in table]
-    kinds = list(zip(*(table[name].tolist() for name in names), strict=True)) if names else []
-    if len(set(map(str, kinds))) < 2:
+    filled = {name: _filled(table[name]) for name in names}
+    names = [name for name in names if len(np.unique(filled[name])) > 1]
+    if not names:
         return table
-    texts = [", ".join(f"{name} {value}" for name, value in zip(names, kind, strict=True)) for kind in kinds]
-    most = max(sorted(set(texts)), key=texts.count)
+    texts = [
+        ", ".join(f"{name} {_shown(value)}" for name, value in zip(names, row, strict=True))
+        for row in zip(*(filled[name].tolist() for name in names), strict=True)
+    ]
+    most = max(dict.fromkeys(texts), key=texts.count)
     mask = np.array([text == most for text in texts])
     reasons = [f"{table.describe(int(row))}: {texts[row]}; the laws describe {most}" for row in np.flatnonzero(~mask)]
-    return table.select(mask, reasons)
+    there = " and ".join(f"{name} {_counted(filled[name][~mask])}" for name in names)
+    note = (
+        f"{(~mask).sum()} of {len(mask)} cells are of another kind ({there}) than those that laws of one subject "
+        f"describe ({most}): fit them apart"
+    )
+    return replace(table.select(mask, reasons), notes=(*table.notes, note))
+
+
+def unlike(table: Table) -> list[str]:
+    """In what else that moves nmse cells of one fit differ, and what is known of some of them alone; a line each."""
+    notes = []
+    told = {name: known(table[name]) for name in TOLD_APART if name in table}
+    differing = [n for n in told if n in _ALIKE and len(np.unique(table[n][told[n]])) > 1]
+    if differing:
+        words = ", ".join(f"{name} {_counted(table[name][told[name]])}" for name in differing)
+        notes.append(f"cells that are fitted together differ in {words}: the laws mix what that does to nmse")
+    if silent := [name for name, there in told.items() if there.any() and not there.all()]:
+        count = int((~np.all([told[name] for name in silent], axis=0)).sum())
+        notes.append(f"{count} of {len(table)} cells do not say their {', '.join(silent)}: they may differ in it")
+    return notes
+
+
+def _filled(values: np.ndarray) -> np.ndarray:
+    """With the most frequent value where there is none."""
+    there = known(values)
+    found, counts = np.unique(values[there], return_counts=True)
+    return values if there.all() or not len(found) else np.where(there, values, found[np.argmax(counts)])
+
+
+def _shown(value: Any) -> str:
+    return number(value) if isinstance(value, float) else str(value)
+
+
+def _counted(values: np.ndarray) -> str:
+    """The values of a column and how many cells have each."""
+    found, counts = np.unique(values, return_counts=True)
+    words = [f"{_shown(value)} in {count}" for value, count in zip(found.tolist(), counts, strict=True)]
+    more = [f"... and {len(words) - _SHOWN} more"] if len(words) > _SHOWN else []
+    return ", ".join([*words[:_SHOWN], *more])
 
 
 def without_diverged(table: Table) -> Table:

@@ -24,8 +24,8 @@ class Column(NamedTuple):
 
     `symbol`: what formulas call it. `role`: whether it says what a cell is ("spec"), what came out ("outcome"), or how
     long it took ("time", which no fit depends on). `positive`: laws take its logarithm. `one_kind`: cells that differ
-    in it are not described by one law. `listed`: shown in a report's table of cells. `panel`: the section of W&B's
-    workspace that shows its curve.
+    in it are not described by one law. `alike`: it moves nmse, so fits say so where cells differ in it. `listed`: shown
+    in a report's table of cells. `panel`: the section of W&B's workspace that shows its curve.
     """
 
     name: str
@@ -39,6 +39,7 @@ class Column(NamedTuple):
     role: Literal["spec", "outcome", "time"] = "outcome"
     positive: bool = False
     one_kind: bool = False
+    alike: bool = False
     listed: bool = False
     decimals: int | None = None  # in a report, so that they line up
     panel: str = ""
@@ -60,6 +61,15 @@ _COLUMNS = (
            one_kind=True, listed=True),
     Column("d_model", _INT, _RESULTS, "Width of the subject s", unit="dimensions", symbol="s", role="spec",
            one_kind=True),
+    Column("corpus", _TEXT, _RESULTS, "Corpus", role="spec", alike=True),
+    Column("store", _TEXT, _RESULTS, "Fingerprint of the store", role="spec", one_kind=True),
+    Column("heldout_rows", _INT, _RESULTS, "Held-out rows", unit="rows", role="spec", one_kind=True),
+    Column("precision", _TEXT, _RESULTS, "Precision of the products", role="spec", alike=True),
+    Column("batch_tokens", _INT, _RESULTS, "Batch", unit="tokens", role="spec", alike=True),
+    Column("ema", _REAL, _RESULTS, "Decay of the average of the weights", role="spec", alike=True),
+    Column("k_aux", _INT, _RESULTS, "Dead latents that AuxK takes", unit="latents", role="spec", alike=True),
+    Column("auxk_coefficient", _REAL, _RESULTS, "Weight of AuxK", role="spec", alike=True),
+    Column("settings", _TEXT, _RESULTS, "What else defines the cell, as JSON", role="spec", alike=True),
     Column("evaluation", _TEXT, _EVALS, "Evaluation", "evaluation", role="spec"),
     Column("metric", _TEXT, _EVALS, "Metric", "metric", role="spec"),
     Column("value", _REAL, _EVALS, "Value", "value"),

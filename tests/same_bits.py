@@ -35,7 +35,8 @@ TIMES = ("wall_s", "tokens_per_s")  # of results and curves: what no two runs sh
 
 def quickstart(folder: Path) -> Iterator[tuple[str, str]]:
     """Store and cells of `saescale quickstart --tiny`, in float32."""
-    from saescale.cluster.front.quickstart import recipe
+    from saescale.cluster.front.quickstart import quickstart_steps
+    from saescale.cluster.front.recipes import TINY
     from saescale.cluster.sweep.driver import run_sweep
     from saescale.scaling.laws.settings import FitSettings
     from saescale.storage.store import ActivationStore
@@ -43,7 +44,7 @@ def quickstart(folder: Path) -> Iterator[tuple[str, str]]:
 
     from tests.cluster.conftest import Recorder
 
-    made = recipe(tiny=True, out=str(folder / "run"), wandb="off")
+    made = quickstart_steps(TINY, str(folder / "run"), "off")
     store = str(folder / "store")
     harvest(made.harvest.model_copy(update={"out": store, "compute_dtype": "float32"}))
     for shard in ActivationStore.open(store).manifest.shards:

@@ -26,7 +26,7 @@ class EvalSpec(BaseModel):
 
     model_config = ConfigDict(extra="forbid")
 
-    tokens: int = Field(default=32_768, gt=0, strict=True)  # held-out rows
+    tokens: int = Field(default=32_768, gt=0, strict=True)  # held-out rows; part of what a cell is
     every_tokens: int = Field(default=16_384, gt=0, strict=True)  # training tokens between two points of the curve
 
 
@@ -55,6 +55,7 @@ class Cell(BaseModel):
     dead_after_tokens: int = Field(gt=0)
     ema: float = Field(default=0.999, ge=0, lt=1)
     precision: Precision = "fp32"
+    heldout_rows: int | None = Field(default=None, gt=0)  # that nmse is measured on; None: not known, as in 0.1.0
 
     @model_validator(mode="before")
     @classmethod
@@ -125,10 +126,13 @@ class Cell(BaseModel):
         return 4 * self.dead_after_tokens
 
     def flops(self, tokens: int) -> Flops:
-        """Training FLOPs to expect of `tokens` tokens, where none of the latents is dead."""
+        """Training FLOPs to expect of `tokens` tokens, for plans: as if each had its full k and no latent died.
+
+        What results and curves say is counted instead, as the steps did it (Worked).
+        """
         from saescale.trainers.architectures.architecture import Shape, Worked, find_architecture
 
-        worked = Worked(tokens=tokens, selected=self.k * tokens)
+        worked = Worked(tokens, self.whole_settings.pairs_per_token(self.n_latents) * tokens)
         shape = Shape(self.d_model, self.n_latents)
         return find_architecture(self.architecture).flops(shape, self.whole_settings, worked)
 

@@ -1,12 +1,9 @@
 """Which device, precision and number of threads a process trains with."""
 
-import time
-from functools import cache
-
 import numba
 import torch
 from saescale.storage.errors import SaescaleError
-from saescale.trainers.precision import Precision
+from saescale.trainers.precision import Precision, cpu_precision, this_processor
 
 
 class OutOfMemory(SaescaleError):
@@ -46,38 +43,11 @@ def device_kind(device: torch.device) -> str:
     return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
 
 
-_GAIN = 1.25  # a bf16 product has to be this much faster to be worth its rounding
-
-
-@cache
 def fast_precision(device: torch.device) -> Precision:
-    """The faster operand type of a matrix product, measured once in a process on the CPU (about 0.1 s).
-
-    No list of processor flags says it: with AVX512-BF16 and without AMX, a bf16 product of torch 2.13 is 2.3 times as
-    fast as fp32 on an AMD Zen 4, and 0.5 to 0.8 times on a Xeon.
-    """
+    """The operand type of matrix products that the device is made for (precision.py); it is never measured."""
     if device.type == "cuda":
-        return "bf16" if torch.cuda.is_bf16_supported() else "fp32"
-    if device.type != "cpu":
-        return "fp32"
-    operands = torch.randn(256, 512), torch.randn(512, 512)
-    rounded = [operand.bfloat16() for operand in operands]
-    threads = torch.get_num_threads()
-    # One thread, in turn, and the best of many short products: while other processes want the cores too, as the
-    # workers of a pool do that start together, some of each run undisturbed.
-    torch.set_num_threads(1)
-    try:
-        times = [[_seconds(*pair) for pair in (operands, rounded)] for _ in range(30)]
-    finally:
-        torch.set_num_threads(threads)
-    fp32, bf16 = (min(column) for column in zip(*times, strict=True))
-    return "bf16" if fp32 > _GAIN * bf16 else "fp32"
-
-
-def _seconds(x: torch.Tensor, W: torch.Tensor) -> float:
-    began = time.perf_counter()
-    torch.mm(x, W.T)
-    return time.perf_counter() - began
+        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
+    return cpu_precision(this_processor()) if device.type == "cpu" else "fp32"
 
 
 def set_threads(threads: int) -> None:

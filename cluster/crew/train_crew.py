@@ -28,7 +28,8 @@ class TrainCrew(Crew[WorkerInfo]):
     """As many workers as `resources` ask for, with what they ask for each; there is one up at least.
 
     threads: CPU threads of each worker. One apiece when there are as many workers as cores: two processes of two
-    threads on two cores collapse. Raises SaescaleError when Ray cannot be reached or no worker comes up.
+    threads on two cores collapse. auto: what `precision: auto` came to, None where the sweep names one; workers whose
+    device is made for another say so. Raises SaescaleError when Ray cannot be reached or no worker comes up.
     """
 
     words = Words(
@@ -37,8 +38,10 @@ class TrainCrew(Crew[WorkerInfo]):
         waiting="no worker comes up: the cluster has no free CPUs or GPUs for one (`ray status`); still waiting",
     )
 
-    def __init__(self, cells: int, resources: Resources, address: str | None = None) -> None:
-        self._began, self._once_up = time.monotonic(), False
+    def __init__(
+        self, cells: int, resources: Resources, address: str | None = None, auto: Precision | None = None
+    ) -> None:
+        self._began, self._once_up, self._auto = time.monotonic(), False, auto
         super().__init__(address)
         self._grows = resources.workers == "auto"
         self._cells = cells
@@ -84,6 +87,14 @@ class TrainCrew(Crew[WorkerInfo]):
         worker = self._actor(Worker, options, self._cpus, self._gpus)
         return worker, worker.describe.remote()
 
+    def _joined(self, actor: Any, info: WorkerInfo) -> None:
+        super()._joined(actor, info)
+        if self._auto not in (None, info.precision):
+            self.warn(
+                f"precision: auto is {self._auto} for all cells of this sweep, and there are workers whose devices are "
+                f"made for {info.precision}; they are slower, and the numbers are the same. train.precision chooses it"
+            )
+
     def _most_starts(self) -> int:
         return MAX_STARTS
 
@@ -114,11 +125,6 @@ class TrainCrew(Crew[WorkerInfo]):
         new = min(self._cells, int(room)) - len(self.ready) - len(self.starting)
         for _ in range(min(new, most - len(self.starting))):
             self.start()
-
-    @property
-    def precision(self) -> Precision:
-        """The precision that is fast on every worker."""
-        return "bf16" if all(info.precision == "bf16" for info in self.ready.values()) else "fp32"
 
     @property
     def memory(self) -> float:

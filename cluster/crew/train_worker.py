@@ -26,7 +26,7 @@ class WorkerInfo(NamedTuple):
     """What a worker has for a pack, and where it is."""
 
     kernels: KernelKind  # what it trains with
-    precision: Precision  # the faster one on its device
+    precision: Precision  # what its device is made for
     memory: float  # bytes
     host: str
     pid: int

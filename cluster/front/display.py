@@ -2,7 +2,7 @@
 
 import time
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
@@ -136,8 +136,8 @@ def actor_table(actors: Sequence["ActorRow"]) -> Table:
     return table
 
 
-def coefficient_table(fits: Mapping[str, Any], full: bool = True) -> Table:
-    """The coefficients of fits.json with their 95 % intervals; not `full`: of laws at one k the exponent alone."""
+def coefficient_table(fits: Mapping[str, Any], laws: Collection[str] | None = None) -> Table:
+    """The coefficients of fits.json with their 95 % intervals, of these laws (None: of all)."""
     # Only here: a status needs none of what fits laws.
     from saescale.scaling.laws.fit import coefficient_rows
 
@@ -145,9 +145,8 @@ def coefficient_table(fits: Mapping[str, Any], full: bool = True) -> Table:
     for name in ("law", "coefficient", "value", "95 % interval"):
         table.add_column(name, justify="right" if name == "value" else "left")
     previous = ""
-    for row in coefficient_rows(dict(fits)):
-        if not full and row.law != "n_k" and row.coefficient != "a":
-            continue
+    shown = [entry for entry in fits["fits"] if laws is None or entry["law"] in laws]
+    for row in coefficient_rows({"fits": shown}):
         interval = "" if row.low is None or row.high is None else f"{row.low:.3g} to {row.high:.3g}"
         table.add_row(row.law if row.law != previous else "", row.coefficient, f"{row.value:.4g}", interval)
         previous = row.law

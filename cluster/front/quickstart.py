@@ -5,6 +5,7 @@ import os
 from typing import NamedTuple
 
 from saescale.cluster.front.display import Display
+from saescale.cluster.front.recipes import RECIPES, TINY, Recipe, settle
 from saescale.cluster.sweep.driver import SweepOutcome, run_sweep
 from saescale.cluster.sweep.spec import SweepSpec, parse_spec
 from saescale.trainers.device import set_threads
@@ -12,50 +13,59 @@ from saescale.trainers.harvest import conduct as harvesting
 from saescale.trainers.harvest.conduct import HarvestSpec
 
 
-class Recipe(NamedTuple):
+class Steps(NamedTuple):
     harvest: HarvestSpec
     sweep: SweepSpec
 
 
-def recipe(tiny: bool, out: str | None, wandb: str) -> Recipe:
-    """What the quickstart harvests and sweeps; `out` replaces the run directory.
+def quickstart_steps(recipe: Recipe, out: str | None, wandb: str) -> Steps:
+    """What the quickstart harvests and sweeps by a recipe; `out` replaces the run directory.
 
     On so little data it takes small batches, several passes and six times the paper's learning rate for cells to come
     near convergence (measured at k = 32 after 786,432 tokens: 4 times gives nmse 0.239 at N = 512 and 0.185 at 4096,
     8 times 0.239 and 0.176, 16 times 0.363 and 0.192). The dead window and the average of the weights are scaled to
     the short run.
     """
-    name = "quickstart-tiny" if tiny else "quickstart"
-    store = f"stores/smollm2-135m-l22{'-tiny' if tiny else ''}"
-    sizes = {"tokens": 4_096, "heldout_tokens": 1_024, "shard_rows": 4_096, "row_group_rows": 512} if tiny else {}
-    grid = {"n_latents": [512, 1024, 2048, 4096, 8192], "k": [8, 16, 32, 64]}
-    if tiny:
-        grid = {"n_latents": [256, 512], "k": [8, 16]}
+    of_size = "" if recipe.name == "full" else f"-{recipe.name}"
+    store = f"stores/smollm2-135m-l22{of_size}"
+    sizes = {"tokens": recipe.rows, "heldout_tokens": recipe.heldout}
+    if recipe == TINY:
+        sizes |= {"shard_rows": 4_096, "row_group_rows": 512}
     sweep = {
-        "name": name,
+        "name": f"quickstart{of_size}",
         "store": store,
-        "out": out or f"runs/{name}",
-        "grid": grid,
+        "out": out or f"runs/quickstart{of_size}",
+        "grid": {"n_latents": list(recipe.n_latents), "k": list(recipe.k)},
         "train": {
-            "tokens": 16_384 if tiny else 1_048_576,
-            "batch_tokens": 256 if tiny else 1_024,
+            "tokens": recipe.tokens,
+            "batch_tokens": recipe.batch_tokens,
             "lr": {"at": 16_384, "value": 1.2e-3, "exponent": -0.5},
-            "auxk": {"dead_after_tokens": 4_096 if tiny else 65_536},
-            "ema": 0.9 if tiny else 0.99,
+            "auxk": {"dead_after_tokens": recipe.dead_after_tokens},
+            "ema": recipe.ema,
         },
-        "eval": {"tokens": 1_024 if tiny else 32_768, "every_tokens": 4_096 if tiny else 98_304},
+        "eval": {"tokens": recipe.heldout, "every_tokens": recipe.every_tokens},
         "wandb": {"mode": wandb},
     }
     harvest = HarvestSpec.model_validate({"subject": "smollm2-135m", "layer": 22, "out": store, **sizes})
-    return Recipe(harvest, parse_spec(sweep, "the quickstart"))
+    return Steps(harvest, parse_spec(sweep, "the quickstart"))
 
 
-def run_quickstart(recipe: Recipe, display: Display) -> SweepOutcome:
-    """Harvests what is missing, trains what is missing, fits. Raises what `harvest` and `run_sweep` raise."""
+def full_sweep() -> SweepSpec:
+    """That of the full recipe, whose results are published in deploy/results."""
+    return quickstart_steps(RECIPES[0], None, "off").sweep
+
+
+def run_quickstart(asked: str | None, out: str | None, wandb: str, display: Display) -> SweepOutcome:
+    """Harvests what is missing, trains what is missing, fits, by the recipe that is asked for or fits this machine.
+
+    Raises what `settle`, `harvest` and `run_sweep` raise.
+    """
     set_threads(os.cpu_count() or 1)
-    harvesting.harvest(recipe.harvest, display.harvest)
+    recipe, url = settle(asked, out, display.stage)
+    todo = quickstart_steps(recipe, url, wandb)
+    harvesting.harvest(todo.harvest, display.harvest)
     gc.collect()  # the subject is not needed any more, and the workers need its memory
-    return run_sweep(recipe.sweep, display)
+    return run_sweep(todo.sweep, display)
 
 
 def next_commands(outcome: SweepOutcome) -> list[tuple[str, str]]:

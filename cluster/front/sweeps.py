@@ -29,21 +29,28 @@ Wandb = Annotated[str, typer.Option(help="auto (online when a key is configured,
 
 
 def quickstart(
-    tiny: Annotated[bool, typer.Option("--tiny", help="A few thousand tokens and a 2x2 grid.")] = False,
+    tiny: Annotated[bool, typer.Option("--tiny", help="A few thousand tokens and a 2x2 grid: --recipe tiny.")] = False,
+    recipe: Annotated[
+        str | None,
+        typer.Option(help="full, large, medium, small, tiny (default: what 15 minutes allow here)."),
+    ] = None,
     out: Annotated[str | None, typer.Option(help="Run directory (default: runs/quickstart).")] = None,
     wandb: Wandb = "auto",
 ) -> None:
-    """From SmolLM2-135M to a fitted L(N, k): harvest, 20 cells, laws, report. Run again, it goes on where it was.
+    """From SmolLM2-135M to a fitted L(N, k): harvest, 16 or 20 cells, laws, report.
+
+    It times this machine for a few seconds, and says which recipe it takes. Run again, it goes on where it was.
 
     Example: [bold]saescale quickstart --tiny[/]
     """
-    from saescale.cluster.front.quickstart import next_commands, recipe, run_quickstart
+    from saescale.cluster.front.quickstart import next_commands, run_quickstart
 
-    steps = recipe(tiny, out, wandb)
+    if tiny and recipe not in (None, "tiny"):
+        raise SaescaleError(f"--tiny is a recipe, and --recipe {recipe} another: give one of them")
     with display() as shown:
         began = time.monotonic()
-        outcome = run_quickstart(steps, shown)
-    _summary(outcome, time.monotonic() - began, store=steps.sweep.store)
+        outcome = run_quickstart("tiny" if tiny else recipe, out, wandb, shown)
+    _summary(outcome, time.monotonic() - began)
     console.print("\n[bold]Next[/]")
     program = _program()
     for command, meaning in next_commands(outcome):
@@ -76,7 +83,7 @@ def sweep(
     with display() as shown:
         began = time.monotonic()
         outcome = run_sweep(loaded, shown, address, FitSettings(bootstraps), extend is not None, retry_failed)
-    _summary(outcome, time.monotonic() - began, store=loaded.store)
+    _summary(outcome, time.monotonic() - began)
     console.print(f"\nNext: saescale fit {loaded.out} --law n_k", highlight=False)
 
 
@@ -111,10 +118,9 @@ def report(
     say(f"Next: open {pages[0]} in a browser")
 
 
-def _summary(outcome: "SweepOutcome", wall_s: float, store: str) -> None:
+def _summary(outcome: "SweepOutcome", wall_s: float) -> None:
     """What a sweep did, its coefficients, and where things lie."""
-    from saescale.cluster.front.display import coefficient_table, duration
-    from saescale.scaling.laws.fit import fit_notes
+    from saescale.cluster.front.display import duration
 
     url = outcome.run.url
     if outcome.trained:
@@ -125,18 +131,31 @@ def _summary(outcome: "SweepOutcome", wall_s: float, store: str) -> None:
     failed = f"; {outcome.failed} failed, see saescale status {url}" if outcome.failed else ""
     console.print(f"\n[bold green]{done}[/] in {duration(wall_s)}{failed}", highlight=False)
     console.print()
-    if outcome.fits["fits"]:
-        console.print(coefficient_table(outcome.fits, full=False))
-    show_notes(fit_notes(outcome.fits))
+    _laws(outcome)
     console.print()
     for name, place in (
         ("report", f"{url}/report.html"), ("figures", f"{url}/figures/"), ("fits", f"{url}/fits.json"),
         ("results", f"{url}/results.parquet, curves.parquet"), ("trained SAEs", f"{url}/cells/*/sae.safetensors"),
-        ("activations", store),
+        ("activations", (outcome.run.read_spec() or {}).get("store", "")),
     ):  # fmt: skip
         say(f"  {name:<13} {place}")
     if outcome.wandb:
         say(f"  {outcome.wandb}")
+
+
+def _laws(outcome: "SweepOutcome") -> None:
+    """L(N, k) and its exponents, which is what a grid is for, and how to see the others."""
+    from saescale.cluster.front.display import coefficient_table
+    from saescale.scaling.laws.fit import fit_notes
+
+    fitted = list(dict.fromkeys(entry["law"] for entry in outcome.fits["fits"]))
+    shown = ["n_k"] if "n_k" in fitted else fitted[:1]
+    if shown:
+        console.print(coefficient_table(outcome.fits, shown))
+    of_those = {key: [entry for entry in outcome.fits[key] if entry["law"] in shown] for key in ("fits", "skipped")}
+    show_notes(fit_notes(outcome.fits | (of_those if shown else {})))
+    if others := [law for law in fitted if law not in shown]:
+        say(f"fitted too: {', '.join(others)}; saescale fit {outcome.run.url} --law {others[0]}")
 
 
 def _program() -> str:

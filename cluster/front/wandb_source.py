@@ -59,6 +59,8 @@ def _cell(run: Any) -> dict[str, Any] | None:
     known = {name: summary.get(name, config.get(name)) for name in RESULTS.names}
     # What defines a cell is in its config, whatever else the summary calls so.
     known |= {name: config[name] for name in RESULTS.names if COLUMNS[name].role == "spec" and name in config}
+    if known["heldout_rows"] is None:
+        known["heldout_rows"] = config.get("eval_tokens")  # as cells of 0.1.0 logged it
     row = _as_schema(known, RESULTS) | {
         "cell_id": _text(config.get("cell_id", run.id)),
         "subject": _text(config.get("subject", "")),

@@ -16,6 +16,7 @@ from saescale.storage.lease import Lease, read_driver, require_free
 from saescale.storage.rundir import RunDirectory
 from saescale.storage.store import ActivationStore
 from saescale.trainers.loggers.wandb_cells import how_to_read, log_summary, resolve_mode, wandb_directory
+from saescale.trainers.precision import Precision
 
 FULL_VERIFY_BYTES = 2 * 2**30  # stores up to this size are read whole before training starts
 JOB = "SAESCALE_JOB"  # in the environment of a submitted sweep: the id of its Ray job
@@ -48,25 +49,25 @@ def run_sweep(
     the workers have saved their checkpoints.
     """
     store, run = ActivationStore.open(spec.store), RunDirectory(spec.out)
-    recorded = run.read_spec()
-    precision = recorded_precision(recorded)
-    ledger = open_ledger(run, recorded, spec, store, precision, extending) if precision else None
     trained = 0
-    if ledger is not None and retry_failed:
-        ledger.forget_failed()
     with ExitStack() as held:
+        recorded = run.read_spec()
+        precision = recorded_precision(recorded) or _precision(spec, address, held)
+        ledger = open_ledger(run, recorded, spec, store, precision, extending)
+        if retry_failed:
+            ledger.forget_failed()
         lease, job = None, os.environ.get(JOB)
-        if ledger is None or ledger.pending:
+        if ledger.pending:
             dead = require_free(run.url)  # now, or somebody would wait for workers in vain
             verify(store, spec.eval.tokens, display)
             display.stage("starting the workers")
-            # Only here: a sweep that is finished is shown without the seconds that Ray and torch take to import.
+            # Only here: a sweep that is finished is shown without the seconds that Ray takes to import.
             from saescale.cluster.crew.train_crew import TrainCrew
             from saescale.cluster.sweep.execute import Execution
             from saescale.cluster.sweep.packing import pack_cells
 
-            with TrainCrew(spec.grid.size, spec.resources, address) as crew:
-                ledger = ledger or open_ledger(run, recorded, spec, store, precision or crew.precision, extending)
+            auto = precision if spec.train.precision == "auto" else None
+            with TrainCrew(spec.grid.size, spec.resources, address, auto) as crew:
                 trained = len(ledger.pending)
                 needs = crew.needs(store, spec.eval.tokens, remote_run=local_path(run.url) is None)
                 steps = ledger.checkpoint_steps()
@@ -85,6 +86,15 @@ def run_sweep(
             lease.end("finished")
     failed = sum(result["status"] == "failed" for result in ledger.results.values())
     return SweepOutcome(run, fits, len(ledger.cells), failed, trained, wandb)
+
+
+def _precision(spec: SweepSpec, address: str | None, held: ExitStack) -> Precision:
+    """That of a sweep which begins: as it names it, or what `auto` is (crew/precision.py)."""
+    if spec.train.precision != "auto":
+        return spec.train.precision
+    from saescale.cluster.crew.precision import auto_precision
+
+    return auto_precision(spec.resources, address, held)
 
 
 def _is_concluded(run: RunDirectory, settings: FitSettings) -> bool:

@@ -149,7 +149,7 @@ class Train(Section):
     multi_topk: bool = False
     settings: dict[str, Any] = Field(default={})  # of an architecture's own
     ema: float = Field(default=0.999, ge=0, lt=1)
-    precision: Literal["auto"] | Precision = "auto"  # of the encoder product; auto: the faster one on this machine
+    precision: Literal["auto"] | Precision = "auto"  # of the encoder product; auto: crew/precision.py
     stream_seed: NotNegative = 0  # of the order of the data
 
     @model_validator(mode="after")
@@ -215,6 +215,7 @@ class SweepSpec(Section):
                 lr=train.lr if isinstance(train.lr, float) else _law(train.lr.value, train.lr, n_latents),
                 dead_after_tokens=train.auxk.dead_after_tokens,
                 ema=train.ema,
+                heldout_rows=self.eval.tokens,
                 precision=wanted if traits[architecture].bf16 else "fp32",
             )
             for n_latents, k, architecture, seed in grid.combinations()

@@ -23,7 +23,16 @@ from saescale.scaling.laws.lack_of_fit import kinds_of
 from saescale.scaling.laws.law import SYMBOLS, Law, find_law, forms_of
 from saescale.scaling.laws.leading import leading_cells
 from saescale.scaling.laws.settings import DEFAULT_LAWS, FitSettings
-from saescale.scaling.tables import Table, check_cells, comparable, fingerprint, number, size_of, without_diverged
+from saescale.scaling.tables import (
+    Table,
+    check_cells,
+    comparable,
+    fingerprint,
+    number,
+    size_of,
+    unlike,
+    without_diverged,
+)
 from saescale.scaling.words import listed
 from saescale.storage.errors import SaescaleError
 
@@ -133,7 +142,7 @@ def fit_laws(
         curves_at,
         tuple(frontiers),
         tuple(entry for entry in found if isinstance(entry, Skipped)),
-        (*diverged, *data_warnings(results, convergence)),
+        (*results.notes, *unlike(results), *diverged, *data_warnings(results, convergence)),
         convergence,
         isoflops,
     )

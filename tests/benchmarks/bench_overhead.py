@@ -1,6 +1,6 @@
 """What Ray and Lightning cost a sweep, and whether its driver's memory grows with tokens.
 
-    python -m tests.benchmarks.bench_overhead           (reads the store that `make quickstart` makes)
+    python -m tests.benchmarks.bench_overhead           (store: `quickstart --recipe full`)
 
 Two ways to train the same cells as one pack, in turns, each in a process of its own and with all cores: `run_sweep`,
 with a local Ray, one worker and Lightning's loop; and a plain loop over the same stream, steps, evaluations and
@@ -23,7 +23,7 @@ from typing import Any, NamedTuple, cast
 
 import lightning.pytorch as L
 import psutil
-from saescale.cluster.front.quickstart import recipe
+from saescale.cluster.front.quickstart import full_sweep
 from saescale.cluster.sweep.driver import run_sweep
 from saescale.cluster.sweep.spec import SweepSpec, parse_spec
 from saescale.scaling.laws.settings import FitSettings
@@ -40,7 +40,7 @@ from saescale.trainers.training.checkpoints import Checkpoints
 from saescale.trainers.training.evaluate import Evaluator
 from saescale.trainers.training.pack import Pack, RawBatch
 from saescale.trainers.training.report import Reporter
-from saescale.trainers.training.results import Records
+from saescale.trainers.training.results import Provenance, Records
 from saescale.trainers.training.train import measured_centre
 
 from tests.benchmarks.harness import ROOT, BenchmarkError, console, machine, quartiles, run, show_table, write_result
@@ -96,7 +96,7 @@ def _arguments() -> argparse.Namespace:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--store", default=recipe(False, None, "off").sweep.store, help="default: the quickstart's")
+    parser.add_argument("--store", default=full_sweep().store, help="default: the quickstart's")
     parser.add_argument("--tokens", type=int, default=524_288, help="that each cell trains on (default: 524,288)")
     parser.add_argument("--rounds", type=int, default=3, help="default: 3")
     parser.add_argument("--memory-tokens", type=int, default=65_536, help="of the smaller of two (default: 65,536)")
@@ -107,7 +107,7 @@ def _arguments() -> argparse.Namespace:
 
 
 def _spec(store: str, tokens: int) -> dict[str, Any]:
-    spec = recipe(False, None, "off").sweep.model_dump(mode="json") | {"store": str(Path(store).absolute())}
+    spec = full_sweep().model_dump(mode="json") | {"store": str(Path(store).absolute())}
     spec["grid"] = GRID
     spec["train"]["tokens"] = tokens
     spec["eval"]["every_tokens"] = tokens // 4
@@ -171,7 +171,7 @@ def _plain(spec: SweepSpec) -> dict[str, float]:
         held_out = HeldOut(store, spec.eval.tokens, device)
         after = AfterBatch(
             Evaluator(held_out, spec.eval.every_tokens),
-            Records(out, store.subject, store.site, NoLogger()),
+            Records(out, Provenance.of(store, spec.eval.tokens), NoLogger()),
             Reporter(lambda progress: None, 0, stream),
             Checkpoints(out, spec.resources.checkpoint_every_s, stream, 0),
             lambda: False,

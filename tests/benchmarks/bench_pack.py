@@ -1,6 +1,6 @@
 """Benchmark (b): the quickstart's grid as one pack, the same cells one by one, and the fastest peer cell by cell.
 
-    python -m tests.benchmarks.bench_pack --store stores/smollm2-135m-l22       (the store that `make quickstart` makes)
+    python -m tests.benchmarks.bench_pack --store stores/smollm2-135m-l22       (of `quickstart --recipe full`)
 
 The first two are train_pack as a sweep runs it, on fewer tokens: reading the store, preprocessing, all steps, one
 evaluation on all held-out rows, results written; they take turns. The peer's time is that of its training steps alone,
@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from saescale.cluster.front.quickstart import recipe
+from saescale.cluster.front.quickstart import full_sweep
 from saescale.storage.store import ActivationStore
 from saescale.trainers.cell import Cell, EvalSpec
 from saescale.trainers.device import fast_precision, set_threads
@@ -38,7 +38,7 @@ def main() -> None:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--store", default=recipe(False, None, "off").sweep.store, help="default: the quickstart's")
+    parser.add_argument("--store", default=full_sweep().store, help="default: the quickstart's")
     parser.add_argument("--tokens", type=int, default=32_768, help="that each cell trains on (default: 32,768)")
     parser.add_argument("--rounds", type=int, default=3, help="default: 3")
     parser.add_argument("--threads", type=int, default=os.cpu_count(), help="default: all cores")
@@ -78,7 +78,7 @@ def main() -> None:
 
 def _cells(store: ActivationStore, tokens: int) -> list[Cell]:
     """The quickstart's, on fewer tokens."""
-    spec = recipe(False, None, "off").sweep
+    spec = full_sweep()
     spec.train.tokens = tokens
     return spec.cells(store, fast_precision(torch.device("cpu")))
 

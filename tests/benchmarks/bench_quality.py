@@ -1,6 +1,6 @@
 """Benchmark (b), the other half: held-out nmse after the same tokens, saescale beside the fastest peer and fp32.
 
-    python -m tests.benchmarks.bench_quality --store stores/smollm2-135m-l22    (the store that `make quickstart` makes)
+    python -m tests.benchmarks.bench_quality --store stores/smollm2-135m-l22    (of `quickstart --recipe full`)
 
 One cell of the quickstart's grid is trained by saescale in bf16 and fp32, by the dense reference in fp32 (autograd;
 tests/trainers/dense_training.py), and by sparsify's own trainer with Adam, on the same rows in four passes: at its
@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from saescale.cluster.front.quickstart import recipe
+from saescale.cluster.front.quickstart import full_sweep
 from saescale.storage.rundir import RunDirectory
 from saescale.storage.store import ActivationStore
 from saescale.storage.stream import Stream
@@ -41,7 +41,7 @@ def main() -> None:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--store", default=recipe(False, None, "off").sweep.store, help="default: the quickstart's")
+    parser.add_argument("--store", default=full_sweep().store, help="default: the quickstart's")
     parser.add_argument("--n-latents", type=int, default=1024, help="default: 1024")
     parser.add_argument("--k", type=int, default=32, help="default: 32")
     parser.add_argument("--rates", type=float, nargs="+", default=[1, 6, 24], help="multiples of sparsify's default")
@@ -51,7 +51,7 @@ def main() -> None:
     arguments = parser.parse_args()
     set_threads(arguments.threads)
     where, store = machine(), ActivationStore.open(arguments.store)
-    spec = recipe(False, None, "off").sweep
+    spec = full_sweep()
     spec.grid.n_latents, spec.grid.k = [arguments.n_latents], [arguments.k]
     cell, held_out = spec.cells(store, "fp32")[0], spec.eval.tokens
     found: dict[str, dict[str, Any]] = {}

@@ -1,14 +1,21 @@
 """What a person sees, on a terminal and without one."""
 
 import io
+import json
 import warnings
+from pathlib import Path
+from typing import Any
 
 import pytest
 from rich.console import Console
 from saescale.cluster.crew.harvest_worker import ActorRow
+from saescale.cluster.front.console import console
 from saescale.cluster.front.display import Display, actor_table, coefficient_table, duration
+from saescale.cluster.front.sweeps import _summary
+from saescale.cluster.sweep.driver import SweepOutcome
 from saescale.storage.errors import SaescaleWarning
 from saescale.storage.lease import Standing
+from saescale.storage.rundir import RunDirectory
 
 
 def progress(done: int, fraction: float) -> Standing:
@@ -77,3 +84,24 @@ def test_durations() -> None:
 
 def test_a_document_without_fits_has_an_empty_table() -> None:
     assert coefficient_table({"fits": []}).row_count == 0
+
+
+def test_a_sweep_ends_with_the_law_in_n_and_k_and_says_how_to_see_the_others(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    published = Path(__file__).parents[2] / "deploy" / "results" / "quickstart"
+    fits = json.loads((published / "fits.json").read_text())
+    outcome = SweepOutcome(RunDirectory("runs/quickstart"), fits, cells=20, failed=0, trained=20, wandb=None)
+    monkeypatch.setattr(console, "_width", 200)
+    _summary(outcome, 60.0)
+    table, rest = capsys.readouterr().out.split("fitted too: ")
+    rows = [line.split("  ")[0] for line in table.splitlines() if line]
+    assert [row for row in rows if row.startswith(("n ", "c "))] == []
+    assert "n_k" in rows
+    for k in fits_of(fits, "n_k")["exponent_of_n_at_k"]:
+        assert f"exponent of n at k = {k} " in table
+    assert rest.splitlines()[0] == "n, c; saescale fit runs/quickstart --law n"
+
+
+def fits_of(document: dict[str, Any], law: str) -> dict[str, Any]:
+    return next(entry for entry in document["fits"] if entry["law"] == law)

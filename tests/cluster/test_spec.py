@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import yaml
-from saescale.cluster.front.quickstart import recipe
+from saescale.cluster.front.quickstart import full_sweep
 from saescale.cluster.sweep.spec import load_spec, parse_spec
 from saescale.storage.errors import SaescaleError
 from saescale.storage.store import ActivationStore
@@ -88,6 +88,9 @@ def test_a_grid_becomes_cells(document: dict[str, Any], store: ActivationStore) 
     by_n = {cell.n_latents: cell for cell in cells}
     assert {n: cell.tokens for n, cell in by_n.items()} == {32: 8192, 64: 16384, 128: 32768}
     assert by_n[128].lr == pytest.approx(3e-3 * 2**-0.5)
+    document["eval"]["tokens"] = 1_024
+    others = parse_spec(document, "test").cells(store, "fp32")
+    assert not {cell.cell_id for cell in cells} & {cell.cell_id for cell in others}
     assert all(cell.store == store.fingerprint and cell.d_model == store.d_model for cell in cells)
 
 
@@ -136,7 +139,7 @@ def test_the_examples_are_valid(path: Path) -> None:
 def test_the_example_is_the_quickstart() -> None:
     """The numbers of the quickstart's sweep stand in deploy/sweeps too, to be edited."""
     example = load_spec(str(next(path for path in EXAMPLES if path.name == "smollm2.yaml")))
-    ours = recipe(False, None, "auto").sweep
+    ours = full_sweep()
     assert example.grid == ours.grid
     assert example.train == ours.train
     assert (example.eval, example.store) == (ours.eval, ours.store)

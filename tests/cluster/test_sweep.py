@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from saescale.cluster.crew import precision as crew_precision
 from saescale.cluster.crew import train_crew
 from saescale.cluster.crew.claims import Resources
 from saescale.cluster.crew.train_crew import TrainCrew
@@ -18,6 +19,8 @@ from saescale.scaling.report.report import analyse
 from saescale.storage.errors import SaescaleError, SaescaleWarning
 from saescale.storage.lease import Lease, Standing
 from saescale.storage.rundir import RunDirectory
+from saescale.trainers.exchange import native
+from saescale.trainers.precision import Precision, Processor, cpu_precision, this_processor
 
 from tests.cluster.conftest import Recorder
 
@@ -36,7 +39,7 @@ def warm(crews: list[TrainCrew], monkeypatch: pytest.MonkeyPatch) -> None:
     """Sweeps get the workers that are there, and leave them, unless they end in an error: such workers are done for."""
 
     @contextmanager
-    def lent(cells: int, resources: Resources, address: str | None) -> Iterator[TrainCrew]:
+    def lent(cells: int, resources: Resources, address: str | None, auto: str | None) -> Iterator[TrainCrew]:
         if not crews:
             crews.append(TrainCrew(9, resources, address))
         try:
@@ -85,6 +88,46 @@ def test_a_report_made_half_way_is_made_again_when_the_sweep_is_done(
     assert half["cells"] < 9
     whole = run_sweep(parse_spec(document, "test"), Recorder(), settings=FitSettings(10))
     assert whole.fits["cells"] == 9
+
+
+def test_auto_precision_is_the_same_for_all_cells_and_workers_of_another_kind_say_so(
+    three_nodes: Any, document: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = cpu_precision(this_processor())  # of the workers, which are processes of this machine
+    other: Precision = "fp32" if real == "bf16" else "bf16"
+    here = Processor("AuthenticAMD", {"avx512_bf16"} if other == "bf16" else set())
+    monkeypatch.setattr(crew_precision, "this_processor", lambda: here)
+    document["grid"] = {"n_latents": [32], "k": [2, 4]}
+    document["train"]["precision"] = "auto"
+    document["resources"] |= {"workers": 1, "gpus_per_worker": 0}
+    with pytest.warns(SaescaleWarning, match=f"precision: auto is {other} for all .* made for {real}"):
+        outcome = run_sweep(parse_spec(document, "test"), Recorder(), settings=FitSettings(0))
+    spec = outcome.run.read_spec()
+    assert spec is not None
+    assert spec["resolved"]["precision"] == other
+    cells = [native.read(outcome.run.cell_url(row["cell_id"])).cell for row in outcome.run.read_results().to_pylist()]
+    assert [cell.precision for cell in cells] == [other, other]
+
+
+def test_a_sweep_knows_its_cells_before_there_are_workers(
+    document: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    opened, open_ledger = [], driver.open_ledger
+
+    def opening(*arguments: Any) -> Any:
+        opened.append(open_ledger(*arguments))
+        return opened[-1]
+
+    def no_workers(*_: Any) -> None:
+        raise SaescaleError("no workers today")
+
+    monkeypatch.setattr(driver, "open_ledger", opening)
+    monkeypatch.setattr(train_crew, "TrainCrew", no_workers)
+    document["train"]["precision"] = "auto"
+    document["resources"]["gpus_per_worker"] = 0
+    with pytest.raises(SaescaleError, match="no workers today"):
+        run_sweep(parse_spec(document, "test"), Recorder())
+    assert [len(ledger.pending) for ledger in opened] == [9]
 
 
 # --- with workers that are there

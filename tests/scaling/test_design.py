@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from saescale.scaling.compute import flops_per_token
+from saescale.scaling.compute import topk_flops
 from saescale.scaling.laws.estimate import fit_law
 from saescale.scaling.laws.forms.n_k import GPT4, N_K
 from saescale.scaling.laws.settings import FitSettings
@@ -25,7 +25,8 @@ def cells() -> Candidates:
     tokens = 1e9 * (n / 32768) ** 0.6
     device = find_device("h100")
     hours = [
-        device.hours(flops_per_token(768, int(a), int(b), 256).sparse * d) for a, b, d in zip(n, k, tokens, strict=True)
+        device.hours(topk_flops(768, int(a), tokens=1, selected=int(b) + 256).sparse * d)
+        for a, b, d in zip(n, k, tokens, strict=True)
     ]
     return candidates(N_K, RAW[None], n, k, np.array(hours), NOISE)
 

@@ -14,6 +14,7 @@ from saescale.scaling.sources import load_sources
 from saescale.storage.errors import SaescaleError
 from saescale.storage.rundir import RunDirectory
 
+OLD = Path(__file__).parents[1] / "data" / "run-0.1.0"
 Rows = list[dict[str, Any]]
 
 
@@ -63,6 +64,93 @@ def test_cells_that_are_numbered(tmp_path: Path) -> None:
     results, _ = load_sources([str(tmp_path / "a.csv"), str(tmp_path / "b.csv")])
     assert sorted(results["cell_id"]) == [1, 2, 3, 4, 5]
     assert results.excluded == ("1 cells are in several sources; each counts once",)
+
+
+def other_sweep(url: str, rows: Rows, curves: Rows, **fields: object) -> str:
+    run = RunDirectory(url)
+    run.write_results([row | fields for row in rows])
+    run.write_curves(pa.Table.from_pylist(curves))
+    return url
+
+
+def test_equal_ids_do_not_hide_that_sweeps_differ(
+    tmp_path: Path, cells: Callable[..., Rows], curves_of: Callable[..., Rows]
+) -> None:
+    """Two sweeps that differ in the held-out rows alone, whose cells had equal ids in 0.1.0."""
+    rows = cells((512, 1024, 2048, 4096), (8, 16))
+    curves = curves_of(rows, evaluations=8)
+    a = other_sweep(str(tmp_path / "a"), rows, curves, heldout_rows=32_768)
+    worse = [row | {"nmse": 2 * row["nmse"]} for row in rows]
+    b = other_sweep(str(tmp_path / "b"), worse, curves_of(worse, evaluations=8), heldout_rows=4_096)
+    for sources in ((a, b), (b, a)):
+        results, both = load_sources(sources)
+        assert (len(results), len(set(results["cell_id"]))) == (16, 16)
+        assert both is not None
+        # Each cell has its own curve, and no other's.
+        for cell, nmse in zip(results["cell_id"], results["nmse"], strict=True):
+            own = both["nmse"][both["cell_id"] == cell]
+            assert (len(own), own[-1]) == (8, pytest.approx(nmse, rel=1e-6))
+        document = fit_all(results, both, FitSettings(0))
+        alone = fit_all(*load_sources(sources[:1]), FitSettings(0))
+        assert [f["coefficients"] for f in document["fits"]] == [f["coefficients"] for f in alone["fits"]]
+        first, second = (32_768, 4_096) if sources[0] == a else (4_096, 32_768)
+        assert document["warnings"][:2] == [
+            "8 cells have the ids of others and differ in heldout_rows: they are other cells",
+            f"8 of 16 cells are of another kind (heldout_rows {second} in 8) than those that laws of one subject "
+            f"describe (heldout_rows {first}): fit them apart",
+        ]
+
+
+@pytest.mark.parametrize(
+    ("column", "there", "here", "said"),
+    [
+        ("precision", "bf16", "fp32", "precision bf16 in 4, fp32 in 4"),
+        ("batch_tokens", 1_024, 131_072, "batch_tokens 1024 in 4, 131072 in 4"),
+        ("ema", 0.99, 0.999, "ema 0.99 in 4, 0.999 in 4"),
+        ("corpus", "a.jsonl", "b.jsonl", "corpus a.jsonl in 4, b.jsonl in 4"),
+        ("settings", '{"stream_seed": 0}', '{"stream_seed": 1}', 'settings {"stream_seed": 0} in 4'),
+    ],
+)
+def test_what_moves_nmse_is_named_where_cells_of_one_fit_differ_in_it(
+    tmp_path: Path, cells: Callable[..., Rows], column: str, there: object, here: object, said: str
+) -> None:
+    a = other_sweep(str(tmp_path / "a"), cells((512, 1024), (8, 64)), [], **{column: there})
+    b = other_sweep(str(tmp_path / "b"), cells((2048, 4096), (8, 64)), [], **{column: here})
+    warnings = fit_all(load_sources([a, b])[0], settings=FitSettings(0))["warnings"]
+    assert [text for text in warnings if text.startswith(f"cells that are fitted together differ in {said}")]
+    alike = other_sweep(str(tmp_path / "c"), cells((2048, 4096), (8, 64)), [], **{column: there})
+    assert fit_all(load_sources([a, alike])[0], settings=FitSettings(0))["warnings"] == []
+    silent = other_sweep(str(tmp_path / "d"), cells((2048, 4096), (8, 64)), [])
+    warnings = fit_all(load_sources([a, silent])[0], settings=FitSettings(0))["warnings"]
+    assert warnings == [f"4 of 8 cells do not say their {column}: they may differ in it"]
+
+
+def test_another_store_is_fitted_apart(tmp_path: Path, cells: Callable[..., Rows]) -> None:
+    a = other_sweep(str(tmp_path / "a"), cells((512, 1024, 2048), (8,)), [], store="1f")
+    b = other_sweep(str(tmp_path / "b"), cells((1024, 2048), (16,)), [], store="2e")
+    document = fit_all(load_sources([b, a])[0], settings=FitSettings(0))
+    assert document["cells"] == 3
+    assert "2 of 5 cells are of another kind (store 2e in 2)" in document["warnings"][0]
+
+
+def test_one_cell_that_was_measured_otherwise_is_said(tmp_path: Path, cells: Callable[..., Rows]) -> None:
+    rows = cells((512, 1024), (8,))
+    a = other_sweep(str(tmp_path / "a"), rows, [])
+    b = other_sweep(str(tmp_path / "b"), [row | {"nmse": 1.01 * row["nmse"]} for row in rows], [])
+    results, _ = load_sources([a, b])
+    assert results["nmse"].tolist() == [row["nmse"] for row in rows]
+    text = "2 cells are in several sources; each counts once"
+    assert results.notes == (f"{text}: of those with another nmse (up to 1.00% off) the first",)
+
+
+def test_a_run_of_0_1_0_says_what_its_sweep_file_says() -> None:
+    results, _ = load_sources([str(OLD)])
+    said = {name: set(results[name]) for name in ("store", "heldout_rows", "precision", "batch_tokens", "ema")}
+    assert said == {
+        "store": {"280c968a2bffdd34fd965d5c0112c839"}, "heldout_rows": {1024}, "precision": {"fp32"},
+        "batch_tokens": {256}, "ema": {0.9},
+    }  # fmt: skip
+    assert fit_all(results, settings=FitSettings(0))["cells"] == 6
 
 
 def test_bad_sources(tmp_path: Path) -> None:

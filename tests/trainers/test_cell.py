@@ -32,7 +32,7 @@ def test_cell_names_follow_from_what_defines_them(make_cell: MakeCell) -> None:
     assert make_cell().cell_id == make_cell().cell_id
     assert make_cell().cell_id.startswith("n64-k3-s0-")
     different = [make_cell(), make_cell(lr=1e-3), make_cell(seed=1), make_cell(multi_topk=True), make_cell(ema=0.5),
-                 make_cell(k_aux=8), make_cell(precision="bf16")]  # fmt: skip
+                 make_cell(k_aux=8), make_cell(precision="bf16"), make_cell(heldout_rows=64)]  # fmt: skip
     assert len({cell.cell_id for cell in different}) == len(different)
     assert Cell.model_validate(json.loads(make_cell().model_dump_json())) == make_cell()
 

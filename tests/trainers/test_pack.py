@@ -84,9 +84,31 @@ def test_results_and_curves_are_complete(sparse_store: ActivationStore, make_cel
         assert result["device"] == "cpu"  # in the tests, whose GPUs are hidden
         assert result["nmse"] == curve[-1]["nmse"] > 0
         assert [row["tokens"] for row in curve] == list(range(2_048, cell.tokens + 1, 2_048))
-        assert result["flops"] == curve[-1]["flops"] == cell.flops(cell.tokens).sparse
+        assert result["flops"] == curve[-1]["flops"] > 0
         assert 0 <= result["dead_fraction_long"] <= result["dead_fraction"] <= 1
         assert not exists(run.checkpoint_url(cell.cell_id))
+
+
+def test_results_say_what_moves_nmse(
+    sparse_store: ActivationStore, make_cell: MakeCell, run_url: str, tmp_path: Path, toy: str
+) -> None:
+    """What a cell was told stands in its row, in a column or in `settings`."""
+    cells = [make_cell(tokens=512, heldout_rows=2_048, stream_seed=5, multi_topk=True, k_aux=16)]
+    cells += [make_cell(tokens=512, stream_seed=5, architecture=toy, settings={"share": 0.3})]
+    run = RunDirectory(run_url)
+    run.write_results(train_pack(job(cells, sparse_store, run_url)).results)
+    shared = {
+        "store": sparse_store.fingerprint, "corpus": sparse_store.manifest.corpus, "heldout_rows": 2_048,
+        "precision": "fp32", "batch_tokens": 256, "ema": 0.9,
+    }  # fmt: skip
+    rows = {row["architecture"]: row for row in run.read_results().to_pylist()}
+    for row, own in ((rows["topk"], {"k_aux": 16, "auxk_coefficient": 1 / 32}), (rows[toy], {"k_aux": None})):
+        assert {name: row[name] for name in shared | own} == shared | own
+    others = {"dead_after_tokens": 2_048, "stream_seed": 5}
+    assert json.loads(rows["topk"]["settings"]) == others | {"multi_topk": True}
+    assert json.loads(rows[toy]["settings"]) == others | {"share": 0.3, "revival": 0.001}
+    with pytest.raises(SaescaleError, match="measured on other held-out rows than 1024"):
+        train_pack(job(cells, sparse_store, str(tmp_path / "b"), eval=EvalSpec(tokens=1_024)))
 
 
 def test_a_cell_does_not_depend_on_its_pack(sparse_store: ActivationStore, make_cell: MakeCell, tmp_path: Path) -> None:
@@ -206,7 +228,7 @@ def test_checkpoints_without_one_order_of_the_data_are_not_used(
     undisturbed = train_pack(job(cells, sparse_store, str(tmp_path / "a")))
     calls = iter(range(10**6))
     train_pack(job(cells, sparse_store, str(tmp_path / "b")), should_stop=lambda: next(calls) == 9)
-    pointer = Path(RunDirectory(str(tmp_path / "b")).checkpoint_url(cells[1].cell_id)) / "latest.json"
+    pointer = Path(RunDirectory(str(tmp_path / "b")).checkpoint_url(cells[1].cell_id)) / "latest-00001.json"
     content = json.loads(pointer.read_text())
     for generation in content["generations"]:
         stream = generation["meta"].pop("stream")

@@ -70,7 +70,7 @@ class ShardJob(NamedTuple):
 class Harvester:
     """A loaded subject and what it makes for the harvest `spec`; the ids of blocks lie in the folder `spool`.
 
-    `computed_in` is the arithmetic ("auto": what is fast here). Raises what `get_subject` and `check_site` raise.
+    `computed_in` is the arithmetic ("auto": its device's). Raises what `get_subject` and `check_site` raise.
     """
 
     def __init__(

@@ -20,7 +20,7 @@ class HarvestSpec(BaseModel):
 
     `tokens` and `heldout_tokens` are rows of the two splits; `layer` counts from 0 (resid_post of layer L is the output
     of block L); `batch_contexts` contexts go through the subject at a time; `compute_dtype` is the arithmetic of the
-    forward pass ("auto": bfloat16 where that is fast). `corpus` and `context_length`, of which the rows of splits and
+    forward pass ("auto": its device's). `corpus` and `context_length`, of which the rows of splits and
     shards are multiples, are of subjects that read text and are not given for others. Raises SaescaleError on values
     that make no harvest.
     """

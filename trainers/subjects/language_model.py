@@ -156,7 +156,7 @@ def load_model(name: str, source: str, dtype: str = "auto", fingerprint: str | N
 
 
 def compute_dtype(choice: str, device: torch.device) -> torch.dtype:
-    """The arithmetic of the forward pass: `choice` ("float32", "bfloat16"), or for "auto" what is fast here."""
+    """The arithmetic of the forward pass: `choice` ("float32", "bfloat16"), or for "auto" its device's."""
     if choice != "auto":
         return {"float32": torch.float32, "bfloat16": torch.bfloat16}[choice]
     return torch.bfloat16 if fast_precision(device) == "bf16" else torch.float32

@@ -91,7 +91,7 @@ class SubjectFile(Protocol):
 
     def load(self, rest: str, cache: Path, dtype: str, notify: Callable[[str], None]) -> Subject:
         """The subject. `rest` is what follows the colon in its name ("" without one), `cache` a folder for downloads,
-        `dtype` the arithmetic of the forward pass ("auto": what is fast here, "float32", "bfloat16"); `notify` is told
+        `dtype` the arithmetic of the forward pass ("auto": its device's, "float32", "bfloat16"); `notify` is told
         in words what takes long. Raises SaescaleError where it cannot be had."""
 
 

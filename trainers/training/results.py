@@ -1,11 +1,13 @@
 """What a cell leaves in the run directory: its curve as it grows, its weights and its result when it ends."""
 
-from typing import Any
+import json
+from typing import Any, NamedTuple, Self
 
 from saescale.scaling.compute import Flops
-from saescale.storage.columns import CurveRow
-from saescale.storage.manifest import Site
+from saescale.storage.columns import RESULTS, CurveRow
 from saescale.storage.rundir import RunDirectory
+from saescale.storage.source import Source
+from saescale.storage.store import ActivationStore
 from saescale.trainers.cell import Cell
 from saescale.trainers.exchange import native
 from saescale.trainers.exchange.trained import Trained
@@ -13,11 +15,26 @@ from saescale.trainers.loggers.interface import CellLogger
 from saescale.trainers.training.training_cell import TrainingCell
 
 
+class Provenance(NamedTuple):
+    """Where the numbers of a cell come from."""
+
+    subject: str
+    site: str
+    corpus: str | None  # None: not known
+    heldout_rows: int
+
+    @classmethod
+    def of(cls, source: Source, heldout_rows: int) -> Self:
+        """nmse is measured on the first `heldout_rows` of that source."""
+        corpus = source.manifest.corpus if isinstance(source, ActivationStore) else None
+        return cls(source.subject, f"{source.site.hook}.{source.site.layer}", corpus, heldout_rows)
+
+
 class Records:
     """Writes into the run, and tells the logger. Raises Superseded where the run's owner lost it (storage/lease.py)."""
 
-    def __init__(self, run: RunDirectory, subject: str, site: Site, logger: CellLogger) -> None:
-        self.run, self.subject, self.site, self.logger = run, subject, site, logger
+    def __init__(self, run: RunDirectory, provenance: Provenance, logger: CellLogger) -> None:
+        self.run, self.provenance, self.logger = run, provenance, logger
         self.results: dict[str, dict[str, Any]] = {}  # of the cells that ended, by cell_id
 
     def point(self, cell: TrainingCell, row: CurveRow) -> None:
@@ -30,22 +47,26 @@ class Records:
         name = cell.cell.cell_id
         last = cell.curve[-1] if cell.curve else None
         result = result_row(
-            cell.cell, self.subject, self.site, cell.tokens, cell.flops, cell.wall_s, last, cell.error,
-            device=cell.device_kind,
-        )  # fmt: skip
+            cell.cell, self.provenance, cell.tokens, cell.flops, cell.wall_s, last, cell.error, device=cell.device_kind
+        )
         if cell.error is None:
             self.run.require_owner()
-            native.write(Trained(cell.averaged(), cell.cell), self.run.cell_url(name))
+            native.write(Trained(cell.averaged(), cell.cell), self.run.weights_url(name))
         self.run.write_cell_result(name, result)
-        self.run.remove_checkpoints(name)
         self.results[name] = result
         self.logger.finish(cell.cell, result)
 
 
 def result_row(
-    cell: Cell, subject: str, site: Site, tokens: int, flops: Flops, wall_s: float, last: CurveRow | None,
-    error: str | None, device: str | None = None,
-) -> dict[str, Any]:  # fmt: skip
+    cell: Cell,
+    provenance: Provenance,
+    tokens: int,
+    flops: Flops,
+    wall_s: float,
+    last: CurveRow | None,
+    error: str | None,
+    device: str | None = None,
+) -> dict[str, Any]:
     """The row of a cell that trained on `tokens` tokens in `wall_s` seconds on a `device` of that kind; `last` is its
     last evaluation.
 
@@ -54,14 +75,8 @@ def result_row(
     measured = last if error is None else None
     return {
         "cell_id": cell.cell_id,
-        "subject": subject,
-        "site": f"{site.hook}.{site.layer}",
-        "d_model": cell.d_model,
-        "n_latents": cell.n_latents,
-        "k": cell.k,
-        "architecture": cell.architecture,
-        "seed": cell.seed,
-        "lr": cell.lr,
+        **provenance._asdict(),
+        **_defined(cell),
         "tokens": tokens,
         "flops": float(flops.sparse),
         "flops_dense": float(flops.dense),
@@ -74,3 +89,17 @@ def result_row(
         "status": "failed" if error else "done",
         "error": error,
     }
+
+
+# Settings of architectures that have a column, and what stands in it.
+_COLUMNS = {"k_aux": int, "auxk_coefficient": float}
+
+
+def _defined(cell: Cell) -> dict[str, Any]:
+    """The fields and settings of a cell that have a column, and all others as JSON."""
+    whole = cell.whole_settings.model_dump(mode="json", exclude={"k"})
+    own = {name: whole.pop(name) for name, kind in _COLUMNS.items() if isinstance(whole.get(name), kind)}
+    fields = cell.model_dump(mode="json", exclude={"settings", "heldout_rows"})
+    there = {name: value for name, value in fields.items() if name in RESULTS.names}
+    others = {name: value for name, value in fields.items() if name not in RESULTS.names} | whole
+    return there | own | {"settings": json.dumps(others, sort_keys=True)}

@@ -13,6 +13,7 @@ import gc
 import logging
 import warnings
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
 import lightning.pytorch as L
@@ -33,7 +34,7 @@ from saescale.trainers.training.checkpoints import Checkpoints, resume
 from saescale.trainers.training.evaluate import Evaluator
 from saescale.trainers.training.pack import Pack, stream_loader
 from saescale.trainers.training.report import Progress, Reporter
-from saescale.trainers.training.results import Records
+from saescale.trainers.training.results import Provenance, Records
 
 
 class PackJob(BaseModel):
@@ -80,7 +81,9 @@ def _train(job: PackJob, report: Callable[[Progress], None], should_stop: Callab
     gc.collect()
     source, run = ActivationStore.open(job.store), RunDirectory(job.run, job.driver)
     _check(job, source)
-    finished = {cell.cell_id: run.read_cell_result(cell.cell_id) for cell in job.cells}
+    # Each is a few requests, which take a while in an object store.
+    with ThreadPoolExecutor(16) as pool:
+        finished = dict(zip(ids := [cell.cell_id for cell in job.cells], pool.map(run.take_cell, ids), strict=True))
     results = [result for result in finished.values() if result is not None]
     cells = [cell for cell in job.cells if finished[cell.cell_id] is None]
     if not cells:
@@ -94,7 +97,7 @@ def _train(job: PackJob, report: Callable[[Progress], None], should_stop: Callab
     held_out = HeldOut(source, job.eval.tokens, device, job.store)
     logger = _logger(job)
     logger.open(cells, _context(job, source))
-    records = Records(run, source.subject, source.site, logger)
+    records = Records(run, Provenance.of(source, job.eval.tokens), logger)
     last = max(cell.steps for cell in cells)
     try:
         with source.resume(resumed.position, last) if resumed else source.batches(order(cells[0]), stop=last) as stream:
@@ -117,6 +120,8 @@ def _check(job: PackJob, source: Source) -> None:
             f"{job.store} is not the store that these cells were planned for (fingerprint {source.identity}); "
             "start a new run directory for a new store"
         )
+    if any(cell.heldout_rows not in (None, job.eval.tokens) for cell in job.cells):
+        raise SaescaleError(f"these cells are measured on other held-out rows than {job.eval.tokens} (eval.tokens)")
     if len({(cell.batch_tokens, cell.stream_seed) for cell in job.cells}) > 1:
         raise SaescaleError("cells of one pack must share batch_tokens and stream_seed: plan them into different packs")
 
@@ -151,13 +156,14 @@ def _trainer(callback: L.Callback, device: torch.device) -> L.Trainer:
     )
 
 
-def _context(job: PackJob, source: Source) -> dict[str, Any]:
+def _context(job: PackJob, source: ActivationStore) -> dict[str, Any]:
     return {
         "sweep": job.sweep,
         "run": job.run,
         "store_url": job.store,
         "subject": source.subject,
         "site": f"{source.site.hook}.{source.site.layer}",
+        "corpus": source.manifest.corpus,
         "eval_tokens": job.eval.tokens,
     }
 
