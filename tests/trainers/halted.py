@@ -62,7 +62,7 @@ def halted_before(operation: str, pattern: str, which: int, job: PackJob) -> Ite
     """Such a process once it has halted."""
     # Imports once for all of them, and has started no thread of torch's when it forks.
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["tests.trainers.halted"])
+    context.set_forkserver_preload(["saescale.trainers.training.train"])
     process = context.Process(target=run, args=(operation, pattern, which, job, dict(os.environ)), daemon=True)
     process.start()
     try:
