@@ -1,26 +1,42 @@
-"""FLOP accounting: what training one SAE costs per token."""
+"""FLOP accounting: what training SAEs costs."""
 
 from typing import NamedTuple
 
 
 class Flops(NamedTuple):
-    """Training FLOPs per token (a multiply and an add count as two)."""
+    """Training FLOPs (a multiply and an add count as two)."""
 
     sparse: int
     dense: int
 
 
-def flops_per_token(d_model: int, n_latents: int, k: int, k_aux: int = 0, multi_k: int = 0) -> Flops:
-    """FLOPs of one token's forward and backward pass through a TopK SAE (Gao et al. 2024, 2406.04093).
+def topk_flops(
+    d_model: int,
+    n_latents: int,
+    *,
+    tokens: int,
+    selected: int,
+    selected_aux: int = 0,
+    dead: int = 0,
+    reconstructions: int = 1,
+) -> Flops:
+    """FLOPs of forward and backward passes of a TopK SAE over `tokens` tokens (Gao et al. 2024, 2406.04093).
 
-    `sparse` is what a trainer that exploits sparsity does: 2 n d for the encoder (every latent has to be
-    scored to find the largest k) and 8 (k + k_aux + multi_k) d for what touches only selected latents, four
-    products of 2 d FLOPs each: decoding, the gradients of the latents, of W_dec and of W_enc.
-    `dense` is the dense equivalent 12 n d: six products over all n latents, among them the b_pre gradient
-    through the encoder.
+    `selected` and `selected_aux` are the (token, latent) pairs that were active in the reconstructions of the main
+    losses (with Multi-TopK two, `reconstructions`) and in that of AuxK; `dead` is the number of dead latents that AuxK
+    chose from, summed over tokens; 0 where it had nothing to do.
 
-    `k_aux` is the number of dead latents in the AuxK loss; `multi_k` the size of Multi-TopK's second,
-    separately decoded reconstruction (4k in the paper). Zero means that the part is off.
+    `sparse` is what a trainer that exploits sparsity does: 2 N d a token for the encoder (every latent has to be
+    scored to find the largest), and 8 d a pair, four products of 2 d each: decoding, the gradients of the latent, of
+    its row of W_dec and of its row of W_enc. AuxK chooses among pre-activations that are there.
+
+    `dense` is the dense equivalent, the same products over all latents: 12 N d a token, namely the encoder, those four
+    and the gradient of b_pre through the encoder; 8 N d more for each further reconstruction; and 8 d for each dead
+    latent of a token on which AuxK ran, which is AuxK dense over the dead latents alone. Each part is at least what
+    `sparse` charges for it, since there are no more pairs than latents.
     """
-    selected = k + k_aux + multi_k
-    return Flops(sparse=2 * n_latents * d_model + 8 * selected * d_model, dense=12 * n_latents * d_model)
+    scored = tokens * n_latents
+    return Flops(
+        sparse=2 * scored * d_model + 8 * (selected + selected_aux) * d_model,
+        dense=(12 + 8 * (reconstructions - 1)) * scored * d_model + 8 * dead * d_model,
+    )

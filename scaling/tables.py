@@ -9,6 +9,7 @@ import pyarrow as pa
 import pyarrow.csv
 import pyarrow.parquet
 import xxhash
+from saescale.scaling.words import listed
 from saescale.storage.columns import COLUMNS, columns_of, current_names
 from saescale.storage.errors import SaescaleError
 from saescale.storage.files import exists, join, open_input
@@ -283,6 +284,23 @@ def _counted(values: np.ndarray) -> str:
     return ", ".join([*words[:_SHOWN], *more])
 
 
+def without_diverged(table: Table) -> Table:
+    """Without cells whose nmse is above 1: they reconstruct worse than the mean does, so their training diverged.
+
+    They are `excluded`, in one line. Where no cell is at or below 1 the column holds another loss, and all stay.
+    """
+    bad = table["nmse"] > 1
+    if not bad.any() or bad.all():
+        return table
+    cases = [f"{table.describe(int(row))}: nmse {table['nmse'][row]:.3g}" for row in np.flatnonzero(bad)]
+    one = len(cases) == 1
+    reason = (
+        f"{len(cases)} {'cell' if one else 'cells'} with nmse above 1, worse than the mean alone, diverged and "
+        f"{'is' if one else 'are'} kept out of the fits ({listed(cases)})"
+    )
+    return table.select(~bad, [reason])
+
+
 def _because(table: Table, row: int) -> str:
     """Why the cell in a row failed, after a colon; nothing where the table does not say it."""
     error = str(table["error"][row]) if "error" in table and table["error"].dtype.kind == "U" else ""
@@ -315,6 +333,13 @@ def _is_number(text: str) -> bool:
 def number(value: float) -> str:
     """Counts in full, whatever is above a billion or not whole to three digits."""
     return f"{value:.0f}" if value % 1 == 0 and abs(value) < 1e9 else f"{value:.3g}"
+
+
+def size_of(table: Table, row: int) -> str:
+    """Such as "N = 512, k = 8"."""
+    symbols = {"n_latents": "N", "k": "k"}
+    named = [f"{symbol} = {number(table[column][row])}" for column, symbol in symbols.items() if column in table]
+    return ", ".join(named) or f"row {row + 1}"
 
 
 def _read_file(url: str) -> Table:

@@ -1,24 +1,31 @@
-"""Checkpoints of one cell: the newest two generations in safetensors, found by an atomic pointer.
+"""Checkpoints of one cell: the newest two generations in safetensors, found by an atomic pointer, and whose turn it is.
 
-The pointer `latest.json` is written last, and a file that it names is never written again, so a kill at any
-moment leaves the old generations or the new ones. Tensors are written and read one at a time, since a cell's state is
-most of a worker's memory: the library of safetensors would hold one to three more copies of it.
+A pointer is written last, and a file that it names is never written again, so a kill at any moment leaves the old
+generations or the new ones. Whoever trains the cell takes a turn first: it creates the pointer `latest-TURN.json` of
+the next number, which nobody else then can, and which only it writes. Readers go by the highest. The result takes the
+number after the turn's, so that a turn that was followed by another one can end nothing. RUN.md says why that is safe.
+
+Tensors are written and read one at a time, since a cell's state is most of a worker's memory: the library of
+safetensors would hold one to three more copies of it.
 """
 
 import json
+import re
+import uuid
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 import xxhash
 from pydantic import BaseModel, ConfigDict
 from saescale.storage import files
-from saescale.storage.errors import SaescaleError, SaescaleWarning
+from saescale.storage.errors import SaescaleError, SaescaleWarning, Superseded
 
-POINTER = "latest.json"
+POINTER = "latest.json"  # of no turn: of version 0.1.0, and of a folder that nobody else writes
 KEPT = 2
+_POINTER = re.compile(r"latest(?:-(\d+))?\.json")
 _CHUNK_BYTES = 64 * 2**20  # read at a time; one request of an object store
 # What safetensors calls them; bfloat16 is none of numpy's.
 _DTYPES = {
@@ -40,40 +47,133 @@ class Generation(BaseModel):
 
 
 class Pointer(BaseModel):
-    """Content of latest.json, newest generation first."""
+    """Content of a pointer, newest generation first. `ended`: the result, in the one that takes the last number."""
 
     # NaN in `meta` (a diverged loss) must come back as NaN.
     model_config = ConfigDict(extra="forbid", ser_json_inf_nan="constants")
-    generations: list[Generation]
+    generations: list[Generation] = []
+    ended: dict[str, Any] | None = None
+    by: str = ""  # no two are alike, so that whoever created one knows it again
+
+    def content(self) -> bytes:
+        return self.model_dump_json().encode()
 
 
-def save(url: str, step: int, tensors: Mapping[str, np.ndarray], meta: dict[str, Any], keep: int | None = None) -> None:
+class Turn(NamedTuple):
+    """Whose turn it is at a cell: its number, and the cell's result where the last turn has ended."""
+
+    number: int
+    ended: dict[str, Any] | None = None
+
+
+def take(url: str) -> Turn:
+    """Takes the next turn at the cell with the folder `url`, with the checkpoints that the last one had.
+
+    Takes none where the last turn has ended with a result, unless that says `failed`.
+    """
+    while True:
+        last = _last_turn(files.list_names(url))
+        before = _read(url, last)
+        if before.ended is not None and before.ended.get("status") != "failed":
+            return Turn(last, before.ended)
+        mine = Pointer(generations=before.generations, by=uuid.uuid4().hex)
+        where = files.join(url, pointer_name(last + 1))
+        if files.create(where, mine.content()):
+            break
+    # What was saved between reading and taking may have replaced what was read, and nothing will from now on.
+    if (now := _read(url, last).generations) != before.generations:
+        files.write_atomic(where, mine.model_copy(update={"generations": now}).content())
+    return Turn(last + 1)
+
+
+def end(url: str, turn: int, result: dict[str, Any], keep: bool = False) -> None:
+    """Ends a turn with the cell's result (JSON); `keep`: its checkpoints stay, for another try.
+
+    Raises Superseded where another turn was taken.
+    """
+    generations = _read(url, turn).generations if keep else []
+    pointer = Pointer(generations=generations, ended=result, by=uuid.uuid4().hex)
+    if not files.create(files.join(url, pointer_name(turn + 1)), pointer.content()):
+        raise _superseded(url)
+
+
+def clear(url: str, failed: bool) -> None:
+    """Removes the checkpoints of a cell that has its result; of one that failed, which may be tried again, only those
+    that are not kept for it, and no numbers of turns."""
+    if not failed:
+        files.remove(url)
+        return
+    present = files.list_names(url)
+    kept = {generation.file for generation in _read(url, _last_turn(present)).generations}
+    _remove_generations(url, present, kept)
+
+
+def save(
+    url: str, step: int, tensors: Mapping[str, np.ndarray], meta: dict[str, Any], keep: int | None = None, turn: int = 0
+) -> None:
     """Adds a checkpoint to the folder `url` and removes all but the newest two; `meta` is JSON.
 
     A generation at this step or a later one is replaced: whoever saves step s has gone back to before it. `keep`: the
     step to go back to, when this is one of several folders that go back together. A generation between the two is of
-    an attempt that was given up, and would push that one out.
+    an attempt that was given up, and would push that one out. Raises Superseded where a turn after `turn` was taken.
     """
+    present = _present(url, turn)
     bound = step - 1 if keep is None else min(keep, step - 1)
-    older = [generation for generation in _generations(url) if generation.step <= bound]
-    present = set(files.list_names(url))
-    name = next(name for name in _names(step) if name not in present)
+    mine = _read(url, turn)
+    older = [generation for generation in mine.generations if generation.step <= bound]
+    name = next(name for name in _names(step, turn) if name not in present)
     checksum = xxhash.xxh3_64()
     size = files.write_atomic(files.join(url, name), lambda file: _write(file, tensors, checksum))
     newest = Generation(file=name, step=step, bytes=size, xxh3=checksum.hexdigest(), meta=meta)
-    pointer = Pointer(generations=[newest, *older[: KEPT - 1]])
-    files.write_atomic(files.join(url, POINTER), pointer.model_dump_json().encode())
-    kept = {generation.file for generation in pointer.generations}
-    for stale in sorted(present - kept):
+    pointer = Pointer(generations=[newest, *older[: KEPT - 1]], by=mine.by)
+    files.write_atomic(files.join(url, pointer_name(turn)), pointer.content())
+    # Whoever takes a turn after this finds the new pointer; whoever took one before may need what the old one names.
+    _present(url, turn)
+    _remove_generations(url, present, {generation.file for generation in pointer.generations})
+    for stale in present:
+        if (match := _POINTER.fullmatch(stale)) and int(match[1] or 0) < turn:
+            files.remove(files.join(url, stale))
+
+
+def pointer_name(turn: int) -> str:
+    """The file of a turn's pointer."""
+    return f"latest-{turn:05d}.json" if turn else POINTER
+
+
+def _last_turn(names: Iterable[str]) -> int:
+    """The highest turn of those files; 0 where nobody has taken one."""
+    return max((int(match[1] or 0) for name in names if (match := _POINTER.fullmatch(name))), default=0)
+
+
+def _present(url: str, turn: int) -> list[str]:
+    """The names in the folder. Raises Superseded where a turn after `turn` was taken."""
+    names = files.list_names(url)
+    if _last_turn(names) > turn:
+        raise _superseded(url)
+    return names
+
+
+def _superseded(url: str) -> Superseded:
+    return Superseded(f"{url}: the cell has been taken over by another worker; this one stops")
+
+
+def _remove_generations(url: str, present: Iterable[str], kept: set[str]) -> None:
+    for stale in sorted(set(present) - kept):
         if stale.startswith("step-") and stale.endswith(".safetensors"):
             files.remove(files.join(url, stale))
 
 
-def _names(step: int) -> Iterator[str]:
+def _names(step: int, turn: int) -> Iterator[str]:
     """What a generation may be called: the first of these that is free, since no file is ever written again."""
-    yield f"step-{step:08d}.safetensors"
+    of_turn = f"-turn-{turn:05d}" if turn else ""
+    yield f"step-{step:08d}{of_turn}.safetensors"
     for number in range(1, 10**6):
-        yield f"step-{step:08d}-{number}.safetensors"
+        yield f"step-{step:08d}{of_turn}-{number}.safetensors"
+
+
+def has_any(names: Iterable[str]) -> bool:
+    """Whether there is a checkpoint among the files of a cell (`RunDirectory.cell_files`)."""
+    return any(name.startswith("checkpoint/step-") for name in names)
 
 
 def steps(url: str) -> list[int]:
@@ -107,14 +207,18 @@ def load(url: str, step: int | None = None) -> tuple[Mapping[str, np.ndarray], d
 
 
 def _generations(url: str) -> list[Generation]:
-    where = files.join(url, POINTER)
+    return _read(url, _last_turn(files.list_names(url))).generations
+
+
+def _read(url: str, turn: int) -> Pointer:
+    where = files.join(url, pointer_name(turn))
     try:
-        return Pointer.model_validate_json(files.read_bytes(where)).generations
+        return Pointer.model_validate_json(files.read_bytes(where))
     except FileNotFoundError:
-        return []
+        return Pointer()
     except ValueError:
-        warnings.warn(f"{where} is damaged: its cell has no checkpoint any more", SaescaleWarning, stacklevel=3)
-        return []
+        warnings.warn(f"{where} is damaged: its cell has no checkpoint any more", SaescaleWarning, stacklevel=4)
+        return Pointer()
 
 
 class Tensors(Mapping[str, np.ndarray]):

@@ -92,6 +92,7 @@ _COLUMNS = (
            "FLOPs", positive=True, listed=True),
     Column("wall_s", _REAL, _RESULTS, "Training time", "seconds", "seconds", "s", role="time", listed=True,
            decimals=1),
+    Column("device", _TEXT, _RESULTS, "Kind of device", role="time"),
     Column("tokens_per_s", _REAL, _CURVES, "Tokens per second", unit="tokens/s", role="time", panel="Throughput"),
     Column("status", _TEXT, _RESULTS, "Status"),
     Column("error", _TEXT, _RESULTS, "Error"),

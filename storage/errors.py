@@ -12,6 +12,10 @@ class Unavailable(SaescaleError):
     """A store that did not answer, or not in time: the same may succeed a little later."""
 
 
+class Superseded(SaescaleError):
+    """Another driver has taken the run over, or another worker the cell; what this one still does is not written."""
+
+
 class SaescaleWarning(UserWarning):
     """Something that the user should know of and that work went on after: one line.
 

@@ -164,6 +164,69 @@ def write_atomic(url: str, data: Content) -> int:
     return len(content)
 
 
+def create(url: str, content: bytes) -> bool:
+    """Writes the file, whole, unless there is one: of several that try at a time one succeeds. Whether it did.
+
+    `content` has to be like no other's, since a put whose answer got lost is known again by it. Where a store has no
+    conditional puts (fsspec's `mode="create"`), two that try within a moment are told apart by who wrote last.
+    """
+    fs, path = filesystem(url)
+    if isinstance(fs, LocalFileSystem):
+        return _create_local(url, path, content)
+
+    def put(fs: AbstractFileSystem, path: str) -> None:
+        with suppress(FileExistsError):
+            try:
+                fs.pipe_file(path, content, mode="create")
+            except (TypeError, ValueError, NotImplementedError):
+                if not fs.exists(path):
+                    fs.pipe_file(path, content)
+            except OSError as error:
+                if "PreconditionFailed" not in str(error) and "pre-condition" not in str(error).lower():
+                    raise
+
+    _tried(url, put, lambda error, tries: _write_error(url, error, tries))
+    return read_bytes(url) == content
+
+
+def _create_local(url: str, path: str, content: bytes) -> bool:
+    temporary = os.path.join(os.path.dirname(path), f".{os.path.basename(path)}.{uuid.uuid4().hex}.partial")
+    _write_local(url, temporary, content)
+    try:
+        os.link(temporary, path)
+        _sync_folder(os.path.dirname(path))
+    except FileExistsError:
+        return False
+    except OSError as error:
+        raise _write_error(url, error) from error
+    finally:
+        with suppress(OSError):
+            os.unlink(temporary)
+    return True
+
+
+def move(url: str, target: str) -> bool:
+    """Gives a file another name in its store, in place of what has that name. False where there is no such file."""
+    if (path := local_path(url)) is not None:
+        try:
+            os.replace(path, filesystem(target)[1])
+        except FileNotFoundError:
+            return False
+        except OSError as error:
+            raise _write_error(target, error) from error
+        return True
+
+    def copy(fs: AbstractFileSystem, path: str) -> bool:
+        if not fs.exists(path):
+            return False
+        fs.cp_file(path, filesystem(target)[1])
+        return True
+
+    found = _tried(url, copy, lambda error, tries: _write_error(target, error, tries))
+    remove(url)
+    return found
+
+
 def _write_local(url: str, path: str, data: Content) -> int:
     folder, name = os.path.split(path)
     temporary = os.path.join(folder, f".{name}.{uuid.uuid4().hex}.partial")

@@ -1,12 +1,14 @@
-"""Who drives a run, and how far it is: RUN/driver.json, renewed every few seconds while a driver lives.
+"""Who drives a run, and how far it is: RUN/driver-N.json, renewed every few seconds while a driver lives.
 
-One run has one driver. The file is a lease: whoever wrote it last holds the run for as long as its beat goes on; it
-works wherever files do, object stores included. A driver that was killed is succeeded at once on its own machine, where
-its process can be looked for, and elsewhere as soon as its beat has been seen to stand still for LEASE_S, or where its
-last beat is longer ago than any two clocks differ.
+One run has one driver: that with the highest N. A driver creates the file of the next number, which of several that try
+one can, and writes no other one, so that one that was halted and wakes takes nothing back. It holds the run for as long
+as its beat goes on; that works wherever files do, object stores included. A driver that was killed is succeeded at once
+on its own machine, where its process can be looked for, and elsewhere as soon as its beat has been seen to stand still
+for LEASE_S, or where its last beat is longer ago than any two clocks differ.
 """
 
 import os
+import re
 import socket
 import threading
 import time
@@ -20,9 +22,9 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 from saescale.storage import files
-from saescale.storage.errors import SaescaleError, SaescaleWarning
+from saescale.storage.errors import SaescaleError, SaescaleWarning, Superseded
 
-FILE = "driver.json"
+_FILE = re.compile(r"driver(?:-(\d+))?\.json")  # that without a number is of version 0.1.0
 BEAT_S = 3.0
 LEASE_S = 20.0  # without a beat for so long, a driver is taken for dead
 _OBVIOUS_S = 600.0  # no two clocks differ by more: an older beat needs no watching
@@ -67,7 +69,7 @@ class Standing(_Document):
 
 
 class Driver(_Document):
-    """Content of driver.json. `state` says how it ended, once it has: a driver that was killed leaves `running`."""
+    """Content of driver-N.json. `state` says how it ended, once it has: a driver that was killed leaves `running`."""
 
     format: Literal[1] = 1
     driver: str
@@ -103,13 +105,22 @@ class Driver(_Document):
         return f"process {self.pid} on {self.host}" + (f", job {self.job}" if self.job else "")
 
 
+def newest_file(run: str) -> tuple[str, int]:
+    """The URL and the number of the newest driver's file in `run`; number 0 where there is none."""
+    numbers = {int(match[1] or 0): name for name in files.list_names(run) if (match := _FILE.fullmatch(name))}
+    last = max(numbers, default=0)
+    return files.join(run, numbers.get(last, "driver.json")), last
+
+
 def read_driver(run: str) -> Driver | None:
-    """What driver.json of the run directory `run` says; None where there is none. SaescaleError where it is damaged."""
-    where = files.join(run, FILE)
+    """What the newest driver of the run directory `run` says; None where it has had none. SaescaleError where its file
+    is damaged."""
+    where, _ = newest_file(run)
     try:
         return Driver.model_validate_json(files.read_bytes(where))
     except FileNotFoundError:
-        return None
+        # It was removed by a newer one between the two requests, or there is none.
+        return read_driver(run) if newest_file(run)[0] != where else None
     except ValidationError as error:
         raise SaescaleError(f"{where} is damaged; remove it if no driver of this run lives, and try again") from error
 
@@ -117,8 +128,8 @@ def read_driver(run: str) -> Driver | None:
 def require_free(
     run: str, known_dead: Driver | None = None, sleep: Callable[[float], None] = time.sleep
 ) -> Driver | None:
-    """Returns when no other driver holds `run`, after watching for a beat where that alone can tell: what driver.json
-    says then, which need not be watched again as `known_dead`.
+    """Returns when no other driver holds `run`, after watching for a beat where that alone can tell: what the last one
+    said then, which need not be watched again as `known_dead`.
 
     Raises SaescaleError where one does.
     """
@@ -166,8 +177,11 @@ class Lease:
         self.standing = Standing()  # to be replaced, never changed: the beat's thread reads it
         self._lost: SaescaleError | None = None
         self._ended = threading.Event()
-        self._write()
-        # Of two that began together the later writer has it; the other finds that out here or at its next beat.
+        before, number = newest_file(run)
+        self._where = files.join(run, f"driver-{number + 1:05d}.json")
+        if not files.create(self._where, self._document.model_dump_json(indent=1).encode()):
+            raise SaescaleError(f"{run} was just taken by another driver; look on with `saescale status {run}`")
+        files.remove(before)
         self._check()
         self._thread = threading.Thread(target=self._keep, name="saescale-lease", daemon=True)
         self._thread.start()
@@ -225,7 +239,7 @@ class Lease:
     def _write(self) -> None:
         beat = {"beat": self._document.beat + 1, "beat_at": time.time(), "standing": self.standing}
         self._document = document = self._document.model_copy(update=beat)
-        files.write_atomic(files.join(self._run, FILE), document.model_dump_json(indent=1).encode())
+        files.write_atomic(self._where, document.model_dump_json(indent=1).encode())
 
     def _check(self) -> None:
         try:
@@ -233,10 +247,6 @@ class Lease:
         except Superseded as error:
             self._lost = error
             raise
-
-
-class Superseded(SaescaleError):
-    """Another driver has taken the run over; what this one still does must not be written."""
 
 
 def require_owner(run: str, driver: str | None) -> None:

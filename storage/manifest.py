@@ -9,7 +9,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from saescale.storage import files
 from saescale.storage.errors import SaescaleError
 
-FORMAT = 1
+FORMAT = 2
 MANIFEST = "manifest.json"
 Dtype = Literal["float16", "bfloat16"]
 Split = Literal["train", "heldout"]
@@ -39,7 +39,8 @@ class Manifest(BaseModel):
     """What a store holds.
 
     `mean` is [d_model], `mean_square` the mean of ||x||^2, both over the train rows in float64.
-    `fingerprint` identifies the weights of the subject; `digest()` identifies the store.
+    `fingerprint` identifies the weights of the subject; `digest()` identifies the store. None is what a manifest does
+    not say.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -57,6 +58,8 @@ class Manifest(BaseModel):
     shards: list[Shard]
     mean: list[float]
     mean_square: float = Field(allow_inf_nan=False)
+    split_by: Literal["content", "subject"] | None = None
+    contexts_cross_documents: bool | None = None
     created_with: dict[str, str]
 
     @model_validator(mode="after")
@@ -70,7 +73,7 @@ class Manifest(BaseModel):
 
     def digest(self) -> str:
         """xxh3-128 (hex) of the canonical JSON; with the shards' checksums in it, it changes with any row."""
-        text = json.dumps(self.model_dump(mode="json"), sort_keys=True, separators=(",", ":"))
+        text = json.dumps(self.model_dump(mode="json", exclude_none=True), sort_keys=True, separators=(",", ":"))
         return xxhash.xxh3_128_hexdigest(text.encode())
 
 
@@ -81,7 +84,7 @@ def write_manifest(url: str, manifest: Manifest) -> None:
         raise SaescaleError(f"{target} exists and its store is immutable; write to another folder")
     for shard in manifest.shards:
         check_size(files.join(url, shard.name), shard)
-    files.write_atomic(target, (manifest.model_dump_json(indent=1) + "\n").encode())
+    files.write_atomic(target, (manifest.model_dump_json(indent=1, exclude_none=True) + "\n").encode())
 
 
 def check_size(where: str, shard: Shard) -> None:

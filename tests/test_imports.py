@@ -14,7 +14,14 @@ ROOT = Path(__file__).parents[1]
 # nothing of the others there; every room may import the groups below it, and every floor the floors below.
 ROOMS = {
     "storage": ((),),
-    "scaling": (("compute", "tables"), ("sources",), ("laws",), ("figures", "planning", "reproduce"), ("report",)),
+    "scaling": (
+        ("compute", "words"),
+        ("tables",),
+        ("sources",),
+        ("laws",),
+        ("figures", "planning", "reproduce"),
+        ("report",),
+    ),
     "trainers": (
         ("precision", "preprocess"),
         ("device",),
@@ -32,7 +39,7 @@ ROOMS = {
 FLOORS = tuple(ROOMS)
 HEAVY = {"torch", "lightning", "wandb", "transformers"}
 # Tests of what is no file of its own: behaviour of the whole, at the boundary with another program.
-BEHAVIOUR = {"scaling": {"page"}}
+BEHAVIOUR = {"scaling": {"page", "independent"}}
 
 
 def sources() -> dict[str, Path]:

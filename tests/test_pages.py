@@ -67,7 +67,7 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "store": ActivationStore.open(url).identity, "d_model": D_MODEL, "tokens": 4_096, "batch_tokens": 256,
         "lr": 3e-3, "dead_after_tokens": 2_048, "ema": 0.9,
     }  # fmt: skip
-    cells = [Cell.model_validate(shared | {"n_latents": n, "k": k}) for n in (64, 128, 256, 512) for k in (4, 8)]
+    cells = [Cell.model_validate(shared | {"n_latents": n, "k": k}) for n in (64, 128, 256, 512) for k in (2, 4, 8)]
     out = str(folder / "runs/quickstart")
     done = train_pack(
         PackJob(cells=cells, store=url, run=out, sweep="pages", eval=EvalSpec(tokens=1_024, every_tokens=2_048))

@@ -126,10 +126,13 @@ class Cell(BaseModel):
         return 4 * self.dead_after_tokens
 
     def flops(self, tokens: int) -> Flops:
-        """Training FLOPs to expect of `tokens` tokens, where none of the latents is dead."""
+        """Training FLOPs to expect of `tokens` tokens, for plans: as if each had its full k and no latent died.
+
+        What results and curves say is counted instead, as the steps did it (Worked).
+        """
         from saescale.trainers.architectures.architecture import Shape, Worked, find_architecture
 
-        worked = Worked(tokens=tokens, selected=self.k * tokens)
+        worked = Worked(tokens, self.whole_settings.pairs_per_token(self.n_latents) * tokens)
         shape = Shape(self.d_model, self.n_latents)
         return find_architecture(self.architecture).flops(shape, self.whole_settings, worked)
 

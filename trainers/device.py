@@ -38,6 +38,11 @@ def default_device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
+def device_kind(device: torch.device) -> str:
+    """What results.parquet calls a device of its kind: a GPU as its maker does, else the type, such as cpu."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+
+
 def fast_precision(device: torch.device) -> Precision:
     """The operand type of matrix products that the device is made for (precision.py); it is never measured."""
     if device.type == "cuda":

@@ -25,6 +25,7 @@ def _store(url: str, verify: bool) -> dict[str, str]:
     store = ActivationStore.open(url)
     store.verify(full=verify)
     manifest = store.manifest
+    across = " that run over document boundaries" if manifest.contexts_cross_documents else ""
     size, dropped = sum(shard.bytes for shard in manifest.shards) / 2**20, ", ".join(manifest.dropped) or "nothing"
     return {
         "store": f"{url} ({store.fingerprint})",
@@ -32,7 +33,11 @@ def _store(url: str, verify: bool) -> dict[str, str]:
         "site": f"{manifest.site.hook} of layer {manifest.site.layer}, {manifest.site.positions}",
         "rows": f"{store.rows('train'):,} train, {store.rows('heldout'):,} held out, d_model {manifest.d_model}",
         "stored as": f"{manifest.dtype}, {size:,.1f} MiB in {len(manifest.shards)} shards",
-        "text": f"{manifest.corpus}, contexts of {manifest.context_length} tokens, dropped: {dropped}",
+        "split": {
+            "content": "by text: equal texts, and all of a document, lie in one split",
+            "subject": "by the subject",
+        }.get(manifest.split_by or "", "not said"),
+        "text": f"{manifest.corpus}, contexts of {manifest.context_length} tokens{across}, dropped: {dropped}",
         "mean square": f"{manifest.mean_square:.5g}, the mean squared norm of a row",
         "checked": "checksums, shapes and values" if verify else "sizes and shapes (--verify reads every byte)",
     }
@@ -55,6 +60,9 @@ def _run(run: RunDirectory) -> dict[str, str]:
 def _cell(url: str) -> dict[str, str]:
     from saescale.trainers.exchange import native
 
+    cells, _, cell_id = url.rstrip("/").rpartition("/")
+    if cells.endswith("/cells"):
+        RunDirectory(cells.removesuffix("/cells")).check_cell(cell_id)
     sae, cell = native.read(url)
     settings = "".join(f", {name} {value}" for name, value in cell.settings.items())
     return {

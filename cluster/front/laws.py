@@ -27,6 +27,9 @@ def fit(
     out: Annotated[str | None, typer.Option(help="Folder for fits.json (default: only shown).")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="The document of fits.json alone on stdout.")] = False,
     bootstraps: Bootstraps = 1000,
+    keep_diverged: Annotated[
+        bool, typer.Option("--keep-diverged", help="Fit cells with nmse above 1 too; else they are left out and named.")
+    ] = False,
 ) -> None:
     """Fits the scaling laws to a run or to a table of results, and predicts cells that were not trained.
 
@@ -43,7 +46,7 @@ def fit(
     own = tuple(dict.fromkeys(found.name for path in law_file or () for found in load_laws(path)))
     asked = (*(law or ()), *(name for name in own if name not in (law or ())))
     points = [parse_point(text) for text in predict or ()]
-    settings = FitSettings(bootstraps, laws=asked or DEFAULT_LAWS)
+    settings = FitSettings(bootstraps, laws=asked or DEFAULT_LAWS, keep_diverged=keep_diverged)
     fitted = fit_laws(*load_sources(sources, _read_wandb), settings)
     document = fitted.document()
     if points and fitted.fits:
@@ -141,11 +144,12 @@ def _show_convergence(found: dict[str, Any] | None) -> None:
 
 
 def _comparisons(document: dict[str, Any], laws: Sequence[str]) -> list[str]:
-    """Whether the last term is needed, of the named laws."""
+    """Of the named laws whether they need their last term, and that they fit where no warning says otherwise."""
     from saescale.scaling.laws.fit import law_label
 
     return [
-        f"{law_label(entry)}: {entry['without_last_term']['words']}"
+        f"{law_label(entry)}: {entry[key]['words']}"
         for entry in document["fits"]
-        if entry["law"] in laws and "without_last_term" in entry
+        for key in ("lack_of_fit", "without_last_term")
+        if entry["law"] in laws and key in entry and not entry[key].get("significant")
     ]

@@ -94,8 +94,8 @@ def _show(document: dict[str, Any]) -> None:
     console.print(shown)
     count = sum(len(cell["seeds"]) for cell in document["cells"])
     console.print(
-        f"\n{count} cells in {len(document['packs'])} packs, {document['hours']:.3g} h on one {device['name']} at an "
-        f"assumed {device['flops_per_s']:.3g} sparse training FLOP/s (--flops-per-s sets it)",
+        f"\n{count} cells in {len(document['packs'])} packs, {document['hours']:.3g} h on one {device['name']} at "
+        f"{device['flops_per_s']:.3g} sparse training FLOP/s, {device['speed_from']}",
         highlight=False, soft_wrap=True,
     )  # fmt: skip
     rectangle = document["rectangle"]

@@ -89,8 +89,8 @@ class Ledger:
         there = self.run.cell_files()
         for cell in cells:
             names = there.get(cell.cell_id, set())
-            if "result.json" in names and any(name.startswith("checkpoint/") for name in names):
-                remove(self.run.checkpoint_url(cell.cell_id))
+            if "result.json" in names and any(name.startswith(("checkpoint/", "curve-", "sae-")) for name in names):
+                self.run.tidy_cell(cell.cell_id, self.run.read_cell_result(cell.cell_id) or {})
 
     def forget_failed(self) -> None:
         """Failed cells are pending again, and go on from their last checkpoint where one is left.
@@ -109,7 +109,7 @@ class Ledger:
     def checkpoint_steps(self) -> dict[str, list[int]]:
         """The checkpointed steps of each pending cell, newest first; cells without one are absent."""
         there = self.run.cell_files()
-        begun = [c.cell_id for c in self.pending if f"checkpoint/{checkpoint.POINTER}" in there.get(c.cell_id, ())]
+        begun = [c.cell_id for c in self.pending if checkpoint.has_any(there.get(c.cell_id, ()))]
         steps = {cell_id: checkpoint.steps(self.run.checkpoint_url(cell_id)) for cell_id in begun}
         return {cell_id: found for cell_id, found in steps.items() if found}
 
@@ -143,7 +143,7 @@ class Ledger:
         found = self._of_each(unknown, lambda cell: self.run.read_cell_result(cell.cell_id))
         if results := [row for row in found if row is not None]:
             for result in results:
-                remove(self.run.checkpoint_url(result["cell_id"]))
+                self.run.tidy_cell(result["cell_id"], result)
             self.record(results)
 
     def _of_each(self, cells: Iterable[Cell], ask: Callable[[Cell], T]) -> list[T]:
@@ -157,8 +157,11 @@ class Ledger:
         tokens = cell.batch_tokens * max(steps, default=0)
         provenance = Provenance.of(self._store, self.document["eval"]["tokens"])
         row = result_row(cell, provenance, tokens, cell.flops(tokens), wall_s=0.0, last=None, error=why)
-        self.run.write_cell_result(cell.cell_id, row)
-        self.record([row])
+        # Whoever still trains it somewhere loses it here, unless it has just ended.
+        done = self.run.take_cell(cell.cell_id)
+        if done is None:
+            self.run.write_cell_result(cell.cell_id, row, keep=True)
+        self.record([done or row])
 
     def write(self) -> None:
         """results.parquet with one row for every cell of the sweep, and the curves of the finished ones."""

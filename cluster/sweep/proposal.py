@@ -31,14 +31,17 @@ class Request:
 
 
 class Prior(NamedTuple):
-    """What is known before: coefficients [draws, coefficients], scatter of ln nmse, finished cells, in words, and the
-    seeds of each n and k that other cells have, finished or not."""
+    """What is known before: coefficients [draws, coefficients], scatter of ln nmse and the share of its variance that
+    seeds have in common, finished cells, in words, the seeds of each n and k that other cells have, finished or not,
+    and the device at its speed."""
 
     raw: np.ndarray
     noise: float
+    shared: float
     cells: Mapping[str, np.ndarray]
     words: str
     seeds: Mapping[tuple[int, int], Set[int]]
+    device: Device
 
 
 class ProposedCell(NamedTuple):
@@ -68,14 +71,19 @@ class Proposal:
 
     def document(self) -> dict[str, Any]:
         """Everything as JSON."""
-        device = self.request.device
+        device = self.prior.device
         return {
             "target": self.request.target,
             "at": dict(self.request.at),
             "budget_hours": self.request.hours,
             "hours": self.design.hours,
             "device": {**device._asdict(), "flops_per_s": device.flops_per_s},
-            "prior": {"from": self.prior.words, "noise": self.prior.noise, "cells": len(self.prior.cells["k"])},
+            "prior": {
+                "from": self.prior.words,
+                "noise": self.prior.noise,
+                "shared_by_seeds": self.prior.shared,
+                "cells": len(self.prior.cells["k"]),
+            },
             "cells": [cell._asdict() for cell in self.cells],
             "expected": self._expected(self.design),
             "before": self._expected(self.before),
@@ -103,6 +111,7 @@ class Proposal:
             f"# {cells} cells that narrow the {self.request.target} the most within {self.request.hours:g} h on one "
             f"{self.request.device.name}.",
             f"# Prior: {self.prior.words}.",
+            f"# Speed: {self.prior.device.flops_per_s:.3g} sparse training FLOP/s, {self.prior.device.speed_from}.",
             "# To add them to a sweep that is there: saescale sweep ITS.yaml --extend THIS.yaml",
             yaml_text(document).rstrip(),
             "grid:",

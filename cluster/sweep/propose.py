@@ -10,6 +10,7 @@ from saescale.cluster.sweep.proposal import Prior, Proposal, ProposedCell, Reque
 from saescale.cluster.sweep.spec import NO_STORE, SweepSpec, parse_spec
 from saescale.scaling.laws.estimate import Fit, fit_law
 from saescale.scaling.laws.forms.n_k import GPT4, N_K
+from saescale.scaling.laws.lack_of_fit import kinds_of
 from saescale.scaling.laws.settings import FitSettings
 from saescale.scaling.planning.design import (
     LEVELS,
@@ -24,9 +25,9 @@ from saescale.scaling.planning.design import (
     propose,
     wanted,
 )
-from saescale.scaling.planning.devices import Device
+from saescale.scaling.planning.devices import Device, as_measured
 from saescale.scaling.sources import load_sources
-from saescale.scaling.tables import Table, comparable, load_rows
+from saescale.scaling.tables import Table, comparable, load_rows, without_diverged
 from saescale.storage import files
 from saescale.storage.errors import SaescaleError
 from saescale.storage.rundir import RunDirectory
@@ -50,7 +51,7 @@ def make_proposal(request: Request) -> Proposal:
     goal = wanted(cast(Target, request.target), N_K, prior.raw, [k for k in ks if k in cells.k], request.at)
     design = propose(cells, goal, request.hours, prior.cells, request.seeds)
     rectangle = best_rectangle(cells, goal, request.hours, prior.cells, request.seeds)
-    rows, grid = _proposed(cells, design, prior.seeds, base, d_model, request.device)
+    rows, grid = _proposed(cells, design, prior.seeds, base, d_model, prior.device)
     spec = parse_spec(base | {"grid": {"cells": grid}}, "the plan")
     before = expected(cells, goal, prior.cells) if len(prior.cells["k"]) > len(N_K.names) else None
     packs = _packs(spec, d_model, request.device)
@@ -68,20 +69,29 @@ def _prior(request: Request) -> tuple[Prior, dict[str, Any], int]:
     }
     if request.source is None:
         words = f"the published law of GPT-4's SAEs and an assumed scatter of {request.noise or _NOISE:.2%}"
-        return Prior(N_K.to_raw(GPT4)[None], request.noise or _NOISE, none, words, {}), base, request.d_model
-    results = comparable(load_sources([request.source])[0])
+        prior = Prior(N_K.to_raw(GPT4)[None], request.noise or _NOISE, 0.0, none, words, {}, request.device)
+        return prior, base, request.d_model
+    results, curves = load_sources([request.source])
+    results = comparable(without_diverged(results))
     results.require(("n_latents", "k"))
     try:
-        fit = fit_law(N_K, results.columns, results["nmse"], FitSettings(_DRAWS * 10))
+        fit = fit_law(
+            N_K, results.columns, results["nmse"], FitSettings(_DRAWS * 10), kinds=kinds_of(results, N_K.columns)
+        )
     except SaescaleError as error:
         raise SaescaleError(
             f"{request.source}: no law to plan from: {error}; or plan from the published law"
         ) from error
     d_model = int(results["d_model"][0]) if "d_model" in results else request.d_model
     words = f"L(N, k) of {request.source} and its scatter of {request.noise or fit.noise:.2%} about it"
+    shared = 0.0
+    if fit.misses and fit.lack:
+        shared = fit.lack.shared
+        words += f", {shared:.0%} of whose variance all seeds of one n and k share (lack of fit): new n and k tell more"
+    device = request.device if request.device.given else as_measured(request.device, results, curves)
     prior = Prior(
-        np.concatenate([fit.raw[None], _plausible(fit)]), request.noise or fit.noise,
-        {"n_latents": results["n_latents"], "k": results["k"]}, words, _seeds_of(request.source),
+        np.concatenate([fit.raw[None], _plausible(fit)]), request.noise or fit.noise, shared,
+        {"n_latents": results["n_latents"], "k": results["k"]}, words, _seeds_of(request.source), device,
     )  # fmt: skip
     return prior, _base_of(request.source, results, base), d_model
 
@@ -152,7 +162,7 @@ def _candidates(
     _require_enough(request, n, k, prior.cells)
     spec = parse_spec(base | {"grid": {"cells": _grid(n, k, [[0]] * len(n))}}, "the plan")
     possible, needs = _cells(spec, d_model), _needs(spec, request.device)
-    hours = np.array([request.device.hours(cell.flops(cell.tokens).sparse) for cell in possible])
+    hours = np.array([prior.device.hours(cell.flops(cell.tokens).sparse) for cell in possible])
     memory = np.array([needs([cell]) for cell in possible])
     fits = memory <= request.device.memory
     if not fits.any():
@@ -168,7 +178,7 @@ def _candidates(
             f"{request.hours:.3g} h on {request.device.name} do not reach for one cell; the cheapest takes "
             f"{cheapest:.3g} h. Raise --budget or lower --tokens"
         )
-    return candidates(N_K, prior.raw, n[fits], k[fits], hours[fits], prior.noise)
+    return candidates(N_K, prior.raw, n[fits], k[fits], hours[fits], prior.noise, prior.shared)
 
 
 def _require_enough(

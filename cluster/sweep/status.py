@@ -1,4 +1,4 @@
-"""How far a sweep is: its ledger (results.parquet), what its driver says (driver.json), and its job on a cluster.
+"""How far a sweep is: its ledger (results.parquet), what its driver says (driver-N.json), and its job on a cluster.
 
 Imports neither torch nor Ray, and reads no file for each cell: with 10,000 cells the answer takes a few requests.
 """
@@ -17,8 +17,6 @@ from saescale.storage.yaml_text import LOADER
 # Files of single cells, such as a checkpoint's pointer, are read for so many cells at most: details of a few that just
 # changed, not of thousands.
 MAX_READ = 32
-
-_POINTER = f"checkpoint/{checkpoint.POINTER}"
 
 CellState = Literal["done", "failed", "running", "started", "pending"]
 SweepState = Literal["waiting", "starting", "running", "finished", "stopped", "failed", "died", "unfinished"]
@@ -220,7 +218,7 @@ def _with_files(cells: list[CellStatus], run: RunDirectory) -> list[CellStatus]:
     found = []
     for cell in cells:
         names = listed.get(cell.cell_id, set())
-        if cell.status != "pending" or not names & {"result.json", _POINTER}:
+        if cell.status != "pending" or not ("result.json" in names or checkpoint.has_any(names)):
             found.append(cell)
             continue
         read += 1

@@ -11,12 +11,10 @@ from saescale.scaling.laws.estimate import Fit
 from saescale.scaling.laws.fit import Laws
 from saescale.scaling.laws.forms.c import C_FLOOR
 from saescale.scaling.laws.forms.n_k import GPT4
-from saescale.scaling.laws.frontier import Curve
 from saescale.storage.columns import COLUMNS
 
 C_LABEL, K_LABEL = COLUMNS["flops"].title, COLUMNS["k"].title
 _SLICES = 6
-_LEAST_SIZES = 3
 
 
 def nmse_against_compute(laws: Laws) -> View | None:
@@ -182,47 +180,48 @@ def holdout(laws: Laws) -> View | None:
 
 
 def isoflop(laws: Laws) -> View | None:
-    """nmse against N at equal compute, read off the curves, at the k with the most sizes. None where at no compute
-    three sizes compare."""
-    sizes_at = {k: len({curve.n_latents for curve in curves}) for k, curves in laws.curves.items()}
-    k = max(sizes_at, key=lambda k: (sizes_at[k], -k), default=None)
-    if k is None or sizes_at[k] < _LEAST_SIZES:
+    """nmse against N at equal compute, with the minima that the compute-optimal laws are fitted to, at the k with the
+    most sizes. None where at no compute three sizes compare."""
+    if not laws.isoflops:
         return None
-    curves = laws.curves[k]
-    candidates = np.geomspace(min(c.flops[0] for c in curves), max(c.flops[-1] for c in curves), 20 * _SLICES)
-    slices = {float(c): _slice(curves, c) for c in candidates}
-    comparable = [c for c, (sizes, _) in slices.items() if len(sizes) >= _LEAST_SIZES]
-    if not comparable:
-        return None
-    chosen = np.linspace(0, len(comparable) - 1, min(_SLICES, len(comparable)))
-    shades = tuple(dict.fromkeys(comparable[round(i)] for i in chosen))
+    view = max(laws.isoflops, key=lambda v: (len(v.sizes), len(v.minimum), -v.frontier.at.get("k", 0.0)))
+    at = "".join(f", k = {k:g}" for k in view.frontier.at.values())
+    # Where there are minima, levels that have one: of the others nothing is fitted.
+    among = view.minimum if view.enough else np.arange(len(view.level))
+    chosen = np.unique(np.round(np.linspace(0, len(among) - 1, min(_SLICES, len(among)))).astype(int))
     layers: list[Layer] = []
     seen: list[float] = []
-    for level in shades:
-        sizes, nmse = slices[level]
-        layers.append(Line(sizes, nmse, level, "law", f"{_flops(level)} FLOPs"))
-        best = int(np.argmin(nmse))
-        inside = 0 < best < len(sizes) - 1
-        texts = [f"N = {n:,.0f}<br>nmse {v:.4f}<br>{_flops(level)} FLOPs" for n, v in zip(sizes, nmse, strict=True)]
-        layers.append(Points(sizes, nmse, level, texts, marker="open"))
-        if inside:
-            layers.append(Points(sizes[best : best + 1], nmse[best : best + 1], level, [texts[best] + "<br>lowest"]))
-        layers.append(Label(float(sizes[-1]), float(nmse[-1]), f"C = {_flops(level)}", level))
+    shades = []
+    for row in among[chosen]:
+        compute = float(view.frontier.grid[view.level[row]])
+        there = np.isfinite(view.slices[row])
+        sizes, nmse = view.sizes[there], np.exp(view.slices[row][there])
+        shades.append(compute)
+        layers.append(Line(sizes, nmse, compute, "law", f"{_flops(compute)} FLOPs"))
+        texts = [f"N = {n:,.0f}<br>nmse {v:.4f}<br>{_flops(compute)} FLOPs" for n, v in zip(sizes, nmse, strict=True)]
+        layers.append(Points(sizes, nmse, compute, texts, marker="open"))
+        for i in np.flatnonzero(view.minimum == row):
+            n, lowest = view.n_latents[i], view.nmse[i]
+            text = f"minimum at N = {n:,.0f}<br>nmse {lowest:.4f}<br>{_flops(compute)} FLOPs"
+            layers.append(Points(np.array([n]), np.array([lowest]), compute, [text]))
+            seen.append(float(lowest))
+        layers.append(Label(float(sizes[-1]), float(nmse[-1]), f"C = {_flops(compute)}", compute))
         seen += nmse.tolist()
     return View(
-        "isoflop", f"nmse against N at equal compute, k = {k:g}",
-        f"What each N reaches with the same training compute C at k = {k:g}, read off the curves. Where the lowest "
-        "point lies inside, a smaller and a larger SAE would both do worse with that compute.",
-        "Lines: equal compute. Filled: the lowest, where it is not at the edge of the grid.",
-        count_axis(N_LABEL, [c.n_latents for c in curves]), log_axis(NMSE_LABEL, np.array(seen)),
-        shades, tuple(layers), ramp="compute",
+        "isoflop", f"nmse against N at equal compute{at}",
+        f"What each N reaches with the same training compute C{at}, on the frontier's smoothed curves. Where there is "
+        "a minimum inside, a smaller and a larger SAE would both do worse with that compute.",
+        "Lines: equal compute. Filled: the minimum of a parabola through the lowest size and its neighbours, which "
+        "n(C) and D(C) are fitted to.",
+        count_axis(N_LABEL, view.sizes), log_axis(NMSE_LABEL, np.array(seen)),
+        tuple(shades), tuple(layers), ramp="compute",
     )  # fmt: skip
 
 
 def compute_optimal(laws: Laws) -> View | None:
     """The N that reaches the lowest nmse with a given compute, from iso-FLOP minima. None without any."""
     ks = ks_of(laws)
-    minima = {view.frontier.at.get("k"): view for view in laws.isoflops}
+    minima = {view.frontier.at.get("k"): view for view in laws.isoflops if view.enough}
     if not minima:
         return None
     fits = {fit.at.get("k"): fit for fit in laws.fits if fit.law.name == "n_of_c"}
@@ -253,17 +252,6 @@ def compute_optimal(laws: Laws) -> View | None:
         log_axis("Compute-optimal N", np.concatenate([view.n_latents for view in minima.values()])),
         tuple(ks), tuple(layers),
     )  # fmt: skip
-
-
-def _slice(curves: Sequence[Curve], level: float) -> tuple[np.ndarray, np.ndarray]:
-    """(N, nmse), [sizes] each: the lowest nmse at `level` FLOPs for every N whose curves reach it."""
-    found: dict[float, float] = {}
-    for curve in curves:
-        if max(curve.flops[0], 0.05 * curve.flops[-1]) <= level <= curve.flops[-1] * (1 + 1e-9):
-            value = float(np.exp(np.interp(np.log(level), np.log(curve.flops), curve.log_nmse)))
-            found[curve.n_latents] = min(value, found.get(curve.n_latents, np.inf))
-    sizes = sorted(found)
-    return np.array(sizes), np.array([found[n] for n in sizes])
 
 
 def _flops(value: float) -> str:

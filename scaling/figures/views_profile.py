@@ -10,6 +10,7 @@ import numpy as np
 from saescale.scaling.figures.axes import linear_axis
 from saescale.scaling.figures.views import Axis, Label, Layer, Line, Points, Rule, View
 from saescale.scaling.laws.fit import law_label
+from saescale.scaling.words import listed
 
 _KEY = "profile_of_floor"
 _SHOWN = 3.0  # the profile is shown up to so many times the limit
@@ -85,7 +86,7 @@ def _open_above(found: list[tuple[str, float | None, Mapping[str, Any], list[dic
     names = [_short(name) for name, _, entry, _ in found if entry["high"] is None]
     if not names:
         return ""
-    return f" Open above at the lowest measured nmse, where floors end: {', '.join(names)}."
+    return f" Open above at the lowest measured nmse, where floors end: {listed(names, ', ')}."
 
 
 def _floor_axis(floors: list[float]) -> Axis:

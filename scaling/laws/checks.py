@@ -1,19 +1,19 @@
 """Warnings in words: where the data cannot carry what a law claims."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from saescale.scaling.laws.convergence import Convergence
 from saescale.scaling.laws.estimate import Fit
 from saescale.scaling.laws.frontier import Frontier
 from saescale.scaling.laws.law import SYMBOLS
-from saescale.scaling.tables import Table, number
+from saescale.scaling.tables import Table, number, size_of
+from saescale.scaling.words import listed
 from scipy.stats import binom, spearmanr
 
 _RANGE = 8.0
 _DEAD = 0.1
-_FALL = 0.02
 _TRADED = 0.9
 _WIDE = 0.25
 _SMALL_FLOOR = 0.02
@@ -25,16 +25,7 @@ _SEEN = 12
 _EXACT = 1e-6
 
 
-@dataclass(frozen=True)
-class _Cells:
-    labels: list[str]
-
-    def __str__(self) -> str:
-        shown = "; ".join(self.labels[:4])
-        return shown + (f"; and {len(self.labels) - 4} more" if len(self.labels) > 4 else "")
-
-
-def data_warnings(results: Table, curves: Table | None) -> list[str]:
+def data_warnings(results: Table, convergence: Convergence | None) -> list[str]:
     """What is wrong with the cells, whatever law is fitted to them; what their columns cannot tell is passed over."""
     warnings = []
     for column, symbol in (("n_latents", "N"), ("k", "k")):
@@ -51,7 +42,7 @@ def data_warnings(results: Table, curves: Table | None) -> list[str]:
     elif "d_model" in results:
         near = np.unique(results["k"][results["k"] > results["d_model"] / 4])
         if len(near):
-            values = ", ".join(f"{k:g}" for k in near)
+            values = listed((f"{k:g}" for k in near), ", ")
             warnings.append(
                 f"k = {values} is above d_model / 4 = {results['d_model'][0] / 4:g}: the law holds for k "
                 "much smaller than d_model"
@@ -59,23 +50,22 @@ def data_warnings(results: Table, curves: Table | None) -> list[str]:
     if "dead_fraction" in results:
         rows = np.flatnonzero(results["dead_fraction"] > _DEAD)
         if len(rows):
-            cells = _Cells([f"{_size(results, int(r))}: {results['dead_fraction'][r]:.0%}" for r in rows])
+            cells = listed(f"{size_of(results, int(r))}: {results['dead_fraction'][r]:.0%}" for r in rows)
             warnings.append(
                 f"{len(rows)} cells have more than {_DEAD:.0%} dead latents ({cells}): their effective N "
                 "is smaller, which flattens the law in N"
             )
     if "n_latents" in results and (rises := _rises(results)):
         warnings.append(
-            f"nmse does not fall with N{' or'.join(rises)}: those cells are undertrained or too noisy for a law"
+            f"nmse does not fall with N in these steps: {listed(rises)}; those cells are undertrained or too noisy for "
+            "a law"
         )
-    if curves is not None:
-        falling = _unconverged(results, curves)
-        if falling:
-            warnings.append(
-                f"{len(falling)} cells are not converged, their held-out nmse still fell by more than "
-                f"{_FALL:.0%} over the last quarter of training ({_Cells(falling)}): L(N, k) describes "
-                "this budget of tokens, not convergence"
-            )
+    if (above := int((results["nmse"] > 1).sum())) == len(results):
+        warnings.append("nmse is above 1 in every cell: it is taken for another loss, and none for diverged")
+    elif above:
+        warnings.append(f"{above} cells with nmse above 1, worse than the mean alone, diverged and are in the fits")
+    if convergence is not None:
+        warnings += convergence.warnings()
     return warnings
 
 
@@ -84,10 +74,14 @@ def fit_warnings(fit: Fit) -> list[str]:
     law, warnings = fit.law, []
     if fit.agreeing < 2:
         warnings.append(f"only {fit.agreeing} of {fit.starts} starts reach the best fit: it may not be the global one")
-    spare = len(fit.nmse) - len(law.names)
+    if fit.misses and fit.lack:
+        warnings.append(fit.lack.words)
+    warnings += _bounds(fit)
+    spare = fit.free
     if fit.widen > 1 and spare < _SPARE:
+        points = f"{spare + len(law.names)} {'kinds of cells' if fit.misses else 'points'}"
         warnings.append(
-            f"{len(fit.nmse)} points for {len(law.names)} coefficients: with {spare} degrees of freedom the scatter "
+            f"{points} for {len(law.names)} coefficients: with {spare} degrees of freedom the scatter "
             f"itself is hardly known, and intervals are {fit.widen:.1f} times as wide for it"
         )
     warnings += _uneven_scatter(fit)
@@ -109,7 +103,7 @@ def fit_warnings(fit: Fit) -> list[str]:
             if exponent["low"] is None or exponent["high"] is None or exponent["low"] <= 0 <= exponent["high"]:
                 flat.append(f"{k:g}")
         if flat:
-            warnings.append(f"the exponent of n cannot be told from 0 at k = {', '.join(flat)}")
+            warnings.append(f"the exponent of n cannot be told from 0 at k = {listed(flat, ', ')}")
     if len(law.terms) > 1 and law.join == 1:
         warnings += _floor_warnings(fit)
     return warnings
@@ -182,15 +176,32 @@ def _floor_warnings(fit: Fit) -> list[str]:
     return warnings
 
 
+def _bounds(fit: Fit) -> list[str]:
+    """Which exponents stand on the bounds within which they are sought."""
+    on_it = [f"{bound.name} = {bound.value:g}" for bound in fit.bounds if not bound.interval_only]
+    ends = [f"{bound.name} at {bound.value:g}" for bound in fit.bounds if bound.interval_only]
+    where = "the bound of their local value at the centre of the data"
+    found = []
+    if on_it:
+        found.append(
+            f"exponents stand on {where} ({listed(on_it, ', ')}): the cells ask for more than this form gives, and "
+            "neither value nor interval say how much; look for wrong cells, or for a form that bends"
+        )
+    if ends:
+        found.append(f"intervals of exponents end on {where} ({listed(ends, ', ')}): the cells do not bound them there")
+    return found
+
+
 def _uneven_scatter(fit: Fit) -> list[str]:
     """Whether cells scatter more at one end: intervals take their scatter about the law for the same everywhere."""
-    if fit.widen == 1 or len(fit.nmse) < _SEEN:
+    if fit.widen == 1 or fit.free + len(fit.law.names) < _SEEN:
         return []
-    scatter = np.abs(fit.law.log_value(fit.raw, fit.columns) - np.log(fit.nmse))
+    columns, log_nmse = fit.observations()
+    scatter = np.abs(fit.law.log_value(fit.raw, columns) - log_nmse)
     if scatter.max() < _EXACT:
         return []
     found = []
-    for column, values in fit.columns.items():
+    for column, values in columns.items():
         rank = spearmanr(values, scatter)
         if rank.pvalue < _UNLIKELY:
             end = "large" if rank.statistic > 0 else "small"
@@ -201,40 +212,26 @@ def _uneven_scatter(fit: Fit) -> list[str]:
     return found
 
 
-def _size(results: Table, row: int) -> str:
-    """Such as "N = 512, k = 8"."""
-    symbols = {"n_latents": "N", "k": "k"}
-    named = [f"{symbol} = {number(results[column][row])}" for column, symbol in symbols.items() if column in results]
-    return ", ".join(named) or f"row {row + 1}"
-
-
 def _rises(results: Table) -> list[str]:
-    """Where nmse, averaged over cells of one size, does not fall from one N to the next: one phrase for each k."""
+    """The steps of N at which nmse, averaged over cells of one size, does not fall, such as "k = 8, N = 512 to 1024".
+
+    Not where tokens differ otherwise than by growing with N, which is what L(N, D) is for.
+    """
     ks = results["k"] if "k" in results else np.zeros(len(results))
-    phrases = []
+    found = []
     for k in np.unique(ks):
         own = ks == k
         sizes = np.unique(results["n_latents"][own])
-        means = [np.log(results["nmse"][own & (results["n_latents"] == n)]).mean() for n in sizes]
-        steps = zip(sizes[:-1], sizes[1:], np.diff(means), strict=True)
-        rises = [f"{number(low)} to {number(high)}" for low, high, fall in steps if fall >= 0]
-        if rises:
-            at = f" at k = {k:g}" if "k" in results else ""
-            phrases.append(f"{at} (from N = {'; '.join(rises)})")
-    return phrases
-
-
-def _unconverged(results: Table, curves: Table) -> list[str]:
-    falling = []
-    usable = np.isfinite(curves["nmse"]) & (curves["nmse"] > 0)
-    of_cell = curves.rows_of("cell_id")
-    for row, cell_id in enumerate(results["cell_id"].tolist()):
-        own = of_cell.get(cell_id)
-        if own is None or (own := own[usable[own]]).size < 3:
+        if "tokens" in results and not _grow(results["n_latents"][own], results["tokens"][own]):
             continue
-        own = own[np.argsort(curves["tokens"][own])]
-        tokens, nmse = curves["tokens"][own], curves["nmse"][own]
-        fall = 1 - nmse[-1] / np.interp(0.75 * tokens[-1], tokens, nmse)
-        if fall > _FALL:
-            falling.append(f"{_size(results, row)}: {fall:.1%}")
-    return falling
+        means = [np.log(results["nmse"][own & (results["n_latents"] == n)]).mean() for n in sizes]
+        at = f"k = {k:g}, " if "k" in results else ""
+        steps = zip(sizes[:-1], sizes[1:], np.diff(means), strict=True)
+        found += [f"{at}N = {number(low)} to {number(high)}" for low, high, fall in steps if fall >= 0]
+    return found
+
+
+def _grow(sizes: np.ndarray, tokens: np.ndarray) -> bool:
+    """Whether there is one number of tokens for each size, and never fewer for a larger one."""
+    pairs = np.unique(np.stack([sizes, tokens], axis=1), axis=0)
+    return len(pairs) == len(np.unique(sizes)) and bool((np.diff(pairs[:, 1]) >= 0).all())

@@ -6,7 +6,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from saescale.scaling.laws.huber import Problem, losses, minimise, polish
-from saescale.scaling.laws.identify import Conditioning, Profile, condition
+from saescale.scaling.laws.identify import Bound, Conditioning, Profile, bounds_reached, condition
+from saescale.scaling.laws.lack_of_fit import LackOfFit, f_test, resampled_errors, smoothed
 from saescale.scaling.laws.law import SYMBOLS, Law
 from saescale.scaling.laws.settings import FitSettings
 from saescale.storage.errors import SaescaleError
@@ -59,7 +60,8 @@ class Prediction(NamedTuple):
 class Fit:
     """A fitted law. `raw` [coefficients] and `draws` [bootstraps, coefficients] are raw coefficients (law.py);
     `at` is what is held fixed, such as {"k": 32}; `columns` and `nmse` (or what the law gives) are the points,
-    [points] each. `widen` is what the bootstrap's intervals are widened by; `kind` says what is resampled."""
+    [points] each. `widen` is what the bootstrap's intervals are widened by; `kind` says what is resampled. `kinds`
+    [points]: which cells are equal but for their seed (None: no two), and `lack` what the form misses besides."""
 
     law: Law
     at: dict[str, float]
@@ -77,6 +79,9 @@ class Fit:
     widen: float = 1.0
     conditioning: Conditioning | None = None
     profile: Profile | None = None
+    kinds: np.ndarray | None = None
+    lack: LackOfFit | None = None
+    bounds: tuple[Bound, ...] = ()
     more: Mapping[str, Any] = field(default_factory=dict)  # further keys of its entry in fits.json
 
     @property
@@ -87,9 +92,30 @@ class Fit:
 
     @property
     def noise(self) -> float:
-        """Standard deviation of ln nmse of cells about the law, with the degrees of freedom that the fit took."""
+        """Standard deviation of ln nmse of one cell about the law, with the degrees of freedom that the fit took."""
+        if self.misses and self.lack:
+            return self.lack.noise
         points = len(self.nmse)
         return self.rms_log_residual * np.sqrt(points / max(points - len(self.law.names), 1))
+
+    @property
+    def misses(self) -> bool:
+        """Whether the form misses more than the scatter of equal cells allows."""
+        return self.lack is not None and self.lack.significant
+
+    @property
+    def free(self) -> int:
+        """Degrees of freedom of the scatter about the law; where the form misses something, cells that are equal but
+        for their seed have it in common and count as one."""
+        return _observations(self.nmse, self.kinds if self.misses else None) - len(self.law.names)
+
+    def observations(self) -> tuple[dict[str, np.ndarray], np.ndarray]:
+        """(columns, ln nmse) of what the fit takes for independent: its points, or the means of equal cells."""
+        log_nmse = np.log(self.nmse)
+        if self.kinds is None or not self.misses:
+            return self.columns, log_nmse
+        _, first, sizes = np.unique(self.kinds, return_index=True, return_counts=True)
+        return {c: v[first] for c, v in self.columns.items()}, np.bincount(self.kinds, log_nmse) / sizes
 
     @property
     def centre(self) -> dict[str, float]:
@@ -157,6 +183,10 @@ class Fit:
             "holdout": self.holdout,
             "warnings": list(self.warnings),
         }  # fmt: skip
+        if self.lack:
+            entry["lack_of_fit"] = self.lack.document()
+        if self.bounds:
+            entry["bounds_reached"] = [bound._asdict() for bound in self.bounds]
         if self.conditioning:
             entry |= self.conditioning.document(self.law.names)
         if self.profile:
@@ -174,13 +204,16 @@ def fit_law(
     resampler: Resampler | None = None,
     excluded: tuple[str, ...] = (),
     agree: bool = True,
+    kinds: np.ndarray | None = None,
 ) -> Fit:
     """Fits `law` to nmse [points] (or what else the law gives) at `columns` ([points] each, more than needed is fine).
 
     The loss is Huber's on ln predicted - ln measured with a width of 1e-3, summed over points and minimised by
     variable projection from many starts: that of Hoffmann et al. 2022 (2203.15556, approach 3), with nmse in place of
     the language model's loss. Intervals come from refits to resamples, by default of cells (see `resample_cells`);
-    of `settings` the laws do not count here. `agree`: False spares the starts that only confirm the best one.
+    of `settings` the laws do not count here. `agree`: False spares the starts that only confirm the best one. `kinds`
+    [points]: numbers that cells which are equal but for their seed share; where these tell a lack of fit, all cells of
+    a kind have it in common.
 
     Raises SaescaleError when the points are fewer than coefficients + 2 or a column takes too few values.
     """
@@ -203,19 +236,38 @@ def fit_law(
     found, loss = minimise(problem, starts, log_nmse, ones)
     best = polish(problem, found[np.argmin(loss)], log_nmse, ones)
     agreeing = int((loss <= 1.01 * losses(problem, best[None], log_nmse, ones)[0] + 1e-12).sum())
+    if kinds is not None:
+        kinds = np.unique(kinds, return_inverse=True)[1]
+    lack = None if kinds is None else f_test(problem, best, log_nmse, kinds)
+    shared = kinds if lack and lack.significant else None
     draws, redrawn = np.empty((0, len(law.names))), 0
     if settings.bootstraps:
         value = problem.log_value(best)[0]
-        samples = (resampler or resample_cells)(Fitted(value, log_nmse - value, len(best)), settings.bootstraps, rng)
+        fitted = Fitted(value, log_nmse - value, len(best))
+        if lack and shared is not None:
+            errors = resampled_errors(lack, fitted.residuals, shared, settings.bootstraps, rng)
+            samples = Resamples(value + errors, ones, 0)
+        else:
+            samples = (resampler or resample_cells)(fitted, settings.bootstraps, rng)
         draws = _refits(problem, best, samples, settings.bootstraps)
         redrawn = samples.redrawn
     # Only residuals of independent cells have the degrees of freedom that Student's t counts.
-    widen = 1.0 if resampler else float(t.ppf(0.975, len(nmse) - len(best)) / norm.ppf(0.975))
+    free = max(_observations(nmse, shared) - len(best), 1)
+    widen = 1.0 if resampler else float(t.ppf(0.975, free) / norm.ppf(0.975))
+    kind = (
+        "curves" if resampler else "residuals of cells" if shared is None else "residuals of kinds of cells and seeds"
+    )
     return Fit(
         law, dict(at or {}), columns, np.asarray(nmse), law.ordered(to_raw @ best), law.ordered(draws @ to_raw.T),
-        len(starts), agreeing, redrawn, excluded, kind="curves" if resampler else "residuals of cells", widen=widen,
-        conditioning=condition(law, problem, best, to_raw),
+        len(starts), agreeing, redrawn, excluded, kind=kind, widen=widen,
+        conditioning=condition(law, problem, best, to_raw), kinds=kinds, lack=lack,
+        bounds=bounds_reached(law, problem, best, draws),
     )  # fmt: skip
+
+
+def _observations(nmse: np.ndarray, kinds: np.ndarray | None) -> int:
+    """How many independent ones there are: cells, or kinds of cells where these are given."""
+    return len(nmse) if kinds is None else int(kinds.max()) + 1
 
 
 def chunks(items: int, each: int) -> Iterator[slice]:
@@ -242,8 +294,7 @@ def resample_cells(fitted: Fitted, bootstraps: int, rng: np.random.Generator) ->
 
     A fit of absolute residuals meets as many cells exactly as it has coefficients, and a small grid loses a whole N or
     k when cells are drawn with replacement; so residuals are drawn, scaled by sqrt(cells / degrees of freedom) and
-    smoothed by a normal kernel of Silverman's width (De Angelis, Hall and Young 1993). Percentiles are then widened by
-    Student's t over the normal quantile.
+    smoothed (lack_of_fit.py). Percentiles are then widened by Student's t over the normal quantile.
 
     Of 300 simulated sweeps each, 95 % intervals held the exponent of n at fixed k, the law at four times the largest n
     and a new cell there in 91 to 97 %, 95 % in the mean: L(N, k) on 42, 24 and 16 cells, L(N) with a floor on 8. For
@@ -254,10 +305,7 @@ def resample_cells(fitted: Fitted, bootstraps: int, rng: np.random.Generator) ->
     residuals = fitted.residuals - fitted.residuals.mean()
     cells = len(residuals)
     inflated = residuals * np.sqrt(cells / (cells - fitted.coefficients))
-    width = 1.06 * cells**-0.2
-    scatter = inflated.std() * rng.standard_normal((bootstraps, cells))
-    drawn = (rng.choice(inflated, size=(bootstraps, cells)) + width * scatter) / np.sqrt(1 + width**2)
-    return Resamples(fitted.log_value + drawn, np.ones(cells), 0)
+    return Resamples(fitted.log_value + smoothed(inflated, (bootstraps, cells), rng), np.ones(cells), 0)
 
 
 def _interval(value: Any, low: Any, high: Any) -> dict[str, float | None]:

@@ -19,13 +19,25 @@ from saescale.scaling.laws.frontier import Curve, Frontier, find_frontier, fit_f
 from saescale.scaling.laws.holdout import compare_without_last, hold_out
 from saescale.scaling.laws.identify import profile_floor
 from saescale.scaling.laws.isoflop import IsoFlop, find_isoflop, fit_isoflop
+from saescale.scaling.laws.lack_of_fit import kinds_of
 from saescale.scaling.laws.law import SYMBOLS, Law, find_law, forms_of
+from saescale.scaling.laws.leading import leading_cells
 from saescale.scaling.laws.settings import DEFAULT_LAWS, FitSettings
-from saescale.scaling.tables import Table, check_cells, comparable, fingerprint, number, unlike
+from saescale.scaling.tables import (
+    Table,
+    check_cells,
+    comparable,
+    fingerprint,
+    number,
+    size_of,
+    unlike,
+    without_diverged,
+)
+from saescale.scaling.words import listed
 from saescale.storage.errors import SaescaleError
 
 FORMAT = 1
-METHOD = 2  # of fits and intervals: results of another method are fitted again
+METHOD = 3  # of fits and intervals: results of another method are fitted again
 _SETTINGS = FitSettings()
 
 
@@ -75,7 +87,7 @@ class Laws:
             "excluded": list(self.results.excluded),
             "warnings": list(self.warnings),
             "tokens_to_convergence": self.convergence.document() if self.convergence else None,
-            "iso_flop": [view.document() for view in self.isoflops],
+            "iso_flop": [view.document() for view in self.isoflops if view.enough],
         }
 
 
@@ -90,12 +102,15 @@ def fit_laws(
     Each law takes its own columns of `results`: n_k n_latents and k, n n_latents, n_d n_latents and tokens, c the
     curves or, without them, flops; all of them nmse. Cells without a column k are taken for cells of one k. All forms
     of a law are fitted: n and c with and without an irreducible term. What the data cannot carry is listed in
-    `skipped` with the reason: a law that was asked for and is in no fit is there. Deterministic.
+    `skipped` with the reason: a law that was asked for and is in no fit is there. Cells whose nmse is above 1 have
+    diverged and stay out unless `settings` keeps them. Deterministic.
 
     Raises SaescaleError for an unknown law and for values of nmse, n_latents or k that are not positive numbers.
     """
     made_from = describe_input(results, curves, settings)
     check_cells(results)
+    kept = results if settings.keep_diverged else without_diverged(results)
+    diverged, results = kept.excluded[len(results.excluded) :], kept
     # Only a law over subjects sees more than the most frequent one.
     subjects = comparable(results, over_subjects=True)
     results = comparable(results)
@@ -119,6 +134,7 @@ def fit_laws(
             found += _fit_frontier(forms, frontier, settings)
         if forms[0].over == "optimum":
             found += _fit_optimum(forms, frontiers, isoflops, settings)
+    convergence = None if curves is None else find_convergence(results, curves, settings)
     return Laws(
         results,
         made_from,
@@ -126,8 +142,8 @@ def fit_laws(
         curves_at,
         tuple(frontiers),
         tuple(entry for entry in found if isinstance(entry, Skipped)),
-        (*results.notes, *unlike(results), *data_warnings(results, curves)),
-        None if curves is None else find_convergence(results, curves, settings),
+        (*results.notes, *unlike(results), *diverged, *data_warnings(results, convergence)),
+        convergence,
         isoflops,
     )
 
@@ -139,6 +155,7 @@ def describe_input(results: Table, curves: Table | None, settings: FitSettings) 
         "results": fingerprint(results, curves),
         "bootstraps": settings.bootstraps,
         "seed": settings.seed,
+        "keep_diverged": settings.keep_diverged,
         "laws": list(settings.laws),
         "formulas": forms,
         "method": METHOD,
@@ -231,6 +248,7 @@ def _fit_cells(
             settings=settings,
             at=at,
             excluded=cells.excluded,
+            kinds=kinds_of(cells, forms[0].columns),
         )
         check = partial(_checked_cells, cells=cells, settings=settings)
         found += _fit_forms(forms, at, fit_one, check)
@@ -286,7 +304,7 @@ def _fit_optimum(
     found: list[Fit | Skipped] = []
     for frontier in frontiers:
         view = views.get(tuple(frontier.at.items()))
-        if view is None:
+        if view is None or not view.enough:
             reason = (
                 "no compute at which at least three sizes of n compete with the best one inside; add sizes, and curves"
             )
@@ -338,11 +356,21 @@ def _checked_cells(fit: Fit, cells: Table, settings: FitSettings) -> Fit:
         more["holdout_compute"] = (
             {**fit.holdout, "held_out": text} if same and fit.holdout else hold_out(fit, costly, text, settings)
         )
+    problem, to_raw = centred(fit.law, fit.columns, np.log(fit.nmse))
+    best = np.linalg.solve(to_raw, fit.raw)
+    if len(led := leading_cells(problem, best, np.log(fit.nmse))):
+        names = [f"{size_of(cells, int(row))}, nmse {fit.nmse[row]:.4g}" for row in led]
+        more["leading_cells"] = [int(row) for row in led]
+        warning = f"single cells lead this fit, without one of them the others agree far better: {listed(names)}"
+        fit = replace(
+            fit, warnings=(*fit.warnings, warning + "; look at their curves, train them again or leave them out")
+        )
     profile = None
     if len(fit.draws):
-        problem, to_raw = centred(fit.law, fit.columns, np.log(fit.nmse))
         if fit.law.join == 1:
-            profile = profile_floor(fit.law, problem, np.linalg.solve(to_raw, fit.raw), np.log(fit.nmse))
+            columns, log_nmse = fit.observations()
+            problem, to_raw = centred(fit.law, columns, log_nmse)
+            profile = profile_floor(fit.law, problem, np.linalg.solve(to_raw, fit.raw), log_nmse)
         if comparison := compare_without_last(fit, held, settings):
             more["without_last_term"] = comparison
     return replace(fit, profile=profile, more=more)
@@ -371,5 +399,5 @@ def _said_once(notes: Sequence[tuple[Mapping[str, Any], str]]) -> list[str]:
 
 def _label(law: str, ats: Sequence[Mapping[str, float]], floor: bool) -> str:
     """Such as "n at k = 8, 16, with floor" for n with a floor at k = 8 and at k = 16."""
-    held = "".join(f" at {column} = {', '.join(f'{at[column]:g}' for at in ats)}" for column in ats[0])
+    held = "".join(f" at {column} = {listed((f'{at[column]:g}' for at in ats), ', ')}" for column in ats[0])
     return law + held + (", with floor" if floor else "")

@@ -108,7 +108,8 @@ def _without_last(law: Law) -> Law:
 
 def _refit(fit: Fit, law: Law, kept: np.ndarray, settings: FitSettings) -> Fit:
     columns = {c: v[kept] for c, v in fit.columns.items()}
-    return fit_law(law, columns, fit.nmse[kept], settings, at=fit.at, agree=False)
+    kinds = None if fit.kinds is None else fit.kinds[kept]
+    return fit_law(law, columns, fit.nmse[kept], settings, at=fit.at, agree=False, kinds=kinds)
 
 
 def _aicc(fit: Fit) -> float:

@@ -1,7 +1,7 @@
-"""How well points determine the coefficients of a law: correlations, conditioning, the profile of the floor."""
+"""How well points determine the coefficients of a law: correlations, conditioning, bounds, the profile of the floor."""
 
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from saescale.scaling.laws.huber import Problem, minimise
@@ -11,6 +11,9 @@ from scipy.stats import f as f_distribution
 _VALUES = 25
 _ROBUST = 1.345  # Huber's width in standard deviations at which 95 % of least squares' efficiency is kept
 _LEAST_SCALE = 1e-6
+_NO_SHARE = 1e-6
+_NEAR = 1e-6
+_TAIL = 0.025
 
 
 @dataclass(frozen=True)
@@ -55,6 +58,38 @@ def condition(law: Law, problem: Problem, centred: np.ndarray, to_raw: np.ndarra
     spread = np.sqrt(np.maximum(np.diag(covariance), 1e-300))
     correlation = np.clip(covariance / np.outer(spread, spread), -1.0, 1.0)
     return Conditioning(_condition_number(reported), _condition_number(searched), correlation)
+
+
+class Bound(NamedTuple):
+    """A coefficient on a bound, in what the formula calls it; `value`: its bound there, at the centre of the data.
+    `interval_only`: the best fit is inside, an end of the 95 % interval is not."""
+
+    name: str
+    value: float
+    interval_only: bool
+
+
+def bounds_reached(law: Law, problem: Problem, best: np.ndarray, draws: np.ndarray) -> tuple[Bound, ...]:
+    """The exponents on their bounds, of the best fit [coefficients] and of the bootstrap's [bootstraps, coefficients],
+    both in the coordinates of `problem`. A term that is next to nothing everywhere has no exponent to speak of, nor has
+    in the bootstrap any but the first: where a floor is not determined, a warning says that already."""
+    best, draws = law.ordered(best), law.ordered(draws)
+    value = problem.log_value(best)[0]
+    names = [exponent for term in law.terms for exponent in (None, *term.exponents)]
+    found = []
+    for i in problem.exponents:
+        own, exponent = problem.term_of == problem.term_of[i], names[i]
+        assert exponent is not None
+        if (problem.design[:, own] @ best[own] - value).max() < np.log(_NO_SHARE):
+            continue
+        slack = _NEAR * (problem.high[i] - problem.low[i])
+        for bound in (problem.low[i], problem.high[i]):
+            first = len(draws) and problem.term_of[i] == 0
+            share = float(np.mean(np.abs(draws[:, i] - bound) <= slack)) if first else 0.0
+            on_it = abs(best[i] - bound) <= slack
+            if on_it or share > _TAIL:
+                found.append(Bound(exponent.name, float(exponent.sign * bound), not on_it))
+    return tuple(found)
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,7 @@ from saescale.scaling.laws.settings import FitSettings
 from saescale.scaling.tables import Table
 
 _LEAST_MINIMA = 3
+_LEAST_SIZES = 3
 _BIAS = (
     "iso-FLOP parabolas are symmetric in ln n and the loss is not where its exponents in n and in tokens differ: "
     "the optimal n is biased, its exponent less so"
@@ -22,23 +23,36 @@ _BIAS = (
 
 @dataclass(frozen=True)
 class IsoFlop:
-    """Minima over n at fixed compute: `flops`, `n_latents`, `tokens` and `nmse` [minima] each.
+    """A frontier seen at fixed compute, the one place where minima over n are found: laws, bootstraps and figures take
+    them from here.
 
-    `slices` [minima, sizes] is ln nmse of each of `sizes` there (infinite: no curve). Minima at the smallest or largest
-    n that reaches the compute are dropped: a size that was not trained might be better.
+    `slices` [levels, sizes] is ln nmse of the best cell of each of `sizes` (infinite: no curve) at those points of the
+    frontier's grid at which three sizes or more compare, `level` [levels] their indices. `minimum` [minima] are the
+    levels whose lowest size has neighbours on both sides: at the smallest or largest n that reaches the compute, a size
+    that was not trained might be better. Of these `flops`, `n_latents`, `tokens` and `nmse`, [minima] each.
     """
 
     frontier: Frontier
     sizes: np.ndarray
     level: np.ndarray
     slices: np.ndarray
+    minimum: np.ndarray
     flops: np.ndarray
     n_latents: np.ndarray
     tokens: np.ndarray
     nmse: np.ndarray
     slope: tuple[float, float]
-    dropped: int
     warnings: tuple[str, ...] = (_BIAS,)
+
+    @property
+    def enough(self) -> bool:
+        """Whether there are minima enough for a law."""
+        return len(self.minimum) >= _LEAST_MINIMA
+
+    @property
+    def dropped(self) -> int:
+        """How many levels have no minimum inside."""
+        return len(self.level) - len(self.minimum)
 
     def document(self) -> dict[str, Any]:
         """As in fits.json."""
@@ -52,7 +66,7 @@ class IsoFlop:
 
 
 def find_isoflop(frontier: Frontier, cells: Table) -> IsoFlop | None:
-    """The minima at the compute of each point of the frontier's grid; None where fewer than three lie inside.
+    """The slices and minima of a frontier; None where three sizes compare at no compute.
 
     `cells` has tokens and flops, from which the tokens of an n between two sizes follow.
     """
@@ -61,22 +75,22 @@ def find_isoflop(frontier: Frontier, cells: Table) -> IsoFlop | None:
     own = np.ones(len(cells), dtype=bool)
     for column, value in frontier.at.items():
         own &= cells[column] == value
-    # FLOPs per token are linear in n at one k (compute.py).
+    # FLOPs per token are linear in n at one k, or all but linear (compute.py).
     own &= np.isfinite(cells["flops"]) & np.isfinite(cells["tokens"]) & (cells["tokens"] > 0)
     if len(np.unique(cells["n_latents"][own])) < 2:
         return None
     slope, base = np.polyfit(cells["n_latents"][own], (cells["flops"] / cells["tokens"])[own], 1)
-    sizes, slices = _by_size(frontier, frontier.envelope[None])
-    best, nmse = _minima(np.log(sizes), slices[0])
-    inside = np.isfinite(best)
-    if inside.sum() < _LEAST_MINIMA:
+    sizes, everything = _by_size(frontier, frontier.envelope[None])
+    level = np.flatnonzero(np.isfinite(everything[0]).sum(axis=1) >= _LEAST_SIZES)
+    if not len(level):
         return None
-    n = np.exp(best[inside])
-    edge = int((np.isfinite(slices[0]).sum(axis=1) >= 3).sum() - inside.sum())
-    flops = frontier.grid[inside]
+    slices = everything[0][level]
+    best, nmse = _minima(np.log(sizes), slices)
+    minimum = np.flatnonzero(np.isfinite(best))
+    n, flops = np.exp(best[minimum]), frontier.grid[level[minimum]]
     return IsoFlop(
-        frontier, sizes, np.flatnonzero(inside), slices[0][inside], flops, n, flops / (slope * n + base),
-        np.exp(nmse[inside]), (float(slope), float(base)), edge,
+        frontier, sizes, level, slices, minimum, flops, n, flops / (slope * n + base), np.exp(nmse[minimum]),
+        (float(slope), float(base)),
     )  # fmt: skip
 
 
@@ -86,17 +100,18 @@ def fit_isoflop(law: Law, view: IsoFlop, settings: FitSettings) -> Fit:
     Raises SaescaleError when there are too few.
     """
     frontier, slope, base = view.frontier, *view.slope
+    level = view.level[view.minimum]
 
     def targets(log_n: np.ndarray) -> np.ndarray:
         return log_n if law.target == "n_latents" else np.log(view.flops) - np.log(slope * np.exp(log_n) + base)
 
     def resample(fitted: Fitted, bootstraps: int, rng: np.random.Generator) -> Resamples:
         def minima(counts: np.ndarray) -> np.ndarray:
-            found = np.empty((len(counts), len(view.level)))
+            found = np.empty((len(counts), len(level)))
             for part in chunks(len(counts), frontier.envelope.size):
                 chosen = np.where((counts[part] > 0)[:, :, None], frontier.envelope[None], np.inf)
                 sizes, slices = _by_size(frontier, chosen)
-                found[part] = [_minima(np.log(sizes), one[view.level])[0] for one in slices]
+                found[part] = [_minima(np.log(sizes), one[level])[0] for one in slices]
             return found
 
         def enough(counts: np.ndarray) -> np.ndarray:
@@ -127,7 +142,7 @@ def _minima(log_n: np.ndarray, slices: np.ndarray) -> tuple[np.ndarray, np.ndarr
     best, value = np.full(len(slices), np.nan), np.full(len(slices), np.nan)
     for row, y in enumerate(slices):
         there = np.flatnonzero(np.isfinite(y))
-        if len(there) < 3:
+        if len(there) < _LEAST_SIZES:
             continue
         place = int(np.argmin(y[there]))
         if place in (0, len(there) - 1):

@@ -7,6 +7,7 @@ import numpy as np
 from saescale.scaling.laws.estimate import Fit
 from saescale.scaling.laws.law import SYMBOLS
 from saescale.scaling.tables import number
+from saescale.scaling.words import listed
 from saescale.storage.errors import SaescaleError
 
 _COLUMNS = {symbol: column for column, symbol in SYMBOLS.items()} | {column: column for column in SYMBOLS}
@@ -60,7 +61,7 @@ def predictions(fits: Sequence[Fit], point: Mapping[str, float]) -> list[dict[st
         )
     if not found:
         asked = ", ".join(f"{SYMBOLS[c]} = {number(v)}" for c, v in point.items())
-        there = "; ".join(dict.fromkeys(_applies(fit) for fit in fits)) or "none"
+        there = listed(dict.fromkeys(_applies(fit) for fit in fits)) or "none"
         raise SaescaleError(f"no fitted law applies at {asked}; there are {there}")
     return found
 

@@ -26,6 +26,7 @@ _ABSOLUTE = np.pi / 2
 _PRIOR = 1e-8
 LEVELS = 3  # of n and of k: what a fit of L(N, k) takes
 _EXCHANGES = 200
+_WORTH = 0.25  # of one cell's information: a seed that adds less, since the others share most of it, is not trained
 
 
 @dataclass(frozen=True)
@@ -45,7 +46,8 @@ class Wanted:
 @dataclass(frozen=True)
 class Candidates:
     """Cells that could be trained: `n_latents`, `k` and `hours` [cells] each, and the law's derivatives at each
-    [prior draws, cells, coefficients]. `sd` is that of ln nmse between cells of one kind."""
+    [prior draws, cells, coefficients]. `sd` is that of ln nmse of one cell about the law, and `shared` the share of its
+    variance that all seeds of one n and k have in common, since the form misses it there (a lack of fit)."""
 
     law: Law
     raw: np.ndarray
@@ -54,6 +56,12 @@ class Candidates:
     hours: np.ndarray
     gradients: np.ndarray
     sd: float
+    shared: float = 0.0
+
+    def weight(self, seeds: np.ndarray) -> np.ndarray:
+        """The information of `seeds` cells of one n and k, in units of one cell's: as many where their scatter is their
+        own, and never more than 1 / `shared` where the form misses something."""
+        return seeds / (1 + np.maximum(seeds - 1, 0) * self.shared)
 
 
 class Design(NamedTuple):
@@ -68,11 +76,11 @@ class Design(NamedTuple):
 
 
 def candidates(
-    law: Law, raw: np.ndarray, n_latents: np.ndarray, k: np.ndarray, hours: np.ndarray, sd: float
+    law: Law, raw: np.ndarray, n_latents: np.ndarray, k: np.ndarray, hours: np.ndarray, sd: float, shared: float = 0.0
 ) -> Candidates:
     """Of a law over n and k with coefficients `raw` [prior draws, coefficients], the best ones first: a design is made
     for all of them, so that it does not rest on one guess."""
-    return Candidates(law, raw, n_latents, k, hours, _gradients(law, raw, n_latents, k), sd)
+    return Candidates(law, raw, n_latents, k, hours, _gradients(law, raw, n_latents, k), sd, shared)
 
 
 def wanted(target: Target, law: Law, raw: np.ndarray, ks: Sequence[float], at: Mapping[str, float]) -> Wanted:
@@ -126,8 +134,7 @@ def propose(
 
     Raises SaescaleError where the budget does not reach for a law.
     """
-    before = _information(_gradients(cells.law, cells.raw, existing["n_latents"], existing["k"]))
-    search = _Search(cells, goal, budget, before, existing, seeds)
+    search = _Search(cells, goal, budget, existing, seeds)
     best = min((search.run(power) for power in (1.0, 0.5, 0.0)), key=search.objective)
     short = [name for name, there in search.levels(best).items() if there < LEVELS]
     total = int(best.sum()) + len(existing["k"])
@@ -135,6 +142,11 @@ def propose(
         raise SaescaleError(
             f"{budget:.3g} hours are too few for a law: it takes {least_cells(cells.law)} cells with {LEVELS} "
             f"values of n and of k; the cheapest cell takes {cells.hours.min():.3g} h. Raise --budget or lower --n-min"
+        )
+    if not best.sum() and cells.shared:
+        raise SaescaleError(
+            "more seeds of the n and k that are there narrow nothing, since the law misses something at each of them "
+            "(lack of fit): raise --n-max or --budget, or add --k"
         )
     return search.design(best)
 
@@ -146,16 +158,14 @@ def least_cells(law: Law) -> int:
 
 def expected(cells: Candidates, goal: Wanted, existing: Mapping[str, np.ndarray]) -> Design:
     """What is known from `existing` cells alone."""
-    before = _information(_gradients(cells.law, cells.raw, existing["n_latents"], existing["k"]))
-    return _Search(cells, goal, 0.0, before, existing, 0).design(np.zeros(len(cells.hours), dtype=int))
+    return _Search(cells, goal, 0.0, existing, 0).design(np.zeros(len(cells.hours), dtype=int))
 
 
 def best_rectangle(
     cells: Candidates, goal: Wanted, budget: float, existing: Mapping[str, np.ndarray], seeds: int = 3
 ) -> Design | None:
     """The best full grid of evenly spaced n and k within the budget: what one would train without a planner."""
-    before = _information(_gradients(cells.law, cells.raw, existing["n_latents"], existing["k"]))
-    search = _Search(cells, goal, budget, before, existing, seeds)
+    search = _Search(cells, goal, budget, existing, seeds)
     found = [c for c in _rectangles(cells, seeds) if c @ cells.hours <= budget]
     found = [c for c in found if min(search.levels(c).values()) >= LEVELS and c.sum() > len(cells.law.names) + 1]
     return search.design(min(found, key=search.objective)) if found else None
@@ -163,23 +173,31 @@ def best_rectangle(
 
 class _Search:
     def __init__(
-        self, cells: Candidates, goal: Wanted, budget: float, before: np.ndarray, existing: Mapping[str, np.ndarray],
-        seeds: int,
-    ) -> None:  # fmt: skip
+        self, cells: Candidates, goal: Wanted, budget: float, existing: Mapping[str, np.ndarray], seeds: int
+    ) -> None:
         self.cells, self.goal, self.budget, self.seeds, self.existing = cells, goal, budget, seeds, existing
         gradients = cells.gradients
         self.outer = np.einsum("scp,scq->scpq", gradients, gradients)
         scale = np.einsum("scpp->sp", self.outer) / gradients.shape[1]
+        # Cells of one n and k are of one kind: what the form misses there they share with those to come.
+        sizes, levels = existing["n_latents"], existing["k"]
+        there, counts = np.unique(np.stack([sizes, levels], axis=1), axis=0, return_counts=True)
+        known = _gradients(cells.law, cells.raw, there[:, 0], there[:, 1])
+        before = np.einsum("c,scp,scq->spq", cells.weight(counts), known, known)
+        self.kinds = len(there)
+        self.there = np.array(
+            [((sizes == n) & (levels == k)).sum() for n, k in zip(cells.n_latents, cells.k, strict=True)]
+        )
         self.before = before + _PRIOR * np.einsum("sp,pq->spq", scale, np.eye(scale.shape[1]))
 
     def run(self, power: float) -> np.ndarray:
         """Counts [candidates]: from a few cheap cells of enough levels, by gain over cost^power, then by exchange."""
         counts = self._first()
         while True:
-            free = (counts < self.seeds) & (counts @ self.cells.hours + self.cells.hours <= self.budget)
+            free = self._worth(counts) & (counts @ self.cells.hours + self.cells.hours <= self.budget)
             if not free.any():
                 break
-            gain = self.objective(counts) - self._after(self._information(counts)[None], np.arange(len(counts)))[0]
+            gain = self.objective(counts) - self._after(self._information(counts)[None], self._next(counts))[0]
             gain = np.where(free, gain / self.cells.hours**power, -np.inf)
             counts[int(np.argmax(gain))] += 1
         for _ in range(_EXCHANGES):
@@ -200,6 +218,8 @@ class _Search:
 
     def design(self, counts: np.ndarray) -> Design:
         cells, total = self.cells, int(counts.sum()) + len(self.existing["k"])
+        if cells.shared:
+            total = self.kinds + int(((counts > 0) & (self.there == 0)).sum())
         covariance = np.linalg.inv(self._information(counts)[0]) * cells.sd**2 * _ABSOLUTE
         rows = self.goal.rows if len(self.goal.rows) else np.eye(len(cells.law.names))
         free = max(total - len(cells.law.names), 1)
@@ -207,7 +227,12 @@ class _Search:
         return Design(counts, float(counts @ cells.hours), self.goal.value, half, self.objective(counts))
 
     def _information(self, counts: np.ndarray) -> np.ndarray:
-        return self.before + np.einsum("c,scpq->spq", counts.astype(float), self.outer)
+        gained = self.cells.weight(self.there + counts) - self.cells.weight(self.there)
+        return self.before + np.einsum("c,scpq->spq", gained, self.outer)
+
+    def _next(self, counts: np.ndarray) -> np.ndarray:
+        """What one more cell of each candidate adds, in units of one cell's information: [candidates]."""
+        return self.cells.weight(self.there + counts + 1) - self.cells.weight(self.there + counts)
 
     def _value(self, information: np.ndarray) -> np.ndarray:
         """The objective of each of [..., draws, coefficients, coefficients]."""
@@ -216,9 +241,13 @@ class _Search:
         variance = np.einsum("qp,...pr,qr->...q", self.goal.rows, np.linalg.inv(information), self.goal.rows)
         return np.log(variance.mean(axis=-1)).mean(axis=-1)
 
-    def _after(self, information: np.ndarray, added: np.ndarray) -> np.ndarray:
-        """The objective with each of `added` besides: [designs, added]."""
-        return self._value(information[:, None] + self.outer.swapaxes(0, 1)[added][None])
+    def _worth(self, counts: np.ndarray) -> np.ndarray:
+        """Of which candidates one more cell may be trained: [candidates]."""
+        return (counts < self.seeds) & (self._next(counts) > _WORTH)
+
+    def _after(self, information: np.ndarray, gained: np.ndarray) -> np.ndarray:
+        """The objective with so much of each candidate [candidates] besides: [designs, candidates]."""
+        return self._value(information[:, None] + (gained[:, None, None, None] * self.outer.swapaxes(0, 1))[None])
 
     def _first(self) -> np.ndarray:
         """One cheap cell for each of three n and k, spread over their ranges, where those are not there yet."""
@@ -236,11 +265,11 @@ class _Search:
         now = self.objective(counts)
         used = np.flatnonzero(counts)
         spent = float(counts @ self.cells.hours)
-        removed = self._information(counts)[None] - self.outer.swapaxes(0, 1)[used]
-        objective = self._after(removed, np.arange(len(counts)))
+        lost = self._next(counts - 1)[used, None, None, None] * self.outer.swapaxes(0, 1)[used]
+        objective = self._after(self._information(counts)[None] - lost, self._next(counts))
         left = self.budget - spent + self.cells.hours[used]
         objective[self.cells.hours[None] > left[:, None]] = np.inf
-        objective[:, counts >= self.seeds] = np.inf
+        objective[:, ~self._worth(counts)] = np.inf
         for place in np.argsort(objective, axis=None):
             i, j = np.unravel_index(place, objective.shape)
             if objective[i, j] > now - 1e-6:
@@ -256,10 +285,6 @@ class _Search:
 def _gradients(law: Law, raw: np.ndarray, n_latents: np.ndarray, k: np.ndarray) -> np.ndarray:
     design = law.design({"n_latents": np.log(n_latents), "k": np.log(k)})
     return np.stack([log_sum(one, design, law.term_of, law.join)[1] for one in raw])
-
-
-def _information(gradients: np.ndarray) -> np.ndarray:
-    return np.einsum("scp,scq->spq", gradients, gradients)
 
 
 def _rectangles(cells: Candidates, seeds: int) -> Iterator[np.ndarray]:

@@ -173,6 +173,9 @@ def _quality(entry: Mapping[str, Any]) -> str:
     condition = (entry.get("condition_number") or {}).get("projected")
     if condition is not None:
         parts.append(f"condition number of its exponents {scientific(condition, 2)}")
+    # Of a lack of fit a warning says it.
+    if (lack := entry.get("lack_of_fit")) and not lack["significant"]:
+        parts.append(lack["words"])
     if compared := (entry.get("without_last_term") or {}).get("words"):
         parts.append(compared)
     return "; ".join(parts) + "."

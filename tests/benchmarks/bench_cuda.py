@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from saescale.scaling.compute import flops_per_token
+from saescale.scaling.compute import topk_flops
 from saescale.trainers.architectures import topk_sparse
 from saescale.trainers.architectures.architecture import Batch
 from saescale.trainers.cell import Cell, auto_k_aux
@@ -109,7 +109,8 @@ def _measure(size: Size, device: torch.device, peak: float, rounds: int) -> dict
         _Turn("bf16 encoder product", partial(torch.mm, x, W.T, out=pre)),
     ]
     timings = alternate(turns, rounds, warmup=5)
-    flops = flops_per_token(size.d_model, size.n_latents, size.k).sparse * size.batch_tokens
+    batch = size.batch_tokens
+    flops = topk_flops(size.d_model, size.n_latents, tokens=batch, selected=size.k * batch).sparse
     floor = timings["bf16 encoder product"].median
     rows, entries = [], []
     for turn in turns:

@@ -6,6 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.csv
 import pytest
@@ -92,6 +93,37 @@ def test_a_plan_goes_on_from_a_run(tmp_path: Path, document: dict[str, Any]) -> 
     # A cell that is there gets other seeds.
     assert all(0 not in c.seeds for c in proposal.cells if c.n_latents <= 4096)
     assert max(c.n_latents for c in proposal.cells) > 4096
+
+
+def test_a_plan_goes_by_the_speed_and_the_scatter_of_its_run(tmp_path: Path, capsys: Any) -> None:
+    """Measured on that kind of device, else assumed, unless a user says it; and no seeds against a lack of fit."""
+    rng = np.random.default_rng(0)
+    rows = [
+        row | {"cell_id": f"{row['cell_id']}-{seed}", "seed": seed, "device": "NVIDIA A100-SXM4-80GB", "wall_s": 50.0,
+               "nmse": nmse * np.exp(0.001 * rng.standard_normal())}
+        for row in _cells((512, 1024, 2048, 4096), (8, 16, 32, 64))
+        for nmse in [row["nmse"] * np.exp(0.01 * rng.standard_normal())]
+        for seed in (0, 1)
+    ]  # fmt: skip
+    run = RunDirectory(str(tmp_path / "run"))
+    run.write_results(rows)
+    speed = sum(row["flops"] for row in rows) / (50.0 * len(rows))
+    for gpu, given, expected_speed, said in (
+        ("a100", None, speed, f"measured by 32 cells of {tmp_path}/run/results.parquet"),
+        ("h100", None, find_device("h100").flops_per_s, "assumed"),
+        ("a100", 1e12, 1e12, "as given"),
+    ):
+        proposal = make_proposal(
+            Request(hours=0.5, device=find_device(gpu, given), source=run.url, n_range=(512, 8192))
+        )
+        assert proposal.document()["device"]["flops_per_s"] == pytest.approx(expected_speed)
+        assert said in proposal.yaml()
+        assert proposal.design.hours <= 0.5
+    plan_command.plan(source=run.url, gpu="a100", budget="30min")
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "sparse training FLOP/s, measured by 32 cells of" in shown
+    assert "(lack of fit): new n and k tell more" in shown
+    assert proposal.prior.shared > 0.9
 
 
 def test_what_cannot_be_planned(tmp_path: Path) -> None:

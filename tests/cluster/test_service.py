@@ -25,7 +25,7 @@ from saescale.cluster.sweep.extend import extend, read_extension
 from saescale.cluster.sweep.spec import parse_spec
 from saescale.cluster.sweep.status import read_status
 from saescale.storage.errors import SaescaleError
-from saescale.storage.lease import FILE, Lease
+from saescale.storage.lease import Lease, newest_file
 
 from tests.cluster.command import ROOT, assert_one_line, environment, saescale, saescale_here
 from tests.cluster.ray_head import Head, ray_head
@@ -86,7 +86,7 @@ def test_a_sweep_is_submitted_stopped_and_submitted_again(
     (Path(file).parent / ".env").write_text(f"KEY={SECRETS['WANDB_API_KEY']}")
     first = submitted(client("submit", file, "--bootstraps", "20"))
     assert re.fullmatch(r"small-[0-9a-f]{8}", first)
-    wait_for(lambda: list(run.glob("cells/*/checkpoint/latest.json")))
+    wait_for(lambda: list(run.glob("cells/*/checkpoint/step-*.safetensors")))
     with workers_held_up(head, first):
         document = answer(client("status", first, "--json"))
         assert (document["job"]["id"], document["job"]["state"], document["counts"]["cells"]) == (first, "running", 2)
@@ -108,7 +108,7 @@ def test_a_sweep_is_submitted_stopped_and_submitted_again(
     _assert_no_secret_went_along(head, second, run, followed.stdout + followed.stderr)
 
     # What lies here at the path of its run is not taken for it unless its driver says so: the cluster is asked.
-    (run / FILE).unlink(missing_ok=True)
+    Path(newest_file(str(run))[0]).unlink(missing_ok=True)
     document = answer(client("status", second, "--json"))
     assert (document["sweep"], document["state"], document["counts"]["done"]) == ("small", "finished", 2)
     assert document["job"]["state"] == "succeeded"

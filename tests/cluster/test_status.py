@@ -18,7 +18,7 @@ from saescale.cluster.front.status_view import cells_lines, jobs_table, line, re
 from saescale.cluster.sweep.status import MAX_READ, CellStatus, JobStatus, SweepStatus, read_status, with_job
 from saescale.storage import checkpoint
 from saescale.storage.errors import SaescaleError
-from saescale.storage.lease import FILE, Lease, RunningCell, Standing
+from saescale.storage.lease import Lease, RunningCell, Standing, newest_file
 from saescale.storage.rundir import RunDirectory
 
 from tests.cluster.command import ROOT, SAESCALE, assert_one_line, environment, interruptible, saescale, saescale_here
@@ -190,7 +190,7 @@ def test_where_there_is_no_run(tmp_path: Path) -> None:
     assert_one_line(saescale_here("status", "grid-1a2b3c4d", RAY_API_SERVER_ADDRESS=""), "--address")
     assert_one_line(saescale_here("stop", str(tmp_path)), "nothing drives")
     run = make_run(str(tmp_path / "run"), ROWS)
-    (tmp_path / "run" / FILE).write_text("{")
+    (tmp_path / "run" / "driver.json").write_text("{")
     assert_one_line(saescale_here("status", run.url), "driver.json is damaged")
     (tmp_path / "run" / "sweep.yaml").write_text("name: [")
     assert_one_line(saescale_here("status", run.url), "sweep.yaml is damaged")
@@ -259,12 +259,12 @@ def test_stop_ends_a_driver_on_this_machine(tmp_path: Path) -> None:
 def test_a_driver_elsewhere_is_not_stopped_from_here(tmp_path: Path) -> None:
     run = make_run(str(tmp_path / "run"), ROWS)
     with Lease(run.url):
-        document = json.loads((tmp_path / "run" / FILE).read_text())
+        document = json.loads(Path(newest_file(str(tmp_path / "run"))[0]).read_text())
     elsewhere = document | {"machine": "far", "host": "far", "state": "running", "beat_at": time.time()}
-    (tmp_path / "run" / FILE).write_text(json.dumps(elsewhere))
+    Path(newest_file(str(tmp_path / "run"))[0]).write_text(json.dumps(elsewhere))
     assert_one_line(saescale_here("stop", run.url), "driven on another machine", "there")
     submitted = elsewhere | {"job": "grid-1a2b3c4d"}
-    (tmp_path / "run" / FILE).write_text(json.dumps(submitted))
+    Path(newest_file(str(tmp_path / "run"))[0]).write_text(json.dumps(submitted))
     assert_one_line(saescale_here("stop", run.url, RAY_API_SERVER_ADDRESS=""), "--address")
 
 

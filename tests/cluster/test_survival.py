@@ -165,7 +165,7 @@ def test_drivers_killed_at_random_change_no_result(
     said, kills = "", 0
     for _ in range(4):
         with subprocess.Popen(command, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT) as driver:
-            while driver.poll() is None and not any(Path(sweep["out"]).glob("cells/*/checkpoint/latest.json")):
+            while driver.poll() is None and not any(Path(sweep["out"]).glob("cells/*/checkpoint/step-*.safetensors")):
                 time.sleep(0.05)
             if not said:
                 with pytest.raises(SaescaleError, match=f"driven by another process already .process {driver.pid} on"):

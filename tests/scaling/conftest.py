@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from saescale.scaling.compute import flops_per_token
+from saescale.scaling.compute import topk_flops
 from saescale.scaling.laws.forms.n_k import GPT4, N_K
 
 D_MODEL = 4096
@@ -19,12 +19,12 @@ def _cells(sizes: Iterable[int], ks: Iterable[int], noise: float = 0.0, seed: in
     for n in sizes:
         for k in ks:
             law = N_K.value(GPT4, {"n_latents": np.array([n]), "k": np.array([k])})[0]
-            flops = flops_per_token(D_MODEL, n, k, 256)
+            flops = topk_flops(D_MODEL, n, tokens=TOKENS, selected=(k + 256) * TOKENS)
             rows.append(
                 {
                     "cell_id": f"{n}x{k}", "subject": "gpt4", "site": "resid_post 22", "d_model": D_MODEL,
                     "n_latents": n, "k": k, "architecture": "topk", "seed": 0, "lr": 1e-4, "tokens": TOKENS,
-                    "flops": float(TOKENS * flops.sparse), "flops_dense": float(TOKENS * flops.dense),
+                    "flops": float(flops.sparse), "flops_dense": float(flops.dense),
                     "nmse": float(law * np.exp(noise * rng.standard_normal())), "l0": float(k),
                     "dead_fraction": 0.01, "dead_fraction_long": 0.0, "wall_s": 10.0, "status": "done", "error": None,
                 }

@@ -6,9 +6,10 @@ from typing import Any
 
 import numpy as np
 import pytest
-from saescale.scaling.laws.fit import fit_all, fit_laws
+from saescale.scaling.laws.fit import fit_all, fit_laws, fit_notes
 from saescale.scaling.laws.settings import FitSettings
 from saescale.scaling.tables import Table
+from saescale.scaling.words import listed
 
 Rows = list[dict[str, Any]]
 SIZES, KS = (512, 1024, 2048, 4096), (8, 16, 32, 64)
@@ -27,7 +28,7 @@ def test_a_good_grid_has_no_warning_about_its_cells(cells: Callable[..., Rows], 
         (lambda rows: [r for r in rows if r["k"] < 64], "k spans only a factor of 4"),
         (lambda rows: [r | {"d_model": 128} for r in rows], "k = 64 is above d_model / 4 = 32"),
         (lambda rows: [rows[0] | {"dead_fraction": 0.4}, *rows[1:]], "N = 512, k = 8: 40%"),
-        (lambda rows: [*rows[:-1], rows[-1] | {"nmse": 0.9}], r"nmse does not fall with N at k = 64 \(from N = 2048"),
+        (lambda rows: [*rows[:-1], rows[-1] | {"nmse": 0.9}], r"in these steps: k = 64, N = 2048 to 4096; those"),
     ],
 )
 def test_warnings_about_cells(cells: Callable[..., Rows], change: Callable[[Rows], Rows], warning: str) -> None:
@@ -67,7 +68,84 @@ def test_nothing_left_to_hold_out(cells: Callable[..., Rows]) -> None:
 def test_sizes_that_rise_are_said_once_for_all_k(cells: Callable[..., Rows]) -> None:
     rows = [r | {"nmse": 0.9} if r["n_latents"] == 4096 and r["k"] < 32 else r for r in cells(SIZES, KS)]
     (warning,) = fit_all(Table.from_rows(rows), settings=FitSettings(0, laws=("n_k",)))["warnings"]
-    assert "at k = 8 (from N = 2048 to 4096) or at k = 16 (from N = 2048 to 4096): those cells" in warning
+    assert "in these steps: k = 8, N = 2048 to 4096; k = 16, N = 2048 to 4096; those cells" in warning
+
+
+def test_steps_are_those_of_tables_whose_tokens_are_alike_or_grow(cells: Callable[..., Rows]) -> None:
+    """A table of many budgets is one for L(N, D): there a larger SAE of fewer tokens may well do worse."""
+    rows = [r | {"nmse": 0.9} if r["n_latents"] == 4096 else r for r in cells(SIZES, KS)]
+    for tokens, said in (
+        (lambda row: 10**6, True),
+        (lambda row: 100 * row["n_latents"], True),
+        (lambda row: 10**9 // row["n_latents"], False),
+        (lambda row: 10**6 + row["seed"], False),
+    ):
+        table = [row | {"seed": seed} for row in rows for seed in (0, 1)]
+        found = fit_all(Table.from_rows([row | {"tokens": tokens(row)} for row in table]), settings=FitSettings(0))
+        assert any("does not fall with N" in w for w in found["warnings"]) == said
+
+
+def test_warnings_name_five_cases_at_most(cells: Callable[..., Rows], curves_of: Callable[..., Rows]) -> None:
+    """Every cell of a large table is at fault in every way: no note names more than five of them."""
+    sizes, ks = tuple(2 ** np.arange(9, 18)), tuple(2 ** np.arange(3, 10))
+    rows = [
+        row | {"nmse": 0.1 + 0.01 * np.log2(row["n_latents"]), "dead_fraction": 0.5, "d_model": 8}
+        for row in cells(sizes, ks)
+    ]
+    curves = Table.from_rows(curves_of(rows, evaluations=8, late_fall=0.3))
+    document = fit_all(Table.from_rows(rows), curves, settings=FitSettings(5, laws=("n",)))
+    notes = fit_notes(document)
+    for said in ("dead latents", "does not fall with N", "not converged", "d_model / 4"):
+        assert any(said in note for note in notes), said
+    for note in notes:
+        assert len(re.findall(r"N = \d+(?: to \d+)?", note)) <= 5, note
+        assert not re.search(r"k = (\d+, ){5}\d", note), note
+    assert sum("... and 58 more" in note for note in notes) == 2  # of 63 cells
+    assert listed(map(str, range(5))) == "0; 1; 2; 3; 4"
+    assert listed(map(str, range(59)), ", ") == "0, 1, 2, 3, 4, ... and 54 more"
+
+
+def test_a_diverged_cell_is_said_and_kept_out(cells: Callable[..., Rows]) -> None:
+    rows = cells(SIZES, KS, noise=0.003)
+    alone = fit_all(Table.from_rows([row for row in rows if row["cell_id"] != "4096x64"]), settings=FitSettings(20))
+    diverged = [row | {"nmse": 1e27} if row["cell_id"] == "4096x64" else row for row in rows]
+    found = fit_all(Table.from_rows(diverged), settings=FitSettings(20))
+    assert [entry["coefficients"] for entry in found["fits"]] == [entry["coefficients"] for entry in alone["fits"]]
+    assert found["warnings"][0] == (
+        "1 cell with nmse above 1, worse than the mean alone, diverged and is kept out of the fits "
+        "(cell 4096x64, N = 4096, k = 64: nmse 1e+27)"
+    )
+    assert found["excluded"] == found["warnings"][:1]
+    kept = fit_all(Table.from_rows(diverged), settings=FitSettings(0, keep_diverged=True))
+    assert kept["cells"] == found["cells"] + 1
+    assert any("1 cells with nmse above 1" in warning for warning in kept["warnings"])
+    # Of another loss than nmse every value may be above 1: nothing has diverged.
+    other = fit_all(Table.from_rows([row | {"nmse": 5 * row["nmse"] + 1} for row in rows]), settings=FitSettings(0))
+    assert other["cells"] == len(rows)
+    assert any("taken for another loss" in warning for warning in other["warnings"])
+
+
+def test_an_exponent_on_its_bound_is_said(cells: Callable[..., Rows]) -> None:
+    """A fourth power is steeper than any law here may be."""
+    rows = [{"n_latents": n, "k": 8, "nmse": n**-4.0} for n in 2.0 ** np.arange(9, 16)]
+    plain = fit_all(Table.from_rows(rows), settings=FitSettings(20, laws=("n",)))["fits"][0]
+    assert plain["coefficients"]["a"]["value"] == pytest.approx(3)
+    assert plain["bounds_reached"] == [{"name": "a", "value": 3.0, "interval_only": False}]
+    assert any("exponents stand on the bound" in w and "(a = 3)" in w for w in plain["warnings"])
+    for entry in fit_all(Table.from_rows(cells(SIZES, KS, noise=0.004)), settings=FitSettings(50))["fits"]:
+        assert "bounds_reached" not in entry, entry["law"]
+
+
+def test_a_wrong_cell_that_leads_a_fit_is_named(cells: Callable[..., Rows]) -> None:
+    """At a corner of a small grid one cell bends the whole law; in the middle it is passed by."""
+    for wrong, leads in (("2048x8", True), ("1024x16", False), (None, False)):
+        rows = [row | {"nmse": 0.95} if row["cell_id"] == wrong else row for row in cells(SIZES[:3], KS[:3], 0.002, 1)]
+        (entry,) = fit_all(Table.from_rows(rows), settings=FitSettings(0, laws=("n_k",)))["fits"]
+        steepest = min(value["value"] for value in entry["exponent_of_n_at_k"].values())
+        assert (steepest < -1) == leads
+        said = [w for w in entry["warnings"] if "single cells lead this fit" in w]
+        assert bool(said) == leads
+        assert all("others agree far better: N = 2048, k = 8, nmse 0.95" in w for w in said)
 
 
 def test_held_out_cells_outside_their_intervals(cells: Callable[..., Rows]) -> None:

@@ -52,6 +52,37 @@ def test_cells_that_converged_before_their_first_evaluation(
     )
 
 
+def test_what_is_said_of_convergence_never_disagrees() -> None:
+    """Of any curves, flat, noisy, rising or still falling: each is converged or is not, in the law of tokens and in the
+    warning alike, and by brute force on a fine line through the curve."""
+    rng = np.random.default_rng(0)
+    rows, curves, expected = [], [], {}
+    for i in range(150):
+        count = int(rng.integers(3, 12))
+        tokens = np.sort(rng.uniform(0.05, 1.0, count)) * 1e6
+        nmse = np.exp(rng.uniform(0, 0.3) * (tokens / 1e6) ** -rng.uniform(0, 0.5) + rng.choice([0, 0.02]) *
+                      rng.standard_normal(count) - 2)  # fmt: skip
+        rows.append({"cell_id": f"cell {i}", "n_latents": 2.0 ** (9 + i % 5), "k": 8.0, "nmse": nmse[-1]})
+        curves += [{"cell_id": f"cell {i}", "n_latents": 512, "k": 8, "tokens": t, "flops": t, "nmse": v}
+                   for t, v in zip(tokens, nmse, strict=True)]  # fmt: skip
+        fine = np.geomspace(0.75 * tokens[-1], tokens[-1], 4_001)
+        expected[f"cell {i}"] = bool(
+            (np.exp(np.interp(np.log(fine), np.log(tokens), np.log(nmse))) <= 1.02 * nmse[-1]).all()
+        )
+    laws = fit_laws(Table.from_rows(rows), Table.from_rows(curves), FitSettings(0, laws=("n",)))
+    found = laws.document()["tokens_to_convergence"]
+    converged = {row["cell_id"] for row in found["cells"]}
+    unconverged = 150 - sum(expected.values())
+    assert 30 < unconverged < 120
+    assert found["unconverged"] == unconverged
+    assert len(converged) + found["converged_before_first_evaluation"] == sum(expected.values())
+    assert all(expected[cell] for cell in converged)
+    said = [warning for warning in laws.warnings if "not converged" in warning]
+    assert [warning.split()[0] for warning in said] == [str(unconverged)]
+    last = {row["cell_id"]: row["tokens"] for row in curves}
+    assert all(row["tokens"] <= 0.75 * last[row["cell_id"]] * (1 + 1e-12) for row in found["cells"])
+
+
 def chinchilla_curves() -> tuple[Rows, Rows]:
     """Cells of L = n^-0.3 + D^-0.3 with C = 2 n D: the best n is (C / 2)^0.5, the best D as much."""
     cells, curves = [], []
@@ -96,8 +127,9 @@ def test_minima_at_the_edge_are_dropped() -> None:
     cells, curves = chinchilla_curves()
     small = [cell for cell in cells if cell["n_latents"] <= 2**10]
     laws = fit_laws(Table.from_rows(small), Table.from_rows(curves), FitSettings(0, laws=("n_of_c",)))
-    sizes = laws.isoflops[0].n_latents if laws.isoflops else np.empty(0)
-    assert (sizes < 2**10).all()
+    (view,) = laws.isoflops
+    assert (view.n_latents < 2**10).all()
+    assert view.dropped
     few = fit_laws(Table.from_rows(small[:2]), Table.from_rows(curves), FitSettings(0, laws=("n_of_c",)))
     assert few.fits == ()
     assert "curves of 2 different n" in few.skipped[0].reason

@@ -2,12 +2,13 @@
 
 import numpy as np
 import pytest
-from saescale.scaling.compute import flops_per_token
+from saescale.scaling.compute import topk_flops
 from saescale.scaling.laws.estimate import fit_law
 from saescale.scaling.laws.forms.n_k import GPT4, N_K
 from saescale.scaling.laws.settings import FitSettings
 from saescale.scaling.planning.design import Candidates, Design, best_rectangle, candidates, expected, propose, wanted
-from saescale.scaling.planning.devices import find_device
+from saescale.scaling.planning.devices import as_measured, find_device
+from saescale.scaling.tables import Table
 from saescale.storage.errors import SaescaleError
 from scipy.stats import t
 
@@ -24,7 +25,8 @@ def cells() -> Candidates:
     tokens = 1e9 * (n / 32768) ** 0.6
     device = find_device("h100")
     hours = [
-        device.hours(flops_per_token(768, int(a), int(b), 256).sparse * d) for a, b, d in zip(n, k, tokens, strict=True)
+        device.hours(topk_flops(768, int(a), tokens=1, selected=int(b) + 256).sparse * d)
+        for a, b, d in zip(n, k, tokens, strict=True)
     ]
     return candidates(N_K, RAW[None], n, k, np.array(hours), NOISE)
 
@@ -141,3 +143,76 @@ def test_a_point_that_a_target_ignores_is_refused(cells: Candidates) -> None:
     ):
         with pytest.raises(SaescaleError, match=said):
             wanted(target, N_K, cells.raw, KS, at)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("shared", [0.0, 0.9])
+def test_information_of_seeds_is_that_of_generalised_least_squares(cells: Candidates, shared: float) -> None:
+    """Whole covariance, cell by cell: seeds of one n and k have `shared` of their variance in common."""
+    n, k = (v.ravel() for v in np.meshgrid([1024.0, 2048.0, 4096.0, 8192.0], KS[:4], indexing="ij"))
+    seeds = np.arange(len(n)) % 3 + 1
+    there = {"n_latents": np.repeat(n, seeds), "k": np.repeat(k, seeds)}
+    of = np.repeat(np.arange(len(n)), seeds)
+    covariance = (of[:, None] == of[None]) * shared + np.eye(len(of)) * (1 - shared)
+    rows = candidates(N_K, RAW[None], n, k, np.ones(len(n)), NOISE).gradients[0][of]
+    variance = np.linalg.inv(rows.T @ np.linalg.solve(covariance, rows)) * NOISE**2 * np.pi / 2
+    goal = wanted("exponent", N_K, cells.raw, KS, {})
+    free = (len(n) if shared else len(of)) - len(RAW)
+    half = t.ppf(0.975, free) * np.sqrt(np.diag(goal.rows @ variance @ goal.rows.T))
+    made = candidates(N_K, RAW[None], cells.n_latents, cells.k, cells.hours, NOISE, shared)
+    np.testing.assert_allclose(expected(made, goal, there).half_width, half, rtol=1e-3)
+
+
+def test_no_seeds_are_bought_against_a_lack_of_fit(cells: Candidates) -> None:
+    """What seeds share no seed narrows: with most of the scatter of that kind, a plan is of other n and k."""
+    n, k = (v.ravel() for v in np.meshgrid(2.0 ** np.arange(10, 14), np.array(KS), indexing="ij"))
+    there = {"n_latents": np.tile(n, 2), "k": np.tile(k, 2)}
+    goal = wanted("exponent", N_K, cells.raw, KS, {})
+
+    def again(shared: float) -> tuple[int, int]:
+        made = candidates(N_K, cells.raw, cells.n_latents, cells.k, cells.hours, NOISE, shared)
+        counts = propose(made, goal, 0.5, there).counts
+        known = np.isin(cells.n_latents, n)
+        return int(counts[known].sum() + np.maximum(counts[~known] - 1, 0).sum()), int(counts.sum())
+
+    own, shared = again(0.0), again(0.95)
+    assert own[0] > 0.5 * own[1]
+    assert shared[0] == 0 < shared[1]
+    made = candidates(N_K, cells.raw, n, k, np.ones(len(n)), NOISE, 0.95)
+    with pytest.raises(SaescaleError, match=r"more seeds of the n and k that are there narrow nothing.*raise --n-max"):
+        propose(made, goal, 10.0, there)
+
+
+def test_a_device_is_as_fast_as_the_run_measured_on_its_kind() -> None:
+    rows = [
+        {"device": "NVIDIA H100 80GB HBM3", "flops": 4e15, "wall_s": 10.0},
+        {"device": "NVIDIA H100 80GB HBM3", "flops": 2e15, "wall_s": 20.0},
+        {"device": "NVIDIA GeForce RTX 4090", "flops": 3e15, "wall_s": 10.0},
+        {"device": "cpu", "flops": 1e12, "wall_s": 0.0},
+    ]
+    results = Table.from_rows(rows, "runs/mine")
+    h100 = as_measured(find_device("h100"), results)
+    assert h100.flops_per_s == pytest.approx(2e14)
+    assert h100.speed_from == "measured by 2 cells of runs/mine"
+    assert as_measured(find_device("rtx4090"), results).flops_per_s == pytest.approx(3e14)
+    for name in ("a100", "cpu"):
+        assert as_measured(find_device(name), results) == find_device(name)
+    assert "assumed" in find_device("a100").speed_from
+    assert as_measured(find_device("h100"), Table.from_rows([{"flops": 1.0, "wall_s": 1.0}])) == find_device("h100")
+
+
+def test_cells_of_a_pack_share_its_seconds() -> None:
+    """Two packs on one device after each other, timed by a clock of the test's own: three cells, then one."""
+    packs = {"a": [(64, 3e6), (128, 5e6), (256, 9e6)], "b": [(512, 2e7)]}
+    clock = {"a": [9.0, 2.0, 3.0], "b": [8.0, 4.0, 5.0]}  # the first interval compiles
+    results, curves, flops = [], [], 0.0
+    for pack, cells_of in packs.items():
+        for n, each in cells_of:
+            results.append({"cell_id": f"{pack}{n}", "device": "cpu", "flops": 3000 * each, "wall_s": 1.0})
+            flops += 2000 * each
+            curves += [
+                {"cell_id": f"{pack}{n}", "step": i + 1, "tokens": 1000 * (i + 1), "flops": 1000 * (i + 1) * each,
+                 "tokens_per_s": 1000 / spent}
+                for i, spent in enumerate(clock[pack])
+            ]  # fmt: skip
+    device = as_measured(find_device("cpu"), Table.from_rows(results), Table.from_rows(curves))
+    assert device.flops_per_s == pytest.approx(flops / (2 + 3 + 4 + 5))

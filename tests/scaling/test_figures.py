@@ -20,6 +20,8 @@ from saescale.scaling.laws.fit import Laws, fit_laws
 from saescale.scaling.laws.settings import FitSettings
 from saescale.scaling.tables import Table
 
+from tests.scaling.test_convergence import chinchilla_curves
+
 Rows = list[dict[str, Any]]
 SIZES, KS = (512, 1024, 2048, 4096, 8192), (8, 16, 32, 64)
 
@@ -63,6 +65,42 @@ def test_figures_of_an_earlier_analysis_go(
     draw_figures(laws, str(tmp_path))
     drawn = {f"{views[0].name}.{kind}" for kind in ("png", "pdf", "svg", "json")}
     assert {path.name for path in tmp_path.iterdir()} == drawn | {"mine.png", "isoflop.txt"}
+
+
+def test_a_figure_shows_the_points_that_its_law_was_fitted_to() -> None:
+    """Iso-FLOP minima, frontier and cells: the drawn points are those of the fits, and of fits.json."""
+    cells, curves = chinchilla_curves()
+    laws = fit_laws(Table.from_rows(cells), Table.from_rows(curves), FitSettings(20, laws=("n", "c", "n_of_c")))
+    views = {view.name: view for view in views_of(laws)}
+    (fitted,) = (fit for fit in laws.fits if fit.law.name == "n_of_c")
+    of_fit = set(zip(fitted.columns["flops"].tolist(), fitted.nmse.tolist(), strict=True))
+
+    def points(name: str, marker: str = "filled") -> list[Points]:
+        return [layer for layer in views[name].layers if isinstance(layer, Points) and layer.marker == marker]
+
+    drawn = {(c, n) for layer in points("compute_optimal") for c, n in zip(layer.x, layer.y, strict=True)}
+    assert drawn == of_fit
+    # The slices: each filled point is a minimum of the law, at its compute and nmse.
+    (document,) = laws.document()["iso_flop"]
+    minima = {(m["flops"], m["n_latents"], m["nmse"]) for m in document["minima"]}
+    filled = {(layer.k, x, y) for layer in points("isoflop") for x, y in zip(layer.x, layer.y, strict=True)}
+    assert len(filled) == 6
+    assert filled <= minima
+    assert {(c, n) for c, n, _ in filled} <= of_fit
+    # The open ones are the frontier's envelope, of which the lowest is what law c is fitted to.
+    (frontier,) = laws.frontiers
+    for layer in points("isoflop", "open"):
+        level = int(np.flatnonzero(frontier.grid == layer.k)[0])
+        lowest = np.exp(frontier.envelope[:, level].min())
+        assert layer.y.min() == lowest
+        assert layer.x[np.argmin(layer.y)] == frontier.curves[frontier.winner[level]].n_latents
+    (line,) = (layer for layer in views["nmse_against_compute"].layers
+               if isinstance(layer, Line) and layer.stroke == "frontier")  # fmt: skip
+    of_compute = next(fit for fit in laws.fits if fit.law.name == "c")
+    assert (line.x.tolist(), line.y.tolist()) == (of_compute.columns["flops"].tolist(), of_compute.nmse.tolist())
+    at_k = next(fit for fit in laws.fits if fit.law.name == "n")
+    shown = {xy for layer in points("nmse_against_n") for xy in zip(layer.x, layer.y, strict=True)}
+    assert shown == set(zip(at_k.columns["n_latents"], at_k.nmse, strict=True))
 
 
 def test_of_thousands_of_curves_some_hundreds_are_drawn(

@@ -60,7 +60,7 @@ def test_profile_reaches_zero_where_the_floor_is_not_determined() -> None:
 
 def test_profile_that_is_open_above() -> None:
     """Where even a floor just under the lowest point is not refused, its interval has no upper end."""
-    n, nmse = eight_widths(noise=0.3, seed=1, truth={"A": 0.5, "a": 0.01, "E": 0.5})
+    n, nmse = eight_widths(noise=0.3, seed=1, truth={"A": 0.25, "a": 0.01, "E": 0.25})
     document = fit_laws(Table.from_rows(as_rows(n, nmse)), settings=FitSettings(50, laws=("n",))).document()
     found = document["fits"][1]["profile_of_floor"]
     assert found["values"][-1]["ratio"] <= found["limit"]

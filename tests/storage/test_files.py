@@ -5,12 +5,15 @@ import os
 import signal
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import BinaryIO
 
 import pytest
 from saescale.storage import files
 from saescale.storage.errors import SaescaleError
+
+from tests.s3_faults import Faults
 
 
 def test_a_file_comes_back_on_every_file_system(any_url: str) -> None:
@@ -137,3 +140,31 @@ def test_a_kill_in_the_middle_leaves_the_old_content(tmp_path: Path, monkeypatch
     files.write_atomic(url, b"newer")
     assert os.listdir(tmp_path) == ["x"]
     assert files.read_bytes(url) == b"newer"
+
+
+def test_of_those_that_create_a_file_at_a_time_one_succeeds(any_url: str) -> None:
+    url = files.join(any_url, "turn.json")
+    with ThreadPoolExecutor(8) as pool:
+        done = list(pool.map(lambda number: files.create(url, b"by %d" % number), range(8)))
+    assert sum(done) == 1
+    assert files.read_bytes(url) == b"by %d" % done.index(True)
+    assert not files.create(url, b"by another")
+    assert files.list_names(any_url) == ["turn.json"]
+
+
+def test_a_file_that_was_created_is_known_again_when_the_answer_got_lost(s3_url: str, s3_faults: Faults) -> None:
+    """The server stores every put; a client that hears nothing asks again, and finds its own."""
+    with s3_faults.injected(0.4, slow_s=0):
+        done = [files.create(f"{s3_url}/{number}", b"by me") for number in range(10)]
+    assert all(done)
+    assert len(s3_faults.met) > 1
+
+
+def test_a_file_that_is_moved_replaces_what_was_there(any_url: str) -> None:
+    old, new = files.join(any_url, "old"), files.join(any_url, "new")
+    files.write_atomic(old, b"1")
+    files.write_atomic(new, b"2")
+    assert files.move(old, new)
+    assert (files.list_names(any_url), files.read_bytes(new)) == (["new"], b"1")
+    assert not files.move(old, new)
+    assert files.read_bytes(new) == b"1"

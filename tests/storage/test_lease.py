@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -32,7 +33,8 @@ def elsewhere(run: str, **changes: object) -> Driver:
     now = time.time()
     driver = Driver(driver="other", host="far", machine="far away", pid=1, started_at=now, beat_at=now)
     driver = driver.model_copy(update=changes)
-    files.write_atomic(files.join(run, lease.FILE), driver.model_dump_json().encode())
+    number = lease.newest_file(run)[1] + 1
+    files.write_atomic(files.join(run, f"driver-{number:05d}.json"), driver.model_dump_json().encode())
     return driver
 
 
@@ -106,6 +108,39 @@ def test_a_driver_that_was_taken_for_dead_stops_and_its_workers_write_nothing(tm
     require_owner(run, None)
 
 
+def test_a_driver_halted_before_it_wrote_its_beat_takes_nothing_back(any_url: str) -> None:
+    """It has just found that the run is its own, and writes after another one took it."""
+    with Lease(any_url) as first:
+        plain = first._check
+        first._check = lambda: plain() or (elsewhere(any_url) and None)  # type: ignore[method-assign]
+        first._thread.join(timeout=0.5)
+        found = read_driver(any_url)
+        assert found is not None
+        assert found.driver == "other"
+        first._check = plain  # type: ignore[method-assign]
+        first._thread.join(timeout=30)
+        assert first.lost
+    found = read_driver(any_url)
+    assert found is not None
+    assert found.driver == "other"
+
+
+def test_of_drivers_that_begin_together_one_holds_the_run(any_url: str) -> None:
+    with ThreadPoolExecutor(4) as pool:
+        held = list(pool.map(lambda _: _try(any_url), range(4)))
+    assert sum(isinstance(one, Lease) for one in held) == 1
+    for one in held:
+        if isinstance(one, Lease):
+            one.end("stopped")
+
+
+def _try(run: str) -> Lease | SaescaleError:
+    try:
+        return Lease(run)
+    except SaescaleError as error:
+        return error
+
+
 def test_an_error_is_said_and_an_interrupt_is_no_error(tmp_path: Path) -> None:
     with pytest.raises(SaescaleError), Lease(str(tmp_path)):
         raise SaescaleError("disk full")
@@ -139,8 +174,8 @@ def test_a_beat_that_cannot_be_written_is_a_warning(tmp_path: Path, monkeypatch:
 
 
 def test_a_damaged_file_is_one_clear_line(tmp_path: Path) -> None:
-    (tmp_path / lease.FILE).write_text("{")
+    (tmp_path / "driver.json").write_text("{")
     with pytest.raises(SaescaleError, match=r"driver\.json is damaged; remove it"):
         read_driver(str(tmp_path))
-    os.unlink(tmp_path / lease.FILE)
+    os.unlink(tmp_path / "driver.json")
     assert read_driver(str(tmp_path)) is None

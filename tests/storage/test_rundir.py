@@ -80,7 +80,8 @@ def test_no_writer_writes_for_a_driver_that_was_superseded(tmp_path: Path) -> No
             lambda: stale.write_cell_result("a", {}),
             lambda: stale.write_cell_curve("a", []),
             lambda: stale.save_checkpoint("a", 1, {}, {}),
-            lambda: stale.remove_checkpoints("a"),
+            lambda: stale.take_cell("a"),
+            lambda: stale.tidy_cell("a", {}),
             lambda: stale.write_results([]),
             lambda: stale.write_curves(CURVES.empty_table()),
             lambda: stale.write_evals("a", "probe_loss", []),
@@ -88,7 +89,7 @@ def test_no_writer_writes_for_a_driver_that_was_superseded(tmp_path: Path) -> No
         ):
             with pytest.raises(Superseded, match="taken over by another driver"):
                 write()
-        writers = {name for name in vars(RunDirectory) if name.startswith(("write_", "save_", "remove_"))}
-        assert len(writers) == 9, "a new writer belongs into this test"
+        writers = {name for name in vars(RunDirectory) if name.startswith(("write_", "save_", "take_", "tidy_"))}
+        assert len(writers) == 10, "a new writer belongs into this test"
         assert sorted(path for path in tmp_path.rglob("*")) == before
         RunDirectory(str(tmp_path)).write_json("fits.json", {})

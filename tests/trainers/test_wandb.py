@@ -190,7 +190,7 @@ def test_summary_run(tmp_path: Path) -> None:
     figure = tmp_path / "nmse.png"
     matplotlib.image.imsave(figure, np.zeros((4, 4, 3)))
     for _ in range(2):
-        logged = log_summary(OFFLINE, "sweep", CONTEXT, FITS, RESULTS, [str(figure)], str(tmp_path))
+        logged = log_summary(OFFLINE, "sweep", CONTEXT, FITS, RESULTS, {"nmse.png": figure.read_bytes()}, str(tmp_path))
         assert logged == Logged("offline", None, True)
     first, again = runs(tmp_path)
     assert first.record["run_id"] == again.record["run_id"]

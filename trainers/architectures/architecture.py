@@ -32,6 +32,10 @@ class Settings(BaseModel):
 
     k: int = Field(gt=0)  # active latents per token: exact, or the target of their mean number
 
+    def pairs_per_token(self, n_latents: int) -> int:
+        """Latents that the losses are expected to decode for a token while none is dead, for plans (Cell.flops)."""
+        return self.k
+
 
 class Shape(NamedTuple):
     d_model: int
@@ -79,9 +83,9 @@ class Worked(NamedTuple):
     """What steps did, summed over them; `selected` and `selected_aux` are (token, latent) pairs."""
 
     tokens: int = 0
-    selected: int = 0  # that were decoded, of all reconstructions of the main losses
-    selected_aux: int = 0  # that were decoded for dead latents
-    dead: int = 0  # dead latents that were scored, summed over tokens
+    selected: int = 0  # that were active, of all reconstructions of the main losses
+    selected_aux: int = 0  # that were active in a reconstruction by dead latents
+    dead: int = 0  # dead latents that this chose from, summed over tokens
 
     def plus(self, other: "Worked") -> "Worked":
         return Worked(*(a + b for a, b in zip(self, other, strict=True)))
@@ -193,7 +197,7 @@ class Architecture(Protocol):
         """Of `forward`; `target` [batch, d_model] is x itself unless the source gives another."""
 
     def flops(self, shape: Shape, settings: Any, worked: Worked) -> Flops:
-        """Training FLOPs of what steps did."""
+        """Training FLOPs of what steps did: `sparse` of the ideal sparse algorithm, no more than `dense`."""
 
 
 def find_architecture(name: str) -> Architecture:

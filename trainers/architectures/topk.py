@@ -10,7 +10,7 @@ unit directions are needed: that leaves x_hat as it is.
 
 import torch
 from pydantic import Field
-from saescale.scaling.compute import Flops, flops_per_token
+from saescale.scaling.compute import Flops, topk_flops
 from saescale.trainers.architectures import architecture
 from saescale.trainers.architectures.architecture import (
     Auxiliary,
@@ -41,6 +41,9 @@ class Settings(architecture.Settings):
         if not self.multi_topk:
             return [(self.k, 1.0)]
         return [(self.k, 1.0), (min(MULTI_TOPK_FACTOR * self.k, n_latents), MULTI_TOPK_WEIGHT)]
+
+    def pairs_per_token(self, n_latents: int) -> int:
+        return sum(k for k, _ in self.reconstructions(n_latents))
 
 
 def parameters(shape: Shape, settings: Settings, centre: Centre, seed: int) -> dict[str, Parameter]:
@@ -102,10 +105,10 @@ def auxk_loss(params: Params, pre: Tensor, error: Tensor, dead: Tensor, k_aux: i
 
 
 def flops(shape: Shape, settings: Settings, worked: Worked) -> Flops:
-    """As if every token had selected k and, for AuxK, k_aux latents."""
-    multi_k = sum(k for k, _ in settings.reconstructions(shape.n_latents)[1:])
-    per_token = flops_per_token(shape.d_model, shape.n_latents, settings.k, settings.k_aux, multi_k)
-    return Flops(sparse=per_token.sparse * worked.tokens, dense=per_token.dense * worked.tokens)
+    """Of the pairs that were active; AuxK costs something only while latents are dead."""
+    return topk_flops(
+        *shape, **worked._asdict(), reconstructions=len(settings.reconstructions(shape.n_latents))
+    )  # fmt: skip
 
 
 step = TopKStep()

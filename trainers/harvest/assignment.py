@@ -1,4 +1,4 @@
-"""Which tokens of which documents make which shard: decided by numbers of tokens alone."""
+"""Which tokens of which documents make which shard: decided by keys of texts and numbers of tokens, no token read."""
 
 from __future__ import annotations
 
@@ -76,9 +76,11 @@ class ShardTokens(NamedTuple):
 class Assignment:
     """Gives the rows of blocks to the two splits, block after block, until both are full.
 
-    A document gives its rows to one split only. Of a text (`divisible`: any of its tokens can begin or end a context) a
-    seeded hash of its number sends it to heldout with that split's share of the tokens; when its split is full it goes
-    to the other one, so a corpus suffices whenever it has the tokens at all. A sequence says where it belongs.
+    A document gives its rows to one split only, and so do all texts with one content. A text (`divisible`: any of its
+    tokens can begin or end a context) that comes for the first time goes to heldout with that split's share of the
+    tokens, by a seeded hash of its content, or to the other split when the one is full: so a corpus suffices whenever
+    it has enough different texts. A piece goes where its document began, and a text where its like went; where those
+    differ, or that split is full, it is not used. A sequence says where it belongs.
     """
 
     def __init__(self, spec: HarvestSpec, divisible: bool) -> None:
@@ -86,6 +88,8 @@ class Assignment:
         self._wanted: dict[Split, int] = {"train": spec.tokens, "heldout": spec.heldout_tokens}
         self._have: dict[Split, int] = dict.fromkeys(self._wanted, 0)
         self._seen = 0
+        self._document = -1, SPLITS[0]  # the last one, and its split
+        self._splits: dict[int, Split] = {}  # of every text so far, by the key of its content
         self._taken: dict[Split, list[np.ndarray]] = {split: [] for split in SPLITS}  # columns of Stretches
         self.longest = 0  # ids of a document
 
@@ -96,34 +100,43 @@ class Assignment:
     def add(self, counted: Counted) -> None:
         """The next block; blocks of a split come in their order."""
         wanted, have = self._wanted, self._have
-        heldout_share = wanted["heldout"] / sum(wanted.values())
         taken: dict[Split, list[tuple[int, ...]]] = {split: [] for split in SPLITS}
         start = 0
-        sizes = zip(counted.tokens.tolist(), counted.rows.tolist(), strict=True)
-        for number, (tokens, rows) in enumerate(sizes, start=counted.first):
-            split = counted.split
-            if split is None:
-                draw = xxhash.xxh3_64_intdigest(struct.pack("<QQ", self._spec.seed, number)) / 2**64
-                first, second = SPLITS[::-1] if draw < heldout_share else SPLITS
-                split = first if have[first] < wanted[first] else second
-            took = min(rows, wanted[split] - have[split])
-            if took:
-                taken[split].append((counted.block, number, start, took if self._divisible else tokens, 0, took))
-            have[split] += took
+        columns = (counted.doc.tolist(), counted.tokens.tolist(), counted.rows.tolist())
+        for number, (doc, tokens, rows) in enumerate(zip(*columns, strict=True)):
+            split = counted.split or self._split_of(doc, counted.keys[number])
+            took = min(rows, wanted[split] - have[split]) if split else 0
+            if split and took:
+                taken[split].append((counted.block, doc, start, took if self._divisible else tokens, 0, took))
+                have[split] += took
             start += tokens
         self._seen += start
         self.longest = max(self.longest, int(counted.tokens.max(initial=0)))
         for split, stretches in taken.items():
             self._taken[split].append(np.array(stretches, np.int64).reshape(-1, len(Stretches._fields)).T)
 
+    def _split_of(self, doc: int, key: int) -> Split | None:
+        """Where a piece of a text goes; None where an equal one is on the other side than the rest of its document."""
+        if doc != self._document[0]:
+            self._document = doc, self._splits.get(key) or self._draw(key)
+        split = self._document[1]
+        return split if self._splits.setdefault(key, split) == split else None
+
+    def _draw(self, key: int) -> Split:
+        draw = xxhash.xxh3_64_intdigest(struct.pack("<QQ", self._spec.seed, key)) / 2**64
+        heldout_share = self._wanted["heldout"] / sum(self._wanted.values())
+        first, second = SPLITS[::-1] if draw < heldout_share else SPLITS
+        return second if self.full([first]) else first
+
     def check_full(self) -> None:
         """Raises SaescaleError unless both splits have all their tokens."""
         if not self.full():
-            have = self._have
+            have = [f"{split} got {self._have[split]:,} of {self._wanted[split]:,}" for split in SPLITS]
+            documents = self._document[0] + 1
             raise SaescaleError(
-                f"the corpus {self._spec.corpus} is too short: it gave {self._seen:,} tokens (train "
-                f"{have['train']:,}, heldout {have['heldout']:,}) where tokens + heldout_tokens = "
-                f"{sum(self._wanted.values()):,} are wanted; ask for fewer, or give more text"
+                f"the corpus {self._spec.corpus} is too short: of its {self._seen:,} tokens in {documents:,} "
+                f"document{'s' * (documents != 1)} {' and '.join(have)}. The split is by document, a .txt file is "
+                "one, and equal texts stay in one split: ask for fewer tokens, or give more documents"
             )
 
     def shards(self) -> Iterator[ShardTokens]:

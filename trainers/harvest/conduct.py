@@ -20,6 +20,7 @@ from saescale.trainers.harvest.contexts import SPLITS, Block, Counted, draws, te
 from saescale.trainers.harvest.make_shard import Facts, Harvester, ShardJob, ShardRecord, site_of
 from saescale.trainers.harvest.spec import OWN_SEQUENCES, HarvestSpec, read_plan, refuse_difference
 
+PLAN_FORMAT = 2  # 1 split texts by their numbers
 SPOOL_PREFIX = ".tokens-"  # folders of token ids in the store's folder while a harvest goes on
 
 Progress = Callable[[int, int, float, str], None]  # rows done, rows in all, tokens/s, what is being done
@@ -68,7 +69,7 @@ def conduct(spec: HarvestSpec, crew: Crew, spool: str, say: Callable[[str], None
         facts = crew.load(begun if spec.compute_dtype == "auto" else spec.compute_dtype)
         assignment = _assign(spec, facts, crew, say)
         plan = {
-            "format": 1,
+            "format": PLAN_FORMAT,
             **spec.identity(facts.reads_text),
             "fingerprint": facts.fingerprint,
             "computed_in": facts.computed_in,
@@ -149,6 +150,8 @@ def _manifest(spec: HarvestSpec, facts: Facts, longest: int, records: Iterator[S
         shards=shards,
         mean=(total / spec.tokens).tolist(),
         mean_square=total_square / spec.tokens,
+        split_by="content" if facts.reads_text else "subject",
+        contexts_cross_documents=facts.reads_text,
         created_with={**facts.created_with, "computed_in": facts.computed_in},
     )
 

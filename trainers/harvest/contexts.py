@@ -1,9 +1,9 @@
 """Blocks of documents, the files in which their ids lie, and the contexts that go through the subject.
 
-A document is a text of a corpus, or a sequence that the subject made. Blocks are tokenized or drawn anywhere and in any
-order; the ids of a block lie in a file of their own below a folder, the spool. Whoever decides what goes into which
-shard (assignment.py) holds less than 100 bytes for each document and no token; whoever makes a shard reads the blocks
-that it needs.
+A document is a text of a corpus, which may come in pieces, or a sequence that the subject made. Blocks are tokenized
+or drawn anywhere and in any order; the ids of a block lie in a file of their own below a folder, the spool. Whoever
+decides what goes into which shard (assignment.py) holds less than 200 bytes for each piece and no token; whoever makes
+a shard reads the blocks that it needs.
 """
 
 from collections.abc import Iterator, Sequence
@@ -15,36 +15,37 @@ from saescale.storage.errors import SaescaleError
 from saescale.storage.manifest import Split
 from saescale.trainers.subjects.numbered import BLOCK_SEQUENCES, draw_block
 from saescale.trainers.subjects.subject import Generates, ReadsText
-from saescale.trainers.subjects.text import documents
+from saescale.trainers.subjects.text import Piece, content_key, pieces
 
 SPLITS: tuple[Split, ...] = ("train", "heldout")
 BLOCK_CHARACTERS = 2**18  # about 64,000 tokens
 
 
 class Counted(NamedTuple):
-    """A block whose ids lie in the spool: the number of its first document, and of each the ids and how many of them
-    are rows, [documents]. `split` is None where a document may go to either."""
+    """A block whose ids lie in the spool: of each piece the document, the ids and how many of them are rows, int64
+    [pieces]. Sequences have their `split`; of texts, which may go to either, there are the `keys` of the contents."""
 
     block: int
-    first: int
+    doc: np.ndarray
     tokens: np.ndarray
     rows: np.ndarray
     split: Split | None
+    keys: list[int]
 
 
 class Texts(NamedTuple):
-    """Block number `block` of a corpus: its documents, of which the first has the number `first`."""
+    """Block number `block` of a corpus."""
 
     block: int
-    first: int
-    texts: list[str]
+    pieces: list[Piece]
 
     def spool(self, spool: str, subject: ReadsText) -> Counted:
         """Tokenizes the block into its file in the folder `spool`, which is written whole or not at all."""
-        ids = subject.tokenize([text.rstrip() + "\n\n" for text in self.texts])
+        ids = subject.tokenize([text.rstrip() + "\n\n" for _, text in self.pieces])
         files.write_atomic(_block_file(spool, self.block), np.concatenate(ids).tobytes())
         tokens = np.array([len(each) for each in ids])
-        return Counted(self.block, self.first, tokens, tokens, None)
+        doc = np.array([doc for doc, _ in self.pieces])
+        return Counted(self.block, doc, tokens, tokens, None, [content_key(text) for _, text in self.pieces])
 
 
 class Draw(NamedTuple):
@@ -61,24 +62,25 @@ class Draw(NamedTuple):
         files.write_atomic(_block_file(spool, self.block), np.concatenate(signed).tobytes())
         tokens = np.array([len(ids) for ids, _ in drawn])
         rows = np.array([int(keep.sum()) for _, keep in drawn])
-        return Counted(self.block, self.block * BLOCK_SEQUENCES, tokens, rows, self.split)
+        doc = self.block * BLOCK_SEQUENCES + np.arange(len(drawn))
+        return Counted(self.block, doc, tokens, rows, self.split, [])
 
 
 Block = Texts | Draw
 
 
 def text_blocks(corpus: str, seed: int) -> Iterator[Texts]:
-    """The documents of the corpus in their order, cut into blocks; raises what `documents` raises."""
-    block = first = characters = 0
-    texts: list[str] = []
-    for text in documents(corpus, seed):
-        texts.append(text)
-        characters += len(text)
+    """The documents of the corpus in their order, cut into blocks; raises what `pieces` raises."""
+    block = characters = 0
+    found: list[Piece] = []
+    for piece in pieces(corpus, seed):
+        found.append(piece)
+        characters += len(piece.text)
         if characters >= BLOCK_CHARACTERS:
-            yield Texts(block, first, texts)
-            block, first, texts, characters = block + 1, first + len(texts), [], 0
-    if texts:
-        yield Texts(block, first, texts)
+            yield Texts(block, found)
+            block, found, characters = block + 1, [], 0
+    if found:
+        yield Texts(block, found)
 
 
 def draws(split: Split, seed: int) -> Iterator[Draw]:

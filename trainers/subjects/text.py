@@ -4,14 +4,15 @@ import ast
 import json
 import sysconfig
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from functools import cache
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+import xxhash
 from fsspec import AbstractFileSystem
 from fsspec.compression import compr
 from saescale.storage import files
@@ -22,25 +23,44 @@ COMPRESSED = {".gz": "gzip", ".bz2": "bz2", ".xz": "xz", ".zst": "zstd"}
 FORMATS = (".txt", ".jsonl", ".parquet")
 
 DOCSTRING_CHARACTERS = 200  # shorter ones are hardly prose
-TXT_CHARACTERS = 8_000  # a long .txt file is cut into documents at the first blank line after this many
+TXT_CHARACTERS = 8_000  # a long .txt file comes in pieces, cut at the first blank line after this many
 TXT_CHARACTERS_MOST = 32_000  # ... or at the first line's end after this many
 
 _SKIPPED_FOLDERS = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
 
 
-def documents(corpus: str, seed: int) -> Iterator[str]:
-    """The documents of a corpus in an order that is a pure function of (corpus, seed); none is blank.
+class Piece(NamedTuple):
+    """Text of document number `doc` of a corpus: all of it, or a piece of a long .txt file, which is one document."""
 
-    `corpus` is "python-prose" (permuted by `seed`), or a path, glob, folder or fsspec URL of .txt, .jsonl (field
-    `text`) and .parquet (column `text`) files, read in the order of their names; all but Parquet may be
-    compressed (.gz, .bz2, .xz, .zst). A .txt file longer than 8,000 characters becomes several documents, cut at
-    blank lines. Raises SaescaleError naming the file (and line) that cannot be read; no match is told at once.
+    doc: int
+    text: str
+
+
+def pieces(corpus: str, seed: int) -> Iterator[Piece]:
+    """The documents of a corpus in an order that is a pure function of (corpus, seed); no piece is blank.
+
+    `corpus` is "python-prose" (permuted by `seed`), or a path, glob, folder or fsspec URL of .txt (a document each),
+    .jsonl (field `text`) and .parquet (column `text`) files, read in the order of their names; all but Parquet may be
+    compressed (.gz, .bz2, .xz, .zst). A .txt file longer than 8,000 characters comes in pieces, cut at blank lines.
+    Raises SaescaleError naming the file (and line) that cannot be read; no match is told at once.
     """
     if corpus == PYTHON_PROSE:
         prose = python_prose()
-        return (prose[index] for index in np.random.default_rng(seed).permutation(len(prose)))
-    fs, paths = _find(corpus)
-    return (text for path in paths for text in _read(fs, path) if text.strip())
+        order = np.random.default_rng(seed).permutation(len(prose)).tolist()
+        return (Piece(doc, prose[index]) for doc, index in enumerate(order))
+    return _numbered(*_find(corpus))
+
+
+def content_key(text: str) -> int:
+    """The XXH3-64 by which equal texts are known: of the first 8,000 characters, runs of whitespace as one space.
+
+    The first piece of a file has as many, so it has one key with a .jsonl document of the whole text.
+    """
+    return xxhash.xxh3_64_intdigest(_plain(text)[:TXT_CHARACTERS].encode("utf-8", "surrogatepass"))
+
+
+def _plain(text: str) -> str:
+    return " ".join(text.split())
 
 
 # --- what CPython ships
@@ -80,6 +100,16 @@ def _docstrings(path: Path) -> Iterator[str]:
 # --- files
 
 
+def _numbered(fs: AbstractFileSystem, paths: list[str]) -> Iterator[Piece]:
+    doc, before = -1, None
+    for path in paths:
+        for record, text in _read(fs, path):
+            if text.strip():
+                doc += (path, record) != before
+                before = path, record
+                yield Piece(doc, text)
+
+
 def _find(corpus: str) -> tuple[AbstractFileSystem, list[str]]:
     fs, path = files.filesystem(corpus)
     try:
@@ -109,7 +139,8 @@ def _format(path: str) -> str | None:
     return next((name for name in FORMATS if path.endswith(name)), None)
 
 
-def _read(fs: AbstractFileSystem, path: str) -> Iterator[str]:
+def _read(fs: AbstractFileSystem, path: str) -> Iterator[tuple[int, str]]:
+    """Texts of the file, each with the number of its document in it."""
     kind = _format(path)
     readers: dict[Any, Any] = {".txt": _read_txt, ".jsonl": _read_jsonl, ".parquet": _read_parquet}
     compression = next((name for end, name in COMPRESSED.items() if path.endswith(end)), None)
@@ -124,20 +155,24 @@ def _read(fs: AbstractFileSystem, path: str) -> Iterator[str]:
         raise SaescaleError(f"{path}: cannot be read ({one_line(error)})") from error
 
 
-def _read_txt(file: BinaryIO, path: str) -> Iterator[str]:
+def _read_txt(file: BinaryIO, path: str) -> Iterator[tuple[int, str]]:
+    return ((0, piece) for piece in _cut(_decode(line, path, number) for number, line in enumerate(file, start=1)))
+
+
+def _cut(lines: Iterable[str]) -> Iterator[str]:
     parts: list[str] = []
     characters = 0
-    for number, line in enumerate(file, start=1):
-        text = _decode(line, path, number)
-        parts.append(text)
-        characters += len(text)
-        if characters > TXT_CHARACTERS_MOST or (characters > TXT_CHARACTERS and not text.strip()):
+    for line in lines:
+        parts.append(line)
+        plain = _plain(line)
+        characters += len(plain) + bool(plain)
+        if characters > TXT_CHARACTERS_MOST or (characters > TXT_CHARACTERS and not plain):
             yield "".join(parts)
             parts, characters = [], 0
     yield "".join(parts)
 
 
-def _read_jsonl(file: BinaryIO, path: str) -> Iterator[str]:
+def _read_jsonl(file: BinaryIO, path: str) -> Iterator[tuple[int, str]]:
     for number, line in enumerate(file, start=1):
         content = _decode(line, path, number)
         if not content.strip():
@@ -149,18 +184,18 @@ def _read_jsonl(file: BinaryIO, path: str) -> Iterator[str]:
         text = record.get("text") if isinstance(record, dict) else None
         if not isinstance(text, str):
             raise SaescaleError(f"{path}, line {number}: no field 'text' that holds a string")
-        yield text
+        yield number, text
 
 
-def _read_parquet(file: BinaryIO, path: str) -> Iterator[str]:
+def _read_parquet(file: BinaryIO, path: str) -> Iterator[tuple[int, str]]:
     table = pq.ParquetFile(file)
     schema = table.schema_arrow
     kind = schema.field("text").type if "text" in schema.names else None
     if kind is None or not (pa.types.is_string(kind) or pa.types.is_large_string(kind)):
         raise SaescaleError(f"{path}: no column 'text' of strings (it has {', '.join(schema.names)})")
-    for group in range(table.num_row_groups):
-        for text in table.read_row_group(group, columns=["text"]).column(0):
-            yield text.as_py() or ""
+    groups = (table.read_row_group(group, columns=["text"]).column(0) for group in range(table.num_row_groups))
+    for row, text in enumerate(text for group in groups for text in group):
+        yield row, text.as_py() or ""
 
 
 def _decode(line: bytes, path: str, number: int) -> str:

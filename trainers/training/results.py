@@ -46,12 +46,13 @@ class Records:
         """The weights, then the result: a cell counts as finished when its result.json is there."""
         name = cell.cell.cell_id
         last = cell.curve[-1] if cell.curve else None
-        result = result_row(cell.cell, self.provenance, cell.tokens, cell.flops, cell.wall_s, last, cell.error)
+        result = result_row(
+            cell.cell, self.provenance, cell.tokens, cell.flops, cell.wall_s, last, cell.error, device=cell.device_kind
+        )
         if cell.error is None:
             self.run.require_owner()
-            native.write(Trained(cell.averaged(), cell.cell), self.run.cell_url(name))
+            native.write(Trained(cell.averaged(), cell.cell), self.run.weights_url(name))
         self.run.write_cell_result(name, result)
-        self.run.remove_checkpoints(name)
         self.results[name] = result
         self.logger.finish(cell.cell, result)
 
@@ -64,8 +65,10 @@ def result_row(
     wall_s: float,
     last: CurveRow | None,
     error: str | None,
+    device: str | None = None,
 ) -> dict[str, Any]:
-    """The row of a cell that trained on `tokens` tokens in `wall_s` seconds; `last` is its last evaluation.
+    """The row of a cell that trained on `tokens` tokens in `wall_s` seconds on a `device` of that kind; `last` is its
+    last evaluation.
 
     With `error`, which says why the cell failed, it measures nothing.
     """
@@ -82,6 +85,7 @@ def result_row(
         "dead_fraction": measured.dead_fraction if measured else None,
         "dead_fraction_long": measured.dead_fraction_long if measured else None,
         "wall_s": wall_s,
+        "device": device,
         "status": "failed" if error else "done",
         "error": error,
     }

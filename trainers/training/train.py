@@ -13,6 +13,7 @@ import gc
 import logging
 import warnings
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
 import lightning.pytorch as L
@@ -80,7 +81,9 @@ def _train(job: PackJob, report: Callable[[Progress], None], should_stop: Callab
     gc.collect()
     source, run = ActivationStore.open(job.store), RunDirectory(job.run, job.driver)
     _check(job, source)
-    finished = {cell.cell_id: run.read_cell_result(cell.cell_id) for cell in job.cells}
+    # Each is a few requests, which take a while in an object store.
+    with ThreadPoolExecutor(16) as pool:
+        finished = dict(zip(ids := [cell.cell_id for cell in job.cells], pool.map(run.take_cell, ids), strict=True))
     results = [result for result in finished.values() if result is not None]
     cells = [cell for cell in job.cells if finished[cell.cell_id] is None]
     if not cells:

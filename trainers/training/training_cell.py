@@ -12,6 +12,7 @@ from saescale.trainers.architectures.architecture import Batch, Conditions, Shap
 from saescale.trainers.architectures.dead import DeadLatents
 from saescale.trainers.architectures.sae import SAE
 from saescale.trainers.cell import Cell
+from saescale.trainers.device import device_kind
 from saescale.trainers.preprocess import Centre
 from saescale.trainers.training.optimiser import Adam
 
@@ -29,6 +30,7 @@ class TrainingCell:
         self.sae = SAE(cell.architecture, shape, settings, params, cell.precision)
         self.optimiser = Adam(self.sae.params, parameters, cell.lr, cell.ema)
         self.dead = DeadLatents(cell.n_latents, device)
+        self.device_kind = device_kind(device)
         self.step = 0
         self.wall_s = 0.0  # spent in this cell's own steps; on a GPU, which works on, an estimate
         self.worked = Worked()

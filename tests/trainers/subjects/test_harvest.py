@@ -21,7 +21,7 @@ from saescale.trainers.harvest import contexts
 from saescale.trainers.harvest import make_shard as module
 from saescale.trainers.harvest.conduct import HarvestSpec, harvest
 from saescale.trainers.subjects.subject import get_subject
-from saescale.trainers.subjects.text import documents
+from saescale.trainers.subjects.text import pieces
 
 REPOSITORY = Path(__file__).parents[3]
 
@@ -66,7 +66,7 @@ def test_every_row_is_the_models_own_hidden_state_of_the_token_it_names(spec: Ha
     subject = get_subject(spec.subject, dtype="float32")
     assert manifest.fingerprint == subject.fingerprint
 
-    texts = [text.rstrip() + "\n\n" for text in documents(spec.corpus, spec.seed)]
+    texts = [text.rstrip() + "\n\n" for _, text in pieces(spec.corpus, spec.seed)]
     tokens = subject.tokenize(texts)
     for split in ("train", "heldout"):
         rows = _table(spec.out, split)
@@ -113,7 +113,7 @@ def test_the_cut_into_blocks_decides_nothing(
 
 def test_the_plan_holds_the_hash_of_all_tokens_and_their_documents(spec: HarvestSpec) -> None:
     harvest(spec)
-    texts = [text.rstrip() + "\n\n" for text in documents(spec.corpus, spec.seed)]
+    texts = [text.rstrip() + "\n\n" for _, text in pieces(spec.corpus, spec.seed)]
     tokens = get_subject(spec.subject, dtype="float32").tokenize(texts)
     digest = xxhash.xxh3_128()
     for split, size in (("train", spec.tokens), ("heldout", spec.heldout_tokens)):
@@ -300,14 +300,17 @@ def test_stores_on_other_file_systems_are_the_same(spec: HarvestSpec, scheme: st
 
 
 def test_a_short_corpus_says_what_it_gave_and_writes_nothing(spec: HarvestSpec) -> None:
-    with pytest.raises(SaescaleError, match=r"too short: it gave [\d,]+ tokens .* = 1,001,536 are wanted"):
+    said = (
+        r"too short: of its [\d,]+ tokens in 120 documents train got [\d,]+ of 1,000,000 and heldout got \d+ of 1,536"
+    )
+    with pytest.raises(SaescaleError, match=said):
         harvest(spec.model_copy(update={"tokens": 1_000_000}))
     assert not Path(spec.out).exists()
 
 
 def test_a_corpus_suffices_when_it_has_the_tokens(spec: HarvestSpec) -> None:
     subject = get_subject(spec.subject, dtype="float32")
-    texts = [text.rstrip() + "\n\n" for text in documents(spec.corpus, 0)]
+    texts = [text.rstrip() + "\n\n" for _, text in pieces(spec.corpus, 0)]
     every = sum(map(len, subject.tokenize(texts)))
     longest = max(map(len, subject.tokenize(texts)))
     tokens = (every - 1536 - longest) // 32 * 32

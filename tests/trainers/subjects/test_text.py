@@ -9,7 +9,7 @@ import pyarrow.parquet as pq
 import pytest
 from saescale.storage import files
 from saescale.storage.errors import SaescaleError
-from saescale.trainers.subjects.text import TXT_CHARACTERS, TXT_CHARACTERS_MOST, documents, python_prose
+from saescale.trainers.subjects.text import TXT_CHARACTERS, TXT_CHARACTERS_MOST, Piece, pieces, python_prose
 
 
 def test_python_prose_is_long_english_without_doubles_in_a_seeded_order() -> None:
@@ -17,7 +17,7 @@ def test_python_prose_is_long_english_without_doubles_in_a_seeded_order() -> Non
     assert sum(map(len, prose)) > 1_500_000  # about 400 k SmolLM2 tokens
     assert len(set(prose)) == len(prose)
     assert any(text.startswith('The "if" statement') for text in prose)
-    first, again, other = (list(documents("python-prose", seed)) for seed in (0, 0, 1))
+    first, again, other = ([text for _, text in pieces("python-prose", seed)] for seed in (0, 0, 1))
     assert first == again
     assert first != other
     assert sorted(first) == sorted(other) == sorted(prose)
@@ -34,28 +34,30 @@ def folder(tmp_path: Path) -> Path:
 
 
 def test_every_format_compression_and_way_to_name_files(folder: Path) -> None:
-    everything = ["alpha\n\nbeta\n", "gámma", "delta", "epsilon", "zeta"]
-    assert list(documents(str(folder), 0)) == everything
-    assert list(documents(f"{folder}/*.*", 0)) == everything
-    assert list(documents(f"file://{folder}/b.jsonl.gz", 0)) == ["gámma", "delta"]
+    everything = [*map(Piece, range(5), ["alpha\n\nbeta\n", "gámma", "delta", "epsilon", "zeta"])]
+    assert list(pieces(str(folder), 0)) == everything
+    assert list(pieces(f"{folder}/*.*", 0)) == everything
+    assert list(pieces(f"file://{folder}/b.jsonl.gz", 0)) == [(0, "gámma"), (1, "delta")]
 
 
 def test_text_is_read_from_object_stores(s3_url: str) -> None:
     files.write_atomic(f"{s3_url}/one.txt", b"one")
     files.write_atomic(f"{s3_url}/two.txt", b"two")
-    assert list(documents(f"{s3_url}/*.txt", 0)) == ["one", "two"]
+    assert list(pieces(f"{s3_url}/*.txt", 0)) == [(0, "one"), (1, "two")]
 
 
 def test_a_long_text_file_is_cut_at_blank_lines(tmp_path: Path) -> None:
     paragraph = "word " * 300 + "\n\n"
     (tmp_path / "long.txt").write_text(paragraph * 20)
-    pieces = list(documents(f"{tmp_path}/long.txt", 0))
-    assert "".join(pieces) == paragraph * 20
-    assert all(TXT_CHARACTERS < len(piece) < TXT_CHARACTERS + 2 * len(paragraph) for piece in pieces[:-1])
+    docs, texts = zip(*pieces(f"{tmp_path}/long.txt", 0), strict=True)
+    assert set(docs) == {0}
+    assert "".join(texts) == paragraph * 20
+    assert all(TXT_CHARACTERS < len(text) < TXT_CHARACTERS + 2 * len(paragraph) for text in texts[:-1])
     (tmp_path / "lines.txt").write_text("a line without a blank one after it\n" * 3000)
-    pieces = list(documents(f"{tmp_path}/lines.txt", 0))
-    assert len(pieces) > 2
-    assert max(map(len, pieces)) < TXT_CHARACTERS_MOST + 100
+    docs, texts = zip(*pieces(f"{tmp_path}/l*.txt", 0), strict=True)
+    assert set(docs) == {0, 1}
+    assert docs.count(0) > 2
+    assert max(map(len, texts)) < TXT_CHARACTERS_MOST + 100
 
 
 @pytest.mark.parametrize(
@@ -73,17 +75,17 @@ def test_a_long_text_file_is_cut_at_blank_lines(tmp_path: Path) -> None:
 def test_a_broken_file_is_named(tmp_path: Path, name: str, content: bytes, said: str) -> None:
     (tmp_path / name).write_bytes(content)
     with pytest.raises(SaescaleError, match=said) as caught:
-        list(documents(f"{tmp_path}/{name}", 0))
+        list(pieces(f"{tmp_path}/{name}", 0))
     assert "\n" not in str(caught.value)
 
 
 def test_a_parquet_file_without_text_is_named(tmp_path: Path) -> None:
     pq.write_table(pa.table({"body": ["x"]}), tmp_path / "x.parquet")
     with pytest.raises(SaescaleError, match=r"x\.parquet: no column 'text' of strings \(it has body\)"):
-        list(documents(str(tmp_path), 0))
+        list(pieces(str(tmp_path), 0))
 
 
 def test_no_match_is_told_before_anything_is_read(tmp_path: Path) -> None:
     for corpus in ("python-pros", f"{tmp_path}/*.txt", str(tmp_path)):
         with pytest.raises(SaescaleError, match="no text file matches"):
-            documents(corpus, 0)
+            pieces(corpus, 0)

@@ -1,0 +1,12 @@
+"""Lists in prose: a warning about sixty cells names a few of them."""
+
+from collections.abc import Iterable
+
+MOST = 5  # cases that a sentence names
+
+
+def listed(cases: Iterable[str], between: str = "; ") -> str:
+    """The first five of the cases, and how many more there are: "a; b; c; d; e; ... and 54 more"."""
+    everything = list(cases)
+    shown = between.join(everything[:MOST])
+    return shown + (f"{between}... and {len(everything) - MOST} more" if len(everything) > MOST else "")
