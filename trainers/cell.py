@@ -27,7 +27,7 @@ class EvalSpec(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
     tokens: int = Field(default=32_768, gt=0, strict=True)  # held-out rows; part of what a cell is
-    every_tokens: int = Field(default=16_384, gt=0, strict=True)  # training tokens between two points of the curve
+    every_tokens: int = Field(default=16_384, gt=0, strict=True)  # training tokens between two points; sweeps adapt it
 
 
 class Cell(BaseModel):

@@ -15,6 +15,7 @@ from saescale.storage.errors import SaescaleError
 
 if TYPE_CHECKING:
     from saescale.cluster.jobs.service import Service
+    from saescale.cluster.sweep.spec import SweepSpec
     from saescale.cluster.sweep.status import SweepStatus
     from saescale.storage.lease import Driver
 
@@ -64,6 +65,7 @@ def submit(
     loaded = load_spec(spec, out=out, wandb=wandb)
     extension = read_extension(loaded, extend) if extend is not None else None
     require_shared(loaded)
+    _caution(loaded)
     _require_free(loaded.out)
     service = Service(address)
     job = service.submit(loaded, extension, FitSettings(bootstraps), python, retry_failed)
@@ -240,6 +242,19 @@ def _require_free(run: str) -> None:
             f"{run} is driven already ({driver.name}); look on with `saescale status {run}`, or end that one first: "
             f"saescale stop {driver.job or run}"
         )
+
+
+def _caution(spec: "SweepSpec") -> None:
+    """Says now what the driver would say in the job's log."""
+    from saescale.cluster.sweep.cautions import cautions
+    from saescale.storage.store import ActivationStore
+
+    try:
+        d_model = ActivationStore.open(spec.store).d_model
+    except SaescaleError:  # maybe only the cluster sees it
+        d_model = None
+    for caution in cautions(spec, d_model):
+        say(f"[yellow]warning:[/] {caution}")
 
 
 def _follow(service: "Service", job: str) -> None:

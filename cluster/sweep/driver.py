@@ -5,6 +5,7 @@ import warnings
 from contextlib import ExitStack
 from typing import Any, NamedTuple
 
+from saescale.cluster.sweep.cautions import cautions
 from saescale.cluster.sweep.ledger import Ledger, open_ledger, provenance_of, recorded_precision
 from saescale.cluster.sweep.spec import SweepSpec
 from saescale.cluster.sweep.watcher import SweepDisplay
@@ -58,6 +59,8 @@ def run_sweep(
             ledger.forget_failed()
         lease, job = None, os.environ.get(JOB)
         if ledger.pending:
+            for caution in cautions(spec, store.d_model):
+                warnings.warn(caution, SaescaleWarning, stacklevel=2)
             dead = require_free(run.url)  # now, or somebody would wait for workers in vain
             verify(store, spec.eval.tokens, display)
             display.stage("starting the workers")

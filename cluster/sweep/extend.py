@@ -70,6 +70,8 @@ def _read(more: str, spec: SweepSpec) -> SweepSpec:
         raise SaescaleError(f"{more} is not valid YAML: {' '.join(str(error).split())}") from error
     if not isinstance(document, Mapping) or "grid" not in document:
         raise SaescaleError(f"{more} has no grid to extend with")
+    if isinstance(document.get("eval"), Mapping):  # how often is the sweep's where the file leaves it open
+        document = {**document, "eval": {"every_tokens": spec.eval.every_tokens, **document["eval"]}}
     return parse_spec(spec.model_dump(mode="json") | dict(document), more)
 
 

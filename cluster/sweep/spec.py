@@ -32,6 +32,8 @@ from saescale.trainers.precision import Precision
 # What a sweep file says where nobody has named a store yet: to be edited.
 NO_STORE = "stores/STORE"
 
+_POINTS = 50  # of a curve
+
 # Of a problem whose input must not be repeated.
 _SECRET = "secret"
 
@@ -179,6 +181,16 @@ class SweepSpec(Section):
         if found := secret_in_url(url):
             raise PydanticCustomError(_SECRET, "{found}; {advice}", {"found": found, "advice": ADVICE})
         return url
+
+    @model_validator(mode="after")
+    def _evaluates_at_times(self) -> Self:
+        """Where nobody said how often: about 50 points of the longest curve, and never more than one a step."""
+        if "every_tokens" not in self.eval.model_fields_set:
+            batch = self.train.batch_tokens
+            longest = max(self.tokens_of(cell.n_latents) for cell in self.grid.combinations())
+            every = batch * -(-longest // (_POINTS * batch))
+            self.eval = self.eval.model_copy(update={"every_tokens": every})
+        return self
 
     @model_validator(mode="after")
     def _settings_are_known(self) -> Self:

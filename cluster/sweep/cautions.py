@@ -1,0 +1,50 @@
+"""What a sweep's settings do to its result that nobody may have meant, said before anything is trained."""
+
+from collections.abc import Iterable
+
+from saescale.cluster.sweep.spec import SweepSpec
+from saescale.storage.errors import SaescaleError
+from saescale.trainers.cell import auto_k_aux
+
+
+def cautions(spec: SweepSpec, d_model: int | None) -> list[str]:
+    """A line for each; of a store that cannot be read from here d_model is not known (None), and less is said.
+
+    Raises SaescaleError where a cell measures nothing: as many latents as there are dimensions give any row back.
+    """
+    said, sizes = [], sorted({cell.n_latents for cell in spec.grid.combinations()})
+    window = spec.train.auxk.dead_after_tokens
+    if short := [n for n in sizes if spec.tokens_of(n) <= window]:
+        most = max(spec.tokens_of(n) for n in short)
+        said.append(
+            f"{_cells(short, sizes)} train on {most:,} tokens or fewer and a latent counts as dead after {window:,}: "
+            "AuxK never runs and the dead fraction is 0 by construction; lower "
+            "train.auxk.dead_after_tokens"
+        )
+    k_aux = spec.train.settings.get("k_aux", spec.train.auxk.k)
+    k_aux = (auto_k_aux(d_model) if d_model else None) if k_aux == "auto" else k_aux
+    if isinstance(k_aux, int) and (fewer := [n for n in sizes if n < k_aux]):
+        said.append(
+            f"AuxK takes {k_aux} latents and {_cells(fewer, sizes)} have fewer: there it takes all that are dead"
+        )
+    if d_model:
+        ks = sorted({cell.k for cell in spec.grid.combinations()})
+        if void := [k for k in ks if k >= d_model]:
+            raise SaescaleError(
+                f"grid.k: k = {_list(void)} is not below d_model = {d_model}: so many latents give any row back, and "
+                "nmse says nothing; remove it"
+            )
+        if near := [k for k in ks if k >= d_model / 2]:
+            said.append(
+                f"k = {_list(near)} is half of d_model = {d_model} or more: nmse falls there because rows have no more "
+                "dimensions, and laws are for k much smaller"
+            )
+    return said
+
+
+def _cells(sizes: list[int], all_sizes: list[int]) -> str:
+    return "cells" if sizes == all_sizes else f"cells of N = {_list(sizes)}"
+
+
+def _list(values: Iterable[int]) -> str:
+    return ", ".join(f"{value:,}" for value in values)
