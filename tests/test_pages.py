@@ -1,19 +1,21 @@
 """The pages: what they point to is there, their tables are those of the published results, their Python runs."""
 
-import csv
 import re
 import subprocess
 from pathlib import Path
 
+import pyarrow.parquet as pq
 import pytest
 import torch
 from saescale.scaling.laws.settings import FitSettings
 from saescale.scaling.report.report import analyse
+from saescale.scaling.tables import load_rows
 from saescale.storage.rundir import RunDirectory
 from saescale.storage.store import ActivationStore
 from saescale.trainers.cell import Cell, EvalSpec
 from saescale.trainers.training.train import PackJob, train_pack
 
+from tests import published
 from tests.benchmarks.readme_tables import tables
 from tests.trainers.synthetic import D_MODEL, sparse_rows, write_store
 
@@ -43,14 +45,22 @@ def test_every_floor_and_room_with_a_door_has_a_page() -> None:
     assert len(README.splitlines()) <= 120
 
 
-def test_the_table_is_that_of_the_published_results() -> None:
-    with (ROOT / "deploy/results/quickstart/results.csv").open() as file:
-        rows = list(csv.DictReader(file))
-    assert len(rows) == 20
-    for n in sorted({int(row["n_latents"]) for row in rows}):
-        found = {int(row["k"]): float(row["nmse"]) for row in rows if int(row["n_latents"]) == n}
-        line = f"| {n:,} | " + " | ".join(f"{found[k]:.4f}" for k in sorted(found)) + " |"
-        assert line in README
+@pytest.mark.parametrize("path", published.PAGES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_pages_say_of_the_published_run_what_its_files_say(path: Path) -> None:
+    assert path.read_text() == published.page(path), "run python -m tests.published"
+
+
+def test_the_published_results_are_the_same_in_both_forms_and_end_where_their_curves_do() -> None:
+    for name in ("results", "curves"):
+        text, table = (load_rows(str(published.DATA / f"{name}.{form}")) for form in ("csv", "parquet"))
+        assert text.columns.keys() == table.columns.keys()
+        for column in (name for name in text.columns if name not in ("status", "error")):
+            assert [*map(str, text[column])] == [*map(str, table[column])], column
+    results, curves = (pq.read_table(published.DATA / f"{name}.parquet").to_pylist() for name in ("results", "curves"))
+    for row in results:
+        last = max((point for point in curves if point["cell_id"] == row["cell_id"]), key=lambda point: point["step"])
+        assert [row[name] for name in ("tokens", "flops", "nmse")] == [last[n] for n in ("tokens", "flops", "nmse")]
+        assert 2 * row["n_latents"] * row["d_model"] * row["tokens"] < row["flops"] < row["flops_dense"]
 
 
 @pytest.mark.parametrize(("name", "table"), tables().items())

@@ -1,16 +1,21 @@
 """Benchmark (e): training steps on a GPU, as tokens/s and as a share of what the device's matrix units reach.
 
-    python -m tests.benchmarks.bench_cuda            needs a CUDA device; no Ray, no store, nothing downloaded
+    python -m tests.benchmarks.bench_cuda            needs a CUDA device; no Ray, no store
 
-Steps: saescale's Triton kernels (bf16 and fp32), plain torch in their place, and as the floor the bf16 encoder product
-alone, taking turns. Grid: 28 cells, N in {2^11, 2^13, 2^15, 2^17} with 7 values of k, each batch through all of them
-as a pack does it, with the peak memory beside the planner's prediction. FLOP utilisation counts the sparse training
-FLOPs (scaling/compute.py) against the rate of a large square bf16 product measured in the same run.
+Steps: saescale's Triton kernels (bf16 and fp32), plain torch in their place, other libraries by their own training
+loops with bfloat16 products (peers.py), and as the floor the bf16 encoder product alone, taking turns. A peer that
+cannot run at a size is left out, in words. The peers' libraries are installed into .venv-peers on the first run;
+without a network --without-peers measures the rest.
+
+Grid: 28 cells, N in {2^11, 2^13, 2^15, 2^17} with 7 values of k, each batch through all of them as a pack does it, with
+the peak memory beside the planner's prediction. FLOP utilisation counts the sparse training FLOPs (scaling/compute.py)
+against the rate of a large square bf16 product measured in the same run.
 """
 
 import argparse
 import os
 from collections.abc import Callable
+from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -28,11 +33,22 @@ from saescale.trainers.preprocess import Centre, measure_centre
 from saescale.trainers.training.memory import StreamSize, pack_memory
 from saescale.trainers.training.pack import Pack, RawBatch
 
-from tests.benchmarks.harness import BenchmarkError, alternate, console, machine, run, show_table, write_result
+from tests.benchmarks.environment import peers_python
+from tests.benchmarks.harness import (
+    BenchmarkError,
+    Contender,
+    alternate,
+    console,
+    machine,
+    run,
+    show_table,
+    write_result,
+)
 from tests.benchmarks.ours import training_cell
 from tests.benchmarks.protocol import Size, unit_rows
 
 SIZES = [Size(8192, 768, 32768, 32), Size(32768, 768, 32768, 32), Size(32768, 768, 131072, 64)]
+PEERS = ["sparsify-adam", "saelens-autocast", "dictionary_learning-autocast"]
 GRID = [(n, k) for n in (2**11, 2**13, 2**15, 2**17) for k in (8, 16, 32, 64, 128, 256, 512)]
 NEVER = 10**9  # tokens after which a latent counts as dead: none does
 
@@ -45,16 +61,19 @@ def main() -> None:
     )
     parser.add_argument("--rounds", type=int, default=15, help="steps of each that count (default: 15)")
     parser.add_argument("--out", type=Path, help="JSON file to write (default: tests/benchmarks/results/cuda.json)")
+    parser.add_argument("--without-peers", action="store_true", help="only saescale and the floor")
+    parser.add_argument("--peers-venv", type=Path, help="an environment that has the peers' libraries")
     arguments = parser.parse_args()
     if not torch.cuda.is_available():
         raise BenchmarkError("torch sees no CUDA device here; this benchmark measures one")
     device = torch.device("cuda")
     where = machine() | {"gpu": torch.cuda.get_device_name(device), "kernels": choose.kernel_kind(device)}
+    python = None if arguments.without_peers else peers_python(arguments.peers_venv)
     peak = _peak_rate(device, arguments.rounds)
     result = {
         "machine": where,
         "square_bf16_product_flops": peak,
-        "sizes": [_measure(size, device, peak, arguments.rounds) for size in SIZES],
+        "sizes": [_measure(size, device, peak, arguments.rounds, python) for size in SIZES],
         "grid": _grid(device, peak, arguments.rounds),
     }
     path = write_result("cuda", result, arguments.out)
@@ -97,7 +116,24 @@ def _train(size: Size, device: torch.device, precision: Precision, kernels: Kern
     return train
 
 
-def _measure(size: Size, device: torch.device, peak: float, rounds: int) -> dict[str, Any]:
+def _peers(size: Size, python: Path | None, stack: ExitStack) -> tuple[list[Contender], dict[str, str]]:
+    """Those that can make a step of that size beside each other, and why the others cannot."""
+    able, left_out = [], {}
+    for name in PEERS if python else ():
+        assert python is not None
+        try:
+            peer = Contender(name, "tests.benchmarks.peers", size, os.cpu_count() or 1, python, "cuda")
+            stack.callback(peer.close)
+            peer.step()
+        except BenchmarkError as error:
+            left_out[name] = str(error).strip().splitlines()[-1]
+            console.print(f"{name} is left out: {left_out[name]}")
+        else:
+            able.append(peer)
+    return able, left_out
+
+
+def _measure(size: Size, device: torch.device, peak: float, rounds: int, python: Path | None) -> dict[str, Any]:
     ours = choose.kernels(device)
     x = torch.randn(size.batch_tokens, size.d_model, device=device, dtype=torch.bfloat16)
     W = torch.randn(size.n_latents, size.d_model, device=device, dtype=torch.bfloat16)
@@ -108,20 +144,30 @@ def _measure(size: Size, device: torch.device, peak: float, rounds: int) -> dict
         _Turn("plain torch bf16", _train(size, device, "bf16", sparse_eager)),
         _Turn("bf16 encoder product", partial(torch.mm, x, W.T, out=pre)),
     ]
-    timings = alternate(turns, rounds, warmup=5)
+    with ExitStack() as stack:
+        peers, left_out = _peers(size, python, stack)
+        timings = alternate([*turns, *peers], rounds, warmup=5)
     batch = size.batch_tokens
     flops = topk_flops(size.d_model, size.n_latents, tokens=batch, selected=size.k * batch).sparse
     floor = timings["bf16 encoder product"].median
+    fastest = min((timings[peer.name].median for peer in peers), default=None)
     rows, entries = [], []
-    for turn in turns:
+    for turn in (*turns, *peers):
         seconds = timings[turn.name].median
-        used = None if turn.work is turns[-1].work else flops / seconds / peak
-        rows.append([turn.name, f"{seconds * 1e3:.2f}", f"{size.batch_tokens / seconds / 1e6:.2f}",
-                     f"{floor / seconds:.0%}", "-" if used is None else f"{used:.0%}"])  # fmt: skip
+        used = None if turn is turns[-1] else flops / seconds / peak
+        rows.append([
+            turn.name,
+            f"{seconds * 1e3:.2f}",
+            f"{size.batch_tokens / seconds / 1e6:.2f}",
+            f"{fastest / seconds:.2f}x" if fastest else "-",
+            f"{floor / seconds:.0%}",
+            "-" if used is None else f"{used:.0%}",
+        ])  # fmt: skip
         entries.append({"name": turn.name, "seconds": timings[turn.name].seconds, "utilisation": used})
-    columns = ["training step", "median ms", "M tokens/s", "of bf16 GEMM", "FLOP utilisation"]
-    show_table(str(size), columns, rows)
-    return {**size._asdict(), "contenders": entries}
+    columns = ["training step", "median ms", "M tokens/s", "over fastest peer", "of bf16 GEMM", "FLOP utilisation"]
+    why = "; ".join(f"{name} is left out: {reason}" for name, reason in left_out.items())
+    show_table(str(size), columns, rows, why or None)
+    return {**size._asdict(), "left_out": left_out, "contenders": entries}
 
 
 def _grid(device: torch.device, peak: float, rounds: int) -> dict[str, Any]:

@@ -31,7 +31,18 @@ from saescale.trainers.preprocess import normalise, to_tensor
 from saescale.trainers.training.train import PackJob, train_pack
 
 from tests.benchmarks.environment import peers_python
-from tests.benchmarks.harness import ALIKE, QUIET, ROOT, console, machine, run, show_table, write_result
+from tests.benchmarks.harness import (
+    ALIKE,
+    NO_GPU,
+    QUIET,
+    ROOT,
+    console,
+    machine,
+    run,
+    show_table,
+    slow_bf16,
+    write_result,
+)
 from tests.trainers.dense_training import dense_nmse, train_dense
 
 
@@ -50,13 +61,17 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="JSON to write (default: tests/benchmarks/results/quality.json)")
     arguments = parser.parse_args()
     set_threads(arguments.threads)
+    reason = slow_bf16()
+    left_out = {"saescale bf16": reason} if reason else {}
+    for name in left_out:
+        console.print(f"{name} is left out: {reason}")
     where, store = machine(), ActivationStore.open(arguments.store)
     spec = full_sweep()
     spec.grid.n_latents, spec.grid.k = [arguments.n_latents], [arguments.k]
     cell, held_out = spec.cells(store, "fp32")[0], spec.eval.tokens
     found: dict[str, dict[str, Any]] = {}
     with tempfile.TemporaryDirectory() as folder:
-        precisions: tuple[Precision, ...] = ("bf16", "fp32")
+        precisions: tuple[Precision, ...] = ("fp32",) if left_out else ("bf16", "fp32")
         for precision in precisions:
             found[f"saescale {precision}"] = _ours(store, cell, precision, held_out, f"{folder}/{precision}")
             console.print(found)
@@ -76,7 +91,9 @@ def main() -> None:
             for name, f in found.items()
         ],
     )  # fmt: skip
-    path = write_result("quality", {"machine": where, "cell": cell.model_dump(), "found": found}, arguments.out)
+    path = write_result(
+        "quality", {"machine": where, "cell": cell.model_dump(), "left_out": left_out, "found": found}, arguments.out
+    )
     console.print(f"wrote {os.path.relpath(path)}")
 
 
@@ -106,7 +123,8 @@ def _peer(
     subprocess.run(
         [peers_python(arguments.peers_venv), "-m", "tests.benchmarks.peers_train", f"{folder}/rows.npy",
          *map(str, size), f"{folder}/peer.npz", "--threads", str(arguments.threads)],
-        cwd=folder, env=os.environ | QUIET | ALIKE | {"PYTHONPATH": str(ROOT)}, check=True, capture_output=True,
+        cwd=folder, env=os.environ | QUIET | ALIKE | NO_GPU | {"PYTHONPATH": str(ROOT)}, check=True,
+        capture_output=True,
     )  # fmt: skip
     with np.load(f"{folder}/peer.npz") as trained:
         params = {name: torch.from_numpy(trained[name]) for name in trained}

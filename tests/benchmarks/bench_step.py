@@ -7,7 +7,8 @@ their own environment and by their own training loops (peers.py says what each s
 product alone. All take turns in one run, on the same random inputs of unit norm, each with all threads to itself.
 
 The default has each peer's fastest setting in float32 on the CPU. `--contenders all` adds sparsify's and SAELens'
-defaults and SAELens in bfloat16, which may be faster on a CPU with AMX.
+defaults and SAELens in bfloat16, which may be faster on a CPU with AMX. Where the CPU has no hardware for bfloat16, the
+contenders in it are left out, in words.
 
 The peers' libraries are installed into .venv-peers on the first run; --peers-venv or SAESCALE_PEERS_VENV names an
 environment that has them already.
@@ -30,6 +31,7 @@ from tests.benchmarks.harness import (
     quartiles,
     run,
     show_table,
+    slow_bf16,
     write_result,
 )
 from tests.benchmarks.protocol import Size
@@ -39,6 +41,7 @@ PEERS = ["sparsify-adam", "saelens-sparse", "dictionary_learning"]
 OTHER_SETTINGS = ["sparsify-signum", "saelens-dense", "saelens-autocast"]
 OURS = ["saescale-bf16", "saescale-fp32"]
 FLOORS = ["gemm-bf16", "gemm-fp32"]
+IN_BF16 = ["saescale-bf16", "saelens-autocast", "gemm-bf16"]  # their products
 EVERY = [*OURS, *PEERS, *OTHER_SETTINGS, *FLOORS]
 DEFAULT = [*OURS, *PEERS, *FLOORS]
 IDLE_SHARE = 0.01  # CPU time that a contender may take while others work; more is worth a warning
@@ -47,10 +50,16 @@ IDLE_SHARE = 0.01  # CPU time that a contender may take while others work; more 
 def main() -> None:
     arguments = _arguments()
     where = machine()
-    python = peers_python(arguments.peers_venv)
+    reason = slow_bf16()
+    left_out = {name: reason for name in arguments.contenders if name in IN_BF16 and reason}
+    for name in left_out:
+        console.print(f"{name} is left out: {reason}")
+    arguments.contenders = [name for name in arguments.contenders if name not in left_out]
+    others = {*PEERS, *OTHER_SETTINGS} & {*arguments.contenders}
+    python = peers_python(arguments.peers_venv) if others else Path(sys.executable)
     results = [_measure(size, arguments, python) for size in arguments.sizes]
     settings = {"rounds": arguments.rounds, "warmup": arguments.warmup, "threads": arguments.threads}
-    path = write_result("step", {"machine": where, **settings, "sizes": results}, arguments.out)
+    path = write_result("step", {"machine": where, **settings, "left_out": left_out, "sizes": results}, arguments.out)
     console.print(f"wrote {os.path.relpath(path)}")
 
 

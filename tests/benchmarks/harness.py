@@ -30,8 +30,10 @@ ROOT = Path(__file__).resolve().parents[2]
 RESULTS = Path(__file__).parent / "results"
 # Each contender's threads sleep as soon as they have nothing to do, instead of spinning beside the one at work.
 QUIET = {"OMP_WAIT_POLICY": "PASSIVE", "KMP_BLOCKTIME": "0"}
-# A library that looks for a GPU finds none: everything here is compared on the CPU. None of them calls home.
-ALIKE = {"CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1", "WANDB_MODE": "disabled", "TOKENIZERS_PARALLELISM": "false"}
+# A library that looks for a GPU finds none where the CPU is compared.
+NO_GPU = {"CUDA_VISIBLE_DEVICES": ""}
+# None of them calls home.
+ALIKE = {"HF_HUB_OFFLINE": "1", "WANDB_MODE": "disabled", "TOKENIZERS_PARALLELISM": "false"}
 
 # Where no terminal says how wide it is, tables get the width that they need.
 console = Console(width=None if sys.stdout.isatty() else 120)
@@ -58,15 +60,19 @@ class Contender:
     been waiting. Raises BenchmarkError with the end of its stderr when it does not start or dies.
     """
 
-    def __init__(self, name: str, module: str, size: Size, threads: int, python: Path) -> None:
+    def __init__(self, name: str, module: str, size: Size, threads: int, python: Path, device: str = "cpu") -> None:
         self.name = name
         self.idle_cpu: list[float] = []
         # A file, not a pipe: nobody reads it while the process works, and a full pipe would stop it.
         self._log = tempfile.TemporaryFile("w+")  # noqa: SIM115
         self._process = subprocess.Popen(
-            [python, "-m", module, name, *map(str, (*size, "--threads", threads))],
+            [python, "-m", module, name, *map(str, (*size, "--threads", threads, "--device", device))],
             cwd=ROOT,
-            env=os.environ | QUIET | ALIKE | dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS"), str(threads)),
+            env=os.environ
+            | QUIET
+            | ALIKE
+            | dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS"), str(threads))
+            | (NO_GPU if device == "cpu" else {}),
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self._log,
@@ -184,6 +190,29 @@ def machine() -> dict[str, Any]:
         "python": platform.python_version(),
         "load_before": os.getloadavg()[0],
     }
+
+
+SLOW = 3.0  # times as long as in float32: a step in bfloat16 is then of no use to anybody, and may take minutes
+
+
+def slow_bf16() -> str | None:
+    """Why bfloat16 is left out on this machine's CPU, in words; None where it is not.
+
+    Without instructions for it (AVX512-BF16, AMX) torch's product is that many times slower. Timed on a small one.
+    """
+    operands = torch.randn(256, 256), torch.randn(256, 256)
+    rounded = [operand.bfloat16() for operand in operands]
+    seconds = [min(_product_seconds(*pair) for _ in range(5)) for pair in (operands, rounded)]
+    times = seconds[1] / seconds[0]
+    if times <= SLOW:
+        return None
+    return f"no hardware for bfloat16: its product takes {times:.0f} times as long as the float32 one on this CPU"
+
+
+def _product_seconds(x: torch.Tensor, W: torch.Tensor) -> float:
+    began = time.perf_counter()
+    torch.mm(x, W.T)
+    return time.perf_counter() - began
 
 
 def write_result(name: str, result: dict[str, Any], out: Path | None = None) -> Path:

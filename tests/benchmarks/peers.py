@@ -1,12 +1,12 @@
 """One training step of other libraries' TopK SAEs, each by its own training loop, fed from memory.
 
-    python -m tests.benchmarks.peers NAME B D N K [--threads T]
+    python -m tests.benchmarks.peers NAME B D N K [--threads T] [--device D]
 
 runs in the peers' environment (peers_requirements.txt), imports nothing of saescale, and speaks protocol.py on stdin
 and stdout. No step is rewritten here: `Trainer.fit`, `SAETrainer.fit` and `trainSAE` run as they are and take their
 next batch when the harness asks for a step; W&B and checkpoints are switched off. Weights and inputs are float32 on the
-CPU. Settings are the library's defaults but for what the name says. No latent is dead in so few steps, so AuxK costs
-nobody more than looking for dead latents.
+device, the CPU unless told otherwise. Settings are the library's defaults but for what the name says. No latent is dead
+in so few steps, so AuxK costs nobody more than looking for dead latents.
 
 sparsify-adam        SparseCoder under Trainer.fit: activations copied through the token mask, decoder rows normalised,
                      fused encoder (ReLU, top-k), embedding_bag decode, FVU, encoder gradient by index_add over
@@ -24,7 +24,7 @@ saelens-autocast     saelens-dense with autocast=True: bfloat16 products.
 dictionary_learning  TopKTrainer under trainSAE: encoder, ReLU, top-k scattered into a dense matrix, dense decode,
                      squared error, AuxK, dense backward, gradient projected off the decoder columns, gradient norm
                      clipped to 1, torch's Adam, a warm-up schedule, decoder normalised. trainSAE has no autocast on a
-                     CPU.
+                     CPU; on CUDA dictionary_learning-autocast has bfloat16 products.
 """
 
 import os
@@ -44,8 +44,9 @@ STEPS = 1_000_000
 
 
 def sparsify(size: Size, server: Server, optimizer: str = "adam") -> None:
-    # With triton in the environment the decoder would be a GPU kernel.
-    os.environ["SPARSIFY_DISABLE_TRITON"] = "1"
+    if server.device.type == "cpu":
+        # With triton in the environment the decoder would be a GPU kernel.
+        os.environ["SPARSIFY_DISABLE_TRITON"] = "1"
     from sparsify import SparseCoderConfig, TrainConfig, Trainer  # type: ignore[import-not-found]
 
     coder = SparseCoderConfig(num_latents=size.n_latents, k=size.k)
@@ -53,7 +54,7 @@ def sparsify(size: Size, server: Server, optimizer: str = "adam") -> None:
         coder, batch_size=1, optimizer=optimizer, hookpoints=["site"], save_every=STEPS, log_to_wandb=False
     )
     batches = server.batches(unit_rows(size), _about("eai-sparsify", f"optimizer {optimizer}"))
-    subject = _Subject(size.d_model)
+    subject = _Subject(size.d_model, server.device)
     trainer = Trainer(config, _Contexts(subject, batches, size.batch_tokens), subject)
     trainer.saes["site"].register_forward_hook(lambda _module, _inputs, output: _keep(server, output.fvu))
     trainer.fit()
@@ -62,13 +63,12 @@ def sparsify(size: Size, server: Server, optimizer: str = "adam") -> None:
 class _Subject(nn.Module):
     """Stands where sparsify wants a language model: `site` puts out the batch at hand, [1, batch_tokens, d_model]."""
 
-    device = torch.device("cpu")
-
-    def __init__(self, d_model: int) -> None:
+    def __init__(self, d_model: int, device: torch.device) -> None:
         super().__init__()
+        self.device = device
         self.site = nn.Identity()
-        self.activations = torch.zeros(1, 1, d_model)
-        self.dummy_inputs = {"input_ids": torch.zeros(1, 1, dtype=torch.long)}
+        self.activations = torch.zeros(1, 1, d_model, device=device)
+        self.dummy_inputs = {"input_ids": torch.zeros(1, 1, dtype=torch.long, device=device)}
 
     @property
     def base_model(self) -> nn.Module:
@@ -110,6 +110,7 @@ def saelens(size: Size, server: Server, sparse: bool = False, autocast: bool = F
         train_batch_size_samples=size.batch_tokens,
         lr_end=3e-5,  # what the runner fills in; a constant schedule has no use for it
         autocast=autocast,
+        device=str(server.device),
     )
     sae_config = TopKTrainingSAEConfig(
         size.d_model,
@@ -117,13 +118,14 @@ def saelens(size: Size, server: Server, sparse: bool = False, autocast: bool = F
         k=size.k,
         use_sparse_activations=sparse,
         rescale_acts_by_decoder_norm=not sparse,
+        device=str(server.device),
     )
     settings = "sparse activations, no rescaling" if sparse else "autocast to bfloat16" if autocast else "defaults"
     batches = server.batches(unit_rows(size), _about("sae-lens", settings))
     Trainer(config, TopKTrainingSAE(sae_config), batches).fit()
 
 
-def dictionary_learning(size: Size, server: Server) -> None:
+def dictionary_learning(size: Size, server: Server, autocast: bool = False) -> None:
     from dictionary_learning.trainers.top_k import TopKTrainer  # type: ignore[import-not-found]
     from dictionary_learning.training import trainSAE  # type: ignore[import-not-found]
 
@@ -140,10 +142,11 @@ def dictionary_learning(size: Size, server: Server) -> None:
         "k": size.k,
         "layer": 0,
         "lm_name": "none",
-        "device": "cpu",
+        "device": str(server.device),
     }
-    batches = server.batches(unit_rows(size), _about("dictionary-learning", "defaults"))
-    trainSAE(batches, [trainer], STEPS, device="cpu")
+    dtype, settings = (torch.bfloat16, "autocast to bfloat16") if autocast else (torch.float32, "defaults")
+    batches = server.batches(unit_rows(size), _about("dictionary-learning", settings))
+    trainSAE(batches, [trainer], STEPS, device=str(server.device), autocast_dtype=dtype)
 
 
 def _about(distribution: str, settings: str) -> dict[str, str]:
@@ -151,7 +154,8 @@ def _about(distribution: str, settings: str) -> dict[str, str]:
 
 
 def _keep(server: Server, loss: Tensor) -> None:
-    server.loss = float(loss.detach())
+    # Read when it is asked for: a GPU would be waited for here.
+    server.loss = loss.detach()
 
 
 PEERS: dict[str, Callable[[Size, Server], None]] = {
@@ -161,6 +165,7 @@ PEERS: dict[str, Callable[[Size, Server], None]] = {
     "saelens-dense": saelens,
     "saelens-autocast": partial(saelens, autocast=True),
     "dictionary_learning": dictionary_learning,
+    "dictionary_learning-autocast": partial(dictionary_learning, autocast=True),
 }
 
 

@@ -50,24 +50,33 @@ class Unavailable(Exception):
 class Server:
     """The process's side of the conversation. `loss` is for the training loop to set after each step."""
 
-    def __init__(self) -> None:
-        self.loss = math.nan
+    def __init__(self, device: str = "cpu") -> None:
+        self.device = torch.device(device)
+        self.loss: float | Tensor = math.nan
         # The answers get the real stdout; whatever else is printed, by Python or by C, goes to stderr.
         self._answers = os.fdopen(os.dup(sys.stdout.fileno()), "w", buffering=1)
         os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
 
     def batches(self, inputs: Sequence[Tensor], about: Mapping[str, Any]) -> Iterator[Tensor]:
-        """Endless: `inputs` in a cycle, one for each step that is asked for. `about` describes the contender."""
+        """Endless: `inputs` in a cycle, on the device, one for each step that is asked for. `about`: the contender."""
+        inputs = [x.to(self.device) for x in inputs]
         self.answer(ready={"torch": torch.__version__, **about})
         finished = time.process_time()
         for batch in itertools.cycle(inputs):
             self._await_step()
             idle_cpu = time.process_time() - finished
+            self._finish()
             began = time.perf_counter()
             yield batch
+            self._finish()
             seconds = time.perf_counter() - began
             finished = time.process_time()
             self.answer(seconds=seconds, idle_cpu=idle_cpu)
+
+    def _finish(self) -> None:
+        """Waits for what a GPU has been told to do."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
 
     def answer(self, **fields: Any) -> None:
         print(json.dumps(fields), file=self._answers)
@@ -78,7 +87,8 @@ class Server:
             if command == "step":
                 return
             if command == "loss":
-                self.answer(loss=self.loss if math.isfinite(self.loss) else None)
+                loss = float(self.loss)
+                self.answer(loss=loss if math.isfinite(loss) else None)
             elif command in ("quit", ""):
                 # Ends whatever training loop stands above, which catches `Exception` at most.
                 raise SystemExit(0)
@@ -94,15 +104,16 @@ def unit_rows(size: Size) -> list[Tensor]:
 
 
 def serve(contenders: Mapping[str, Callable[[Size, Server], None]], description: str) -> None:
-    """The command line of a contender's process: `NAME B D N K [--threads T]`, then the conversation."""
+    """The command line of a contender's process: `NAME B D N K [--threads T] [--device D]`, then the conversation."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("name", choices=contenders)
     for letter, meaning in (("B", "tokens of a batch"), ("D", "d_model"), ("N", "latents"), ("K", "latents per token")):
         parser.add_argument(letter, type=int, help=meaning)
     parser.add_argument("--threads", type=int, default=os.cpu_count(), help="default: one for each core")
+    parser.add_argument("--device", default="cpu", help="cpu or cuda (default: cpu)")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
-    server = Server()
+    server = Server(arguments.device)
     try:
         contenders[arguments.name](Size(arguments.B, arguments.D, arguments.N, arguments.K), server)
     except Unavailable as reason:

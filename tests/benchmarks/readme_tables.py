@@ -24,10 +24,13 @@ def _step(result: dict[str, Any]) -> str:
     head += [f"B {s['batch_tokens']:,}, d {s['d_model']}, N {s['n_latents']:,}, k {s['k']}" for s in sizes]
     rows = []
     for name, shown in SHOWN.items():
+        if reason := result.get("left_out", {}).get(name):
+            rows.append([shown, *([f"left out: {reason}"] + [""] * (len(sizes) - 1))])
+            continue
         entries = [next(c for c in size["contenders"] if c["name"] == name) for size in sizes]
         rows.append([shown, *(
-            f"{e['median_ms']:,.0f} ({_median(e['speed_over_fastest_peer']):.2f}x; "
-            f"{_median(e['speed_over_gemm_bf16']):.0%})" for e in entries
+            f"{e['median_ms']:,.0f} ({_median(e['speed_over_fastest_peer']):.2f}x"
+            + (f"; {_median(e['speed_over_gemm_bf16']):.0%})" if e["speed_over_gemm_bf16"] else ")") for e in entries
         )])  # fmt: skip
     return _markdown(head, rows)
 

@@ -170,7 +170,7 @@ def test_one_bad_encoder_weight_is_noticed(precision: Precision, value: float) -
     sae.params["W_enc"][3, 5] = value
     sae.round()
     x, origin = torch.randn(20, 8, generator=torch.Generator().manual_seed(0)), sae.params["b_pre"].clone()
-    assert not np.isfinite(sae.reconstruct(Batch.of(x, origin, precision == "bf16")).squared)
+    assert not sae.reconstruct(Batch.of(x, origin, precision == "bf16")).squared.isfinite()
     assert not np.isfinite(take_step(sae, x, origin, DeadLatents(16)).main)
 
 

@@ -64,12 +64,16 @@ class State(NamedTuple):
     progress: float = 0.0  # share of the cell's tokens that it has been trained on, 0 to 1
 
 
+# An int64 scalar stays on its device until somebody reads it, since the host has to wait for that.
+Count = int | Tensor
+
+
 class Auxiliary(NamedTuple):
     """What the losses decoded beside `Forward.latents`, for the account of FLOPs; see Worked."""
 
-    selected: int = 0
-    selected_aux: int = 0
-    dead: int = 0
+    selected: Count = 0
+    selected_aux: Count = 0
+    dead: Count = 0
 
 
 class Losses(NamedTuple):
@@ -82,13 +86,17 @@ class Losses(NamedTuple):
 class Worked(NamedTuple):
     """What steps did, summed over them; `selected` and `selected_aux` are (token, latent) pairs."""
 
-    tokens: int = 0
-    selected: int = 0  # that were active, of all reconstructions of the main losses
-    selected_aux: int = 0  # that were active in a reconstruction by dead latents
-    dead: int = 0  # dead latents that this chose from, summed over tokens
+    tokens: Count = 0
+    selected: Count = 0  # that were active, of all reconstructions of the main losses
+    selected_aux: Count = 0  # that were active in a reconstruction by dead latents
+    dead: Count = 0  # dead latents that this chose from, summed over tokens
 
     def plus(self, other: "Worked") -> "Worked":
         return Worked(*(a + b for a, b in zip(self, other, strict=True)))
+
+    def read(self) -> "Worked":
+        """In whole numbers."""
+        return Worked(*(int(count) for count in self))
 
 
 class Batch(NamedTuple):
@@ -118,7 +126,7 @@ class Step(NamedTuple):
     """What one batch gave one cell."""
 
     main: float  # Losses.main
-    parts: Mapping[str, float]  # Losses.parts
+    parts: Mapping[str, float | Tensor]  # Losses.parts; a scalar on its device where the host did not wait for it
     gradient: Any  # of Losses.total: whatever `FastStep.update` takes
     worked: Worked
 
@@ -135,8 +143,8 @@ class Reconstruction(NamedTuple):
     """What the active latents leave over, for evaluation."""
 
     error: Tensor  # target - x_hat, float32 [batch, d_model]
-    squared: float  # ||error||^2 over the batch, summed in float64
-    active: int  # latents with z > 0, over all tokens
+    squared: Tensor  # float64 scalar: ||error||^2 over the batch
+    active: Tensor  # int64 scalar: latents with z > 0, over all tokens
 
 
 class Dead(Protocol):
@@ -160,7 +168,7 @@ class FastStep(Protocol):
         self, params: Params, operands: Params, batch: Batch, settings: Any, conditions: Conditions, dead: Dead,
         mesh: Mesh,
     ) -> Step:  # fmt: skip
-        """Losses and gradient of a batch, which is counted in `dead`."""
+        """Losses and gradient of a batch, which is counted in `dead`. The host should wait for the device once."""
 
     def update(
         self, params: Params, operands: Params, gradient: Any, updates: Mapping[str, Update], mesh: Mesh
@@ -197,7 +205,7 @@ class Architecture(Protocol):
         """Of `forward`; `target` [batch, d_model] is x itself unless the source gives another."""
 
     def flops(self, shape: Shape, settings: Any, worked: Worked) -> Flops:
-        """Training FLOPs of what steps did: `sparse` of the ideal sparse algorithm, no more than `dense`."""
+        """Training FLOPs of what steps did, in whole numbers: `sparse` of the ideal sparse way, at most `dense`."""
 
 
 def find_architecture(name: str) -> Architecture:

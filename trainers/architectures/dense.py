@@ -58,10 +58,11 @@ class DenseStep:
             losses = self.architecture.losses(moved, forward, target, settings, state)
             gradients = torch.autograd.grad(losses.total, list(moved.values()), materialize_grads=True)
         beside = losses.beside
-        active = int((forward.latents > 0).sum())
+        active = (forward.latents > 0).sum()
         worked = Worked(len(x), active + beside.selected, beside.selected_aux, beside.dead)
-        parts = {name: float(value.detach()) for name, value in losses.parts.items()}
-        return Step(float(losses.main.detach()), parts, dict(zip(moved, gradients, strict=True)), worked)
+        # In one piece, since the host waits for the device here.
+        main, *parts = torch.stack([loss.detach() for loss in (losses.main, *losses.parts.values())]).tolist()
+        return Step(main, dict(zip(losses.parts, parts, strict=True)), dict(zip(moved, gradients, strict=True)), worked)
 
     def update(
         self, params: Params, operands: Params, gradient: Mapping[str, Tensor], updates: Mapping[str, Update],
@@ -73,12 +74,12 @@ class DenseStep:
     def reconstruct(self, params: Params, operands: Params, batch: Batch, settings: Any, mesh: Mesh) -> Reconstruction:
         x = batch.x + batch.origin
         error = x.clone() if batch.target is None else batch.target.clone()
-        active = 0
+        active = torch.zeros((), dtype=torch.int64, device=x.device)
         for rows, left in zip(x.split(self.rows), error.split(self.rows), strict=True):
             forward = self.architecture.forward(params, rows, settings)
             left.sub_(forward.x_hat)
-            active += int((forward.latents > 0).sum())
-        return Reconstruction(error, float(error.double().square_().sum()), active)
+            active += (forward.latents > 0).sum()
+        return Reconstruction(error, error.double().square_().sum(), active)
 
     def training_bytes(
         self, shape: Shape, settings: Any, batch: int, precision: Precision, kernels: KernelKind

@@ -13,6 +13,7 @@ import torch
 from saescale.trainers.architectures.architecture import (
     Batch,
     Conditions,
+    Count,
     Dead,
     Params,
     Reconstruction,
@@ -91,27 +92,41 @@ class TopKStep:
         # One more for AuxK, where it may need one.
         errors = batch.x.new_empty(len(ks) + bool(settings.k_aux), len(batch.x), d_model)
         b_pre = torch.zeros_like(offset)
-        terms, losses = [], []
+        terms, squared, sums = [], [], []
         for selected, weight, error in zip(selections, weights, errors, strict=False):
             # The gradient by x_hat of the mean over batch and d_model of the squared error over c.
             scale = -2.0 * weight / (elements * conditions.variance)
             decoded = sparse.decode(target, offset, selected, W_dec, scale, error)
             terms.append(Term(selected, decoded.dz, scale))
-            losses.append(float(mesh.mean_replicas(decoded.squared)) / elements / conditions.variance)
-            b_pre.add_(error.sum(dim=0), alpha=scale)
-        pairs = sum(_active(selected) for selected in selections)
+            squared.append(decoded.squared)
+            sums.append(error.sum(dim=0))
+            b_pre.add_(sums[-1], alpha=scale)
+        active = torch.stack([_active(selected) for selected in selections]).sum()
 
         # Has to go before AuxK: a latent that came back to life in this batch is no longer dead.
         dead.update(selections[0])
         idle = dead.after(conditions.dead_after_tokens)
-        auxk = _auxk(params, operands, batch, offset, errors[0], idle, settings, errors[-1])
+        count, scatter = active.new_zeros(()), offset.new_zeros(())
+        if settings.k_aux:
+            count, scatter = idle.sum(), (sums[0] / len(batch.x) - errors[0]).square_().mean()
+        # All that the host has to know of a step, in one piece: it waits for the device here and nowhere else.
+        told = torch.stack([active.double(), count.double(), scatter.double()])
+        *squares, pairs, n_dead, scatter_of_error = torch.cat([mesh.mean_replicas(torch.stack(squared)), told]).tolist()
+
+        losses = [square / elements / conditions.variance for square in squares]
+        auxk = _AuxK(0.0, _no_rows(errors[0]), None)
+        if settings.k_aux and n_dead and scatter_of_error > 0:
+            auxk = _auxk(
+                params, operands, batch, offset, errors[0], _named(idle, int(n_dead)), scatter_of_error, settings,
+                errors[-1],
+            )  # fmt: skip
         if auxk.term is not None:
             terms.append(auxk.term)
         gradient = Gradient(
             sparse.transpose(terms, n_latents), errors.view(-1, d_model), batch.x, offset, auxk.rows, b_pre
         )  # fmt: skip
         parts = {"multi": losses[1] if len(losses) > 1 else 0.0, "auxk": auxk.loss}
-        worked = Worked(len(batch.x), pairs, auxk.pairs, auxk.dead * len(batch.x))
+        worked = Worked(len(batch.x), int(pairs), auxk.pairs, auxk.dead * len(batch.x))
         return Step(losses[0], parts, gradient, worked)
 
     @torch.no_grad()
@@ -155,7 +170,7 @@ class TopKStep:
         selected = _select(params, operands, batch, offset, [settings.k], mesh)[0]
         error = torch.empty_like(batch.x)
         decoded = kernels(batch.x.device).decode(_target(batch), offset, selected, params["W_dec"], None, error)
-        return Reconstruction(error, float(decoded.squared), _active(selected))
+        return Reconstruction(error, decoded.squared, _active(selected))
 
     def training_bytes(
         self, shape: Shape, settings: TopKSettings, batch: int, precision: Precision, kernels: KernelKind
@@ -196,8 +211,13 @@ def _target(batch: Batch) -> Tensor:
     return batch.x if batch.target is None else batch.target - batch.origin
 
 
-def _active(selected: Selected) -> int:
-    return int((selected.z > 0).sum())
+def _active(selected: Selected) -> Tensor:
+    return (selected.z > 0).sum()
+
+
+def _named(chosen: Tensor, count: int) -> Tensor:
+    """int64 [count], ascending: where `chosen` (bool) is true, as `nonzero` says it, which would count them anew."""
+    return torch.searchsorted(chosen.cumsum(0), torch.arange(1, count + 1, device=chosen.device))
 
 
 def _select(
@@ -219,36 +239,34 @@ def _select(
 class _AuxK(NamedTuple):
     """The AuxK loss (topk.auxk_loss) and its gradient, in one of two forms: rows, or a term like the others."""
 
-    loss: float
+    loss: float | Tensor
     rows: DeadRows
     term: Term | None
-    pairs: int = 0  # that were decoded
+    pairs: Count = 0  # that were decoded
     dead: int = 0  # latents that were scored
 
 
+def _no_rows(error: Tensor) -> DeadRows:
+    return DeadRows(error.new_empty(0, dtype=torch.int64), error[:0], error.new_empty(0), error[:0])
+
+
 def _auxk(
-    params: Params, operands: Params, batch: Batch, offset: Tensor, error: Tensor, dead: Tensor,
+    params: Params, operands: Params, batch: Batch, offset: Tensor, error: Tensor, latents: Tensor, scatter: float,
     settings: TopKSettings, miss: Tensor,
 ) -> _AuxK:  # fmt: skip
-    """`error` is x - x_hat of the main loss, `dead` [n_latents] bool; the term's errors are written to `miss`.
+    """`error` is x - x_hat of the main loss, `scatter` the mean square of it minus its mean over the batch, `latents`
+    the dead ones; the term's errors are written to `miss`.
 
     While few latents are dead, products with their rows gathered into one matrix are the fastest way, and their
     gradients small. Where many are, k_aux of them are few, and AuxK goes the way of the other losses.
     """
-    latents = dead.nonzero().squeeze(1) if settings.k_aux else dead.new_empty(0, dtype=torch.int64)
     k_aux = min(settings.k_aux, len(latents))
-    none = DeadRows(latents[:0], error[:0], error.new_empty(0), error[:0])
-    if k_aux == 0:
-        return _AuxK(0.0, none, None)
-    denominator = float((error.mean(dim=0) - error).square().mean())
-    if not denominator > 0:
-        return _AuxK(0.0, none, None)
     bias = params["b_enc"][latents] - params["W_enc"][latents] @ offset
     # The gradient by e_hat of the mean squared error over that of the mean error, e being x - x_hat.
-    scale = -2 * settings.auxk_coefficient / (error.numel() * denominator)
+    scale = -2 * settings.auxk_coefficient / (error.numel() * scatter)
     if len(latents) <= FEW_DEAD * k_aux:
         squared, pairs, rows = _dead_rows(params, batch.x, offset, error, latents, bias, k_aux, scale)
-        return _AuxK(squared / error.numel() / denominator, rows, None, pairs, len(latents))
+        return _AuxK(squared / error.numel() / scatter, rows, None, pairs, len(latents))
 
     sparse, W_enc = kernels(error.device), operands["W_enc"]
     x = batch.rounded if W_enc.dtype == torch.bfloat16 else batch.x
@@ -257,20 +275,20 @@ def _auxk(
     selected = Selected(names, among.z)
     # No b_pre here: the error has it taken off already.
     decoded = sparse.decode(error, torch.zeros_like(offset), selected, params["W_dec"], scale, miss)
-    loss = float(decoded.squared) / error.numel() / denominator
-    return _AuxK(loss, none, Term(selected, decoded.dz, scale), _active(selected), len(latents))
+    loss = decoded.squared / error.numel() / scatter
+    return _AuxK(loss, _no_rows(error), Term(selected, decoded.dz, scale), _active(selected), len(latents))
 
 
 def _dead_rows(
     params: Params, x: Tensor, offset: Tensor, error: Tensor, latents: Tensor, bias: Tensor, k_aux: int, scale: float
-) -> tuple[float, int, DeadRows]:
+) -> tuple[Tensor, Tensor, DeadRows]:
     """||e - e_hat||^2, the pairs it took, and the gradients of AuxK, dense over the dead `latents` alone.
 
     `bias` is theirs.
     """
     W_enc, W_dec = params["W_enc"][latents], params["W_dec"][latents]
     rows = DeadRows(latents, torch.zeros_like(W_enc), torch.zeros_like(bias), torch.zeros_like(W_dec))
-    squared, pairs = 0.0, 0
+    squared, pairs = error.new_zeros((), dtype=torch.float64), latents.new_zeros(())
     size = max(1, AUXK_ENTRIES // len(latents))
     for part, target in zip(x.split(size), error.split(size), strict=True):
         z = torch.addmm(bias, part, W_enc.T).relu_()
@@ -278,9 +296,9 @@ def _dead_rows(
             best = z.topk(k_aux, dim=1)
             z = torch.zeros_like(z).scatter_(1, best.indices, best.values)
         miss = torch.addmm(target, z, W_dec, alpha=-1)
-        squared += float(torch.linalg.vector_norm(miss, dtype=torch.float64)) ** 2
+        squared += torch.linalg.vector_norm(miss, dtype=torch.float64).square()
         active = z > 0
-        pairs += int(active.sum())
+        pairs += active.sum()
         dz = (miss @ W_dec.T).mul_(active)
         rows.W_dec.addmm_(z.T, miss, alpha=scale)
         rows.W_enc.addmm_(dz.T, part, alpha=scale)

@@ -1,7 +1,7 @@
 """Held-out nmse: sum ||x - x_hat||^2 / sum ||x - mean(x)||^2 over the whole held-out set, summed in float64."""
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -16,6 +16,7 @@ from saescale.trainers.subjects.subject import Subject
 from torch import Tensor
 
 CHUNK_ROWS = 8_192  # preprocessed and encoded at a time
+KEPT_BYTES = 2**28  # of preprocessed rows, which all cells of an evaluation then share
 
 needs: frozenset[Need] = frozenset()
 
@@ -67,17 +68,31 @@ class HeldOut:
         return float(total)
 
     def evaluate(self, saes: Sequence[Callable[[], SAE]], origin: Tensor, bf16: bool = False) -> list[Quality]:
-        """nmse and l0 of each SAE; the rows are read and preprocessed once for all.
+        """nmse and l0 of each SAE; each is made once, and the rows are preprocessed once for all where they fit.
 
         `origin` [d_model]: what batches are centred by; `bf16`: some SAE has operands of that type.
         """
-        squared, active = [0.0] * len(saes), [0] * len(saes)
-        for chunk in self._raw.split(CHUNK_ROWS):
-            batch = Batch.of(normalise(chunk.to(self._device)), origin, bf16)
-            for i, make in enumerate(saes):
-                # Made again for every chunk: averaged copies of all cells would double a pack's weights, and on a CPU
-                # this is a few per cent of a chunk's product.
-                result = make().reconstruct(batch)
-                squared[i] += result.squared
-                active[i] += result.active
-        return [Quality(s / self._total, a / self.tokens) for s, a in zip(squared, active, strict=True)]
+        chunks = self._raw.split(CHUNK_ROWS)
+
+        def preprocessed() -> Iterator[Batch]:
+            return (Batch.of(normalise(chunk.to(self._device)), origin, bf16) for chunk in chunks)
+
+        kept = list(preprocessed()) if self.tokens == rows_at_a_time(*self._raw.shape) else None
+        # One SAE after the other: averaged copies of all cells would double a pack's weights, and one of them for each
+        # chunk would be made anew many times.
+        sums = [_sums(make(), preprocessed() if kept is None else kept) for make in saes]
+        return [Quality(squared / self._total, active / self.tokens) for squared, active in torch.stack(sums).tolist()]
+
+
+def rows_at_a_time(rows: int, d_model: int) -> int:
+    """How many of `rows` stand preprocessed in memory at once: all, where they and their rounding fit, or a chunk."""
+    return rows if rows * d_model * (4 + 2) <= KEPT_BYTES else min(rows, CHUNK_ROWS)
+
+
+def _sums(sae: SAE, batches: Iterable[Batch]) -> Tensor:
+    """[squared error, active latents] over all rows, in float64 and on the device, for which nobody waits here."""
+    total = torch.zeros(2, dtype=torch.float64, device=next(iter(sae.params.values())).device)
+    for batch in batches:
+        result = sae.reconstruct(batch)
+        total += torch.stack([result.squared, result.active.double()])
+    return total

@@ -15,7 +15,7 @@ import torch
 from saescale.trainers.architectures.architecture import Settings, Shape, find_architecture
 from saescale.trainers.architectures.sae import step_of
 from saescale.trainers.cell import Cell
-from saescale.trainers.evals.nmse import CHUNK_ROWS
+from saescale.trainers.evals.nmse import CHUNK_ROWS, rows_at_a_time
 from saescale.trainers.kernels.choose import KernelKind
 from saescale.trainers.preprocess import SAMPLE_TOKENS, Centre
 
@@ -37,7 +37,7 @@ class PackMemory(NamedTuple):
     held: float  # parameters, moments and average of all cells, their rounded encoders, their dead counters
     stream: float  # windows of the stream and held-out rows, in the host's memory
     training: float  # one cell's step: pre-activations, errors, selections, sorted pairs, AuxK
-    evaluation: float  # one cell's averaged weights and its errors on a chunk of held-out rows
+    evaluation: float  # one cell's averaged weights, its errors on a chunk of held-out rows, and preprocessed rows
     checkpoint: float  # one cell's state on its way into an object store; a local file is written tensor by tensor
     start: float  # the sample that the geometric median is measured on, before there are cells
 
@@ -64,8 +64,9 @@ def pack_memory(
     return PackMemory(
         held=sum(_held(cell) for cell in cells),
         stream=windows + eval_tokens * d_model * 2 if host else 0,
-        training=max(_step(cell, kernels) for cell in cells) + _preprocessed(batch, d_model),
-        evaluation=max(_evaluation(cell, kernels) for cell in cells) + _preprocessed(CHUNK_ROWS, d_model),
+        training=max(_step(cell, kernels) for cell in cells) + _preprocessed(batch, batch, d_model),
+        evaluation=max(_evaluation(cell, kernels) for cell in cells)
+        + _preprocessed(rows_at_a_time(eval_tokens, d_model), min(eval_tokens, CHUNK_ROWS), d_model),
         checkpoint=max(4 * _weights(cell) for cell in cells) if host and remote_run else 0,
         start=3 * _FLOAT * min(SAMPLE_TOKENS, stream.rows) * d_model if host else 0,
     )
@@ -99,9 +100,9 @@ def _held(cell: Cell) -> float:
     return 4 * _weights(cell) + _rounded(cell) + 8 * cell.n_latents
 
 
-def _preprocessed(rows: int, d_model: int) -> float:
-    """Raw rows, x in float32 and rounded, and one more copy while it is made."""
-    return rows * d_model * (2 + _FLOAT + 2 + _FLOAT)
+def _preprocessed(rows: int, making: int, d_model: int) -> float:
+    """x in float32 and rounded, and of the rows that are being made the raw ones and one more copy."""
+    return d_model * (rows * (_FLOAT + 2) + making * (2 + _FLOAT))
 
 
 def _step(cell: Cell, kernels: KernelKind) -> float:

@@ -52,17 +52,19 @@ class TrainingCell:
     @property
     def flops(self) -> Flops:
         """Of what its steps did so far."""
-        return self.sae.architecture.flops(self.sae.shape, self.sae.settings, self.worked)
+        return self.sae.architecture.flops(self.sae.shape, self.sae.settings, self.worked.read())
 
     def train_on(self, batch: Batch) -> None:
-        """One step. A loss that is not finite fails the cell, before its weights are touched."""
+        """One step. A loss that is not finite fails the cell, before its weights are touched; of a part that the host
+        has not been told yet, which it would have to wait for, the next loss shows it."""
         start = time.perf_counter()
         sae = self.sae
         conditions = Conditions(self.variance, self.cell.dead_after_tokens, self.step / self.cell.steps)
         result = sae.step.measure(
             sae.params, sae.operands, batch, sae.settings, conditions, self.dead, sae.mesh
         )  # fmt: skip
-        if not np.isfinite([result.main, *result.parts.values()]).all():
+        told = [part for part in result.parts.values() if isinstance(part, float)]
+        if not np.isfinite([result.main, *told]).all():
             self.diverge(f"training loss {result.main}")
             return
         sae.step.update(sae.params, sae.operands, result.gradient, self.optimiser.next(), sae.mesh)
@@ -87,7 +89,8 @@ class TrainingCell:
 
     def record(self, nmse: float, l0: float, tokens_per_s: float) -> CurveRow:
         """Appends one evaluation to the curve."""
-        dead = [self.dead.after(window) for window in (self.cell.dead_after_tokens, self.cell.dead_after_tokens_long)]
+        windows = (self.cell.dead_after_tokens, self.cell.dead_after_tokens_long)
+        dead, long = torch.stack([self.dead.after(window).float().mean() for window in windows]).tolist()
         row = CurveRow(
             step=self.step,
             tokens=self.tokens,
@@ -95,8 +98,8 @@ class TrainingCell:
             nmse=nmse,
             train_nmse=self._train_sum / max(1, self._train_steps),
             l0=l0,
-            dead_fraction=float(dead[0].float().mean()),
-            dead_fraction_long=float(dead[1].float().mean()),
+            dead_fraction=dead,
+            dead_fraction_long=long,
             lr=self.cell.lr,
             tokens_per_s=tokens_per_s,
         )
@@ -115,7 +118,7 @@ class TrainingCell:
         return {
             "step": self.step,
             "wall_s": self.wall_s,
-            "worked": self.worked._asdict(),
+            "worked": self.worked.read()._asdict(),
             "train": [self._train_sum, self._train_steps],
             "curve": [row._asdict() for row in self.curve],
         }
