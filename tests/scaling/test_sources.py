@@ -80,8 +80,8 @@ def test_equal_ids_do_not_hide_that_sweeps_differ(
     rows = cells((512, 1024, 2048, 4096), (8, 16))
     curves = curves_of(rows, evaluations=8)
     a = other_sweep(str(tmp_path / "a"), rows, curves, heldout_rows=32_768)
-    worse = [row | {"nmse": 2 * row["nmse"]} for row in rows]
-    b = other_sweep(str(tmp_path / "b"), worse, curves_of(worse, evaluations=8), heldout_rows=4_096)
+    better = [row | {"nmse": row["nmse"] / 2} for row in rows]
+    b = other_sweep(str(tmp_path / "b"), better, curves_of(better, evaluations=8), heldout_rows=4_096)
     for sources in ((a, b), (b, a)):
         results, both = load_sources(sources)
         assert (len(results), len(set(results["cell_id"]))) == (16, 16)
