@@ -127,6 +127,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     subprocess.run(["umount", str(folder)], check=True)
 
 
+@pytest.mark.slow
 def test_a_full_disk_stops_with_one_line_and_goes_on_when_there_is_room(
     three_nodes: Any, document: dict[str, Any], sweep_file: Callable[[Any], str], small_disk: Path
 ) -> None:

@@ -102,6 +102,7 @@ def test_one_actor_in_object_storage(three_nodes: Any, spec: HarvestSpec, s3_url
 
 
 @pytest.mark.parametrize("seed", [0])
+@pytest.mark.chaos
 def test_killed_actors_change_no_byte(three_nodes: Any, spec: HarvestSpec, tmp_path: Path, seed: int) -> None:
     chance = random.Random(seed)
     moments = sorted(chance.uniform(0, 10_000) for _ in range(2))
@@ -169,6 +170,7 @@ def test_actors_that_do_not_come_up_end_in_one_error(
         killer.join()
 
 
+@pytest.mark.chaos
 def test_a_killed_driver_goes_on_and_the_actors_are_shown(
     three_nodes: Any, tiny_subject: str, tiny_corpus: str, tmp_path: Path
 ) -> None:

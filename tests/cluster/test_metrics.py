@@ -80,6 +80,7 @@ def labels_of(query: dict[str, Any]) -> set[str]:
     return {*selectors, *re.findall(r"\w+", " ".join(lists)), *re.findall(r"\{\{(\w+)\}\}", query["legendFormat"])}
 
 
+@pytest.mark.slow
 def test_what_a_sweep_exports_is_what_the_dashboard_asks_for(three_nodes: Any, document: dict[str, Any]) -> None:
     document |= {"name": "watched", "grid": {"n_latents": [32, 64], "k": [2, 4]}}
     document["train"]["tokens"] = 131_072

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pytest
 from saescale.cluster.sweep.status import read_status
 
 from tests.cluster.command import environment
@@ -22,6 +23,7 @@ def test_the_shadows_are_cast(tmp_path: Path) -> None:
         assert f"this is the {name} of the user" in result.stderr
 
 
+@pytest.mark.slow
 def test_a_sweep_among_them(document: dict[str, Any], sweep_file: Callable[[Any], str], tmp_path: Path) -> None:
     """They are in the current folder, which Ray shows to the workers, and found before what is installed."""
     folder = cast_shadows(tmp_path / "shadows")

@@ -192,6 +192,7 @@ def test_proposed_seeds_are_those_of_no_other_cell(tmp_path: Path, document: dic
         assert found == {512: (0, 2, 3), 1024: (1, 3, 4), 2048: (2, 3, 4), 4096: at_4096}
 
 
+@pytest.mark.slow
 def test_a_sweep_is_extended_by_exactly_what_is_missing(
     three_nodes: Any, document: dict[str, Any], tmp_path: Path
 ) -> None:

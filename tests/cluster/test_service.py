@@ -78,6 +78,7 @@ def submitted(result: subprocess.CompletedProcess[str], status: int = 0) -> str:
     return found[1]
 
 
+@pytest.mark.slow
 def test_a_sweep_is_submitted_stopped_and_submitted_again(
     client: Callable[..., Any], head: Head, small: dict[str, Any], sweep_file: Callable[[Any], str]
 ) -> None:
@@ -179,6 +180,7 @@ def workers_held_up(head: Head, job: str) -> Iterator[None]:
     resuming.join()
 
 
+@pytest.mark.slow
 def test_what_a_failed_job_says(
     client: Callable[..., Any], small: dict[str, Any], sweep_file: Callable[[Any], str]
 ) -> None:

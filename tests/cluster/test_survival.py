@@ -219,6 +219,7 @@ def test_a_cell_that_kills_its_workers_fails_alone(
     one_result_each(again.run, 2)
 
 
+@pytest.mark.slow
 def test_a_pack_too_large_for_memory_is_split(three_nodes: Any, document: dict[str, Any]) -> None:
     """The process gets room for one of the two cells, each of which holds 134 MB, but not for both."""
     document["grid"] = {"n_latents": [65_536], "k": [2], "seed": [0, 1]}
@@ -244,6 +245,7 @@ def test_a_pack_too_large_for_memory_is_split(three_nodes: Any, document: dict[s
     one_result_each(outcome.run, 2)
 
 
+@pytest.mark.slow
 def test_a_worker_that_stalls_is_replaced(three_nodes: Any, sweep: dict[str, Any]) -> None:
     sweep["grid"] = {"n_latents": [32], "k": [2]}
     sweep["resources"] |= {"workers": 1, "stalled_after_s": 4.0}

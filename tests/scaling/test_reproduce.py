@@ -12,6 +12,7 @@ def test_published_numbers_to_their_digits(name: str) -> None:
     assert [line for line in found.lines if not line.met] == []
 
 
+@pytest.mark.slow
 def test_intervals_hold_the_published_law() -> None:
     """Over 24 seeds a share of 95 % lies above 80 % all but never; over 200 `saescale reproduce` asks for 90 %."""
     found = reproduce("gpt4-nk", seeds=24)

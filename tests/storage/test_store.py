@@ -183,7 +183,7 @@ def test_an_unusable_manifest_is_one_clear_line(build_store: BuildStore, tmp_pat
         (good[:100], "damaged"),
         (b"[1]", "damaged"),
         (b"{}", "damaged .*format"),
-        (good.replace(b'"format": 1', b'"format": 2'), "has format 2, this saescale reads up to 1; upgrade"),
+        (good.replace(b'"format": 2', b'"format": 3'), "has format 3, this saescale reads up to 2; upgrade"),
         (good.replace(b'"d_model": 4', b'"d_model": 5'), "damaged .*mean"),
         (good.replace(b'"dtype": "float16"', b'"dtype": "int8"'), "damaged .*dtype"),
     ]

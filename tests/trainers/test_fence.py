@@ -76,6 +76,7 @@ def undisturbed(job: PackJob, tmp_path: Any) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize(("where", "goes_on"), [("disk", False), ("s3", True)], ids=["ended", "goes on"])
+@pytest.mark.slow
 def test_a_woken_worker_changes_nothing(
     job: PackJob, undisturbed: dict[str, Any], tmp_path: Any, where: str, goes_on: bool, request: Any
 ) -> None:

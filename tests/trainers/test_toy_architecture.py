@@ -30,15 +30,16 @@ from tests.trainers.dense_training import dense_nmse, train_dense
 from tests.trainers.synthetic import D_MODEL, sparse_rows
 
 MakeCell = Callable[..., Cell]
+BY_RUN = ("wall_s", "turn", "by", "xxh3")  # of a result: what no two runs share
 
 
 def comparable(run: RunDirectory, cells: list[Cell]) -> list[object]:
-    """Results, curves and weights, less times."""
+    """Results, curves and weights, less times and who wrote them in which turn."""
     found: list[object] = []
     for cell in cells:
         result = run.read_cell_result(cell.cell_id)
         assert result is not None
-        found.append({key: value for key, value in result.items() if key != "wall_s"})
+        found.append({key: value for key, value in result.items() if key not in BY_RUN})
         found.append([row | {"tokens_per_s": 0} for row in run.read_cell_curve(cell.cell_id)])
         found.append({name: t.tolist() for name, t in native.read(run.cell_url(cell.cell_id)).sae.params.items()})
     return found

@@ -174,7 +174,7 @@ def test_secrets_stay_here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     logger.finish(cell(), {"status": "failed", "error": "cannot read s3://me:hush@bucket/x"})
     logger.close()
     bad = pa.table({"cell_id": ["a"], "error": ["cannot read s3://me:hush@bucket/x"]})
-    log_summary(OFFLINE, "sweep", context, {**FITS, "source": "s3://me:hush@bucket/x"}, bad, [], str(tmp_path))
+    log_summary(OFFLINE, "sweep", context, {**FITS, "source": "s3://me:hush@bucket/x"}, bad, {}, str(tmp_path))
     written = [path.read_bytes() for path in (tmp_path / "wandb").rglob("*") if path.is_file()]
     assert written
     assert not [data for data in written if b"hush" in data or KEY.encode() in data]
