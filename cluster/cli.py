@@ -12,6 +12,7 @@ from types import FrameType
 from typing import Annotated
 
 import typer
+
 from saescale.cluster.front import evals, exchange, jobs, laws, plan, stores, sweeps
 from saescale.storage.errors import SaescaleError, one_line
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+
 from saescale.scaling.laws.estimate import Fit, fit_law
 from saescale.scaling.laws.forms.n_d import N_D
 from saescale.scaling.laws.forms.n_k import GPT4, N_K

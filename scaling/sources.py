@@ -5,6 +5,7 @@ from dataclasses import replace
 from typing import TypeVar
 
 import numpy as np
+
 from saescale.scaling.tables import IDENTITY, TOLD_APART, Table, check_cells, known, load_curves, load_results
 from saescale.storage.errors import SaescaleError
 

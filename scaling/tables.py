@@ -9,6 +9,7 @@ import pyarrow as pa
 import pyarrow.csv
 import pyarrow.parquet
 import xxhash
+
 from saescale.scaling.words import listed
 from saescale.storage.columns import COLUMNS, columns_of, current_names
 from saescale.storage.errors import SaescaleError

@@ -20,6 +20,7 @@ from typing import Any, BinaryIO, NamedTuple
 import numpy as np
 import xxhash
 from pydantic import BaseModel, ConfigDict
+
 from saescale.storage import files
 from saescale.storage.errors import SaescaleError, SaescaleWarning, Superseded
 

@@ -18,6 +18,7 @@ from typing import Any, BinaryIO, TypeVar, cast
 from fsspec import AbstractFileSystem
 from fsspec.core import url_to_fs
 from fsspec.implementations.local import LocalFileSystem
+
 from saescale.storage.errors import SaescaleError, Unavailable, one_line
 
 T = TypeVar("T")

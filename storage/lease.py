@@ -21,6 +21,7 @@ from types import TracebackType
 from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, ValidationError
+
 from saescale.storage import files
 from saescale.storage.errors import SaescaleError, SaescaleWarning, Superseded
 

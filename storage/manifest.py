@@ -6,6 +6,7 @@ from typing import Literal
 
 import xxhash
 from pydantic import BaseModel, ConfigDict, Field, model_validator
+
 from saescale.storage import files
 from saescale.storage.errors import SaescaleError
 

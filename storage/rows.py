@@ -6,6 +6,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import xxhash
+
 from saescale.storage import files
 from saescale.storage.errors import SaescaleError
 from saescale.storage.manifest import MANIFEST, Dtype, Shard, Split

@@ -15,6 +15,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import xxhash
 import yaml
+
 from saescale.storage import checkpoint, files
 from saescale.storage.columns import CURVES, EVALS, RESULTS, conform
 from saescale.storage.errors import SaescaleError, Superseded

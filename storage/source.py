@@ -8,6 +8,7 @@ from types import TracebackType
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
+
 from saescale.storage.manifest import Dtype, Site, Split
 from saescale.storage.rows import Rows
 

@@ -10,6 +10,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import xxhash
 from pydantic import ValidationError
+
 from saescale.storage import files
 from saescale.storage.errors import SaescaleError, Unavailable
 from saescale.storage.manifest import FORMAT, MANIFEST, Dtype, Manifest, Shard, Site, check_size

@@ -14,6 +14,7 @@ from types import TracebackType
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
+
 from saescale.storage.errors import SaescaleError
 from saescale.storage.manifest import Dtype
 from saescale.storage.rows import RowGroup, raw_dtype

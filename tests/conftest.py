@@ -77,9 +77,10 @@ def s3_url(s3_endpoint: str) -> str:
 def save_subject(tmp_path_factory: pytest.TempPathFactory) -> SaveSubject:
     """Saves a random model of a transformers configuration with a small tokenizer; gives its subject name."""
     import torch
-    from saescale.trainers.subjects.text import python_prose
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
+
+    from saescale.trainers.subjects.text import python_prose
 
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)

@@ -41,7 +41,6 @@ def quickstart(folder: Path) -> Iterator[tuple[str, str]]:
     from saescale.scaling.laws.settings import FitSettings
     from saescale.storage.store import ActivationStore
     from saescale.trainers.harvest.conduct import harvest
-
     from tests.cluster.conftest import Recorder
 
     made = quickstart_steps(TINY, str(folder / "run"), "off")
@@ -60,7 +59,6 @@ def packs(folder: Path) -> Iterator[tuple[str, str]]:
     from saescale.storage.store import ActivationStore
     from saescale.trainers.cell import Cell, EvalSpec
     from saescale.trainers.training.train import PackJob, train_pack
-
     from tests.trainers.synthetic import D_MODEL, sparse_rows, write_store
 
     store = ActivationStore.open(write_store(str(folder / "known"), sparse_rows(16_384, 0), sparse_rows(2_048, 1)))

@@ -10,8 +10,9 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 import yaml
-from saescale.cluster.cli import app
 from typer.testing import CliRunner
+
+from saescale.cluster.cli import app
 
 ROOT = Path(__file__).parents[1]
 PAGES = [

@@ -9,6 +9,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+
+import saescale
 from saescale.storage.errors import SaescaleError
 from saescale.storage.rundir import RunDirectory
 from saescale.storage.store import ActivationStore
@@ -17,8 +19,6 @@ from saescale.trainers.harvest.conduct import HarvestSpec, harvest
 from saescale.trainers.preprocess import to_tensor
 from saescale.trainers.subjects.subject import get_subject
 from saescale.trainers.training.train import PackJob, train_pack
-
-import saescale
 
 ROOT = Path(__file__).parents[1]
 

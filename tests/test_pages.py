@@ -7,6 +7,7 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 import torch
+
 from saescale.scaling.laws.settings import FitSettings
 from saescale.scaling.report.report import analyse
 from saescale.scaling.tables import load_rows
@@ -14,7 +15,6 @@ from saescale.storage.rundir import RunDirectory
 from saescale.storage.store import ActivationStore
 from saescale.trainers.cell import Cell, EvalSpec
 from saescale.trainers.training.train import PackJob, train_pack
-
 from tests import published
 from tests.benchmarks.readme_tables import tables
 from tests.trainers.synthetic import D_MODEL, sparse_rows, write_store

@@ -9,6 +9,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any, NamedTuple, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
+
 from saescale.scaling.compute import Flops
 from saescale.storage.errors import SaescaleError
 from saescale.trainers.architectures import ARCHITECTURES

@@ -2,6 +2,7 @@
 
 import numba
 import torch
+
 from saescale.storage.errors import SaescaleError
 from saescale.trainers.precision import Precision, cpu_precision, this_processor
 

@@ -4,6 +4,7 @@ from collections.abc import Callable, Sequence
 from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
+
 from saescale.trainers.cell import Cell
 
 # Strict: `true`, "512" and 8.0 are mistakes in a sweep file. Reals are lax, because YAML reads 8e-4 as text.

@@ -9,6 +9,7 @@ import time
 from typing import Any
 
 import ray
+
 from saescale.storage.errors import SaescaleError, one_line
 
 _ANSWER_S = 10.0

@@ -15,6 +15,7 @@ from typing import Any, ClassVar, Generic, NamedTuple, Protocol, Self, TypeVar
 
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
 from saescale.cluster.crew.connect import connect
 from saescale.storage.errors import SaescaleError, SaescaleWarning, one_line
 from saescale.storage.registry import PATH

@@ -10,6 +10,7 @@ from itertools import count
 from typing import Any, NamedTuple
 
 import ray
+
 from saescale.cluster.crew.crew import Crew, Died, Words, back_off, nodes, take
 from saescale.cluster.crew.harvest_worker import MARKER, ActorRow, ActorState, HarvestActor, Loaded
 from saescale.cluster.crew.shares import share_out

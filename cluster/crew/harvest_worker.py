@@ -5,6 +5,7 @@ import socket
 from typing import NamedTuple
 
 import ray
+
 from saescale.storage import files
 from saescale.storage.errors import SaescaleError
 from saescale.trainers.device import set_threads

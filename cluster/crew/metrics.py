@@ -15,6 +15,7 @@ from collections.abc import Callable
 from typing import Concatenate, ParamSpec
 
 from ray.util.metrics import Counter, Gauge
+
 from saescale.storage.errors import SaescaleWarning, one_line
 from saescale.trainers.cell import Cell
 from saescale.trainers.training.report import CellProgress, Progress

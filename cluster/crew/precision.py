@@ -5,6 +5,7 @@ from contextlib import ExitStack
 from typing import Any
 
 import ray
+
 from saescale.cluster.crew.claims import Resources
 from saescale.cluster.crew.connect import connect
 from saescale.trainers.device import default_device, fast_precision

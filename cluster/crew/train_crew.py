@@ -9,6 +9,7 @@ import warnings
 from typing import Any
 
 import ray
+
 from saescale.cluster.crew.claims import Needs, Resources
 from saescale.cluster.crew.crew import Crew, Words, back_off, nodes
 from saescale.cluster.crew.shares import cpus_each

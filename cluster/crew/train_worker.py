@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 import ray
 import torch
+
 from saescale.cluster.crew.metrics import WorkerMetrics
 from saescale.storage.errors import SaescaleError, SaescaleWarning
 from saescale.storage.files import exists, join

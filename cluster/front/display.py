@@ -11,6 +11,7 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, TaskID, TextColumn
 from rich.progress import Progress as Bars
 from rich.table import Table
+
 from saescale.storage.errors import SaescaleWarning
 from saescale.storage.lease import Standing
 

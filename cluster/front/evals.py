@@ -3,6 +3,7 @@
 from typing import Annotated
 
 import typer
+
 from saescale.cluster.front.console import console, display, say, show_notes, table
 
 
@@ -37,6 +38,7 @@ def evaluate(
 def _show(run: str, names: list[str]) -> None:
     """Each metric over the cells: how many have it, and its range. `at`: what of, where it is not the whole cell."""
     import numpy as np
+
     from saescale.storage.rundir import RunDirectory
 
     found: dict[tuple[str, str, str], list[float]] = {}

@@ -3,6 +3,7 @@
 from typing import Annotated
 
 import typer
+
 from saescale.cluster.front.console import say
 
 Format = Annotated[str, typer.Option("--format", help="The format of the other side, such as native.")]

@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Annotated, NamedTuple
 
 import typer
+
 from saescale.cluster.front.console import Bootstraps, Extend, Json, RetryFailed, SweepOut, SweepWandb, console, say
 from saescale.storage.errors import SaescaleError
 
@@ -207,6 +208,7 @@ def _show(found: "SweepStatus", all_cells: bool) -> None:
 
 def _watch_live(look: Callable[[], Look], all_cells: bool) -> None:
     from rich.live import Live
+
     from saescale.cluster.front.status_view import render
 
     last = None

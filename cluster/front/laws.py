@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from typing import Annotated, Any
 
 import typer
+
 from saescale.cluster.front.console import Bootstraps, Json, console, say, show_notes, table
 from saescale.storage.errors import SaescaleError
 

@@ -4,6 +4,7 @@ import json
 from typing import Annotated, Any
 
 import typer
+
 from saescale.cluster.front.console import Json, console, say, table
 from saescale.storage.errors import SaescaleError
 

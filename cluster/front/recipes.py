@@ -74,8 +74,9 @@ def predicted_s(recipe: Recipe, speed: Speed) -> float:
 def measure_speed() -> Speed:
     """Of this machine, in about 3 seconds; a GPU counts as fast enough for anything here."""
     import torch
-    from saescale.trainers.device import default_device, fast_precision
     from torch.nn import functional as F
+
+    from saescale.trainers.device import default_device, fast_precision
 
     device = default_device()
     precision = fast_precision(device)

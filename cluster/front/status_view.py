@@ -9,6 +9,7 @@ from rich.markup import escape
 from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
+
 from saescale.cluster.front.display import duration
 from saescale.cluster.sweep.status import CellStatus, JobStatus, SweepStatus
 

@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.markup import escape
+
 from saescale.cluster.front.console import Address, console, display, say
 from saescale.storage.errors import SaescaleError
 
@@ -38,6 +39,7 @@ def harvest(
     Example: [bold]saescale harvest hf:openai-community/gpt2 --layer 8 --corpus 'data/*.jsonl' --out stores/gpt2-l8[/]
     """
     from pydantic import ValidationError
+
     from saescale.trainers.device import set_threads
     from saescale.trainers.harvest.conduct import harvest as run_harvest
     from saescale.trainers.harvest.spec import HarvestSpec

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
+
 from saescale.cluster.front.console import (
     Address,
     Bootstraps,

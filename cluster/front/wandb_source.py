@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import pyarrow as pa
+
 from saescale.scaling.tables import Table, check_cells, finished
 from saescale.storage.columns import COLUMNS, CURVES, OLD_NAMES, RESULTS
 from saescale.storage.errors import SaescaleError, one_line

@@ -15,6 +15,7 @@ from contextlib import suppress
 from typing import Any
 
 import ray
+
 from saescale.cluster.crew.claims import Needs
 from saescale.cluster.crew.crew import back_off, node_lives
 from saescale.cluster.crew.train_crew import BACKOFF_S, TrainCrew

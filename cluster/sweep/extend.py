@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import yaml
+
 from saescale.cluster.sweep.spec import NO_STORE, Grid, SweepSpec, parse_spec
 from saescale.storage import files
 from saescale.storage.errors import SaescaleError

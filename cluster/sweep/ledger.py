@@ -10,6 +10,7 @@ from typing import Any, TypeVar, get_args
 
 import pyarrow as pa
 import pyarrow.compute as pc
+
 from saescale.cluster.sweep.spec import Combination, SweepSpec, parse_spec
 from saescale.storage import checkpoint
 from saescale.storage.columns import CURVES

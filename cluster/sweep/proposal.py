@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import numpy as np
+
 from saescale.cluster.sweep.spec import SweepSpec
 from saescale.scaling.laws.forms.n_k import N_K
 from saescale.scaling.planning.design import Design, Wanted

@@ -6,6 +6,7 @@ from itertools import count, islice
 from typing import Any, NamedTuple, cast
 
 import numpy as np
+
 from saescale.cluster.sweep.proposal import Prior, Proposal, ProposedCell, Request
 from saescale.cluster.sweep.spec import NO_STORE, SweepSpec, parse_spec
 from saescale.scaling.laws.estimate import Fit, fit_law

@@ -18,6 +18,7 @@ from pydantic import (
     model_validator,
 )
 from pydantic_core import PydanticCustomError
+
 from saescale.cluster.crew.claims import NotNegative, Positive, Resources, Section
 from saescale.storage import files
 from saescale.storage.columns import OLD_NAMES

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import ray
+
 from saescale.cluster.crew.train_worker import WorkerInfo, WorkerState
 from saescale.cluster.sweep.ledger import Ledger
 from saescale.cluster.sweep.packing import cost

@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
+
 from saescale.storage import checkpoint, files
 from saescale.storage.errors import SaescaleError
 from saescale.storage.lease import Driver, RunningCell, Standing, read_driver

@@ -8,11 +8,11 @@ import sys
 
 import numpy as np
 import torch
+
+import saescale
 from saescale.trainers.harvest.retrace import heldout_places
 from saescale.trainers.preprocess import to_tensor
 from saescale.trainers.subjects.subject import get_subject
-
-import saescale
 
 # In a notebook name your own here.
 RUN, STORE = sys.argv[1:3] if len(sys.argv) > 2 else ("runs/quickstart", "stores/smollm2-135m-l22")

@@ -3,6 +3,7 @@
 from collections.abc import Iterable, Sequence
 
 import numpy as np
+
 from saescale.scaling.figures.views import Axis
 
 _MOST_COUNTS = 8

@@ -5,6 +5,7 @@ from collections.abc import Iterable
 from functools import cache
 
 import matplotlib
+
 from saescale.scaling.figures.views import Ramp
 
 # What is not data, on white and in the dark; the page's style sheet has the same.

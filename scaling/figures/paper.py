@@ -9,6 +9,7 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedFormatter, FixedLocator, NullFormatter
+
 from saescale.scaling.figures import views
 from saescale.scaling.figures.palette import GRID, INK, PAGE, RULE, SOFT, colour
 from saescale.scaling.figures.views import Band, Label, Line, Points, Rule, View, spread

@@ -1,6 +1,7 @@
 """Figures of the cells themselves: nmse against N, what the law leaves over, dead latents."""
 
 import numpy as np
+
 from saescale.scaling.figures.axes import count_axis, linear_axis, log_axis
 from saescale.scaling.figures.views import Band, Label, Layer, Line, Points, Rule, View, how_thinned, thinned
 from saescale.scaling.laws.estimate import Fit

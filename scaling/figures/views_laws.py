@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
+
 from saescale.scaling.figures.axes import count_axis, linear_axis, log_axis, power_axis
 from saescale.scaling.figures.views import Band, Label, Layer, Line, Marker, Points, Rule, View, how_thinned, thinned
 from saescale.scaling.figures.views_cells import N_LABEL, NMSE_LABEL, joint_fit, ks_of, one_form

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
+
 from saescale.scaling.figures.axes import linear_axis
 from saescale.scaling.figures.views import Axis, Label, Layer, Line, Points, Rule, View
 from saescale.scaling.laws.fit import law_label

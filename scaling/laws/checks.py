@@ -4,13 +4,14 @@ from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
+from scipy.stats import binom, spearmanr
+
 from saescale.scaling.laws.convergence import Convergence
 from saescale.scaling.laws.estimate import Fit
 from saescale.scaling.laws.frontier import Frontier
 from saescale.scaling.laws.law import SYMBOLS
 from saescale.scaling.tables import Table, number, size_of
 from saescale.scaling.words import listed
-from scipy.stats import binom, spearmanr
 
 _RANGE = 8.0
 _DEAD = 0.1

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
+
 from saescale.scaling.laws.estimate import Fit, fit_law
 from saescale.scaling.laws.law import Exponent, Law, Term
 from saescale.scaling.laws.settings import FitSettings

@@ -5,14 +5,15 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import numpy as np
+from scipy.optimize import nnls
+from scipy.stats import norm, t
+
 from saescale.scaling.laws.huber import Problem, losses, minimise, polish
 from saescale.scaling.laws.identify import Bound, Conditioning, Profile, bounds_reached, condition
 from saescale.scaling.laws.lack_of_fit import LackOfFit, f_test, resampled_errors, smoothed
 from saescale.scaling.laws.law import SYMBOLS, Law
 from saescale.scaling.laws.settings import FitSettings
 from saescale.storage.errors import SaescaleError
-from scipy.optimize import nnls
-from scipy.stats import norm, t
 
 STARTS = 64
 _SETTINGS = FitSettings()

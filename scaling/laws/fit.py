@@ -6,6 +6,7 @@ from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
+
 from saescale.scaling.laws.checks import (
     data_warnings,
     fit_warnings,

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
+
 from saescale.scaling.laws.estimate import Fit, Fitted, Resamples, chunks, draw_counts, fit_law
 from saescale.scaling.laws.law import Law
 from saescale.scaling.laws.settings import FitSettings

@@ -4,6 +4,7 @@ from dataclasses import replace
 from typing import Any
 
 import numpy as np
+
 from saescale.scaling.laws.estimate import Fit, fit_law
 from saescale.scaling.laws.law import SYMBOLS, Law
 from saescale.scaling.laws.settings import FitSettings

@@ -11,8 +11,9 @@ from functools import cached_property
 from itertools import combinations
 
 import numpy as np
-from saescale.scaling.laws.law import log_sum
 from scipy.optimize import Bounds, minimize
+
+from saescale.scaling.laws.law import log_sum
 
 DELTA = 1e-3
 _STALLED = 1e-7

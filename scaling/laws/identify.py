@@ -4,9 +4,10 @@ from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import numpy as np
+from scipy.stats import f as f_distribution
+
 from saescale.scaling.laws.huber import Problem, minimise
 from saescale.scaling.laws.law import Law
-from scipy.stats import f as f_distribution
 
 _VALUES = 25
 _ROBUST = 1.345  # Huber's width in standard deviations at which 95 % of least squares' efficiency is kept

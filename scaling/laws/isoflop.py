@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+
 from saescale.scaling.laws.estimate import Fit, Fitted, Resamples, chunks, draw_counts, fit_law
 from saescale.scaling.laws.frontier import Frontier
 from saescale.scaling.laws.law import Law

@@ -5,10 +5,11 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
+from scipy.stats import f as f_distribution
+
 from saescale.scaling.laws.huber import Problem, minimise
 from saescale.scaling.tables import Table
 from saescale.storage.columns import COLUMNS
-from scipy.stats import f as f_distribution
 
 _LEVEL = 0.05
 _SQUARES = 10.0  # of ln nmse: a Huber width that no residual reaches, which is least squares

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Literal, NamedTuple
 
 import numpy as np
+
 from saescale.scaling.laws.settings import DEFAULT_LAWS
 from saescale.storage.columns import COLUMNS
 from saescale.storage.errors import SaescaleError

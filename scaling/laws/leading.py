@@ -1,6 +1,7 @@
 """Cells that lead a fit by themselves."""
 
 import numpy as np
+
 from saescale.scaling.laws.estimate import chunks
 from saescale.scaling.laws.huber import Problem, losses, minimise
 

@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
+
 from saescale.scaling.laws.estimate import Fit
 from saescale.scaling.laws.law import SYMBOLS
 from saescale.scaling.tables import number

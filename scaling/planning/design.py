@@ -11,9 +11,10 @@ from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
 import numpy as np
+from scipy.stats import t
+
 from saescale.scaling.laws.law import SYMBOLS, Law, log_sum
 from saescale.storage.errors import SaescaleError
-from scipy.stats import t
 
 Target = Literal["exponent", "floor", "prediction", "coefficients"]
 TARGETS = ("exponent", "floor", "prediction", "coefficients")

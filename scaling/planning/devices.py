@@ -5,6 +5,7 @@ from itertools import pairwise
 from typing import NamedTuple
 
 import numpy as np
+
 from saescale.scaling.tables import Table
 from saescale.storage.errors import SaescaleError
 

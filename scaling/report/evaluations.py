@@ -2,6 +2,7 @@
 
 import numpy as np
 import pyarrow as pa
+
 from saescale.scaling.report.text import TextTable, scientific
 from saescale.scaling.tables import Table, number
 from saescale.storage.columns import COLUMNS

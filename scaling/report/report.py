@@ -10,6 +10,7 @@ from typing import Any, Literal, NamedTuple
 import jinja2
 import pyarrow as pa
 from markupsafe import Markup
+
 from saescale.scaling.figures.figures import Figure, draw_figures
 from saescale.scaling.figures.interactive import theme
 from saescale.scaling.figures.palette import colour

@@ -5,6 +5,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
+
 from saescale.scaling.laws.fit import law_label
 from saescale.scaling.tables import Table
 from saescale.storage.columns import COLUMNS, columns_of

@@ -15,6 +15,7 @@ from typing import NamedTuple
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import numpy as np
+
 from saescale.scaling.laws.estimate import Fitted, Resamples, draw_counts, fit_law
 from saescale.scaling.laws.forms.n import N_FLOOR, N
 from saescale.scaling.laws.forms.n_k import GPT4, N_K

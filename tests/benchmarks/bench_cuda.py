@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+
 from saescale.scaling.compute import topk_flops
 from saescale.trainers.architectures import topk_sparse
 from saescale.trainers.architectures.architecture import Batch
@@ -32,7 +33,6 @@ from saescale.trainers.precision import Precision
 from saescale.trainers.preprocess import Centre, measure_centre
 from saescale.trainers.training.memory import StreamSize, pack_memory
 from saescale.trainers.training.pack import Pack, RawBatch
-
 from tests.benchmarks.environment import peers_python
 from tests.benchmarks.harness import (
     BenchmarkError,

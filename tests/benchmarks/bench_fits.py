@@ -9,6 +9,7 @@ import time
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import numpy as np
+
 from saescale.scaling.laws.estimate import fit_law
 from saescale.scaling.laws.forms.n_k import GPT4, N_K
 from saescale.scaling.laws.settings import FitSettings

@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+
 from saescale.storage.store import ActivationStore
 from saescale.trainers.architectures.architecture import Batch
 from saescale.trainers.cell import Cell, EvalSpec
@@ -24,7 +25,6 @@ from saescale.trainers.precision import Precision
 from saescale.trainers.preprocess import measure_centre
 from saescale.trainers.training.memory import StreamSize, pack_memory
 from saescale.trainers.training.train import PackJob
-
 from tests.benchmarks.harness import alternate, console, machine, run, show_table, write_result
 from tests.benchmarks.ours import training_cell
 from tests.benchmarks.protocol import Size, unit_rows

@@ -23,6 +23,7 @@ from typing import Any, NamedTuple, cast
 
 import lightning.pytorch as L
 import psutil
+
 from saescale.cluster.front.quickstart import full_sweep
 from saescale.cluster.sweep.driver import run_sweep
 from saescale.cluster.sweep.spec import SweepSpec, parse_spec
@@ -42,7 +43,6 @@ from saescale.trainers.training.pack import Pack, RawBatch
 from saescale.trainers.training.report import Reporter
 from saescale.trainers.training.results import Provenance, Records
 from saescale.trainers.training.train import measured_centre
-
 from tests.benchmarks.harness import ROOT, BenchmarkError, console, machine, quartiles, run, show_table, write_result
 from tests.trainers.synthetic import sparse_rows, write_store
 

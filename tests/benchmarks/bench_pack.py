@@ -19,12 +19,12 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+
 from saescale.cluster.front.quickstart import full_sweep
 from saescale.storage.store import ActivationStore
 from saescale.trainers.cell import Cell, EvalSpec
 from saescale.trainers.device import fast_precision, set_threads
 from saescale.trainers.training.train import PackJob, train_pack
-
 from tests.benchmarks.environment import peers_python
 from tests.benchmarks.harness import Contender, alternate, console, machine, run, show_table, write_result
 from tests.benchmarks.protocol import Size

@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 import torch
+
 from saescale.cluster.front.quickstart import full_sweep
 from saescale.storage.rundir import RunDirectory
 from saescale.storage.store import ActivationStore
@@ -29,7 +30,6 @@ from saescale.trainers.exchange import native
 from saescale.trainers.precision import Precision
 from saescale.trainers.preprocess import normalise, to_tensor
 from saescale.trainers.training.train import PackJob, train_pack
-
 from tests.benchmarks.environment import peers_python
 from tests.benchmarks.harness import (
     ALIKE,

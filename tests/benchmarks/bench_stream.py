@@ -22,9 +22,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+
 from saescale.storage.store import ActivationStore
 from saescale.storage.stream import Stream
-
 from tests.benchmarks.harness import alternate, console, machine, quartiles, run, show_table, write_result
 from tests.trainers.synthetic import write_store
 

@@ -16,14 +16,14 @@ from functools import partial
 from importlib.metadata import version
 
 import torch
+from torch import Tensor
+
 from saescale.trainers.architectures.architecture import Batch
 from saescale.trainers.cell import Cell, auto_k_aux
 from saescale.trainers.device import set_threads
 from saescale.trainers.precision import Precision
 from saescale.trainers.preprocess import Centre, measure_centre
 from saescale.trainers.training.training_cell import TrainingCell
-from torch import Tensor
-
 from tests.benchmarks.protocol import Server, Size, serve, unit_rows
 
 DEAD_AFTER_TOKENS = 10_000_000  # what the peers take too: beyond what a benchmark trains

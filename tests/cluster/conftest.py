@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 import yaml
+
 from saescale.storage.lease import Standing
 from saescale.storage.store import ActivationStore
-
 from tests.trainers.synthetic import sparse_rows, write_store
 
 NODE: dict[str, Any] = {"num_cpus": 1, "num_gpus": 1, "object_store_memory": 80 * 2**20}  # the GPU is a fake

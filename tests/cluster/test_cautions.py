@@ -5,13 +5,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
 from saescale.cluster.crew import train_crew
 from saescale.cluster.jobs import service
 from saescale.cluster.sweep.cautions import cautions
 from saescale.cluster.sweep.extend import read_extension
 from saescale.cluster.sweep.spec import parse_spec
 from saescale.storage.errors import SaescaleError
-
 from tests.cluster.command import assert_one_line, saescale_here
 
 D_MODEL = 32  # of `store`

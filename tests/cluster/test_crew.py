@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 import pytest
 import ray
+
 from saescale.cluster.crew import crew as module
 from saescale.cluster.crew.crew import Crew, Words
 from saescale.storage.errors import SaescaleError, SaescaleWarning

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 from rich.console import Console
+
 from saescale.cluster.crew.harvest_worker import ActorRow
 from saescale.cluster.front.console import console
 from saescale.cluster.front.display import Display, actor_table, coefficient_table, duration

@@ -12,6 +12,7 @@ from typing import Any
 
 import psutil
 import pytest
+
 from saescale.cluster.crew import crew
 from saescale.cluster.crew import harvest_crew as module
 from saescale.cluster.crew.harvest import harvest_on_actors
@@ -22,7 +23,6 @@ from saescale.storage.store import ActivationStore
 from saescale.trainers.harvest import contexts
 from saescale.trainers.harvest.conduct import harvest
 from saescale.trainers.harvest.spec import HarvestSpec
-
 from tests.cluster.command import SAESCALE, assert_one_line, environment, saescale, saescale_here
 
 

@@ -14,6 +14,7 @@ import pytest
 import ray
 from prometheus_client.parser import text_string_to_metric_families
 from prometheus_client.samples import Sample
+
 from saescale.cluster.crew import metrics
 from saescale.cluster.sweep.driver import run_sweep
 from saescale.cluster.sweep.spec import parse_spec
@@ -21,7 +22,6 @@ from saescale.scaling.laws.settings import FitSettings
 from saescale.storage.errors import SaescaleWarning
 from saescale.storage.rundir import RunDirectory
 from saescale.trainers.training.train import PackJob
-
 from tests.cluster.conftest import Recorder
 
 DASHBOARD = json.loads((Path(__file__).parents[2] / "deploy/grafana/saescale.json").read_text())

@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from saescale.cluster.sweep.status import read_status
 
+from saescale.cluster.sweep.status import read_status
 from tests.cluster.command import environment
 from tests.cluster.shadows import FLOORS, cast_shadows
 

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from saescale.cluster.crew.shares import cpus_each, threads_for
 from saescale.cluster.sweep.packing import cost, pack_cells
 from saescale.storage.errors import SaescaleError

@@ -11,6 +11,7 @@ import pyarrow as pa
 import pyarrow.csv
 import pytest
 import yaml
+
 from saescale.cluster.front import laws as laws_commands
 from saescale.cluster.front import plan as plan_command
 from saescale.cluster.sweep.driver import run_sweep
@@ -24,7 +25,6 @@ from saescale.scaling.tables import load_results
 from saescale.storage.errors import SaescaleError
 from saescale.storage.rundir import RunDirectory
 from saescale.storage.store import ActivationStore
-
 from tests.cluster.command import assert_one_line, saescale, saescale_here
 from tests.cluster.conftest import Recorder
 from tests.scaling.conftest import _cells

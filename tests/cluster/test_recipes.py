@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
+
 from saescale.cluster.front import recipes
 from saescale.cluster.front.quickstart import quickstart_steps
 from saescale.cluster.front.recipes import NOTE, RECIPES, TINY, WITHIN_S, Recipe, Speed, choose, predicted_s, settle

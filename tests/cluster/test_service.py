@@ -18,6 +18,7 @@ from typing import Any
 import psutil
 import pytest
 import yaml
+
 from saescale.cluster.jobs.address import resolve_address, shown
 from saescale.cluster.jobs.package import EXTENSION, PACKAGES, write_code, write_sweep
 from saescale.cluster.jobs.service import STOP_WAIT_S
@@ -26,7 +27,6 @@ from saescale.cluster.sweep.spec import parse_spec
 from saescale.cluster.sweep.status import read_status
 from saescale.storage.errors import SaescaleError
 from saescale.storage.lease import Lease, newest_file
-
 from tests.cluster.command import ROOT, assert_one_line, environment, saescale, saescale_here
 from tests.cluster.ray_head import Head, ray_head
 from tests.cluster.shadows import cast_shadows

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import yaml
+
 from saescale.cluster.front.quickstart import full_sweep
 from saescale.cluster.sweep.spec import load_spec, parse_spec
 from saescale.storage.errors import SaescaleError

@@ -14,13 +14,13 @@ from typing import Any
 
 import pytest
 from rich.console import Console
+
 from saescale.cluster.front.status_view import cells_lines, jobs_table, line, render
 from saescale.cluster.sweep.status import MAX_READ, CellStatus, JobStatus, SweepStatus, read_status, with_job
 from saescale.storage import checkpoint
 from saescale.storage.errors import SaescaleError
 from saescale.storage.lease import Lease, RunningCell, Standing, newest_file
 from saescale.storage.rundir import RunDirectory
-
 from tests.cluster.command import ROOT, SAESCALE, assert_one_line, environment, interruptible, saescale, saescale_here
 
 

@@ -15,6 +15,7 @@ from typing import Any
 import psutil
 import pytest
 import yaml
+
 from saescale.cluster.sweep import execute
 from saescale.cluster.sweep import packing as plan
 from saescale.cluster.sweep.driver import run_sweep
@@ -24,7 +25,6 @@ from saescale.storage import files
 from saescale.storage.errors import SaescaleError, SaescaleWarning
 from saescale.storage.lease import Standing, read_driver
 from saescale.storage.rundir import RunDirectory
-
 from tests.cluster.command import SAESCALE, environment
 from tests.cluster.conftest import NODE, Recorder
 from tests.s3_faults import Faults

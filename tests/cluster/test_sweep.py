@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
 from saescale.cluster.crew import precision as crew_precision
 from saescale.cluster.crew import train_crew
 from saescale.cluster.crew.claims import Resources
@@ -21,7 +22,6 @@ from saescale.storage.lease import Lease, Standing
 from saescale.storage.rundir import RunDirectory
 from saescale.trainers.exchange import native
 from saescale.trainers.precision import Precision, Processor, cpu_precision, this_processor
-
 from tests.cluster.conftest import Recorder
 
 
@@ -198,6 +198,7 @@ def test_a_sweep_in_object_storage_with_wandb_offline(
     warm: None, document: dict[str, Any], store: Any, s3_url: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     import fsspec
+
     from saescale.storage.files import join, list_names
 
     target = fsspec.filesystem("s3")

@@ -7,11 +7,11 @@ from typing import Any
 
 import pytest
 import wandb
+
 from saescale.cluster.sweep import driver
 from saescale.storage.rundir import RunDirectory
 from saescale.trainers.loggers import wandb_client
 from saescale.trainers.loggers.wandb_cells import WandbSettings
-
 from tests.cluster.conftest import Recorder
 from tests.trainers.wandb_case import FITS, RESULTS, bare_machine, messages, server
 from tests.trainers.wandb_server import WandbServer

@@ -10,9 +10,9 @@ from typing import Any
 
 import numpy as np
 import pytest
+
 from saescale.cluster.front.wandb_source import read_project
 from saescale.storage.errors import SaescaleError
-
 from tests.cluster.command import assert_one_line, saescale, saescale_here
 from tests.scaling.conftest import _cells, _curves_of
 from tests.trainers.wandb_case import bare_machine

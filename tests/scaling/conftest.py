@@ -5,6 +5,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+
 from saescale.scaling.compute import topk_flops
 from saescale.scaling.laws.forms.n_k import GPT4, N_K
 

@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+
 from saescale.scaling.laws.fit import fit_all, fit_laws, fit_notes
 from saescale.scaling.laws.settings import FitSettings
 from saescale.scaling.tables import Table

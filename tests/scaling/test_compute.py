@@ -1,6 +1,7 @@
 import torch
-from saescale.scaling.compute import topk_flops
 from torch.utils.flop_counter import FlopCounterMode
+
+from saescale.scaling.compute import topk_flops
 
 
 def test_counts_of_the_paper() -> None:

@@ -5,6 +5,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+
 from saescale.scaling.laws.convergence import WITHIN, find_convergence
 from saescale.scaling.laws.fit import fit_all, fit_laws
 from saescale.scaling.laws.settings import FitSettings

@@ -2,6 +2,8 @@
 
 import numpy as np
 import pytest
+from scipy.stats import t
+
 from saescale.scaling.compute import topk_flops
 from saescale.scaling.laws.estimate import fit_law
 from saescale.scaling.laws.forms.n_k import GPT4, N_K
@@ -10,7 +12,6 @@ from saescale.scaling.planning.design import Candidates, Design, best_rectangle,
 from saescale.scaling.planning.devices import as_measured, find_device
 from saescale.scaling.tables import Table
 from saescale.storage.errors import SaescaleError
-from scipy.stats import t
 
 NOISE = 0.005
 KS = [8.0, 16.0, 32.0, 64.0, 128.0, 256.0]

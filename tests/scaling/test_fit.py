@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+
 from saescale.scaling.laws.estimate import fit_law
 from saescale.scaling.laws.fit import coefficient_rows, fit_all, fit_notes, predict
 from saescale.scaling.laws.forms.n import N_FLOOR, N

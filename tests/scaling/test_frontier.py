@@ -4,6 +4,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+
 import saescale.scaling.laws.estimate
 import saescale.scaling.laws.frontier
 from saescale.scaling.laws.forms.c import C

@@ -2,13 +2,14 @@
 
 import numpy as np
 import pytest
+from scipy.optimize import nnls
+
 from saescale.scaling.laws.estimate import centred, fit_law
 from saescale.scaling.laws.forms.n import N_FLOOR
 from saescale.scaling.laws.forms.n_d import N_D
 from saescale.scaling.laws.forms.n_k import GPT4, N_K
 from saescale.scaling.laws.huber import _nnls, losses, minimise, solve_amplitudes
 from saescale.scaling.laws.settings import FitSettings
-from scipy.optimize import nnls
 
 GRID = {
     name: values.ravel()

@@ -5,6 +5,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+
 from saescale.scaling.figures.views import Points
 from saescale.scaling.figures.views_profile import profile
 from saescale.scaling.laws.checks import fit_warnings

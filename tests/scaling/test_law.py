@@ -4,6 +4,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+
 from saescale.scaling.laws.estimate import fit_law
 from saescale.scaling.laws.fit import fit_all
 from saescale.scaling.laws.forms.n import N_FLOOR, N

@@ -9,10 +9,10 @@ from typing import Any
 
 import pyarrow as pa
 import pytest
+
 from saescale.scaling.laws.settings import FitSettings
 from saescale.scaling.report.report import analyse
 from saescale.storage.rundir import RunDirectory
-
 from tests.browser import Page, chromium, find_chromium
 
 Rows = list[dict[str, Any]]

@@ -1,6 +1,7 @@
 """The published numbers come out again; `saescale reproduce gpt4-nk` runs all 200 seeds of what is short here."""
 
 import pytest
+
 from saescale.scaling.reproduce import reproduce
 from saescale.storage.errors import SaescaleError
 

@@ -8,6 +8,7 @@ import pyarrow as pa
 import pyarrow.csv
 import pyarrow.parquet
 import pytest
+
 from saescale.scaling.laws.fit import fit_all
 from saescale.scaling.laws.settings import FitSettings
 from saescale.scaling.sources import load_sources

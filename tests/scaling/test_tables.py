@@ -8,6 +8,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.csv
 import pytest
+
 from saescale.scaling.tables import Table, comparable, fingerprint, finished, load_curves, load_results
 from saescale.storage.errors import SaescaleError
 from saescale.storage.rundir import RunDirectory

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+
 from saescale.storage.manifest import Manifest, Site, write_manifest
 from saescale.storage.rows import Rows, write_shard
 from saescale.storage.store import ActivationStore

@@ -1,6 +1,7 @@
 """Rows for tests of shards."""
 
 import numpy as np
+
 from saescale.storage.rows import Rows
 
 

@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
+
 from saescale.storage import checkpoint, files
 from saescale.storage.errors import SaescaleError, SaescaleWarning
 

@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import BinaryIO
 
 import pytest
+
 from saescale.storage import files
 from saescale.storage.errors import SaescaleError
-
 from tests.s3_faults import Faults
 
 

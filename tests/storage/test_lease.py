@@ -9,6 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+
 from saescale.storage import files, lease
 from saescale.storage.errors import SaescaleError, SaescaleWarning
 from saescale.storage.lease import Driver, Lease, Standing, Superseded, read_driver, require_free, require_owner

@@ -5,12 +5,12 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+
 from saescale.storage import files
 from saescale.storage.errors import SaescaleError
 from saescale.storage.manifest import Manifest, Shard, write_manifest
 from saescale.storage.rows import write_shard
 from saescale.storage.store import ActivationStore
-
 from tests.storage.small_rows import rows_of, varied
 
 BuildStore = Callable[..., ActivationStore]

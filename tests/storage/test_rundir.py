@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 import pytest
+
 from saescale.storage import files
 from saescale.storage.columns import CURVES, RESULTS
 from saescale.storage.errors import SaescaleError

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+
 from saescale.storage.errors import SaescaleError
 from saescale.storage.registry import load_file
 from saescale.storage.source import Batches, Order, Source

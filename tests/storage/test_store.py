@@ -15,12 +15,12 @@ import xxhash
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
+
 from saescale.storage import files
 from saescale.storage.errors import SaescaleError
 from saescale.storage.manifest import Manifest, write_manifest
 from saescale.storage.rows import RowGroup, to_float32, write_shard
 from saescale.storage.store import ActivationStore
-
 from tests.storage.small_rows import rows_of, varied
 
 BuildStore = Callable[..., ActivationStore]

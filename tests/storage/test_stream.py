@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from saescale.storage import stream as stream_module
 from saescale.storage.errors import SaescaleError
 from saescale.storage.rows import RowGroup, to_float32

@@ -5,9 +5,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+
 from saescale.storage.store import ActivationStore
 from saescale.trainers.cell import Cell
-
 from tests.trainers.synthetic import D_MODEL, sparse_rows, write_store
 
 README = Path(__file__).parents[2] / "trainers" / "architectures" / "README.md"

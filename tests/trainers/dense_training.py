@@ -6,6 +6,7 @@ Neither the sparse kernels nor an architecture's fast path are in it, so that wh
 from typing import NamedTuple
 
 import torch
+
 from saescale.storage.store import ActivationStore
 from saescale.storage.stream import Stream
 from saescale.trainers.architectures.architecture import Shape, State, find_architecture

@@ -16,6 +16,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import psutil
+
 from saescale.storage import files
 from saescale.storage.errors import Superseded
 from saescale.storage.lease import Lease

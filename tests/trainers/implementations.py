@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
+
 from saescale.trainers.kernels import cpu as sparse_cpu
 from saescale.trainers.kernels import eager as sparse_eager
 
@@ -90,9 +91,10 @@ def compile_for(capability: int, sizes: dict[str, Any]) -> list[str]:
     To be called in a process of its own: nothing is launched in it from then on.
     """
     import triton
-    from saescale.trainers.kernels import cuda as sparse_cuda
     from triton.backends.compiler import GPUTarget
     from triton.runtime.jit import JITFunction
+
+    from saescale.trainers.kernels import cuda as sparse_cuda
 
     class Driver:
         def get_current_device(self) -> int:

@@ -1,6 +1,7 @@
 """Synthetic activation stores whose dictionary is known."""
 
 import numpy as np
+
 from saescale.storage.manifest import Manifest, Site, write_manifest
 from saescale.storage.rows import Rows, write_shard
 

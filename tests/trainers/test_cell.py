@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from pydantic import ValidationError
+
 from saescale.storage.errors import SaescaleError
 from saescale.storage.rundir import RunDirectory
 from saescale.trainers.cell import Cell

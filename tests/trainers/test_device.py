@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
+
 from saescale.trainers import precision
 from saescale.trainers.device import fast_precision
 from saescale.trainers.precision import cpu_precision, gpu_precision, read_processor

@@ -8,6 +8,8 @@ import time
 from pathlib import Path
 
 import pytest
+from typer.testing import CliRunner
+
 from saescale.cluster.cli import app
 from saescale.storage.errors import SaescaleError
 from saescale.storage.rundir import RunDirectory
@@ -18,8 +20,6 @@ from saescale.trainers.evals.run import evaluate_run
 from saescale.trainers.harvest.conduct import harvest
 from saescale.trainers.harvest.spec import HarvestSpec
 from saescale.trainers.training.train import PackJob, train_pack
-from typer.testing import CliRunner
-
 from tests.test_doors import example, same_sae
 
 COUNTED = """

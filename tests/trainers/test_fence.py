@@ -7,13 +7,13 @@ from itertools import count
 from typing import Any
 
 import pytest
+
 from saescale.storage import files
 from saescale.storage.lease import Lease, read_driver
 from saescale.storage.rundir import RunDirectory
 from saescale.storage.store import ActivationStore
 from saescale.trainers.cell import Cell, EvalSpec
 from saescale.trainers.training.train import PackJob, train_pack
-
 from tests.trainers.halted import SUPERSEDED, halted_before
 
 MakeCell = Callable[..., Cell]

@@ -8,6 +8,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from saescale.scaling.compute import Flops
 from saescale.trainers.architectures import topk_sparse
 from saescale.trainers.architectures.architecture import Batch, Worked
@@ -17,7 +18,6 @@ from saescale.trainers.architectures.topk_sparse import Gradient, TopKStep
 from saescale.trainers.cell import Cell
 from saescale.trainers.preprocess import measure_centre, normalise
 from saescale.trainers.training.training_cell import TrainingCell
-
 from tests.trainers.topk_case import random_sae, take_step
 
 BATCH, STEPS = 64, 40

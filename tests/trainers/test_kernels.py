@@ -14,14 +14,14 @@ import pytest
 import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
 from saescale.trainers.architectures import topk_sparse
 from saescale.trainers.architectures.dead import DeadLatents
 from saescale.trainers.kernels import cpu as sparse_cpu
 from saescale.trainers.kernels import eager as sparse_eager
 from saescale.trainers.kernels.interface import AdamStep, Moments, Pairs, Selected, Summands, Term
-from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
-
 from tests.trainers.implementations import NAMES, TRITON, compile_for, implementation, interpreted
 from tests.trainers.topk_case import adam_of, in_float64, new_sae, reference_step, take_step, update
 

@@ -5,11 +5,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+
 from saescale.storage.store import ActivationStore
 from saescale.trainers.cell import Cell, EvalSpec
 from saescale.trainers.training.memory import StreamSize, pack_memory
 from saescale.trainers.training.train import PackJob
-
 from tests.trainers.peak_memory import COUNTABLE, measure
 from tests.trainers.synthetic import write_store
 

@@ -15,6 +15,8 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
+from safetensors.numpy import load_file
+
 from saescale.storage import checkpoint
 from saescale.storage.errors import SaescaleError
 from saescale.storage.files import exists
@@ -30,8 +32,6 @@ from saescale.trainers.exchange import native
 from saescale.trainers.preprocess import geometric_median, measure_centre, normalise
 from saescale.trainers.training.report import Progress
 from saescale.trainers.training.train import PackJob, PackOutcome, train_pack
-from safetensors.numpy import load_file
-
 from tests.trainers.synthetic import D_MODEL, sparse_rows, true_dictionary, write_store
 from tests.trainers.topk_case import in_float64, new_sae
 

@@ -3,12 +3,12 @@
 from pathlib import Path
 
 import pytest
+
 from saescale.storage.store import ActivationStore
 from saescale.trainers.cell import Cell, EvalSpec
 from saescale.trainers.harvest.conduct import HarvestSpec, harvest
 from saescale.trainers.precision import Precision
 from saescale.trainers.training.train import PackJob, train_pack
-
 from tests.trainers.dense_training import train_dense
 
 HELD_OUT = 4_096

@@ -8,6 +8,7 @@ import pytest
 import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
+
 from saescale.trainers.architectures import topk
 from saescale.trainers.architectures.architecture import ACTIVE_ABOVE, Batch, Conditions, Parameter, State
 from saescale.trainers.architectures.dead import DeadLatents, fired
@@ -17,7 +18,6 @@ from saescale.trainers.kernels.interface import Selected
 from saescale.trainers.mesh.mesh import ALONE
 from saescale.trainers.precision import Precision
 from saescale.trainers.training.optimiser import EPS, Adam
-
 from tests.trainers.topk_case import (
     Tensors,
     adam_of,

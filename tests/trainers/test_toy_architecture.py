@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+
 from saescale.storage import checkpoint
 from saescale.storage.rundir import RunDirectory
 from saescale.storage.store import ActivationStore
@@ -25,7 +26,6 @@ from saescale.trainers.mesh.mesh import ALONE
 from saescale.trainers.preprocess import Centre, normalise
 from saescale.trainers.training.memory import StreamSize, pack_memory
 from saescale.trainers.training.train import PackJob, train_pack
-
 from tests.trainers.dense_training import dense_nmse, train_dense
 from tests.trainers.synthetic import D_MODEL, sparse_rows
 

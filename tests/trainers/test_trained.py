@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+
 from saescale.storage.rundir import RunDirectory
 from saescale.storage.store import ActivationStore
 from saescale.trainers.cell import Cell, EvalSpec
@@ -13,7 +14,6 @@ from saescale.trainers.evals import nmse
 from saescale.trainers.exchange import native, trained
 from saescale.trainers.preprocess import normalise
 from saescale.trainers.training.train import PackJob, train_pack
-
 from tests.trainers.dense_training import dense_nmse
 from tests.trainers.synthetic import sparse_rows
 

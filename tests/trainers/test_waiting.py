@@ -6,6 +6,10 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
 from saescale.storage.store import ActivationStore
 from saescale.trainers.architectures import topk_sparse
 from saescale.trainers.architectures.architecture import Batch
@@ -15,10 +19,6 @@ from saescale.trainers.evals import nmse
 from saescale.trainers.evals.nmse import HeldOut
 from saescale.trainers.preprocess import Centre
 from saescale.trainers.training.pack import Pack, RawBatch
-from torch import Tensor
-from torch.overrides import TorchFunctionMode
-from torch.utils._python_dispatch import TorchDispatchMode
-
 from tests.trainers.implementations import NAMES, TRITON, implementation
 from tests.trainers.synthetic import D_MODEL, sparse_rows, write_store
 from tests.trainers.topk_case import random_sae

@@ -17,6 +17,7 @@ import pyarrow as pa
 import pytest
 import wandb
 from pydantic import ValidationError
+
 from saescale.trainers.loggers import wandb_client
 from saescale.trainers.loggers.wandb_cells import (
     Logged,
@@ -26,7 +27,6 @@ from saescale.trainers.loggers.wandb_cells import (
     log_summary,
     resolve_mode,
 )
-
 from tests.trainers.wandb_case import (
     CONTEXT,
     DONE,

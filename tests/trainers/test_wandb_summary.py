@@ -12,9 +12,9 @@ import matplotlib.image
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+
 from saescale.trainers.loggers import wandb_client
 from saescale.trainers.loggers.wandb_cells import Logged, WandbSettings, log_summary
-
 from tests.trainers.wandb_case import (
     CONTEXT,
     FITS,

@@ -1,6 +1,7 @@
 """TopK SAEs for tests, and one step of them by the sparse path and by the dense reference."""
 
 import torch
+
 from saescale.trainers.architectures import topk
 from saescale.trainers.architectures.architecture import Batch, Conditions, Losses, Shape, State, Step
 from saescale.trainers.architectures.dead import DeadLatents

@@ -11,11 +11,11 @@ from typing import Any
 import pyarrow as pa
 import pytest
 import wandb
+from wandb.sdk.lib import wbauth
+
 from saescale.storage.columns import CurveRow
 from saescale.trainers.cell import Cell
 from saescale.trainers.loggers.wandb_cells import WandbLogger, WandbSettings
-from wandb.sdk.lib import wbauth
-
 from tests.trainers.wandb_server import WandbServer, wandb_server
 
 KEY = "0123456789abcdef" * 2 + "01234567"

@@ -11,6 +11,8 @@ from typing import Any, NamedTuple, Protocol
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field
+from torch import Tensor
+
 from saescale.scaling.compute import Flops
 from saescale.trainers.architectures import ARCHITECTURES
 from saescale.trainers.kernels.choose import KernelKind
@@ -18,7 +20,6 @@ from saescale.trainers.kernels.interface import AdamStep, Moments
 from saescale.trainers.mesh.mesh import Mesh
 from saescale.trainers.precision import Precision
 from saescale.trainers.preprocess import Centre
-from torch import Tensor
 
 ACTIVE_ABOVE = 1e-3  # a latent counts as active on a token when its activation exceeds this
 

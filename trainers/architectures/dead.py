@@ -1,9 +1,10 @@
 """Dead latents: which have not been active for so many tokens."""
 
 import torch
+from torch import Tensor
+
 from saescale.trainers.architectures.architecture import ACTIVE_ABOVE
 from saescale.trainers.kernels.interface import Selected
-from torch import Tensor
 
 
 class DeadLatents:

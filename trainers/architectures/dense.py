@@ -7,6 +7,8 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
+from torch import Tensor
+
 from saescale.trainers.architectures.architecture import (
     Architecture,
     Batch,
@@ -24,7 +26,6 @@ from saescale.trainers.kernels.choose import KernelKind
 from saescale.trainers.kernels.eager import adam_rows
 from saescale.trainers.mesh.mesh import Mesh
 from saescale.trainers.precision import Precision
-from torch import Tensor
 
 CHUNK_ENTRIES = 2**23  # of [rows, n_latents] that a forward pass makes at a time where no gradient is asked for
 _FLOAT = 4

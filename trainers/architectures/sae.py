@@ -4,6 +4,8 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
+from torch import Tensor
+
 from saescale.trainers.architectures.architecture import (
     Architecture,
     Batch,
@@ -16,7 +18,6 @@ from saescale.trainers.architectures.architecture import (
 from saescale.trainers.architectures.dense import DenseStep
 from saescale.trainers.mesh.mesh import ALONE, Mesh
 from saescale.trainers.precision import Precision
-from torch import Tensor
 
 
 class SAE:

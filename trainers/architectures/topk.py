@@ -10,6 +10,8 @@ unit directions are needed: that leaves x_hat as it is.
 
 import torch
 from pydantic import Field
+from torch import Tensor
+
 from saescale.scaling.compute import Flops, topk_flops
 from saescale.trainers.architectures import architecture
 from saescale.trainers.architectures.architecture import (
@@ -25,7 +27,6 @@ from saescale.trainers.architectures.architecture import (
 )
 from saescale.trainers.architectures.topk_sparse import TopKStep
 from saescale.trainers.preprocess import Centre
-from torch import Tensor
 
 MULTI_TOPK_FACTOR = 4
 MULTI_TOPK_WEIGHT = 1 / 8

@@ -10,6 +10,8 @@ from collections.abc import Mapping, Sequence
 from typing import NamedTuple, Protocol
 
 import torch
+from torch import Tensor
+
 from saescale.trainers.architectures.architecture import (
     Batch,
     Conditions,
@@ -28,7 +30,6 @@ from saescale.trainers.kernels.eager import adam_rows
 from saescale.trainers.kernels.interface import Pairs, Selected, Summands, Term, group_size, product_rows
 from saescale.trainers.mesh.mesh import Mesh
 from saescale.trainers.precision import Precision
-from torch import Tensor
 
 FEW_DEAD = 8  # times k_aux: up to so many dead latents AuxK is computed dense
 AUXK_ENTRIES = 2**22  # activations of dead latents that it then holds at a time: 16 MiB

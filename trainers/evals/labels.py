@@ -1,6 +1,7 @@
 """The ground truth of the rows of a store, recomputed from what the subject read; a store holds none."""
 
 import numpy as np
+
 from saescale.storage.errors import SaescaleError
 from saescale.storage.source import Source
 from saescale.storage.store import ActivationStore

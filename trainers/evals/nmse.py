@@ -5,6 +5,8 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 import torch
+from torch import Tensor
+
 from saescale.storage.errors import SaescaleError
 from saescale.storage.source import Source
 from saescale.trainers.architectures.architecture import Batch
@@ -13,7 +15,6 @@ from saescale.trainers.evals.evaluation import Measurement, Need
 from saescale.trainers.exchange.trained import Trained
 from saescale.trainers.preprocess import normalise, to_tensor
 from saescale.trainers.subjects.subject import Subject
-from torch import Tensor
 
 CHUNK_ROWS = 8_192  # preprocessed and encoded at a time
 KEPT_BYTES = 2**28  # of preprocessed rows, which all cells of an evaluation then share

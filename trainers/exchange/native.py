@@ -7,14 +7,15 @@ how rows are preprocessed.
 import json
 
 from pydantic import ValidationError
+from safetensors import SafetensorError
+from safetensors.torch import load, save
+
 from saescale.storage import files
 from saescale.storage.errors import SaescaleError, one_line
 from saescale.trainers.architectures.architecture import Shape
 from saescale.trainers.architectures.sae import SAE
 from saescale.trainers.cell import Cell
 from saescale.trainers.exchange.trained import Trained
-from safetensors import SafetensorError
-from safetensors.torch import load, save
 
 FILE = "sae.safetensors"
 

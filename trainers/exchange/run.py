@@ -3,6 +3,7 @@
 from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
+
 from saescale.storage.errors import SaescaleError
 from saescale.storage.rundir import RunDirectory
 

@@ -4,11 +4,12 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
+from torch import Tensor
+
 from saescale.trainers.architectures.dense import CHUNK_ENTRIES
 from saescale.trainers.architectures.sae import SAE
 from saescale.trainers.cell import Cell
 from saescale.trainers.preprocess import normalise
-from torch import Tensor
 
 
 class SparseLatents(NamedTuple):

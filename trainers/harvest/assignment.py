@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 import numpy as np
 import xxhash
+
 from saescale.storage.errors import SaescaleError
 from saescale.storage.manifest import Split
 from saescale.trainers.harvest.contexts import (

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Protocol
 
 import numpy as np
+
 from saescale.storage import files
 from saescale.storage.errors import SaescaleError
 from saescale.storage.manifest import FORMAT, MANIFEST, Manifest, Split, write_manifest

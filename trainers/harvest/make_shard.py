@@ -17,6 +17,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 import xxhash
+
 from saescale.storage import files
 from saescale.storage.errors import SaescaleError
 from saescale.storage.manifest import Shard, Site, Split

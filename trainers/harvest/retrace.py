@@ -3,6 +3,7 @@
 from typing import NamedTuple
 
 import numpy as np
+
 from saescale.storage.errors import SaescaleError
 from saescale.storage.store import ActivationStore
 from saescale.trainers.harvest.make_shard import mixed, prefix_of

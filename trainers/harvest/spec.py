@@ -5,6 +5,7 @@ from typing import Any, Literal, Self
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict, model_validator
+
 from saescale.storage import files
 from saescale.storage.errors import SaescaleError
 from saescale.trainers.subjects.subject import check_subject_name

@@ -5,6 +5,7 @@ from functools import cache
 from typing import Literal
 
 import torch
+
 from saescale.storage.errors import SaescaleWarning, one_line
 from saescale.trainers.kernels.interface import Kernels
 

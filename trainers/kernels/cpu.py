@@ -15,6 +15,8 @@ import torch
 from llvmlite import ir
 from numba import njit, prange, types
 from numba.extending import intrinsic
+from torch import Tensor
+
 from saescale.trainers.kernels.interface import (
     AdamStep,
     Decoded,
@@ -25,7 +27,6 @@ from saescale.trainers.kernels.interface import (
     Term,
     product_rows,
 )
-from torch import Tensor
 
 # Reassociation lets the dot products use vector registers; NaN and infinity keep their meaning, so that
 # a diverged cell is noticed.

@@ -14,6 +14,8 @@ from typing import Any
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
+
 from saescale.trainers.kernels import eager as sparse_eager
 from saescale.trainers.kernels.eager import transpose
 from saescale.trainers.kernels.interface import (
@@ -27,7 +29,6 @@ from saescale.trainers.kernels.interface import (
     group_size,
     product_rows,
 )
-from torch import Tensor
 
 __all__ = ["check", "decode", "encode_select", "latent_sums", "transpose", "update_rows"]
 

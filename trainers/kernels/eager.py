@@ -10,8 +10,9 @@ On CUDA index_add_ adds in an order of the device's choosing, so sums may differ
 from collections.abc import Sequence
 
 import torch
-from saescale.trainers.kernels.interface import AdamStep, Decoded, Moments, Pairs, Selected, Summands, Term
 from torch import Tensor
+
+from saescale.trainers.kernels.interface import AdamStep, Decoded, Moments, Pairs, Selected, Summands, Term
 
 ENTRIES = 2**25  # of a dense matrix that are held at a time
 

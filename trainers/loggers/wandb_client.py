@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
 
 from pydantic import BaseModel
+
 from saescale.storage.errors import SaescaleWarning
 from saescale.trainers.loggers.wandb_settings import Mode, WandbSettings
 

@@ -4,6 +4,7 @@ import hashlib
 from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, field_validator
+
 from saescale.storage.cache import cache_folder
 from saescale.storage.files import local_path
 

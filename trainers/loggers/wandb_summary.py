@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+
 from saescale.trainers.loggers import wandb_client as client
 from saescale.trainers.loggers.wandb_client import (
     group_url,

@@ -6,8 +6,9 @@ over shards, the optimiser for means over replicas.
 
 from typing import Protocol
 
-from saescale.trainers.kernels.interface import Selected
 from torch import Tensor
+
+from saescale.trainers.kernels.interface import Selected
 
 
 class Mesh(Protocol):

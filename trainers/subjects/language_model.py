@@ -10,13 +10,14 @@ from typing import Any
 import numpy as np
 import torch
 import xxhash
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers.utils import logging as transformers_logging
+
 from saescale.storage.errors import SaescaleError
 from saescale.storage.manifest import Site
 from saescale.trainers.device import fast_precision
 from saescale.trainers.subjects.subject import Patch, Run
-from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, AutoTokenizer
-from transformers.utils import logging as transformers_logging
 
 
 class LanguageModel:

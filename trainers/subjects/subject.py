@@ -12,11 +12,12 @@ from typing import NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 import torch
+from torch import Tensor
+
 from saescale.storage.cache import cache_folder
 from saescale.storage.errors import SaescaleError
 from saescale.storage.manifest import Site, Split
 from saescale.storage.registry import Room
-from torch import Tensor
 
 SUBJECTS = Room("saescale.trainers.subjects", "subject", marker="load")
 

@@ -15,6 +15,7 @@ import pyarrow.parquet as pq
 import xxhash
 from fsspec import AbstractFileSystem
 from fsspec.compression import compr
+
 from saescale.storage import files
 from saescale.storage.errors import SaescaleError, one_line
 

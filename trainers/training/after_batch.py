@@ -4,6 +4,7 @@ from collections.abc import Callable
 from typing import Any
 
 import lightning.pytorch as L
+
 from saescale.trainers.training.checkpoints import Checkpoints
 from saescale.trainers.training.evaluate import Evaluator
 from saescale.trainers.training.pack import Pack

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
+
 from saescale.storage import checkpoint
 from saescale.storage.errors import SaescaleError, SaescaleWarning, one_line
 from saescale.storage.rundir import RunDirectory

@@ -3,6 +3,7 @@
 import time
 
 import numpy as np
+
 from saescale.storage.columns import CurveRow
 from saescale.trainers.evals.nmse import HeldOut
 from saescale.trainers.training.pack import Pack

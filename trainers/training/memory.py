@@ -12,6 +12,7 @@ from functools import lru_cache
 from typing import NamedTuple
 
 import torch
+
 from saescale.trainers.architectures.architecture import Settings, Shape, find_architecture
 from saescale.trainers.architectures.sae import step_of
 from saescale.trainers.cell import Cell

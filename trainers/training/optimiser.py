@@ -4,10 +4,11 @@ from collections.abc import Mapping
 
 import numpy as np
 import torch
+from torch import Tensor
+
 from saescale.trainers.architectures.architecture import Parameter, Update
 from saescale.trainers.architectures.dense import apply
 from saescale.trainers.kernels.interface import AdamStep, Moments
-from torch import Tensor
 
 EPS = 6.25e-10
 

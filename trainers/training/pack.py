@@ -10,6 +10,9 @@ from typing import NamedTuple
 import lightning.pytorch as L
 import numpy as np
 import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, IterableDataset
+
 from saescale.storage.errors import one_line
 from saescale.storage.source import Batches
 from saescale.trainers.architectures.architecture import Batch
@@ -17,8 +20,6 @@ from saescale.trainers.cell import Cell
 from saescale.trainers.device import spoils_the_process
 from saescale.trainers.preprocess import Centre, normalise, to_tensor
 from saescale.trainers.training.training_cell import TrainingCell
-from torch import Tensor
-from torch.utils.data import DataLoader, IterableDataset
 
 
 class RawBatch(NamedTuple):

@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 import lightning.pytorch as L
 import torch
 from pydantic import BaseModel, Field
+
 from saescale.storage.errors import SaescaleError, one_line
 from saescale.storage.rundir import RunDirectory
 from saescale.storage.source import Order, Source

@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 import torch
+
 from saescale.scaling.compute import Flops
 from saescale.storage.columns import CurveRow
 from saescale.trainers.architectures.architecture import Batch, Conditions, Shape, Worked, find_architecture

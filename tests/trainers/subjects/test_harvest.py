@@ -14,6 +14,7 @@ import pytest
 import torch
 import xxhash
 from pydantic import ValidationError
+
 from saescale.storage.errors import SaescaleError
 from saescale.storage.rows import to_float32
 from saescale.storage.store import ActivationStore

@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+
 from saescale.storage.errors import SaescaleError
 from saescale.storage.rows import Rows, write_shard
 from saescale.storage.store import ActivationStore
@@ -18,7 +19,6 @@ from saescale.trainers.harvest.retrace import Places, heldout_places
 from saescale.trainers.harvest.spec import HarvestSpec
 from saescale.trainers.subjects.numbered import BLOCK_SEQUENCES, draw_block
 from saescale.trainers.subjects.subject import Subject, get_subject
-
 from tests.test_doors import example
 
 

@@ -11,6 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from saescale.storage.errors import SaescaleError
 from saescale.trainers.harvest.assignment import Assignment
 from saescale.trainers.harvest.conduct import harvest

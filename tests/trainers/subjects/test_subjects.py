@@ -13,13 +13,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from transformers import AutoModelForCausalLM, GPT2Config, GPTNeoXConfig, OPTConfig, Qwen3Config
+
 from saescale.storage.cache import cache_folder
 from saescale.storage.errors import SaescaleError
 from saescale.storage.manifest import Site
 from saescale.trainers.subjects import smollm2_135m as smollm2
 from saescale.trainers.subjects.language_model import LanguageModel
 from saescale.trainers.subjects.subject import check_subject_name, get_subject, name_for_other_processes
-from transformers import AutoModelForCausalLM, GPT2Config, GPTNeoXConfig, OPTConfig, Qwen3Config
 
 ARCHITECTURES: dict[str, Any] = {
     "gpt2": GPT2Config(vocab_size=512, n_embd=32, n_layer=3, n_head=2, n_positions=64),

@@ -7,6 +7,7 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+
 from saescale.storage import files
 from saescale.storage.errors import SaescaleError
 from saescale.trainers.subjects.text import TXT_CHARACTERS, TXT_CHARACTERS_MOST, Piece, pieces, python_prose
