@@ -43,9 +43,21 @@ class Room(NamedTuple):
         """Raises SaescaleError with the nearest name where there is none of that name. Imports nothing."""
         files = self._files()
         if _stem(name) not in files:
+            self._explain(name)
             close = difflib.get_close_matches(_stem(name), files, n=1, cutoff=0.4)
             hint = f"did you mean {close[0]}? " if close else ""
             raise SaescaleError(f"unknown {self.what} {name!r}: {hint}there are {', '.join(sorted(files))}")
+
+    def _explain(self, name: str) -> None:
+        """Raises SaescaleError where the user has a file of that name that is none of the room's."""
+        for folder in self._own_folders():
+            path = folder / f"{_stem(name)}.py"
+            if path.is_file():
+                try:
+                    ast.parse(path.read_bytes())
+                except (SyntaxError, ValueError) as error:
+                    raise SaescaleError(f"{path} ({self.what}) is no Python: {one_line(error)}") from error
+                raise SaescaleError(f"{path} is no {self.what}: it defines no `{self.marker}` at its top level")
 
     def load(self, name: str) -> ModuleType:
         """The module of that name. Raises SaescaleError for an unknown one, and for a file of the user's that fails."""
@@ -61,13 +73,16 @@ class Room(NamedTuple):
         assert spec.submodule_search_locations is not None
         return Path(next(iter(spec.submodule_search_locations)))
 
-    def _files(self) -> dict[str, Path]:
+    def _own_folders(self) -> list[Path]:
+        """Where files of the user's own are looked for."""
         room = self.folder or self.package.rpartition(".")[2]
-        own = [Path(folder) / room for folder in os.environ.get(PATH, "").split(os.pathsep) if folder]
+        return [Path(folder) / room for folder in os.environ.get(PATH, "").split(os.pathsep) if folder]
+
+    def _files(self) -> dict[str, Path]:
         # The product's own last: a user's file never takes the place of one of them.
         return {
             path.stem: path
-            for folder in (*own, self._folder())
+            for folder in (*self._own_folders(), self._folder())
             for path in sorted(folder.glob("*.py"))
             if self.marker in _defined(str(path), path.stat().st_mtime_ns)
         }

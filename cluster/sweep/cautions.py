@@ -4,7 +4,7 @@ from collections.abc import Iterable
 
 from saescale.cluster.sweep.spec import SweepSpec
 from saescale.storage.errors import SaescaleError
-from saescale.trainers.cell import auto_k_aux
+from saescale.trainers.cell import auto_k_aux, traits_of
 
 
 def cautions(spec: SweepSpec, d_model: int | None) -> list[str]:
@@ -14,16 +14,17 @@ def cautions(spec: SweepSpec, d_model: int | None) -> list[str]:
     """
     said, sizes = [], sorted({cell.n_latents for cell in spec.grid.combinations()})
     window = spec.train.auxk.dead_after_tokens
+    revived = sorted({c.n_latents for c in spec.grid.combinations() if "k_aux" in traits_of(c.architecture).settings})
+    k_aux = spec.train.settings.get("k_aux", spec.train.auxk.k)
+    k_aux = (auto_k_aux(d_model) if d_model else None) if k_aux == "auto" else k_aux
+    never = "AuxK never runs and " if revived and k_aux != 0 else ""
     if short := [n for n in sizes if spec.tokens_of(n) <= window]:
         most = max(spec.tokens_of(n) for n in short)
         said.append(
             f"{_cells(short, sizes)} train on {most:,} tokens or fewer and a latent counts as dead after {window:,}: "
-            "AuxK never runs and the dead fraction is 0 by construction; lower "
-            "train.auxk.dead_after_tokens"
+            f"{never}the dead fraction is 0 by construction; lower train.auxk.dead_after_tokens"
         )
-    k_aux = spec.train.settings.get("k_aux", spec.train.auxk.k)
-    k_aux = (auto_k_aux(d_model) if d_model else None) if k_aux == "auto" else k_aux
-    if isinstance(k_aux, int) and (fewer := [n for n in sizes if n < k_aux]):
+    if isinstance(k_aux, int) and (fewer := [n for n in revived if n < k_aux]):
         said.append(
             f"AuxK takes {k_aux} latents and {_cells(fewer, sizes)} have fewer: there it takes all that are dead"
         )

@@ -14,8 +14,9 @@ from saescale.trainers.harvest.retrace import heldout_places
 from saescale.trainers.preprocess import to_tensor
 from saescale.trainers.subjects.subject import get_subject
 
-# In a notebook name your own here.
-RUN, STORE = sys.argv[1:3] if len(sys.argv) > 2 else ("runs/quickstart", "stores/smollm2-135m-l22")
+# In a notebook, whose own arguments are none of these, name your own here.
+given = [] if "ipykernel" in sys.modules else sys.argv[1:]
+RUN, STORE = given if len(given) == 2 else ("runs/quickstart", "stores/smollm2-135m-l22")
 
 run = saescale.open_run(RUN)
 results = [row for row in run.results.to_pylist() if row["status"] == "done"]

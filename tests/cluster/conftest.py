@@ -57,7 +57,7 @@ def document(store: ActivationStore, tmp_path: Path) -> dict[str, Any]:
             "lr": {"at": 64, "value": 3e-3},
             "auxk": {"k": 8, "dead_after_tokens": 4_096},
             "ema": 0.9,
-            "precision": "fp32",  # or two sweeps of one test might find another one faster
+            "precision": "fp32",  # so that results do not depend on the processor
         },
         "eval": {"tokens": 2_048, "every_tokens": 4_096},
         "resources": {"workers": 2, "checkpoint_every_s": 0.2},

@@ -99,3 +99,18 @@ def test_an_extension_that_leaves_it_open_is_evaluated_like_the_sweep(
     spec = parse_spec(document, "test")
     more = sweep_file(document | {"grid": {"n_latents": [1_024], "k": [4]}})
     assert read_extension(spec, more).eval == spec.eval
+
+
+def test_auxk_is_spoken_of_only_where_a_cell_has_it(
+    document: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The dead fraction is 0 by construction for every architecture; AuxK is TopK's."""
+    page = (Path(__file__).parents[2] / "trainers" / "architectures" / "README.md").read_text()
+    (tmp_path / "architectures").mkdir()
+    (tmp_path / "architectures" / "toy.py").write_text(page.split("```python\n")[1].split("```")[0])
+    monkeypatch.setenv("SAESCALE_PATH", str(tmp_path))
+    late = {"auxk": {"k": 48, "dead_after_tokens": 16_384}}
+    for train, grid in ((late, {"architecture": ["toy"]}), ({"auxk": late["auxk"] | {"k": 0}}, {})):
+        (said,) = cautions(parse_spec(changed(document, train, grid), "test"), D_MODEL)
+        assert "the dead fraction is 0 by construction" in said
+        assert "AuxK" not in said

@@ -540,7 +540,7 @@ class LargestTensor(TorchDispatchMode):
         return out
 
 
-# What sparse_cpu.py makes is numpy's, which this cannot see: test_memory.py holds it to a peak without either.
+# What kernels/cpu.py makes is numpy's, which this cannot see: test_memory.py holds it to a peak without either.
 @pytest.mark.parametrize("name", [name for name in NAMES if name != "cpu"])
 def test_nothing_of_size_batch_k_d_is_made(name: str) -> None:
     kernels, device = implementation(name)

@@ -23,8 +23,8 @@ needs: frozenset[Need] = frozenset()
 
 
 def measure(trained: Trained, source: Source, subject: Subject | None) -> Iterator[Measurement]:
-    """nmse and l0 on all held-out rows of `source`."""
-    held_out = HeldOut(source, None, next(iter(trained.sae.params.values())).device)
+    """nmse and l0 on the held-out rows that the cell names, all of `source` where it names none."""
+    held_out = HeldOut(source, trained.cell.heldout_rows, next(iter(trained.sae.params.values())).device)
     quality = held_out.evaluate([lambda: trained.sae], trained.origin, trained.sae.precision == "bf16")[0]
     yield Measurement("nmse", quality.nmse, n=held_out.tokens)
     yield Measurement("l0", quality.l0, n=held_out.tokens)

@@ -1,4 +1,4 @@
-"""The one small interface through which a pack reports its curves; wandb_logger.py implements it."""
+"""The one small interface through which a pack reports its curves; wandb_cells.py implements it."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol

@@ -1,0 +1,49 @@
+"""What stands behind a door is found by its file's name; what is wrong with a file of the user's is said."""
+
+from pathlib import Path
+
+import pytest
+
+from saescale.storage.errors import SaescaleError
+from saescale.storage.registry import Room
+
+ROOM = Room("saescale.trainers.evals", "evaluation", marker="measure")
+
+
+@pytest.fixture
+def mine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder of the user's own evaluations."""
+    (tmp_path / "evals").mkdir()
+    monkeypatch.setenv("SAESCALE_PATH", str(tmp_path))
+    return tmp_path / "evals"
+
+
+def test_a_file_with_the_marker_is_found_by_its_name_and_imported_when_it_is_asked_for(mine: Path) -> None:
+    (mine / "my_eval.py").write_text("raise RuntimeError('imported')\ndef measure(): ...\n")
+    assert {"my_eval", "nmse"} <= set(ROOM.names())
+    ROOM.check("my-eval")
+    with pytest.raises(SaescaleError, match=r"my_eval\.py \(evaluation\) fails with RuntimeError: imported"):
+        ROOM.load("my-eval")
+
+
+def test_a_users_file_never_takes_the_place_of_one_of_the_products(mine: Path) -> None:
+    (mine / "nmse.py").write_text("measure = None\n")
+    assert ROOM.load("nmse").measure is not None
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        ("def measure(:\n", r"mine\.py \(evaluation\) is no Python: invalid syntax"),
+        ("def measured(): ...\n", r"mine\.py is no evaluation: it defines no `measure` at its top level"),
+    ],
+)
+def test_what_is_wrong_with_a_file_is_said_instead_of_a_near_name(mine: Path, content: str, said: str) -> None:
+    (mine / "mine.py").write_text(content)
+    with pytest.raises(SaescaleError, match=said):
+        ROOM.check("mine")
+
+
+def test_an_unknown_name_is_answered_with_the_nearest() -> None:
+    with pytest.raises(SaescaleError, match=r"unknown evaluation 'nmsee': did you mean nmse\? there are nmse"):
+        ROOM.check("nmsee")
