@@ -2,6 +2,7 @@
 
 import re
 import subprocess
+import tomllib
 from pathlib import Path
 
 import pyarrow.parquet as pq
@@ -61,6 +62,13 @@ def test_the_published_results_are_the_same_in_both_forms_and_end_where_their_cu
         last = max((point for point in curves if point["cell_id"] == row["cell_id"]), key=lambda point: point["step"])
         assert [row[name] for name in ("tokens", "flops", "nmse")] == [last[n] for n in ("tokens", "flops", "nmse")]
         assert 2 * row["n_latents"] * row["d_model"] * row["tokens"] < row["flops"] < row["flops_dense"]
+
+
+def test_the_version_is_that_of_the_newest_changes() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    newest = re.search(r"^## (\d+\.\d+\.\d+)", (ROOT / "CHANGELOG.md").read_text(), re.MULTILINE)
+    assert newest is not None
+    assert project["version"].removesuffix(".dev0") == newest[1]
 
 
 @pytest.mark.parametrize(("name", "table"), tables().items())
