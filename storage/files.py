@@ -9,6 +9,7 @@ import io
 import os
 import random
 import re
+import threading
 import time
 import uuid
 from collections.abc import Callable, Iterator
@@ -18,10 +19,12 @@ from typing import Any, BinaryIO, TypeVar, cast
 from fsspec import AbstractFileSystem
 from fsspec.core import url_to_fs
 from fsspec.implementations.local import LocalFileSystem
+from fsspec.implementations.memory import MemoryFileSystem
 
 from saescale.storage.errors import SaescaleError, Unavailable, one_line
 
 T = TypeVar("T")
+_IN_MEMORY = threading.Lock()
 Content = bytes | memoryview | Callable[[BinaryIO], None]
 
 # A live writer touches its temporary file far more often than this; an older one belongs to a dead process.
@@ -174,6 +177,13 @@ def create(url: str, content: bytes) -> bool:
     fs, path = filesystem(url)
     if isinstance(fs, LocalFileSystem):
         return _create_local(url, path, content)
+    if isinstance(fs, MemoryFileSystem):
+        # Its own look and its write are two steps; it is of this process alone.
+        with _IN_MEMORY:
+            if fs.exists(path):
+                return False
+            fs.pipe_file(path, content)
+            return True
 
     def put(fs: AbstractFileSystem, path: str) -> None:
         with suppress(FileExistsError):
