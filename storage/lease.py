@@ -168,6 +168,8 @@ class Lease:
     """
 
     def __init__(self, run: str, job: str | None = None, known_dead: Driver | None = None) -> None:
+        # Has to go before the look at who drives: a number that another takes after it cannot be taken again.
+        before, number = newest_file(run)
         require_free(run, known_dead)
         now = time.time()
         self._run = run
@@ -178,7 +180,6 @@ class Lease:
         self.standing = Standing()  # to be replaced, never changed: the beat's thread reads it
         self._lost: SaescaleError | None = None
         self._ended = threading.Event()
-        before, number = newest_file(run)
         self._where = files.join(run, f"driver-{number + 1:05d}.json")
         if not files.create(self._where, self._document.model_dump_json(indent=1).encode()):
             raise SaescaleError(f"{run} was just taken by another driver; look on with `saescale status {run}`")
