@@ -115,6 +115,11 @@ def check_subject_name(name: str) -> None:
     )
 
 
+def surely_reads_text(name: str) -> bool:
+    """Whether the subject's file says so (`READS_TEXT = True`) before anything is loaded; False where it is silent."""
+    return bool(getattr(SUBJECTS.load(name.partition(":")[0]), "READS_TEXT", False))
+
+
 def get_subject(
     name: str,
     cache: str | os.PathLike[str] | None = None,
