@@ -5,6 +5,7 @@ import gzip
 import io
 import lzma
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, BinaryIO, NamedTuple, cast
 
 import pyarrow as pa
@@ -112,14 +113,14 @@ def _read(fs: AbstractFileSystem, path: str, column: str, odd: Odd) -> Iterator[
             if (kind := _format(path)) == ".parquet":
                 yield from read_parquet(file, path, column, odd)
                 return
-            lines = _lines(_unpacked(file, path), path)
-            if kind == ".txt":
-                for _, line in lines:
-                    yield 0, line
-            elif kind in (".csv", ".tsv"):
-                yield from read_csv(lines, path, kind, column, odd)
-            else:
-                yield from read_json(lines, path, kind == ".json", column, odd)
+            with _unpacked(file, path) as stream:
+                lines = _lines(stream, path)
+                if kind == ".txt":
+                    yield from ((0, line) for _, line in lines)
+                elif kind in (".csv", ".tsv"):
+                    yield from read_csv(lines, path, kind, column, odd)
+                else:
+                    yield from read_json(lines, path, kind == ".json", column, odd)
     except SaescaleError:
         raise
     except Exception as error:  # compressors, Arrow and object stores raise classes of their own
@@ -129,20 +130,29 @@ def _read(fs: AbstractFileSystem, path: str, column: str, odd: Odd) -> Iterator[
 # --- bytes and lines
 
 
-def _unpacked(file: BinaryIO, path: str) -> io.BufferedReader:
-    stream = io.BufferedReader(cast(Any, file), _BUFFER)
+@contextmanager
+def _unpacked(file: BinaryIO, path: str) -> Iterator[io.BufferedReader]:
+    with io.BufferedReader(cast(Any, file), _BUFFER) as stream:
+        packed = _packed_by(stream, path)
+        if packed is None:
+            yield stream
+            return
+        with io.BufferedReader(_COMPRESSED[packed][1](cast(BinaryIO, stream)), _BUFFER) as unpacked:
+            yield unpacked
+
+
+def _packed_by(stream: io.BufferedReader, path: str) -> str | None:
     begins = stream.peek(6)
     named = next((end for end in _COMPRESSED if _name(path).endswith(end)), None)
+    if not begins:
+        return None
     if named is None:
         if begins.startswith(b"PK\x03\x04"):
             raise SaescaleError(f"{path}: is a zip archive; unpack it")
-        known = (end for end in (".gz", ".xz", ".zst") if begins.startswith(_COMPRESSED[end][0]))
-        named = next(known, None)
-    elif begins and not begins.startswith(_COMPRESSED[named][0]):
+        return next((end for end in (".gz", ".xz", ".zst") if begins.startswith(_COMPRESSED[end][0])), None)
+    if not begins.startswith(_COMPRESSED[named][0]):
         raise SaescaleError(f"{path}: is not what {named} says; give the file the name of what it is")
-    if named is None or not begins:
-        return stream
-    return io.BufferedReader(_COMPRESSED[named][1](cast(BinaryIO, stream)), _BUFFER)
+    return named
 
 
 def _lines(stream: io.BufferedReader, path: str) -> Iterator[tuple[int, str]]:
