@@ -9,7 +9,8 @@ ADVICE = (
 HIDDEN = "***"
 # user:password@ (a password may hold / and @, a port is a number), and for web servers, where it can be a token, user@.
 _USER = re.compile(r"(://)[^/@\s:\[]*:(?!\d+/)\S*(?=@)|(\bhttps?://)[^/\s?#]+(?=@)", re.IGNORECASE)
-_QUERY = re.compile(r"([?&;#]([^=&;?#\s]+)=)([^&;#\s'\"<>()[\]{}]*)")
+# A value ends before what ends a sentence.
+_QUERY = re.compile(r"([?&;#]([^=&;?#\s]+)=)((?:[^&;#\s'\"<>()[\]{}]*[^&;#\s'\"<>()[\]{},.:])?)")
 _NAME = re.compile(
     r"key|token|secret|passw|pwd|signature|credential|auth|^(.*[._-])?(sig|sas|jwt|pass)$", re.IGNORECASE
 )

@@ -25,7 +25,7 @@ def _store(url: str, verify: bool) -> dict[str, str]:
     store = ActivationStore.open(url)
     store.verify(full=verify)
     manifest = store.manifest
-    cut = f" cut at {manifest.documents_cut:,} characters" if manifest.documents_cut else ""
+    cut = f", documents cut at {manifest.documents_cut:,} characters" if manifest.documents_cut else ""
     column = f", column {manifest.text_column}" if manifest.text_column else ""
     across = " that run over document boundaries" if manifest.contexts_cross_documents else ""
     text = f"{manifest.corpus}{column}{cut}, contexts of {manifest.context_length} tokens{across}"

@@ -53,6 +53,11 @@ def test_what_is_secret_in_an_address_is_hidden_everywhere(
     assert printed.get() == f"{shown}: done\n"
 
 
+def test_what_follows_an_address_stays() -> None:
+    assert hide_secrets("https://h/x?token=HUSH, line 2: no text") == "https://h/x?token=***, line 2: no text"
+    assert hide_secrets("URL('https://h/x?token=HU.SH,HU')") == "URL('https://h/x?token=***')"
+
+
 @pytest.mark.parametrize("given", WITHOUT)
 def test_an_address_without_a_secret_stays_as_it_is(given: str) -> None:
     assert hide_secrets(given) == given
