@@ -9,7 +9,6 @@ import io
 import os
 import random
 import re
-import tempfile
 import threading
 import time
 import uuid
@@ -167,26 +166,6 @@ def write_atomic(url: str, data: Content) -> int:
     content = bytes(data)
     _tried(url, lambda fs, path: fs.pipe_file(path, content), lambda error, tries: _write_error(url, error, tries))
     return len(content)
-
-
-def check_writable(url: str) -> None:
-    """Raises SaescaleError unless files can be written into the folder `url`, by writing one; nothing of it stays.
-
-    A local folder that is not there yet is not made: the nearest one above it is tried.
-    """
-    folder = local_path(url)
-    if folder is None:
-        probe = join(url, f".probe-{uuid.uuid4().hex}")
-        write_atomic(probe, b"")
-        remove(probe)
-        return
-    while not os.path.lexists(folder) and folder != os.path.dirname(folder):
-        folder = os.path.dirname(folder)
-    try:
-        with tempfile.TemporaryFile(dir=folder):
-            pass
-    except OSError as error:
-        raise _write_error(url, error) from error
 
 
 def create(url: str, content: bytes) -> bool:

@@ -17,6 +17,7 @@ from saescale.storage.errors import SaescaleError
 from saescale.storage.manifest import FORMAT, MANIFEST, Manifest, Split, write_manifest
 from saescale.storage.secrets import hide_secrets
 from saescale.storage.store import ActivationStore
+from saescale.storage.writable import require_writable
 from saescale.trainers.harvest.assignment import Assignment
 from saescale.trainers.harvest.contexts import SPLITS, Block, Counted, draws, text_blocks
 from saescale.trainers.harvest.make_shard import Facts, Harvester, ShardJob, ShardRecord, site_of
@@ -100,7 +101,7 @@ def _check_first(spec: HarvestSpec) -> None:
     if surely_reads_text(spec.subject):
         spec.check_contexts()
     check_corpus(spec.corpus, spec.text_column)
-    files.check_writable(spec.out)
+    require_writable(spec.out)
 
 
 def _assign(spec: HarvestSpec, facts: Facts, crew: Crew, say: Callable[[str], None]) -> Assignment:

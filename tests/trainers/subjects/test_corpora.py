@@ -191,7 +191,7 @@ def test_one_long_line_suffices_when_it_is_cut(tiny_subject: str, tmp_path: Path
             "tokens": 512, "heldout_tokens": 128, "context_length": 32, "row_group_rows": 128,
         }
     )  # fmt: skip
-    with pytest.raises(SaescaleError, match=r"split is by document, .* or cut long ones \(--cut-documents 8000\)"):
+    with pytest.raises(SaescaleError, match=r"split is by document, .* or cut long ones \(--cut-documents 2000\)"):
         harvest(spec)
     manifest = harvest(spec.model_copy(update={"cut_documents": 200}))
     assert (manifest.documents_cut, manifest.split_by) == (200, "content")

@@ -337,8 +337,8 @@ def test_what_needs_no_subject_is_found_before_it_is_loaded(
         ({"corpus": f"{tmp_path}/bad.jsonl"}, "no field 'text'"),
         ({"tokens": 100}, "--tokens must be a multiple"),
         ({"out": f"{tmp_path}/a-file/store"}, "a-file/store.*: Not a directory"),
-        ({"out": "/proc/store"}, "cannot write /proc/store: "),  # where nobody may write, root not either
-        ({"out": "s3://no-such-bucket/store"}, "cannot write s3://no-such-bucket"),
+        ({"out": "/proc/store"}, "cannot write to /proc/store"),  # where nobody may write, root not either
+        ({"out": "s3://no-such-bucket/store"}, "no-such-bucket"),
     ):
         with pytest.raises(SaescaleError, match=said):
             harvest(spec.model_copy(update=changes))
