@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -18,6 +19,11 @@ SIZES = ["--tokens", "640", "--heldout-tokens", "128", "--context-length", "16"]
 class _Quiet(SimpleHTTPRequestHandler):
     def log_message(self, *_: object) -> None:
         pass
+
+    def send_head(self) -> Any:
+        if "forbidden" in self.path:
+            return self.send_error(403)
+        return super().send_head()
 
 
 @pytest.fixture
@@ -69,7 +75,9 @@ def test_a_token_in_the_address_of_a_corpus_is_nowhere_afterwards(
     assert "texts that are null, passed over: 1" in said
     for name, expected in (
         ("bad.jsonl", "bad.jsonl?token=***, line 2: the field 'text' holds a number"),
-        ("none.jsonl", "no text file matches"),
+        ("none.jsonl", "cannot look for the corpus http"),
+        ("none.jsonl", "404"),
+        ("forbidden.jsonl", "403"),
         ("x.jsonl", "is too short"),
     ):
         (tmp_path / "other").mkdir(exist_ok=True)

@@ -55,6 +55,8 @@ def find_files(corpus: str, odd: Odd) -> Files:
     fs, path = files.filesystem(corpus)
     try:
         found = _candidates(fs, path, odd)
+    except SaescaleError:
+        raise
     except Exception as error:  # object stores raise classes of their own
         raise SaescaleError(f"cannot look for the corpus {corpus}: {one_line(error)}") from error
     if not found:
@@ -77,21 +79,38 @@ def _candidates(fs: AbstractFileSystem, path: str, odd: Odd) -> list[str]:
         return _in_folder(fs, path, odd)
     if any(character in path for character in "*?["):
         # Brackets may also be part of a folder's name before a pattern.
-        found = fs.glob(path) or fs.glob(path.replace("[", "[[]"))
-        return sorted(str(name) for name in found if not fs.isdir(name))
-    return [path] if fs.exists(path) else []
+        found = fs.glob(path, detail=True) or fs.glob(path.replace("[", "[[]"), detail=True)
+        if names := _regular(fs, found, odd):
+            return names
+    try:
+        kind = fs.info(path)["type"]
+    except FileNotFoundError as error:
+        if error.__cause__ is not None:  # of a web server that refused
+            raise error.__cause__ from None
+        return []
+    raise SaescaleError(f"{path}: neither a file nor a folder ({kind}), so it cannot be read twice; make it a file")
 
 
 def _in_folder(fs: AbstractFileSystem, folder: str, odd: Odd) -> list[str]:
     below = len(folder.rstrip("/")) + 1
-    names = sorted(str(name) for name in fs.find(folder))
-    seen = [name for name in names if not any(part.startswith(".") for part in name[below:].split("/"))]
-    first = [name for name in seen if _format(name) in FORMATS]
-    taken = set(first or (name for name in seen if _format(name)))
-    for name in seen:
-        if taken and name not in taken:
-            odd.count("files of the folder that were not read, being of another format", name)
-    return sorted(taken)
+    found = fs.find(folder, detail=True)
+    seen = {n: about for n, about in found.items() if not any(part.startswith(".") for part in n[below:].split("/"))}
+    names = _regular(fs, seen, odd)
+    taken = [name for name in names if _format(name) in FORMATS] or [name for name in names if _format(name)]
+    for name in sorted({*names}.difference(taken)) if taken else ():
+        odd.count("files of the folder that were not read, being of another format", name)
+    return taken
+
+
+def _regular(fs: AbstractFileSystem, found: dict[str, Any], odd: Odd) -> list[str]:
+    """What can be read, in the order of the names; links are followed to files, not into folders."""
+    names = []
+    for name, about in sorted(found.items()):
+        if about["type"] == "file" or (about["type"] == "other" and fs.isfile(name)):
+            names.append(str(name))
+        elif about["type"] != "directory":
+            odd.count("what is no file (a pipe, a link to a folder or to nothing) and was not read", name)
+    return names
 
 
 def _format(path: str) -> str | None:

@@ -32,7 +32,8 @@ class Odd:
 
     def said(self) -> list[str]:
         """A line for each kind."""
-        return [f"{what}: {times:,} (the first: {where})" for what, (times, where) in self._found.items()]
+        lines = (f"{what}: {times:,} (the first: {where})" for what, (times, where) in self._found.items())
+        return [line.encode(errors="backslashreplace").decode() for line in lines]  # names of files may be no text
 
 
 def read_json(lines: Lines, path: str, may_be_one: bool, column: str, odd: Odd) -> Iterator[Record]:
@@ -87,7 +88,8 @@ def _field(record: Any, where: str, column: str, odd: Odd) -> str | None:
     if not isinstance(record, dict):
         raise SaescaleError(f"{where}: {_kind(record)} where an object with a field {column!r} should be")
     if column not in record:
-        raise SaescaleError(f"{where}: no field {column!r}; {_names(record, column)}")
+        texts = [name for name, value in record.items() if isinstance(value, str)]
+        raise SaescaleError(f"{where}: no field {column!r}; {_names(record, column, texts)}")
     text = record[column]
     if text is None:
         odd.count("texts that are null, passed over", where)
@@ -111,14 +113,16 @@ def _kind(value: Any) -> str:
     return kinds.get(type(value), "a number")
 
 
-def _names(names: Iterable[str], column: str) -> str:
-    """What there is in place of a column, and which of it may be meant."""
-    there = [str(name) for name in names]
-    by_case = {name.strip().lower(): name for name in reversed(there)}
+def _names(names: Iterable[str], column: str, texts: list[str]) -> str:
+    """What there is in place of a column, and which of those that hold `texts` may be meant."""
+    there = list(names)
+    shown = (", ".join(there[:8]) or "none") + (f" and {len(there) - 8} more" if len(there) > 8 else "")
+    if not texts:
+        return f"it has {shown}, and no text in any of them"
+    by_case = {name.strip().lower(): name for name in reversed(texts)}
     near = difflib.get_close_matches(column.lower(), by_case, n=1, cutoff=0.5)
-    likely = by_case[near[0]] if near else there[0] if len(there) == 1 else None
-    shown = ", ".join(there[:8]) + (f" and {len(there) - 8} more" if len(there) > 8 else "")
-    return f"it has {shown or 'none'}: name one with --text-column {likely or 'NAME'}"
+    likely = by_case[near[0]] if near else texts[0] if len(texts) == 1 else "NAME"
+    return f"it has {shown}: name the one that is meant with --text-column {likely}"
 
 
 def read_csv(lines: Lines, path: str, kind: str, column: str, odd: Odd) -> Iterator[Record]:
@@ -151,13 +155,13 @@ def _header(line: str, kind: str, path: str, column: str) -> tuple[str, list[str
         for separator in ("\t" if kind == ".tsv" else ",;\t|")
     }
     separator = next((each for each, names in read.items() if column in names), max(read, key=lambda s: len(read[s])))
-    _one_column(path, read[separator], column)
+    _one_column(path, read[separator], column, read[separator])
     return separator, read[separator]
 
 
-def _one_column(path: str, names: list[str], column: str) -> None:
+def _one_column(path: str, names: list[str], column: str, texts: list[str]) -> None:
     if column not in names:
-        raise SaescaleError(f"{path}: no column {column!r}; {_names(names, column)}")
+        raise SaescaleError(f"{path}: no column {column!r}; {_names(names, column, texts)}")
     if names.count(column) > 1:
         raise SaescaleError(f"{path}: {names.count(column)} columns are called {column!r}; give them different names")
 
@@ -165,11 +169,13 @@ def _one_column(path: str, names: list[str], column: str) -> None:
 def read_parquet(file: BinaryIO, path: str, column: str, odd: Odd) -> Iterator[Record]:
     table = pq.ParquetFile(file)
     schema = table.schema_arrow
-    _one_column(path, schema.names, column)
-    kind = schema.field(column).type
-    stored = kind.value_type if pa.types.is_dictionary(kind) else kind
-    if not any(is_kind(stored) for is_kind in _TEXTS):
-        raise SaescaleError(f"{path}: the column {column!r} holds {kind}, not text; {_names(schema.names, column)}")
+    texts = [field.name for field in schema if _holds_text(field.type)]
+    _one_column(path, schema.names, column, texts)
+    if column not in texts:
+        kind = schema.field(column).type
+        raise SaescaleError(
+            f"{path}: the column {column!r} holds {kind}, no text; {_names(schema.names, column, texts)}"
+        )
     row = 0
     for batch in table.iter_batches(_BATCH_ROWS, columns=[column], use_threads=False):
         for value in _bytes(batch.column(0)):
@@ -185,6 +191,11 @@ _TEXTS = (
     pa.types.is_string, pa.types.is_large_string, pa.types.is_string_view, pa.types.is_binary,
     pa.types.is_large_binary, pa.types.is_binary_view, pa.types.is_fixed_size_binary, pa.types.is_null,
 )  # fmt: skip
+
+
+def _holds_text(kind: pa.DataType) -> bool:
+    stored = kind.value_type if pa.types.is_dictionary(kind) else kind
+    return any(is_kind(stored) for is_kind in _TEXTS)
 
 
 def _bytes(column: pa.Array) -> list[bytes | None]:

@@ -6,10 +6,12 @@ import gzip
 import io
 import json
 import lzma
+import os
 import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -18,8 +20,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from saescale.storage.errors import SaescaleError, SaescaleWarning
+from saescale.trainers.harvest import make_shard
 from saescale.trainers.harvest.conduct import harvest
 from saescale.trainers.harvest.spec import HarvestSpec
+from saescale.trainers.subjects.subject import get_subject
 from saescale.trainers.subjects.text import Piece, pieces
 
 TEXTS = ["alpha\n\nbeta", 'gämma, "quoted"\tand; more', "delta\x00 \U0001f600"]
@@ -128,7 +132,14 @@ def test_names_are_taken_as_they_are_before_they_are_patterns(tmp_path: Path) ->
     assert read(f"{tmp_path}/part*/b[[]1].txt") == ["b[1].txt"]
     assert len(read(folder)) == 4
     (folder / "link.txt").symlink_to(folder / "b1.txt")
+    (folder / "folder.txt").mkdir()
     assert read(folder / "link.txt") == ["b1.txt"]
+    assert read(f"{tmp_path}/*/[fl]*.txt") == ["b1.txt"]
+    os.mkfifo(folder / "pipe.txt")
+    with pytest.warns(SaescaleWarning, match=r"no file .* was not read: 1 \(the first: .*pipe\.txt\)"):
+        assert len(read(folder)) == 5
+    with pytest.raises(SaescaleError, match=r"pipe\.txt: neither a file nor a folder"):
+        read(folder / "pipe.txt")  # and does not wait for somebody who writes
 
 
 def test_of_a_folder_hidden_files_are_not_read_and_what_else_is_not_is_said(tmp_path: Path) -> None:
@@ -247,3 +258,38 @@ def test_any_corpus_gives_its_texts_or_one_line(
         one_end = "csv" in name or "tsv" in name
         wanted = [text.replace("\r\n", "\n") if one_end else text for text in texts if text and text.strip()]
         assert found == wanted
+
+
+@settings(max_examples=15, deadline=None)
+@given(texts=st.lists(st.none() | any_text, max_size=12), cut=st.none() | st.integers(1, 9), lone=st.booleans())
+def test_any_corpus_makes_a_store_of_its_texts_or_one_line(
+    tiny_subject: str,
+    tmp_path_factory: pytest.TempPathFactory,
+    texts: list[str | None],
+    cut: int | None,
+    lone: bool,
+) -> None:
+    folder = tmp_path_factory.mktemp("any")
+    (folder / "x.jsonl").write_text(as_lines([*texts, "half \ud83d of a pair"] if lone else texts))
+    given = {"subject": tiny_subject, "layer": 0, "corpus": f"{folder}/x.jsonl", "out": f"{folder}/store"}
+    sizes = {"tokens": 16, "heldout_tokens": 8, "context_length": 4, "row_group_rows": 8, "cut_documents": cut}
+    subject = get_subject(tiny_subject)
+    with patch.object(make_shard, "get_subject", lambda *_, **__: subject), warnings.catch_warnings():
+        warnings.simplefilter("ignore", SaescaleWarning)
+        documents = [(doc, text) for doc, text in pieces(given["corpus"], 0, cut=cut)]
+        try:
+            harvest(HarvestSpec.model_validate(given | sizes))
+        except SaescaleError as error:
+            said = str(error)
+        else:
+            said = ""
+    assert said == "" or ("is too short" in said and "\n" not in said)
+    if not said:
+        tokens = subject.tokenize(text.rstrip() + "\n\n" for _, text in documents)  # type: ignore[attr-defined]
+        split = {name: pq.read_table(folder / "store" / f"{name}-00000.parquet") for name in ("train", "heldout")}
+        assert {name: table.num_rows for name, table in split.items()} == {"train": 16, "heldout": 8}
+        docs = {name: set(table["doc"].to_pylist()) for name, table in split.items()}
+        assert not docs["train"] & docs["heldout"]
+        for table in split.values():
+            for doc, token in zip(table["doc"].to_pylist(), table["token"].to_pylist(), strict=True):
+                assert token in tokens[doc]

@@ -12,6 +12,9 @@ from saescale.storage import files
 from saescale.storage.errors import SaescaleError
 from saescale.trainers.subjects.text import TXT_CHARACTERS, TXT_CHARACTERS_MOST, Piece, pieces, python_prose
 
+# What is said besides is tried in test_corpora.py.
+pytestmark = pytest.mark.filterwarnings("ignore::saescale.storage.errors.SaescaleWarning")
+
 
 def test_python_prose_is_long_english_without_doubles_in_a_seeded_order() -> None:
     prose = python_prose()
@@ -72,6 +75,7 @@ def test_a_long_text_file_is_cut_at_blank_lines(tmp_path: Path) -> None:
         ("x.jsonl", b'{"text": "a", "text": "b"}\n', r"x\.jsonl, line 1: not JSON \(the key 'text' stands twice\)"),
         ("x.jsonl", b"[" * 100_000, r"x\.jsonl, line 1: not JSON"),
         ("x.json", b'[{"text": "a"},\n{"text": null},\n{"txt": "b"}]', r"x\.json, entry 3: .* --text-column txt"),
+        ("x.jsonl", b'{"messages": [], "n": 1}\n', r"line 1: no field 'text'; it has messages, n, and no text in any"),
         ("x.json", b'[\n{"text": "a"},\n', r"x\.json, line 3: not JSON"),
         ("x.json", b'{"text": "a",\n "n": }', r"x\.json, line 2: not JSON"),
         ("x.txt", b"fine\n\xff\xfe\n", r"x\.txt, line 2: not UTF-8"),
@@ -82,7 +86,7 @@ def test_a_long_text_file_is_cut_at_blank_lines(tmp_path: Path) -> None:
         ("x.txt.gz", gzip.compress(b"a line\n" * 99)[:-9], r"x\.txt\.gz: cannot be read"),
         ("x.parquet", b"not parquet at all", r"x\.parquet: cannot be read"),
         ("x.parquet", b"", r"x\.parquet: cannot be read"),
-        ("x.csv", b"a,b\n", r"x\.csv: no column 'text'; it has a, b: name one with --text-column NAME"),
+        ("x.csv", b"a,b\n", r"x\.csv: no column 'text'; it has a, b: name the one .* --text-column NAME"),
         ("x.csv", b"id,Text\n1,a\n", r"x\.csv: no column 'text'; .* --text-column Text"),
         ("x.csv", b"id,text\n1,a\n2,b, c\n", r"x\.csv, line 3: 3 fields where the header has 2; quote"),
         ("x.csv", b'id,text\n1,a\n2,"b\nc\n', r"x\.csv, line 3: not CSV"),
@@ -103,7 +107,10 @@ def test_a_parquet_file_without_text_is_named(tmp_path: Path) -> None:
         list(pieces(str(tmp_path), 0))
     assert list(pieces(str(tmp_path), 0, "body")) == [(0, "x")]
     pq.write_table(pa.table({"body": ["x"], "text": [1]}), tmp_path / "x.parquet")
-    with pytest.raises(SaescaleError, match=r"x\.parquet: the column 'text' holds int64, not text"):
+    with pytest.raises(
+        SaescaleError,
+        match=r"x\.parquet: the column 'text' holds int64, no text; it has body, text: .* --text-column body",
+    ):
         list(pieces(str(tmp_path), 0))
     pq.write_table(pa.table({"text": pa.array([b"fine", b"\xff"])}), tmp_path / "x.parquet")
     with pytest.raises(SaescaleError, match=r"x\.parquet, row 1 \(from 0\): the text is not UTF-8"):
