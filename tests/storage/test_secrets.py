@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from saescale.cluster.front.console import console
+from saescale.scaling.tables import Table
 from saescale.storage import files
 from saescale.storage.errors import SaescaleError, SaescaleWarning, Unavailable, one_line
 from saescale.storage.rundir import RunDirectory
@@ -48,6 +49,7 @@ def test_what_is_secret_in_an_address_is_hidden_everywhere(
     run = RunDirectory(str(tmp_path))
     run.write_json("fits.json", {"source": given, "fits": [{"from": (given,)}]})
     assert json.loads((tmp_path / "fits.json").read_text()) == {"source": shown, "fits": [{"from": [shown]}]}
+    assert Table.from_rows([{"n_latents": 8}], source=given).source == shown
     with console.capture() as printed:
         console.print(f"[bold]{given}[/]: done", soft_wrap=True, highlight=False)
     assert printed.get() == f"{shown}: done\n"
