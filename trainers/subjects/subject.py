@@ -115,11 +115,6 @@ def check_subject_name(name: str) -> None:
     )
 
 
-def surely_reads_text(name: str) -> bool:
-    """Whether the subject's file says so (`READS_TEXT = True`) before anything is loaded; False where it is silent."""
-    return bool(getattr(SUBJECTS.load(name.partition(":")[0]), "READS_TEXT", False))
-
-
 def get_subject(
     name: str,
     cache: str | os.PathLike[str] | None = None,
@@ -142,3 +137,8 @@ def name_for_other_processes(name: str) -> str:
     if not rest.startswith((".", "~")):
         return name
     return f"{file}:{Path(rest).expanduser().absolute()}"
+
+
+def surely_reads_text(name: str) -> bool:
+    """Whether the subject's file says so (`READS_TEXT = True`) before anything is loaded; False where it is silent."""
+    return bool(getattr(SUBJECTS.load(name.partition(":")[0]), "READS_TEXT", False))
