@@ -119,7 +119,7 @@ class _Bench:
         if self._subject is None:
             manifest = self.source().manifest
             computed_in = manifest.created_with.get("computed_in", "auto")
-            subject = get_subject(manifest.subject, self._cache, computed_in, trust_remote_code=self._trusted)
+            subject = get_subject(manifest.subject, self._cache, computed_in, None, self._trusted)
             if subject.fingerprint != manifest.fingerprint:
                 raise SaescaleError(
                     f"the subject {subject.name} has other weights ({subject.fingerprint}) than those that were "

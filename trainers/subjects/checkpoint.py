@@ -43,10 +43,10 @@ class Checkpoint(NamedTuple):
         config = self._read_json(CONFIG)
         if not isinstance(config.get("model_type"), str) and "auto_map" not in config:
             raise self.refusal(f"{self.folder / CONFIG} names no model_type: it is not a transformers model's")
-        for name in names:
-            if fnmatch(name, "*.json"):
-                self._read_json(name)
-        if not any(fnmatch(name, pattern) for name in names for pattern in TOKENIZERS):
+        tokenizers = [name for name in names if any(fnmatch(name, pattern) for pattern in TOKENIZERS)]
+        for name in tokenizers:
+            self._refuse_pointer(name)
+        if not tokenizers:
             raise self.refusal(
                 f"{self.folder} holds no tokenizer (tokenizer.json, tokenizer.model or vocab files); save that of the "
                 "model there: tokenizer.save_pretrained(folder)"
@@ -58,7 +58,7 @@ class Checkpoint(NamedTuple):
         if not names:
             raise self.refusal(
                 f"{self.folder} holds no weights (model.safetensors or pytorch_model.bin, or an index of several "
-                f"files), but {listed(sorted(self._names()))}"
+                f"files), but {listed(self._names())}"
             )
         if missing := [name for name in names if not (self.folder / name).is_file()]:
             raise self.refusal(
@@ -66,7 +66,7 @@ class Checkpoint(NamedTuple):
                 "copy or download them again"
             )
         for name in names:
-            self._check_size(self.folder / name)
+            self._check_size(name)
 
     def weight_files(self) -> list[str]:
         """The files with weights that transformers will read, from the index where there are several."""
@@ -86,7 +86,12 @@ class Checkpoint(NamedTuple):
     # --- steps
 
     def _names(self) -> list[str]:
-        return [path.name for path in self.folder.iterdir() if not path.name.startswith(".")]
+        try:
+            return sorted(path.name for path in self.folder.iterdir() if not path.name.startswith("."))
+        except FileNotFoundError:
+            return []  # of the hub, nothing was to be fetched
+        except OSError as error:
+            raise self._unreadable(self.folder, error) from error
 
     def _refuse_adapter(self) -> None:
         base = self._read_json(ADAPTER).get("base_model_name_or_path") or "the model that it was trained on"
@@ -104,40 +109,48 @@ class Checkpoint(NamedTuple):
         return f"{self.folder} holds no {CONFIG}; {hint}"
 
     def _read_json(self, name: str) -> dict[str, Any]:
+        self._refuse_pointer(name)
         path = self.folder / name
         try:
-            content = path.read_bytes()
-            self._refuse_pointer(path, content)
-            found = json.loads(content)
+            found = json.loads(path.read_bytes())
         except OSError as error:
-            raise self.refusal(f"{path} cannot be read ({error.strerror})") from error
+            raise self._unreadable(path, error) from error
         except (ValueError, RecursionError) as error:
             raise self.refusal(f"{path} is damaged: not JSON ({' '.join(str(error).split())})") from error
-        if not isinstance(found, dict) and name in (CONFIG, ADAPTER, *WEIGHTS):
+        if not isinstance(found, dict):
             raise self.refusal(f"{path} is damaged: it holds no JSON object")
-        return found if isinstance(found, dict) else {}
+        return found
 
-    def _refuse_pointer(self, path: Path, content: bytes) -> None:
-        if content.startswith(_LFS):
+    def _refuse_pointer(self, name: str) -> None:
+        path = self.folder / name
+        try:
+            with path.open("rb") as file:
+                start = file.read(len(_LFS))
+        except OSError as error:
+            raise self._unreadable(path, error) from error
+        if start == _LFS:
             raise self.refusal(f"{path} is a Git LFS pointer, not the file; run git lfs pull in {self.folder}")
 
-    def _check_size(self, path: Path) -> None:
+    def _unreadable(self, path: Path, error: OSError) -> SaescaleError:
+        return self.refusal(f"{path} cannot be read ({error.strerror})")
+
+    def _check_size(self, name: str) -> None:
+        self._refuse_pointer(name)
+        if not name.endswith(".safetensors"):
+            return  # a pickle says itself that it ends too early
+        path = self.folder / name
         try:
             size = path.stat().st_size
             with path.open("rb") as file:
                 start = file.read(8)
-                self._refuse_pointer(path, start + file.read(len(_LFS)))
-                if path.suffix != ".safetensors":
-                    return  # a pickle says itself that it ends too early
                 header_size = struct.unpack("<Q", start)[0] if len(start) == 8 else _HEADER_BYTES_MOST + 1
                 if header_size > min(_HEADER_BYTES_MOST, size - 8):
                     raise self.refusal(f"{path} ({size:,} bytes) is truncated or no safetensors file; copy it again")
-                file.seek(8)
                 header = json.loads(file.read(header_size))
             ends = [entry["data_offsets"][1] for key, entry in header.items() if key != "__metadata__"]
             wanted = 8 + header_size + max(ends, default=0)
         except OSError as error:
-            raise self.refusal(f"{path} cannot be read ({error.strerror})") from error
+            raise self._unreadable(path, error) from error
         except (ValueError, KeyError, TypeError, IndexError, AttributeError, RecursionError) as error:
             raise self.refusal(f"{path} is damaged: its header is not that of a safetensors file") from error
         if size != wanted:

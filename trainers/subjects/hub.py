@@ -84,16 +84,20 @@ def hub_name(rest: str) -> HubName:
 
 
 def _local_folder(name: str, rest: str) -> Path:
-    folder = Path(rest).expanduser()
-    if folder.is_dir():
-        return folder
     before, at, revision = rest.rpartition("@")
-    if at and Path(before).expanduser().is_dir():
-        raise SaescaleError(
-            f"subject {name}: a folder has no revisions, so {revision!r} cannot be taken from {before}; "
-            "check it out there, or name the model on the hub"
-        )
-    if folder.exists():
+    try:
+        folder = Path(rest).expanduser()
+        if folder.is_dir():
+            return folder
+        if at and Path(before).expanduser().is_dir():
+            raise SaescaleError(
+                f"subject {name}: a folder has no revisions, so {revision!r} cannot be taken from {before}; "
+                "check it out there, or name the model on the hub"
+            )
+        is_file = folder.exists()
+    except (OSError, RuntimeError) as error:  # too long a name, no such user
+        raise SaescaleError(f"subject {name}: there is no such folder ({one_line(error)})") from error
+    if is_file:
         raise SaescaleError(f"subject {name}: {folder} is a file; give the folder that holds it with its config.json")
     raise SaescaleError(f"subject {name}: there is no folder {folder}")
 

@@ -123,6 +123,11 @@ class LanguageModel:
                 output = model(input_ids=ids.to(self.model.device), use_cache=False)
         except _Reached:
             pass
+        except IndexError as error:  # a table of the model's own that ends: of positions, as ids were checked
+            raise SaescaleError(
+                f"{self.name}: a forward pass over {list(ids.shape)} tokens fails ({one_line(error)}); use a smaller "
+                "context_length"
+            ) from error
         finally:
             for handle in handles:
                 handle.remove()

@@ -9,6 +9,7 @@ import torch
 
 from saescale.storage.errors import SaescaleError, one_line
 from saescale.storage.manifest import Site
+from saescale.trainers.device import OutOfMemory, spoils_the_process
 
 if TYPE_CHECKING:
     from saescale.trainers.subjects.language_model import LanguageModel
@@ -41,7 +42,9 @@ def check_by_trial(subject: LanguageModel) -> None:
         streams, others = (subject.run(each, sites).resid for each in (first, second))
     except SaescaleError:
         raise
-    except (RuntimeError, ValueError, TypeError, IndexError, KeyError, AttributeError) as error:
+    except Exception as error:  # whatever a model that is not made for text alone may raise
+        if spoils_the_process(error):
+            raise OutOfMemory(f"{subject.name} does not run on this device: {one_line(error)}") from error
         raise SaescaleError(
             f"{subject.name}: a forward pass over {length} tokens of text fails ({one_line(error)}); "
             f"{type(subject.model).__name__} is not supported"

@@ -113,3 +113,10 @@ def test_a_tokenizer_that_knows_no_word_is_refused(save_subject: Callable[..., s
     ).save_pretrained(Path(name.removeprefix("hf:")))
     with pytest.raises(SaescaleError, match="has no vocabulary"):
         get_subject(name)
+
+
+def test_a_table_of_positions_that_ends_is_one_line(save_subject: Callable[..., str]) -> None:
+    subject = get_subject(save_subject("short", tf.GPT2Config(**GPT)))
+    subject.max_positions = None  # as of a model whose table has another name
+    with pytest.raises(SaescaleError, match=r"over \[1, 33\] tokens fails .* use a smaller context_length"):
+        subject.run(torch.ones(1, 33, dtype=torch.int64), [FIRST])

@@ -1,6 +1,7 @@
 """Folders of models that are not whole: one line that names what is missing, and never random weights."""
 
 import json
+import pickle
 import shutil
 import warnings
 from collections.abc import Callable
@@ -16,6 +17,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 
 from saescale.storage.errors import SaescaleError, SaescaleWarning
 from saescale.storage.manifest import Site
+from saescale.trainers.harvest.spec import HarvestSpec
 from saescale.trainers.subjects.subject import check_site_before_loading, get_subject
 
 SITE = Site(layer=1, positions="all")
@@ -241,6 +243,10 @@ FILES: dict[str, tuple[Callable[[Path], Any], str]] = {
     "pointer to a tokenizer": (lambda folder: (folder / "tokenizer.json").write_text(POINTER), "is a Git LFS pointer"),
     "cut pickle": (cut_pickle, "the weights in .* cannot be read|damaged pickle"),
     "code in a pickle": (code_in_a_pickle, "more than weights and is not read for safety"),
+    "cut tokenizer": (
+        lambda folder: (folder / "tokenizer.json").write_text('{"ver'),
+        "the tokenizer in .* cannot be read",
+    ),
     "cut config": (lambda folder: (folder / "config.json").write_text("{"), "config.json is damaged: not JSON"),
     "no type": (lambda folder: (folder / "config.json").write_text("{}"), "names no model_type"),
     "unknown type": (lambda folder: configure(folder, model_type="saunet"), "knows no model_type 'saunet'"),
@@ -271,6 +277,9 @@ def test_what_is_missing_or_damaged_is_named(folder: Path, case: str) -> None:
 def test_a_file_or_a_folder_with_a_revision_is_refused(whole: Path) -> None:
     with pytest.raises(SaescaleError, match=r"is a file; give the folder"):
         get_subject(f"hf:{whole}/model.safetensors")
+    for odd in (f"/{'x' * 300}", "~nobody-of-this-name/model"):
+        with pytest.raises(SaescaleError, match=r"there is no such folder"):
+            get_subject(f"hf:{odd}")
     with pytest.raises(SaescaleError, match=r"a folder has no revisions, so 'step1000' cannot be taken"):
         get_subject(f"hf:{whole}@step1000")
 
@@ -285,6 +294,11 @@ def test_a_wrong_layer_is_told_before_weights_are_read(folder: Path) -> None:
     check_site_before_loading("smollm2-135m", 29, 64)
     with pytest.raises(SaescaleError, match="smollm2-135m has no layer 30"):
         check_site_before_loading("smollm2-135m", 30, 64)
+
+
+def test_a_damaged_file_that_no_model_needs_is_nobodys_concern(folder: Path, fingerprint: str) -> None:
+    (folder / "trainer_state.json").write_text("{")
+    assert get_subject(f"hf:{folder}").fingerprint == fingerprint
 
 
 # --- code that comes with a model
@@ -313,6 +327,9 @@ def test_code_of_a_models_own_runs_only_where_it_is_allowed(
         check_site_before_loading(f"hf:{with_code}", 1, 8)
     check_site_before_loading(f"hf:{with_code}", 1, 8, trust_remote_code=True)
     assert get_subject(f"hf:{with_code}", trust_remote_code=True).fingerprint == fingerprint
+    spec = HarvestSpec(subject=f"hf:{with_code}", layer=1, out="out", trust_remote_code=True)
+    assert pickle.loads(pickle.dumps(spec)).trust_remote_code  # an actor is told
+    assert spec.identity(reads_text=True) == spec.model_copy(update={"trust_remote_code": False}).identity(True)
     with pytest.raises(SaescaleError, match=r"smollm2-135m comes with no code .* leave --trust-remote-code out"):
         get_subject("smollm2-135m", trust_remote_code=True)
 
@@ -320,7 +337,7 @@ def test_code_of_a_models_own_runs_only_where_it_is_allowed(
 # --- anything
 
 
-@settings(max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     name=st.sampled_from(["config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"]),
     kind=st.sampled_from(["drop", "cut", "flip", "zeros"]),
