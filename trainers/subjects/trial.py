@@ -30,15 +30,15 @@ def check_by_trial(subject: LanguageModel) -> None:
         if special is not None:
             subject.check_ids(torch.tensor([special]).numpy())
     length = min(LENGTH, subject.max_positions or LENGTH)
-    (ids,) = subject.tokenize([TEXT])
-    if not len(ids):
-        raise SaescaleError(f"{subject.name}: its tokenizer makes no tokens of text; its vocabulary is missing")
-    first = torch.from_numpy(ids).repeat(length)[None, :length]
-    second = first.clone()
-    second[:, length // 2 :] = (first[:, length // 2 :] + 1) % subject.embedded
     sites = [Site(layer=layer, positions="all") for layer in range(subject.n_layers)]
     tolerance = SHARED_ROUNDING if _shares_rounding(subject.model) else EXACT
     try:
+        (ids,) = subject.tokenize([TEXT])
+        if not len(ids):
+            raise SaescaleError(f"{subject.name}: its tokenizer makes no tokens of text; its vocabulary is missing")
+        first = torch.from_numpy(ids).repeat(length)[None, :length]
+        second = first.clone()
+        second[:, length // 2 :] = (first[:, length // 2 :] + 1) % subject.embedded
         streams, others = (subject.run(each, sites).resid for each in (first, second))
     except SaescaleError:
         raise
