@@ -57,7 +57,7 @@ def test_the_rest_of_a_model_runs_on_what_its_blocks_gave(save_subject: Callable
     assert torch.equal(plain.logits, wanted)
     assert torch.equal(patched.logits, wanted)
     assert torch.equal(patched.resid[0], plain.resid[1])
-    # In float32 the stream of the last block goes to the head alone.
+    # Nothing but the last block's stream reaches the head.
     zero = subject.run(ids, [], {LAST: torch.zeros_like}, logits=True).logits
     assert torch.equal(zero, zero[:1, :1].expand_as(zero))
     assert not torch.equal(zero, wanted)
@@ -113,6 +113,16 @@ def test_a_tokenizer_that_knows_no_word_is_refused(save_subject: Callable[..., s
     ).save_pretrained(Path(name.removeprefix("hf:")))
     with pytest.raises(SaescaleError, match="has no vocabulary"):
         get_subject(name)
+
+
+def test_a_tokenizer_of_moves_alone_will_do(save_subject: Callable[..., str]) -> None:
+    name = save_subject("chess", tf.GPT2Config(**GPT))
+    moves = Tokenizer(models.BPE({"<s>": 0, "</s>": 1, "1": 2, "5": 3}, []))
+    PreTrainedTokenizerFast(tokenizer_object=moves, bos_token="<s>", eos_token="</s>").save_pretrained(
+        Path(name.removeprefix("hf:"))
+    )
+    subject = get_subject(name)
+    assert [len(ids) for ids in subject.tokenize(["prose", "1551"])] == [0, 4]
 
 
 def test_a_table_of_positions_that_ends_is_one_line(save_subject: Callable[..., str]) -> None:
