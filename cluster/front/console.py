@@ -30,6 +30,9 @@ Extend = Annotated[
 ]
 Json = Annotated[bool, typer.Option("--json", help="One JSON document alone on stdout.")]
 RetryFailed = Annotated[bool, typer.Option("--retry-failed", help="Train the cells that failed again.")]
+TrustRemoteCode = Annotated[
+    bool, typer.Option("--trust-remote-code", help="Run the Python code that comes with a Hugging Face model.")
+]
 SweepOut = Annotated[str | None, typer.Option(help="Run directory in place of the file's.")]
 SweepWandb = Annotated[str | None, typer.Option(help="W&B mode in place of the file's.")]
 

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.markup import escape
 
-from saescale.cluster.front.console import Address, console, display, say
+from saescale.cluster.front.console import Address, TrustRemoteCode, console, display, say
 from saescale.storage.errors import SaescaleError
 
 if TYPE_CHECKING:
@@ -51,6 +51,10 @@ def harvest(
     actors: Annotated[
         str | None, typer.Option(help="Ray actors that share the work: a number, or auto (one for each GPU or node).")
     ] = None,
+    revision: Annotated[
+        str | None, typer.Option(help="Branch, tag or commit: of hf:<org>/<name>, as @<revision> behind it.")
+    ] = None,
+    trust_remote_code: TrustRemoteCode = False,
     address: Address = None,
 ) -> None:
     """Writes the residual stream of a subject, on a text or on sequences of its own, into an activation store.
@@ -64,6 +68,7 @@ def harvest(
     from saescale.trainers.device import set_threads
     from saescale.trainers.harvest.conduct import harvest as run_harvest
     from saescale.trainers.harvest.spec import HarvestSpec
+    from saescale.trainers.subjects.subject import at_revision
 
     given = {
         "subject": subject, "out": out, "layer": layer, "corpus": corpus, "text_column": text_column, "tokens": tokens,
@@ -71,6 +76,7 @@ def harvest(
         "dtype": dtype, "compute_dtype": compute_dtype, "batch_contexts": batch_contexts, "shard_rows": shard_rows,
         "seed": seed,
     }  # fmt: skip
+    given |= {"subject": at_revision(subject, revision), "trust_remote_code": trust_remote_code}
     try:
         spec = HarvestSpec.model_validate({name: value for name, value in given.items() if value is not None})
     except ValidationError as error:

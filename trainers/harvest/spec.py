@@ -4,7 +4,7 @@ import json
 from typing import Any, Literal, Self
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, model_validator
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from saescale.storage import files
 from saescale.storage.errors import SaescaleError
@@ -46,6 +46,7 @@ class HarvestSpec(BaseModel):
     row_group_rows: int = 8_192
     batch_contexts: int = 16
     compute_dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    trust_remote_code: bool = Field(False, exclude=True)  # decides whether the subject is loaded, and no byte
 
     @model_validator(mode="after")
     def _check(self) -> Self:
