@@ -128,5 +128,5 @@ def test_a_tokenizer_of_moves_alone_will_do(save_subject: Callable[..., str]) ->
 def test_a_table_of_positions_that_ends_is_one_line(save_subject: Callable[..., str]) -> None:
     subject = get_subject(save_subject("short", tf.GPT2Config(**GPT)))
     subject.max_positions = None  # as of a model whose table has another name
-    with pytest.raises(SaescaleError, match=r"over \[1, 33\] tokens fails .* use a smaller context_length"):
+    with pytest.raises(SaescaleError, match=r"over \[1, 33\] tokens fails .* use a smaller --context-length"):
         subject.run(torch.ones(1, 33, dtype=torch.int64), [FIRST])
