@@ -27,8 +27,9 @@ from saescale.scaling.planning.design import (
     wanted,
 )
 from saescale.scaling.planning.devices import Device, as_measured
+from saescale.scaling.reading import is_table
 from saescale.scaling.sources import load_sources
-from saescale.scaling.tables import Table, comparable, load_rows, without_diverged
+from saescale.scaling.tables import Table, load_rows
 from saescale.storage import files
 from saescale.storage.errors import SaescaleError
 from saescale.storage.rundir import RunDirectory
@@ -99,7 +100,7 @@ def _prior(request: Request) -> tuple[Prior, dict[str, Any], int]:
 
 def sweep_of(source: str) -> dict[str, Any] | None:
     """The sweep.yaml of a source of cells, or None where it is a table or a directory without one."""
-    return None if source.lower().endswith((".csv", ".parquet")) else RunDirectory(source).read_spec()
+    return None if is_table(source) else RunDirectory(source).read_spec()
 
 
 def _seeds_of(source: str) -> dict[tuple[int, int], set[int]]:

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from saescale.scaling.kinds import comparable, unlike, without_diverged
 from saescale.scaling.laws.checks import (
     data_warnings,
     fit_warnings,
@@ -24,16 +25,7 @@ from saescale.scaling.laws.lack_of_fit import kinds_of
 from saescale.scaling.laws.law import SYMBOLS, Law, find_law, forms_of
 from saescale.scaling.laws.leading import leading_cells
 from saescale.scaling.laws.settings import DEFAULT_LAWS, FitSettings
-from saescale.scaling.tables import (
-    Table,
-    check_cells,
-    comparable,
-    fingerprint,
-    number,
-    size_of,
-    unlike,
-    without_diverged,
-)
+from saescale.scaling.tables import Table, check_cells, fingerprint, number, size_of
 from saescale.scaling.words import listed
 from saescale.storage.errors import SaescaleError
 
@@ -110,7 +102,7 @@ def fit_laws(
     """
     made_from = describe_input(results, curves, settings)
     check_cells(results)
-    kept = results if settings.keep_diverged else without_diverged(results)
+    kept = without_diverged(results, settings.keep_diverged)
     diverged, results = kept.excluded[len(results.excluded) :], kept
     # Only a law over subjects sees more than the most frequent one.
     subjects = comparable(results, over_subjects=True)
