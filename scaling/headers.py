@@ -10,37 +10,16 @@ from saescale.scaling.words import listed
 from saescale.storage.columns import COLUMNS, OLD_NAMES, current_names, folded
 from saescale.storage.errors import SaescaleError
 
-_KNOWN = frozenset((*COLUMNS, *OLD_NAMES))
+KNOWN = frozenset((*(c.name for c in COLUMNS.values() if set(c.tables) != {"evals"}), *OLD_NAMES))
 _INDEX = re.compile(r"|index|level_\d+|unnamed:_\d+|__index_level_\d+__")  # rows counted, which says nothing of them
 # What others call a column: named where it is missing, and never taken for it.
-_ALSO_CALLED = {
-    "n_latents": [
-        "n",
-        "d_sae",
-        "dict_size",
-        "num_latents",
-        "n_features",
-        "num_features",
-        "width",
-        "latents",
-        "d_hidden",
-        "hidden_dim",
-    ],
-    "k": ["top_k", "topk", "n_active", "sparsity", "l0"],
-    "nmse": [
-        "fvu",
-        "mse",
-        "normalized_mse",
-        "normalised_mse",
-        "val_nmse",
-        "test_nmse",
-        "eval_nmse",
-        "heldout_nmse",
-        "loss",
-    ],
-    "tokens": ["n_tokens", "num_tokens", "train_tokens", "training_tokens", "d"],
-    "flops": ["c", "compute", "train_flops", "training_flops", "total_flops"],
-    "d_model": ["d_in", "s", "hidden_size", "activation_dim"],
+_ALSO_CALLED: dict[str, tuple[str, ...]] = {
+    "n_latents": ("n", "d_sae", "dict_size", "num_latents", "n_features", "width", "latents", "d_hidden"),
+    "k": ("top_k", "topk", "n_active", "sparsity", "l0"),
+    "nmse": ("fvu", "mse", "normalized_mse", "normalised_mse", "val_nmse", "heldout_nmse", "loss"),
+    "tokens": ("n_tokens", "num_tokens", "train_tokens", "training_tokens", "d"),
+    "flops": ("c", "compute", "train_flops", "training_flops", "total_flops"),
+    "d_model": ("d_in", "s", "hidden_size", "activation_dim"),
 }
 
 
@@ -51,7 +30,7 @@ def named_columns(table: pa.Table, source: str) -> dict[str, pa.ChunkedArray]:
     SaescaleError, and any other is left out.
     """
     spelt = [str(name) for name in table.column_names]
-    names = current_names([folded(name) if folded(name) in _KNOWN else name.strip() for name in spelt])
+    names = current_names([folded(name) if folded(name) in KNOWN else name.strip() for name in spelt])
     places: dict[str, list[int]] = {}
     for i, name in enumerate(names):
         if not _INDEX.fullmatch(folded(name)):
@@ -62,7 +41,7 @@ def named_columns(table: pa.Table, source: str) -> dict[str, pa.ChunkedArray]:
         first = table.column(told[0])
         if all(first.equals(table.column(i)) for i in told[1:]):
             found[name] = first
-        elif name in COLUMNS:
+        elif name in KNOWN:
             cases = " and ".join(f"column {i + 1} ({spelt[i]!r})" for i in told)
             raise SaescaleError(f"{source}: two columns are called {name} and differ, {cases}; keep one of them")
     return found
@@ -76,12 +55,13 @@ def missing_words(missing: Sequence[str], there: Iterable[str]) -> str:
         advice = "; ".join(f"if {close} is it, call it {name}" for name, close in likely.items())
     else:
         advice = "Add what is missing (the names are those of results.parquet)"
-    return f"no column {', '.join(missing)}; it has {listed(names, ', ', most=40) or 'none'}. {advice[0].upper()}{advice[1:]}"
+    has = listed(names, ", ", most=40) or "none"
+    return f"no column {', '.join(missing)}; it has {has}. {advice[0].upper()}{advice[1:]}"
 
 
 def nearest(name: str, there: Iterable[str]) -> str | None:
     """The column that is most likely meant by a name that is none."""
-    spelt = {folded(other): other for other in there if other not in COLUMNS or other == "l0"}
+    spelt = {folded(other): other for other in there if other not in KNOWN or other == "l0"}
     for other in _ALSO_CALLED.get(name, ()):
         if other in spelt:
             return spelt[other]

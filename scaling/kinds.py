@@ -1,5 +1,6 @@
 """Which cells one law describes: those of one kind, and of training that did not diverge."""
 
+import shlex
 from dataclasses import replace
 from typing import Any
 
@@ -38,9 +39,12 @@ def comparable(table: Table, over_subjects: bool = False) -> Table:
     mask = np.array([text == most for text in texts])
     reasons = [f"{table.describe(int(row))}: {texts[row]}; the laws describe {most}" for row in np.flatnonzero(~mask)]
     there = " and ".join(f"{name} {_counted(filled[name][~mask])}" for name in names)
+    other = int(np.flatnonzero(~mask)[0])
+    conditions = [f"{name}={_shown(filled[name][other].item())}" for name in names]
+    apart = " ".join(f"--where {shlex.quote(condition)}" for condition in conditions)
     note = (
         f"{(~mask).sum()} of {len(mask)} cells are of another kind ({there}) than those that laws of one subject "
-        f"describe ({most}): fit them apart"
+        f"describe ({most}): fit them apart, as with {apart}"
     )
     return replace(table.select(mask, reasons), notes=(*table.notes, note))
 

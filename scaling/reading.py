@@ -13,9 +13,10 @@ from typing import NamedTuple
 import pyarrow as pa
 import pyarrow.parquet
 
+from saescale.scaling.headers import KNOWN
 from saescale.scaling.values import has_decimal_comma
 from saescale.scaling.words import listed
-from saescale.storage.columns import COLUMNS, OLD_NAMES, columns_of, folded
+from saescale.storage.columns import columns_of, folded
 from saescale.storage.errors import SaescaleError, one_line
 from saescale.storage.files import read_bytes
 
@@ -31,7 +32,6 @@ _OTHERS = {
     b"version https://git-lfs": "a pointer of Git LFS; run: git lfs pull",
 }
 _SEPARATORS = (",", "\t", ";", "|", " ")
-_KNOWN = frozenset((*(c.name for c in COLUMNS.values() if set(c.tables) != {"evals"}), *OLD_NAMES))
 _NUMBERS = frozenset(column.name for column in columns_of("results") if column.is_number)
 
 
@@ -141,7 +141,7 @@ def _header(lines: Sequence[str], separators: Sequence[str]) -> tuple[int, str]:
     for row in range(plain, -1, -1):
         for separator in separators:
             names = _fields(lines[row], separator)
-            found = sum(folded(name) in _KNOWN for name in names)
+            found = sum(folded(name) in KNOWN for name in names)
             # Of a header without a name that is known, the fields of the first plain line say how it is separated.
             fields = len(names) if row == plain and separator != " " else 0
             if (found, fields) > best[:2]:

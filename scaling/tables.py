@@ -32,8 +32,8 @@ class Table:
     """Named columns of equal length: numbers as float64 [rows] (missing is NaN), everything else as str.
 
     `excluded` says in words which rows were left out and why, `notes` what else a reader of fits must know of them.
-    `places` [rows] says where each row stands in the source (None: in order; a number or words), `unread` [rows] of a column of numbers
-    what stands there instead of one ("" elsewhere).
+    `places` [rows] says where each row stands in the source (None: in order; a number or words), `unread` [rows] of a
+    column of numbers what stands there instead of one ("" elsewhere).
     """
 
     columns: dict[str, np.ndarray]
@@ -106,7 +106,7 @@ class Table:
             values = self.columns.get(name, np.full(len(self), np.nan))
             if values.dtype.kind != "f":
                 raise SaescaleError(
-                    f"{self.source}: column {name} holds text, such as {str(values[0])!r}, and a law takes numbers; correct it"
+                    f"{self.source}: column {name} holds text, such as {str(values[0])!r}, and no numbers; correct it"
                 )
             bad = np.isnan(values) | (np.isinf(values) & (name not in or_infinite))
             if name in _POSITIVE:

@@ -13,7 +13,7 @@ _EXACT = 2**53  # up to which float64 holds every integer
 _LONGEST = 4_000  # characters of a text that are kept: an array of texts is as wide as its longest
 # What people write where there is no value.
 _MISSING = frozenset(
-    [
+    {
         "nan",
         "na",
         "n/a",
@@ -29,10 +29,9 @@ _MISSING = frozenset(
         "?",
         ".",
         "#n/a",
-        "#na",
         "<na>",
         "nat",
-    ]
+    }
 )
 _DECIMAL_COMMA = re.compile(r"[+-]?\d+,\d+([eE][+-]?\d+)?")
 _GROUPED = re.compile(r"[+-]?[1-9]\d{0,2}([,.'\s]\d{3})+")  # thousands, or a number with three decimals

@@ -16,7 +16,8 @@ ROOMS = {
     "storage": ((),),
     "scaling": (
         ("compute", "words", "values"),
-        ("headers", "reading"),
+        ("headers",),
+        ("reading",),
         ("tables",),
         ("kinds", "where"),
         ("repeats",),

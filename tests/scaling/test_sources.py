@@ -98,7 +98,7 @@ def test_equal_ids_do_not_hide_that_sweeps_differ(
         assert document["warnings"][:2] == [
             "8 cells have the ids of others and differ in heldout_rows: they are other cells",
             f"8 of 16 cells are of another kind (heldout_rows {second} in 8) than those that laws of one subject "
-            f"describe (heldout_rows {first}): fit them apart",
+            f"describe (heldout_rows {first}): fit them apart, as with --where heldout_rows={second}",
         ]
 
 

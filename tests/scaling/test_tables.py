@@ -145,7 +145,7 @@ def test_bad_sources(tmp_path: Path) -> None:
     with pytest.raises(SaescaleError, match=r"not a table but an archive or a spreadsheet .*save it as .csv"):
         load_results(str(tmp_path / "book.csv"))
     (tmp_path / "cut.csv.gz").write_bytes(gzip.compress(b"n_latents,k,nmse\n" * 100)[:-9])
-    with pytest.raises(SaescaleError, match="cut short or damaged .*copy it again"):
+    with pytest.raises(SaescaleError, match=r"cut short or damaged .*copy it again"):
         load_results(str(tmp_path / "cut.csv.gz"))
     with pytest.raises(SaescaleError, match="neither a run directory"):
         load_results(str(tmp_path))
