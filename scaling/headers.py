@@ -50,7 +50,8 @@ def named_columns(table: pa.Table, source: str) -> dict[str, pa.ChunkedArray]:
 def missing_words(missing: Sequence[str], there: Iterable[str]) -> str:
     """What is missing and what there is instead, with the name that is most likely meant."""
     names = list(there)
-    likely = {name: close for name in missing if (close := nearest(name, names))}
+    free = [name for name in names if name not in KNOWN or name == "l0"]
+    likely = {name: close for name in missing if (close := nearest(name, free))}
     if likely:
         advice = "; ".join(f"if {close} is it, call it {name}" for name, close in likely.items())
     else:
@@ -60,10 +61,8 @@ def missing_words(missing: Sequence[str], there: Iterable[str]) -> str:
 
 
 def nearest(name: str, there: Iterable[str]) -> str | None:
-    """The column that is most likely meant by a name that is none."""
-    spelt = {folded(other): other for other in there if other not in KNOWN or other == "l0"}
-    for other in _ALSO_CALLED.get(name, ()):
-        if other in spelt:
-            return spelt[other]
-    close = difflib.get_close_matches(folded(name), [other for other in spelt if other != "l0"], n=1, cutoff=0.6)
+    """The one of `there` that is most likely meant by a name that is not."""
+    spelt = {folded(other): other for other in there}
+    also = [other for other in _ALSO_CALLED.get(name, ()) if other in spelt]
+    close = also or difflib.get_close_matches(folded(name), spelt, n=1, cutoff=0.6)
     return spelt[close[0]] if close else None

@@ -31,6 +31,7 @@ _OTHERS = {
     b"<html": "a web page; download the file itself",
     b"version https://git-lfs": "a pointer of Git LFS; run: git lfs pull",
 }
+_LONGEST_SHOWN = 24  # characters of a value in a message
 _SEPARATORS = (",", "\t", ";", "|", " ")
 _NUMBERS = frozenset(column.name for column in columns_of("results") if column.is_number)
 
@@ -110,6 +111,9 @@ def _decoded(content: bytes) -> str:
 
 
 def _text_table(url: str, text: str) -> Written:
+    head = text[:1000]
+    if sum(not (letter.isprintable() or letter.isspace()) for letter in head) > len(head) // 50:
+        raise SaescaleError(f"{url}: not a readable table: it holds no text; write or copy it again")
     lines = [line + "\n" for line in re.split("\r\n|\n|\r", text.replace("\0", "")) if line.strip()]
     told = lines[0].strip().strip('"').lower() if lines else ""
     separators: Sequence[str] = _SEPARATORS
@@ -121,7 +125,7 @@ def _text_table(url: str, text: str) -> Written:
     names = [name.strip() for name in _fields(lines[first], separator)]
     if all(_is_plain_number(name) for name in names):
         raise SaescaleError(
-            f"{url}: its first row ({listed(names, ', ')}) holds numbers, not the names of columns; put such as "
+            f"{url}: its first row ({_shown(names, ', ')}) holds numbers, not the names of columns; put such as "
             "n_latents,k,nmse above it"
         )
     body, comments = _without_comments(lines[first + 1 :])
@@ -129,7 +133,7 @@ def _text_table(url: str, text: str) -> Written:
     comma = any(has_decimal_comma(row[i]) for i, name in enumerate(names) if folded(name) in _NUMBERS for row in rows)
     columns = [pa.array([row[i] for row in rows], pa.string()) for i in range(len(names))]
     alike = sum(len(_fields(line, separator)) == len(names) for line in comments)
-    notes = (f"{url}: {alike} rows that begin with # are taken for comments",) if alike else ()
+    notes = (f"{url}: taken for comments, since they begin with #: {alike} of its rows",) if alike else ()
     return Written(pa.table(columns, names=names), comma, notes)
 
 
@@ -186,11 +190,16 @@ def _rows(url: str, lines: Sequence[str], separator: str, names: Sequence[str]) 
     for i, row in enumerate(rows, 1):
         if any(row[len(names) :]):
             raise SaescaleError(
-                f"{url}: row {i} has {len(row)} fields and the header {len(names)} ({listed(row, ' | ')}); quote a "
+                f"{url}: row {i} has {len(row)} fields and the header {len(names)} ({_shown(row, ' | ')}); quote a "
                 "value that holds the separator, and write decimals with a point"
             )
         rows[i - 1] = row[: len(names)] + [""] * (len(names) - len(row))
     return rows
+
+
+def _shown(values: Sequence[str], between: str) -> str:
+    """Some of the values of a row, each on one line and no longer than needed."""
+    return listed((" ".join(value.split())[:_LONGEST_SHOWN] for value in values), between)
 
 
 def _is_plain_number(text: str) -> bool:

@@ -135,7 +135,7 @@ def _by_id(table: Table, seen: Sequence[Table], mask: np.ndarray, ids: dict[str,
     for other in seen if "cell_id" in table else ():
         for row in range(len(other)) if "cell_id" in other else ():
             earlier.setdefault(_name_of(other, row), []).append((other, row))
-    for row in np.flatnonzero(mask) if earlier else ():
+    for row in np.flatnonzero(mask).tolist() if earlier else ():
         there = earlier.get(_name_of(table, row), []) if table["cell_id"][row] else []
         differing = [{name for name in _OF_A_CELL if _differ(*at, table, row, name)} for at in there]
         if not there:

@@ -23,6 +23,7 @@ _TEXTS = frozenset(column.name for column in COLUMNS.values() if not column.is_n
 _NUMBERS = frozenset(column.name for column in columns_of("results") if column.is_number) - {"seed"}
 _TIMES = tuple(column.name for column in COLUMNS.values() if column.role == "time")
 _WHOLE = ("n_latents",)
+_LONGEST_SHOWN = 40  # characters of a value in a message
 _DONE = frozenset(["done", "finished", "complete", "completed", "success", "succeeded", "successful", "ok", "true"])
 _WAITING = frozenset(("", "pending", "waiting", "queued", "running", "training", "interrupted"))
 
@@ -53,11 +54,13 @@ class Table:
         """Columns that are calculated with become float64, names text (missing is ""), and others float64 where all
         their values are numbers that it holds exactly. Columns that earlier versions called otherwise have today's
         names. Raises SaescaleError for two columns of one name that differ."""
-        columns, unread = {}, {}
+        columns: dict[str, np.ndarray] = {}
+        unread: dict[str, np.ndarray] = {}
         for name, column in named_columns(table, source).items():
             if name in _NUMBERS:
                 columns[name], instead = numbers(column, decimal_comma)
-                unread |= {name: instead} if instead is not None else {}
+                if instead is not None:
+                    unread[name] = instead
             else:
                 columns[name] = texts(column) if name in _TEXTS else either(column, decimal_comma)
         return cls(columns, source, unread=unread)
@@ -123,6 +126,7 @@ class Table:
         value = self.columns[name][row] if name in self.columns else np.nan
         where = f"in {self.place(row)} ({self.describe(row)})"
         if text:
+            text = text if len(text) <= _LONGEST_SHOWN else text[:_LONGEST_SHOWN] + "..."
             advice = "write it without a separator of thousands" if is_grouped(text) else "correct or remove the row"
             return f"{name} is {text!r} {where}, which is no number; {advice}"
         if np.isnan(value):
@@ -246,7 +250,7 @@ def fingerprint(results: Table, curves: Table | None) -> str:
 def _because(table: Table, row: int) -> str:
     """Why the cell in a row failed, after a colon; nothing where the table does not say it."""
     error = str(table["error"][row]) if "error" in table and table["error"].dtype.kind == "U" else ""
-    return f": {error}" if error else ""
+    return f": {' '.join(error.split())}" if error else ""
 
 
 def _more(count: int) -> str:

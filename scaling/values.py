@@ -69,7 +69,7 @@ def either(column: pa.ChunkedArray, decimal_comma: bool = False) -> np.ndarray:
     parsed = _parsed(written, decimal_comma)
     if any(isinstance(v, str) or (isinstance(v, int) and abs(v) > _EXACT) for v in parsed):
         return np.array(written, dtype=str)
-    return np.array([_float(v) for v in parsed], dtype=np.float64)
+    return np.array([_float(v) for v in parsed if not isinstance(v, str)], dtype=np.float64)
 
 
 def is_grouped(text: str) -> bool:

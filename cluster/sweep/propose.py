@@ -39,6 +39,7 @@ _DRAWS = 12  # of the fit's bootstrap, beside its best coefficients: guesses tha
 _WIDER = 16  # how far beyond the largest n of a run cells may go
 _SMALLEST = 512
 _NOISE = 0.005
+_WIDEST = 2**20  # of a subject
 _KS = (8, 16, 32, 64, 128, 256, 512)
 
 
@@ -85,8 +86,10 @@ def _prior(request: Request) -> tuple[Prior, dict[str, Any], int]:
         raise SaescaleError(
             f"{request.source}: no law to plan from: {error}; or plan from the published law"
         ) from error
-    widths = results["d_model"][np.isfinite(results["d_model"])] if "d_model" in results else ()
+    widths = results["d_model"][np.isfinite(results["d_model"])] if "d_model" in results else np.empty(0)
     d_model = int(widths[0]) if len(widths) else request.d_model
+    if not 1 <= d_model <= _WIDEST:
+        raise SaescaleError(f"{request.source}: d_model is {d_model:g}, which is no width of a subject; correct it")
     words = f"L(N, k) of {request.source} and its scatter of {request.noise or fit.noise:.2%} about it"
     shared = 0.0
     if fit.misses and fit.lack:
