@@ -19,6 +19,7 @@ from saescale.scaling.words import listed
 from saescale.storage.columns import columns_of, folded
 from saescale.storage.errors import SaescaleError, one_line
 from saescale.storage.files import read_bytes
+from saescale.storage.secrets import hide_secrets
 
 TABLES = (".csv", ".tsv", ".txt", ".parquet", ".pq")
 _PACKED = {b"\x1f\x8b": gzip.decompress, b"BZh": bz2.decompress, b"\xfd7zXZ\0": lzma.decompress}
@@ -59,11 +60,11 @@ def read_file(url: str) -> Written:
     try:
         content = read_bytes(url)
     except FileNotFoundError:
-        raise SaescaleError(f"{url}: no such file") from None
-    content = _unpacked(url, content)
+        raise SaescaleError(f"{hide_secrets(url)}: no such file") from None
+    content = _unpacked(hide_secrets(url), content)
     if content[:4] == b"PAR1" or url.lower().endswith((".parquet", ".pq")):
-        return Written(_parquet(url, content))
-    return _text_table(url, _decoded(content))
+        return Written(_parquet(hide_secrets(url), content))
+    return _text_table(hide_secrets(url), _decoded(content))
 
 
 def _unpacked(url: str, content: bytes) -> bytes:

@@ -16,6 +16,7 @@ from saescale.storage.columns import COLUMNS, columns_of
 from saescale.storage.errors import SaescaleError
 from saescale.storage.files import exists, join
 from saescale.storage.rundir import RunDirectory
+from saescale.storage.secrets import hide_secrets
 
 _POSITIVE = tuple(column.name for column in COLUMNS.values() if column.positive)
 _TEXTS = frozenset(column.name for column in COLUMNS.values() if not column.is_number)
@@ -67,6 +68,9 @@ class Table:
 
     def __len__(self) -> int:
         return len(next(iter(self.columns.values()))) if self.columns else 0
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "source", hide_secrets(self.source))  # it goes into fits, pages and plans
 
     def __contains__(self, name: object) -> bool:
         return name in self.columns

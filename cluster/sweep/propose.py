@@ -90,7 +90,7 @@ def _prior(request: Request) -> tuple[Prior, dict[str, Any], int]:
     d_model = int(widths[0]) if len(widths) else request.d_model
     if not 1 <= d_model <= _WIDEST:
         raise SaescaleError(f"{request.source}: d_model is {d_model:g}, which is no width of a subject; correct it")
-    words = f"L(N, k) of {request.source} and its scatter of {request.noise or fit.noise:.2%} about it"
+    words = f"L(N, k) of {results.source} and its scatter of {request.noise or fit.noise:.2%} about it"
     shared = 0.0
     if fit.misses and fit.lack:
         shared = fit.lack.shared

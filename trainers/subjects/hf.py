@@ -6,6 +6,8 @@ from pathlib import Path
 from saescale.storage.errors import SaescaleError
 from saescale.trainers.subjects.subject import Subject
 
+READS_TEXT = True
+
 
 def load(rest: str, cache: Path, dtype: str, notify: Callable[[str], None]) -> Subject:
     """The model `rest`, from the hub (its own cache) or a folder. Raises SaescaleError where it cannot be had."""

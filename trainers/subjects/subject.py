@@ -137,3 +137,8 @@ def name_for_other_processes(name: str) -> str:
     if not rest.startswith((".", "~")):
         return name
     return f"{file}:{Path(rest).expanduser().absolute()}"
+
+
+def surely_reads_text(name: str) -> bool:
+    """Whether the subject's file says so (`READS_TEXT = True`) before anything is loaded; False where it is silent."""
+    return bool(getattr(SUBJECTS.load(name.partition(":")[0]), "READS_TEXT", False))
