@@ -21,6 +21,7 @@ from fsspec.core import url_to_fs
 from fsspec.implementations.local import LocalFileSystem
 from fsspec.implementations.memory import MemoryFileSystem
 
+from saescale.storage.bucket import require_bucket
 from saescale.storage.errors import SaescaleError, Unavailable, one_line
 
 T = TypeVar("T")
@@ -45,6 +46,8 @@ def filesystem(url: str) -> tuple[AbstractFileSystem, str]:
         ) from error
     except Exception as error:
         raise SaescaleError(f"cannot open {url}: {one_line(error)}; use a path or an fsspec URL") from error
+    if "://" in url:
+        require_bucket(fs, path, url)
     return fs, path
 
 

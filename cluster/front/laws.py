@@ -6,7 +6,7 @@ from typing import Annotated, Any
 
 import typer
 
-from saescale.cluster.front.console import Bootstraps, Json, console, say, show_notes, table
+from saescale.cluster.front.console import Bootstraps, Json, command, console, say, show_notes, table
 from saescale.storage.errors import SaescaleError
 
 
@@ -43,11 +43,14 @@ def fit(
     from saescale.scaling.laws.settings import DEFAULT_LAWS, FitSettings
     from saescale.scaling.sources import load_sources
     from saescale.storage.rundir import RunDirectory
+    from saescale.storage.writable import require_writable
 
     own = tuple(dict.fromkeys(found.name for path in law_file or () for found in load_laws(path)))
     asked = (*(law or ()), *(name for name in own if name not in (law or ())))
     points = [parse_point(text) for text in predict or ()]
     settings = FitSettings(bootstraps, laws=asked or DEFAULT_LAWS, keep_diverged=keep_diverged)
+    if out:
+        require_writable(out)
     fitted = fit_laws(*load_sources(sources, _read_wandb), settings)
     document = fitted.document()
     if points and fitted.fits:
@@ -67,17 +70,17 @@ def fit(
     if asked and not document["fits"]:
         raise SaescaleError(f"{named}: {document['skipped'][0]['reason']}")
     if points and not document["fits"]:
-        raise SaescaleError(f"{named}: no law could be fitted, so nothing is predicted; see saescale fit {named}")
+        raise SaescaleError(f"{named}: no law could be fitted, so nothing is predicted; see {command('fit', *sources)}")
     if as_json:
         return
     if out:
-        console.print(f"wrote {out}/fits.json", highlight=False)
-        say(f"Next: saescale fit {named}")
+        say(f"wrote {out}/fits.json")
+        say(f"Next: {command('fit', *sources)}")
         return
     # A plan adds to a run or a table, not to a W&B project.
     planned = next((source for source in sources if not source.startswith("wandb:")), None)
-    next_ = f"plan {planned} --budget 1h --gpu cpu" if points and planned else f"fit {named} --json"
-    say(f"Next: saescale {next_}")
+    next_ = ("plan", planned, "--budget", "1h", "--gpu", "cpu") if points and planned else ("fit", *sources, "--json")
+    say(f"Next: {command(*next_)}")
 
 
 def reproduce(

@@ -3,7 +3,6 @@
 import os
 import re
 import socket
-from pathlib import Path
 from urllib.parse import urlsplit
 
 from saescale.storage.errors import SaescaleError, one_line
@@ -57,12 +56,3 @@ def reach(url: str, address: str) -> None:
 def no_dashboard(address: str) -> SaescaleError:
     """What to say where something else answers."""
     return SaescaleError(f"what answers at {address} is no Ray dashboard; its port is 8265 where nobody changed it")
-
-
-def has_token() -> bool:
-    """Whether Ray finds a token on this machine."""
-    return bool(
-        os.environ.get("RAY_AUTH_TOKEN")
-        or os.environ.get("RAY_AUTH_TOKEN_PATH")
-        or (Path.home() / ".ray" / "auth_token").exists()
-    )
