@@ -298,6 +298,8 @@ def _write_error(url: str, error: Exception, tries: int = 1) -> SaescaleError:
 def _read_error(url: str, error: Exception, tries: int) -> SaescaleError:
     if isinstance(error, FileNotFoundError):
         raise error
+    if isinstance(error, NotADirectoryError):  # nothing lies below a file
+        raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), url) from error
     return _error(url, "read", error, tries, "check the address, the network and the credentials")
 
 

@@ -31,9 +31,14 @@ def connect(address: str | None) -> None:
     wanted, at_terminate = wanted_address(address), signal.getsignal(signal.SIGTERM)
     options: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
     if wanted is not None:
-        _join(wanted, options)
+        try:
+            _join(wanted, options)
+        except SaescaleError as error:
+            raise error if address else SaescaleError(f"{error} (RAY_ADDRESS is {wanted})") from error
     else:
         # Checkpoints and results go through the run directory, so the object store carries next to nothing.
+        # What goes wrong in its start is said here.
+        options["logging_level"] = logging.CRITICAL
         local_ray.start(options | {"include_dashboard": False, "object_store_memory": 128 * 2**20})
     if threading.current_thread() is threading.main_thread():
         # Ray's own handler would leave at once, before the workers have saved their checkpoints.

@@ -1,7 +1,7 @@
 """Asks what answers at the address of a Ray cluster, before this process joins it.
 
-In a process of its own (`python -m saescale.cluster.crew.probe HOST:PORT`), which can be ended: Ray waits there for
-the better part of a minute, for some answers without an end, and writes about it on the console from C++.
+In a process of its own (this file, with HOST:PORT), which can be ended: Ray waits there for the better part of a
+minute, for some answers without an end, and writes about it on the console from C++.
 """
 
 import json
@@ -24,7 +24,7 @@ class Answer(NamedTuple):
 
 def ask(address: str) -> Answer:
     """What answers at `address`, HOST:PORT, within PATIENCE_S."""
-    command = [sys.executable, "-P", "-m", __name__, address]
+    command = [sys.executable, "-P", __file__, address]
     try:
         done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, timeout=PATIENCE_S)
     except subprocess.TimeoutExpired:

@@ -22,6 +22,7 @@ from typing import Any
 
 from saescale.cluster.crew.token import refused, use_token
 from saescale.cluster.jobs.address import no_dashboard, reach, resolve_address, shown
+from saescale.cluster.jobs.last_words import reason
 from saescale.cluster.jobs.package import EXTENSION, SWEEP, write_code, write_sweep
 from saescale.cluster.sweep.spec import SweepSpec
 from saescale.cluster.sweep.status import JobStatus
@@ -214,6 +215,8 @@ class Service:
         except (requests.exceptions.JSONDecodeError, requests.exceptions.HTTPError, json.JSONDecodeError):
             raise no_dashboard(self.address) from None
         except (ConnectionError, requests.exceptions.RequestException) as error:
+            if not hasattr(self, "client"):  # something answered there a moment ago
+                raise no_dashboard(self.address) from None
             raise SaescaleError(
                 f"the connection to {self.address} failed ({type(error).__name__}); see that the cluster is up"
             ) from None
@@ -253,13 +256,7 @@ def _job_status(details: Any) -> JobStatus:
         sweep=details.metadata["sweep"],
         run=details.metadata["run"],
         state=state,
-        message=reason(details.message or "") or details.message if state == "failed" else None,
+        message=reason(details.message or "", details.metadata.get("python", "python")) if state == "failed" else None,
         submitted_at=None if details.start_time is None else details.start_time / 1000,
         ended_at=None if details.end_time is None else details.end_time / 1000,
     )
-
-
-def reason(text: str) -> str | None:
-    """What saescale said at the end, of a text that has the last of its log."""
-    said = [line for line in text.splitlines() if line.startswith(("error: ", "unexpected "))]
-    return said[-1].removeprefix("error: ") if said else None
