@@ -17,7 +17,7 @@ def require_bucket(fs: Any, path: str, url: str) -> None:
     """
     if not hasattr(fs, "call_s3"):
         return
-    bucket = path.partition("/")[0]
+    bucket = fs.split_path(path)[0]
     key = (str(fs._fs_token), bucket)
     if not bucket or key in _answered:
         return

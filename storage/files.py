@@ -35,7 +35,15 @@ _PARTIAL = re.compile(r"^\.(.+)\.[0-9a-f]{32}\.partial$")
 
 
 def filesystem(url: str) -> tuple[AbstractFileSystem, str]:
-    """The file system of `url` and the path inside it; SaescaleError when nothing installed can open it."""
+    """The file system of `url` and the path inside it; SaescaleError when nothing installed can open it, and where an
+    object store does not answer or lacks the bucket."""
+    fs, path = _named(url)
+    if "://" in url:
+        require_bucket(fs, path, url)
+    return fs, path
+
+
+def _named(url: str) -> tuple[AbstractFileSystem, str]:
     try:
         # Listings are never cached: another process (a worker, a second driver) may write at any time.
         options = {"use_listings_cache": False} if "://" in url else {}
@@ -46,14 +54,12 @@ def filesystem(url: str) -> tuple[AbstractFileSystem, str]:
         ) from error
     except Exception as error:
         raise SaescaleError(f"cannot open {url}: {one_line(error)}; use a path or an fsspec URL") from error
-    if "://" in url:
-        require_bucket(fs, path, url)
     return fs, path
 
 
 def local_path(url: str) -> str | None:
     """The path on this machine's disk, or None when `url` lies elsewhere."""
-    fs, path = filesystem(url)
+    fs, path = _named(url)  # nobody is asked
     return path if isinstance(fs, LocalFileSystem) else None
 
 

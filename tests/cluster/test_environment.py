@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from saescale.cluster.front.console import command
-from saescale.cluster.front.environment import _spell
+from saescale.cluster.front.environment import _spell, prepare
 from saescale.cluster.sweep.status import read_status
 from tests.cluster.command import ROOT, SAESCALE, environment, saescale_here
 
@@ -58,19 +58,11 @@ def test_a_full_disk_behind_the_output() -> None:
     assert ended.stderr.count(b"\n") == 1
 
 
-def test_figures_do_not_depend_on_what_the_user_says_to_matplotlib(tmp_path: Path) -> None:
-    drawn = []
-    for name in ("plain", "told"):
-        run = tmp_path / name / "run"
-        shutil.copytree(RUN, run)
-        here = {"MPLBACKEND": ""}
-        if name == "told":
-            (run.parent / "matplotlibrc").write_text("font.size: 30\ntext.usetex: True\naxes.grid: True\n")
-            here = {"MPLBACKEND": "module://matplotlib_inline.backend_inline", "HOME": "/proc/no-home"}
-        result = shell(f"cd {run.parent} && {{}} report run --bootstraps 0", **here)
-        assert (result.returncode, result.stderr) == (0, b"")
-        drawn.append((run / "figures" / "nmse_against_n.png").read_bytes())
-    assert drawn[0] == drawn[1]
+def test_a_notebooks_backend(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Which matplotlib refuses where it is not installed, when it is imported."""
+    monkeypatch.setenv("MPLBACKEND", "module://matplotlib_inline.backend_inline")
+    prepare()
+    assert os.environ["MPLBACKEND"] == "agg"
 
 
 def test_what_is_said_to_be_next_can_be_pasted(tmp_path: Path) -> None:

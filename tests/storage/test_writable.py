@@ -50,3 +50,9 @@ def test_an_endpoint_that_is_dead_is_not_asked_again_and_again(
         with pytest.raises(Unavailable, match=r"does not answer.*127.0.0.1:1.*AWS_ENDPOINT_URL"):
             ask(f"s3://bucket-{uuid.uuid4().hex}/x")
     assert not asked
+
+
+def test_where_a_place_is_needs_no_answer(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A sweep can be submitted from a machine that does not reach the cluster's object store."""
+    monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:1")
+    assert files.local_path(f"s3://bucket-{uuid.uuid4().hex}/x") is None
