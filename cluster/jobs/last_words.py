@@ -4,7 +4,10 @@ import re
 
 _SAID = ("error: ", "unexpected ")
 _LACKS = re.compile(r"^(?:ModuleNotFoundError|ImportError): No module named '([\w.]+)'")
-_NO_PROGRAM = re.compile(r"(?:not found|No such file or directory|Permission denied)\s*$")
+_NO_PROGRAM = re.compile(
+    r"exit code 12[67]\b|: (?:not found|No such file or directory|Permission denied)$", re.MULTILINE
+)
+_RUNS = "Running entrypoint for job"  # how each log begins
 _EXCEPTION = re.compile(r"^[\w.]+(?:Error|Exception|Interrupt|Warning|Exit)\b.*")
 
 
@@ -21,11 +24,8 @@ def reason(text: str, python: str = "python") -> str | None:
             f"the cluster's {python} lacks the module {lacking[-1].partition('.')[0]}; install what saescale needs "
             "there (pip install saescale), or name the interpreter that has it: saescale submit --python PATH"
         )
-    if lines and python in lines[-1] and _NO_PROGRAM.search(lines[-1]):
-        return (
-            f"the cluster cannot start {python} ({lines[-1][-200:]}); name an interpreter that it has: saescale submit "
-            "--python PATH"
-        )
     raised = [line for line in lines if _EXCEPTION.match(line)]
-    last = raised[-1:] or lines[-1:]
-    return last[0][:500] if last else None
+    if not raised and python in text and _NO_PROGRAM.search(text):  # in the words, or the code, of a shell
+        return f"the cluster cannot start {python}; name an interpreter that it has: saescale submit --python PATH"
+    told = raised or [line for line in lines if _RUNS not in line]
+    return told[-1][:500] if told else None

@@ -196,6 +196,8 @@ def test_nothing_of_it_stays(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) ->
         ("Traceback ...\n  File\nModuleNotFoundError: No module named 'typer'\n", "python3 lacks the module typer;"),
         ("ModuleNotFoundError: No module named 'rich.console'", "lacks the module rich;"),
         ("sh: 1: exec: python3: not found", "cannot start python3"),
+        ("failed with exit code 127, logs:\nRunning entrypoint for job a: exec python3 -P", "cannot start python3"),
+        ("failed with exit code 1, logs:\nRunning entrypoint for job a: exec python3 -P", "failed with exit code 1"),
         ("Traceback\nRuntimeError: no room\n  at the end", "RuntimeError: no room"),
         ("Runtime env setup failed", "Runtime env setup failed"),
         ("", None),
