@@ -12,7 +12,7 @@ import ray
 
 from saescale.cluster.crew import local_ray
 from saescale.cluster.crew.probe import PATIENCE_S, Answer, ask
-from saescale.cluster.crew.token import refused, use_token
+from saescale.cluster.crew.token import has_to_send_one, has_token, refused, use_token
 from saescale.storage.errors import SaescaleError, one_line
 
 _ANSWER_S = 10.0
@@ -52,11 +52,14 @@ def disconnect() -> None:
 
 
 def _join(wanted: str, options: dict[str, Any]) -> None:
-    use_token()
     address = _running_here() if wanted == "auto" else wanted
     _require_address(address)
     _reach(address)
-    if (answer := ask(address)).verdict != "cluster":
+    # Ray would end this process for want of a token.
+    answer = Answer("token") if has_to_send_one() and not has_token() else ask(address)
+    if answer.verdict == "token" and use_token():
+        answer = ask(address)
+    if answer.verdict != "cluster":
         raise _refusal(address, answer)
     began = time.monotonic()
     try:

@@ -25,20 +25,27 @@ def has_token() -> bool:
         return False
 
 
-def use_token() -> None:
-    """Has Ray send the token wherever there is one and nobody said otherwise: to a cluster that it finds by itself Ray
-    sends it, to one that is named it does not. Raises what `has_token` raises."""
-    if os.environ.get(_MODE):
-        if os.environ[_MODE].lower() == "token":
-            has_token()  # for what it says of a file that is not there
-        return
-    os.environ.pop(_MODE, None)  # an empty one counts as a choice for Ray
-    if has_token():
-        os.environ[_MODE] = "token"
-        with suppress(ImportError, AttributeError):  # Ray before it knew tokens
-            from ray._raylet import Config  # type: ignore[attr-defined]
+def has_to_send_one() -> bool:
+    """Whether somebody chose RAY_AUTH_MODE=token."""
+    if os.environ.get(_MODE) == "":
+        del os.environ[_MODE]  # an empty one counts as a choice for Ray
+    return os.environ.get(_MODE, "").lower() == "token"
 
-            Config.initialize("")  # what this process has read of its environment before
+
+def use_token() -> bool:
+    """Has Ray send the token where there is one and nobody said otherwise; whether that is new.
+
+    Only for a cluster that asks for one: from the workers of another this process would then ask for it in vain. Raises
+    what `has_token` raises.
+    """
+    if os.environ.get(_MODE) or not has_token():
+        return False
+    os.environ[_MODE] = "token"
+    with suppress(ImportError, AttributeError):  # Ray before it knew tokens
+        from ray._raylet import Config  # type: ignore[attr-defined]
+
+        Config.initialize("")  # what this process has read of its environment before
+    return True
 
 
 def refused(where: str) -> SaescaleError:
