@@ -21,6 +21,7 @@ from fsspec.core import url_to_fs
 from fsspec.implementations.local import LocalFileSystem
 from fsspec.implementations.memory import MemoryFileSystem
 
+from saescale.storage.bucket import require_bucket
 from saescale.storage.errors import SaescaleError, Unavailable, one_line
 
 T = TypeVar("T")
@@ -34,7 +35,15 @@ _PARTIAL = re.compile(r"^\.(.+)\.[0-9a-f]{32}\.partial$")
 
 
 def filesystem(url: str) -> tuple[AbstractFileSystem, str]:
-    """The file system of `url` and the path inside it; SaescaleError when nothing installed can open it."""
+    """The file system of `url` and the path inside it; SaescaleError when nothing installed can open it, and where an
+    object store does not answer or lacks the bucket."""
+    fs, path = _named(url)
+    if "://" in url:
+        require_bucket(fs, path, url)
+    return fs, path
+
+
+def _named(url: str) -> tuple[AbstractFileSystem, str]:
     try:
         # Listings are never cached: another process (a worker, a second driver) may write at any time.
         options = {"use_listings_cache": False} if "://" in url else {}
@@ -50,7 +59,7 @@ def filesystem(url: str) -> tuple[AbstractFileSystem, str]:
 
 def local_path(url: str) -> str | None:
     """The path on this machine's disk, or None when `url` lies elsewhere."""
-    fs, path = filesystem(url)
+    fs, path = _named(url)  # nobody is asked
     return path if isinstance(fs, LocalFileSystem) else None
 
 
@@ -295,6 +304,8 @@ def _write_error(url: str, error: Exception, tries: int = 1) -> SaescaleError:
 def _read_error(url: str, error: Exception, tries: int) -> SaescaleError:
     if isinstance(error, FileNotFoundError):
         raise error
+    if isinstance(error, NotADirectoryError):  # nothing lies below a file
+        raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), url) from error
     return _error(url, "read", error, tries, "check the address, the network and the credentials")
 
 

@@ -16,7 +16,7 @@ from typing import Any, ClassVar, Generic, NamedTuple, Protocol, Self, TypeVar
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from saescale.cluster.crew.connect import connect
+from saescale.cluster.crew.connect import connect, disconnect
 from saescale.storage.errors import SaescaleError, SaescaleWarning, one_line
 from saescale.storage.registry import PATH
 
@@ -236,7 +236,7 @@ class Crew(ABC, Generic[Info]):
             for actor in self._actors:
                 ray.kill(actor)
             if self.owns_ray:
-                ray.shutdown()
+                disconnect()
 
     def __enter__(self) -> Self:
         return self

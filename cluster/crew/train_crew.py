@@ -3,7 +3,6 @@
 It costs less than a Ray Tune trial or a TorchTrainer for each pack: imports and start-up are paid once.
 """
 
-import os
 import time
 import warnings
 from typing import Any
@@ -11,6 +10,7 @@ from typing import Any
 import ray
 
 from saescale.cluster.crew.claims import Needs, Resources
+from saescale.cluster.crew.connect import wanted_address
 from saescale.cluster.crew.crew import Crew, Words, back_off, nodes
 from saescale.cluster.crew.shares import cpus_each
 from saescale.cluster.crew.train_worker import Worker, WorkerInfo
@@ -48,7 +48,7 @@ class TrainCrew(Crew[WorkerInfo]):
         self._cells = cells
         try:
             self.connect()
-            self._local = self.owns_ray and not (address or os.environ.get("RAY_ADDRESS"))
+            self._local = self.owns_ray and wanted_address(address) is None
             self.count = self._size(resources)
             for _ in range(self.count):
                 self.start()

@@ -1,5 +1,6 @@
 """What all commands share: the console, options that several of them have, and how they speak."""
 
+import shlex
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -21,7 +22,11 @@ class _Console(Console):
         super().print(*(hide_secrets(each) if isinstance(each, str) else each for each in objects), **options)
 
 
+# Tables that go into a pipe or a file are not cut: there is no terminal whose width they have to fit.
+_WHOLE = 10_000
 console = _Console()
+if not console.is_terminal:
+    console = _Console(width=_WHOLE)
 
 Address = Annotated[str | None, typer.Option(help="Ray cluster (default: RAY_ADDRESS, else a local one).")]
 Bootstraps = Annotated[int, typer.Option(help="Bootstrap fits behind each interval.", min=0)]
@@ -37,9 +42,19 @@ SweepOut = Annotated[str | None, typer.Option(help="Run directory in place of th
 SweepWandb = Annotated[str | None, typer.Option(help="W&B mode in place of the file's.")]
 
 
-def say(text: str) -> None:
-    """A line on stdout, as it is."""
+def say(text: str, style: str | None = None) -> None:
+    """A line on stdout, as it is: what is in brackets too, such as in a name of the user's."""
+    console.print(text, style=style, highlight=False, soft_wrap=True, markup=False)
+
+
+def say_marked(text: str) -> None:
+    """A line on stdout with rich's markup; names in it have to be escaped."""
     console.print(text, highlight=False, soft_wrap=True)
+
+
+def command(*words: str) -> str:
+    """A command of saescale as a shell takes it."""
+    return shlex.join(("saescale", *words))
 
 
 def show_notes(notes: Sequence[str]) -> None:

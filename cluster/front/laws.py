@@ -1,14 +1,12 @@
 """The commands about laws: fit, reproduce. Each imports what it needs when it runs."""
 
 import json
-import shlex
 from collections.abc import Sequence
 from typing import Annotated, Any
 
 import typer
-from rich.markup import escape
 
-from saescale.cluster.front.console import Bootstraps, Json, console, say, show_notes, table
+from saescale.cluster.front.console import Bootstraps, Json, command, console, say, show_notes, table
 from saescale.storage.errors import SaescaleError
 
 
@@ -50,12 +48,15 @@ def fit(
     from saescale.scaling.sources import load_sources
     from saescale.scaling.where import parse_condition
     from saescale.storage.rundir import RunDirectory
+    from saescale.storage.writable import require_writable
 
     own = tuple(dict.fromkeys(found.name for path in law_file or () for found in load_laws(path)))
     asked = (*(law or ()), *(name for name in own if name not in (law or ())))
     points = [parse_point(text) for text in predict or ()]
     settings = FitSettings(bootstraps, laws=asked or DEFAULT_LAWS, keep_diverged=keep_diverged)
     conditions = [parse_condition(text) for text in where or ()]
+    if out:
+        require_writable(out)
     fitted = fit_laws(*load_sources(sources, _read_wandb, conditions), settings)
     document = fitted.document()
     if points and fitted.fits:
@@ -78,15 +79,14 @@ def fit(
         raise SaescaleError(f"{named}: no law could be fitted: {reason}")
     if as_json:
         return
-    named = " ".join(map(shlex.quote, sources))
     if out:
-        console.print(f"wrote {escape(out)}/fits.json", highlight=False)
-        say(f"Next: saescale fit {escape(named)}")
+        say(f"wrote {out}/fits.json")
+        say(f"Next: {command('fit', *sources)}")
         return
     # A plan adds to a run or a table, not to a W&B project.
     planned = next((source for source in sources if not source.startswith("wandb:")), None)
-    next_ = f"plan {shlex.quote(planned)} --budget 1h --gpu cpu" if points and planned else f"fit {named} --json"
-    say(f"Next: saescale {escape(next_)}")
+    next_ = ("plan", planned, "--budget", "1h", "--gpu", "cpu") if points and planned else ("fit", *sources, "--json")
+    say(f"Next: {command(*next_)}")
 
 
 def reproduce(

@@ -1,11 +1,13 @@
 """The command that plans: which cells to train next."""
 
 import json
+import os
+import shlex
 from typing import Annotated, Any
 
 import typer
 
-from saescale.cluster.front.console import Json, console, say, table
+from saescale.cluster.front.console import Json, command, console, say, table
 from saescale.storage.errors import SaescaleError
 
 _MOST = 1e18  # tokens, hours, FLOP/s
@@ -46,6 +48,7 @@ def plan(
     from saescale.scaling.laws.predict import parse_point
     from saescale.scaling.planning.devices import find_device
     from saescale.storage.files import join
+    from saescale.storage.writable import require_writable
 
     for name, value in (("tokens", tokens), ("flops-per-s", flops_per_s)):
         if value is not None and not 0 < value < _MOST:
@@ -55,6 +58,8 @@ def plan(
         at=parse_point(at) if at else {}, d_model=d_model, tokens=tokens, n_range=(n_min, n_max), ks=tuple(k or ()),
         noise=noise, seeds=seeds,
     )  # fmt: skip
+    if write:
+        require_writable(os.path.dirname(write) or ".")
     made = make_proposal(request)
     document = made.document()
     if write:
@@ -66,13 +71,13 @@ def plan(
     # Cells of a run are added to its sweep: by themselves they would be another sweep in the same directory.
     run = source if source and sweep_of(source) else None
     file = write or "plan.yaml"
-    next_ = f"saescale sweep {join(run, 'sweep.yaml')} --extend {file}" if run else f"saescale sweep {file}"
+    next_ = command("sweep", join(run, "sweep.yaml"), "--extend", file) if run else command("sweep", file)
     edit = f" (edit its store first: {NO_STORE})" if made.spec.store == NO_STORE else ""
     if write:
         say(f"wrote {write}")
         say(f"Next: {next_}{edit}")
     else:
-        say(f"Next: the same with --write {file}, then {next_}{edit}")
+        say(f"Next: the same with --write {shlex.quote(file)}, then {next_}{edit}")
 
 
 def _hours(text: str) -> float:

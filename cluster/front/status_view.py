@@ -10,6 +10,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
+from saescale.cluster.front.console import command
 from saescale.cluster.front.display import duration
 from saescale.cluster.sweep.status import CellStatus, JobStatus, SweepStatus
 
@@ -154,7 +155,7 @@ def _advice(status: SweepStatus) -> str:
         return "Next: run the same command again; it goes on from the checkpoints"
     if status.state == "unfinished" and status.counts.started:
         return "Next: run the same command again; it goes on from the checkpoints"
-    return f"Next: saescale fit {status.run}" if status.state == "finished" and status.job is None else ""
+    return f"Next: {command('fit', status.run)}" if status.state == "finished" and status.job is None else ""
 
 
 def _grid(cells: Sequence[CellStatus], width: int, max_rows: int) -> list[RenderableType]:

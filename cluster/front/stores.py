@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.markup import escape
 
-from saescale.cluster.front.console import Address, TrustRemoteCode, console, display, say
+from saescale.cluster.front.console import Address, TrustRemoteCode, command, console, display, say, say_marked
 from saescale.storage.errors import SaescaleError
 
 if TYPE_CHECKING:
@@ -100,8 +100,8 @@ def harvest(
 
         console.print(actor_table(crew))
     rows, site = sum(shard.rows for shard in manifest.shards), f"{manifest.site.hook} of layer {manifest.site.layer}"
-    console.print(f"{out}: {rows:,} rows of {manifest.subject}, {site}, d_model {manifest.d_model}")
-    console.print(f"Next: saescale inspect {out}", highlight=False)
+    say(f"{out}: {rows:,} rows of {manifest.subject}, {site}, d_model {manifest.d_model}")
+    say(f"Next: {command('inspect', out)}")
 
 
 def inspect(
@@ -115,7 +115,7 @@ def inspect(
     from saescale.cluster.front.inspection import describe
 
     for name, value in describe(url, verify).items():
-        say(f"[bold]{name:<16}[/]{escape(value)}")
+        say_marked(f"[bold]{name:<16}[/]{escape(value)}")
 
 
 def _actors(given: str) -> int | str:

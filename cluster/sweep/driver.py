@@ -16,6 +16,7 @@ from saescale.storage.files import join, list_names, local_path, read_bytes
 from saescale.storage.lease import Lease, read_driver, require_free
 from saescale.storage.rundir import RunDirectory
 from saescale.storage.store import ActivationStore
+from saescale.storage.writable import require_writable
 from saescale.trainers.loggers.wandb_cells import how_to_read, log_summary, resolve_mode, wandb_directory
 from saescale.trainers.precision import Precision
 
@@ -53,6 +54,8 @@ def run_sweep(
     trained = 0
     with ExitStack() as held:
         recorded = run.read_spec()
+        if recorded is None:
+            require_writable(run.url)  # before any minute is spent
         precision = recorded_precision(recorded) or _precision(spec, address, held)
         ledger = open_ledger(run, recorded, spec, store, precision, extending)
         if retry_failed:
@@ -61,6 +64,8 @@ def run_sweep(
         if ledger.pending:
             for caution in cautions(spec, store.d_model):
                 warnings.warn(caution, SaescaleWarning, stacklevel=2)
+            if recorded is not None:
+                require_writable(run.url)
             dead = require_free(run.url)  # now, or somebody would wait for workers in vain
             verify(store, spec.eval.tokens, display)
             display.stage("starting the workers")
