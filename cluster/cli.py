@@ -7,6 +7,7 @@ import os
 import signal
 import sys
 import traceback
+import warnings
 from collections.abc import Callable
 from types import FrameType
 from typing import Annotated
@@ -14,6 +15,7 @@ from typing import Annotated
 import typer
 
 from saescale.cluster.front import evals, exchange, jobs, laws, plan, stores, sweeps
+from saescale.cluster.front.console import show_warning
 from saescale.storage.errors import SaescaleError, one_line
 
 app = typer.Typer(
@@ -53,6 +55,7 @@ def main() -> None:
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     # A batch system's polite end is treated as Ctrl-C: the workers save their checkpoints first.
     signal.signal(signal.SIGTERM, _interrupt)
+    warnings.showwarning = show_warning
     debug = "--debug" in sys.argv
     try:
         app()

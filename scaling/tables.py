@@ -145,7 +145,7 @@ def load_rows(source: str | RunDirectory) -> Table:
         return table if known(table["store"]).all() else _told_by(source.read_spec() or {}, table)
     if source.lower().endswith((".csv", ".parquet")):
         return _read_file(source)
-    if exists(join(source, "results.parquet")):
+    if RunDirectory(source).is_begun():
         return load_rows(RunDirectory(source))
     raise SaescaleError(f"{source}: neither a run directory with results.parquet nor a .csv or .parquet file")
 
@@ -180,8 +180,8 @@ def load_curves(source: str | RunDirectory) -> Table | None:
         if source.lower().endswith((".csv", ".parquet")):
             return None
         source = RunDirectory(source)
-    url = join(source.url, "curves.parquet")
-    return Table.from_arrow(source.read_curves(), url) if exists(url) else None
+    url, curves = join(source.url, "curves.parquet"), source.read_curves()
+    return Table.from_arrow(curves, url) if len(curves) or exists(url) else None
 
 
 def finished(table: Table) -> Table:

@@ -1,12 +1,15 @@
 """What all commands share: the console, options that several of them have, and how they speak."""
 
+import sys
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
+
+from saescale.storage.errors import SaescaleWarning
 
 if TYPE_CHECKING:
     from saescale.cluster.front.display import Display
@@ -27,6 +30,12 @@ SweepWandb = Annotated[str | None, typer.Option(help="W&B mode in place of the f
 def say(text: str) -> None:
     """A line on stdout, as it is."""
     console.print(text, highlight=False, soft_wrap=True)
+
+
+def show_warning(message: Warning | str, category: type[Warning], *place: Any, **more: Any) -> None:
+    """For `warnings.showwarning`: what users should know of, on stderr, a line each; no other warnings."""
+    if issubclass(category, SaescaleWarning):
+        print(f"warning: {message}", file=sys.stderr)
 
 
 def show_notes(notes: Sequence[str]) -> None:
