@@ -281,6 +281,8 @@ def read_header(file: BinaryIO, size: int, where: str) -> tuple[dict[str, Any], 
     """The header of a safetensors file of `size` bytes and where its tensors begin. Raises SaescaleError, before
     anything is made of what the header says, where that is not in the file."""
     length = int.from_bytes(file.read(8), "little")
+    if size < 8:
+        raise Damaged(f"{where} is truncated: {size} bytes", where)
     if length > size - 8:
         raise Damaged(f"{where} is truncated: {size:,} bytes, of which its header alone would be {length:,}", where)
     try:

@@ -127,9 +127,8 @@ def read_yaml(where: str, remedy: str | None = None) -> Any:
     try:
         return _parsed(content)
     except Exception as error:  # PyYAML's constructors raise whatever an odd value brings them to
-        reason = (
-            one_line(error) if isinstance(error, yaml.YAMLError | ValueError) else f"a value of an odd kind: {error}"
-        )
+        told = isinstance(error, yaml.YAMLError | ValueError)
+        reason = one_line(error) if told else f"it has a value that is not of its kind ({one_line(error)})"
         if remedy is not None:
             raise damaged(where, reason, remedy) from error
         raise SaescaleError(f"{where} is not valid YAML: {reason}; correct it") from error

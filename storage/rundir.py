@@ -25,7 +25,7 @@ from saescale.storage.documents import (
     table_bytes,
     yaml_text,
 )
-from saescale.storage.errors import Damaged, SaescaleError, SaescaleWarning, Superseded
+from saescale.storage.errors import Damaged, SaescaleWarning, Superseded
 from saescale.storage.lease import require_owner
 
 T = TypeVar("T")
@@ -157,12 +157,13 @@ class RunDirectory:
 
     def check_cell(self, cell_id: str) -> None:
         """Raises SaescaleError where the weights or the curve of a finished cell are not those of its result."""
+        url = self.cell_url(cell_id)
+        remedies = {CURVE: "remove it: the cell keeps its result and has no curve then"}
         for name, sum in ((self.read_cell_result(cell_id) or {}).get("xxh3") or {}).items():
-            if self._checksum(cell_id, name) != sum:
-                raise SaescaleError(
-                    f"{files.join(self.cell_url(cell_id), name)} is not what the cell's result.json was written with; "
-                    f"remove {self.cell_url(cell_id)} and run the same command again"
-                )
+            found = self._checksum(cell_id, name)
+            if found != sum and (found is not None or name == WEIGHTS):
+                remedy = remedies.get(name, f"remove {url} and run the same sweep again, which trains the cell anew")
+                raise damaged(files.join(url, name), "the cell's result.json was written with another", remedy)
 
     def _checksum(self, cell_id: str, name: str) -> str | None:
         checksum, where = xxhash.xxh3_64(), files.join(self.cell_url(cell_id), name)
@@ -313,7 +314,7 @@ class RunDirectory:
         return pa.Table.from_pylist(rows, schema)
 
     def _results_of_cells(self) -> Rows:
-        return [row for row in self._of_finished(self.read_cell_result) if row is not None]
+        return _in_order([row for row in self._of_finished(self.read_cell_result) if row is not None])
 
     def _curves_of_cells(self) -> Rows:
         return [row for rows in self._of_finished(self.read_cell_curve) for row in rows or ()]
@@ -333,7 +334,13 @@ class RunDirectory:
 
 
 def _both(rows: Rows, others: Callable[[Rows], Rows]) -> Rows:
-    return rows + others(rows) if rows else rows
+    return _in_order(rows + others(rows)) if rows else rows
+
+
+def _in_order(rows: Rows) -> Rows:
+    """As the driver lists them."""
+    names = ("n_latents", "k", "architecture", "seed", "cell_id")
+    return sorted(rows, key=lambda row: [(row.get(name) is None, row.get(name)) for name in names])
 
 
 def _if_there(read: Callable[[], T]) -> T | None:
