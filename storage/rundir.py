@@ -14,7 +14,7 @@ import pyarrow.compute as pc
 import xxhash
 
 from saescale.storage import checkpoint, files
-from saescale.storage.columns import CURVES, EVALS, RESULTS, conform
+from saescale.storage.columns import CURVES, EVALS, RESULTS, conform, current_names
 from saescale.storage.documents import (
     damaged,
     json_bytes,
@@ -182,10 +182,12 @@ class RunDirectory:
         """What the cell reached, or None while it is unfinished."""
         where = self.result_url(cell_id)
         remedy = f"run the same sweep again, which makes it again from what else is in {self.cell_url(cell_id)}"
-        result = _if_there(lambda: read_json(where, remedy))
+        found = _if_there(lambda: read_json(where, remedy))
+        if found is None:
+            return None
+        result = dict(zip(current_names(found), found.values(), strict=True))
         try:
-            if result is not None:
-                pa.Table.from_pylist([result], RESULTS)
+            pa.Table.from_pylist([result], RESULTS)
         except (pa.ArrowException, TypeError, ValueError, OverflowError) as error:
             raise damaged(where, " ".join(str(error).split()), remedy) from error
         return result

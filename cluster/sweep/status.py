@@ -253,7 +253,7 @@ def _untrained(run: RunDirectory, rows: Sequence[Mapping[str, Any]]) -> list[dic
     recorded = run.read_spec()
     if recorded is None:
         return []
-    known = {(row["n_latents"], row["k"], row["architecture"], row["seed"]) for row in rows}
+    known = {(row.get("n_latents"), row.get("k"), row.get("architecture"), row.get("seed")) for row in rows}
     there = {cell_id.rpartition("-")[0]: cell_id for cell_id in sorted(run.cell_files())}
     left = [cell for cell in parse_recorded(recorded, run.url).grid.combinations() if tuple(cell) not in known]
     names = [f"n{cell.n_latents}-k{cell.k}-s{cell.seed}" for cell in left]
