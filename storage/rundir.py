@@ -89,11 +89,12 @@ class RunDirectory:
         spec = _if_there(lambda: read_yaml(where, remedy))
         if spec is None and not files.exists(where):
             return None
-        whole = isinstance(spec, dict) and all(isinstance(spec.get(name, {}), dict) for name in ("grid", "resolved"))
-        if whole and isinstance(spec.get("name"), str):
-            return dict(spec)
-        reason = "it is empty" if spec is None else "it holds no sweep: it was cut short, or is another program's"
-        raise damaged(where, reason, remedy)
+        if not isinstance(spec, dict):
+            raise damaged(where, "it is empty" if spec is None else "it holds no sweep", remedy)
+        sections = [spec.get(name, {}) for name in ("grid", "resolved")]
+        if not isinstance(spec.get("name"), str) or not all(isinstance(section, dict) for section in sections):
+            raise damaged(where, "it holds no sweep: it was cut short, or is another program's", remedy)
+        return spec
 
     # --- cells
 

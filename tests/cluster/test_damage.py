@@ -79,7 +79,9 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Made:
     ledger.settle()
     with Lease(made.run.url) as lease:
         lease.end("finished")
-    analyse(made.run, FitSettings(0))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("saescale.scaling.report.report.draw_figures", lambda *_: [])
+        analyse(made.run, FitSettings(0))
     return made
 
 
@@ -316,7 +318,8 @@ def test_what_is_newer_says_so(made: Made) -> None:
     assert fits.exists()
 
 
-def test_a_report_is_not_current_when_evaluations_came_after_it(made: Made) -> None:
+def test_a_report_is_not_current_when_evaluations_came_after_it(made: Made, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("saescale.scaling.report.report.draw_figures", lambda *_: [])
     assert is_current(made.run, FitSettings(0))
     made.run.write_evals(first_cell(made), "mine", [{"metric": "m", "value": 1.0}])
     assert not is_current(made.run, FitSettings(0))
