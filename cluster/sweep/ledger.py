@@ -262,11 +262,11 @@ def open_ledger(
         there, here = _combinations(recorded, f"{run.url}/sweep.yaml"), set(spec.grid.combinations())
         same_cells = there <= here if extending else there == here
         differences = _differences(_identity(recorded), _identity(document))
-        fingerprints = [of.get("resolved", {}).get("store_fingerprint") for of in (recorded, document)]
-        if fingerprints[0] != fingerprints[1] and len(differences) == 1:
+        old, new = (of["resolved"].get("store_fingerprint") for of in (recorded, document))
+        if old != new and len(differences) == 1:
             raise SaescaleError(
-                f"the store {spec.store} ({fingerprints[1]}) is another than that of {run.url} ({fingerprints[0]}): it was "
-                "changed or harvested again; restore it, or give this sweep another run directory (out)"
+                f"{run.url} holds another sweep (store_fingerprint is {old} there and {new} here: {spec.store} was "
+                "changed or harvested again); restore the store, or give this sweep another run directory (out)"
             )
         if differences or not same_cells:
             said = [*([] if same_cells else [_other_cells(there, here)]), *differences]
