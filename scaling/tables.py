@@ -15,6 +15,7 @@ from saescale.storage.columns import COLUMNS, columns_of, current_names
 from saescale.storage.errors import SaescaleError
 from saescale.storage.files import exists, join, open_input
 from saescale.storage.rundir import RunDirectory
+from saescale.storage.secrets import hide_secrets
 
 _NUMERIC = (pa.types.is_integer, pa.types.is_floating, pa.types.is_boolean, pa.types.is_null)
 _POSITIVE = tuple(column.name for column in COLUMNS.values() if column.positive)
@@ -63,6 +64,9 @@ class Table:
 
     def __len__(self) -> int:
         return len(next(iter(self.columns.values()))) if self.columns else 0
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "source", hide_secrets(self.source))  # it goes into fits, pages and plans
 
     def __contains__(self, name: object) -> bool:
         return name in self.columns

@@ -21,6 +21,7 @@ from pydantic import BaseModel, ValidationError
 from saescale.storage import files
 from saescale.storage.columns import conform
 from saescale.storage.errors import Damaged, Newer, SaescaleError, one_line
+from saescale.storage.secrets import hide_secrets
 
 M = TypeVar("M", bound=BaseModel)
 CHECKSUM = "checksum"  # the key of a document's own, over all its other keys
@@ -82,7 +83,7 @@ def json_bytes(obj: Mapping[str, Any]) -> bytes:
 
 
 def plain(obj: Any) -> Any:
-    """`obj` in JSON types; NaN and Inf, which JSON does not have, become null."""
+    """`obj` in JSON types, without secrets of addresses; NaN and Inf, which JSON does not have, become null."""
     if isinstance(obj, dict):
         return {str(key): plain(value) for key, value in obj.items()}
     if isinstance(obj, list | tuple):
@@ -91,7 +92,7 @@ def plain(obj: Any) -> Any:
         return plain(obj.tolist())
     if isinstance(obj, float) and not math.isfinite(obj):
         return None
-    return obj
+    return hide_secrets(obj) if isinstance(obj, str) else obj
 
 
 def checksum(document: Mapping[str, Any]) -> str:

@@ -84,7 +84,7 @@ def _prior(request: Request) -> tuple[Prior, dict[str, Any], int]:
             f"{request.source}: no law to plan from: {error}; or plan from the published law"
         ) from error
     d_model = int(results["d_model"][0]) if "d_model" in results else request.d_model
-    words = f"L(N, k) of {request.source} and its scatter of {request.noise or fit.noise:.2%} about it"
+    words = f"L(N, k) of {results.source} and its scatter of {request.noise or fit.noise:.2%} about it"
     shared = 0.0
     if fit.misses and fit.lack:
         shared = fit.lack.shared
