@@ -47,7 +47,7 @@ def say(text: str) -> None:
 def show_warning(message: Warning | str, category: type[Warning], *place: Any, **more: Any) -> None:
     """For `warnings.showwarning`: what users should know of, on stderr, a line each; no other warnings."""
     if issubclass(category, SaescaleWarning):
-        print(f"warning: {message}", file=sys.stderr)
+        print(f"warning: {hide_secrets(str(message))}", file=sys.stderr)
 
 
 def show_notes(notes: Sequence[str]) -> None:
