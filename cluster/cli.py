@@ -6,6 +6,7 @@ Each command imports what it needs when it runs, so that `saescale --help` answe
 import signal
 import sys
 import traceback
+import warnings
 from collections.abc import Callable
 from types import FrameType
 from typing import Annotated
@@ -13,6 +14,7 @@ from typing import Annotated
 import typer
 
 from saescale.cluster.front import environment, evals, exchange, jobs, laws, plan, stores, sweeps
+from saescale.cluster.front.console import show_warning
 from saescale.storage.errors import SaescaleError, one_line
 
 app = typer.Typer(
@@ -50,6 +52,7 @@ def main() -> None:
     environment.prepare()
     # A batch system's polite end is treated as Ctrl-C: the workers save their checkpoints first.
     signal.signal(signal.SIGTERM, _interrupt)
+    warnings.showwarning = show_warning
     debug = "--debug" in sys.argv
     try:
         app()

@@ -168,7 +168,7 @@ def load_rows(source: str | RunDirectory) -> Table:
     if is_table(source):
         written = read_file(source)
         return replace(Table.from_arrow(written.table, source, written.decimal_comma), notes=written.notes)
-    if exists(join(source, "results.parquet")):
+    if RunDirectory(source).is_begun():
         return load_rows(RunDirectory(source))
     raise SaescaleError(
         f"{source}: neither a run directory with results.parquet nor a table (.csv, .tsv, .txt or .parquet, also .gz)"
@@ -205,8 +205,8 @@ def load_curves(source: str | RunDirectory) -> Table | None:
         if is_table(source):
             return None
         source = RunDirectory(source)
-    url = join(source.url, "curves.parquet")
-    return Table.from_arrow(source.read_curves(), url) if exists(url) else None
+    url, curves = join(source.url, "curves.parquet"), source.read_curves()
+    return Table.from_arrow(curves, url) if len(curves) or exists(url) else None
 
 
 def finished(table: Table) -> Table:

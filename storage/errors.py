@@ -19,6 +19,18 @@ class Unavailable(SaescaleError):
     """A store that did not answer, or not in time: the same may succeed a little later."""
 
 
+class Damaged(SaescaleError):
+    """A file, `where`, that is there and does not hold what it should: cut short, altered, or another program's."""
+
+    def __init__(self, message: str, where: str = "") -> None:
+        super().__init__(message)
+        self.where = where
+
+
+class Newer(SaescaleError):
+    """A file that a later version wrote, in a format that this one does not know."""
+
+
 class Superseded(SaescaleError):
     """Another driver has taken the run over, or another worker the cell; what this one still does is not written."""
 

@@ -122,6 +122,19 @@ def list_names(url: str) -> list[str]:
     return sorted(name for name in names if not _PARTIAL.match(name))
 
 
+def sizes(url: str) -> dict[str, int]:
+    """Bytes of the files in the folder by their base names, in one listing; {} where it cannot be listed."""
+    try:
+        found = _read(url, lambda fs, path: fs.ls(path, detail=True))
+    except FileNotFoundError:
+        return {}
+    return {
+        entry["name"].rstrip("/").rsplit("/", 1)[-1]: entry["size"]
+        for entry in found
+        if entry["type"] == "file" and isinstance(entry["size"], int)
+    }
+
+
 def list_below(url: str) -> list[str]:
     """Paths of all files below the folder, relative to it, without temporaries of writers; [] when it is missing.
 

@@ -20,14 +20,17 @@ from pathlib import Path
 from types import TracebackType
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field
 
 from saescale.storage import files
+from saescale.storage.documents import read_model
 from saescale.storage.errors import SaescaleError, SaescaleWarning, Superseded
 
+_FORMAT = 1
 _FILE = re.compile(r"driver(?:-(\d+))?\.json")  # that without a number is of version 0.1.0
 BEAT_S = 3.0
 LEASE_S = 20.0  # without a beat for so long, a driver is taken for dead
+_LATEST_S = 1e11  # the year 5138: whoever says more is damaged
 _OBVIOUS_S = 600.0  # no two clocks differ by more: an older beat needs no watching
 
 
@@ -72,15 +75,15 @@ class Standing(_Document):
 class Driver(_Document):
     """Content of driver-N.json. `state` says how it ended, once it has: a driver that was killed leaves `running`."""
 
-    format: Literal[1] = 1
+    format: int = _FORMAT
     driver: str
     host: str
     machine: str  # one machine and process namespace, in which `pid` means something
-    pid: int
+    pid: int = Field(ge=1, le=2**31)
     job: str | None = None  # the Ray job that it runs in
-    started_at: float  # seconds since 1970, as are the others
+    started_at: float = Field(ge=0, le=_LATEST_S)  # seconds since 1970, as are the others
     beat: int = 0
-    beat_at: float
+    beat_at: float = Field(ge=0, le=_LATEST_S)
     state: Literal["running", "finished", "stopped", "failed"] = "running"
     error: str | None = None
     standing: Standing = Standing()
@@ -114,16 +117,13 @@ def newest_file(run: str) -> tuple[str, int]:
 
 
 def read_driver(run: str) -> Driver | None:
-    """What the newest driver of the run directory `run` says; None where it has had none. SaescaleError where its file
-    is damaged."""
+    """What the newest driver of the run directory `run` says; None where it has had none. Raises Damaged and Newer."""
     where, _ = newest_file(run)
     try:
-        return Driver.model_validate_json(files.read_bytes(where))
+        return read_model(where, Driver, "remove it if no driver of this run lives, and try again", _FORMAT)
     except FileNotFoundError:
         # It was removed by a newer one between the two requests, or there is none.
         return read_driver(run) if newest_file(run)[0] != where else None
-    except ValidationError as error:
-        raise SaescaleError(f"{where} is damaged; remove it if no driver of this run lives, and try again") from error
 
 
 def require_free(

@@ -1,6 +1,7 @@
 """What all commands share: the console, options that several of them have, and how they speak."""
 
 import shlex
+import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -9,6 +10,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from saescale.storage.errors import SaescaleWarning
 from saescale.storage.secrets import hide_secrets
 
 if TYPE_CHECKING:
@@ -55,6 +57,12 @@ def say_marked(text: str) -> None:
 def command(*words: str) -> str:
     """A command of saescale as a shell takes it."""
     return shlex.join(("saescale", *words))
+
+
+def show_warning(message: Warning | str, category: type[Warning], *place: Any, **more: Any) -> None:
+    """For `warnings.showwarning`: what users should know of, on stderr, a line each; no other warnings."""
+    if issubclass(category, SaescaleWarning):
+        print(f"warning: {hide_secrets(str(message))}", file=sys.stderr)
 
 
 def show_notes(notes: Sequence[str]) -> None:

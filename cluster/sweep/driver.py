@@ -3,7 +3,7 @@
 import os
 import warnings
 from contextlib import ExitStack
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeGuard
 
 from saescale.cluster.sweep.cautions import cautions
 from saescale.cluster.sweep.ledger import Ledger, open_ledger, provenance_of, recorded_precision
@@ -163,11 +163,12 @@ def _drawn(run: RunDirectory) -> dict[str, bytes]:
     return found
 
 
-def _is_logged(logged: Any, fits: dict[str, Any], mode: str) -> bool:
+def _is_logged(logged: dict[str, Any] | None, fits: dict[str, Any], mode: str) -> TypeGuard[dict[str, Any]]:
     """Whether what WANDB says of an earlier summary leaves nothing to do: it is of these fits and whole, and on the
     server where there is one now."""
     return (
-        isinstance(logged, dict)
+        logged is not None
+        and isinstance(logged.get("read"), str)
         and logged.get("made_from") == fits["made_from"]
         and logged.get("whole") is True
         and (mode != "online" or logged.get("mode") == "online")

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple, cast
 import numpy as np
 
 from saescale.cluster.sweep.proposal import Prior, Proposal, ProposedCell, Request
-from saescale.cluster.sweep.spec import NO_STORE, SweepSpec, parse_spec
+from saescale.cluster.sweep.spec import NO_STORE, SweepSpec, parse_recorded, parse_spec
 from saescale.scaling.kinds import comparable, without_diverged
 from saescale.scaling.laws.estimate import Fit, fit_law
 from saescale.scaling.laws.forms.n_k import GPT4, N_K
@@ -112,7 +112,7 @@ def _seeds_of(source: str) -> dict[tuple[int, int], set[int]]:
     """The seeds of each n and k: of the sweep's grid, and of all rows, since a failed cell is not trained again."""
     found: dict[tuple[int, int], set[int]] = defaultdict(set)
     document = sweep_of(source)
-    for cell in parse_spec(document, f"{source}/sweep.yaml").grid.combinations() if document else ():
+    for cell in parse_recorded(document, f"{source}/sweep.yaml").grid.combinations() if document else ():
         found[cell.n_latents, cell.k].add(cell.seed)
     rows = load_rows(source)
     seeds = rows["seed"].tolist() if "seed" in rows else [""] * len(rows)

@@ -3,17 +3,20 @@
 Imports neither torch nor Ray, and reads no file for each cell: with 10,000 cells the answer takes a few requests.
 """
 
-from collections.abc import Iterator, Mapping
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
 
 from saescale.storage import checkpoint, files
-from saescale.storage.errors import SaescaleError
+from saescale.storage.documents import YAML_LOADER, damaged
+from saescale.storage.errors import Damaged, SaescaleError, SaescaleWarning, one_line
 from saescale.storage.lease import Driver, RunningCell, Standing, read_driver
 from saescale.storage.rundir import RunDirectory
-from saescale.storage.yaml_text import LOADER
+
+_REMEDY = "remove it and run the same sweep again, which writes it anew and keeps the cells that are done"
 
 # Files of single cells, such as a checkpoint's pointer, are read for so many cells at most: details of a few that just
 # changed, not of thousands.
@@ -134,7 +137,8 @@ def read_status(url: str) -> SweepStatus:
     # Before the ledger, so that what the driver counts as done is there already.
     driver = read_driver(url)
     alive = driver is not None and driver.lives()
-    cells = _recorded(run.read_results().select(_COLUMNS).to_pylist(), url)
+    results = run.read_results(lambda rows: _untrained(run, rows))
+    cells = _recorded(results.select(_COLUMNS).to_pylist(), url)
     if driver is not None and alive:
         cells = _with_running(cells, driver.standing.running)
     elif any(cell.status == "pending" for cell in cells):
@@ -174,18 +178,18 @@ def _sweep_name(url: str) -> str:
     where = files.join(url, "sweep.yaml")
     try:
         found = next(_top_level(files.read_bytes(where), "name"), None)
-    except FileNotFoundError:
-        found = None
+    except FileNotFoundError as error:
+        raise NoRun(f"{url} {NoRun.SAID}: there is no sweep.yaml of a sweep that ran in it") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise SaescaleError(f"{where} is damaged; restore it or run the sweep again") from error
+        raise damaged(where, one_line(error), _REMEDY) from error
     if found is None:
-        raise NoRun(f"{url} {NoRun.SAID}: there is no sweep.yaml of a sweep that ran in it")
+        raise damaged(where, "it has no name: it is empty, was cut short or is no sweep's", _REMEDY)
     return found
 
 
 def _top_level(content: bytes, key: str) -> Iterator[str]:
     depth, previous = 0, None
-    for event in yaml.parse(content, Loader=LOADER):
+    for event in yaml.parse(content, Loader=YAML_LOADER):
         if isinstance(event, yaml.CollectionStartEvent):
             depth += 1
         elif isinstance(event, yaml.CollectionEndEvent):
@@ -224,7 +228,7 @@ def _with_files(cells: list[CellStatus], run: RunDirectory) -> list[CellStatus]:
             continue
         read += 1
         if "result.json" in names:
-            result = (run.read_cell_result(cell.cell_id) if read <= MAX_READ else None) or {}
+            result = (_result(run, cell.cell_id) if read <= MAX_READ else None) or {}
             # Weights are written before the result, and only of a cell that did not fail.
             status = "done" if "sae.safetensors" in names else "failed"
             found += _recorded([cell.model_dump() | {"status": status} | result], run.url)
@@ -232,6 +236,31 @@ def _with_files(cells: list[CellStatus], run: RunDirectory) -> list[CellStatus]:
             steps = checkpoint.steps(run.checkpoint_url(cell.cell_id)) if read <= MAX_READ else []
             found.append(cell.model_copy(update={"status": "started", "step": steps[0] if steps else None}))
     return found
+
+
+def _result(run: RunDirectory, cell_id: str) -> dict[str, Any] | None:
+    try:
+        return run.read_cell_result(cell_id)
+    except Damaged as error:
+        warnings.warn(str(error), SaescaleWarning, stacklevel=2)
+        return None
+
+
+def _untrained(run: RunDirectory, rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Rows of the cells that sweep.yaml names besides `rows`, for where the ledger does not have them."""
+    from saescale.cluster.sweep.spec import parse_recorded
+
+    recorded = run.read_spec()
+    if recorded is None:
+        return []
+    known = {(row.get("n_latents"), row.get("k"), row.get("architecture"), row.get("seed")) for row in rows}
+    there = {cell_id.rpartition("-")[0]: cell_id for cell_id in sorted(run.cell_files())}
+    left = [cell for cell in parse_recorded(recorded, run.url).grid.combinations() if tuple(cell) not in known]
+    names = [f"n{cell.n_latents}-k{cell.k}-s{cell.seed}" for cell in left]
+    return [
+        cell._asdict() | {"cell_id": there.get(name, name), "status": "pending"}
+        for cell, name in zip(left, names, strict=True)
+    ]
 
 
 def _count(cells: list[CellStatus], standing: Standing) -> Counts:

@@ -1,7 +1,6 @@
 """A run directory becomes fits.json, figures and a report."""
 
 import html
-import json
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -40,7 +39,7 @@ def test_analyse(
     made = analyse(run, FitSettings(20), provenance=provenance, formats=("html", "md"))
     document = made.document
     assert {fit["law"] for fit in document["fits"]} >= fitted
-    assert json.loads((tmp_path / "fits.json").read_text()) == document
+    assert run.read_fits() == document
 
     page = (tmp_path / "report.html").read_text()
     drawn = re.findall(r'<img class="still" src="data:image/svg\+xml;base64,', page)

@@ -7,6 +7,7 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from saescale.storage import files
+from saescale.storage.documents import read_json
 from saescale.storage.errors import SaescaleError
 from saescale.storage.secrets import hide_secrets
 from saescale.trainers.subjects.subject import check_subject_name
@@ -153,7 +154,4 @@ def refuse_difference(url: str, found: dict[str, Any], wanted: dict[str, Any]) -
 
 def _load(url: str) -> dict[str, Any]:
     where = files.join(url, PLAN)
-    try:
-        return dict(json.loads(files.read_bytes(where)))
-    except ValueError as error:
-        raise SaescaleError(f"{where} is damaged ({error}); remove {url} or harvest elsewhere") from error
+    return read_json(where, f"remove {url} or harvest elsewhere")

@@ -64,6 +64,8 @@ def how_to_read(mode: Mode, directory: str, settings: WandbSettings, sweep: str)
     if mode == "off":
         return "W&B is off"
     if mode == "offline":
+        if not os.path.isdir(os.path.join(directory, "wandb")):
+            return f"W&B: nothing was logged, not even below {directory}; the warnings above say why"
         return f"W&B: {offline_runs(directory)}"
     entity = settings.entity or os.environ.get("WANDB_ENTITY")
     if entity is None:
