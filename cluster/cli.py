@@ -14,6 +14,7 @@ from typing import Annotated
 import typer
 
 from saescale.cluster.front import evals, exchange, jobs, laws, plan, stores, sweeps
+from saescale.cluster.front.supervise import supervise
 from saescale.storage.errors import SaescaleError, one_line
 
 app = typer.Typer(
@@ -46,13 +47,26 @@ for _name, _command in COMMANDS.items():
     app.command(_name)(_command)
 
 
+# Those that hold Ray, and that it may end where they stand.
+WATCHED = ("quickstart", "harvest", "sweep")
+
+
 def main() -> None:
+    """The entry point of the process: runs a command, in a process of its own where that could be ended by Ray."""
+    if next((word for word in sys.argv[1:] if not word.startswith("-")), None) in WATCHED:
+        supervise(command)
+    else:
+        command()
+
+
+def command() -> None:
     """Runs a command; what a user can act on becomes one line and status 2, the rest one line and status 1."""
     # Before torch is imported, here and in the workers: threads that spin while they wait make everything many times
     # slower as soon as another process wants a core.
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
-    # A batch system's polite end is treated as Ctrl-C: the workers save their checkpoints first.
-    signal.signal(signal.SIGTERM, _interrupt)
+    if signal.getsignal(signal.SIGTERM) == signal.SIG_DFL:
+        # A batch system's polite end is treated as Ctrl-C: the workers save their checkpoints first.
+        signal.signal(signal.SIGTERM, _interrupt)
     debug = "--debug" in sys.argv
     try:
         app()

@@ -10,6 +10,7 @@ from typing import Any
 
 import ray
 
+from saescale.cluster.crew.head import joining
 from saescale.storage.errors import SaescaleError, one_line
 
 _ANSWER_S = 10.0
@@ -26,7 +27,8 @@ def connect(address: str | None) -> None:
     started, at_terminate = time.monotonic(), signal.getsignal(signal.SIGTERM)
     try:
         # Without an address Ray would join any cluster that happens to run on this machine.
-        ray.init(address=address or "local", log_to_driver=False, logging_level=logging.ERROR, **local)
+        with joining(address):
+            ray.init(address=address or "local", log_to_driver=False, logging_level=logging.ERROR, **local)
     except (ConnectionError, RuntimeError, ValueError, TimeoutError) as error:
         where = f"the Ray cluster at {address}" if address else "a local Ray"
         raise SaescaleError(

@@ -11,8 +11,9 @@ from typing import Any, NamedTuple
 
 import ray
 
-from saescale.cluster.crew.crew import Crew, Died, Words, back_off, nodes, take
+from saescale.cluster.crew.crew import Crew, Died, Words, back_off, take
 from saescale.cluster.crew.harvest_worker import MARKER, ActorRow, ActorState, HarvestActor, Loaded
+from saescale.cluster.crew.head import nodes
 from saescale.cluster.crew.shares import share_out
 from saescale.storage import files
 from saescale.storage.errors import SaescaleError, Unavailable, one_line
@@ -62,7 +63,7 @@ class HarvestCrew(Crew[Loaded]):
     words = Words(
         again="an actor died while it started ({why}); another one is started",
         fewer="actors die while they start ({why}); the harvest goes on with fewer",
-        waiting="no actor comes up: the cluster has no free CPUs or GPUs for one (`ray status`); still waiting",
+        one="an actor",
     )
 
     def __init__(
@@ -89,6 +90,7 @@ class HarvestCrew(Crew[Loaded]):
         spec = self._spec
         shards = -(-spec.tokens // spec.shard_rows) - (-spec.heldout_tokens // spec.shard_rows)
         self._shares = share_out(nodes(), self._wanted, shards)
+        self.claim = {"CPU": self._shares.cpus, "GPU": float(self._shares.gpus)}
         self._computed_in = computed_in
         files.write_atomic(files.join(self._spool, MARKER), b"")
         self.say(f"starting actors: {self._shares.actors}")

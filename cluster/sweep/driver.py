@@ -67,14 +67,15 @@ def run_sweep(
             # Only here: a sweep that is finished is shown without the seconds that Ray takes to import.
             from saescale.cluster.crew.train_crew import TrainCrew
             from saescale.cluster.sweep.execute import Execution
-            from saescale.cluster.sweep.packing import pack_cells
+            from saescale.cluster.sweep.packing import BATCH_FLOPS, pack_cells
 
             auto = precision if spec.train.precision == "auto" else None
             with TrainCrew(spec.grid.size, spec.resources, address, auto) as crew:
                 trained = len(ledger.pending)
                 needs = crew.needs(store, spec.eval.tokens, remote_run=local_path(run.url) is None)
                 steps = ledger.checkpoint_steps()
-                packs = pack_cells(ledger.pending, steps, crew.count, crew.memory, needs)
+                flops = BATCH_FLOPS["cuda" if crew.on_gpu else "cpu"]
+                packs = pack_cells(ledger.pending, steps, crew.count, crew.memory, needs, flops)
                 # Not before the plan stands: a sweep that cannot be run leaves no run directory behind.
                 lease = held.enter_context(Lease(run.url, job, dead))
                 ledger.begin()
