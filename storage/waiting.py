@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from itertools import count
 from typing import NamedTuple
 
-SAY_AFTER_S = 8.0  # so that nobody looks at a silent screen for ten seconds
+SAY_AFTER_S = 5.0  # so that nobody looks at a silent screen for ten seconds, whatever came before
 
 _USER, _QUERY, _PATH = re.compile(r"://[^/@]*@"), re.compile(r"[?#].*"), re.compile(r"(?<=[^:/])/.*")
 

@@ -17,7 +17,7 @@ import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from saescale.cluster.crew.connect import connect
-from saescale.cluster.crew.head import HeadWatch, free, node_ids, resources
+from saescale.cluster.crew.head import HeadWatch, finds_no_room, free, node_ids, resources
 from saescale.storage.errors import SaescaleError, SaescaleWarning, one_line
 from saescale.storage.registry import PATH
 from saescale.storage.waiting import Wait, hear
@@ -194,14 +194,15 @@ class Crew(ABC, Generic[Info]):
         hear("actors", [Wait(what, self._nobody_since, self._until)])
 
     def _why_nobody(self) -> str:
-        """Which of what an actor claims the cluster has not free."""
+        """Which of what an actor claims the cluster has not free; nothing where it has room, and one is starting."""
+        if not finds_no_room(self.claim):
+            return ""
         there, left = resources(), free()
         short = [name for name, each in self.claim.items() if each > left.get(name, 0.0)]
-        return ", ".join(
-            f"the cluster has {left.get(name, 0.0):g} of its {there.get(name, 0.0):g} {name}s free and one takes "
-            f"{self.claim[name]:g} (`ray status`)"
-            for name in short
-        )
+        said = [f"{left.get(name, 0.0):g} of its {there.get(name, 0.0):g} {name}s" for name in short]
+        has = " and ".join(said) or "no node with so much"
+        each = " and ".join(f"{share:g} {name}" for name, share in self.claim.items() if share)
+        return f"the cluster has {has} free and one takes {each} (`ray status`)"
 
     def _join(self, up: Any) -> None:
         actor = self.starting.pop(up)

@@ -7,7 +7,7 @@ ends it at once. Said before that by `HeadWatch`, and after it by the process be
 import socket
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from typing import Any
 
@@ -52,6 +52,16 @@ def free() -> dict[str, float]:
         return found
 
 
+def finds_no_room(claim: Mapping[str, float]) -> bool:
+    """Whether somebody asks in vain for what `claim` says ("CPU", "GPU"): what only starts has its share already."""
+    from ray.autoscaler.v2.sdk import get_cluster_status
+
+    with _asking():
+        asked = get_cluster_status(ray.get_runtime_context().gcs_address).resource_demands.ray_task_actor_demand
+    wanted = {name: share for name, share in claim.items() if share}
+    return any(dict(request.bundle) == wanted for demand in asked for request in demand.bundles_by_count)
+
+
 def nodes() -> list[dict[str, float]]:
     """The resources of each node that the cluster has now."""
     return [node["Resources"] for node in _alive()]
@@ -69,7 +79,7 @@ def _alive() -> list[dict[str, Any]]:
 
 @contextmanager
 def _asking() -> Iterator[None]:
-    with waiting("an answer of the Ray cluster's head", GIVES_UP_S):
+    with waiting(_answer_of(ray.get_runtime_context().gcs_address), GIVES_UP_S):
         try:
             yield
         except (ray.exceptions.RaySystemError, ray.exceptions.RpcError, ConnectionError) as error:
@@ -77,6 +87,10 @@ def _asking() -> Iterator[None]:
                 f"the head of the Ray cluster does not answer ({one_line(error)[:200]}); run the same command again "
                 "when it is up, it goes on from what was saved"
             ) from error
+
+
+def _answer_of(address: str) -> str:
+    return f"an answer of the head of the Ray cluster at {address}"
 
 
 class HeadWatch:
@@ -110,8 +124,8 @@ class HeadWatch:
                 hear("head", [])
             else:
                 self._silent = self._silent or time.time()
-                what = f"the head of the Ray cluster at {self._address}, which does not answer"
-                hear("head", [Wait(what, self._silent, self._silent + GIVES_UP_S)])
+                wait = Wait(_answer_of(self._address), self._silent, self._silent + GIVES_UP_S)
+                hear("head", [wait])
 
 
 def answers(address: str) -> bool:

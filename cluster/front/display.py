@@ -37,7 +37,7 @@ class Display:
             console=console,
             refresh_per_second=4,
         )
-        self._waits = SaysWaits(lambda line: self._line_of("yellow", line, "waits: "))
+        self._waits = SaysWaits(self._say)
         self._task: TaskID | None = None
         self._kind = self._reached = self._stage = ""
         self._began = self._line = 0.0
@@ -110,10 +110,12 @@ class Display:
     def _warn(self, message: Warning | str, category: type[Warning], *_: Any, **__: Any) -> None:
         # A user can act on what saescale says, not on what its libraries say to programmers.
         if issubclass(category, SaescaleWarning):
-            self._line_of("yellow", str(message), "warning: ")
+            self._say(f"warning: {message}")
 
-    def _line_of(self, style: str, text: str, kind: str) -> None:
-        self.console.print(f"[{style}]{kind}[/]{escape(text)}", highlight=False, soft_wrap=True)
+    def _say(self, line: str) -> None:
+        """A line whose first word says what it is: `warning: ...`, `waiting for ...`."""
+        kind, _, text = line.partition(" ")
+        self.console.print(f"[yellow]{kind}[/] {escape(text)}", highlight=False, soft_wrap=True)
 
 
 def _by_actor(rates: Sequence[float]) -> str:
