@@ -29,7 +29,7 @@ from saescale.storage.waiting import place, waiting, waits
 _FILE = re.compile(r"driver(?:-(\d+))?\.json")  # that without a number is of version 0.1.0
 BEAT_S = 3.0
 LEASE_S = 20.0  # without a beat for so long, a driver is taken for dead
-END_S = 10.0  # that a driver which ends gives the store to take its last word
+END_S = 3.0  # that a driver which ends gives the store to take its last word
 _OBVIOUS_S = 600.0  # no two clocks differ by more: an older beat needs no watching
 
 

@@ -82,6 +82,7 @@ def line(status: SweepStatus) -> str:
     said = [f"{status.sweep} {status.state}", *_counted(status)]
     if status.driver is not None and status.driver.alive:
         said += _rates(status)
+    said += [waits_line(Wait(wait.what, wait.since, wait.until), time.time()) for wait in status.waits]
     if status.reason:
         said.append(status.reason)
     return ", ".join(said)
@@ -219,7 +220,7 @@ def _place(cells: Sequence[CellStatus]) -> Text:
     style = "red" if statuses["failed"] else ""
     best = min((cell.nmse for cell in cells if cell.status == "done" and cell.nmse is not None), default=None)
     if statuses["done"]:
-        number = "done" if best is None else f"{best:.4f}"
+        number = "done" if best is None else f"{best:.3g}" if is_diverged(best) else f"{best:.4f}"
         whole = statuses["done"] == len(cells)
         style = style or ("red" if is_diverged(best) else "green")
         return Text(number if whole else f"{number} ({statuses['done']}/{len(cells)})", style)

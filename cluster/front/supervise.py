@@ -22,7 +22,7 @@ from saescale.storage.errors import SaescaleError
 
 # What comes within so many seconds is the same: a terminal and a batch system tell every process of a command.
 SAME_S = 1.0
-LEAVE_S = 10.0  # after its last word, a process that does not end is ended
+LEAVE_S = 5.0  # after its last word, a process that does not end is ended
 _LOOK_S = 0.05
 _PDEATHSIG = 1
 _AGAIN = "run the same command again, it goes on from what was saved"

@@ -27,6 +27,7 @@ from saescale.cluster.sweep.spec import SweepSpec
 from saescale.cluster.sweep.standing import Attempt, Pack, Work, ask, standing_of, waits_of
 from saescale.cluster.sweep.watcher import SweepDisplay
 from saescale.storage import files
+from saescale.storage.columns import is_diverged
 from saescale.storage.errors import SaescaleError, Unavailable, one_line
 from saescale.storage.lease import Lease
 from saescale.storage.waiting import Wait, hear, waiting
@@ -189,7 +190,7 @@ class Execution:
         else:
             self._moves()
             self.ledger.record(trained.results)
-            for note in trained.notes:
+            for note in (*trained.notes, *_diverged(trained.results)):
                 self.crew.warn(note)
             self.crew.idle.append(worker)
             left = [cell for cell in pack.cells if cell.cell_id not in self.ledger.results]
@@ -364,6 +365,19 @@ class Execution:
                 self.ledger.record(trained.results)
         except (ray.exceptions.RayError, SaescaleError) as error:
             self.crew.warn(f"a worker failed while stopping: {one_line(getattr(error, 'cause', None) or error)[:300]}")
+
+
+def _diverged(results: Sequence[Mapping[str, Any]]) -> list[str]:
+    """What to say of cells that ended, and that no fit will take."""
+    bad = [result for result in results if is_diverged(result["nmse"])]
+    if not bad:
+        return []
+    named = ", ".join(f"{result['cell_id']}: {result['nmse']:.3g}" for result in bad[:5])
+    more = f" and {len(bad) - 5} more" if len(bad) > 5 else ""
+    return [
+        f"{len(bad)} of {len(results)} cells ended with nmse above 1, worse than the mean alone ({named}{more}): they "
+        "diverged, and fits leave them out; try a smaller train.lr"
+    ]
 
 
 def _how(reached: int, outage: bool) -> str:

@@ -100,7 +100,7 @@ def test_two_cells_are_two_runs_of_one_group(tmp_path: Path) -> None:
     assert first.record["run_group"] == second.record["run_group"] == "my sweep"
     assert first.record["job_type"] == "cell"
     assert first.record["project"] == "saescale"
-    assert (first.record["display_name"], second.record["display_name"]) == ("n16 k4", "n32 k4 seed 1")
+    assert (first.record["display_name"], second.record["display_name"]) == ("topk n16 k4", "topk n32 k4 seed 1")
     assert set(first.record["tags"]) == {"topk", "toy"}
     for name in ("nmse", "train_nmse", "l0", "dead_fraction", "dead_fraction_long", "lr", "tokens_per_s"):
         assert first.metrics[name] == "tokens"
@@ -340,7 +340,7 @@ def test_online(server: WandbServer, tmp_path: Path, capfd: pytest.CaptureFixtur
     cells = [cell(16), cell(32)]
     assert messages(lambda: train(WandbSettings(entity="me"), tmp_path, cells)) == []
     opened = {v["name"]: v for name, v in server.received if name == "UpsertBucket" and v.get("groupName")}
-    assert {v["displayName"] for v in opened.values()} == {"n16 k4", "n32 k4"}
+    assert {v["displayName"] for v in opened.values()} == {"topk n16 k4", "topk n32 k4"}
     assert {v["groupName"] for v in opened.values()} == {"sweep"}
     assert {v["project"] for v in opened.values()} == {"saescale"}
     for run_id in opened:
