@@ -21,16 +21,17 @@ from saescale.cluster.crew.crew import back_off
 from saescale.cluster.crew.head import node_ids
 from saescale.cluster.crew.train_crew import BACKOFF_S, TrainCrew
 from saescale.cluster.crew.train_worker import Trained, Unfit
+from saescale.cluster.sweep.cautions import diverged
 from saescale.cluster.sweep.ledger import Ledger
 from saescale.cluster.sweep.packing import cost, split
 from saescale.cluster.sweep.spec import SweepSpec
 from saescale.cluster.sweep.standing import Attempt, Pack, Work, ask, standing_of, waits_of
+from saescale.cluster.sweep.stop import stop
 from saescale.cluster.sweep.watcher import SweepDisplay
 from saescale.storage import files
-from saescale.storage.columns import is_diverged
 from saescale.storage.errors import SaescaleError, Unavailable, one_line
 from saescale.storage.lease import Lease
-from saescale.storage.waiting import Wait, hear, waiting
+from saescale.storage.waiting import Wait, hear
 from saescale.trainers.cell import Cell
 from saescale.trainers.device import OutOfMemory
 from saescale.trainers.training.train import PackJob
@@ -40,8 +41,6 @@ MAX_FRUITLESS = 3 * MAX_ATTEMPTS  # failures one after another, without one step
 OUTAGE_S = 900.0  # without one step of any pack, while stores do not answer
 DEAD_S = 60.0  # after it was killed, a worker that is not heard of is taken for dead
 BUSY_S = 2.5  # a turn of this process that took longer is not the workers' silence
-STOP_TIMEOUT_S = 45.0  # less than a job that is stopped gets (service.STOP_WAIT_S)
-STOP_LOOK_S = 1.0  # between two looks at workers that stop
 LOOK_S = 5.0  # between two looks for workers with nothing to do
 WORTH_S = 60.0  # a pack with less left to do is not split for them
 
@@ -94,7 +93,7 @@ class Execution:
                     for running in self.running.values():
                         running.heard += busy
         except BaseException:
-            answered = self._stop()
+            answered = stop(self.running, self.ledger, self.crew, self.lease, self.display)
             if answered and not self.lease.lost:  # else the tables are another driver's
                 with suppress(SaescaleError):  # what ended the sweep is what has to be told
                     self.ledger.settle()
@@ -190,7 +189,7 @@ class Execution:
         else:
             self._moves()
             self.ledger.record(trained.results)
-            for note in (*trained.notes, *_diverged(trained.results)):
+            for note in (*trained.notes, *diverged(trained.results)):
                 self.crew.warn(note)
             self.crew.idle.append(worker)
             left = [cell for cell in pack.cells if cell.cell_id not in self.ledger.results]
@@ -333,51 +332,6 @@ class Execution:
     def _moves(self) -> None:
         """Something was trained: whatever fails now and then, it is not everything."""
         self.fruitless, self.moved = 0, time.monotonic()
-
-    def _stop(self) -> bool:
-        """Lets the workers save their checkpoints before they are ended. Whether the stores answer.
-
-        One that waits for a store that does not answer is not waited for.
-        """
-        for running in self.running.values():
-            running.worker.stop.remote()
-        if self.running:
-            self.display.stage("stopping: the workers save their checkpoints")
-        until, hopeless = time.monotonic() + STOP_TIMEOUT_S, False
-        with waiting("the workers to save their checkpoints; a second Ctrl-C ends them at once", STOP_TIMEOUT_S):
-            while self.running and time.monotonic() < until and not hopeless:
-                ready, _ = ray.wait(list(self.running), num_returns=len(self.running), timeout=STOP_LOOK_S)
-                for reference in ready:
-                    self._take(reference)
-                ask(self.running.values())
-                hopeless = bool(self.running) and all(attempt.waits for attempt in self.running.values())
-        if self.running:
-            why = "since a store does not answer" if hopeless else f"within {STOP_TIMEOUT_S:.0f} s"
-            self.crew.warn(f"{len(self.running)} workers did not save {why}; they go on from what they had")
-        return not hopeless
-
-    def _take(self, reference: Any) -> None:
-        """What a worker that was told to stop gives back."""
-        del self.running[reference]
-        try:
-            trained: Trained = ray.get(reference)
-            if not self.lease.lost:
-                self.ledger.record(trained.results)
-        except (ray.exceptions.RayError, SaescaleError) as error:
-            self.crew.warn(f"a worker failed while stopping: {one_line(getattr(error, 'cause', None) or error)[:300]}")
-
-
-def _diverged(results: Sequence[Mapping[str, Any]]) -> list[str]:
-    """What to say of cells that ended, and that no fit will take."""
-    bad = [result for result in results if is_diverged(result["nmse"])]
-    if not bad:
-        return []
-    named = ", ".join(f"{result['cell_id']}: {result['nmse']:.3g}" for result in bad[:5])
-    more = f" and {len(bad) - 5} more" if len(bad) > 5 else ""
-    return [
-        f"{len(bad)} of {len(results)} cells ended with nmse above 1, worse than the mean alone ({named}{more}): they "
-        "diverged, and fits leave them out; try a smaller train.lr"
-    ]
 
 
 def _how(reached: int, outage: bool) -> str:
