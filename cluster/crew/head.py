@@ -79,18 +79,21 @@ def _alive() -> list[dict[str, Any]]:
 
 @contextmanager
 def _asking() -> Iterator[None]:
-    with waiting(_answer_of(ray.get_runtime_context().gcs_address), GIVES_UP_S):
+    address = ray.get_runtime_context().gcs_address
+    with waiting(_answer_of(address), GIVES_UP_S):
         try:
             yield
         except (ray.exceptions.RaySystemError, ray.exceptions.RpcError, ConnectionError) as error:
-            raise HeadLost(
-                f"the head of the Ray cluster does not answer ({one_line(error)[:200]}); run the same command again "
-                "when it is up, it goes on from what was saved"
-            ) from error
+            raise _lost(address, f"does not answer ({one_line(error)[:200]})") from error
 
 
 def _answer_of(address: str) -> str:
     return f"an answer of the head of the Ray cluster at {address}"
+
+
+def _lost(address: str, how: str) -> HeadLost:
+    again = "when it is up, run the same command again, it goes on from what was saved"
+    return HeadLost(f"the head of the Ray cluster at {address} {how}; {again}")
 
 
 class HeadWatch:
@@ -107,10 +110,7 @@ class HeadWatch:
         """Raises HeadLost where it has been silent for so long that Ray should have ended this process."""
         silent = 0.0 if self._silent is None else time.time() - self._silent
         if silent > GIVES_UP_S + GRACE_S:
-            raise HeadLost(
-                f"the head of the Ray cluster at {self._address} has not answered for {silent:.0f} s; run the same "
-                "command again when it is up, it goes on from what was saved"
-            )
+            raise _lost(self._address, f"has not answered for {silent:.0f} s")
 
     def close(self) -> None:
         self._over.set()

@@ -70,7 +70,8 @@ def wait_until(seen: Callable[[], Any], process: subprocess.Popen[str]) -> None:
 def ended_in_one_line(process: subprocess.Popen[str], address: str) -> str:
     out, errors = process.communicate(timeout=240)
     assert process.returncode == 2, out + errors
-    assert errors.startswith(f"error: the head of the Ray cluster at {address} is gone, or was started anew; "), errors
+    assert errors.startswith(f"error: the head of the Ray cluster at {address} "), errors
+    assert "; when it is up, run the same command again" in errors
     assert len(errors.splitlines()) == 1
     assert "raylet" not in out
     return out
