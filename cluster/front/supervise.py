@@ -169,12 +169,10 @@ class _Watch:
             return "stopped", f"ended at once; {_AGAIN}", 130
         cluster, signalled = self._facts.get("cluster"), code < 0
         if cluster is not None and (not signalled or -code == signal.SIGABRT):
-            head = (
-                f"the head of the Ray cluster at {cluster} is gone, or was started anew"
-                if cluster
-                else ("the local Ray is gone")
-            )
-            return "lost", f"{head}; {_AGAIN} when the cluster is up" if cluster else f"{head}; {_AGAIN}", 2
+            if not cluster:
+                return "lost", f"the local Ray is gone; {_AGAIN}", 2
+            head = f"the head of the Ray cluster at {cluster} is gone, or was started anew"
+            return "lost", f"{head}; when it is up, {_AGAIN}", 2
         what = f"was killed ({signal.Signals(-code).name})" if signalled else f"ended without a word (status {code})"
         why = ", maybe since memory ran out" if -code == signal.SIGKILL else ""
         last = f"; it last said: {said}" if (said := self._last_line()) else ""

@@ -97,19 +97,20 @@ def test_a_head_that_is_started_anew_in_a_training(command: list[str], document:
 def test_a_head_that_is_gone_while_workers_are_waited_for(command: list[str], document: dict[str, Any]) -> None:
     """It is said within seconds that it does not answer; Ray gives up after a minute. Nothing was begun."""
     with cluster() as only:
-        busy = subprocess.Popen([sys.executable, "-c", HOG, only.address], env=environment(), stdout=subprocess.PIPE)
+        address = only.address
+        busy = subprocess.Popen([sys.executable, "-c", HOG, address], env=environment(), stdout=subprocess.PIPE)
         assert busy.stdout is not None
         assert busy.stdout.readline() == b"busy\n"
         try:
-            process = begin(command, only.address)
+            process = begin(command, address)
             assert process.stdout is not None
             said = ""
             while "waiting for a worker to come up" not in said:
                 said += process.stdout.readline()
             kill_head(only)
-            out = ended_in_one_line(process, only.address)
+            out = ended_in_one_line(process, address)
         finally:
             busy.kill()
             busy.communicate()
-    assert f"waiting for an answer of the head of the Ray cluster at {only.address}: " in out
+    assert f"waiting for an answer of the head of the Ray cluster at {address}: " in out
     assert read_driver(document["out"]) is None

@@ -115,6 +115,7 @@ def test_two_cells_are_two_runs_of_one_group(tmp_path: Path) -> None:
     assert config["site"]["layer"] == 3
     summary = first.overview["summary"]
     assert {name: summary.get(name) for name in DONE} == DONE
+    assert summary["diverged"] is False
     assert first.overview["exit_code"] == 0
     assert second.overview["exit_code"] == 1
     assert second.overview["summary"]["error"] == "loss is NaN at step 4"
@@ -202,6 +203,7 @@ def test_summary_run(tmp_path: Path) -> None:
     assert first.overview["summary"]["n_k/exponent_of_n_at_k32/low"] == 0.05
     assert first.overview["summary"]["c/b/value"] == -0.1
     assert first.overview["summary"]["n_k/points"] == 20
+    assert first.overview["summary"]["cells_diverged"] == 1
     assert first.overview["summary"]["figures/nmse"]["_type"] == "image-file"
     assert list((tmp_path / "wandb" / "artifacts").rglob("*"))
     media = next((tmp_path / "wandb").glob("offline-run-*/files/media"))

@@ -91,7 +91,7 @@ def _log_summary(
     directory: str,
 ) -> Logged:
     coefficients = list(_coefficients(fits))
-    diverged = sum(map(is_diverged, results["nmse"].to_pylist()))
+    diverged = sum(is_diverged(row.get("nmse")) for row in results.to_pylist())
     run = init(
         settings,
         mode,
