@@ -46,8 +46,8 @@ def kill_head(started: Any) -> None:
 @pytest.fixture
 def command(document: dict[str, Any], sweep_file: Callable[[Any], str]) -> list[str]:
     document["grid"] = {"n_latents": [32], "k": [2, 4]}
-    document["train"]["tokens"] = 2**21
-    document["eval"]["every_tokens"] = 2**21
+    document["train"]["tokens"] = 2**19
+    document["eval"]["every_tokens"] = 2**19
     document["resources"] = {"workers": 1, "gpus_per_worker": 0, "checkpoint_every_s": 0.2}
     return ["sweep", sweep_file(document), "--bootstraps", "0"]
 
