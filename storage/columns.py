@@ -4,6 +4,7 @@ Figures, reports, fits, W&B and Arrow's schemas read it here: a new column is on
 field of CurveRow, where it is a column of curves). What the tables are is said in RUN.md.
 """
 
+import re
 from collections.abc import Iterable
 from typing import Literal, NamedTuple
 
@@ -133,6 +134,11 @@ class CurveRow(NamedTuple):
     dead_fraction_long: float
     lr: float
     tokens_per_s: float
+
+
+def folded(name: str) -> str:
+    """A name as the tables spell theirs: "N latents" and " n-latents" are n_latents."""
+    return re.sub(r"[\s-]+", "_", name.strip(" \t\r\n\ufeff\"'").lower())
 
 
 def current_names(names: Iterable[str]) -> list[str]:

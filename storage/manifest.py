@@ -61,6 +61,8 @@ class Manifest(BaseModel):
     mean_square: float = Field(allow_inf_nan=False)
     split_by: Literal["content", "subject"] | None = None
     contexts_cross_documents: bool | None = None
+    text_column: str | None = None
+    documents_cut: int | None = Field(None, gt=0)
     created_with: dict[str, str]
 
     @model_validator(mode="after")

@@ -20,6 +20,7 @@ from saescale.storage import checkpoint, files
 from saescale.storage.columns import CURVES, EVALS, RESULTS, conform
 from saescale.storage.errors import SaescaleError, Superseded
 from saescale.storage.lease import require_owner
+from saescale.storage.secrets import hide_secrets
 from saescale.storage.yaml_text import parse_yaml, yaml_text
 
 WEIGHTS, CURVE = "sae.safetensors", "curve.parquet"
@@ -285,4 +286,4 @@ def _plain(obj: Any) -> Any:
         return _plain(obj.tolist())
     if isinstance(obj, float) and not math.isfinite(obj):
         return None
-    return obj
+    return hide_secrets(obj) if isinstance(obj, str) else obj

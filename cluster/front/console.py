@@ -1,17 +1,27 @@
 """What all commands share: the console, options that several of them have, and how they speak."""
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from saescale.storage.secrets import hide_secrets
+
 if TYPE_CHECKING:
     from saescale.cluster.front.display import Display
 
-console = Console()
+
+class _Console(Console):
+    """Shows no secret of an address."""
+
+    def print(self, *objects: Any, **options: Any) -> None:
+        super().print(*(hide_secrets(each) if isinstance(each, str) else each for each in objects), **options)
+
+
+console = _Console()
 
 Address = Annotated[str | None, typer.Option(help="Ray cluster (default: RAY_ADDRESS, else a local one).")]
 Bootstraps = Annotated[int, typer.Option(help="Bootstrap fits behind each interval.", min=0)]
@@ -20,6 +30,9 @@ Extend = Annotated[
 ]
 Json = Annotated[bool, typer.Option("--json", help="One JSON document alone on stdout.")]
 RetryFailed = Annotated[bool, typer.Option("--retry-failed", help="Train the cells that failed again.")]
+TrustRemoteCode = Annotated[
+    bool, typer.Option("--trust-remote-code", help="Run the Python code that comes with a Hugging Face model.")
+]
 SweepOut = Annotated[str | None, typer.Option(help="Run directory in place of the file's.")]
 SweepWandb = Annotated[str | None, typer.Option(help="W&B mode in place of the file's.")]
 

@@ -25,7 +25,10 @@ def _store(url: str, verify: bool) -> dict[str, str]:
     store = ActivationStore.open(url)
     store.verify(full=verify)
     manifest = store.manifest
+    cut = f", documents cut at {manifest.documents_cut:,} characters" if manifest.documents_cut else ""
+    column = f", column {manifest.text_column}" if manifest.text_column else ""
     across = " that run over document boundaries" if manifest.contexts_cross_documents else ""
+    text = f"{manifest.corpus}{column}{cut}, contexts of {manifest.context_length} tokens{across}"
     size, dropped = sum(shard.bytes for shard in manifest.shards) / 2**20, ", ".join(manifest.dropped) or "nothing"
     return {
         "store": f"{url} ({store.fingerprint})",
@@ -37,7 +40,7 @@ def _store(url: str, verify: bool) -> dict[str, str]:
             "content": "by text: equal texts, and all of a document, lie in one split",
             "subject": "by the subject",
         }.get(manifest.split_by or "", "not said"),
-        "text": f"{manifest.corpus}, contexts of {manifest.context_length} tokens{across}, dropped: {dropped}",
+        "text": f"{text}, dropped: {dropped}",
         "mean square": f"{manifest.mean_square:.5g}, the mean squared norm of a row",
         "checked": "checksums, shapes and values" if verify else "sizes and shapes (--verify reads every byte)",
     }

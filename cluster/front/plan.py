@@ -8,6 +8,8 @@ import typer
 from saescale.cluster.front.console import Json, console, say, table
 from saescale.storage.errors import SaescaleError
 
+_MOST = 1e18  # tokens, hours, FLOP/s
+
 
 def plan(
     source: Annotated[
@@ -23,7 +25,7 @@ def plan(
     ] = None,
     write: Annotated[str | None, typer.Option(help="The sweep file to write (default: only shown).")] = None,
     store: Annotated[str | None, typer.Option(help="Activation store to name in the sweep file.")] = None,
-    d_model: Annotated[int, typer.Option(help="Where the source does not say it.", min=1)] = 768,
+    d_model: Annotated[int, typer.Option(help="Where the source does not say it.", min=1, max=2**20)] = 768,
     tokens: Annotated[
         float, typer.Option(help="Tokens of a cell of n = 32768, without a source; they grow as n^0.6.")
     ] = 1e9,
@@ -45,6 +47,9 @@ def plan(
     from saescale.scaling.planning.devices import find_device
     from saescale.storage.files import join
 
+    for name, value in (("tokens", tokens), ("flops-per-s", flops_per_s)):
+        if value is not None and not 0 < value < _MOST:
+            raise SaescaleError(f"--{name} {value:g}: give a number above 0 and below {_MOST:g}")
     request = Request(
         hours=_hours(budget), device=find_device(gpu, flops_per_s), target=target, source=source, store=store,
         at=parse_point(at) if at else {}, d_model=d_model, tokens=tokens, n_range=(n_min, n_max), ks=tuple(k or ()),
@@ -78,7 +83,7 @@ def _hours(text: str) -> float:
                 found = float(text.removesuffix(unit)) * hours
             except ValueError:
                 break
-            if found > 0:
+            if 0 < found < _MOST:
                 return found
             break
     raise SaescaleError(f"--budget {text} is no time; write such as 200h, 90min or 2d")

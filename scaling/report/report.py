@@ -169,5 +169,5 @@ def _environment(escape: bool) -> jinja2.Environment:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters["escaped"] = lambda value: str(value).replace("|", "\\|").replace("\n", " ")
+    environment.filters["md"] = text.markdown
     return environment

@@ -180,10 +180,10 @@ def test_secrets_stay_here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     assert written
     assert not [data for data in written if b"hush" in data or KEY.encode() in data]
     config, of_summary = (run.overview["config"] for run in runs(tmp_path))
-    assert of_summary["store"] == "s3://bucket/store"
-    assert config["context_store"] == "s3://bucket/store"
+    assert of_summary["store"] == "s3://***@bucket/store"
+    assert config["context_store"] == "s3://***@bucket/store"
     assert config["store"] == cell().store
-    assert config["storage_options"] == {"endpoint": "http://host:9000/x"}
+    assert config["storage_options"] == {"endpoint": "http://***@host:9000/x"}
     assert config["tokens"] == 64
 
 
