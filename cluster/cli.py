@@ -15,6 +15,7 @@ import typer
 
 from saescale.cluster.front import environment, evals, exchange, jobs, laws, plan, stores, sweeps
 from saescale.cluster.front.console import show_warning
+from saescale.cluster.front.supervise import supervise
 from saescale.storage.errors import SaescaleError, one_line
 
 app = typer.Typer(
@@ -47,12 +48,25 @@ for _name, _command in COMMANDS.items():
     app.command(_name)(_command)
 
 
+# Those that hold Ray, and that it may end where they stand.
+WATCHED = ("quickstart", "harvest", "sweep")
+
+
 def main() -> None:
-    """Runs a command; what a user can act on becomes one line and status 2, the rest one line and status 1."""
+    """The entry point of the process: runs a command, in a process of its own where that could be ended by Ray."""
     environment.prepare()
-    # A batch system's polite end is treated as Ctrl-C: the workers save their checkpoints first.
-    signal.signal(signal.SIGTERM, _interrupt)
+    if next((word for word in sys.argv[1:] if not word.startswith("-")), None) in WATCHED:
+        supervise(command)
+    else:
+        command()
+
+
+def command() -> None:
+    """Runs a command; what a user can act on becomes one line and status 2, the rest one line and status 1."""
     warnings.showwarning = show_warning
+    if signal.getsignal(signal.SIGTERM) == signal.SIG_DFL:
+        # A batch system's polite end is treated as Ctrl-C: the workers save their checkpoints first.
+        signal.signal(signal.SIGTERM, _interrupt)
     debug = "--debug" in sys.argv
     try:
         app()

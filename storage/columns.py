@@ -109,6 +109,11 @@ def columns_of(table: TableName) -> tuple[Column, ...]:
     return tuple(column for column in _COLUMNS if table in column.tables)
 
 
+def is_diverged(nmse: float | None) -> bool:
+    """Whether a cell with that held-out nmse reconstructs worse than the mean alone, or not at all."""
+    return nmse is not None and not nmse <= 1
+
+
 def _schema(table: TableName) -> pa.Schema:
     return pa.schema([(column.name, column.type) for column in columns_of(table)])
 

@@ -23,6 +23,7 @@ from fsspec.implementations.memory import MemoryFileSystem
 
 from saescale.storage.bucket import require_bucket
 from saescale.storage.errors import SaescaleError, Unavailable, one_line
+from saescale.storage.waiting import server, waiting
 
 T = TypeVar("T")
 _IN_MEMORY = threading.Lock()
@@ -341,14 +342,15 @@ def _tried(
     The last failure becomes what `explained` makes of it.
     """
     fs, path = filesystem(url)
-    for tries, pause in enumerate((*_PAUSES_S, None), start=1):
-        try:
-            return action(fs, path)
-        except Exception as error:  # object stores raise classes of their own (botocore's are no OSError)
-            if pause is None or not may_pass(url, error):
-                raise explained(error, tries) from error
-        # Not all at the same moment: it was perhaps the number of us that was too much.
-        time.sleep(pause * random.uniform(0.5, 1.5))
+    with waiting(f"an answer of {server(url)}"):
+        for tries, pause in enumerate((*_PAUSES_S, None), start=1):
+            try:
+                return action(fs, path)
+            except Exception as error:  # object stores raise classes of their own (botocore's are no OSError)
+                if pause is None or not may_pass(url, error):
+                    raise explained(error, tries) from error
+            # Not all at the same moment: it was perhaps the number of us that was too much.
+            time.sleep(pause * random.uniform(0.5, 1.5))
     raise AssertionError("the last try returns or raises")
 
 

@@ -11,6 +11,7 @@ from typing import Any
 import ray
 
 from saescale.cluster.crew import local_ray
+from saescale.cluster.crew.head import joining
 from saescale.cluster.crew.probe import PATIENCE_S, Answer, ask
 from saescale.cluster.crew.token import has_to_send_one, has_token, refused, use_token
 from saescale.storage.errors import SaescaleError, one_line
@@ -39,7 +40,8 @@ def connect(address: str | None) -> None:
         # Checkpoints and results go through the run directory, so the object store carries next to nothing.
         # What goes wrong in its start is said here.
         options["logging_level"] = logging.CRITICAL
-        local_ray.start(options | {"include_dashboard": False, "object_store_memory": 128 * 2**20})
+        with joining(None):
+            local_ray.start(options | {"include_dashboard": False, "object_store_memory": 128 * 2**20})
     if threading.current_thread() is threading.main_thread():
         # Ray's own handler would leave at once, before the workers have saved their checkpoints.
         signal.signal(signal.SIGTERM, at_terminate)
@@ -63,7 +65,8 @@ def _join(wanted: str, options: dict[str, Any]) -> None:
         raise _refusal(address, answer)
     began = time.monotonic()
     try:
-        ray.init(address=address, **options)
+        with joining(address):
+            ray.init(address=address, **options)
     except Exception as error:  # Ray raises bare ones, and errors of its own for other versions of it or of Python
         raise SaescaleError(
             f"could not join the Ray cluster at {address} after {time.monotonic() - began:.0f} s: {one_line(error)}; "

@@ -6,7 +6,6 @@ import shutil
 import signal
 import sys
 import tempfile
-import threading
 import time
 import warnings
 from collections.abc import Iterator
@@ -19,7 +18,6 @@ from saescale.cluster.crew.token import has_token, home_token
 from saescale.storage.errors import SaescaleError, SaescaleWarning, one_line
 
 START_S = 120.0  # for Ray's processes to come up
-SAID_S = 15.0  # until it is said that it takes long
 BUSY_S = 20.0  # a start that fails later than this failed because the machine is busy
 _PREFIX = "saescale-ray-"
 # What Ray puts below its folder: a session of the longest name, and the longest socket in it, of which there may be
@@ -46,7 +44,7 @@ def start(options: dict[str, Any]) -> None:
     for again in (False, True):
         folder, began = _new_folder(), time.monotonic()
         try:
-            with _said_when_long(), _patience(folder):
+            with _patience(folder):
                 # Without an address Ray would join any cluster that happens to run on this machine.
                 ray.init(address="local", _temp_dir=folder, **options)
         except Exception as error:  # Ray raises bare ones
@@ -123,22 +121,6 @@ def _new_folder() -> str:
     raise SaescaleError(
         f"there is no folder for a local Ray ({'; '.join(tried)}); name a short one that can be written to: RAY_TMPDIR"
     )
-
-
-@contextmanager
-def _said_when_long() -> Iterator[None]:
-    """Says what is waited for when that takes longer than usual."""
-    said = (
-        f"a local Ray is starting, for {SAID_S:.0f} s now; on a machine that is busy it gets {START_S:.0f} s for its "
-        "processes, and a second try"
-    )
-    timer = threading.Timer(SAID_S, warnings.warn, (said, SaescaleWarning))
-    timer.daemon = True
-    timer.start()
-    try:
-        yield
-    finally:
-        timer.cancel()
 
 
 @contextmanager

@@ -7,6 +7,7 @@ import ray
 
 from saescale.cluster.crew.claims import Resources
 from saescale.cluster.crew.connect import connect, disconnect, wanted_address
+from saescale.cluster.crew.head import resources
 from saescale.trainers.device import default_device, fast_precision
 from saescale.trainers.precision import Precision, cpu_precision, gpu_precision, this_processor
 
@@ -26,11 +27,11 @@ def auto_precision(asked: Resources, address: str | None, held: ExitStack) -> Pr
             return fast_precision(default_device())  # its workers will be processes of this machine
         connect(address)
         held.callback(disconnect)
-    return precision_on(ray.cluster_resources())
+    return precision_on(resources())
 
 
-def precision_on(resources: dict[str, Any]) -> Precision:
+def precision_on(there: dict[str, Any]) -> Precision:
     """On a cluster of these resources ("GPU", "accelerator_type:A100")."""
-    if not resources.get("GPU"):
+    if not there.get("GPU"):
         return cpu_precision(this_processor())
-    return gpu_precision(name.removeprefix(_KIND) for name in resources if name.startswith(_KIND))
+    return gpu_precision(name.removeprefix(_KIND) for name in there if name.startswith(_KIND))

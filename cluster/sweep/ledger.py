@@ -219,7 +219,7 @@ class Ledger:
         began = time.monotonic()
         rows = [self.results.get(cell.cell_id, {"cell_id": cell.cell_id, "status": "pending"}) for cell in self.cells]
         described = [
-            {"n_latents": cell.n_latents, "k": cell.k, "d_model": cell.d_model, "seed": cell.seed} | row
+            {name: getattr(cell, name) for name in ("n_latents", "k", "architecture", "d_model", "seed")} | row
             for cell, row in zip(self.cells, rows, strict=True)
         ]
         # Those that are there are kept as they are: read cell by cell, they would be read again for every cell.

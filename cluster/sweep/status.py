@@ -11,9 +11,10 @@ import yaml
 from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
 
 from saescale.storage import checkpoint, files
+from saescale.storage.columns import is_diverged
 from saescale.storage.documents import YAML_LOADER, damaged
 from saescale.storage.errors import Damaged, SaescaleError, SaescaleWarning, one_line
-from saescale.storage.lease import Driver, RunningCell, Standing, read_driver
+from saescale.storage.lease import Driver, RunningCell, Standing, WaitsFor, read_driver
 from saescale.storage.rundir import RunDirectory
 
 _REMEDY = "remove it and run the same sweep again, which writes it anew and keeps the cells that are done"
@@ -23,7 +24,7 @@ _REMEDY = "remove it and run the same sweep again, which writes it anew and keep
 MAX_READ = 32
 
 CellState = Literal["done", "failed", "running", "started", "pending"]
-SweepState = Literal["waiting", "starting", "running", "finished", "stopped", "failed", "died", "unfinished"]
+SweepState = Literal["waiting", "starting", "running", "finished", "stopped", "failed", "lost", "died", "unfinished"]
 
 
 # What is known of a sweep whose job alone is known.
@@ -43,6 +44,7 @@ class CellStatus(_Document):
     cell_id: str
     n_latents: int
     k: int
+    architecture: str | None = None  # None: not known, as of pending cells of 0.1.0
     seed: int
     status: CellState
     step: int | None = None
@@ -53,16 +55,22 @@ class CellStatus(_Document):
     worker: str | None = None  # HOST/PID
     error: str | None = None
 
+    @property
+    def diverged(self) -> bool:
+        """Whether it ended, and reconstructs worse than the mean alone: fits leave it out."""
+        return self.status == "done" and is_diverged(self.nmse)
+
 
 _CELLS = TypeAdapter(list[CellStatus])
-_COLUMNS = ["cell_id", "n_latents", "k", "seed", "status", "nmse", "dead_fraction", "wall_s", "error"]
+_COLUMNS = ["cell_id", "n_latents", "k", "architecture", "seed", "status", "nmse", "dead_fraction", "wall_s", "error"]
 
 
 class Counts(_Document):
-    """Cells of the sweep, all of them and by status."""
+    """Cells of the sweep, all of them and by status; `diverged` are among those done."""
 
     cells: int = 0
     done: int = 0
+    diverged: int = 0
     failed: int = 0
     running: int = 0
     started: int = 0
@@ -101,10 +109,12 @@ class SweepStatus(_Document):
     """What `saescale status --json` prints.
 
     state: waiting (its job waits for the cluster), starting (the job runs, no driver has the run yet), running,
-    finished (every cell has a result and the laws are fitted), stopped (on request), failed (see `reason`), died (the
-    driver ended without saying so), unfinished (nothing is known of a driver).
+    finished (every cell has a result and the laws are fitted), stopped (on request), failed (see `reason`), lost (the
+    cluster's head went away under it), died (the driver was killed, or ended without saying so), unfinished (nothing is
+    known of a driver).
     standing: what the driver said last, None where there never was one; its rates and times are of now only while
-    `driver.alive`. Counts are fresher than the rows of `cells` by the cells that ended in a pack still at work.
+    `driver.alive`. waits: what a driver that lives has waited for since some seconds. Counts are fresher than the rows
+    of `cells` by the cells that ended in a pack still at work.
     """
 
     format: Literal[1] = 1
@@ -116,6 +126,7 @@ class SweepStatus(_Document):
     job: JobStatus | None = None
     counts: Counts = Counts()
     standing: Standing | None = None
+    waits: list[WaitsFor] = []
     cells: list[CellStatus] = []
 
     @property
@@ -153,6 +164,7 @@ def read_status(url: str) -> SweepStatus:
         driver=None if driver is None else _driver_status(driver, alive),
         counts=counts,
         standing=None if driver is None else driver.standing,
+        waits=driver.waits if driver is not None and alive else [],
         cells=cells,
     )
 
@@ -270,7 +282,10 @@ def _count(cells: list[CellStatus], standing: Standing) -> Counts:
     started = statuses.count("started")
     running = min(statuses.count("running"), len(cells) - done - failed)
     pending = len(cells) - done - failed - running - started
-    return Counts(cells=len(cells), done=done, failed=failed, running=running, started=started, pending=pending)
+    return Counts(
+        cells=len(cells), done=done, diverged=sum(cell.diverged for cell in cells), failed=failed, running=running,
+        started=started, pending=pending,
+    )  # fmt: skip
 
 
 def _state(driver: Driver | None, alive: bool, counts: Counts) -> tuple[SweepState, str | None]:

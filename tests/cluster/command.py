@@ -48,7 +48,7 @@ def saescale_here(*arguments: str, **extra: str) -> subprocess.CompletedProcess[
             contextlib.redirect_stdout(out),
             contextlib.redirect_stderr(errors),
         ):
-            cli.main()
+            cli.command()
     except SystemExit as end:
         code = end.code
     finally:
