@@ -12,27 +12,10 @@ import pyarrow as pa
 _EXACT = 2**53  # up to which float64 holds every integer
 _LONGEST = 4_000  # characters of a text that are kept: an array of texts is as wide as its longest
 # What people write where there is no value.
-_MISSING = frozenset(
-    {
-        "nan",
-        "na",
-        "n/a",
-        "n.a.",
-        "nil",
-        "null",
-        "none",
-        "missing",
-        "nm",
-        "n.m.",
-        "-",
-        "--",
-        "?",
-        ".",
-        "#n/a",
-        "<na>",
-        "nat",
-    }
-)
+_MISSING = frozenset((
+    "nan", "na", "n/a", "n.a.", "nil", "null", "none", "missing", "nm", "n.m.", "-", "--", "?", ".", "#n/a", "<na>",
+    "nat",
+))  # fmt: skip
 _DECIMAL_COMMA = re.compile(r"[+-]?\d+,\d+([eE][+-]?\d+)?")
 _GROUPED = re.compile(r"[+-]?[1-9]\d{0,2}([,.'\s]\d{3})+")  # thousands, or a number with three decimals
 

@@ -25,7 +25,8 @@ from pydantic import BaseModel, ConfigDict, Field
 from saescale.storage import files, watched
 from saescale.storage.documents import read_model
 from saescale.storage.errors import Damaged, SaescaleError, SaescaleWarning, Superseded
-from saescale.storage.waiting import place, waiting, waits
+from saescale.storage.secrets import hide_secrets
+from saescale.storage.waiting import waiting, waits
 
 _FORMAT = 1
 _FILE = re.compile(r"driver(?:-(\d+))?\.json")  # that without a number is of version 0.1.0
@@ -155,7 +156,7 @@ def require_free(
         return found
     if known_dead is not None and (found.driver, found.beat) == (known_dead.driver, known_dead.beat):
         return found
-    with waiting(f"a sign of life of {found.name}, which drove {place(run)} last", LEASE_S):
+    with waiting(f"a sign of life of {found.name}, which drove {hide_secrets(run)} last", LEASE_S):
         return _watch(run, found, sleep)
 
 

@@ -13,9 +13,11 @@ from contextlib import contextmanager
 from itertools import count
 from typing import NamedTuple
 
+from saescale.storage.secrets import hide_secrets
+
 SAY_AFTER_S = 5.0  # so that nobody looks at a silent screen for ten seconds, whatever came before
 
-_USER, _QUERY, _PATH = re.compile(r"://[^/@]*@"), re.compile(r"[?#].*"), re.compile(r"(?<=[^:/])/.*")
+_QUERY, _PATH = re.compile(r"[?#].*"), re.compile(r"(?<=[^:/])/.*")
 
 
 class Wait(NamedTuple):
@@ -66,11 +68,6 @@ def _since(wait: Wait) -> float:
     return wait.since
 
 
-def place(url: str) -> str:
-    """A URL to be shown: without what could be a secret in it."""
-    return _USER.sub("://", _QUERY.sub("", url)) if "://" in url else url
-
-
 def server(url: str) -> str:
     """Who has to answer for a URL: its bucket or host, or a path of this machine."""
-    return _PATH.sub("", place(url)) if "://" in url else url
+    return _PATH.sub("", hide_secrets(_QUERY.sub("", url))) if "://" in url else url

@@ -5,7 +5,7 @@ import time
 import pytest
 
 from saescale.storage import files
-from saescale.storage.waiting import Wait, hear, place, server, waiting, waits
+from saescale.storage.waiting import Wait, hear, server, waiting, waits
 
 
 def test_what_lasts_is_named_while_it_lasts() -> None:
@@ -47,13 +47,13 @@ def test_a_store_that_does_not_answer_is_named(monkeypatch: pytest.MonkeyPatch) 
 
 
 @pytest.mark.parametrize(
-    ("url", "shown", "answers"),
+    ("url", "answers"),
     [
-        ("s3://me:hush@bucket/a/b?versionId=hush#hush", "s3://bucket/a/b", "s3://bucket"),
-        ("https://host:9000/a?token=hush", "https://host:9000/a", "https://host:9000"),
-        ("/data/a?b#c", "/data/a?b#c", "/data/a?b#c"),
-        ("gs://bucket", "gs://bucket", "gs://bucket"),
+        ("s3://me:hush@bucket/a/b?versionId=hush#hush", "s3://***@bucket"),
+        ("https://host:9000/a?token=hush", "https://host:9000"),
+        ("/data/a?b#c", "/data/a?b#c"),
+        ("gs://bucket", "gs://bucket"),
     ],
 )
-def test_no_secret_is_shown(url: str, shown: str, answers: str) -> None:
-    assert (place(url), server(url)) == (shown, answers)
+def test_who_has_to_answer_is_named_without_secrets(url: str, answers: str) -> None:
+    assert server(url) == answers
