@@ -124,7 +124,11 @@ def read_yaml(where: str, remedy: str | None = None) -> Any:
     `remedy`: what to do where it is damaged; None: a user wrote it, who is told what is wrong in it. Raises
     FileNotFoundError and SaescaleError.
     """
-    content = files.read_bytes(where)
+    return parse_yaml(files.read_bytes(where), where, remedy)
+
+
+def parse_yaml(content: bytes, where: str, remedy: str | None = None) -> Any:
+    """The same of what is read already."""
     try:
         return _parsed(content)
     except Exception as error:  # PyYAML's constructors raise whatever an odd value brings them to

@@ -18,10 +18,10 @@ from saescale.storage.columns import CURVES, EVALS, RESULTS, conform, current_na
 from saescale.storage.documents import (
     damaged,
     json_bytes,
+    parse_yaml,
     plain,
     read_json,
     read_table,
-    read_yaml,
     table_bytes,
     yaml_text,
 )
@@ -32,6 +32,9 @@ T = TypeVar("T")
 Rows = list[dict[str, Any]]
 WEIGHTS, CURVE = "sae.safetensors", "curve.parquet"
 SPEC = "sweep.yaml"
+SPEC_REMEDY = "remove it (or move it, if it is your own file) and run the same sweep again, which keeps what is done"
+_NO_SWEEP = "it holds no whole sweep of a run: it was cut short, or is another program's"
+_BEGIN, _END = b"---\n", b"...\n"  # YAML's own marks: a file that has the first is whole if it has the second
 FITS_FORMAT = 1
 _ASKED_AT_A_TIME = 16  # an answer of an object store takes a while
 _OF_TURN = re.compile(r"(?:sae|curve)-turn-(\d+)\.\w+")
@@ -80,21 +83,27 @@ class RunDirectory:
 
     def write_spec(self, spec: dict[str, Any]) -> None:
         """Writes the resolved spec, sweep.yaml. Raises SaescaleError, as every writer, where it cannot be written."""
-        self._write("sweep.yaml", yaml_text(spec).encode())
+        self._write(SPEC, _BEGIN + yaml_text(spec).encode() + _END)
 
     def read_spec(self) -> dict[str, Any] | None:
-        """The resolved spec, or None when no sweep was started here."""
-        where = files.join(self.url, SPEC)
-        remedy = "remove it and run the same sweep again, which writes it anew and keeps the cells that are done"
-        spec = _if_there(lambda: read_yaml(where, remedy))
-        if spec is None and not files.exists(where):
+        """The resolved spec, or None when no sweep was started here. Damaged where it is not whole."""
+        content = self.read_spec_bytes()
+        if content is None:
             return None
-        if not isinstance(spec, dict):
-            raise damaged(where, "it is empty" if spec is None else "it holds no sweep", remedy)
-        sections = [spec.get(name, {}) for name in ("grid", "resolved")]
-        if not isinstance(spec.get("name"), str) or not all(isinstance(section, dict) for section in sections):
-            raise damaged(where, "it holds no sweep: it was cut short, or is another program's", remedy)
-        return spec
+        where = files.join(self.url, SPEC)
+        spec = parse_yaml(content, where, SPEC_REMEDY)
+        sections = [spec.get(name, {}) for name in ("grid", "resolved")] if isinstance(spec, dict) else [None]
+        if not all(isinstance(section, dict) for section in sections) or not isinstance(spec.get("name"), str):
+            raise damaged(where, _NO_SWEEP, SPEC_REMEDY)
+        return dict(spec)
+
+    def read_spec_bytes(self) -> bytes | None:
+        """The same as it is written, for who needs a line of it; that it was not cut short is seen to."""
+        where = files.join(self.url, SPEC)
+        content = _if_there(lambda: files.read_bytes(where))
+        if content is not None and not _is_whole_spec(content):
+            raise damaged(where, _NO_SWEEP if content.strip() else "it is empty", SPEC_REMEDY)
+        return content
 
     # --- cells
 
@@ -182,7 +191,7 @@ class RunDirectory:
     def read_cell_result(self, cell_id: str) -> dict[str, Any] | None:
         """What the cell reached, or None while it is unfinished."""
         where = self.result_url(cell_id)
-        remedy = f"run the same sweep again, which makes it again from what else is in {self.cell_url(cell_id)}"
+        remedy = "run the same sweep again, which makes it again from what else the run holds"
         found = _if_there(lambda: read_json(where, remedy))
         if found is None:
             return None
@@ -191,6 +200,8 @@ class RunDirectory:
             pa.Table.from_pylist([result], RESULTS)
         except (pa.ArrowException, TypeError, ValueError, OverflowError) as error:
             raise damaged(where, " ".join(str(error).split()), remedy) from error
+        if (named := result.get("cell_id", cell_id)) != cell_id:
+            raise damaged(where, f"it is the result of the cell {named}", remedy)
         return result
 
     def write_cell_curve(self, cell_id: str, rows: list[dict[str, Any]]) -> None:
@@ -203,7 +214,10 @@ class RunDirectory:
         where = files.join(self.cell_url(cell_id), CURVE)
         remedy = "remove it and run the same command again: the cell keeps its result and has no curve then"
         table = _if_there(lambda: read_table(where, CURVES, remedy))
-        return [] if table is None else table.to_pylist()
+        rows: Rows = [] if table is None else table.to_pylist()
+        if others := sorted({str(row["cell_id"]) for row in rows} - {cell_id}):
+            raise damaged(where, f"it is the curve of the cell {others[0]}", remedy)
+        return rows
 
     def save_checkpoint(
         self, cell_id: str, step: int, tensors: Mapping[str, np.ndarray], state: dict[str, Any], keep: int | None = None
@@ -334,6 +348,12 @@ class RunDirectory:
 
         with ThreadPoolExecutor(_ASKED_AT_A_TIME) as pool:
             return list(pool.map(tried, sorted(self.cells_with_results())))
+
+
+def _is_whole_spec(content: bytes) -> bool:
+    """`resolved` stands last, and in no sweep file of a user's; files of earlier versions bear no marks."""
+    marked = content.startswith(_BEGIN.strip())
+    return bool(re.search(rb"^resolved:", content, re.M)) and (not marked or content.rstrip().endswith(_END.strip()))
 
 
 def _both(rows: Rows, others: Callable[[Rows], Rows]) -> Rows:

@@ -44,7 +44,7 @@ def run_and_store(tiny_subject: str, tiny_corpus: str, tmp_path_factory: pytest.
         PackJob(cells=cells, store=out, run=url, sweep="face", eval=EvalSpec(tokens=1_024, every_tokens=2_048))
     )
     run = RunDirectory(url)
-    run.write_spec({"name": "face", "store": out})
+    run.write_spec({"name": "face", "store": out, "resolved": {}})
     run.write_results(done.results)
     return url, out
 

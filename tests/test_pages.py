@@ -91,7 +91,7 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
         PackJob(cells=cells, store=url, run=out, sweep="pages", eval=EvalSpec(tokens=1_024, every_tokens=2_048))
     )
     run = RunDirectory(out)
-    run.write_spec({"name": "pages", "store": url})
+    run.write_spec({"name": "pages", "store": url, "resolved": {}})
     run.write_results(done.results)
     analyse(run, FitSettings(bootstraps=0))
     best = min(done.results, key=lambda row: row["nmse"])["cell_id"]

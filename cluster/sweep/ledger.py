@@ -18,7 +18,7 @@ from saescale.storage.columns import CURVES, CurveRow
 from saescale.storage.documents import damaged
 from saescale.storage.errors import Damaged, SaescaleError, SaescaleWarning, Unavailable, one_line
 from saescale.storage.files import remove
-from saescale.storage.rundir import SPEC, RunDirectory
+from saescale.storage.rundir import SPEC, SPEC_REMEDY, RunDirectory
 from saescale.storage.store import ActivationStore
 from saescale.trainers.cell import Cell
 from saescale.trainers.exchange import native
@@ -26,7 +26,6 @@ from saescale.trainers.precision import Precision
 from saescale.trainers.training.results import Provenance, result_row
 
 T = TypeVar("T")
-_REMEDY = "remove it (or move it, if it is your own file) and run the same sweep again, which keeps what is done"
 # Parts of a sweep that may change between two calls of the same sweep: they do not change what its cells are.
 _FREE = ("store", "out", "resources", "wandb")
 _ASKED_AT_A_TIME = 16
@@ -258,7 +257,6 @@ def open_ledger(
     """
     document = _resolved(spec, store, precision)
     if recorded is not None:
-        _resolved_of(recorded, run)
         there, here = _combinations(recorded, f"{run.url}/sweep.yaml"), set(spec.grid.combinations())
         same_cells = there <= here if extending else there == here
         differences = _differences(_identity(recorded), _identity(document))
@@ -298,7 +296,7 @@ def provenance_of(run: RunDirectory, recorded: Mapping[str, Any] | None) -> dict
     """
     if recorded is None:
         raise SaescaleError(f"{run.url} is not a run directory: there is no sweep.yaml of a sweep that ran in it")
-    spec, resolved = recorded, _resolved_of(recorded, run)
+    spec, resolved = recorded, recorded["resolved"]
     try:
         return {
             "sweep": spec["name"],
@@ -309,14 +307,7 @@ def provenance_of(run: RunDirectory, recorded: Mapping[str, Any] | None) -> dict
             "versions": ", ".join(f"{name} {number}" for name, number in resolved["versions"].items()),
         }
     except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise damaged(f"{run.url}/{SPEC}", f"what it says of {one_line(error)} is not there", _REMEDY) from error
-
-
-def _resolved_of(recorded: Mapping[str, Any], run: RunDirectory) -> dict[str, Any]:
-    """What a sweep.yaml says that no sweep file of a user's does. Raises Damaged where it was cut short before that."""
-    if not recorded.get("resolved"):
-        raise damaged(f"{run.url}/{SPEC}", "it has no `resolved`: it was cut short, or is no run's", _REMEDY)
-    return dict(recorded["resolved"])
+        raise damaged(f"{run.url}/{SPEC}", f"what it says of {one_line(error)} is not there", SPEC_REMEDY) from error
 
 
 def _identity(document: Mapping[str, Any]) -> dict[str, Any]:

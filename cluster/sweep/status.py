@@ -15,9 +15,7 @@ from saescale.storage.columns import is_diverged
 from saescale.storage.documents import YAML_LOADER, damaged
 from saescale.storage.errors import Damaged, SaescaleError, SaescaleWarning, one_line
 from saescale.storage.lease import Driver, RunningCell, Standing, WaitsFor, read_driver
-from saescale.storage.rundir import RunDirectory
-
-_REMEDY = "remove it and run the same sweep again, which writes it anew and keeps the cells that are done"
+from saescale.storage.rundir import SPEC, SPEC_REMEDY, RunDirectory
 
 # Files of single cells, such as a checkpoint's pointer, are read for so many cells at most: details of a few that just
 # changed, not of thousands.
@@ -187,15 +185,15 @@ def with_job(status: SweepStatus | None, job: JobStatus) -> SweepStatus:
 
 def _sweep_name(url: str) -> str:
     """The name in sweep.yaml, without reading what may be a list of thousands of cells."""
-    where = files.join(url, "sweep.yaml")
+    content, where = RunDirectory(url).read_spec_bytes(), files.join(url, SPEC)
+    if content is None:
+        raise NoRun(f"{url} {NoRun.SAID}: there is no {SPEC} of a sweep that ran in it")
     try:
-        found = next(_top_level(files.read_bytes(where), "name"), None)
-    except FileNotFoundError as error:
-        raise NoRun(f"{url} {NoRun.SAID}: there is no sweep.yaml of a sweep that ran in it") from error
+        found = next(_top_level(content, "name"), None)
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise damaged(where, one_line(error), _REMEDY) from error
+        raise damaged(where, one_line(error), SPEC_REMEDY) from error
     if found is None:
-        raise damaged(where, "it has no name: it is empty, was cut short or is no sweep's", _REMEDY)
+        raise damaged(where, "it has no name: it is no sweep's", SPEC_REMEDY)
     return found
 
 

@@ -283,7 +283,7 @@ def test_a_grid_is_its_cells_however_it_is_written(
 
 def test_cells_trained_in_another_way_are_refused(document: dict[str, Any], tmp_path: Path) -> None:
     spec = parse_spec(document, "test")
-    RunDirectory(document["out"]).write_spec(spec.model_dump(mode="json"))
+    RunDirectory(document["out"]).write_spec(spec.model_dump(mode="json") | {"resolved": {}})
     there = (Path(document["out"]) / "sweep.yaml").read_bytes()
     more = tmp_path / "more.yaml"
     for text, said in (

@@ -60,7 +60,7 @@ def test_a_run_that_was_begun_keeps_its_recipe(here: Path, monkeypatch: pytest.M
     becomes(OLD, monkeypatch)
     assert settle("full", "other", said.append)[0].name == "full"
     assert settle(None, "other", said.append)[0].name == "full"
-    RunDirectory("old").write_spec({"name": "quickstart"})  # by 0.1.0, which made no note
+    RunDirectory("old").write_spec({"name": "quickstart", "resolved": {}})  # by 0.1.0, which made no note
     assert settle(None, "old", said.append)[0].name == "full"
     with pytest.raises(SaescaleError, match="--recipe huge: there are full, large, medium, small, tiny"):
         settle("huge", "new", said.append)

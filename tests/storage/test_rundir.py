@@ -2,6 +2,7 @@
 
 import math
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -9,7 +10,7 @@ import pytest
 
 from saescale.storage import files
 from saescale.storage.columns import CURVES, RESULTS
-from saescale.storage.errors import SaescaleError
+from saescale.storage.errors import Damaged, SaescaleError
 from saescale.storage.lease import Lease, Superseded
 from saescale.storage.rundir import RunDirectory
 
@@ -24,10 +25,11 @@ def test_everything_comes_back_on_every_file_system(any_url: str) -> None:
     assert run.read_results().schema == RESULTS
     assert len(run.read_curves()) == 0
 
-    spec = {"name": "Größe", "grid": {"n_latents": [512, 1024]}, "train": {"lr": 8e-4, "tokens": None}}
+    spec: dict[str, Any] = {"name": "Größe", "grid": {"n_latents": [512, 1024]}, "train": {"lr": 8e-4, "tokens": None}}
+    spec["resolved"] = {"precision": "fp32"}
     run.write_spec(spec)
     assert run.read_spec() == spec
-    assert list(run.read_spec() or {}) == ["name", "grid", "train"]
+    assert list(run.read_spec() or {}) == ["name", "grid", "train", "resolved"]
 
     run.write_cell_result("a1", {"cell_id": "a1", "nmse": np.float32(0.5), "shape": (1, np.int64(2))})
     assert run.read_cell_result("a1") == {"cell_id": "a1", "nmse": 0.5, "shape": [1, 2]}
@@ -66,8 +68,40 @@ def test_damaged_files_are_one_clear_line(tmp_path: Path) -> None:
             read()
         assert "\n" not in str(caught.value)
     (tmp_path / "sweep.yaml").write_bytes(b"[1, 2]")
-    with pytest.raises(SaescaleError, match=r"sweep\.yaml is damaged \(it holds no sweep"):
+    with pytest.raises(SaescaleError, match=r"sweep\.yaml is damaged \(it holds no whole sweep"):
         run.read_spec()
+
+
+def test_a_sweep_that_was_cut_at_any_byte_is_damaged_and_an_old_one_is_read(tmp_path: Path) -> None:
+    run, path = RunDirectory(str(tmp_path)), tmp_path / "sweep.yaml"
+    spec = {"name": "a", "grid": {"k": [2]}, "resolved": {"precision": "fp32", "versions": {"saescale": "0.2.0"}}}
+    run.write_spec(spec)
+    whole = path.read_bytes()
+    for length in range(len(whole.rstrip())):
+        path.write_bytes(whole[:length])
+        with pytest.raises(Damaged, match=r"sweep\.yaml is damaged \(.*(cut short|empty).*\); remove it"):
+            run.read_spec()
+        with pytest.raises(Damaged):
+            run.read_spec_bytes()
+    old = whole.removeprefix(b"---\n").removesuffix(b"...\n")
+    path.write_bytes(old)
+    assert run.read_spec() == spec
+    path.write_bytes(old[: old.index(b"resolved")])
+    with pytest.raises(Damaged, match="cut short"):
+        run.read_spec()
+
+
+def test_files_of_another_cell_are_not_believed(tmp_path: Path) -> None:
+    run = RunDirectory(str(tmp_path))
+    for cell_id in ("a1", "b2"):
+        run.write_cell_result(cell_id, {"cell_id": cell_id, "nmse": 0.5})
+        run.write_cell_curve(cell_id, [{"step": 1}])
+    for name in ("result.json", "curve.parquet"):
+        (tmp_path / "cells" / "a1" / name).write_bytes((tmp_path / "cells" / "b2" / name).read_bytes())
+    with pytest.raises(Damaged, match=r"result\.json is damaged \(it is the result of the cell b2\); run the same"):
+        run.read_cell_result("a1")
+    with pytest.raises(Damaged, match=r"curve\.parquet is damaged \(it is the curve of the cell b2\); remove it"):
+        run.read_cell_curve("a1")
 
 
 def test_no_writer_writes_for_a_driver_that_was_superseded(tmp_path: Path) -> None:

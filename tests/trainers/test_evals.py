@@ -61,7 +61,7 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> RunDirectory:
     spec = EvalSpec(tokens=512, every_tokens=512)
     done = train_pack(PackJob(cells=cells, store="store", run="run", sweep="evals", eval=spec))
     found = RunDirectory("run")
-    found.write_spec({"name": "evals", "store": "store"})
+    found.write_spec({"name": "evals", "store": "store", "resolved": {}})
     found.write_results(done.results)
     return found
 
@@ -147,7 +147,7 @@ def test_what_cannot_be_measured_is_one_line(run: RunDirectory, monkeypatch: pyt
     assert all("other weights (toy-2) than those that were harvested (toy-1)" in line for line in done.failed)
     # Another store than that of the training.
     harvest(HarvestSpec(subject="toy", layer=0, out="other", tokens=2_048, heldout_tokens=1_024, row_group_rows=128))
-    run.write_spec({"name": "evals", "store": "other"})
+    run.write_spec({"name": "evals", "store": "other", "resolved": {}})
     assert all("it was trained on the store" in line for line in evaluate_run("run", ["counted"]).failed)
 
 
