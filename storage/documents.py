@@ -5,6 +5,7 @@ absence is often an answer), one that is `Damaged`, and one that a `Newer` versi
 """
 
 import io
+import itertools
 import json
 import math
 import re
@@ -29,6 +30,9 @@ CHECKSUM = "checksum"  # the key of a document's own, over all its other keys
 YAML_LOADER: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 _DUMPER: Any = getattr(yaml, "CSafeDumper", yaml.SafeDumper)
 _DEEPEST = 100  # no document is nested so deep; far below what ends the process that reads it
+_MERGE, _NULL = "tag:yaml.org,2002:merge", "tag:yaml.org,2002:null"
+_NUMBERS = ("tag:yaml.org,2002:int", "tag:yaml.org,2002:float")
+_OCTAL, _THOUSANDS = re.compile(r"[-+]?0[0-7_]+"), re.compile(r"\d{3}")
 _MOST_VALUES = 2_000_000  # of a YAML document whose aliases are written out
 
 
@@ -133,7 +137,7 @@ def parse_yaml(content: bytes, where: str, remedy: str | None = None) -> Any:
         return _parsed(content)
     except Exception as error:  # PyYAML's constructors raise whatever an odd value brings them to
         told = isinstance(error, yaml.YAMLError | ValueError)
-        reason = one_line(error) if told else f"it has a value that is not of its kind ({one_line(error)})"
+        reason = yaml_reason(error) if told else f"it has a value that is not of its kind ({one_line(error)})"
         if remedy is not None:
             raise damaged(where, reason, remedy) from error
         raise SaescaleError(f"{where} is not valid YAML: {reason}; correct it") from error
@@ -158,6 +162,17 @@ def _parsed(content: bytes) -> Any:
         loader.dispose()
 
 
+def yaml_reason(error: Exception) -> str:
+    """What is wrong in a document, and where, in the words of the parser."""
+    mark = getattr(error, "problem_mark", None) or getattr(error, "context_mark", None)
+    parts = [part for part in (getattr(error, "context", None), getattr(error, "problem", None)) if part]
+    if mark is not None and parts:
+        return " ".join(f"{', '.join(parts)} (line {mark.line + 1}, column {mark.column + 1})".split())
+    if isinstance(error, yaml.reader.ReaderError):
+        return f"{error.reason} (position {error.position})"
+    return one_line(error)
+
+
 def _require_flat(content: bytes) -> None:
     """libyaml composes a document on the C stack, where too deep a one ends the process."""
     depth = 0
@@ -172,6 +187,7 @@ def _require_flat(content: bytes) -> None:
 def _values(node: yaml.Node, known: dict[int, int], depth: int) -> int:
     """How many values a node stands for with its aliases written out. Raises ValueError for a fault of the document."""
     if isinstance(node, yaml.ScalarNode):
+        _require_decimal(node)
         return 1
     if depth > _DEEPEST:
         raise ValueError(f"it is nested more than {_DEEPEST} deep")
@@ -182,6 +198,7 @@ def _values(node: yaml.Node, known: dict[int, int], depth: int) -> int:
     known[id(node)] = 0
     if isinstance(node, yaml.MappingNode):
         _require_once(node)
+        _require_no_comma(node)
         parts = [part for pair in node.value for part in pair]
     else:
         parts = node.value
@@ -190,14 +207,39 @@ def _values(node: yaml.Node, known: dict[int, int], depth: int) -> int:
 
 
 def _require_once(node: yaml.MappingNode) -> None:
-    lines: dict[tuple[str, str], int] = {}
+    places: dict[tuple[str, str], yaml.Mark] = {}
     for key, _ in node.value:
-        if not isinstance(key, yaml.ScalarNode) or key.tag == "tag:yaml.org,2002:merge":
+        if not isinstance(key, yaml.ScalarNode):
             continue
-        line, name = key.start_mark.line + 1, (key.tag, key.value)
-        if name in lines:
-            raise ValueError(f"the key {key.value} stands in line {lines[name]} and again in line {line}: keep one")
-        lines[name] = line
+        place, name = key.start_mark, (key.tag, key.value)
+        if (first := places.get(name)) is not None:
+            where = f"in line {first.line + 1} and again in line {place.line + 1}"
+            if first.line == place.line:
+                where = f"in line {place.line + 1}, column {first.column + 1}, and again in column {place.column + 1}"
+            advice = "write one: <<: [*a, *b]" if key.tag == _MERGE else "keep one"
+            raise ValueError(f"the key {key.value} stands {where}: {advice}")
+        places[name] = place
+
+
+def _require_decimal(node: yaml.ScalarNode) -> None:
+    """YAML 1.1 reads 0100 as 64 and 1:30 as 90, and people mean neither."""
+    if not node.style and node.tag in _NUMBERS and (":" in node.value or _OCTAL.fullmatch(node.value)):
+        what = "colon" if ":" in node.value else "leading 0"
+        raise ValueError(
+            f"{node.value} in line {node.start_mark.line + 1} is another number in YAML: write it without a {what}, "
+            "in quotes if it is text, and a number of thousands without a comma"
+        )
+
+
+def _require_no_comma(node: yaml.MappingNode) -> None:
+    """{tokens: 4,096} has the keys tokens and 096 in YAML."""
+    for (_, before), (key, value) in itertools.pairwise(node.value):
+        number = isinstance(before, yaml.ScalarNode) and not before.style and before.tag in _NUMBERS
+        if number and _THOUSANDS.fullmatch(str(key.value)) and value.tag == _NULL and not value.value:
+            raise ValueError(
+                f"{before.value},{key.value} in line {key.start_mark.line + 1} has a comma, which ends the number: "
+                f"write {before.value}{key.value}"
+            )
 
 
 # --- tables

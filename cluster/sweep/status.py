@@ -12,8 +12,8 @@ from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
 
 from saescale.storage import checkpoint, files
 from saescale.storage.columns import is_diverged
-from saescale.storage.documents import YAML_LOADER, damaged
-from saescale.storage.errors import Damaged, SaescaleError, SaescaleWarning, one_line
+from saescale.storage.documents import YAML_LOADER, damaged, yaml_reason
+from saescale.storage.errors import Damaged, SaescaleError, SaescaleWarning
 from saescale.storage.lease import Driver, RunningCell, Standing, WaitsFor, read_driver
 from saescale.storage.rundir import SPEC, SPEC_REMEDY, RunDirectory
 
@@ -191,7 +191,7 @@ def _sweep_name(url: str) -> str:
     try:
         found = next(_top_level(content, "name"), None)
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise damaged(where, one_line(error), SPEC_REMEDY) from error
+        raise damaged(where, yaml_reason(error), SPEC_REMEDY) from error
     if found is None:
         raise damaged(where, "it has no name: it is no sweep's", SPEC_REMEDY)
     return found

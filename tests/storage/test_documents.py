@@ -73,7 +73,16 @@ def bomb(depth: int) -> str:
     ("content", "said"),
     [
         ("name: a\ngrid:\n  k: [2]\n  n: 3\n  k: [4]\n", "the key k stands in line 3 and again in line 5: keep one"),
-        ("{k: 1, k: 2}", "the key k stands in line 1 and again in line 1"),
+        ("{k: 1, k: 2}", r"the key k stands in line 1, column 2, and again in column 8: keep one"),
+        (
+            "a: &a {k: 1}\nb: &b {n: 2}\nc:\n  <<: *a\n  <<: *b\n",
+            r"the key << stands in line 4 .* line 5: write one: <<",
+        ),
+        ("k: [8, 0100]", "0100 in line 1 is another number in YAML: write it without a leading 0"),
+        ("k: [1,024]", "024 in line 1 is another number.* thousands without a comma"),
+        ("t:\n  - 1:30", "1:30 in line 2 is another number in YAML: write it without a colon"),
+        ("t: -1:30.5", "1:30.5 in line 1 is another"),
+        ("{tokens: 4,096, lr: 1}", "4,096 in line 1 has a comma, which ends the number: write 4096"),
         (bomb(9), "aliases stand for more than"),
         ("a: &a [*a]", "the anchor of line 1 holds itself"),
         ("[" * 1_000_000, "nested more than 100 deep"),
@@ -82,7 +91,7 @@ def bomb(depth: int) -> str:
         ("a: 2001-99-99", "month must be"),
         ("a: !!bool maybe", "not of its kind"),
         ("a: !!python/object:os.system x", "constructor"),
-        ("a: [", "parsing"),
+        ("a:\n b: [2}\n", r"while parsing a flow sequence, did not find expected .,. or .\]. \(line 2, column 7\)"),
         (b"a: \xff", "utf-?8|invalid"),
         ("a: 1\x00", "control characters"),
         ("a: " + "1" * 5000, "digits"),
@@ -94,6 +103,7 @@ def test_yaml_that_is_none_is_one_line(tmp_path: Path, content: str | bytes, sai
     with pytest.raises(SaescaleError, match=rf"(?i)document is not valid YAML: .*{said}.*; correct it$") as caught:
         read_yaml(where)
     assert "\n" not in str(caught.value)
+    assert "<byte" not in str(caught.value)
     with pytest.raises(Damaged, match=r"document is damaged \(.*\); restore it$"):
         read_yaml(where, "restore it")
 
@@ -104,4 +114,7 @@ def test_yaml_as_people_write_it(tmp_path: Path) -> None:
     expected = {"base": base, "other": {"k": [2, 4], "n": 16}, "again": base, 1: "one", "1": "text"}
     assert read_yaml(put(tmp_path, text)) == expected
     assert read_yaml(put(tmp_path, json.dumps({"a": [[[]]]}))) == {"a": [[[]]]}
+    numbers = "[0, 0x10, 1_000, 0.5, -0.25, '0100', '1:30', 12:30:45z, a:0, {a: 1, b: }]"
+    assert read_yaml(put(tmp_path, numbers)) == [0, 16, 1000, 0.5, -0.25, "0100", "1:30", "12:30:45z", "a:0",
+                                                 {"a": 1, "b": None}]  # fmt: skip
     assert read_yaml(put(tmp_path, "")) is None
