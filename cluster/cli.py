@@ -14,7 +14,7 @@ from typing import Annotated
 import typer
 
 from saescale.cluster.front import environment, evals, exchange, jobs, laws, plan, stores, sweeps
-from saescale.cluster.front.console import show_warning
+from saescale.cluster.front.console import ShowsWarnings
 from saescale.cluster.front.supervise import supervise
 from saescale.storage.errors import SaescaleError, one_line
 
@@ -63,7 +63,7 @@ def main() -> None:
 
 def command() -> None:
     """Runs a command; what a user can act on becomes one line and status 2, the rest one line and status 1."""
-    warnings.showwarning = show_warning
+    warnings.showwarning = ShowsWarnings()
     if signal.getsignal(signal.SIGTERM) == signal.SIG_DFL:
         # A batch system's polite end is treated as Ctrl-C: the workers save their checkpoints first.
         signal.signal(signal.SIGTERM, _interrupt)

@@ -323,7 +323,7 @@ class RunDirectory:
         except Damaged as error:
             rows, said = of_cells(), str(error)
             if not rows:
-                raise Damaged(said.replace("its rows are read from cells/", "restore it, or"), where) from error
+                raise Damaged(said.replace("its rows are read from cells/; run", "restore it, or run"), where) from error
         else:
             rows = of_cells()
         if rows:

@@ -59,10 +59,20 @@ def command(*words: str) -> str:
     return shlex.join(("saescale", *words))
 
 
-def show_warning(message: Warning | str, category: type[Warning], *place: Any, **more: Any) -> None:
-    """For `warnings.showwarning`: what users should know of, on stderr, a line each; no other warnings."""
-    if issubclass(category, SaescaleWarning):
-        print(f"warning: {hide_secrets(str(message))}", file=sys.stderr)
+class ShowsWarnings:
+    """For `warnings.showwarning`: what users should know of, on stderr, a line each and each once; no other warnings.
+
+    Python itself says a text once for every place in the code that comes to say it.
+    """
+
+    def __init__(self) -> None:
+        self._said: set[str] = set()
+
+    def __call__(self, message: Warning | str, category: type[Warning], *place: Any, **more: Any) -> None:
+        text = hide_secrets(str(message))
+        if issubclass(category, SaescaleWarning) and text not in self._said:
+            self._said.add(text)
+            print(f"warning: {text}", file=sys.stderr)
 
 
 def show_notes(notes: Sequence[str]) -> None:

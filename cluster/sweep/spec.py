@@ -3,7 +3,9 @@
 import difflib
 import itertools
 import math
+import re
 from collections.abc import Mapping, Sequence
+from decimal import Decimal
 from importlib.metadata import version
 from typing import Annotated, Any, Literal, NamedTuple, Self, get_args
 
@@ -35,6 +37,10 @@ MOST_CELLS = 100_000  # of a grid; a sweep of ten times fewer is the largest tha
 _LARGEST = 2**62  # of what is counted, and of seeds: tables hold 64 bits
 
 _POINTS = 50  # of a curve
+
+# As people write numbers, which YAML takes for text.
+_THOUSANDS = re.compile(r"[1-9]\d{0,2}(?:[,_ ' ]\d{3})+")
+_MULTIPLES = {"k": 10**3, "m": 10**6, "b": 10**9}
 
 # Of a problem whose input must not be repeated.
 _SECRET = "secret"
@@ -337,9 +343,30 @@ def _problems(error: ValidationError) -> list[str]:
             message = problem["msg"].removeprefix("Value error, ")
             given = problem["input"]
             echoed = problem["type"] != _SECRET and isinstance(given, str | int | float | bool | None)
-            shown = f" (given: {given!r})" if echoed else ""
-            phrases.setdefault(name, f"{name}: {message[0].lower()}{message[1:]}{shown}")
+            shown = f" (given: {given!r}){_plainer(problem['type'], given)}" if echoed else ""
+            begun = message[0].lower() if message[1:2].islower() else message[:1]  # W&B stays as it is called
+            phrases.setdefault(name, f"{name}: {begun}{message[1:]}{shown}")
     return list(phrases.values())
+
+
+def _plainer(kind: str, given: Any) -> str:
+    """How a number is written that somebody wrote in a way which YAML or the key does not take; "" where it is none."""
+    text = str(given).strip()
+    if not kind.startswith(("int_", "float_")) or isinstance(given, bool):
+        return ""
+    if _THOUSANDS.fullmatch(text):
+        text = re.sub(r"\D", "", text)
+    elif kind.startswith("float_"):
+        text = text.replace(",", ".", 1)
+    multiple = _MULTIPLES.get(text[-1:].lower(), 1)
+    try:
+        value = Decimal(text if multiple == 1 else text[:-1].rstrip()) * multiple
+    except ArithmeticError:
+        return ""
+    if not value.is_finite() or abs(value.adjusted()) > 18 or (kind.startswith("int_") and value % 1):
+        return ""
+    written = f"{value:.0f}" if kind.startswith("int_") else f"{value:f}"
+    return f"; YAML reads that as {'text' if isinstance(given, str) else 'a fraction'}: write {written}"
 
 
 def _fields(location: Sequence[int | str]) -> list[str]:

@@ -10,7 +10,7 @@ import pytest
 from rich.console import Console
 
 from saescale.cluster.crew.harvest_worker import ActorRow
-from saescale.cluster.front.console import console
+from saescale.cluster.front.console import ShowsWarnings, console
 from saescale.cluster.front.display import Display, actor_table, coefficient_table, duration
 from saescale.cluster.front.sweeps import _summary
 from saescale.cluster.sweep.driver import SweepOutcome
@@ -106,3 +106,15 @@ def test_a_sweep_ends_with_the_law_in_n_and_k_and_says_how_to_see_the_others(
 
 def fits_of(document: dict[str, Any], law: str) -> dict[str, Any]:
     return next(entry for entry in document["fits"] if entry["law"] == law)
+
+
+def test_a_warning_is_shown_once_from_wherever_it_comes(capsys: pytest.CaptureFixture[str]) -> None:
+    show = ShowsWarnings()
+    for text, category in (
+        ("one", SaescaleWarning),
+        ("two", SaescaleWarning),
+        ("one", SaescaleWarning),
+        ("x", UserWarning),
+    ):
+        show(category(text), category, "a.py", 1)
+    assert capsys.readouterr().err == "warning: one\nwarning: two\n"
