@@ -56,33 +56,29 @@ class Ledger:
         self._forgotten: list[str] = []  # failed and lost cells whose results go when the sweep begins
         self._without_curve: set[str] = set()
         self._made_again: dict[str, dict[str, Any]] = {}  # results whose own file is damaged
-        rows = run.read_results().to_pylist()
-        self._known = {row["cell_id"]: row for row in rows if row["status"] in ("done", "failed")}
+        # What the table says already need not be read cell by cell, which for thousands in an object store is minutes.
+        known = {row["cell_id"]: row for row in run.read_results().to_pylist() if row["status"] in ("done", "failed")}
         finished = run.cells_with_results()
-        there = [cell for cell in cells if cell.cell_id in finished]
-        # Each is read, though the table has most of them, or no one would see that a file is damaged and mend it.
-        for cell, result in zip(there, self._of_each(there, self._result_of), strict=True):
-            if result is not None:
-                self.results[cell.cell_id] = result
+        for cell in cells:
+            if cell.cell_id in finished:
+                result = known.get(cell.cell_id) or self._result_of(cell)
+                if result is not None:
+                    self.results[cell.cell_id] = result
 
     def _result_of(self, cell: Cell) -> dict[str, Any] | None:
-        """The cell's result; where that is damaged, what the table says of it, or else its weights and its curve.
-
-        None: it is to be trained.
-        """
+        """The cell's result; where that is damaged, what its weights and its curve say. None: it is to be trained."""
         try:
             return self.run.read_cell_result(cell.cell_id)
         except Damaged as error:
-            made, source = self._known.get(cell.cell_id), "results.parquet"
             try:
-                if made is None:
-                    made, source = self._from_files(cell), "the cell's weights and curve, but for its times"
+                made = self._from_files(cell)
             except SaescaleError as missing:
                 self._forgotten.append(cell.cell_id)
                 text = f"{error.where} is damaged, and {missing}: the cell's training is lost, and it is trained again"
-            else:
-                self._made_again[cell.cell_id] = made
-                text = f"{error.where} is damaged: it is made again from {source}"
+                warnings.warn(text, SaescaleWarning, stacklevel=3)
+                return None
+            self._made_again[cell.cell_id] = made
+            text = f"{error.where} is damaged: it is made again from the cell's weights and curve, but for its times"
             warnings.warn(text, SaescaleWarning, stacklevel=3)
             return made
 
@@ -138,7 +134,12 @@ class Ledger:
         for cell in cells:
             names = there.get(cell.cell_id, set())
             if "result.json" in names and any(name.startswith(("checkpoint/", "curve-", "sae-")) for name in names):
-                self.run.tidy_cell(cell.cell_id, self.run.read_cell_result(cell.cell_id) or {})
+                try:
+                    result = self.run.read_cell_result(cell.cell_id) or {}
+                except Damaged:  # what the table says of it is sound
+                    result = self.results[cell.cell_id]
+                    self.run.write_json(f"cells/{cell.cell_id}/result.json", result)
+                self.run.tidy_cell(cell.cell_id, result)
 
     def forget_failed(self) -> None:
         """Failed cells are pending again, and go on from their last checkpoint where one is left.
@@ -149,7 +150,6 @@ class Ledger:
         self._forgotten += failed
         for cell_id in failed:
             del self.results[cell_id]
-            self._made_again.pop(cell_id, None)
 
     @property
     def pending(self) -> list[Cell]:

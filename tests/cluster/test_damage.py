@@ -276,20 +276,6 @@ def test_a_damaged_result_is_made_again(made: Made) -> None:
     assert made.ledger().pending == []
 
 
-def test_a_damaged_result_that_the_table_has_is_written_again(made: Made) -> None:
-    cell, other = sorted(made.results(), key=lambda row: str(row["cell_id"]))[:2]
-    where = Path(made.run.result_url(cell["cell_id"]))
-    for content in (where.read_bytes()[:-100], b"", Path(made.run.result_url(other["cell_id"])).read_bytes()):
-        where.write_bytes(content)
-        ledger = warned(made, r"result\.json is damaged: it is made again from results\.parquet$")
-        ledger.settle()
-        assert (made.run.read_cell_result(cell["cell_id"]) or {}).items() >= cell.items()
-    where.write_bytes(b"")
-    ledger = warned(made, "made again")
-    ledger.begin()  # as where other cells are pending
-    assert made.ledger().results[cell["cell_id"]]["wall_s"] == cell["wall_s"]
-
-
 def test_a_result_that_is_lost_says_what_it_costs(made: Made) -> None:
     cell = first_cell(made)
     Path(made.run.result_url(cell)).write_bytes(b"{")
