@@ -32,7 +32,7 @@ T = TypeVar("T")
 Rows = list[dict[str, Any]]
 WEIGHTS, CURVE = "sae.safetensors", "curve.parquet"
 SPEC = "sweep.yaml"
-SPEC_REMEDY = "remove it (or move it, if it is your own file) and run the same sweep again, which keeps what is done"
+_SPEC_REMEDY = "remove it (or move it, if it is your own file) and run the same sweep again, which keeps what is done"
 _NO_SWEEP = "it holds no whole sweep of a run: it was cut short, or is another program's"
 _BEGIN, _END = b"---\n", b"...\n"  # YAML's own marks: a file that has the first is whole if it has the second
 FITS_FORMAT = 1
@@ -90,20 +90,22 @@ class RunDirectory:
         content = self.read_spec_bytes()
         if content is None:
             return None
-        where = files.join(self.url, SPEC)
-        spec = parse_yaml(content, where, SPEC_REMEDY)
+        spec = parse_yaml(content, files.join(self.url, SPEC), _SPEC_REMEDY)
         sections = [spec.get(name, {}) for name in ("grid", "resolved")] if isinstance(spec, dict) else [None]
         if not all(isinstance(section, dict) for section in sections) or not isinstance(spec.get("name"), str):
-            raise damaged(where, _NO_SWEEP, SPEC_REMEDY)
+            raise self.damaged_spec(_NO_SWEEP)
         return dict(spec)
 
     def read_spec_bytes(self) -> bytes | None:
         """The same as it is written, for who needs a line of it; that it was not cut short is seen to."""
-        where = files.join(self.url, SPEC)
-        content = _if_there(lambda: files.read_bytes(where))
+        content = _if_there(lambda: files.read_bytes(files.join(self.url, SPEC)))
         if content is not None and not _is_whole_spec(content):
-            raise damaged(where, _NO_SWEEP if content.strip() else "it is empty", SPEC_REMEDY)
+            raise self.damaged_spec(_NO_SWEEP if content.strip() else "it is empty")
         return content
+
+    def damaged_spec(self, reason: str) -> Damaged:
+        """The error of a sweep.yaml that does not say what it should."""
+        return damaged(files.join(self.url, SPEC), reason, _SPEC_REMEDY)
 
     # --- cells
 
@@ -314,16 +316,16 @@ class RunDirectory:
 
     def _view(self, name: str, schema: pa.Schema, of_cells: Callable[[], Rows]) -> pa.Table:
         where = files.join(self.url, name)
-        again = "run the same sweep again, which writes it anew"
+        from_cells, again = "its rows are read from cells/; ", "run the same sweep again, which writes it anew"
         try:
-            table = _if_there(lambda: read_table(where, schema, f"its rows are read from cells/; {again}"))
+            table = _if_there(lambda: read_table(where, schema, from_cells + again))
             if table is not None:
                 return table
-            said = f"{where} is missing; its rows are read from cells/; {again}"
+            said = f"{where} is missing; {from_cells}{again}"
         except Damaged as error:
             rows, said = of_cells(), str(error)
             if not rows:
-                raise Damaged(said.replace("its rows are read from cells/; run", "restore it, or run"), where) from error
+                raise Damaged(said.replace(from_cells, "restore it, or "), where) from error
         else:
             rows = of_cells()
         if rows:

@@ -15,10 +15,9 @@ from saescale.cluster.sweep.spec import Combination, SweepSpec, parse_recorded
 from saescale.scaling.compute import Flops
 from saescale.storage import checkpoint
 from saescale.storage.columns import CURVES, CurveRow
-from saescale.storage.documents import damaged
 from saescale.storage.errors import Damaged, SaescaleError, SaescaleWarning, Unavailable, one_line
 from saescale.storage.files import remove
-from saescale.storage.rundir import SPEC, SPEC_REMEDY, RunDirectory
+from saescale.storage.rundir import SPEC, RunDirectory
 from saescale.storage.store import ActivationStore
 from saescale.trainers.cell import Cell
 from saescale.trainers.exchange import native
@@ -257,7 +256,7 @@ def open_ledger(
     """
     document = _resolved(spec, store, precision)
     if recorded is not None:
-        there, here = _combinations(recorded, f"{run.url}/sweep.yaml"), set(spec.grid.combinations())
+        there, here = _combinations(recorded, f"{run.url}/{SPEC}"), set(spec.grid.combinations())
         same_cells = there <= here if extending else there == here
         differences = _differences(_identity(recorded), _identity(document))
         old, new = (of["resolved"].get("store_fingerprint") for of in (recorded, document))
@@ -307,7 +306,7 @@ def provenance_of(run: RunDirectory, recorded: Mapping[str, Any] | None) -> dict
             "versions": ", ".join(f"{name} {number}" for name, number in resolved["versions"].items()),
         }
     except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise damaged(f"{run.url}/{SPEC}", f"what it says of {one_line(error)} is not there", SPEC_REMEDY) from error
+        raise run.damaged_spec(f"what it says of {one_line(error)} is not there") from error
 
 
 def _identity(document: Mapping[str, Any]) -> dict[str, Any]:

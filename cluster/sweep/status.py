@@ -10,12 +10,12 @@ from typing import Any, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
 
-from saescale.storage import checkpoint, files
+from saescale.storage import checkpoint
 from saescale.storage.columns import is_diverged
-from saescale.storage.documents import YAML_LOADER, damaged, yaml_reason
+from saescale.storage.documents import YAML_LOADER, yaml_reason
 from saescale.storage.errors import Damaged, SaescaleError, SaescaleWarning
 from saescale.storage.lease import Driver, RunningCell, Standing, WaitsFor, read_driver
-from saescale.storage.rundir import SPEC, SPEC_REMEDY, RunDirectory
+from saescale.storage.rundir import SPEC, RunDirectory
 
 # Files of single cells, such as a checkpoint's pointer, are read for so many cells at most: details of a few that just
 # changed, not of thousands.
@@ -185,15 +185,16 @@ def with_job(status: SweepStatus | None, job: JobStatus) -> SweepStatus:
 
 def _sweep_name(url: str) -> str:
     """The name in sweep.yaml, without reading what may be a list of thousands of cells."""
-    content, where = RunDirectory(url).read_spec_bytes(), files.join(url, SPEC)
+    run = RunDirectory(url)
+    content = run.read_spec_bytes()
     if content is None:
         raise NoRun(f"{url} {NoRun.SAID}: there is no {SPEC} of a sweep that ran in it")
     try:
         found = next(_top_level(content, "name"), None)
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise damaged(where, yaml_reason(error), SPEC_REMEDY) from error
+        raise run.damaged_spec(yaml_reason(error)) from error
     if found is None:
-        raise damaged(where, "it has no name: it is no sweep's", SPEC_REMEDY)
+        raise run.damaged_spec("it has no name: it is no sweep's")
     return found
 
 
