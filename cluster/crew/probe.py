@@ -33,6 +33,7 @@ def ask(address: str) -> Answer:
     command = [sys.executable, "-P", __file__, address]
     piped = subprocess.PIPE
     with subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=piped, stderr=piped) as process:
+        assert process.stdout is not None
         try:
             select.select([process.stdout], [], [], _START_S)
             out, errors = process.communicate(timeout=PATIENCE_S)
