@@ -4,7 +4,7 @@ It has tensors [batch, n_latents] for a whole batch, so it is for small SAEs and
 """
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -35,6 +35,11 @@ _FLOAT = 4
 _LIVE, _LIVE_FORWARD = 7, 6
 
 
+class DenseGradient(NamedTuple):
+    of_trained: Mapping[str, Tensor]  # by each parameter's name
+    measured: Mapping[str, Tensor]  # Losses.measured
+
+
 class DenseStep:
     """What FastStep is, by `architecture`'s reference."""
 
@@ -49,27 +54,35 @@ class DenseStep:
         mesh: Mesh,
     ) -> Step:  # fmt: skip
         x = batch.x + batch.origin
+        training_forward = getattr(self.architecture, "training_forward", self.architecture.forward)
         with torch.enable_grad():
             moved = {name: tensor.detach().requires_grad_() for name, tensor in params.items()}
-            forward = self.architecture.forward(moved, x, settings)
+            forward = training_forward(moved, x, settings)
             # Has to come before the losses: a latent that came back to life in this batch is no longer dead in it.
             dead.update(forward.latents.detach())
-            state = State(conditions.variance, dead.after(conditions.dead_after_tokens), conditions.progress)
+            state = State(
+                conditions.variance, dead.after(conditions.dead_after_tokens), conditions.progress,
+                conditions.coefficient,
+            )  # fmt: skip
             target = x if batch.target is None else batch.target
             losses = self.architecture.losses(moved, forward, target, settings, state)
-            gradients = torch.autograd.grad(losses.total, list(moved.values()), materialize_grads=True)
+            gradients = _gradients(losses.total, moved)
         beside = losses.beside
         active = (forward.latents > 0).sum()
-        worked = Worked(len(x), active + beside.selected, beside.selected_aux, beside.dead)
         # In one piece, since the host waits for the device here.
-        main, *parts = torch.stack([loss.detach() for loss in (losses.main, *losses.parts.values())]).tolist()
-        return Step(main, dict(zip(losses.parts, parts, strict=True)), dict(zip(moved, gradients, strict=True)), worked)
+        told = (losses.main, *losses.parts.values(), active)
+        main, *parts, pairs = torch.stack([number.detach().double() for number in told]).tolist()
+        worked = Worked(len(x), int(pairs) + beside.selected, beside.selected_aux, beside.dead)
+        gradient = DenseGradient(gradients, losses.measured)
+        return Step(main, dict(zip(losses.parts, parts, strict=True)), gradient, worked, pairs / len(x))
 
     def update(
-        self, params: Params, operands: Params, gradient: Mapping[str, Tensor], updates: Mapping[str, Update],
-        mesh: Mesh,
-    ) -> None:  # fmt: skip
-        apply(params, gradient, updates)
+        self, params: Params, operands: Params, gradient: DenseGradient, updates: Mapping[str, Update], mesh: Mesh
+    ) -> None:
+        apply(params, gradient.of_trained, updates)
+        with torch.no_grad():
+            for name, value in gradient.measured.items():
+                params[name].copy_(value)
 
     @torch.no_grad()
     def reconstruct(self, params: Params, operands: Params, batch: Batch, settings: Any, mesh: Mesh) -> Reconstruction:
@@ -95,9 +108,15 @@ class DenseStep:
         return _FLOAT * (_LIVE_FORWARD * entries + 4 * batch * shape.d_model)
 
 
+def _gradients(total: Tensor, params: Params) -> dict[str, Tensor]:
+    """None of a loss that depends on no parameter, such as PCA's."""
+    if not total.requires_grad:
+        return {}
+    return dict(zip(params, torch.autograd.grad(total, list(params.values()), materialize_grads=True), strict=True))
+
+
 def apply(params: Params, gradients: Mapping[str, Tensor], updates: Mapping[str, Update]) -> None:
-    """One step of the optimiser, one operation at a time, from a dense gradient for each parameter's name."""
+    """One step of the optimiser, one operation at a time, from a dense gradient for each name in `updates`."""
     with torch.no_grad():
-        for name, parameter in params.items():
-            moments, adam, unit_rows = updates[name]
-            adam_rows(parameter, moments, gradients[name], adam, unit_rows)
+        for name, (moments, adam, unit_rows) in updates.items():
+            adam_rows(params[name], moments, gradients[name], adam, unit_rows)
