@@ -3,17 +3,19 @@
 Each command imports what it needs when it runs, so that `saescale --help` answers at once.
 """
 
-import os
 import signal
 import sys
 import traceback
+import warnings
 from collections.abc import Callable
 from types import FrameType
 from typing import Annotated
 
 import typer
 
-from saescale.cluster.front import evals, exchange, jobs, laws, plan, stores, sweeps
+from saescale.cluster.front import environment, evals, exchange, jobs, laws, plan, stores, sweeps
+from saescale.cluster.front.console import show_warning
+from saescale.cluster.front.supervise import supervise
 from saescale.storage.errors import SaescaleError, one_line
 
 app = typer.Typer(
@@ -46,13 +48,25 @@ for _name, _command in COMMANDS.items():
     app.command(_name)(_command)
 
 
+# Those that hold Ray, and that it may end where they stand.
+WATCHED = ("quickstart", "harvest", "sweep")
+
+
 def main() -> None:
+    """The entry point of the process: runs a command, in a process of its own where that could be ended by Ray."""
+    environment.prepare()
+    if next((word for word in sys.argv[1:] if not word.startswith("-")), None) in WATCHED:
+        supervise(command)
+    else:
+        command()
+
+
+def command() -> None:
     """Runs a command; what a user can act on becomes one line and status 2, the rest one line and status 1."""
-    # Before torch is imported, here and in the workers: threads that spin while they wait make everything many times
-    # slower as soon as another process wants a core.
-    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
-    # A batch system's polite end is treated as Ctrl-C: the workers save their checkpoints first.
-    signal.signal(signal.SIGTERM, _interrupt)
+    warnings.showwarning = show_warning
+    if signal.getsignal(signal.SIGTERM) == signal.SIG_DFL:
+        # A batch system's polite end is treated as Ctrl-C: the workers save their checkpoints first.
+        signal.signal(signal.SIGTERM, _interrupt)
     debug = "--debug" in sys.argv
     try:
         app()
@@ -60,6 +74,9 @@ def main() -> None:
         if end.code == 130:  # what typer makes of KeyboardInterrupt
             _complain("interrupted; run the same command again to go on from here")
         raise
+    except BrokenPipeError:  # such as of `| head`
+        environment.forget_output()
+        sys.exit(1)
     except SaescaleError as error:
         if debug:
             traceback.print_exc()
@@ -68,6 +85,11 @@ def main() -> None:
     except Exception as error:
         if debug:
             raise
+        if isinstance(error, OSError) and error.errno in environment.FULL:
+            _complain(
+                f"error: {error.filename or 'a file or the output'}: {one_line(error)}; free space, and try again"
+            )
+            sys.exit(2)
         _complain(f"unexpected {type(error).__name__}: {one_line(error)} (traceback: saescale --debug COMMAND ...)")
         sys.exit(1)
 

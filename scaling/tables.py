@@ -1,33 +1,32 @@
 """Tables of finished cells and their curves, checked before a law sees them."""
 
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any, Self
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.csv
-import pyarrow.parquet
 import xxhash
 
+from saescale.scaling.headers import missing_words, named_columns
+from saescale.scaling.reading import is_table, read_file
+from saescale.scaling.values import either, is_grouped, numbers, texts
 from saescale.scaling.words import listed
-from saescale.storage.columns import COLUMNS, columns_of, current_names
+from saescale.storage.columns import COLUMNS, columns_of
 from saescale.storage.errors import SaescaleError
-from saescale.storage.files import exists, join, open_input
+from saescale.storage.files import exists, join
 from saescale.storage.rundir import RunDirectory
+from saescale.storage.secrets import hide_secrets
 
-_NUMERIC = (pa.types.is_integer, pa.types.is_floating, pa.types.is_boolean, pa.types.is_null)
 _POSITIVE = tuple(column.name for column in COLUMNS.values() if column.positive)
-# What fits, warnings and reports calculate with, where a table has it.
-_NUMBERS = tuple(column.name for column in columns_of("results") if column.is_number)
+_TEXTS = frozenset(column.name for column in COLUMNS.values() if not column.is_number)
+# What fits, warnings and reports calculate with, where a table has it; a seed is a name.
+_NUMBERS = frozenset(column.name for column in columns_of("results") if column.is_number) - {"seed"}
 _TIMES = tuple(column.name for column in COLUMNS.values() if column.role == "time")
-_COMPARABLE = tuple(column.name for column in COLUMNS.values() if column.one_kind)
-_ALIKE = tuple(column.name for column in COLUMNS.values() if column.alike)
-# What tells two cells apart, whatever their ids are.
-IDENTITY = tuple(c.name for c in columns_of("results") if c.role == "spec" and c.name not in ("cell_id", "subject"))
-# Of these a table may say nothing of some cells.
-TOLD_APART = tuple(name for name in (*_COMPARABLE, *_ALIKE) if name not in ("subject", "d_model"))
-_SHOWN = 5  # values of a column in a note
+_WHOLE = ("n_latents",)
+_LONGEST_SHOWN = 40  # characters of a value in a message
+_DONE = frozenset(["done", "finished", "complete", "completed", "success", "succeeded", "successful", "ok", "true"])
+_WAITING = frozenset(("", "pending", "waiting", "queued", "running", "training", "interrupted"))
 
 
 @dataclass(frozen=True)
@@ -35,12 +34,16 @@ class Table:
     """Named columns of equal length: numbers as float64 [rows] (missing is NaN), everything else as str.
 
     `excluded` says in words which rows were left out and why, `notes` what else a reader of fits must know of them.
+    `places` [rows] says where each row stands in the source (None: in order; a number or words), `unread` [rows] of a
+    column of numbers what stands there instead of one ("" elsewhere).
     """
 
     columns: dict[str, np.ndarray]
     source: str
     excluded: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
+    places: np.ndarray | None = None
+    unread: Mapping[str, np.ndarray] = field(default_factory=dict)
 
     @classmethod
     def from_rows(cls, rows: Iterable[dict[str, Any]], source: str = "rows") -> Self:
@@ -48,21 +51,26 @@ class Table:
         return cls.from_arrow(pa.Table.from_pylist(list(rows)), source)
 
     @classmethod
-    def from_arrow(cls, table: pa.Table, source: str) -> Self:
-        """Integers, floats and booleans become float64; every other type becomes text (missing is ""). Columns that
-        earlier versions called otherwise have today's names."""
-        columns = {}
-        for name, column in zip(current_names(table.column_names), table.columns, strict=True):
-            kind = column.type
-            # A CSV column without any value has the type null.
-            if any(is_kind(kind) for is_kind in _NUMERIC):
-                columns[name] = column.cast(pa.float64()).to_numpy(zero_copy_only=False)
+    def from_arrow(cls, table: pa.Table, source: str, decimal_comma: bool = False) -> Self:
+        """Columns that are calculated with become float64, names text (missing is ""), and others float64 where all
+        their values are numbers that it holds exactly. Columns that earlier versions called otherwise have today's
+        names. Raises SaescaleError for two columns of one name that differ."""
+        columns: dict[str, np.ndarray] = {}
+        unread: dict[str, np.ndarray] = {}
+        for name, column in named_columns(table, source).items():
+            if name in _NUMBERS:
+                columns[name], instead = numbers(column, decimal_comma)
+                if instead is not None:
+                    unread[name] = instead
             else:
-                columns[name] = np.array(["" if v is None else str(v) for v in column.to_pylist()], dtype=str)
-        return cls(columns, source)
+                columns[name] = texts(column) if name in _TEXTS else either(column, decimal_comma)
+        return cls(columns, source, unread=unread)
 
     def __len__(self) -> int:
         return len(next(iter(self.columns.values()))) if self.columns else 0
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "source", hide_secrets(self.source))  # it goes into fits, pages and plans
 
     def __contains__(self, name: object) -> bool:
         return name in self.columns
@@ -73,7 +81,15 @@ class Table:
     def select(self, mask: np.ndarray, excluded: Sequence[str] = ()) -> Self:
         """The rows where `mask` (bool [rows]) holds; `excluded` is added to what is already excluded."""
         columns = {name: values[mask] for name, values in self.columns.items()}
-        return replace(self, columns=columns, excluded=(*self.excluded, *excluded))
+        unread = {name: values[mask] for name, values in self.unread.items()}
+        places = np.arange(1, len(self) + 1) if self.places is None else self.places
+        places = places[mask]
+        return replace(self, columns=columns, excluded=(*self.excluded, *excluded), places=places, unread=unread)
+
+    def place(self, row: int) -> str:
+        """Where a row stands in its source, such as "row 3"."""
+        place = row + 1 if self.places is None else self.places[row]
+        return place if isinstance(place, str) else f"row {place}"
 
     def rows_of(self, column: str) -> dict[Any, np.ndarray]:
         """The rows [their indices, in order] of each value of a column, found in one pass over the table."""
@@ -87,47 +103,53 @@ class Table:
         kept = {n: v for n, v in self.columns.items() if n == "nmse" or v.dtype.kind != "f" or not np.isnan(v).all()}
         return replace(self, columns=kept)
 
-    def require(self, names: Sequence[str]) -> None:
+    def require(self, names: Sequence[str], or_infinite: Collection[str] = ()) -> None:
         """Raises SaescaleError unless the columns exist and hold finite numbers, positive where a law takes
-        their logarithm."""
-        missing = [name for name in names if name not in self.columns]
+        their logarithm; those of `or_infinite` may be infinite."""
+        missing = [name for name in names if name not in self.columns and name not in self.unread]
         if missing:
-            raise SaescaleError(
-                f"{self.source}: no column {', '.join(missing)}; it has {', '.join(self.columns) or 'none'}. "
-                "Add what is missing (the names are those of results.parquet)"
-            )
+            raise SaescaleError(f"{self.source}: {missing_words(missing, self.columns)}")
         for name in names:
-            values = self.columns[name]
-            self.require_numbers(name)
-            bad = ~np.isfinite(values)
+            values = self.columns.get(name, np.full(len(self), np.nan))
+            if values.dtype.kind != "f":
+                raise SaescaleError(
+                    f"{self.source}: column {name} holds text, such as {str(values[0])!r}, and no numbers; correct it"
+                )
+            bad = np.isnan(values) | (np.isinf(values) & (name not in or_infinite))
             if name in _POSITIVE:
                 bad |= ~(values > 0)
+            if name in _WHOLE:
+                bad |= values % 1 != 0
             if bad.any():
                 row = int(np.flatnonzero(bad)[0])
-                wanted = "positive and finite" if name in _POSITIVE else "finite"
-                raise SaescaleError(
-                    f"{self.source}: {name} is {values[row]:g} in row {row + 1} ({self.describe(row)}), and it "
-                    f"must be {wanted}; correct or remove the row"
-                )
+                raise SaescaleError(f"{self.source}: {self._wrong(name, row)}")
 
-    def require_numbers(self, name: str) -> None:
-        """Raises SaescaleError where a column holds text."""
-        values = self.columns[name]
-        if values.dtype.kind != "f":
-            example = next((f" (such as {text!r})" for text in values.tolist() if not _is_number(text)), "")
-            raise SaescaleError(f"{self.source}: column {name} holds text, not numbers{example}; clean the column")
+    def _wrong(self, name: str, row: int) -> str:
+        """Why a law cannot take the value of a column in a row, and what to do."""
+        text = str(self.unread[name][row]) if name in self.unread else ""
+        value = self.columns[name][row] if name in self.columns else np.nan
+        where = f"in {self.place(row)} ({self.describe(row)})"
+        if text:
+            text = text if len(text) <= _LONGEST_SHOWN else text[:_LONGEST_SHOWN] + "..."
+            advice = "write it without a separator of thousands" if is_grouped(text) else "correct or remove the row"
+            return f"{name} is {text!r} {where}, which is no number; {advice}"
+        if np.isnan(value):
+            return f"{name} is missing {where}; add it, or remove the row"
+        wanted = "positive and finite" if name in _POSITIVE else "finite"
+        wanted += ", a whole number" if name in _WHOLE else ""
+        return f"{name} is {value:g} {where}, and it must be {wanted}; correct or remove the row"
 
     def describe(self, row: int) -> str:
         """A row in words, such as "cell 3f2a91, N = 512, k = 8"."""
         parts = [f"cell {self.columns['cell_id'][row]}"] if "cell_id" in self.columns else []
         for name, label in (("n_latents", "N"), ("k", "k")):
-            if name in self.columns and self.columns[name].dtype.kind == "f":
+            if name in self.columns and not np.isnan(self.columns[name][row]):
                 parts.append(f"{label} = {number(self.columns[name][row])}")
-        return ", ".join(parts) or f"row {row + 1}"
+        return ", ".join(parts) or self.place(row)
 
 
 def load_results(source: str | RunDirectory) -> Table:
-    """The finished cells of a run directory or of a CSV or Parquet table with columns of results.parquet.
+    """The finished cells of a run directory or of a table with columns of results.parquet (see reading.py).
 
     Only nmse must be there; each law says what else it needs. Rows whose `status` is not "done" are excluded, with
     the reason. Raises SaescaleError when the source is missing or unreadable or has no finished cell, and for
@@ -143,11 +165,14 @@ def load_rows(source: str | RunDirectory) -> Table:
     if isinstance(source, RunDirectory):
         table = Table.from_arrow(source.read_results(), join(source.url, "results.parquet"))
         return table if known(table["store"]).all() else _told_by(source.read_spec() or {}, table)
-    if source.lower().endswith((".csv", ".parquet")):
-        return _read_file(source)
-    if exists(join(source, "results.parquet")):
+    if is_table(source):
+        written = read_file(source)
+        return replace(Table.from_arrow(written.table, source, written.decimal_comma), notes=written.notes)
+    if RunDirectory(source).is_begun():
         return load_rows(RunDirectory(source))
-    raise SaescaleError(f"{source}: neither a run directory with results.parquet nor a .csv or .parquet file")
+    raise SaescaleError(
+        f"{source}: neither a run directory with results.parquet nor a table (.csv, .tsv, .txt or .parquet, also .gz)"
+    )
 
 
 def known(values: np.ndarray) -> np.ndarray:
@@ -177,18 +202,19 @@ def _told_by(spec: Mapping[str, Any], table: Table) -> Table:
 def load_curves(source: str | RunDirectory) -> Table | None:
     """The held-out curves of a run directory; None for a plain table or a directory without curves."""
     if isinstance(source, str):
-        if source.lower().endswith((".csv", ".parquet")):
+        if is_table(source):
             return None
         source = RunDirectory(source)
-    url = join(source.url, "curves.parquet")
-    return Table.from_arrow(source.read_curves(), url) if exists(url) else None
+    url, curves = join(source.url, "curves.parquet"), source.read_curves()
+    return Table.from_arrow(curves, url) if len(curves) or exists(url) else None
 
 
 def finished(table: Table) -> Table:
-    """Only the rows with status "done" (all rows where there is no such column). Raises SaescaleError when none is."""
+    """Only the rows with status "done" or another word for it (all rows where there is no such column), and a note of
+    what could not be read in them. Raises SaescaleError when none is."""
     everything = table
     if "status" in table:
-        done = table["status"] == "done"
+        done = np.array([status.strip().lower() in _DONE for status in table["status"].tolist()], dtype=bool)
         reasons = []
         for row in np.flatnonzero(~done):
             status = table["status"][row] or "without status"
@@ -196,16 +222,16 @@ def finished(table: Table) -> Table:
         table = table.select(done, reasons)
     if not len(table):
         raise SaescaleError(f"{table.source}: no finished cell; {_what_to_do(everything)}")
-    return table
+    instead = {name: values[values != ""] for name, values in table.unread.items()}
+    cases = [f"{name} ({str(values[0])!r}{_more(len(values))})" for name, values in instead.items() if len(values)]
+    note = f"{table.source}: taken as missing where there is no number: {listed(cases, ', ')}"
+    return replace(table, notes=(*table.notes, note)) if cases else table
 
 
 def check_cells(table: Table) -> None:
-    """Raises SaescaleError for a missing nmse, for values of nmse, n_latents or k that are not positive numbers, and
-    for text in any other column that is calculated with."""
-    table.require(("nmse", *(name for name in ("n_latents", "k") if name in table)))
-    for name in _NUMBERS:
-        if name in table:
-            table.require_numbers(name)
+    """Raises SaescaleError for a missing nmse, and for values of nmse, n_latents or k that are not positive numbers;
+    an infinite nmse is that of a cell that diverged."""
+    table.require(("nmse", *(name for name in ("n_latents", "k") if name in table or name in table.unread)), ("nmse",))
 
 
 def fingerprint(results: Table, curves: Table | None) -> str:
@@ -225,94 +251,24 @@ def fingerprint(results: Table, curves: Table | None) -> str:
     return content.hexdigest()
 
 
-def comparable(table: Table, over_subjects: bool = False) -> Table:
-    """Rows of one kind: where subject, site, d_model, architecture, store or held-out rows differ, the most frequent
-    combination stays, and of equally frequent ones the first. What is not known of a row is taken to be as in most.
-
-    A law describes one subject and one kind of SAE, measured on the same rows; the others are excluded, with the
-    reason, and a note says in what they differ. `over_subjects`: all subjects stay, and only architectures must agree.
-    """
-    names = [name for name in (("architecture",) if over_subjects else _COMPARABLE) if name in table]
-    filled = {name: _filled(table[name]) for name in names}
-    names = [name for name in names if len(np.unique(filled[name])) > 1]
-    if not names:
-        return table
-    texts = [
-        ", ".join(f"{name} {_shown(value)}" for name, value in zip(names, row, strict=True))
-        for row in zip(*(filled[name].tolist() for name in names), strict=True)
-    ]
-    most = max(dict.fromkeys(texts), key=texts.count)
-    mask = np.array([text == most for text in texts])
-    reasons = [f"{table.describe(int(row))}: {texts[row]}; the laws describe {most}" for row in np.flatnonzero(~mask)]
-    there = " and ".join(f"{name} {_counted(filled[name][~mask])}" for name in names)
-    note = (
-        f"{(~mask).sum()} of {len(mask)} cells are of another kind ({there}) than those that laws of one subject "
-        f"describe ({most}): fit them apart"
-    )
-    return replace(table.select(mask, reasons), notes=(*table.notes, note))
-
-
-def unlike(table: Table) -> list[str]:
-    """In what else that moves nmse cells of one fit differ, and what is known of some of them alone; a line each."""
-    notes = []
-    told = {name: known(table[name]) for name in TOLD_APART if name in table}
-    differing = [n for n in told if n in _ALIKE and len(np.unique(table[n][told[n]])) > 1]
-    if differing:
-        words = ", ".join(f"{name} {_counted(table[name][told[name]])}" for name in differing)
-        notes.append(f"cells that are fitted together differ in {words}: the laws mix what that does to nmse")
-    if silent := [name for name, there in told.items() if there.any() and not there.all()]:
-        count = int((~np.all([told[name] for name in silent], axis=0)).sum())
-        notes.append(f"{count} of {len(table)} cells do not say their {', '.join(silent)}: they may differ in it")
-    return notes
-
-
-def _filled(values: np.ndarray) -> np.ndarray:
-    """With the most frequent value where there is none."""
-    there = known(values)
-    found, counts = np.unique(values[there], return_counts=True)
-    return values if there.all() or not len(found) else np.where(there, values, found[np.argmax(counts)])
-
-
-def _shown(value: Any) -> str:
-    return number(value) if isinstance(value, float) else str(value)
-
-
-def _counted(values: np.ndarray) -> str:
-    """The values of a column and how many cells have each."""
-    found, counts = np.unique(values, return_counts=True)
-    words = [f"{_shown(value)} in {count}" for value, count in zip(found.tolist(), counts, strict=True)]
-    more = [f"... and {len(words) - _SHOWN} more"] if len(words) > _SHOWN else []
-    return ", ".join([*words[:_SHOWN], *more])
-
-
-def without_diverged(table: Table) -> Table:
-    """Without cells whose nmse is above 1: they reconstruct worse than the mean does, so their training diverged.
-
-    They are `excluded`, in one line. Where no cell is at or below 1 the column holds another loss, and all stay.
-    """
-    bad = table["nmse"] > 1
-    if not bad.any() or bad.all():
-        return table
-    cases = [f"{table.describe(int(row))}: nmse {table['nmse'][row]:.3g}" for row in np.flatnonzero(bad)]
-    one = len(cases) == 1
-    reason = (
-        f"{len(cases)} {'cell' if one else 'cells'} with nmse above 1, worse than the mean alone, diverged and "
-        f"{'is' if one else 'are'} kept out of the fits ({listed(cases)})"
-    )
-    return table.select(~bad, [reason])
-
-
 def _because(table: Table, row: int) -> str:
     """Why the cell in a row failed, after a colon; nothing where the table does not say it."""
     error = str(table["error"][row]) if "error" in table and table["error"].dtype.kind == "U" else ""
-    return f": {error}" if error else ""
+    return f": {' '.join(error.split())}" if error else ""
+
+
+def _more(count: int) -> str:
+    return f" and {count - 1} more" if count > 1 else ""
 
 
 def _what_to_do(table: Table) -> str:
     """Advice about a table of which no row is done."""
-    statuses = table["status"].tolist() if "status" in table else []
+    statuses = [status.strip().lower() for status in table["status"].tolist()] if "status" in table else []
     failed = [row for row, status in enumerate(statuses) if status == "failed"]
     others = len(table) - len(failed)
+    odd = [table["status"][row] for row, status in enumerate(statuses) if status not in (*_WAITING, "failed")]
+    if odd:
+        return f"its column status says {str(odd[0])!r}{_more(len(odd))} and nowhere done; call finished cells done"
     if not failed:
         return f"{others} are still to be trained: run the sweep first" if others else "the table is empty"
     first = f"{len(failed)} failed, the first ({table.describe(failed[0])})" + (
@@ -321,14 +277,6 @@ def _what_to_do(table: Table) -> str:
     if others:
         return f"{first}; {others} are still to be trained: run the sweep to its end"
     return f"{first}; remove the cause and the failed cells' folders below cells/, then run the sweep again"
-
-
-def _is_number(text: str) -> bool:
-    try:
-        float(text)
-    except ValueError:
-        return not text  # missing
-    return True
 
 
 def number(value: float) -> str:
@@ -340,18 +288,4 @@ def size_of(table: Table, row: int) -> str:
     """Such as "N = 512, k = 8"."""
     symbols = {"n_latents": "N", "k": "k"}
     named = [f"{symbol} = {number(table[column][row])}" for column, symbol in symbols.items() if column in table]
-    return ", ".join(named) or f"row {row + 1}"
-
-
-def _read_file(url: str) -> Table:
-    if not exists(url):
-        raise SaescaleError(f"{url}: no such file")
-    try:
-        with open_input(url) as file:
-            if url.lower().endswith(".csv"):
-                return Table.from_arrow(pyarrow.csv.read_csv(file, pyarrow.csv.ReadOptions(use_threads=False)), url)
-            # In this thread alone, as the run directory's tables are read and for the same reason (rundir.py).
-            parquet = pyarrow.parquet.ParquetFile(file, pre_buffer=False)
-            return Table.from_arrow(parquet.read(use_threads=False), url)
-    except pa.ArrowInvalid as error:
-        raise SaescaleError(f"{url}: not a readable table ({str(error).splitlines()[0]})") from error
+    return ", ".join(named) or table.place(row)

@@ -5,8 +5,8 @@ from collections.abc import Iterable
 MOST = 5  # cases that a sentence names
 
 
-def listed(cases: Iterable[str], between: str = "; ") -> str:
+def listed(cases: Iterable[str], between: str = "; ", most: int = MOST) -> str:
     """The first five of the cases, and how many more there are: "a; b; c; d; e; ... and 54 more"."""
     everything = list(cases)
-    shown = between.join(everything[:MOST])
-    return shown + (f"{between}... and {len(everything) - MOST} more" if len(everything) > MOST else "")
+    shown = between.join(everything[:most])
+    return shown + (f"{between}... and {len(everything) - most} more" if len(everything) > most else "")

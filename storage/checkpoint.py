@@ -10,6 +10,7 @@ safetensors would hold one to three more copies of it.
 """
 
 import json
+import math
 import re
 import uuid
 import warnings
@@ -19,11 +20,13 @@ from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 import xxhash
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, Field
 
 from saescale.storage import files
-from saescale.storage.errors import SaescaleError, SaescaleWarning, Superseded
+from saescale.storage.documents import CHECKSUM, checksum, read_model
+from saescale.storage.errors import Damaged, SaescaleError, SaescaleWarning, Superseded, one_line
 
+_FORMAT = 1
 POINTER = "latest.json"  # of no turn: of version 0.1.0, and of a folder that nobody else writes
 KEPT = 2
 _POINTER = re.compile(r"latest(?:-(\d+))?\.json")
@@ -34,6 +37,7 @@ _DTYPES = {
     **{f"{letter.upper()}{8 * size}": np.dtype(f"<{letter}{size}") for letter in "iu" for size in (1, 2, 4, 8)},
     **{f"F{8 * size}": np.dtype(f"<f{size}") for size in (2, 4, 8)},
 }
+_BYTES = {name: dtype.itemsize for name, dtype in _DTYPES.items()} | {"BF16": 2, "F8_E4M3": 1, "F8_E5M2": 1}
 
 
 class Generation(BaseModel):
@@ -41,8 +45,8 @@ class Generation(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True, ser_json_inf_nan="constants")
     file: str
-    step: int
-    bytes: int
+    step: int = Field(ge=0, le=2**62)
+    bytes: int = Field(ge=0, le=2**62)
     xxh3: str
     meta: dict[str, Any]
 
@@ -52,12 +56,14 @@ class Pointer(BaseModel):
 
     # NaN in `meta` (a diverged loss) must come back as NaN.
     model_config = ConfigDict(extra="forbid", ser_json_inf_nan="constants")
+    format: int = _FORMAT
     generations: list[Generation] = []
     ended: dict[str, Any] | None = None
     by: str = ""  # no two are alike, so that whoever created one knows it again
 
     def content(self) -> bytes:
-        return self.model_dump_json().encode()
+        document = json.loads(self.model_dump_json())
+        return json.dumps(document | {CHECKSUM: checksum(document)}).encode()
 
 
 class Turn(NamedTuple):
@@ -214,11 +220,11 @@ def _generations(url: str) -> list[Generation]:
 def _read(url: str, turn: int) -> Pointer:
     where = files.join(url, pointer_name(turn))
     try:
-        return Pointer.model_validate_json(files.read_bytes(where))
+        return read_model(where, Pointer, "its cell has no checkpoint any more and starts from the beginning", _FORMAT)
     except FileNotFoundError:
         return Pointer()
-    except ValueError:
-        warnings.warn(f"{where} is damaged: its cell has no checkpoint any more", SaescaleWarning, stacklevel=4)
+    except Damaged as error:
+        warnings.warn(str(error), SaescaleWarning, stacklevel=4)
         return Pointer()
 
 
@@ -233,12 +239,7 @@ class Tensors(Mapping[str, np.ndarray]):
         with self._open() as file:
             self._check(file, generation.xxh3)
             file.seek(0)
-            length = int.from_bytes(file.read(8), "little")
-            try:
-                self._entries = dict(json.loads(file.read(length)))
-            except (ValueError, TypeError) as error:
-                raise SaescaleError(f"{self._url} is no safetensors file ({error})") from error
-        self._first = 8 + length
+            self._entries, self._first = read_header(file, self._bytes, self._url)
 
     @contextmanager
     def _open(self) -> Iterator[BinaryIO]:
@@ -274,6 +275,32 @@ class Tensors(Mapping[str, np.ndarray]):
 
     def __len__(self) -> int:
         return len(self._entries)
+
+
+def read_header(file: BinaryIO, size: int, where: str) -> tuple[dict[str, Any], int]:
+    """The header of a safetensors file of `size` bytes and where its tensors begin. Raises SaescaleError, before
+    anything is made of what the header says, where that is not in the file."""
+    length = int.from_bytes(file.read(8), "little")
+    if size < 8:
+        raise Damaged(f"{where} is truncated: {size} bytes", where)
+    if length > size - 8:
+        raise Damaged(f"{where} is truncated: {size:,} bytes, of which its header alone would be {length:,}", where)
+    try:
+        entries = dict(json.loads(file.read(length)))
+        tensors = {name: entry for name, entry in entries.items() if name != "__metadata__"}
+        for name, entry in tensors.items():
+            start, end = entry["data_offsets"]
+            if not 0 <= start <= end or math.prod(entry["shape"]) * _BYTES[entry["dtype"]] != end - start:
+                raise ValueError(f"the tensor {name} has not the bytes of its shape")
+        last = 8 + length + max((entry["data_offsets"][1] for entry in tensors.values()), default=0)
+    except (ValueError, TypeError, KeyError, RecursionError) as error:
+        raise Damaged(
+            f"{where} is damaged: its header is no header of safetensors ({one_line(error)})", where
+        ) from error
+    if last != size:
+        fault = "truncated" if size < last else "too long"
+        raise Damaged(f"{where} is {fault}: {size:,} bytes, and its header says {last:,}", where)
+    return entries, 8 + length
 
 
 def _write(file: BinaryIO, tensors: Mapping[str, np.ndarray], checksum: xxhash.xxh3_64) -> None:

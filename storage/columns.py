@@ -4,6 +4,7 @@ Figures, reports, fits, W&B and Arrow's schemas read it here: a new column is on
 field of CurveRow, where it is a column of curves). What the tables are is said in RUN.md.
 """
 
+import re
 from collections.abc import Iterable
 from typing import Literal, NamedTuple
 
@@ -109,6 +110,11 @@ def columns_of(table: TableName) -> tuple[Column, ...]:
     return tuple(column for column in _COLUMNS if table in column.tables)
 
 
+def is_diverged(nmse: float | None) -> bool:
+    """Whether a cell with that held-out nmse reconstructs worse than the mean alone, or not at all."""
+    return nmse is not None and not nmse <= 1
+
+
 def _schema(table: TableName) -> pa.Schema:
     return pa.schema([(column.name, column.type) for column in columns_of(table)])
 
@@ -130,6 +136,11 @@ class CurveRow(NamedTuple):
     lr: float
     tokens_per_s: float
     coefficient: float | None = None  # of the sparsity penalty, of architectures that have one
+
+
+def folded(name: str) -> str:
+    """A name as the tables spell theirs: "N latents" and " n-latents" are n_latents."""
+    return re.sub(r"[\s-]+", "_", name.strip(" \t\r\n\ufeff\"'").lower())
 
 
 def current_names(names: Iterable[str]) -> list[str]:

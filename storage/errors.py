@@ -1,4 +1,8 @@
-"""The errors and the warning that users are meant to read."""
+"""The errors and the warning that users are meant to read. What is secret in an address is in none of them."""
+
+from typing import Any
+
+from saescale.storage.secrets import hide_secrets
 
 
 class SaescaleError(Exception):
@@ -7,9 +11,24 @@ class SaescaleError(Exception):
     The command line prints the message alone and exits with status 2; `--debug` adds the traceback.
     """
 
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*_without_secrets(args))
+
 
 class Unavailable(SaescaleError):
     """A store that did not answer, or not in time: the same may succeed a little later."""
+
+
+class Damaged(SaescaleError):
+    """A file, `where`, that is there and does not hold what it should: cut short, altered, or another program's."""
+
+    def __init__(self, message: str, where: str = "") -> None:
+        super().__init__(message)
+        self.where = where
+
+
+class Newer(SaescaleError):
+    """A file that a later version wrote, in a format that this one does not know."""
 
 
 class Superseded(SaescaleError):
@@ -22,9 +41,16 @@ class SaescaleWarning(UserWarning):
     The command line shows these and no other warnings, those of its workers included.
     """
 
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*_without_secrets(args))
+
 
 def one_line(error: BaseException) -> str:
     """What an error says, on one line; of an OSError the reason alone."""
     if isinstance(error, OSError) and error.strerror:
-        return error.strerror
-    return " ".join(str(error).split()) or type(error).__name__
+        return hide_secrets(error.strerror)
+    return hide_secrets(" ".join(str(error).split())) or type(error).__name__
+
+
+def _without_secrets(args: tuple[Any, ...]) -> list[Any]:
+    return [hide_secrets(each) if isinstance(each, str) else each for each in args]

@@ -21,7 +21,9 @@ from fsspec.core import url_to_fs
 from fsspec.implementations.local import LocalFileSystem
 from fsspec.implementations.memory import MemoryFileSystem
 
+from saescale.storage.bucket import require_bucket
 from saescale.storage.errors import SaescaleError, Unavailable, one_line
+from saescale.storage.waiting import server, waiting
 
 T = TypeVar("T")
 _IN_MEMORY = threading.Lock()
@@ -34,7 +36,15 @@ _PARTIAL = re.compile(r"^\.(.+)\.[0-9a-f]{32}\.partial$")
 
 
 def filesystem(url: str) -> tuple[AbstractFileSystem, str]:
-    """The file system of `url` and the path inside it; SaescaleError when nothing installed can open it."""
+    """The file system of `url` and the path inside it; SaescaleError when nothing installed can open it, and where an
+    object store does not answer or lacks the bucket."""
+    fs, path = _named(url)
+    if "://" in url:
+        require_bucket(fs, path, url)
+    return fs, path
+
+
+def _named(url: str) -> tuple[AbstractFileSystem, str]:
     try:
         # Listings are never cached: another process (a worker, a second driver) may write at any time.
         options = {"use_listings_cache": False} if "://" in url else {}
@@ -50,7 +60,7 @@ def filesystem(url: str) -> tuple[AbstractFileSystem, str]:
 
 def local_path(url: str) -> str | None:
     """The path on this machine's disk, or None when `url` lies elsewhere."""
-    fs, path = filesystem(url)
+    fs, path = _named(url)  # nobody is asked
     return path if isinstance(fs, LocalFileSystem) else None
 
 
@@ -111,6 +121,19 @@ def list_names(url: str) -> list[str]:
     own = filesystem(url)[1].rstrip("/")
     names = {entry.rstrip("/").rsplit("/", 1)[-1] for entry in found if entry.rstrip("/") != own}
     return sorted(name for name in names if not _PARTIAL.match(name))
+
+
+def sizes(url: str) -> dict[str, int]:
+    """Bytes of the files in the folder by their base names, in one listing; {} where it cannot be listed."""
+    try:
+        found = _read(url, lambda fs, path: fs.ls(path, detail=True))
+    except FileNotFoundError:
+        return {}
+    return {
+        entry["name"].rstrip("/").rsplit("/", 1)[-1]: entry["size"]
+        for entry in found
+        if entry["type"] == "file" and isinstance(entry["size"], int)
+    }
 
 
 def list_below(url: str) -> list[str]:
@@ -295,6 +318,8 @@ def _write_error(url: str, error: Exception, tries: int = 1) -> SaescaleError:
 def _read_error(url: str, error: Exception, tries: int) -> SaescaleError:
     if isinstance(error, FileNotFoundError):
         raise error
+    if isinstance(error, NotADirectoryError):  # nothing lies below a file
+        raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), url) from error
     return _error(url, "read", error, tries, "check the address, the network and the credentials")
 
 
@@ -317,14 +342,15 @@ def _tried(
     The last failure becomes what `explained` makes of it.
     """
     fs, path = filesystem(url)
-    for tries, pause in enumerate((*_PAUSES_S, None), start=1):
-        try:
-            return action(fs, path)
-        except Exception as error:  # object stores raise classes of their own (botocore's are no OSError)
-            if pause is None or not may_pass(url, error):
-                raise explained(error, tries) from error
-        # Not all at the same moment: it was perhaps the number of us that was too much.
-        time.sleep(pause * random.uniform(0.5, 1.5))
+    with waiting(f"an answer of {server(url)}"):
+        for tries, pause in enumerate((*_PAUSES_S, None), start=1):
+            try:
+                return action(fs, path)
+            except Exception as error:  # object stores raise classes of their own (botocore's are no OSError)
+                if pause is None or not may_pass(url, error):
+                    raise explained(error, tries) from error
+            # Not all at the same moment: it was perhaps the number of us that was too much.
+            time.sleep(pause * random.uniform(0.5, 1.5))
     raise AssertionError("the last try returns or raises")
 
 

@@ -20,14 +20,20 @@ from pathlib import Path
 from types import TracebackType
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field
 
-from saescale.storage import files
-from saescale.storage.errors import SaescaleError, SaescaleWarning, Superseded
+from saescale.storage import files, watched
+from saescale.storage.documents import read_model
+from saescale.storage.errors import Damaged, SaescaleError, SaescaleWarning, Superseded
+from saescale.storage.secrets import hide_secrets
+from saescale.storage.waiting import waiting, waits
 
+_FORMAT = 1
 _FILE = re.compile(r"driver(?:-(\d+))?\.json")  # that without a number is of version 0.1.0
 BEAT_S = 3.0
 LEASE_S = 20.0  # without a beat for so long, a driver is taken for dead
+_LATEST_S = 1e11  # the year 5138: whoever says more is damaged
+END_S = 3.0  # that a driver which ends gives the store to take its last word
 _OBVIOUS_S = 600.0  # no two clocks differ by more: an older beat needs no watching
 
 
@@ -69,21 +75,35 @@ class Standing(_Document):
     workers: list[RunningWorker] = []
 
 
-class Driver(_Document):
-    """Content of driver-N.json. `state` says how it ended, once it has: a driver that was killed leaves `running`."""
+class WaitsFor(_Document):
+    """What a driver waits for and since when; until when, where it does not wait for ever. Seconds since 1970."""
 
-    format: Literal[1] = 1
+    what: str
+    since: float
+    until: float | None = None
+
+
+# lost: the cluster went away under it; died: it ended without a word, and the process beside it said so.
+EndState = Literal["finished", "stopped", "failed", "lost", "died"]
+
+
+class Driver(_Document):
+    """Content of driver-N.json. `state` says how it ended, once it has: a driver that was killed with all that stood
+    beside it leaves `running`."""
+
+    format: int = _FORMAT
     driver: str
     host: str
     machine: str  # one machine and process namespace, in which `pid` means something
-    pid: int
+    pid: int = Field(ge=1, le=2**31)
     job: str | None = None  # the Ray job that it runs in
-    started_at: float  # seconds since 1970, as are the others
+    started_at: float = Field(ge=0, le=_LATEST_S)  # seconds since 1970, as are the others
     beat: int = 0
-    beat_at: float
-    state: Literal["running", "finished", "stopped", "failed"] = "running"
+    beat_at: float = Field(ge=0, le=_LATEST_S)
+    state: Literal["running"] | EndState = "running"
     error: str | None = None
     standing: Standing = Standing()
+    waits: list[WaitsFor] = []  # of what lasts
 
     def may_live(self) -> bool:
         """False where it certainly ended; True where only its beat can tell."""
@@ -114,16 +134,13 @@ def newest_file(run: str) -> tuple[str, int]:
 
 
 def read_driver(run: str) -> Driver | None:
-    """What the newest driver of the run directory `run` says; None where it has had none. SaescaleError where its file
-    is damaged."""
+    """What the newest driver of the run directory `run` says; None where it has had none. Raises Damaged and Newer."""
     where, _ = newest_file(run)
     try:
-        return Driver.model_validate_json(files.read_bytes(where))
+        return read_model(where, Driver, "remove it if no driver of this run lives, and try again", _FORMAT)
     except FileNotFoundError:
         # It was removed by a newer one between the two requests, or there is none.
         return read_driver(run) if newest_file(run)[0] != where else None
-    except ValidationError as error:
-        raise SaescaleError(f"{where} is damaged; remove it if no driver of this run lives, and try again") from error
 
 
 def require_free(
@@ -135,28 +152,31 @@ def require_free(
     Raises SaescaleError where one does.
     """
     found = read_driver(run)
-    watched = 0.0
-    while found is not None and found.may_live():
-        if known_dead is not None and (found.driver, found.beat) == (known_dead.driver, known_dead.beat):
-            return found
-        if watched >= LEASE_S:
-            warnings.warn(
-                f"{found.name} has not been heard of for {LEASE_S:.0f} s and is taken for dead: going on in its place",
-                SaescaleWarning,
-                stacklevel=2,
-            )
-            return found
+    if found is None or not found.may_live():
+        return found
+    if known_dead is not None and (found.driver, found.beat) == (known_dead.driver, known_dead.beat):
+        return found
+    with waiting(f"a sign of life of {found.name}, which drove {hide_secrets(run)} last", LEASE_S):
+        return _watch(run, found, sleep)
+
+
+def _watch(run: str, found: Driver, sleep: Callable[[float], None]) -> Driver:
+    """What a driver said last that does nothing for LEASE_S. SaescaleError where it does something."""
+    for _ in range(int(LEASE_S)):
         sleep(1.0)
-        watched += 1.0
         now = read_driver(run)
-        if now is not None and (now.driver, now.beat) != (found.driver, found.beat):
-            if not now.may_live():
-                return now
+        if now is None or not now.may_live():
+            return now or found
+        if (now.driver, now.beat) != (found.driver, found.beat):
             raise SaescaleError(
                 f"{run} is driven by another process already ({now.name}); look on with `saescale status {run}`, or "
                 "end that one first"
             )
-        found = now
+    warnings.warn(
+        f"{found.name} has not been heard of for {LEASE_S:.0f} s and is taken for dead: going on in its place",
+        SaescaleWarning,
+        stacklevel=3,
+    )
     return found
 
 
@@ -180,9 +200,11 @@ class Lease:
         self.standing = Standing()  # to be replaced, never changed: the beat's thread reads it
         self._lost: SaescaleError | None = None
         self._ended = threading.Event()
+        self._end: tuple[EndState, str | None] = ("stopped", None)
         self._where = files.join(run, f"driver-{number + 1:05d}.json")
         if not files.create(self._where, self._document.model_dump_json(indent=1).encode()):
             raise SaescaleError(f"{run} was just taken by another driver; look on with `saescale status {run}`")
+        watched.tell(driver={"file": self._where, "id": self._document.driver})
         files.remove(before)
         self._check()
         self._thread = threading.Thread(target=self._keep, name="saescale-lease", daemon=True)
@@ -203,18 +225,16 @@ class Lease:
         if self._lost is not None:
             raise self._lost
 
-    def end(self, state: Literal["finished", "stopped", "failed"], error: str | None = None) -> None:
-        """Says how it ended, and lets go of the run. May be called again, which changes nothing."""
+    def end(self, state: EndState, error: str | None = None) -> None:
+        """Says how it ended, and lets go of the run. May be called again, which changes nothing.
+
+        A store that does not answer is not waited for: such a lease ends by itself.
+        """
         if self._ended.is_set():
             return
+        self._end = state, error
         self._ended.set()
-        self._thread.join()
-        if self._lost is None:
-            self._document = self._document.model_copy(update={"state": state, "error": error})
-            # A lease that could not be given back ends by itself.
-            with suppress(SaescaleError):
-                self._check()
-                self._write()
+        self._thread.join(END_S)
 
     def __enter__(self) -> "Lease":
         return self
@@ -237,9 +257,16 @@ class Lease:
                     return
                 # The store may answer again before the lease is up; what could not be written is written next time.
                 warnings.warn(f"the beat of this driver could not be written: {error}", SaescaleWarning, stacklevel=2)
+        state, error_said = self._end
+        self._document = self._document.model_copy(update={"state": state, "error": error_said})
+        # A lease that could not be given back ends by itself.
+        with suppress(SaescaleError):
+            self._check()
+            self._write()
 
     def _write(self) -> None:
-        beat = {"beat": self._document.beat + 1, "beat_at": time.time(), "standing": self.standing}
+        now = [WaitsFor(**wait._asdict()) for wait in waits()] if self._document.state == "running" else []
+        beat = {"beat": self._document.beat + 1, "beat_at": time.time(), "standing": self.standing, "waits": now}
         self._document = document = self._document.model_copy(update=beat)
         files.write_atomic(self._where, document.model_dump_json(indent=1).encode())
 
@@ -249,6 +276,15 @@ class Lease:
         except Superseded as error:
             self._lost = error
             raise
+
+
+def close_for(where: str, driver: str, state: EndState, error: str) -> None:
+    """Says in the file `where` how its driver ended, for one that cannot any more; nothing where it has said it."""
+    with suppress(FileNotFoundError, Damaged):
+        document = read_model(where, Driver, "remove it")
+        if (document.driver, document.state) == (driver, "running"):
+            document = document.model_copy(update={"state": state, "error": error, "waits": []})
+            files.write_atomic(where, document.model_dump_json(indent=1).encode())
 
 
 def require_owner(run: str, driver: str | None) -> None:

@@ -12,6 +12,9 @@ from saescale.storage.errors import SaescaleError
 
 FORMAT = 2
 MANIFEST = "manifest.json"
+MOST = 2**62  # of what is counted: whatever says more is damaged
+# More rows than so many times a shard's bytes are not in it, however well they were compressed.
+_COMPRESSED = 64
 Dtype = Literal["float16", "bfloat16"]
 Split = Literal["train", "heldout"]
 
@@ -31,8 +34,8 @@ class Shard(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
     name: str = Field(min_length=1, pattern=r"^[^/\\]+$")
     split: Split
-    rows: int = Field(ge=0)
-    bytes: int = Field(ge=0)
+    rows: int = Field(ge=0, le=MOST)
+    bytes: int = Field(ge=0, le=MOST)
     xxh3: str
 
 
@@ -49,18 +52,20 @@ class Manifest(BaseModel):
     subject: str
     fingerprint: str
     site: Site
-    d_model: int = Field(gt=0)
+    d_model: int = Field(gt=0, le=MOST)
     dtype: Dtype
-    context_length: int = Field(gt=0)
+    context_length: int = Field(gt=0, le=MOST)
     dropped: list[str]
     corpus: str
     seed: int
-    row_group_rows: int = Field(gt=0)
+    row_group_rows: int = Field(gt=0, le=MOST)
     shards: list[Shard]
     mean: list[float]
     mean_square: float = Field(allow_inf_nan=False)
     split_by: Literal["content", "subject"] | None = None
     contexts_cross_documents: bool | None = None
+    text_column: str | None = None
+    documents_cut: int | None = Field(None, gt=0)
     created_with: dict[str, str]
 
     @model_validator(mode="after")
@@ -70,6 +75,9 @@ class Manifest(BaseModel):
         names = [shard.name for shard in self.shards]
         if len(set(names)) != len(names):
             raise ValueError("two shards have the same name")
+        for shard in self.shards:
+            if shard.rows * 2 * self.d_model > _COMPRESSED * shard.bytes:
+                raise ValueError(f"{shard.name} cannot hold {shard.rows:,} rows in {shard.bytes:,} bytes")
         return self
 
     def digest(self) -> str:
@@ -88,10 +96,11 @@ def write_manifest(url: str, manifest: Manifest) -> None:
     files.write_atomic(target, (manifest.model_dump_json(indent=1, exclude_none=True) + "\n").encode())
 
 
-def check_size(where: str, shard: Shard) -> None:
-    """Raises SaescaleError where the file is missing or has not the bytes that the manifest says."""
+def check_size(where: str, shard: Shard, known: int | None = None) -> None:
+    """Raises SaescaleError where the file is missing or has not the bytes that the manifest says. `known`: its bytes,
+    where a listing told them already."""
     try:
-        found = files.size(where)
+        found = files.size(where) if known is None else known
     except FileNotFoundError as error:
         raise SaescaleError(f"{where}: the shard is missing; restore it or harvest again") from error
     if found != shard.bytes:

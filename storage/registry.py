@@ -24,6 +24,9 @@ from typing import NamedTuple
 from saescale.storage.errors import SaescaleError, one_line
 
 PATH = "SAESCALE_PATH"
+# The product's own that were loaded, by package and stem: no user's file takes their place, and plans of thousands of
+# cells ask for the same a hundred thousand times.
+_OWN: dict[tuple[str, str], ModuleType] = {}
 
 
 class Room(NamedTuple):
@@ -61,11 +64,14 @@ class Room(NamedTuple):
 
     def load(self, name: str) -> ModuleType:
         """The module of that name. Raises SaescaleError for an unknown one, and for a file of the user's that fails."""
+        if (known := _OWN.get((self.package, _stem(name)))) is not None:
+            return known
         self.check(name)
         path = self._files()[_stem(name)]
-        if path.parent == self._folder():
-            return importlib.import_module(f"{self.package}.{path.stem}")
-        return load_file(path, self.what)
+        if path.parent != self._folder():
+            return load_file(path, self.what)
+        module = importlib.import_module(f"{self.package}.{path.stem}")
+        return _OWN.setdefault((self.package, path.stem), module)
 
     def _folder(self) -> Path:
         spec = importlib.util.find_spec(self.package)

@@ -1,28 +1,39 @@
 """The run directory: what a sweep was asked, what each cell reached, tables, fits. Writes are atomic."""
 
-import io
-import json
-import math
 import re
 import uuid
+import warnings
 from collections import defaultdict
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, TypeVar
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 import xxhash
-import yaml
 
 from saescale.storage import checkpoint, files
-from saescale.storage.columns import CURVES, EVALS, RESULTS, conform
-from saescale.storage.errors import SaescaleError, Superseded
+from saescale.storage.columns import CURVES, EVALS, RESULTS, conform, current_names
+from saescale.storage.documents import (
+    damaged,
+    json_bytes,
+    plain,
+    read_json,
+    read_table,
+    read_yaml,
+    table_bytes,
+    yaml_text,
+)
+from saescale.storage.errors import Damaged, SaescaleWarning, Superseded
 from saescale.storage.lease import require_owner
-from saescale.storage.yaml_text import parse_yaml, yaml_text
 
+T = TypeVar("T")
+Rows = list[dict[str, Any]]
 WEIGHTS, CURVE = "sae.safetensors", "curve.parquet"
+SPEC = "sweep.yaml"
+FITS_FORMAT = 1
+_ASKED_AT_A_TIME = 16  # an answer of an object store takes a while
 _OF_TURN = re.compile(r"(?:sae|curve)-turn-(\d+)\.\w+")
 
 
@@ -33,11 +44,12 @@ def of_turn(name: str, turn: int) -> str:
 
 
 class RunDirectory:
-    """The files below `url` (RUN.md). Readers return None (tables: no rows) for what is not there yet.
+    """The files below `url` (RUN.md). Readers change nothing, and return None (tables: no rows) for what is not there.
 
-    A file that is there but unreadable is a SaescaleError. Tables have exactly the columns of columns.py: absent keys
-    become null, other keys of a cell's result stay in its result.json. NaN and Inf, which JSON does not have, become
-    null there.
+    A file that is there but unreadable is `Damaged`, which says what to do; results.parquet and curves.parquet are
+    views of cells/, from which they are read, with a warning, where they are missing or damaged. Tables have exactly
+    the columns of columns.py: absent keys become null, other keys of a cell's result stay in its result.json. NaN and
+    Inf, which JSON does not have, become null there.
 
     `owner`: the driver (lease.py) on whose behalf this one writes. Once another driver has taken the run over, every
     writer raises Superseded and nothing is written. None: whoever drives it. A process that was halted just then writes
@@ -72,16 +84,16 @@ class RunDirectory:
 
     def read_spec(self) -> dict[str, Any] | None:
         """The resolved spec, or None when no sweep was started here."""
-        where = files.join(self.url, "sweep.yaml")
-        content = _read_if_there(where)
-        if content is None:
+        where = files.join(self.url, SPEC)
+        remedy = "remove it and run the same sweep again, which writes it anew and keeps the cells that are done"
+        spec = _if_there(lambda: read_yaml(where, remedy))
+        if spec is None and not files.exists(where):
             return None
-        try:
-            spec = parse_yaml(content)
-        except (yaml.YAMLError, UnicodeDecodeError) as error:
-            raise _damaged(where, error) from error
         if not isinstance(spec, dict):
-            raise SaescaleError(f"{where} holds no mapping; restore it or give another run directory")
+            raise damaged(where, "it is empty" if spec is None else "it holds no sweep", remedy)
+        sections = [spec.get(name, {}) for name in ("grid", "resolved")]
+        if not isinstance(spec.get("name"), str) or not all(isinstance(section, dict) for section in sections):
+            raise damaged(where, "it holds no sweep: it was cut short, or is another program's", remedy)
         return spec
 
     # --- cells
@@ -115,7 +127,7 @@ class RunDirectory:
         if turn:
             sums = {name: self._checksum(cell_id, self._own(cell_id, name)) for name in (WEIGHTS, CURVE)}
             written = {"turn": turn, "by": uuid.uuid4().hex, "xxh3": {name: sum for name, sum in sums.items() if sum}}
-            result = _plain(result | written)
+            result = plain(result | written)
             checkpoint.end(self.checkpoint_url(cell_id), turn, result, keep)
         self._publish(cell_id, result)
 
@@ -146,12 +158,13 @@ class RunDirectory:
 
     def check_cell(self, cell_id: str) -> None:
         """Raises SaescaleError where the weights or the curve of a finished cell are not those of its result."""
+        url = self.cell_url(cell_id)
+        remedies = {CURVE: "remove it: the cell keeps its result and has no curve then"}
         for name, sum in ((self.read_cell_result(cell_id) or {}).get("xxh3") or {}).items():
-            if self._checksum(cell_id, name) != sum:
-                raise SaescaleError(
-                    f"{files.join(self.cell_url(cell_id), name)} is not what the cell's result.json was written with; "
-                    f"remove {self.cell_url(cell_id)} and run the same command again"
-                )
+            found = self._checksum(cell_id, name)
+            if found != sum and (found is not None or name == WEIGHTS):
+                remedy = remedies.get(name, f"remove {url} and run the same sweep again, which trains the cell anew")
+                raise damaged(files.join(url, name), "the cell's result.json was written with another", remedy)
 
     def _checksum(self, cell_id: str, name: str) -> str | None:
         checksum, where = xxhash.xxh3_64(), files.join(self.cell_url(cell_id), name)
@@ -168,7 +181,17 @@ class RunDirectory:
 
     def read_cell_result(self, cell_id: str) -> dict[str, Any] | None:
         """What the cell reached, or None while it is unfinished."""
-        return self.read_json(f"cells/{cell_id}/result.json")
+        where = self.result_url(cell_id)
+        remedy = f"run the same sweep again, which makes it again from what else is in {self.cell_url(cell_id)}"
+        found = _if_there(lambda: read_json(where, remedy))
+        if found is None:
+            return None
+        result = dict(zip(current_names(found), found.values(), strict=True))
+        try:
+            pa.Table.from_pylist([result], RESULTS)
+        except (pa.ArrowException, TypeError, ValueError, OverflowError) as error:
+            raise damaged(where, " ".join(str(error).split()), remedy) from error
+        return result
 
     def write_cell_curve(self, cell_id: str, rows: list[dict[str, Any]]) -> None:
         """Writes the whole curve of a cell, one row per evaluation; `cell_id` is filled in."""
@@ -177,7 +200,10 @@ class RunDirectory:
 
     def read_cell_curve(self, cell_id: str) -> list[dict[str, Any]]:
         """The curve of a cell that has its result; [] when it has none."""
-        return self._read_table(f"cells/{cell_id}/{CURVE}", CURVES).to_pylist()
+        where = files.join(self.cell_url(cell_id), CURVE)
+        remedy = "remove it and run the same command again: the cell keeps its result and has no curve then"
+        table = _if_there(lambda: read_table(where, CURVES, remedy))
+        return [] if table is None else table.to_pylist()
 
     def save_checkpoint(
         self, cell_id: str, step: int, tensors: Mapping[str, np.ndarray], state: dict[str, Any], keep: int | None = None
@@ -204,17 +230,33 @@ class RunDirectory:
         """Writes results.parquet, one row per cell."""
         self._write_table("results.parquet", pa.Table.from_pylist(rows, RESULTS))
 
-    def read_results(self) -> pa.Table:
-        """results.parquet; no rows when it is missing."""
-        return self._read_table("results.parquet", RESULTS)
+    def read_results(self, others: Callable[[Rows], Rows] | None = None) -> pa.Table:
+        """results.parquet, or what cells/ has of it; no rows when there is neither.
+
+        `others`: rows besides those from cells/, which does not know of cells without a result.
+        """
+        of_cells = self._results_of_cells
+        return self._view("results.parquet", RESULTS, of_cells if others is None else lambda: _both(of_cells(), others))
 
     def write_curves(self, table: pa.Table) -> None:
         """Writes curves.parquet; `table` has the columns of CURVES in any order."""
         self._write_table("curves.parquet", conform(table, CURVES))
 
     def read_curves(self) -> pa.Table:
-        """curves.parquet; no rows when it is missing."""
-        return self._read_table("curves.parquet", CURVES)
+        """curves.parquet, or what cells/ has of it; no rows when there is neither."""
+        return self._view("curves.parquet", CURVES, self._curves_of_cells)
+
+    def has_tables(self) -> bool:
+        """Whether results.parquet and curves.parquet are there and sound."""
+        tables = (("results.parquet", RESULTS), ("curves.parquet", CURVES))
+        try:
+            return all(self._table(name, schema) is not None for name, schema in tables)
+        except Damaged:
+            return False
+
+    def is_begun(self) -> bool:
+        """Whether there is something of a run here that results can be read from."""
+        return files.exists(files.join(self.url, "results.parquet")) or bool(self.cells_with_results())
 
     def write_evals(self, cell_id: str, evaluation: str, rows: list[dict[str, Any]]) -> None:
         """Puts the rows of one evaluation of one cell into evals.parquet, in place of those that it had there."""
@@ -225,64 +267,87 @@ class RunDirectory:
 
     def read_evals(self) -> pa.Table:
         """evals.parquet; no rows when it is missing."""
-        return self._read_table("evals.parquet", EVALS)
+        table = self._table("evals.parquet", EVALS, f"remove it and run saescale eval {self.url}, which measures again")
+        return EVALS.empty_table() if table is None else table
 
-    def write_json(self, name: str, obj: Any) -> None:
-        """Writes `obj` (JSON types, numpy scalars, arrays, tuples) to the file `name` of the run."""
-        text = json.dumps(_plain(obj), indent=1, allow_nan=False) + "\n"
-        self._write(name, text.encode())
+    def read_fits(self) -> dict[str, Any] | None:
+        """The document of fits.json, or None when it is missing."""
+        remedy = f"run saescale report {self.url}, which makes it again"
+        found = self.read_json("fits.json", FITS_FORMAT, remedy)
+        laws = [] if found is None else found.get("fits")
+        if not isinstance(laws, list) or not all(isinstance(fit, dict) and "law" in fit for fit in laws):
+            raise damaged(files.join(self.url, "fits.json"), "it holds no list of laws as `fits`", remedy)
+        return found
 
-    def read_json(self, name: str) -> Any:
-        """The content of the JSON file `name`, or None when it is missing."""
+    def write_json(self, name: str, obj: dict[str, Any]) -> None:
+        """Writes `obj` (JSON types, numpy scalars, arrays, tuples) to the file `name` of the run, with a checksum."""
+        self._write(name, json_bytes(obj))
+
+    def read_json(self, name: str, newest: int | None = None, remedy: str = "") -> dict[str, Any] | None:
+        """The object in the JSON file `name`, or None when it is missing. `newest`: the highest format that is read."""
         where = files.join(self.url, name)
-        content = _read_if_there(where)
-        try:
-            return None if content is None else json.loads(content)
-        except ValueError as error:
-            raise _damaged(where, error) from error
+        return _if_there(lambda: read_json(where, remedy or "remove it and run the same command again", newest))
 
     def _write_table(self, name: str, table: pa.Table) -> None:
-        buffer = io.BytesIO()
-        pq.write_table(table, buffer, compression="zstd")
-        self._write(name, buffer.getvalue())
+        self._write(name, table_bytes(table))
 
     def _write(self, name: str, content: bytes) -> None:
         self.require_owner()
         files.write_atomic(files.join(self.url, name), content)
 
-    def _read_table(self, name: str, schema: pa.Schema) -> pa.Table:
+    def _table(self, name: str, schema: pa.Schema, remedy: str = "") -> pa.Table | None:
+        return _if_there(lambda: read_table(files.join(self.url, name), schema, remedy))
+
+    def _view(self, name: str, schema: pa.Schema, of_cells: Callable[[], Rows]) -> pa.Table:
         where = files.join(self.url, name)
-        content = _read_if_there(where)
-        if content is None:
-            return schema.empty_table()
+        again = "run the same sweep again, which writes it anew"
         try:
-            # In this thread alone: one of Arrow's own that still works when the interpreter ends aborts the process
-            # (arrow issue 34314), and `read_table` starts some whatever it is told.
-            table = pq.ParquetFile(pa.BufferReader(content), pre_buffer=False).read(use_threads=False)
-            return conform(table, schema)
-        except (pa.ArrowException, OSError) as error:
-            raise _damaged(where, error) from error
+            table = _if_there(lambda: read_table(where, schema, f"its rows are read from cells/; {again}"))
+            if table is not None:
+                return table
+            said = f"{where} is missing; its rows are read from cells/; {again}"
+        except Damaged as error:
+            rows, said = of_cells(), str(error)
+            if not rows:
+                raise Damaged(said.replace("its rows are read from cells/", "restore it, or"), where) from error
+        else:
+            rows = of_cells()
+        if rows:
+            warnings.warn(said, SaescaleWarning, stacklevel=3)
+        return pa.Table.from_pylist(rows, schema)
+
+    def _results_of_cells(self) -> Rows:
+        return _in_order([row for row in self._of_finished(self.read_cell_result) if row is not None])
+
+    def _curves_of_cells(self) -> Rows:
+        return [row for rows in self._of_finished(self.read_cell_curve) for row in rows or ()]
+
+    def _of_finished(self, read: Callable[[str], T]) -> Sequence[T | None]:
+        """What each finished cell has of something, in the order of their ids; None, with a warning, where damaged."""
+
+        def tried(cell_id: str) -> T | None:
+            try:
+                return read(cell_id)
+            except Damaged as error:
+                warnings.warn(str(error), SaescaleWarning, stacklevel=2)
+                return None
+
+        with ThreadPoolExecutor(_ASKED_AT_A_TIME) as pool:
+            return list(pool.map(tried, sorted(self.cells_with_results())))
 
 
-def _read_if_there(where: str) -> bytes | None:
+def _both(rows: Rows, others: Callable[[Rows], Rows]) -> Rows:
+    return _in_order(rows + others(rows)) if rows else rows
+
+
+def _in_order(rows: Rows) -> Rows:
+    """As the driver lists them."""
+    names = ("n_latents", "k", "architecture", "seed", "cell_id")
+    return sorted(rows, key=lambda row: [(row.get(name) is None, row.get(name)) for name in names])
+
+
+def _if_there(read: Callable[[], T]) -> T | None:
     try:
-        return files.read_bytes(where)
+        return read()
     except FileNotFoundError:
         return None
-
-
-def _damaged(where: str, error: Exception) -> SaescaleError:
-    reason = " ".join(str(error).split())
-    return SaescaleError(f"{where} is damaged ({reason}); remove it and run the same command again")
-
-
-def _plain(obj: Any) -> Any:
-    if isinstance(obj, dict):
-        return {str(key): _plain(value) for key, value in obj.items()}
-    if isinstance(obj, list | tuple):
-        return [_plain(value) for value in obj]
-    if isinstance(obj, np.ndarray | np.generic):
-        return _plain(obj.tolist())
-    if isinstance(obj, float) and not math.isfinite(obj):
-        return None
-    return obj

@@ -1,6 +1,5 @@
 """The activation store: Parquet shards of activations behind the manifest that seals them (FORMAT.md)."""
 
-import json
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -9,10 +8,10 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import xxhash
-from pydantic import ValidationError
 
 from saescale.storage import files
-from saescale.storage.errors import SaescaleError, Unavailable
+from saescale.storage.documents import read_model
+from saescale.storage.errors import SaescaleError, Unavailable, one_line
 from saescale.storage.manifest import FORMAT, MANIFEST, Dtype, Manifest, Shard, Site, check_size
 from saescale.storage.rows import CHUNK_BYTES, RowGroup, Rows, find_bad_row, raw_dtype
 from saescale.storage.source import Order
@@ -31,29 +30,19 @@ class ActivationStore:
         self.d_model = manifest.d_model
         self.dtype: Dtype = manifest.dtype
         self._footers: dict[int, pq.FileMetaData] = {}
+        self._present = False  # whether the shards were found to be there, of their sizes
 
     @staticmethod
     def open(url: str) -> "ActivationStore":
         """Opens a store by its manifest alone; SaescaleError when that is missing, newer, broken or empty."""
         where = files.join(url, MANIFEST)
         try:
-            content = files.read_bytes(where)
+            manifest = read_model(where, Manifest, "restore it or harvest again", FORMAT)
         except FileNotFoundError as error:
             raise SaescaleError(
                 f"{url} is no activation store: it has no {MANIFEST}; give the folder of a finished harvest, "
                 "or run the harvest again to finish it"
             ) from error
-        try:
-            raw = json.loads(content)
-            version = raw["format"] if isinstance(raw, dict) else None
-            if isinstance(version, int) and version > FORMAT:
-                raise SaescaleError(
-                    f"{where} has format {version}, this saescale reads up to {FORMAT}; upgrade saescale"
-                )
-            manifest = Manifest.model_validate(raw)
-        except (ValueError, KeyError) as error:
-            reason = _reason(error)
-            raise SaescaleError(f"{where} is damaged ({reason}); restore it or harvest again") from error
         if not sum(shard.rows for shard in manifest.shards):
             raise SaescaleError(f"the activation store {url} is empty (0 rows); harvest some tokens first")
         return ActivationStore(url, manifest)
@@ -92,10 +81,11 @@ class ActivationStore:
         `doc` [rows] each; of no rows what `columns` does not name. Raises SaescaleError where there are fewer."""
         wanted = self.rows("heldout") if rows is None else rows
         self.require_rows("heldout", wanted, "the held-out set")
+        groups = self.row_groups("heldout")
         act = self.read_split("heldout", wanted if "act" in columns else 0)
         found = {name: np.empty(wanted if name in columns else 0, dtype) for name, dtype in _PLACES.items()}
         done = 0
-        for group in self.row_groups("heldout"):
+        for group in groups:
             names = [name for name in found if name in columns]
             if done >= wanted or not names:
                 break
@@ -120,7 +110,10 @@ class ActivationStore:
             )
 
     def row_groups(self, split: str) -> list[RowGroup]:
-        """All row groups of the split in stored order, from the manifest alone."""
+        """All row groups of the split in stored order.
+
+        Raises SaescaleError where a shard is missing or has not the bytes that the manifest says."""
+        self._require_shards()
         return [
             group
             for number, shard in enumerate(self.manifest.shards)
@@ -151,8 +144,8 @@ class ActivationStore:
             # What Arrow itself has to say of a file is an OSError too, but without a number.
             of_arrow = type(error) is OSError and error.errno is None
             if not of_arrow and files.may_pass(where, error):
-                raise Unavailable(f"{where}: row group {group.index} was not answered ({_reason(error)})") from error
-            raise self._damaged(group, f"cannot be read ({_reason(error)})") from error
+                raise Unavailable(f"{where}: row group {group.index} was not answered ({one_line(error)})") from error
+            raise self._damaged(group, f"cannot be read ({one_line(error)})") from error
         for array in arrays.values():
             if array.null_count or len(array) != group.rows:
                 raise self._damaged(group, f"has {len(array)} rows with {array.null_count} nulls")
@@ -161,9 +154,10 @@ class ActivationStore:
     def read_split(self, split: str, limit_rows: int | None = None) -> np.ndarray:
         """The first `limit_rows` rows (all when None) in stored order, values checked: [rows, d_model]."""
         wanted = self.rows(split) if limit_rows is None else min(limit_rows, self.rows(split))
+        groups = self.row_groups(split)
         out = np.empty((wanted, self.d_model), raw_dtype(self.manifest.dtype))
         done = 0
-        for group in self.row_groups(split):
+        for group in groups:
             if done == wanted:
                 break
             act = self.read_row_group(split, group)
@@ -199,6 +193,14 @@ class ActivationStore:
             if progress is not None:
                 progress(done, total)
 
+    def _require_shards(self) -> None:
+        if self._present:
+            return
+        listed = files.sizes(self.url)  # one request for many of them
+        for shard in self.manifest.shards:
+            check_size(files.join(self.url, shard.name), shard, listed.get(shard.name))
+        self._present = True
+
     def _groups_of(self, number: int) -> list[RowGroup]:
         size, rows = self.manifest.row_group_rows, self.manifest.shards[number].rows
         return [RowGroup(number, index, min(size, rows - first)) for index, first in enumerate(range(0, rows, size))]
@@ -217,7 +219,7 @@ class ActivationStore:
                 parquet = pq.ParquetFile(source, metadata=self._footers.get(number))
             except (pa.ArrowException, OSError) as error:
                 raise SaescaleError(
-                    f"{where}: not a readable Parquet file ({_reason(error)}); restore the shard or harvest again"
+                    f"{where}: not a readable Parquet file ({one_line(error)}); restore the shard or harvest again"
                 ) from error
             if number not in self._footers:
                 self._check_footer(where, number, parquet)
@@ -235,16 +237,16 @@ class ActivationStore:
                 f"{where}: column act is {kind}, but d_model = {self.d_model} needs "
                 f"fixed_size_binary[{2 * self.d_model}] (wrong width); {remedy}"
             )
-        found = [footer.row_group(index).num_rows for index in range(footer.num_row_groups)]
-        expected = [group.rows for group in self._groups_of(number)]
-        if found != expected:
-            at = next((i for i, (a, b) in enumerate(zip(found, expected, strict=False)) if a != b), None)
-            what = (
-                f"{len(found)} row groups, not {len(expected)}"
-                if at is None
-                else f"row group {at} has {found[at]} rows, not {expected[at]}"
+        # Counted before anything is built of so many.
+        size, rows = self.manifest.row_group_rows, self.manifest.shards[number].rows
+        if footer.num_row_groups != -(-rows // size):
+            raise SaescaleError(
+                f"{where}: {footer.num_row_groups} row groups, not {-(-rows // size)} as its manifest says; {remedy}"
             )
-            raise SaescaleError(f"{where}: {what} as its manifest says; {remedy}")
+        for group in self._groups_of(number):
+            if (found := footer.row_group(group.index).num_rows) != group.rows:
+                what = f"row group {group.index} has {found} rows, not {group.rows}"
+                raise SaescaleError(f"{where}: {what} as its manifest says; {remedy}")
 
     def _check_sum(self, shard: Shard) -> None:
         where = files.join(self.url, shard.name)
@@ -265,12 +267,3 @@ class ActivationStore:
 
 def _one_chunk(column: pa.ChunkedArray) -> pa.Array:
     return column.chunk(0) if column.num_chunks == 1 else column.combine_chunks()
-
-
-def _reason(error: Exception) -> str:
-    if isinstance(error, ValidationError):
-        first = error.errors()[0]
-        return f"{'.'.join(str(part) for part in first['loc']) or 'manifest'}: {first['msg']}"
-    if isinstance(error, KeyError):
-        return f"no key {error}"
-    return " ".join(str(error).split())

@@ -18,7 +18,9 @@ import numpy as np
 from saescale.storage.errors import SaescaleError
 from saescale.storage.manifest import Dtype
 from saescale.storage.rows import RowGroup, raw_dtype
+from saescale.storage.secrets import hide_secrets
 from saescale.storage.source import SourceBatch
+from saescale.storage.waiting import waiting
 
 _READERS = 4
 # Row groups whose values this process has found good: (url, store fingerprint, shard, row group).
@@ -184,7 +186,7 @@ class Stream:
 
     def _take_window(self) -> np.ndarray:
         began = time.perf_counter()
-        with self._changed:
+        with waiting(f"activations of {hide_secrets(self._store.url)}"), self._changed:
             while not self._ready and self._error is None and not self._closed:
                 self._changed.wait()
             self.wait_seconds += time.perf_counter() - began

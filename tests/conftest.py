@@ -75,10 +75,11 @@ def s3_url(s3_endpoint: str) -> str:
 
 @pytest.fixture(scope="session")
 def save_subject(tmp_path_factory: pytest.TempPathFactory) -> SaveSubject:
-    """Saves a random model of a transformers configuration with a small tokenizer; gives its subject name."""
+    """Saves a random model of a transformers configuration (or a model) with a small tokenizer; gives its subject
+    name."""
     import torch
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-    from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
+    from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedTokenizerFast
 
     from saescale.trainers.subjects.text import python_prose
 
@@ -98,7 +99,8 @@ def save_subject(tmp_path_factory: pytest.TempPathFactory) -> SaveSubject:
         special = special or {"bos_token": "<s>", "eos_token": "</s>"}
         PreTrainedTokenizerFast(tokenizer_object=bpe, **special).save_pretrained(folder)
         torch.manual_seed(0)
-        AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+        model = AutoModelForCausalLM.from_config(config) if isinstance(config, PreTrainedConfig) else config
+        model.save_pretrained(folder)
         return f"hf:{folder}"
 
     return save

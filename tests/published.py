@@ -21,7 +21,7 @@ import pyarrow.parquet as pq
 
 ROOT = Path(__file__).parents[1]
 DATA = ROOT / "deploy" / "results" / "quickstart"
-PAGES = {ROOT / "README.md": ("nmse", "fit"), DATA / "README.md": ("grid", "flops", "compute")}
+PAGES = {ROOT / "README.md": ("nmse", "fit"), DATA / "README.md": ("grid", "compute")}
 FIGURES = ("nmse_against_n.png", "nmse_against_compute.png")
 
 Rows = list[dict[str, str]]
@@ -42,8 +42,7 @@ def parts() -> dict[str, str]:
         rows = list(csv.DictReader(file))
     fits = json.loads((DATA / "fits.json").read_text())
     return {
-        "nmse": _nmse(rows), "fit": _fit(rows, fits), "grid": _grid(rows), "flops": _flops(rows),
-        "compute": _compute(rows, fits),
+        "nmse": _nmse(rows), "fit": _fit(rows, fits), "grid": _grid(rows), "compute": _compute(rows, fits),
     }  # fmt: skip
 
 
@@ -66,8 +65,6 @@ def _fit(rows: Rows, fits: dict[str, Any]) -> str:
         f"The law meets the {law['points']} cells within {_percent(law['rms_log_residual'])} (rms) and, fitted without "
         f"{largest}, predicts those\n{held['points']} within {_percent(held['rms_log_error'])}."
     )
-    if _charged_alike(rows):  # AuxK in full, which bends L(C)
-        return said
     low, high = (_of_compute(fits, k, floor=False)["coefficients"]["a"]["value"] for k in (ks[0], ks[-1]))
     return said + f" Over compute nmse falls as C^-{low:.2f} at k = {ks[0]} to C^-{high:.2f} at k = {ks[-1]}."
 
@@ -82,49 +79,20 @@ def _grid(rows: Rows) -> str:
 
 
 def _compute(rows: Rows, fits: dict[str, Any]) -> str:
-    """L(C) at each k, and what AuxK adds to the compute of its cells, less the latents that were not active."""
+    """L(C) at each k."""
     table = []
     for k in _levels(rows)[1]:
         without, floor = (_of_compute(fits, k, has) for has in (False, True))
-        own = [row for row in rows if int(row["k"]) == k]
-        share = [1 / (1 - _auxk(row) / float(row["flops"])) - 1 for row in own]
         table.append([
             str(k), _interval(without["coefficients"]["a"]), _percent(without["rms_log_residual"]),
             _interval(floor["coefficients"]["a"]), _percent(floor["rms_log_residual"]),
-            f"{_percent(min(share))} to {_percent(max(share))}",
         ])  # fmt: skip
-    head = ["k", "a of A C^-a", "rms", "a of A C^-a + E", "rms", "FLOPs beyond 2Nd + 8kd a token"]
+    head = ["k", "a of A C^-a", "rms", "a of A C^-a + E", "rms"]
     return _table(head, table)
 
 
 def _of_compute(fits: dict[str, Any], k: int, floor: bool) -> dict[str, Any]:
     return next(f for f in fits["fits"] if f["law"] == "c" and f["at"]["k"] == k and f["floor"] is floor)
-
-
-def _flops(rows: Rows) -> str:
-    """How they were counted, as the table itself shows it."""
-    if pairs := _charged_alike(rows):
-        return (
-            f"`flops` are sparse training FLOPs as saescale 0.1.0 charged them: 2Nd + 8(k + {pairs:g})d a token, AuxK "
-            "in full from the\nfirst token on. `flops_dense` are 12Nd a token."
-        )
-    return (
-        "`flops` are sparse training FLOPs as the steps did them: 2Nd a token and 8d for each (token, latent) pair\n"
-        "that was active, those of AuxK among them. `flops_dense` are the dense equivalent: 12Nd a token, and 8d for\n"
-        "each dead latent while AuxK ran."
-    )
-
-
-def _charged_alike(rows: Rows) -> float:
-    """The pairs a token that every cell paid for AuxK, as in saescale 0.1.0; 0 where each paid for what it did."""
-    pairs = {round(_auxk(row) / (8 * int(row["d_model"]) * int(row["tokens"])), 6) for row in rows}
-    return pairs.pop() if len(pairs) == 1 else 0.0
-
-
-def _auxk(row: dict[str, str]) -> float:
-    """FLOPs of a cell beyond those of the encoder and of its full k on every token."""
-    n, k, d_model, tokens = (int(row[name]) for name in ("n_latents", "k", "d_model", "tokens"))
-    return float(row["flops"]) - tokens * d_model * (2 * n + 8 * k)
 
 
 def _percent(share: float) -> str:

@@ -112,7 +112,7 @@ def test_fit_and_predict_take_a_table() -> None:
     document = saescale.fit(table, laws=("n_k",), bootstraps=0)
     assert [entry["law"] for entry in document["fits"]] == ["n_k"]
     predicted = saescale.predict(document["fits"][0], n_latents=2_048, k=np.array([8, 32]))
-    np.testing.assert_allclose(predicted, [0.2817, 0.1813], rtol=0.02)
+    np.testing.assert_allclose(predicted, [0.2751, 0.1775], rtol=0.02)
 
 
 def test_an_sae_spliced_into_the_model_is_one_call(run_and_store: tuple[str, str]) -> None:

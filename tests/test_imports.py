@@ -15,8 +15,12 @@ ROOT = Path(__file__).parents[1]
 ROOMS = {
     "storage": ((),),
     "scaling": (
-        ("compute", "words"),
+        ("compute", "words", "values"),
+        ("headers",),
+        ("reading",),
         ("tables",),
+        ("kinds", "where"),
+        ("repeats",),
         ("sources",),
         ("laws",),
         ("figures", "planning", "reproduce"),

@@ -16,12 +16,14 @@ from typing import Any, ClassVar, Generic, NamedTuple, Protocol, Self, TypeVar
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from saescale.cluster.crew.connect import connect
+from saescale.cluster.crew.connect import connect, disconnect
+from saescale.cluster.crew.head import HeadWatch, finds_no_room, free, node_ids, resources
 from saescale.storage.errors import SaescaleError, SaescaleWarning, one_line
 from saescale.storage.registry import PATH
+from saescale.storage.waiting import Wait, hear
 
 POLL_S = 0.5
-PATIENCE_S = 60.0  # until actors that do not come up are mentioned
+ROOM_S = 5.0  # between two looks whether there is room for an actor that does not come up
 
 
 class Place(Protocol):
@@ -41,7 +43,7 @@ class Words(NamedTuple):
 
     again: str
     fewer: str
-    waiting: str
+    one: str  # what an actor is called
 
 
 class Died(Exception):
@@ -83,7 +85,11 @@ class Crew(ABC, Generic[Info]):
         self._due: list[float] = []  # when others are to be started in the place of those that are lost
         self._failed_starts = 0  # since one last came up
         self._warned: set[str] = set()
-        self._alive_at = time.monotonic()
+        self._nobody_since: float | None = None  # in time.time(); until when it is waited for one
+        self._until: float | None = None
+        self._room: tuple[float, str] = (0.0, "")  # when it was asked for last, and what was said
+        self.claim: Mapping[str, float] = {}  # what an actor takes of the cluster ("CPU", "GPU")
+        self._head: HeadWatch | None = None
         self.owns_ray = False
         self._address = address
 
@@ -117,6 +123,7 @@ class Crew(ABC, Generic[Info]):
         self.owns_ray = not ray.is_initialized()
         if self.owns_ray:
             connect(self._address)
+        self._head = HeadWatch(ray.get_runtime_context().gcs_address)
 
     def _actor(self, kind: type, options: Mapping[str, Any], *arguments: Any) -> Any:
         """An actor of a class, which finds the user's own files (storage/registry.py) where this process does."""
@@ -137,14 +144,16 @@ class Crew(ABC, Generic[Info]):
     def come_up(self, first_s: float, company_s: float) -> None:
         """Until all are up, or one is since `company_s`. SaescaleError when none is after `first_s`."""
         began, first = time.monotonic(), None
+        self._until = time.time() + first_s
         while self.starting or self._due:
             now = time.monotonic()
             first = now if first is None and self.ready else first
             if (now - began > first_s) if first is None else (now - first > company_s):
                 break
             self.watch(())
+        self._until = None
         if not self.ready:
-            raise self._nobody("the cluster has no free CPUs or GPUs for one")
+            raise self._nobody(self._why_nobody() or "they do not answer")
 
     def watch(self, busy: Collection[Any]) -> list[Any]:
         """Waits a little for something to happen, and returns which of the references `busy` have ended.
@@ -166,11 +175,34 @@ class Crew(ABC, Generic[Info]):
         up = [reference for reference in ended if reference in self.starting]
         for reference in up:
             self._join(reference)
-        if busy or self.idle:
-            self._alive_at = time.monotonic()
-        elif time.monotonic() - self._alive_at > PATIENCE_S:
-            self.warn(self.words.waiting)
+        self._say_nobody(bool(busy or self.idle))
+        if self._head is not None:
+            self._head.require()
         return [reference for reference in ended if reference not in up]
+
+    def _say_nobody(self, somebody: bool) -> None:
+        """While there is no actor: what is waited for, and why."""
+        if somebody:
+            self._nobody_since = None
+            hear("actors", [])
+            return
+        self._nobody_since = self._nobody_since or time.time()
+        asked_at, why = self._room
+        if time.time() - self._nobody_since > ROOM_S and time.monotonic() - asked_at > ROOM_S:
+            self._room = time.monotonic(), (why := self._why_nobody())
+        what = f"{self.words.one} to come up{f': {why}' if why else ''}"
+        hear("actors", [Wait(what, self._nobody_since, self._until)])
+
+    def _why_nobody(self) -> str:
+        """Which of what an actor claims the cluster has not free; nothing where it has room, and one is starting."""
+        if not finds_no_room(self.claim):
+            return ""
+        there, left = resources(), free()
+        short = [name for name, each in self.claim.items() if each > left.get(name, 0.0)]
+        said = [f"{left.get(name, 0.0):g} of its {there.get(name, 0.0):g} {name}s" for name in short]
+        has = " and ".join(said) or "no node with so much"
+        each = " and ".join(f"{share:g} {name}" for name, share in self.claim.items() if share)
+        return f"the cluster has {has} free and one takes {each} (`ray status`)"
 
     def _join(self, up: Any) -> None:
         actor = self.starting.pop(up)
@@ -221,7 +253,7 @@ class Crew(ABC, Generic[Info]):
 
     def replace_stranded(self) -> None:
         """Replaces idle actors whose node is gone: nobody else notices."""
-        alive = {node["NodeID"] for node in ray.nodes() if node["Alive"]}
+        alive = node_ids()
         for actor in [actor for actor in self.idle if self.ready[actor].node_id not in alive]:
             self.lost(actor)
             self.start()
@@ -232,11 +264,15 @@ class Crew(ABC, Generic[Info]):
 
     def close(self) -> None:
         """Ends the actors, and Ray where this crew started or joined it."""
+        hear("actors", [])
+        if self._head is not None:
+            self._head.close()
+            self._head = None
         if ray.is_initialized():
             for actor in self._actors:
                 ray.kill(actor)
             if self.owns_ray:
-                ray.shutdown()
+                disconnect()
 
     def __enter__(self) -> Self:
         return self
@@ -258,16 +294,6 @@ class Crew(ABC, Generic[Info]):
 def back_off(failures: int, first_s: float, most_s: float) -> float:
     """Seconds to wait after so many failures: twice as long each time."""
     return min(most_s, first_s * 2.0 ** min(20, failures - 1))
-
-
-def node_lives(node_id: str) -> bool:
-    """Whether the cluster still has a node."""
-    return any(node["Alive"] for node in ray.nodes() if node["NodeID"] == node_id)
-
-
-def nodes() -> list[dict[str, float]]:
-    """The resources ("CPU", "GPU", "memory") of each node that the cluster has now."""
-    return [node["Resources"] for node in ray.nodes() if node["Alive"]]
 
 
 def _kill(pid: int) -> None:

@@ -9,6 +9,7 @@ from saescale.cluster.crew.harvest_worker import ActorRow
 from saescale.storage import files
 from saescale.storage.errors import SaescaleError
 from saescale.storage.manifest import Manifest
+from saescale.storage.secrets import hide_secrets
 from saescale.trainers.harvest.conduct import SPOOL_PREFIX, conduct
 from saescale.trainers.harvest.spec import HarvestSpec
 from saescale.trainers.subjects.subject import name_for_other_processes
@@ -45,7 +46,10 @@ def harvest_on_actors(spec: HarvestSpec, actors: int | str, address: str | None,
 
 def _for_other_nodes(spec: HarvestSpec) -> HarvestSpec:
     """The spec with paths that mean the same in every process."""
-    update = {"out": _absolute(spec.out), "subject": name_for_other_processes(spec.subject)}
+    update = {
+        "out": _absolute(spec.out), "subject": name_for_other_processes(spec.subject),
+        "corpus": hide_secrets(spec.corpus),  # which only this process reads
+    }  # fmt: skip
     return spec.model_copy(update=update)
 
 

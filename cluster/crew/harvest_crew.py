@@ -11,11 +11,13 @@ from typing import Any, NamedTuple
 
 import ray
 
-from saescale.cluster.crew.crew import Crew, Died, Words, back_off, nodes, take
+from saescale.cluster.crew.crew import Crew, Died, Words, back_off, take
 from saescale.cluster.crew.harvest_worker import MARKER, ActorRow, ActorState, HarvestActor, Loaded
+from saescale.cluster.crew.head import nodes
 from saescale.cluster.crew.shares import share_out
 from saescale.storage import files
 from saescale.storage.errors import SaescaleError, Unavailable, one_line
+from saescale.storage.waiting import SAY_AFTER_S, Wait, hear
 from saescale.trainers.harvest.contexts import Block, Counted
 from saescale.trainers.harvest.make_shard import Facts, ShardJob, ShardRecord
 from saescale.trainers.harvest.spec import HarvestSpec
@@ -62,7 +64,7 @@ class HarvestCrew(Crew[Loaded]):
     words = Words(
         again="an actor died while it started ({why}); another one is started",
         fewer="actors die while they start ({why}); the harvest goes on with fewer",
-        waiting="no actor comes up: the cluster has no free CPUs or GPUs for one (`ray status`); still waiting",
+        one="an actor",
     )
 
     def __init__(
@@ -80,6 +82,7 @@ class HarvestCrew(Crew[Loaded]):
         self._stage = ""
         self._done = 0  # rows of finished shards
         self._shown_at = time.monotonic()
+        self._moved = (0, time.time())  # rows, and since when there are no more
 
     # --- what a harvest asks of its crew
 
@@ -89,6 +92,7 @@ class HarvestCrew(Crew[Loaded]):
         spec = self._spec
         shards = -(-spec.tokens // spec.shard_rows) - (-spec.heldout_tokens // spec.shard_rows)
         self._shares = share_out(nodes(), self._wanted, shards)
+        self.claim = {"CPU": self._shares.cpus, "GPU": float(self._shares.gpus)}
         self._computed_in = computed_in
         files.write_atomic(files.join(self._spool, MARKER), b"")
         self.say(f"starting actors: {self._shares.actors}")
@@ -252,7 +256,21 @@ class HarvestCrew(Crew[Loaded]):
                 continue  # it just died: its task will say so
         states = {actor: self._did[actor].state for actor in making}
         rows = sum(state.rows for actor, state in states.items() if state.task == making[actor].number)
+        self._say_waits(self._done + rows, [wait for state in states.values() for wait in state.waits])
         self._tell(rows, [state.tokens_per_s for state in states.values() if state.tokens_per_s])
+
+    def _say_waits(self, rows: int, found: list[Wait]) -> None:
+        """What the actors wait for, as they say; where they say nothing and no row is done, that."""
+        reached, since = self._moved
+        if rows != reached:
+            self._moved = rows, time.time()
+        elif not found and time.time() - since > SAY_AFTER_S:
+            found = [Wait("the actors to get a batch done", since)]
+        hear("harvest", found)
+
+    def close(self) -> None:
+        hear("harvest", [])
+        super().close()
 
     def _tell(self, running_rows: int, rates: list[float]) -> None:
         total = self._spec.tokens + self._spec.heldout_tokens

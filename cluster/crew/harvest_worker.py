@@ -8,6 +8,7 @@ import ray
 
 from saescale.storage import files
 from saescale.storage.errors import SaescaleError
+from saescale.storage.waiting import Wait, waits
 from saescale.trainers.device import set_threads
 from saescale.trainers.harvest.conduct import Meter
 from saescale.trainers.harvest.contexts import Block, Counted
@@ -37,11 +38,13 @@ class ActorRow(NamedTuple):
 
 
 class ActorState(NamedTuple):
-    """How far an actor is with its task number `task`: rows done of it; tokens/s since the actor's first batch."""
+    """How far an actor is with its task number `task`: rows done of it; tokens/s since the actor's first batch; what it
+    has waited for since some seconds."""
 
     task: int
     rows: int
     tokens_per_s: float
+    waits: tuple[Wait, ...] = ()
 
 
 class HarvestActor:
@@ -78,4 +81,4 @@ class HarvestActor:
         return self._harvester.make(job, self._meter.tell)
 
     def state(self) -> ActorState:
-        return ActorState(self._task, self._meter.done - self._before, self._meter.rate)
+        return ActorState(self._task, self._meter.done - self._before, self._meter.rate, tuple(waits()))

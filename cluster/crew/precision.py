@@ -1,13 +1,13 @@
 """What `precision: auto` is for a sweep, before any worker exists: the same for all its cells."""
 
-import os
 from contextlib import ExitStack
 from typing import Any
 
 import ray
 
 from saescale.cluster.crew.claims import Resources
-from saescale.cluster.crew.connect import connect
+from saescale.cluster.crew.connect import connect, disconnect, wanted_address
+from saescale.cluster.crew.head import resources
 from saescale.trainers.device import default_device, fast_precision
 from saescale.trainers.precision import Precision, cpu_precision, gpu_precision, this_processor
 
@@ -23,15 +23,15 @@ def auto_precision(asked: Resources, address: str | None, held: ExitStack) -> Pr
     if asked.gpus_per_worker == 0:
         return cpu_precision(this_processor())
     if not ray.is_initialized():
-        if not (address or os.environ.get("RAY_ADDRESS")):
+        if wanted_address(address) is None:
             return fast_precision(default_device())  # its workers will be processes of this machine
         connect(address)
-        held.callback(ray.shutdown)
-    return precision_on(ray.cluster_resources())
+        held.callback(disconnect)
+    return precision_on(resources())
 
 
-def precision_on(resources: dict[str, Any]) -> Precision:
+def precision_on(there: dict[str, Any]) -> Precision:
     """On a cluster of these resources ("GPU", "accelerator_type:A100")."""
-    if not resources.get("GPU"):
+    if not there.get("GPU"):
         return cpu_precision(this_processor())
-    return gpu_precision(name.removeprefix(_KIND) for name in resources if name.startswith(_KIND))
+    return gpu_precision(name.removeprefix(_KIND) for name in there if name.startswith(_KIND))

@@ -3,15 +3,14 @@
 It costs less than a Ray Tune trial or a TorchTrainer for each pack: imports and start-up are paid once.
 """
 
-import os
 import time
 import warnings
 from typing import Any
 
-import ray
-
 from saescale.cluster.crew.claims import Needs, Resources
-from saescale.cluster.crew.crew import Crew, Words, back_off, nodes
+from saescale.cluster.crew.connect import wanted_address
+from saescale.cluster.crew.crew import Crew, Words, back_off
+from saescale.cluster.crew.head import nodes, resources
 from saescale.cluster.crew.shares import cpus_each
 from saescale.cluster.crew.train_worker import Worker, WorkerInfo
 from saescale.storage.errors import SaescaleError, SaescaleWarning
@@ -36,7 +35,7 @@ class TrainCrew(Crew[WorkerInfo]):
     words = Words(
         again="a worker did not come up ({kind}); another one is started",
         fewer="workers do not come up ({kind}); going on with fewer",
-        waiting="no worker comes up: the cluster has no free CPUs or GPUs for one (`ray status`); still waiting",
+        one="a worker",
     )
 
     def __init__(
@@ -48,7 +47,7 @@ class TrainCrew(Crew[WorkerInfo]):
         self._cells = cells
         try:
             self.connect()
-            self._local = self.owns_ray and not (address or os.environ.get("RAY_ADDRESS"))
+            self._local = self.owns_ray and wanted_address(address) is None
             self.count = self._size(resources)
             for _ in range(self.count):
                 self.start()
@@ -60,8 +59,8 @@ class TrainCrew(Crew[WorkerInfo]):
 
     def _size(self, asked: Resources) -> int:
         """How many workers, and what each claims."""
-        resources = ray.cluster_resources()
-        cpus, gpus = max(1, int(resources.get("CPU", 1))), resources.get("GPU", 0.0)
+        there = resources()
+        cpus, gpus = max(1, int(there.get("CPU", 1))), there.get("GPU", 0.0)
         self._gpus = (1.0 if gpus else 0.0) if isinstance(asked.gpus_per_worker, str) else asked.gpus_per_worker
         given = 0.0 if isinstance(asked.cpus_per_worker, str) else asked.cpus_per_worker
         room = int(gpus / self._gpus) if self._gpus else int(cpus / (given or 1.0))
@@ -70,6 +69,7 @@ class TrainCrew(Crew[WorkerInfo]):
             self._no_room(count, room)
         self._cpus = given or cpus_each(nodes(), count, self._gpus)
         self.threads = max(1, int(self._cpus))
+        self.claim = {"CPU": self._cpus, "GPU": self._gpus}
         return count
 
     def _no_room(self, count: int, room: int) -> None:
@@ -121,8 +121,8 @@ class TrainCrew(Crew[WorkerInfo]):
         """Starts up to `most` workers where nodes have joined and the number of workers was left open."""
         if not self._grows:
             return
-        resources = ray.cluster_resources()
-        room = resources.get("GPU", 0.0) / self._gpus if self._gpus else resources.get("CPU", 0.0) / self._cpus
+        there = resources()
+        room = there.get("GPU", 0.0) / self._gpus if self._gpus else there.get("CPU", 0.0) / self._cpus
         new = min(self._cells, int(room)) - len(self.ready) - len(self.starting)
         for _ in range(min(new, most - len(self.starting))):
             self.start()
@@ -131,6 +131,11 @@ class TrainCrew(Crew[WorkerInfo]):
     def memory(self) -> float:
         """Bytes that the smallest worker has."""
         return min(info.memory for info in self.ready.values())
+
+    @property
+    def on_gpu(self) -> bool:
+        """Whether every worker computes on one."""
+        return all(info.kernels != "cpu" for info in self.ready.values())
 
     def needs(self, store: ActivationStore, eval_tokens: int, remote_run: bool) -> Needs:
         """What a pack over `store` takes of the memory of whichever worker needs the most for it, the process itself

@@ -14,6 +14,7 @@ from saescale.cluster.crew.metrics import WorkerMetrics
 from saescale.storage.errors import SaescaleError, SaescaleWarning
 from saescale.storage.files import exists, join
 from saescale.storage.manifest import MANIFEST
+from saescale.storage.waiting import Wait, waits
 from saescale.trainers.device import default_device, fast_precision
 from saescale.trainers.kernels.choose import KernelKind, kernel_kind
 from saescale.trainers.precision import Precision
@@ -39,11 +40,13 @@ class WorkerInfo(NamedTuple):
 
 
 class WorkerState(NamedTuple):
-    """How far a worker's pack is, the warnings that came up so far, and for how long nothing has moved."""
+    """How far a worker's pack is, the warnings that came up so far, for how long nothing has moved, and what has been
+    waited for since some seconds."""
 
     progress: Progress | None
     notes: tuple[str, ...]
     quiet_s: float
+    waits: tuple[Wait, ...] = ()
 
 
 class Trained(NamedTuple):
@@ -106,7 +109,7 @@ class Worker:
 
     def state(self) -> WorkerState:
         """Where the pack stands; None before its first step."""
-        return WorkerState(self._progress, tuple(self._notes), time.monotonic() - self._moved)
+        return WorkerState(self._progress, tuple(self._notes), time.monotonic() - self._moved, tuple(waits()))
 
     def part(self, number: int) -> None:
         """Asks the pack that `train` was called for with `number` to save its checkpoint and return."""

@@ -1,17 +1,34 @@
 """What all commands share: the console, options that several of them have, and how they speak."""
 
+import shlex
+import sys
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from saescale.storage.errors import SaescaleWarning
+from saescale.storage.secrets import hide_secrets
+
 if TYPE_CHECKING:
     from saescale.cluster.front.display import Display
 
-console = Console()
+
+class _Console(Console):
+    """Shows no secret of an address."""
+
+    def print(self, *objects: Any, **options: Any) -> None:
+        super().print(*(hide_secrets(each) if isinstance(each, str) else each for each in objects), **options)
+
+
+# Tables that go into a pipe or a file are not cut: there is no terminal whose width they have to fit.
+_WHOLE = 10_000
+console = _Console()
+if not console.is_terminal:
+    console = _Console(width=_WHOLE)
 
 Address = Annotated[str | None, typer.Option(help="Ray cluster (default: RAY_ADDRESS, else a local one).")]
 Bootstraps = Annotated[int, typer.Option(help="Bootstrap fits behind each interval.", min=0)]
@@ -20,13 +37,32 @@ Extend = Annotated[
 ]
 Json = Annotated[bool, typer.Option("--json", help="One JSON document alone on stdout.")]
 RetryFailed = Annotated[bool, typer.Option("--retry-failed", help="Train the cells that failed again.")]
+TrustRemoteCode = Annotated[
+    bool, typer.Option("--trust-remote-code", help="Run the Python code that comes with a Hugging Face model.")
+]
 SweepOut = Annotated[str | None, typer.Option(help="Run directory in place of the file's.")]
 SweepWandb = Annotated[str | None, typer.Option(help="W&B mode in place of the file's.")]
 
 
-def say(text: str) -> None:
-    """A line on stdout, as it is."""
+def say(text: str, style: str | None = None) -> None:
+    """A line on stdout, as it is: what is in brackets too, such as in a name of the user's."""
+    console.print(text, style=style, highlight=False, soft_wrap=True, markup=False)
+
+
+def say_marked(text: str) -> None:
+    """A line on stdout with rich's markup; names in it have to be escaped."""
     console.print(text, highlight=False, soft_wrap=True)
+
+
+def command(*words: str) -> str:
+    """A command of saescale as a shell takes it."""
+    return shlex.join(("saescale", *words))
+
+
+def show_warning(message: Warning | str, category: type[Warning], *place: Any, **more: Any) -> None:
+    """For `warnings.showwarning`: what users should know of, on stderr, a line each; no other warnings."""
+    if issubclass(category, SaescaleWarning):
+        print(f"warning: {hide_secrets(str(message))}", file=sys.stderr)
 
 
 def show_notes(notes: Sequence[str]) -> None:

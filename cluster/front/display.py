@@ -12,6 +12,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, TaskID, TextColumn
 from rich.progress import Progress as Bars
 from rich.table import Table
 
+from saescale.cluster.front.waits import SaysWaits, duration
 from saescale.storage.errors import SaescaleWarning
 from saescale.storage.lease import Standing
 
@@ -36,6 +37,7 @@ class Display:
             console=console,
             refresh_per_second=4,
         )
+        self._waits = SaysWaits(self._say)
         self._task: TaskID | None = None
         self._kind = self._reached = self._stage = ""
         self._began = self._line = 0.0
@@ -43,6 +45,7 @@ class Display:
     def __enter__(self) -> "Display":
         if self.console.is_terminal:
             self._bars.start()
+        self._waits.start()
         self._showwarning, warnings.showwarning = warnings.showwarning, self._warn
         return self
 
@@ -50,6 +53,7 @@ class Display:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         warnings.showwarning = self._showwarning
+        self._waits.end()
         self._end_bar()
         self._bars.stop()
 
@@ -106,7 +110,12 @@ class Display:
     def _warn(self, message: Warning | str, category: type[Warning], *_: Any, **__: Any) -> None:
         # A user can act on what saescale says, not on what its libraries say to programmers.
         if issubclass(category, SaescaleWarning):
-            self.console.print(f"[yellow]warning:[/] {escape(str(message))}", highlight=False, soft_wrap=True)
+            self._say(f"warning: {message}")
+
+    def _say(self, line: str) -> None:
+        """A line whose first word says what it is: `warning: ...`, `waiting for ...`."""
+        kind, _, text = line.partition(" ")
+        self.console.print(f"[yellow]{kind}[/] {escape(text)}", highlight=False, soft_wrap=True)
 
 
 def _by_actor(rates: Sequence[float]) -> str:
@@ -116,15 +125,6 @@ def _by_actor(rates: Sequence[float]) -> str:
     if len(rates) > ACTORS_SHOWN:
         return f" ({len(rates)} actors: {min(rates):,.0f} to {max(rates):,.0f})"
     return f" (by actor: {', '.join(f'{rate:,.0f}' for rate in rates)})"
-
-
-def duration(seconds: float) -> str:
-    """`75` -> `1 min 15 s`."""
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    if hours:
-        return f"{hours} h {minutes} min"
-    return f"{minutes} min {rest:02d} s" if minutes else f"{rest} s"
 
 
 def actor_table(actors: Sequence["ActorRow"]) -> Table:

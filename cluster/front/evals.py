@@ -4,7 +4,7 @@ from typing import Annotated
 
 import typer
 
-from saescale.cluster.front.console import console, display, say, show_notes, table
+from saescale.cluster.front.console import TrustRemoteCode, command, console, display, say, show_notes, table
 
 
 def evaluate(
@@ -15,6 +15,7 @@ def evaluate(
     cell: Annotated[
         list[str] | None, typer.Option(help="Id of a cell; repeatable (default: all finished cells).")
     ] = None,
+    trust_remote_code: TrustRemoteCode = False,
 ) -> None:
     """Measures evaluations on the trained cells of a run. Run again, it measures only what is not there yet.
 
@@ -22,15 +23,17 @@ def evaluate(
 
     Example: [bold]saescale eval runs/quickstart --evals nmse[/]
     """
+    from saescale.storage.writable import require_writable
     from saescale.trainers.evals.run import evaluate_run
 
+    require_writable(run)
     names = [name.strip().replace("-", "_") for name in (evals or "").split(",") if name.strip()]
     with display() as shown:
-        done = evaluate_run(run, names, cell or (), progress=shown.evals)
+        done = evaluate_run(run, names, cell or (), progress=shown.evals, trust_remote_code=trust_remote_code)
     _show(run, names)
     show_notes(done.failed)
     say(f"\n{done.measured} measured, {done.there} were there, {len(done.failed)} failed: {run}/evals.parquet")
-    say(f"Next: saescale report {run}")
+    say(f"Next: {command('report', run)}")
     if done.failed:
         raise typer.Exit(1)
 

@@ -4,7 +4,7 @@ from typing import Annotated
 
 import typer
 
-from saescale.cluster.front.console import say
+from saescale.cluster.front.console import command, say
 
 Format = Annotated[str, typer.Option("--format", help="The format of the other side, such as native.")]
 
@@ -23,7 +23,7 @@ def export(
 
     written = find_format(format).write(read(sae), out)
     say(f"wrote {', '.join(written)}")
-    say(f"Next: saescale import {out} --format {format} --out sae.safetensors")
+    say(f"Next: {command('import', out, '--format', format, '--out', 'sae.safetensors')}")
 
 
 def import_(
@@ -42,4 +42,4 @@ def import_(
     (written,) = native.write(trained, out)
     cell = trained.cell
     say(f"wrote {written}: {cell.n_latents} latents, k {cell.k}, d_model {cell.d_model}")
-    say(f'Next: saescale.load("{written}") in Python')
+    say(f"Next: saescale.load({written!r}) in Python")

@@ -25,7 +25,10 @@ def _store(url: str, verify: bool) -> dict[str, str]:
     store = ActivationStore.open(url)
     store.verify(full=verify)
     manifest = store.manifest
+    cut = f", documents cut at {manifest.documents_cut:,} characters" if manifest.documents_cut else ""
+    column = f", column {manifest.text_column}" if manifest.text_column else ""
     across = " that run over document boundaries" if manifest.contexts_cross_documents else ""
+    text = f"{manifest.corpus}{column}{cut}, contexts of {manifest.context_length} tokens{across}"
     size, dropped = sum(shard.bytes for shard in manifest.shards) / 2**20, ", ".join(manifest.dropped) or "nothing"
     return {
         "store": f"{url} ({store.fingerprint})",
@@ -37,7 +40,7 @@ def _store(url: str, verify: bool) -> dict[str, str]:
             "content": "by text: equal texts, and all of a document, lie in one split",
             "subject": "by the subject",
         }.get(manifest.split_by or "", "not said"),
-        "text": f"{manifest.corpus}, contexts of {manifest.context_length} tokens{across}, dropped: {dropped}",
+        "text": f"{text}, dropped: {dropped}",
         "mean square": f"{manifest.mean_square:.5g}, the mean squared norm of a row",
         "checked": "checksums, shapes and values" if verify else "sizes and shapes (--verify reads every byte)",
     }
@@ -45,13 +48,14 @@ def _store(url: str, verify: bool) -> dict[str, str]:
 
 def _run(run: RunDirectory) -> dict[str, str]:
     spec = run.read_spec() or {}
+    resolved, grid = (spec[name] if isinstance(spec.get(name), dict) else {} for name in ("resolved", "grid"))
     rows = run.read_results().to_pylist()
     statuses = [row["status"] for row in rows]
-    fits = run.read_json("fits.json")
+    fits = run.read_fits()
     return {
         "run": f"{run.url}: {spec.get('name')}",
-        "store": f"{spec.get('store')} ({spec.get('resolved', {}).get('store_fingerprint')})",
-        "grid": ", ".join(f"{name} {values}" for name, values in spec.get("grid", {}).items()),
+        "store": f"{spec.get('store')} ({resolved.get('store_fingerprint')})",
+        "grid": ", ".join(f"{name} {values}" for name, values in grid.items()),
         "cells": ", ".join(f"{statuses.count(s)} {s}" for s in sorted(set(statuses))),
         "laws": ", ".join(entry["law"] for entry in fits["fits"]) if fits else "not fitted yet",
     }
@@ -60,10 +64,10 @@ def _run(run: RunDirectory) -> dict[str, str]:
 def _cell(url: str) -> dict[str, str]:
     from saescale.trainers.exchange import native
 
+    sae, cell = native.read(url)
     cells, _, cell_id = url.rstrip("/").rpartition("/")
     if cells.endswith("/cells"):
         RunDirectory(cells.removesuffix("/cells")).check_cell(cell_id)
-    sae, cell = native.read(url)
     settings = "".join(f", {name} {value}" for name, value in cell.settings.items())
     return {
         "cell": cell.cell_id,

@@ -10,8 +10,20 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Annotated, NamedTuple
 
 import typer
+from rich.markup import escape
 
-from saescale.cluster.front.console import Bootstraps, Extend, Json, RetryFailed, SweepOut, SweepWandb, console, say
+from saescale.cluster.front.console import (
+    Bootstraps,
+    Extend,
+    Json,
+    RetryFailed,
+    SweepOut,
+    SweepWandb,
+    command,
+    console,
+    say,
+    say_marked,
+)
 from saescale.storage.errors import SaescaleError
 
 if TYPE_CHECKING:
@@ -67,14 +79,16 @@ def submit(
     extension = read_extension(loaded, extend) if extend is not None else None
     require_shared(loaded)
     _caution(loaded)
+    _require_writable(loaded.out)
     _require_free(loaded.out)
     service = Service(address)
     job = service.submit(loaded, extension, FitSettings(bootstraps), python, retry_failed)
     cells = loaded.grid.size
-    say(f"submitted [bold]{job}[/]: {cells} cells of {loaded.name} to {service.address}, run directory {loaded.out}")
-    say(f"Next: saescale status {job} --address {service.address} --watch")
-    say(f"      saescale logs {job} --address {service.address} -f")
-    say(f"      saescale stop {job} --address {service.address}")
+    about = escape(f": {cells} cells of {loaded.name} to {service.address}, run directory {loaded.out}")
+    say_marked(f"submitted [bold]{job}[/]{about}")
+    say(f"Next: {command('status', job, '--address', service.address, '--watch')}")
+    say(f"      {command('logs', job, '--address', service.address, '-f')}")
+    say(f"      {command('stop', job, '--address', service.address)}")
     if follow:
         _follow(service, job)
 
@@ -90,8 +104,9 @@ def status(
 
     Of a run directory it tells what the ledger and the driver say; of a job the same and what the cluster says of it.
     A run directory that only the cluster sees is read there, which takes some seconds. --json prints one document:
-    format, sweep, run, state (waiting, starting, running, finished, stopped, failed, died, unfinished), reason,
-    driver, job, counts, standing (of the FLOPs, rates, time left, workers) and cells; with --watch one on every line.
+    format, sweep, run, state (waiting, starting, running, finished, stopped, failed, lost, died, unfinished),
+    reason, driver, job, counts, standing (of the FLOPs, rates, time left, workers), waits and cells; with --watch one
+    on every line.
 
     Example: [bold]saescale status runs/quickstart --watch[/]
     """
@@ -231,6 +246,24 @@ def _watch_lines(look: Callable[[], Look]) -> None:
             shown, at = said, time.monotonic()
 
 
+def _require_writable(run: str) -> None:
+    """Refuses early what the job would; only the cluster may see the folder, reach the object store or have its keys,
+    and where it is so the job will say it."""
+    from saescale.storage.errors import Unavailable
+    from saescale.storage.files import local_path
+    from saescale.storage.writable import require_writable
+
+    try:
+        path = local_path(run)
+        if path is None or os.path.exists(os.path.dirname(path)):
+            require_writable(run)
+    except Unavailable:
+        return
+    except SaescaleError as error:
+        if "credentials" not in type(error.__cause__).__name__.lower():
+            raise
+
+
 def _require_free(run: str) -> None:
     """Refuses early what the driver would refuse after a minute; where the run is not readable here, it will."""
     from saescale.storage.lease import read_driver
@@ -241,8 +274,8 @@ def _require_free(run: str) -> None:
         return
     if driver is not None and driver.lives():
         raise SaescaleError(
-            f"{run} is driven already ({driver.name}); look on with `saescale status {run}`, or end that one first: "
-            f"saescale stop {driver.job or run}"
+            f"{run} is driven already ({driver.name}); look on with `{command('status', run)}`, or end that one first: "
+            f"{command('stop', driver.job or run)}"
         )
 
 
@@ -256,7 +289,7 @@ def _caution(spec: "SweepSpec") -> None:
     except SaescaleError:  # maybe only the cluster sees it
         d_model = None
     for caution in cautions(spec, d_model):
-        say(f"[yellow]warning:[/] {caution}")
+        say_marked(f"[yellow]warning:[/] {escape(caution)}")
 
 
 def _follow(service: "Service", job: str) -> None:
@@ -266,7 +299,7 @@ def _follow(service: "Service", job: str) -> None:
         async for text in service.follow(job):
             print(text, end="", flush=True)
 
-    with _ended_by_ctrl_c(f"the job goes on; saescale stop {job} ends it"):
+    with _ended_by_ctrl_c(f"the job goes on; {command('stop', job)} ends it"):
         asyncio.run(show())
         ended = service.job(job)
         say(f"{job}: {ended.state}")
@@ -304,12 +337,12 @@ def _stop_run(run: str, address: str | None) -> None:
 
     driver = read_driver(run)
     if driver is None or not driver.lives():
-        raise SaescaleError(f"nothing drives {run} now; `saescale status {run}` says how far it is")
+        raise SaescaleError(f"nothing drives {run} now; `{command('status', run)}` says how far it is")
     if driver.job is not None:
         _stop_job(driver.job, address)
         return
     if not driver.is_here:
-        raise SaescaleError(f"{run} is driven on another machine ({driver.name}): run `saescale stop {run}` there")
+        raise SaescaleError(f"{run} is driven on another machine ({driver.name}): run `{command('stop', run)}` there")
     say("stopping: the workers save their checkpoints")
     os.kill(driver.pid, signal.SIGTERM)
     _wait_until_ended(driver)

@@ -6,7 +6,7 @@ from typing import Annotated, Any
 
 import typer
 
-from saescale.cluster.front.console import Bootstraps, Json, console, say, show_notes, table
+from saescale.cluster.front.console import Bootstraps, Json, command, console, say, show_notes, table
 from saescale.storage.errors import SaescaleError
 
 
@@ -28,6 +28,10 @@ def fit(
     out: Annotated[str | None, typer.Option(help="Folder for fits.json (default: only shown).")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="The document of fits.json alone on stdout.")] = False,
     bootstraps: Bootstraps = 1000,
+    where: Annotated[
+        list[str] | None,
+        typer.Option(help="Fit these cells alone: architecture=topk, k>=16, cell_id!=3f2a91; repeatable."),
+    ] = None,
     keep_diverged: Annotated[
         bool, typer.Option("--keep-diverged", help="Fit cells with nmse above 1 too; else they are left out and named.")
     ] = False,
@@ -42,16 +46,22 @@ def fit(
     from saescale.scaling.laws.predict import parse_point, predictions
     from saescale.scaling.laws.settings import DEFAULT_LAWS, FitSettings
     from saescale.scaling.sources import load_sources
+    from saescale.scaling.where import parse_condition
     from saescale.storage.rundir import RunDirectory
+    from saescale.storage.writable import require_writable
 
     own = tuple(dict.fromkeys(found.name for path in law_file or () for found in load_laws(path)))
     asked = (*(law or ()), *(name for name in own if name not in (law or ())))
     points = [parse_point(text) for text in predict or ()]
     settings = FitSettings(bootstraps, laws=asked or DEFAULT_LAWS, keep_diverged=keep_diverged)
-    fitted = fit_laws(*load_sources(sources, _read_wandb), settings)
+    conditions = [parse_condition(text) for text in where or ()]
+    if out:
+        require_writable(out)
+    fitted = fit_laws(*load_sources(sources, _read_wandb, conditions), settings)
     document = fitted.document()
     if points and fitted.fits:
-        document["predictions"] = [row for point in points for row in predictions(fitted.fits, point)]
+        rows = [row for point in points for row in predictions(fitted.fits, point, fitted.results)]
+        document["predictions"] = rows
     if out:
         RunDirectory(out).write_json("fits.json", document)
     if as_json:
@@ -63,21 +73,20 @@ def fit(
             _show_predictions(document["predictions"])
         _show_convergence(document["tokens_to_convergence"])
         show_notes([*fit_notes(document), *_comparisons(document, (*asked, "n_k"))])
-    named = " ".join(sources)
-    if asked and not document["fits"]:
-        raise SaescaleError(f"{named}: {document['skipped'][0]['reason']}")
-    if points and not document["fits"]:
-        raise SaescaleError(f"{named}: no law could be fitted, so nothing is predicted; see saescale fit {named}")
+    if not document["fits"]:
+        named = fitted.results.source
+        reason = document["skipped"][0]["reason"].removeprefix(f"{named}: ")
+        raise SaescaleError(f"{named}: no law could be fitted: {reason}")
     if as_json:
         return
     if out:
-        console.print(f"wrote {out}/fits.json", highlight=False)
-        say(f"Next: saescale fit {named}")
+        say(f"wrote {out}/fits.json")
+        say(f"Next: {command('fit', *sources)}")
         return
     # A plan adds to a run or a table, not to a W&B project.
     planned = next((source for source in sources if not source.startswith("wandb:")), None)
-    next_ = f"plan {planned} --budget 1h --gpu cpu" if points and planned else f"fit {named} --json"
-    say(f"Next: saescale {next_}")
+    next_ = ("plan", planned, "--budget", "1h", "--gpu", "cpu") if points and planned else ("fit", *sources, "--json")
+    say(f"Next: {command(*next_)}")
 
 
 def reproduce(

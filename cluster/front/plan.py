@@ -1,12 +1,16 @@
 """The command that plans: which cells to train next."""
 
 import json
+import os
+import shlex
 from typing import Annotated, Any
 
 import typer
 
-from saescale.cluster.front.console import Json, console, say, table
+from saescale.cluster.front.console import Json, command, console, say, table
 from saescale.storage.errors import SaescaleError
+
+_MOST = 1e18  # tokens, hours, FLOP/s
 
 
 def plan(
@@ -23,7 +27,7 @@ def plan(
     ] = None,
     write: Annotated[str | None, typer.Option(help="The sweep file to write (default: only shown).")] = None,
     store: Annotated[str | None, typer.Option(help="Activation store to name in the sweep file.")] = None,
-    d_model: Annotated[int, typer.Option(help="Where the source does not say it.", min=1)] = 768,
+    d_model: Annotated[int, typer.Option(help="Where the source does not say it.", min=1, max=2**20)] = 768,
     tokens: Annotated[
         float, typer.Option(help="Tokens of a cell of n = 32768, without a source; they grow as n^0.6.")
     ] = 1e9,
@@ -44,12 +48,18 @@ def plan(
     from saescale.scaling.laws.predict import parse_point
     from saescale.scaling.planning.devices import find_device
     from saescale.storage.files import join
+    from saescale.storage.writable import require_writable
 
+    for name, value in (("tokens", tokens), ("flops-per-s", flops_per_s)):
+        if value is not None and not 0 < value < _MOST:
+            raise SaescaleError(f"--{name} {value:g}: give a number above 0 and below {_MOST:g}")
     request = Request(
         hours=_hours(budget), device=find_device(gpu, flops_per_s), target=target, source=source, store=store,
         at=parse_point(at) if at else {}, d_model=d_model, tokens=tokens, n_range=(n_min, n_max), ks=tuple(k or ()),
         noise=noise, seeds=seeds,
     )  # fmt: skip
+    if write:
+        require_writable(os.path.dirname(write) or ".")
     made = make_proposal(request)
     document = made.document()
     if write:
@@ -61,13 +71,13 @@ def plan(
     # Cells of a run are added to its sweep: by themselves they would be another sweep in the same directory.
     run = source if source and sweep_of(source) else None
     file = write or "plan.yaml"
-    next_ = f"saescale sweep {join(run, 'sweep.yaml')} --extend {file}" if run else f"saescale sweep {file}"
+    next_ = command("sweep", join(run, "sweep.yaml"), "--extend", file) if run else command("sweep", file)
     edit = f" (edit its store first: {NO_STORE})" if made.spec.store == NO_STORE else ""
     if write:
         say(f"wrote {write}")
         say(f"Next: {next_}{edit}")
     else:
-        say(f"Next: the same with --write {file}, then {next_}{edit}")
+        say(f"Next: the same with --write {shlex.quote(file)}, then {next_}{edit}")
 
 
 def _hours(text: str) -> float:
@@ -78,7 +88,7 @@ def _hours(text: str) -> float:
                 found = float(text.removesuffix(unit)) * hours
             except ValueError:
                 break
-            if found > 0:
+            if 0 < found < _MOST:
                 return found
             break
     raise SaescaleError(f"--budget {text} is no time; write such as 200h, 90min or 2d")

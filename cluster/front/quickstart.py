@@ -8,6 +8,7 @@ from saescale.cluster.front.display import Display
 from saescale.cluster.front.recipes import RECIPES, TINY, Recipe, settle
 from saescale.cluster.sweep.driver import SweepOutcome, run_sweep
 from saescale.cluster.sweep.spec import SweepSpec, parse_spec
+from saescale.storage.writable import require_writable
 from saescale.trainers.device import set_threads
 from saescale.trainers.harvest import conduct as harvesting
 from saescale.trainers.harvest.conduct import HarvestSpec
@@ -61,6 +62,8 @@ def run_quickstart(asked: str | None, out: str | None, wandb: str, display: Disp
     Raises what `settle`, `harvest` and `run_sweep` raise.
     """
     set_threads(os.cpu_count() or 1)
+    require_writable(out or "runs")
+    require_writable("stores")
     recipe, url = settle(asked, out, display.stage)
     todo = quickstart_steps(recipe, url, wandb)
     harvesting.harvest(todo.harvest, display.harvest)
@@ -68,12 +71,15 @@ def run_quickstart(asked: str | None, out: str | None, wandb: str, display: Disp
     return run_sweep(todo.sweep, display)
 
 
-def next_commands(outcome: SweepOutcome) -> list[tuple[str, str]]:
-    """Three commands of saescale that go on from here, and what each does."""
+def next_commands(outcome: SweepOutcome) -> list[tuple[tuple[str, ...], str]]:
+    """The words of three commands of saescale that go on from here, and what each does."""
     finished = [row for row in outcome.run.read_results().to_pylist() if row["status"] == "done"]
     cells = [outcome.run.cell_url(min(finished, key=lambda row: row["nmse"])["cell_id"])] if finished else []
     return [
-        (f"fit {outcome.run.url} --law n", "one law again, with all coefficients; also of your own CSV"),
-        *((f"inspect {url}", "the SAE with the lowest nmse") for url in cells),
-        (f"sweep {outcome.run.url}/sweep.yaml --out runs/mine", "copy and edit this file to sweep your own grid"),
+        (("fit", outcome.run.url, "--law", "n"), "one law again, with all coefficients; also of your own CSV"),
+        *((("inspect", url), "the SAE with the lowest nmse") for url in cells),
+        (
+            ("sweep", f"{outcome.run.url}/sweep.yaml", "--out", "runs/mine"),
+            "copy and edit this file to sweep your own grid",
+        ),
     ]

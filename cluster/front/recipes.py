@@ -129,8 +129,8 @@ def find_recipe(name: str) -> Recipe:
 
 def recorded_recipe(run: RunDirectory) -> Recipe | None:
     """What a run directory was begun with; runs of saescale 0.1.0, which wrote no note, had the full recipe."""
-    note = run.read_json(NOTE)
-    if isinstance(note, dict) and isinstance(note.get("recipe"), str):
+    note = run.read_json(NOTE, remedy="restore it, or begin in another run directory (--out)")
+    if note is not None and isinstance(note.get("recipe"), str):
         return find_recipe(note["recipe"])
     return RECIPES[0] if run.read_spec() is not None else None
 

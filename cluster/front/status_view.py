@@ -3,6 +3,7 @@
 import time
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Sequence
+from typing import TypeVar
 
 from rich.console import Group, RenderableType
 from rich.markup import escape
@@ -10,15 +11,20 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from saescale.cluster.front.display import duration
+from saescale.cluster.front.console import command
+from saescale.cluster.front.waits import duration, waits_line
 from saescale.cluster.sweep.status import CellStatus, JobStatus, SweepStatus
+from saescale.storage.columns import is_diverged
+from saescale.storage.waiting import Wait
 
 _STYLES = {
     "waiting": "yellow", "starting": "yellow", "running": "cyan", "finished": "green", "stopped": "yellow",
-    "failed": "red", "died": "red", "unfinished": "yellow",
+    "failed": "red", "lost": "red", "died": "red", "unfinished": "yellow",
 }  # fmt: skip
 _MAX_ROWS = 40  # of the grid where no height limits it
-_MAX_LISTED = 8  # running and failed cells
+_MAX_LISTED = 8  # running, failed and diverged cells
+_Row = tuple[str, int]  # of the grid: architecture and n_latents
+_V = TypeVar("_V")
 
 
 def render(status: SweepStatus, width: int, height: int | None = None, now: float | None = None) -> RenderableType:
@@ -26,11 +32,14 @@ def render(status: SweepStatus, width: int, height: int | None = None, now: floa
     head = headline(status, time.time() if now is None else now)
     left = 10_000 if height is None else height - sum(1 + (len(line) - 1) // width for line in head) - 2
     # The grid keeps half of the lines; what it does not need is for the lists.
-    rows = len({cell.n_latents for cell in status.cells})
+    rows = len({_row(cell) for cell in status.cells})
     lists = left - min(rows + 2, max(5, left // 2))
     listed: list[RenderableType] = []
-    for kind, table in (("running", _running_table), ("failed", _failed_table)):
-        cells = [cell for cell in status.cells if cell.status == kind]
+    for table, cells in (
+        (_running_table, [cell for cell in status.cells if cell.status == "running"]),
+        (_failed_table, [cell for cell in status.cells if cell.status == "failed"]),
+        (_diverged_table, [cell for cell in status.cells if cell.diverged]),
+    ):
         shown = min(len(cells), _MAX_LISTED, max(0, lists - 3))
         if shown:
             listed += ["", table(cells[:shown], width), *_more(len(cells) - shown)]
@@ -49,10 +58,10 @@ def headline(status: SweepStatus, now: float) -> list[Text]:
     lines = [Text.assemble((status.sweep, "bold"), "  ", (status.state, f"bold {style}"), f"  {status.run}")]
     driver, job = status.driver, status.job
     if status.reason:
-        lines.append(Text(status.reason, "red" if status.state in ("failed", "died") else ""))
+        lines.append(Text(status.reason, "red" if status.state in ("failed", "lost", "died") else ""))
     if driver is not None and driver.alive:
         lines.append(Text(f"driven for {duration(now - driver.started_at)} by {driver.name}"))
-    elif driver is not None and status.state == "died":
+    elif driver is not None and status.state == "died" and not status.reason:
         silent = duration(max(0.0, now - driver.beat_at))
         lines.append(Text(f"its driver ({driver.name}) ended without a word; last heard of {silent} ago", "red"))
     if job is not None:
@@ -63,6 +72,7 @@ def headline(status: SweepStatus, now: float) -> list[Text]:
         lines.append(Text(", ".join(_counted(status))))
     if status.standing is not None and driver is not None and driver.alive:
         lines.append(Text(", ".join(_rates(status))))
+    lines += [Text(waits_line(Wait(wait.what, wait.since, wait.until), now), "yellow") for wait in status.waits]
     if advice := _advice(status):
         lines.append(Text(advice))
     return lines
@@ -73,6 +83,7 @@ def line(status: SweepStatus) -> str:
     said = [f"{status.sweep} {status.state}", *_counted(status)]
     if status.driver is not None and status.driver.alive:
         said += _rates(status)
+    said += [waits_line(Wait(wait.what, wait.since, wait.until), time.time()) for wait in status.waits]
     if status.reason:
         said.append(status.reason)
     return ", ".join(said)
@@ -80,16 +91,16 @@ def line(status: SweepStatus) -> str:
 
 def cells_lines(cells: Iterable[CellStatus]) -> Iterator[str]:
     """Every cell, a line each. Plain text: a table of rich takes seconds for thousands of rows."""
-    rows: list[tuple[str, ...]] = [("cell", "status", "step", "nmse", "dead", "seconds", "")]
+    rows: list[tuple[str, ...]] = [("cell", "architecture", "status", "step", "nmse", "dead", "seconds", "")]
     rows += [
-        (cell.cell_id, cell.status, _steps(cell), *map(_number, (cell.nmse, cell.dead_fraction, cell.wall_s)),
-         cell.error or "")
+        (cell.cell_id, cell.architecture or "", "diverged" if cell.diverged else cell.status, _steps(cell),
+         *map(_number, (cell.nmse, cell.dead_fraction, cell.wall_s)), cell.error or "")
         for cell in cells
     ]  # fmt: skip
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     for row in rows:
         texts = enumerate(zip(row, widths, strict=True))
-        aligned = (text.rjust(width) if 1 < i < 6 else text.ljust(width) for i, (text, width) in texts)
+        aligned = (text.rjust(width) if 2 < i < 7 else text.ljust(width) for i, (text, width) in texts)
         yield "  ".join(aligned).rstrip()
 
 
@@ -126,7 +137,8 @@ def _bar(status: SweepStatus, width: int) -> RenderableType:
 
 def _counted(status: SweepStatus) -> list[str]:
     counts = status.counts
-    said = [f"{counts.done:,} of {counts.cells:,} cells done"]
+    diverged = f" ({counts.diverged:,} of them diverged)" if counts.diverged else ""
+    said = [f"{counts.done:,} of {counts.cells:,} cells done{diverged}"]
     said += [
         f"{count:,} {name}"
         for name, count in (
@@ -150,40 +162,51 @@ def _rates(status: SweepStatus) -> list[str]:
 
 
 def _advice(status: SweepStatus) -> str:
-    if status.state in ("stopped", "died", "failed") or (status.state == "unfinished" and status.counts.pending):
-        return "Next: run the same command again; it goes on from the checkpoints"
-    if status.state == "unfinished" and status.counts.started:
-        return "Next: run the same command again; it goes on from the checkpoints"
-    return f"Next: saescale fit {status.run}" if status.state == "finished" and status.job is None else ""
+    left = status.counts.pending or status.counts.started
+    if status.state in ("stopped", "lost", "died", "failed") or (status.state == "unfinished" and left):
+        once_up = " when the cluster is up" if status.state == "lost" else ""
+        begun = "; it goes on from the checkpoints" if status.counts.started else ""
+        return f"Next: run the same command again{once_up}{begun}"
+    return f"Next: {command('fit', status.run)}" if status.state == "finished" and status.job is None else ""
 
 
 def _grid(cells: Sequence[CellStatus], width: int, max_rows: int) -> list[RenderableType]:
-    """Best nmse by n_latents and k, or how far it is there; of a grid that does not fit, evenly spaced parts."""
-    places: dict[tuple[int, int], list[CellStatus]] = defaultdict(list)
+    """Best nmse by n_latents and k, or how far it is there; of a grid that does not fit, evenly spaced parts.
+
+    A row for each n_latents, of each architecture where there are several.
+    """
+    places: dict[tuple[_Row, int], list[CellStatus]] = defaultdict(list)
     for cell in cells:
-        places[cell.n_latents, cell.k].append(cell)
-    sizes, ks = sorted({n for n, _ in places}), sorted({k for _, k in places})
+        places[_row(cell), cell.k].append(cell)
+    all_rows, ks = sorted({row for row, _ in places}), sorted({k for _, k in places})
+    several = len({architecture for architecture, _ in all_rows}) > 1
     title = "nmse" if len(places) == len(cells) else "best nmse"
-    rows = _spread(sizes, max_rows)
-    texts = {(n, k): _place(places.get((n, k), [])) for n in rows for k in ks}
-    first = max(len(title), *(len(f"n={n}") for n in rows))
+    rows = _spread(all_rows, max_rows)
+    names = {row: f"{row[0]} n={row[1]}" if several else f"n={row[1]}" for row in rows}
+    texts = {(row, k): _place(places.get((row, k), [])) for row in rows for k in ks}
+    first = max(len(title), *map(len, names.values()))
     each = max(*(len(text) for text in texts.values()), *(len(f"k={k}") for k in ks))
     columns = _spread(ks, max(1, (width - first) // (each + 2)))
     table = Table(box=None, header_style="bold", pad_edge=False)
     table.add_column(title, justify="right", no_wrap=True)
     for k in columns:
         table.add_column(f"k={k}", justify="right", no_wrap=True, min_width=min(each, 6))
-    for n in rows:
-        table.add_row(f"n={n}", *(texts[n, k] for k in columns))
+    for row in rows:
+        table.add_row(names[row], *(texts[row, k] for k in columns))
     hidden = [
         f"{more:,} more {name}"
-        for more, name in ((len(sizes) - len(rows), "n_latents"), (len(ks) - len(columns), "k"))
+        for more, name in ((len(all_rows) - len(rows), "n_latents"), (len(ks) - len(columns), "k"))
         if more
     ]
     return [table, *([Text(f"... and {', '.join(hidden)}: --cells lists all", "dim")] if hidden else [])]
 
 
-def _spread(values: list[int], count: int) -> list[int]:
+def _row(cell: CellStatus) -> _Row:
+    """Which row of the grid it stands in: its architecture and n_latents."""
+    return cell.architecture or "topk", cell.n_latents  # 0.1.0 had no other
+
+
+def _spread(values: list[_V], count: int) -> list[_V]:
     """At most `count` of them, with the first and the last."""
     if len(values) <= count:
         return values
@@ -198,9 +221,10 @@ def _place(cells: Sequence[CellStatus]) -> Text:
     style = "red" if statuses["failed"] else ""
     best = min((cell.nmse for cell in cells if cell.status == "done" and cell.nmse is not None), default=None)
     if statuses["done"]:
-        number = "done" if best is None else f"{best:.4f}"
+        number = "done" if best is None else f"{best:.3g}" if is_diverged(best) else f"{best:.4f}"
         whole = statuses["done"] == len(cells)
-        return Text(number if whole else f"{number} ({statuses['done']}/{len(cells)})", style or "green")
+        style = style or ("red" if is_diverged(best) else "green")
+        return Text(number if whole else f"{number} ({statuses['done']}/{len(cells)})", style)
     if statuses["failed"]:
         return Text("failed" if len(cells) == 1 else f"{statuses['failed']} failed", style)
     if statuses["running"]:
@@ -222,6 +246,13 @@ def _failed_table(cells: Sequence[CellStatus], width: int) -> Table:
     table.add_column("why", no_wrap=True, overflow="ellipsis", max_width=max(20, width - 32))
     for cell in cells:
         table.add_row(cell.cell_id, escape(cell.error or "see its result.json"))
+    return table
+
+
+def _diverged_table(cells: Sequence[CellStatus], width: int) -> Table:
+    table = _table("diverged", "nmse", "why it counts as diverged")
+    for cell in cells:
+        table.add_row(cell.cell_id, _number(cell.nmse), "above 1, worse than the mean alone: fits leave it out")
     return table
 
 

@@ -6,14 +6,24 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.markup import escape
 
-from saescale.cluster.front.console import Address, console, display, say
+from saescale.cluster.front.console import Address, TrustRemoteCode, command, console, display, say, say_marked
 from saescale.storage.errors import SaescaleError
 
 if TYPE_CHECKING:
     from saescale.cluster.crew.harvest_worker import ActorRow
 
 Corpus = Annotated[
-    str | None, typer.Option(help="python-prose (default), or a path or URL of .txt, .jsonl or .parquet files.")
+    str | None,
+    typer.Option(
+        help="python-prose (default), or a path, pattern, folder or URL of .txt, .jsonl, .parquet or .csv files."
+    ),
+]
+TextColumn = Annotated[str | None, typer.Option(help="Field or column with the texts (default: text).")]
+CutDocuments = Annotated[
+    int | None,
+    typer.Option(
+        help="Cut documents longer than so many characters; each part is a document of its own for the split."
+    ),
 ]
 
 
@@ -22,14 +32,29 @@ def harvest(
     out: Annotated[str, typer.Option(help="URL of the activation store to write.")],
     layer: Annotated[int, typer.Option(help="The site is resid_post of this layer, counted from 0.")],
     corpus: Corpus = None,
-    tokens: Annotated[int, typer.Option(help="Training rows.")] = 262_144,
-    heldout_tokens: Annotated[int, typer.Option(help="Held-out rows, of other documents.")] = 32_768,
+    text_column: TextColumn = None,
+    cut_documents: CutDocuments = None,
+    tokens: Annotated[int | None, typer.Option(help="Training rows (default: 262144).")] = None,
+    heldout_tokens: Annotated[
+        int | None, typer.Option(help="Held-out rows, of other documents (default: 32768).")
+    ] = None,
     context_length: Annotated[int | None, typer.Option(help="Text tokens per context (default: 64).")] = None,
     dtype: Annotated[str, typer.Option(help="float16 or bfloat16, as stored.")] = "float16",
+    compute_dtype: Annotated[
+        str, typer.Option(help="Of the forward pass: float32, bfloat16 or auto, what the device is made for.")
+    ] = "auto",
+    batch_contexts: Annotated[int, typer.Option(help="Contexts that go through the subject at a time.")] = 16,
+    shard_rows: Annotated[
+        int | None, typer.Option(help="Rows of a Parquet file (default: 32768, in memory at once).")
+    ] = None,
     seed: Annotated[int, typer.Option(help="Of the split and the order of documents and rows.")] = 0,
     actors: Annotated[
         str | None, typer.Option(help="Ray actors that share the work: a number, or auto (one for each GPU or node).")
     ] = None,
+    revision: Annotated[
+        str | None, typer.Option(help="Branch, tag or commit: of hf:<org>/<name>, as @<revision> behind it.")
+    ] = None,
+    trust_remote_code: TrustRemoteCode = False,
     address: Address = None,
 ) -> None:
     """Writes the residual stream of a subject, on a text or on sequences of its own, into an activation store.
@@ -43,16 +68,22 @@ def harvest(
     from saescale.trainers.device import set_threads
     from saescale.trainers.harvest.conduct import harvest as run_harvest
     from saescale.trainers.harvest.spec import HarvestSpec
+    from saescale.trainers.subjects.subject import at_revision
 
     given = {
-        "subject": subject, "out": out, "layer": layer, "corpus": corpus, "tokens": tokens, "dtype": dtype,
-        "heldout_tokens": heldout_tokens, "context_length": context_length, "seed": seed,
+        "subject": subject, "out": out, "layer": layer, "corpus": corpus, "text_column": text_column, "tokens": tokens,
+        "heldout_tokens": heldout_tokens, "context_length": context_length, "cut_documents": cut_documents,
+        "dtype": dtype, "compute_dtype": compute_dtype, "batch_contexts": batch_contexts, "shard_rows": shard_rows,
+        "seed": seed,
     }  # fmt: skip
+    given |= {"subject": at_revision(subject, revision), "trust_remote_code": trust_remote_code}
     try:
         spec = HarvestSpec.model_validate({name: value for name, value in given.items() if value is not None})
     except ValidationError as error:
         problem = error.errors()[0]
-        raise SaescaleError(f"harvest: {'.'.join(map(str, problem['loc']))}: {problem['msg']}") from error
+        option = "--" + ".".join(map(str, problem["loc"])).replace("_", "-")
+        message = problem["msg"][0].lower() + problem["msg"][1:]
+        raise SaescaleError(f"harvest: {option}: {message} (given: {problem['input']!r})") from error
     crew: list[ActorRow] = []
     if actors is None and address is None:
         set_threads(os.cpu_count() or 1)
@@ -69,8 +100,8 @@ def harvest(
 
         console.print(actor_table(crew))
     rows, site = sum(shard.rows for shard in manifest.shards), f"{manifest.site.hook} of layer {manifest.site.layer}"
-    console.print(f"{out}: {rows:,} rows of {manifest.subject}, {site}, d_model {manifest.d_model}")
-    console.print(f"Next: saescale inspect {out}", highlight=False)
+    say(f"{out}: {rows:,} rows of {manifest.subject}, {site}, d_model {manifest.d_model}")
+    say(f"Next: {command('inspect', out)}")
 
 
 def inspect(
@@ -84,7 +115,7 @@ def inspect(
     from saescale.cluster.front.inspection import describe
 
     for name, value in describe(url, verify).items():
-        say(f"[bold]{name:<16}[/]{escape(value)}")
+        say_marked(f"[bold]{name:<16}[/]{escape(value)}")
 
 
 def _actors(given: str) -> int | str:

@@ -1,6 +1,7 @@
 """The commands that train: quickstart and sweep; and report, which writes again what they end with."""
 
 import os
+import shlex
 import shutil
 import sys
 import time
@@ -8,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
+from rich.markup import escape
 
 from saescale.cluster.front.console import (
     Address,
@@ -16,9 +18,11 @@ from saescale.cluster.front.console import (
     RetryFailed,
     SweepOut,
     SweepWandb,
+    command,
     console,
     display,
     say,
+    say_marked,
     show_notes,
 )
 from saescale.storage.errors import SaescaleError
@@ -54,8 +58,8 @@ def quickstart(
     _summary(outcome, time.monotonic() - began)
     console.print("\n[bold]Next[/]")
     program = _program()
-    for command, meaning in next_commands(outcome):
-        say(f"  {program} {command}\n      {meaning}")
+    for words, meaning in next_commands(outcome):
+        say(f"  {shlex.join((program, *words))}\n      {meaning}")
 
 
 def sweep(
@@ -85,7 +89,7 @@ def sweep(
         began = time.monotonic()
         outcome = run_sweep(loaded, shown, address, FitSettings(bootstraps), extend is not None, retry_failed)
     _summary(outcome, time.monotonic() - began)
-    console.print(f"\nNext: saescale fit {loaded.out} --law n_k", highlight=False)
+    say(f"\nNext: {command('fit', loaded.out, '--law', 'n_k')}")
 
 
 def report(
@@ -107,16 +111,18 @@ def report(
     from saescale.scaling.laws.settings import FitSettings
     from saescale.scaling.report.report import FILES, analyse
     from saescale.storage.rundir import RunDirectory
+    from saescale.storage.writable import require_writable
 
     wanted = [name for name in FILES if name in (formats or ()) or name == "html"]
     if unknown := [name for name in formats or [] if name not in FILES]:
         raise SaescaleError(f"--format {unknown[0]}: there are {' and '.join(FILES)}")
     directory = RunDirectory(run)
+    require_writable(run)
     provenance = provenance_of(directory, directory.read_spec())
     analyse(directory, FitSettings(bootstraps), provenance=provenance, formats=wanted)
     pages = [f"{run}/{FILES[name]}" for name in wanted]
     say(f"wrote {', '.join(pages)}, {run}/fits.json and {run}/figures/")
-    say(f"Next: open {pages[0]} in a browser")
+    say(f"Next: open {shlex.quote(pages[0])} in a browser")
 
 
 def _summary(outcome: "SweepOutcome", wall_s: float) -> None:
@@ -129,8 +135,8 @@ def _summary(outcome: "SweepOutcome", wall_s: float) -> None:
         done = f"all {outcome.cells} cells trained" if outcome.trained == outcome.cells else done
     else:
         done = f"all {outcome.cells} cells were done"
-    failed = f"; {outcome.failed} failed, see saescale status {url}" if outcome.failed else ""
-    console.print(f"\n[bold green]{done}[/] in {duration(wall_s)}{failed}", highlight=False)
+    failed = f"; {outcome.failed} failed, see {command('status', url)}" if outcome.failed else ""
+    say_marked(f"\n[bold green]{done}[/] in {duration(wall_s)}{escape(failed)}")
     console.print()
     _laws(outcome)
     console.print()
@@ -156,7 +162,7 @@ def _laws(outcome: "SweepOutcome") -> None:
     of_those = {key: [entry for entry in outcome.fits[key] if entry["law"] in shown] for key in ("fits", "skipped")}
     show_notes(fit_notes(outcome.fits | (of_those if shown else {})))
     if others := [law for law in fitted if law not in shown]:
-        say(f"fitted too: {', '.join(others)}; saescale fit {outcome.run.url} --law {others[0]}")
+        say(f"fitted too: {', '.join(others)}; {command('fit', outcome.run.url, '--law', others[0])}")
 
 
 def _program() -> str:

@@ -3,7 +3,6 @@
 import os
 import re
 import socket
-from pathlib import Path
 from urllib.parse import urlsplit
 
 from saescale.storage.errors import SaescaleError, one_line
@@ -13,13 +12,14 @@ _CONNECT_S = 10.0
 
 def resolve_address(given: str | None) -> str:
     """The address of the dashboard, with its scheme. Raises SaescaleError where nothing says it."""
+    from_ray = os.environ.get("RAY_ADDRESS", "")
     address = given or os.environ.get("RAY_API_SERVER_ADDRESS")
-    if not address:
-        from_ray = os.environ.get("RAY_ADDRESS", "")
-        address = from_ray if from_ray.startswith(("http://", "https://")) else None
+    if not address and from_ray.startswith(("http://", "https://")):
+        address = from_ray
     if not address:
         raise SaescaleError(
             "which cluster? Give the address of Ray's dashboard: --address http://HEAD:8265 (or RAY_API_SERVER_ADDRESS)"
+            + (f"; RAY_ADDRESS is {shown(from_ray)}, which is no dashboard's" if from_ray else "")
         )
     if "://" not in address:
         address = f"http://{address}"
@@ -39,14 +39,16 @@ def shown(address: str) -> str:
 
 
 def reach(url: str, address: str) -> None:
-    """SaescaleError where nothing answers at `url`, shown as `address`: Ray's own client would wait for minutes."""
+    """SaescaleError where nothing answers at `url`, shown as `address`, or something that does not speak HTTP, as the
+    cluster's own port: Ray's client would wait for minutes, or for ever."""
     parts = urlsplit(url)
     assert parts.hostname is not None
     try:
-        socket.create_connection(
-            (parts.hostname, parts.port or (443 if parts.scheme == "https" else 80)), timeout=_CONNECT_S
-        ).close()
-    except OSError as error:
+        port = parts.port or (443 if parts.scheme == "https" else 80)
+        with socket.create_connection((parts.hostname, port), timeout=_CONNECT_S) as connection:
+            if parts.scheme == "http" and not _speaks_http(connection, parts.hostname):
+                raise no_dashboard(address)
+    except (OSError, UnicodeError) as error:
         reason = "no answer" if isinstance(error, TimeoutError) else one_line(error)
         raise SaescaleError(
             f"nothing answers at {address} ({reason}); see that the cluster is up, and give the address of Ray's "
@@ -54,15 +56,14 @@ def reach(url: str, address: str) -> None:
         ) from None
 
 
+def _speaks_http(connection: socket.socket, host: str) -> bool:
+    try:
+        connection.sendall(f"GET /api/version HTTP/1.0\r\nHost: {host}\r\n\r\n".encode())
+        return connection.recv(5).startswith(b"HTTP/")
+    except OSError:
+        return False
+
+
 def no_dashboard(address: str) -> SaescaleError:
     """What to say where something else answers."""
     return SaescaleError(f"what answers at {address} is no Ray dashboard; its port is 8265 where nobody changed it")
-
-
-def has_token() -> bool:
-    """Whether Ray finds a token on this machine."""
-    return bool(
-        os.environ.get("RAY_AUTH_TOKEN")
-        or os.environ.get("RAY_AUTH_TOKEN_PATH")
-        or (Path.home() / ".ray" / "auth_token").exists()
-    )

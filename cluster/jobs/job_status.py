@@ -2,7 +2,8 @@
 
 from typing import NamedTuple
 
-from saescale.cluster.jobs.service import Service, reason
+from saescale.cluster.jobs.last_words import reason
+from saescale.cluster.jobs.service import Service
 from saescale.cluster.sweep.status import NoRun, SweepStatus, read_status, with_job
 from saescale.storage import files
 from saescale.storage.errors import SaescaleError
@@ -24,7 +25,12 @@ def look_at_job(service: Service, name: str) -> Look:
     if job.state == "pending":
         return Look(with_job(None, job), near=True)
     near = _readable_here(job.run, name)
-    status = _read(job.run) if near else _read_there(service, name, job.run)
+    try:
+        status = _read(job.run) if near else _read_there(service, name, job.run)
+    except SaescaleError:
+        if job.state != "failed":
+            raise
+        status = None  # the cluster can read no more of it than it could run, and why that failed it has said
     return Look(with_job(status, job), near)
 
 

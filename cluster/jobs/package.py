@@ -7,7 +7,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 from saescale.cluster.sweep.spec import SweepSpec
-from saescale.storage.yaml_text import yaml_text
+from saescale.storage.documents import yaml_text
 
 PACKAGES = ("saescale", "saescale.storage", "saescale.scaling", "saescale.trainers", "saescale.cluster")
 SWEEP, EXTENSION = "sweep.yaml", "extension.yaml"

@@ -20,7 +20,9 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from saescale.cluster.jobs.address import has_token, no_dashboard, reach, resolve_address, shown
+from saescale.cluster.crew.token import refused, use_token
+from saescale.cluster.jobs.address import no_dashboard, reach, resolve_address, shown
+from saescale.cluster.jobs.last_words import reason
 from saescale.cluster.jobs.package import EXTENSION, SWEEP, write_code, write_sweep
 from saescale.cluster.sweep.spec import SweepSpec
 from saescale.cluster.sweep.status import JobStatus
@@ -47,8 +49,7 @@ class Service:
         # Ray lets its environment win over the argument; what the user typed shall win.
         os.environ["RAY_API_SERVER_ADDRESS"] = self.url
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-        if has_token() and not os.environ.get("RAY_AUTH_MODE"):
-            os.environ["RAY_AUTH_MODE"] = "token"
+        use_token()
         from ray.job_submission import JobSubmissionClient
 
         # What Ray tells of its uploads is of no use to who submits a sweep.
@@ -208,18 +209,14 @@ class Service:
         try:
             yield
         except AuthenticationError:
-            raise SaescaleError(
-                f"{self.address} refuses this machine's token; put the cluster's into RAY_AUTH_TOKEN, or its file into "
-                "RAY_AUTH_TOKEN_PATH"
-                if has_token()
-                else f"{self.address} asks for a token and there is none here; set RAY_AUTH_TOKEN, or "
-                "RAY_AUTH_TOKEN_PATH to its file"
-            ) from None
+            raise refused(self.address) from None
         except requests.exceptions.InvalidHeader:
             raise SaescaleError("the token holds characters that no token has; look at RAY_AUTH_TOKEN") from None
         except (requests.exceptions.JSONDecodeError, requests.exceptions.HTTPError, json.JSONDecodeError):
             raise no_dashboard(self.address) from None
         except (ConnectionError, requests.exceptions.RequestException) as error:
+            if not hasattr(self, "client"):  # something answered there a moment ago
+                raise no_dashboard(self.address) from None
             raise SaescaleError(
                 f"the connection to {self.address} failed ({type(error).__name__}); see that the cluster is up"
             ) from None
@@ -259,13 +256,7 @@ def _job_status(details: Any) -> JobStatus:
         sweep=details.metadata["sweep"],
         run=details.metadata["run"],
         state=state,
-        message=reason(details.message or "") or details.message if state == "failed" else None,
+        message=reason(details.message or "", details.metadata.get("python", "python")) if state == "failed" else None,
         submitted_at=None if details.start_time is None else details.start_time / 1000,
         ended_at=None if details.end_time is None else details.end_time / 1000,
     )
-
-
-def reason(text: str) -> str | None:
-    """What saescale said at the end, of a text that has the last of its log."""
-    said = [line for line in text.splitlines() if line.startswith(("error: ", "unexpected "))]
-    return said[-1].removeprefix("error: ") if said else None

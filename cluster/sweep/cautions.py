@@ -1,8 +1,11 @@
-"""What a sweep's settings do to its result that nobody may have meant, said before anything is trained."""
+"""What a sweep's settings do to its result that nobody may have meant: said before anything is trained, and of cells
+that ended so."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 from saescale.cluster.sweep.spec import SweepSpec
+from saescale.storage.columns import is_diverged
 from saescale.storage.errors import SaescaleError
 from saescale.trainers.cell import auto_k_aux, traits_of
 
@@ -41,6 +44,19 @@ def cautions(spec: SweepSpec, d_model: int | None) -> list[str]:
                 "dimensions, and laws are for k much smaller"
             )
     return said
+
+
+def diverged(results: Sequence[Mapping[str, Any]]) -> list[str]:
+    """What to say of cells that ended, and that no fit will take."""
+    bad = [result for result in results if is_diverged(result["nmse"])]
+    if not bad:
+        return []
+    named = ", ".join(f"{result['cell_id']}: {result['nmse']:.3g}" for result in bad[:5])
+    more = f" and {len(bad) - 5} more" if len(bad) > 5 else ""
+    return [
+        f"{len(bad)} of {len(results)} cells ended with nmse above 1, worse than the mean alone ({named}{more}): they "
+        "diverged, and fits leave them out; try a smaller train.lr"
+    ]
 
 
 def _cells(sizes: list[int], all_sizes: list[int]) -> str:

@@ -3,7 +3,7 @@
 import os
 import warnings
 from contextlib import ExitStack
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeGuard
 
 from saescale.cluster.sweep.cautions import cautions
 from saescale.cluster.sweep.ledger import Ledger, open_ledger, provenance_of, recorded_precision
@@ -16,6 +16,8 @@ from saescale.storage.files import join, list_names, local_path, read_bytes
 from saescale.storage.lease import Lease, read_driver, require_free
 from saescale.storage.rundir import RunDirectory
 from saescale.storage.store import ActivationStore
+from saescale.storage.waiting import waiting
+from saescale.storage.writable import require_writable
 from saescale.trainers.loggers.wandb_cells import how_to_read, log_summary, resolve_mode, wandb_directory
 from saescale.trainers.precision import Precision
 
@@ -53,6 +55,8 @@ def run_sweep(
     trained = 0
     with ExitStack() as held:
         recorded = run.read_spec()
+        if recorded is None:
+            require_writable(run.url)  # before any minute is spent
         precision = recorded_precision(recorded) or _precision(spec, address, held)
         ledger = open_ledger(run, recorded, spec, store, precision, extending)
         if retry_failed:
@@ -61,24 +65,32 @@ def run_sweep(
         if ledger.pending:
             for caution in cautions(spec, store.d_model):
                 warnings.warn(caution, SaescaleWarning, stacklevel=2)
+            if recorded is not None:
+                require_writable(run.url)
             dead = require_free(run.url)  # now, or somebody would wait for workers in vain
             verify(store, spec.eval.tokens, display)
             display.stage("starting the workers")
             # Only here: a sweep that is finished is shown without the seconds that Ray takes to import.
+            from saescale.cluster.crew.head import HeadLost
             from saescale.cluster.crew.train_crew import TrainCrew
             from saescale.cluster.sweep.execute import Execution
-            from saescale.cluster.sweep.packing import pack_cells
+            from saescale.cluster.sweep.packing import BATCH_FLOPS, pack_cells
 
             auto = precision if spec.train.precision == "auto" else None
             with TrainCrew(spec.grid.size, spec.resources, address, auto) as crew:
                 trained = len(ledger.pending)
                 needs = crew.needs(store, spec.eval.tokens, remote_run=local_path(run.url) is None)
                 steps = ledger.checkpoint_steps()
-                packs = pack_cells(ledger.pending, steps, crew.count, crew.memory, needs)
+                flops = BATCH_FLOPS["cuda" if crew.on_gpu else "cpu"]
+                packs = pack_cells(ledger.pending, steps, crew.count, crew.memory, needs, flops)
                 # Not before the plan stands: a sweep that cannot be run leaves no run directory behind.
                 lease = held.enter_context(Lease(run.url, job, dead))
                 ledger.begin()
-                Execution(spec, ledger, crew, needs, packs, steps, lease, display).run()
+                try:
+                    Execution(spec, ledger, crew, needs, packs, steps, lease, display).run()
+                except HeadLost as error:
+                    lease.end("lost", str(error))
+                    raise
         else:
             if not _is_concluded(run, settings):
                 lease = held.enter_context(Lease(run.url, job))
@@ -135,9 +147,9 @@ def _analyse(
         display.stage("logging the summary to W&B")
         figures = _drawn(run) if made is None else made.figure_files()
         folder = wandb_directory(run.url)
-        done = log_summary(
-            spec.wandb, spec.name, provenance_of(run, ledger.document), fits, run.read_results(), figures, folder
-        )
+        provenance, results = provenance_of(run, ledger.document), run.read_results()
+        with waiting("W&B to take the summary"):
+            done = log_summary(spec.wandb, spec.name, provenance, fits, results, figures, folder)
         read = f"W&B: {done.url}" if done.url else how_to_read(done.mode, folder, spec.wandb, spec.name)
         if not done.whole:
             read += "; the summary was not sent whole, run the sweep again to send it"
@@ -158,11 +170,12 @@ def _drawn(run: RunDirectory) -> dict[str, bytes]:
     return found
 
 
-def _is_logged(logged: Any, fits: dict[str, Any], mode: str) -> bool:
+def _is_logged(logged: dict[str, Any] | None, fits: dict[str, Any], mode: str) -> TypeGuard[dict[str, Any]]:
     """Whether what WANDB says of an earlier summary leaves nothing to do: it is of these fits and whole, and on the
     server where there is one now."""
     return (
-        isinstance(logged, dict)
+        logged is not None
+        and isinstance(logged.get("read"), str)
         and logged.get("made_from") == fits["made_from"]
         and logged.get("whole") is True
         and (mode != "online" or logged.get("mode") == "online")

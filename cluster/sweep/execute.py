@@ -17,17 +17,21 @@ from typing import Any
 import ray
 
 from saescale.cluster.crew.claims import Needs
-from saescale.cluster.crew.crew import back_off, node_lives
+from saescale.cluster.crew.crew import back_off
+from saescale.cluster.crew.head import node_ids
 from saescale.cluster.crew.train_crew import BACKOFF_S, TrainCrew
 from saescale.cluster.crew.train_worker import Trained, Unfit
+from saescale.cluster.sweep.cautions import diverged
 from saescale.cluster.sweep.ledger import Ledger
 from saescale.cluster.sweep.packing import cost, split
 from saescale.cluster.sweep.spec import SweepSpec
-from saescale.cluster.sweep.standing import Attempt, Pack, Work, ask, standing_of
+from saescale.cluster.sweep.standing import Attempt, Pack, Work, ask, standing_of, waits_of
+from saescale.cluster.sweep.stop import stop
 from saescale.cluster.sweep.watcher import SweepDisplay
 from saescale.storage import files
 from saescale.storage.errors import SaescaleError, Unavailable, one_line
 from saescale.storage.lease import Lease
+from saescale.storage.waiting import Wait, hear
 from saescale.trainers.cell import Cell
 from saescale.trainers.device import OutOfMemory
 from saescale.trainers.training.train import PackJob
@@ -37,7 +41,6 @@ MAX_FRUITLESS = 3 * MAX_ATTEMPTS  # failures one after another, without one step
 OUTAGE_S = 900.0  # without one step of any pack, while stores do not answer
 DEAD_S = 60.0  # after it was killed, a worker that is not heard of is taken for dead
 BUSY_S = 2.5  # a turn of this process that took longer is not the workers' silence
-STOP_TIMEOUT_S = 45.0  # less than a job that is stopped gets (service.STOP_WAIT_S)
 LOOK_S = 5.0  # between two looks for workers with nothing to do
 WORTH_S = 60.0  # a pack with less left to do is not split for them
 
@@ -58,11 +61,8 @@ class Execution:
     ) -> None:
         self.spec, self.ledger, self.crew, self.needs = spec, ledger, crew, needs
         self.lease, self.display = lease, display
-        asked = ledger.pending
         newest = {cell_id: found[0] for cell_id, found in steps.items()}
-        # What is behind the checkpoints is done, but not by this call.
-        before = sum(cost(cell) * newest.get(cell.cell_id, 0) / cell.steps for cell in asked)
-        self.work = Work(asked, sum(cost(cell) for cell in asked), before)
+        self.work = Work(ledger.pending, newest)
         self.waiting: list[Pack] = []
         self.running: dict[Any, Attempt] = {}  # by the reference of `train`
         for cells in packs:
@@ -93,18 +93,21 @@ class Execution:
                     for running in self.running.values():
                         running.heard += busy
         except BaseException:
-            self._stop()
-            if not self.lease.lost:  # else the tables are another driver's
+            answered = stop(self.running, self.ledger, self.crew, self.lease, self.display)
+            if answered and not self.lease.lost:  # else the tables are another driver's
                 with suppress(SaescaleError):  # what ended the sweep is what has to be told
                     self.ledger.settle()
             raise
+        finally:
+            for source in ("workers", "packs"):
+                hear(source, [])
 
     # --- packs and workers
 
-    def _queue(self, cells: list[Cell], reached: int, attempt: int = 1) -> None:
+    def _queue(self, cells: list[Cell], reached: int, attempt: int = 1, why: str = "") -> None:
         pause = _pause(attempt)
         total = sum(cost(cell) for cell in cells)
-        self.waiting.append(Pack(cells, self.needs(cells), total, reached, attempt, time.monotonic() + pause))
+        self.waiting.append(Pack(cells, self.needs(cells), total, reached, attempt, time.monotonic() + pause, why))
         self.waiting.sort(key=lambda pack: -pack.cost)  # longest first
 
     def _hand_out(self) -> None:
@@ -186,7 +189,7 @@ class Execution:
         else:
             self._moves()
             self.ledger.record(trained.results)
-            for note in trained.notes:
+            for note in (*trained.notes, *diverged(trained.results)):
                 self.crew.warn(note)
             self.crew.idle.append(worker)
             left = [cell for cell in pack.cells if cell.cell_id not in self.ledger.results]
@@ -223,7 +226,7 @@ class Execution:
         if isinstance(error, ray.exceptions.OutOfMemoryError):  # by Ray's memory monitor
             self._smaller(pack, f"a worker on {info.host} was killed because its node ran out of memory")
             return
-        alone = node_lives(info.node_id)
+        alone = info.node_id in node_ids()
         what = f"a worker died ({info.name})" if alone else f"a worker was lost with its node {info.host}"
         self._again(pack, error, what, blamed=alone)
 
@@ -244,8 +247,8 @@ class Execution:
                 pack._replace(cells=left, reached=reached, attempt=attempt), f"{what}, {MAX_ATTEMPTS} times in a row"
             )
         elif left:
-            self.crew.warn(f"{what}; its {len(left)} cells go on from their checkpoints")
-            self._queue(left, reached, attempt)
+            self.crew.warn(f"{what}; its {len(left)} cells {_how(reached, outage)}")
+            self._queue(left, reached, attempt, what)
 
     def _smaller(self, pack: Pack, why: str) -> None:
         """Splits a pack, or gives up its only cell after several attempts."""
@@ -290,6 +293,7 @@ class Execution:
         if any(attempt.moved for attempt in self.running.values()):
             self._moves()
         self._end_stalled()
+        self._say_waits()
         standing = standing_of(self.ledger, self.running.values(), self.crew.ready, self.work)
         standing.interrupted = self.interrupted
         # A few seconds of a pack's start say nothing about its speed.
@@ -297,6 +301,18 @@ class Execution:
             standing.left_s = (time.monotonic() - self.began) * (1 - standing.fraction) / standing.fraction
         self.display.sweep(standing)
         self.lease.standing = standing
+
+    def _say_waits(self) -> None:
+        """What the workers wait for; and where none works, for which pack's next try, and why."""
+        stalled_after_s = self.spec.resources.stalled_after_s
+        hear("workers", waits_of(self.running.values(), self.crew.ready, stalled_after_s))
+        held_up = [pack for pack in self.waiting if pack.why]
+        if self.running or not held_up or not self.crew.ready:
+            hear("packs", [])
+            return
+        quiet = time.time() - (time.monotonic() - self.moved)
+        what = f"the next try of {len(held_up)} packs ({held_up[0].why})"
+        hear("packs", [Wait(what, quiet, quiet + OUTAGE_S)])
 
     def _end_stalled(self) -> None:
         """Kills workers that get nothing done, and takes those for dead that cannot even be killed."""
@@ -317,27 +333,12 @@ class Execution:
         """Something was trained: whatever fails now and then, it is not everything."""
         self.fruitless, self.moved = 0, time.monotonic()
 
-    def _stop(self) -> None:
-        """Lets the workers save their checkpoints before they are ended."""
-        if not self.running:
-            return
-        for running in self.running.values():
-            running.worker.stop.remote()
-        self.display.stage("stopping: the workers save their checkpoints")
-        ready, late = ray.wait(list(self.running), num_returns=len(self.running), timeout=STOP_TIMEOUT_S)
-        for reference in ready:
-            try:
-                trained: Trained = ray.get(reference)
-                if not self.lease.lost:
-                    self.ledger.record(trained.results)
-            except (ray.exceptions.RayError, SaescaleError) as error:
-                self.crew.warn(
-                    f"a worker failed while stopping: {one_line(getattr(error, 'cause', None) or error)[:300]}"
-                )
-        if late:
-            self.crew.warn(
-                f"{len(late)} workers did not save within {STOP_TIMEOUT_S:.0f} s; they go on from what they had"
-            )
+
+def _how(reached: int, outage: bool) -> str:
+    """How the cells of a pack go on."""
+    if outage:
+        return "go on when it answers"
+    return "go on from their checkpoints" if reached else "begin again"
 
 
 def _pause(attempt: int) -> float:

@@ -5,13 +5,11 @@ from collections import defaultdict
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-import yaml
-
-from saescale.cluster.sweep.spec import NO_STORE, Grid, SweepSpec, parse_spec
+from saescale.cluster.sweep.spec import NO_STORE, Grid, SweepSpec, parse_recorded, parse_spec
 from saescale.storage import files
+from saescale.storage.documents import read_yaml
 from saescale.storage.errors import SaescaleError
 from saescale.storage.rundir import RunDirectory
-from saescale.storage.yaml_text import parse_yaml
 
 # What decides how a cell is trained and measured: cells of one law must agree in it.
 _SHARED = ("train", "eval")
@@ -36,7 +34,7 @@ def extend(spec: SweepSpec, more: str) -> Extension:
     known = spec.grid
     document = RunDirectory(spec.out).read_spec()
     if document is not None:
-        there = parse_spec(document, f"{spec.out}/sweep.yaml")
+        there = parse_recorded(document, f"{spec.out}/sweep.yaml")
         _same(spec, there, f"{spec.out}/sweep.yaml")
         known, grid = there.grid, union(there.grid, grid)
     added = set(grid.combinations()) - set(known.combinations())
@@ -63,12 +61,11 @@ def union(first: Grid, second: Grid) -> Grid:
 
 
 def _read(more: str, spec: SweepSpec) -> SweepSpec:
-    if not files.exists(more):
-        raise SaescaleError(f"there is no file at {more} to extend with; `saescale plan --write FILE` makes one")
     try:
-        document = parse_yaml(files.read_bytes(more))
-    except yaml.YAMLError as error:
-        raise SaescaleError(f"{more} is not valid YAML: {' '.join(str(error).split())}") from error
+        document = read_yaml(more)
+    except FileNotFoundError as error:
+        text = f"there is no file at {more} to extend with; `saescale plan --write FILE` makes one"
+        raise SaescaleError(text) from error
     if not isinstance(document, Mapping) or "grid" not in document:
         raise SaescaleError(f"{more} has no grid to extend with")
     if isinstance(document.get("eval"), Mapping):  # how often is the sweep's where the file leaves it open

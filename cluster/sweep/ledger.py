@@ -11,18 +11,22 @@ from typing import Any, TypeVar, get_args
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from saescale.cluster.sweep.spec import Combination, SweepSpec, parse_spec
+from saescale.cluster.sweep.spec import Combination, SweepSpec, parse_recorded
+from saescale.scaling.compute import Flops
 from saescale.storage import checkpoint
-from saescale.storage.columns import CURVES
-from saescale.storage.errors import SaescaleError, SaescaleWarning, Unavailable
+from saescale.storage.columns import CURVES, CurveRow
+from saescale.storage.documents import damaged
+from saescale.storage.errors import Damaged, SaescaleError, SaescaleWarning, Unavailable, one_line
 from saescale.storage.files import remove
-from saescale.storage.rundir import RunDirectory
+from saescale.storage.rundir import SPEC, RunDirectory
 from saescale.storage.store import ActivationStore
 from saescale.trainers.cell import Cell
+from saescale.trainers.exchange import native
 from saescale.trainers.precision import Precision
 from saescale.trainers.training.results import Provenance, result_row
 
 T = TypeVar("T")
+_REMEDY = "remove it (or move it, if it is your own file) and run the same sweep again, which keeps what is done"
 # Parts of a sweep that may change between two calls of the same sweep: they do not change what its cells are.
 _FREE = ("store", "out", "resources", "wandb")
 _ASKED_AT_A_TIME = 16
@@ -50,23 +54,60 @@ class Ledger:
         self.results: dict[str, dict[str, Any]] = {}
         self._written = -math.inf  # when the tables were
         self._writing_s = 0.0  # how long that took
-        self._forgotten: list[str] = []  # failed cells whose results go when the sweep begins
+        self._forgotten: list[str] = []  # failed and lost cells whose results go when the sweep begins
         self._without_curve: set[str] = set()
+        self._made_again: dict[str, dict[str, Any]] = {}  # results whose own file is damaged
         # What the table says already need not be read cell by cell, which for thousands in an object store is minutes.
         known = {row["cell_id"]: row for row in run.read_results().to_pylist() if row["status"] in ("done", "failed")}
         finished = run.cells_with_results()
         for cell in cells:
             if cell.cell_id in finished:
-                result = known.get(cell.cell_id) or run.read_cell_result(cell.cell_id)
+                result = known.get(cell.cell_id) or self._result_of(cell)
                 if result is not None:
                     self.results[cell.cell_id] = result
+
+    def _result_of(self, cell: Cell) -> dict[str, Any] | None:
+        """The cell's result; where that is damaged, what its weights and its curve say. None: it is to be trained."""
+        try:
+            return self.run.read_cell_result(cell.cell_id)
+        except Damaged as error:
+            try:
+                made = self._from_files(cell)
+            except SaescaleError as missing:
+                self._forgotten.append(cell.cell_id)
+                text = f"{error.where} is damaged, and {missing}: the cell's training is lost, and it is trained again"
+                warnings.warn(text, SaescaleWarning, stacklevel=3)
+                return None
+            self._made_again[cell.cell_id] = made
+            text = f"{error.where} is damaged: it is made again from the cell's weights and curve, but for its times"
+            warnings.warn(text, SaescaleWarning, stacklevel=3)
+            return made
+
+    def _from_files(self, cell: Cell) -> dict[str, Any]:
+        """The result of a cell whose result.json is damaged. Raises SaescaleError where its weights are not there, not
+        sound or another cell's, or where its curve does not reach its end."""
+        there = native.read(self.run.cell_url(cell.cell_id)).cell
+        points = [row for row in self.run.read_cell_curve(cell.cell_id) if row["step"] == cell.steps]
+        if there.cell_id != cell.cell_id or not points:
+            raise SaescaleError(f"what else is in {self.run.cell_url(cell.cell_id)} is not of its end")
+        last = CurveRow(**{name: points[-1][name] for name in CurveRow._fields})
+        provenance = Provenance.of(self._store, self.document["eval"]["tokens"])
+        # The dense equivalent is that of a plan: what AuxK did is counted in the lost file alone.
+        flops = Flops(int(last.flops), cell.flops(cell.tokens).dense)
+        return result_row(cell, provenance, cell.tokens, flops, wall_s=0.0, last=last, error=None) | {"wall_s": None}
 
     def begin(self) -> None:
         """Writes sweep.yaml and the ledger: from now on `run` is this sweep's, with all its cells."""
         for cell_id in self._forgotten:
             remove(self.run.result_url(cell_id))
+        self._restore()
         self.write_spec()
         self.write()
+
+    def _restore(self) -> None:
+        for cell_id, result in self._made_again.items():
+            self.run.write_json(f"cells/{cell_id}/result.json", result)
+        self._made_again = {}
 
     def write_spec(self) -> None:
         """Writes sweep.yaml where it is not there yet or lacks cells of an extension."""
@@ -76,6 +117,9 @@ class Ledger:
 
     def settle(self) -> None:
         """Makes the tables say what the cells say, where a driver died before it could or has not taken the time."""
+        self._restore()
+        if not self.run.has_tables():
+            self.write()
         recorded = {row["cell_id"]: (row["status"], row["nmse"]) for row in self.run.read_results().to_pylist()}
         curves = set(pc.unique(self.run.read_curves()["cell_id"]).to_pylist())
         if (
@@ -91,15 +135,21 @@ class Ledger:
         for cell in cells:
             names = there.get(cell.cell_id, set())
             if "result.json" in names and any(name.startswith(("checkpoint/", "curve-", "sae-")) for name in names):
-                self.run.tidy_cell(cell.cell_id, self.run.read_cell_result(cell.cell_id) or {})
+                try:
+                    result = self.run.read_cell_result(cell.cell_id) or {}
+                except Damaged:  # what the table says of it is sound
+                    result = self.results[cell.cell_id]
+                    self.run.write_json(f"cells/{cell.cell_id}/result.json", result)
+                self.run.tidy_cell(cell.cell_id, result)
 
     def forget_failed(self) -> None:
         """Failed cells are pending again, and go on from their last checkpoint where one is left.
 
         What is written of them goes with `begin`, when this driver has the run.
         """
-        self._forgotten = [cell_id for cell_id, result in self.results.items() if result["status"] == "failed"]
-        for cell_id in self._forgotten:
+        failed = [cell_id for cell_id, result in self.results.items() if result["status"] == "failed"]
+        self._forgotten += failed
+        for cell_id in failed:
             del self.results[cell_id]
 
     @property
@@ -169,7 +219,7 @@ class Ledger:
         began = time.monotonic()
         rows = [self.results.get(cell.cell_id, {"cell_id": cell.cell_id, "status": "pending"}) for cell in self.cells]
         described = [
-            {"n_latents": cell.n_latents, "k": cell.k, "d_model": cell.d_model, "seed": cell.seed} | row
+            {name: getattr(cell, name) for name in ("n_latents", "k", "architecture", "d_model", "seed")} | row
             for cell, row in zip(self.cells, rows, strict=True)
         ]
         # Those that are there are kept as they are: read cell by cell, they would be read again for every cell.
@@ -208,9 +258,16 @@ def open_ledger(
     """
     document = _resolved(spec, store, precision)
     if recorded is not None:
+        _resolved_of(recorded, run)
         there, here = _combinations(recorded, f"{run.url}/sweep.yaml"), set(spec.grid.combinations())
         same_cells = there <= here if extending else there == here
         differences = _differences(_identity(recorded), _identity(document))
+        old, new = (of["resolved"].get("store_fingerprint") for of in (recorded, document))
+        if old != new and len(differences) == 1:
+            raise SaescaleError(
+                f"{run.url} holds another sweep (store_fingerprint is {old} there and {new} here: {spec.store} was "
+                "changed or harvested again); restore the store, or give this sweep another run directory (out)"
+            )
         if differences or not same_cells:
             said = [*([] if same_cells else [_other_cells(there, here)]), *differences]
             raise SaescaleError(
@@ -239,17 +296,27 @@ def provenance_of(run: RunDirectory, recorded: Mapping[str, Any] | None) -> dict
 
     Raises SaescaleError where `run` holds no sweep.
     """
-    if recorded is None or "resolved" not in recorded:
+    if recorded is None:
         raise SaescaleError(f"{run.url} is not a run directory: there is no sweep.yaml of a sweep that ran in it")
-    spec, resolved = recorded, recorded["resolved"]
-    return {
-        "sweep": spec["name"],
-        "store": f"{spec['store']} ({resolved['store_fingerprint']})",
-        "subject": resolved["subject"],
-        "held-out rows": f"{spec['eval']['tokens']:,}",
-        "precision": resolved["precision"],
-        "versions": ", ".join(f"{name} {number}" for name, number in resolved["versions"].items()),
-    }
+    spec, resolved = recorded, _resolved_of(recorded, run)
+    try:
+        return {
+            "sweep": spec["name"],
+            "store": f"{spec['store']} ({resolved['store_fingerprint']})",
+            "subject": resolved["subject"],
+            "held-out rows": f"{spec['eval']['tokens']:,}",
+            "precision": resolved["precision"],
+            "versions": ", ".join(f"{name} {number}" for name, number in resolved["versions"].items()),
+        }
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise damaged(f"{run.url}/{SPEC}", f"what it says of {one_line(error)} is not there", _REMEDY) from error
+
+
+def _resolved_of(recorded: Mapping[str, Any], run: RunDirectory) -> dict[str, Any]:
+    """What a sweep.yaml says that no sweep file of a user's does. Raises Damaged where it was cut short before that."""
+    if not recorded.get("resolved"):
+        raise damaged(f"{run.url}/{SPEC}", "it has no `resolved`: it was cut short, or is no run's", _REMEDY)
+    return dict(recorded["resolved"])
 
 
 def _identity(document: Mapping[str, Any]) -> dict[str, Any]:
@@ -261,7 +328,7 @@ def _identity(document: Mapping[str, Any]) -> dict[str, Any]:
 
 def _combinations(document: Mapping[str, Any], where: str) -> set[Combination]:
     """The cells of a grid: one grid can be written in many ways, and what it means is these."""
-    return set(parse_spec(document, where).grid.combinations())
+    return set(parse_recorded(document, where).grid.combinations())
 
 
 def _other_cells(there: set[Combination], here: set[Combination]) -> str:

@@ -1,5 +1,10 @@
-"""Which cells are trained together: packs that fit a worker's memory, take about equally long, longest first."""
+"""Which cells are trained together: packs that fit a worker's memory, take about equally long, longest first.
 
+A pack is also bounded in what is done between two looks whether it is to stop: reading the stream once for more cells
+saves nothing then, and an end would wait for them all.
+"""
+
+import math
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from heapq import heappop, heappush
@@ -10,16 +15,23 @@ from saescale.storage.errors import SaescaleError
 from saescale.trainers.cell import Cell
 
 PACKS_PER_WORKER = 2  # enough to even out several workers of different speed; each pack reads the stream once
+MAX_CELLS = 64  # beside so many, what a pack costs by itself (two seconds, measured) does not count
+BATCH_FLOPS = {"cpu": 2e11, "cuda": 2e13}  # of all cells of a pack: some seconds
 
 
 def pack_cells(
-    cells: Sequence[Cell], steps: Mapping[str, Sequence[int]], workers: int, memory: float, needs: Needs
+    cells: Sequence[Cell],
+    steps: Mapping[str, Sequence[int]],
+    workers: int,
+    memory: float,
+    needs: Needs,
+    batch_flops: float = math.inf,
 ) -> list[list[Cell]]:
     """Cells in packs, the costliest pack first.
 
     steps: the steps of each cell's checkpoints (absent: none); only cells with one in common go on together. memory:
-    bytes that one worker has; needs: bytes that a pack takes (trainers/training/memory.py). Raises SaescaleError
-    where one cell alone needs more memory.
+    bytes that one worker has; needs: bytes that a pack takes (trainers/training/memory.py); batch_flops: the most that
+    several cells do on one batch. Raises SaescaleError where one cell alone needs more memory.
     """
     alike: dict[tuple[int, int], list[Cell]] = defaultdict(list)
     for cell in cells:
@@ -30,7 +42,7 @@ def pack_cells(
     for company in alike.values():
         for group in _groups(company, steps):
             share = sum(cost(cell) for cell in group) / total
-            packs += split(group, max(1, round(share * wanted)), memory, needs)
+            packs += split(group, max(1, round(share * wanted)), memory, needs, batch_flops)
     return sorted(packs, key=lambda pack: -sum(cost(cell) for cell in pack))
 
 
@@ -52,13 +64,24 @@ def _groups(cells: Sequence[Cell], steps: Mapping[str, Sequence[int]]) -> list[l
     return groups
 
 
-def split(cells: Sequence[Cell], count: int, memory: float, needs: Needs) -> list[list[Cell]]:
-    """At least `count` packs (where there are so many cells) of about equal cost that each fit into `memory` bytes.
+def split(
+    cells: Sequence[Cell], count: int, memory: float, needs: Needs, batch_flops: float = math.inf
+) -> list[list[Cell]]:
+    """At least `count` packs (where there are so many cells) of about equal cost that each fit into `memory` bytes,
+    have at most MAX_CELLS and, where they are several, do at most `batch_flops` on a batch.
 
-    Raises SaescaleError where one cell alone needs more.
+    Raises SaescaleError where one cell alone needs more memory.
     """
-    wanted = min(count, len(cells))
-    costly_first = sorted(((cost(cell), cell) for cell in cells), key=lambda pair: -pair[0])
+    costs = {cell.cell_id: cost(cell) for cell in cells}
+    per_batch = {cell.cell_id: costs[cell.cell_id] / cell.steps for cell in cells}
+
+    def fits(pack: list[Cell]) -> bool:
+        quick = len(pack) == 1 or sum(per_batch[cell.cell_id] for cell in pack) <= batch_flops
+        return len(pack) <= MAX_CELLS and quick and needs(pack) <= memory
+
+    least = max(count, math.ceil(len(cells) / MAX_CELLS), math.ceil(sum(per_batch.values()) / batch_flops))
+    wanted = min(least, len(cells))
+    costly_first = sorted(((costs[cell.cell_id], cell) for cell in cells), key=lambda pair: -pair[0])
     while True:
         packs: list[list[Cell]] = [[] for _ in range(wanted)]
         loads = [(0.0, number) for number in range(wanted)]
@@ -66,7 +89,7 @@ def split(cells: Sequence[Cell], count: int, memory: float, needs: Needs) -> lis
             load, number = heappop(loads)
             packs[number].append(cell)
             heappush(loads, (load + spent, number))
-        if all(needs(pack) <= memory for pack in packs):
+        if all(map(fits, packs)):
             return packs
         if wanted == len(cells):
             break

@@ -10,7 +10,7 @@ from saescale.cluster.sweep.spec import SweepSpec
 from saescale.scaling.laws.forms.n_k import N_K
 from saescale.scaling.planning.design import Design, Wanted
 from saescale.scaling.planning.devices import Device
-from saescale.storage.yaml_text import yaml_text
+from saescale.storage.documents import yaml_text
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,8 @@ from typing import Any, NamedTuple, cast
 import numpy as np
 
 from saescale.cluster.sweep.proposal import Prior, Proposal, ProposedCell, Request
-from saescale.cluster.sweep.spec import NO_STORE, SweepSpec, parse_spec
+from saescale.cluster.sweep.spec import NO_STORE, SweepSpec, parse_recorded, parse_spec
+from saescale.scaling.kinds import comparable, without_diverged
 from saescale.scaling.laws.estimate import Fit, fit_law
 from saescale.scaling.laws.forms.n_k import GPT4, N_K
 from saescale.scaling.laws.lack_of_fit import kinds_of
@@ -27,8 +28,9 @@ from saescale.scaling.planning.design import (
     wanted,
 )
 from saescale.scaling.planning.devices import Device, as_measured
+from saescale.scaling.reading import is_table
 from saescale.scaling.sources import load_sources
-from saescale.scaling.tables import Table, comparable, load_rows, without_diverged
+from saescale.scaling.tables import Table, load_rows
 from saescale.storage import files
 from saescale.storage.errors import SaescaleError
 from saescale.storage.rundir import RunDirectory
@@ -37,6 +39,7 @@ _DRAWS = 12  # of the fit's bootstrap, beside its best coefficients: guesses tha
 _WIDER = 16  # how far beyond the largest n of a run cells may go
 _SMALLEST = 512
 _NOISE = 0.005
+_WIDEST = 2**20  # of a subject
 _KS = (8, 16, 32, 64, 128, 256, 512)
 
 
@@ -83,8 +86,11 @@ def _prior(request: Request) -> tuple[Prior, dict[str, Any], int]:
         raise SaescaleError(
             f"{request.source}: no law to plan from: {error}; or plan from the published law"
         ) from error
-    d_model = int(results["d_model"][0]) if "d_model" in results else request.d_model
-    words = f"L(N, k) of {request.source} and its scatter of {request.noise or fit.noise:.2%} about it"
+    widths = results["d_model"][np.isfinite(results["d_model"])] if "d_model" in results else np.empty(0)
+    d_model = int(widths[0]) if len(widths) else request.d_model
+    if not 1 <= d_model <= _WIDEST:
+        raise SaescaleError(f"{request.source}: d_model is {d_model:g}, which is no width of a subject; correct it")
+    words = f"L(N, k) of {results.source} and its scatter of {request.noise or fit.noise:.2%} about it"
     shared = 0.0
     if fit.misses and fit.lack:
         shared = fit.lack.shared
@@ -99,23 +105,32 @@ def _prior(request: Request) -> tuple[Prior, dict[str, Any], int]:
 
 def sweep_of(source: str) -> dict[str, Any] | None:
     """The sweep.yaml of a source of cells, or None where it is a table or a directory without one."""
-    return None if source.lower().endswith((".csv", ".parquet")) else RunDirectory(source).read_spec()
+    return None if is_table(source) else RunDirectory(source).read_spec()
 
 
 def _seeds_of(source: str) -> dict[tuple[int, int], set[int]]:
     """The seeds of each n and k: of the sweep's grid, and of all rows, since a failed cell is not trained again."""
     found: dict[tuple[int, int], set[int]] = defaultdict(set)
     document = sweep_of(source)
-    for cell in parse_spec(document, f"{source}/sweep.yaml").grid.combinations() if document else ():
+    for cell in parse_recorded(document, f"{source}/sweep.yaml").grid.combinations() if document else ():
         found[cell.n_latents, cell.k].add(cell.seed)
     rows = load_rows(source)
-    seeds = rows["seed"] if "seed" in rows and rows["seed"].dtype.kind == "f" else np.full(len(rows), np.nan)
+    seeds = rows["seed"].tolist() if "seed" in rows else [""] * len(rows)
     for n, k, seed in zip(rows["n_latents"], rows["k"], seeds, strict=True):
         if np.isfinite([n, k]).all():
             own = found[int(n), int(k)]
             # Where nobody wrote down which it was: as if seeds went up from 0.
-            own.add(int(seed) if np.isfinite(seed) else _unused(own, 1)[0])
+            known = _whole(seed)
+            own.add(_unused(own, 1)[0] if known is None else known)
     return found
+
+
+def _whole(seed: float | str) -> int | None:
+    """A seed as a table has it; None where it is no whole number."""
+    try:
+        return int(seed)
+    except (ValueError, OverflowError):
+        return None
 
 
 def _unused(seeds: Set[int], wanted: int) -> list[int]:
@@ -127,7 +142,7 @@ def _base_of(source: str, results: Table, base: dict[str, Any]) -> dict[str, Any
     """How a run directory's cells were trained, or for a table the default with its tokens where they are all alike."""
     if document := sweep_of(source):
         return {key: value for key, value in document.items() if key not in ("grid", "resolved")}
-    if "tokens" in results and len(np.unique(results["tokens"])) == 1:
+    if "tokens" in results and len(np.unique(results["tokens"])) == 1 and 1 <= results["tokens"][0] < np.inf:
         tokens = int(results["tokens"][0])
         batch = next(size for size in (131_072, 8_192, 1_024, 256, 1) if tokens % size == 0)
         return base | {"train": {"tokens": tokens, "batch_tokens": batch}}

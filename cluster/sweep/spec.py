@@ -4,9 +4,9 @@ import difflib
 import itertools
 import math
 from collections.abc import Mapping, Sequence
+from importlib.metadata import version
 from typing import Annotated, Any, Literal, NamedTuple, Self, get_args
 
-import yaml
 from pydantic import (
     AfterValidator,
     BaseModel,
@@ -20,18 +20,19 @@ from pydantic import (
 from pydantic_core import PydanticCustomError
 
 from saescale.cluster.crew.claims import NotNegative, Positive, Resources, Section
-from saescale.storage import files
 from saescale.storage.columns import OLD_NAMES
-from saescale.storage.errors import SaescaleError
+from saescale.storage.documents import read_yaml
+from saescale.storage.errors import Damaged, SaescaleError
 from saescale.storage.secrets import ADVICE, names_secret, secret_in_url
 from saescale.storage.store import ActivationStore
-from saescale.storage.yaml_text import parse_yaml
 from saescale.trainers.cell import Cell, EvalSpec, auto_k_aux, check_settings, known_architecture, traits_of
 from saescale.trainers.loggers.wandb_cells import WandbSettings
 from saescale.trainers.precision import Precision
 
 # What a sweep file says where nobody has named a store yet: to be edited.
 NO_STORE = "stores/STORE"
+MOST_CELLS = 100_000  # of a grid; a sweep of ten times fewer is the largest that was tried
+_LARGEST = 2**62  # of what is counted, and of seeds: tables hold 64 bits
 
 _POINTS = 50  # of a curve
 
@@ -40,6 +41,8 @@ _SECRET = "secret"
 
 
 Architecture = Annotated[str, AfterValidator(known_architecture)]
+Count = Annotated[Positive, Field(le=_LARGEST)]
+Seed = Annotated[NotNegative, Field(le=_LARGEST)]
 
 
 class _OldNames(Section):
@@ -56,10 +59,10 @@ class _OldNames(Section):
 class GridCell(_OldNames):
     """One n and k, with a cell for each seed."""
 
-    n_latents: Positive
-    k: Positive
+    n_latents: Count
+    k: Count
     architecture: Architecture = "topk"
-    seed: list[NotNegative] = Field(default=[0], min_length=1)
+    seed: list[Seed] = Field(default=[0], min_length=1)
 
 
 class Combination(NamedTuple):
@@ -74,10 +77,10 @@ class Combination(NamedTuple):
 class Grid(_OldNames):
     """Every combination of the lists is a cell, and so is each of `cells` (such as `saescale plan` proposes)."""
 
-    n_latents: list[Positive] = Field(default=[], min_length=1)
-    k: list[Positive] = Field(default=[], min_length=1)
+    n_latents: list[Count] = Field(default=[], min_length=1)
+    k: list[Count] = Field(default=[], min_length=1)
     architecture: list[Architecture] = Field(default=["topk"], min_length=1)
-    seed: list[NotNegative] = Field(default=[0], min_length=1)
+    seed: list[Seed] = Field(default=[0], min_length=1)
     cells: list[GridCell] = Field(default=[], min_length=1)
 
     @model_validator(mode="after")
@@ -86,6 +89,11 @@ class Grid(_OldNames):
             for name in ("n_latents", "k"):
                 if not getattr(self, name):
                     raise ValueError(f"{name} is missing")
+        # Counted before they are made.
+        many = len(self.n_latents) * len(self.k) * len(self.architecture) * len(self.seed)
+        many += sum(len(cell.seed) for cell in self.cells)
+        if many > MOST_CELLS:
+            raise ValueError(f"{many:,} cells are more than the {MOST_CELLS:,} of a sweep: shorten its lists")
         for n_latents, k, _, _ in self.combinations():
             if k > n_latents:
                 raise ValueError(
@@ -118,25 +126,25 @@ class Grid(_OldNames):
 class TokenLaw(Section):
     """tokens (n / at)^exponent, rounded to whole batches: larger SAEs need more tokens to converge (about n^0.6)."""
 
-    at: Positive
-    tokens: float = Field(gt=0)
-    exponent: float
+    at: Count
+    tokens: float = Field(gt=0, allow_inf_nan=False)
+    exponent: float = Field(allow_inf_nan=False)
 
 
 class RateLaw(Section):
     """value (n / at)^exponent: 2e-4 (n / 2^14)^-0.5 is the rule that others took from Gao et al. 2024, figure 3."""
 
-    at: Positive
-    value: float = Field(gt=0)
-    exponent: float = -0.5
+    at: Count
+    value: float = Field(gt=0, allow_inf_nan=False)
+    exponent: float = Field(default=-0.5, allow_inf_nan=False)
 
 
 class AuxK(Section):
     """The auxiliary loss that revives dead latents; `k: 0` switches it off."""
 
     k: NotNegative | Literal["auto"] = "auto"  # auto: the power of two nearest to d_model / 2
-    coefficient: float = Field(default=1 / 32, ge=0)
-    dead_after_tokens: Positive = 10_000_000
+    coefficient: float = Field(default=1 / 32, ge=0, allow_inf_nan=False)
+    dead_after_tokens: Count = 10_000_000
 
 
 class Train(Section):
@@ -145,15 +153,15 @@ class Train(Section):
     Of `auxk`, `multi_topk` and `settings` each architecture takes what it has a setting for.
     """
 
-    tokens: Positive | TokenLaw
-    batch_tokens: Positive = 131_072
-    lr: Annotated[float, Field(gt=0)] | RateLaw = RateLaw(at=16_384, value=2e-4)
+    tokens: Count | TokenLaw
+    batch_tokens: Count = 131_072
+    lr: Annotated[float, Field(gt=0, allow_inf_nan=False)] | RateLaw = RateLaw(at=16_384, value=2e-4)
     auxk: AuxK = AuxK()
     multi_topk: bool = False
     settings: dict[str, Any] = Field(default={})  # of an architecture's own
     ema: float = Field(default=0.999, ge=0, lt=1)
     precision: Literal["auto"] | Precision = "auto"  # of the encoder product; auto: crew/precision.py
-    stream_seed: NotNegative = 0  # of the order of the data
+    stream_seed: Seed = 0  # of the order of the data
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -165,7 +173,7 @@ class Train(Section):
 class SweepSpec(Section):
     """The whole sweep file."""
 
-    name: str = Field(min_length=1, pattern=r"^[\w.-]+$")
+    name: str = Field(min_length=1, max_length=128, pattern=r"^[\w.-]+$")  # W&B takes no longer one for a group
     store: str  # URL of the activation store
     out: str  # URL of the run directory
     grid: Grid
@@ -182,6 +190,19 @@ class SweepSpec(Section):
         if found := secret_in_url(url):
             raise PydanticCustomError(_SECRET, "{found}; {advice}", {"found": found, "advice": ADVICE})
         return url
+
+    @model_validator(mode="after")
+    def _laws_are_in_range(self) -> Self:
+        """That each size has a number of tokens and a rate that can be written down."""
+        for n_latents in {cell.n_latents for cell in self.grid.combinations()}:
+            for name, of in (("tokens", self.tokens_of), ("lr", self.rate_of)):
+                try:
+                    found = of(n_latents)
+                except (OverflowError, ValueError):
+                    found = math.inf
+                if not 0 < found <= _LARGEST:
+                    raise ValueError(f"train.{name} is out of range at n_latents = {n_latents}: correct its exponent")
+        return self
 
     @model_validator(mode="after")
     def _evaluates_at_times(self) -> Self:
@@ -225,7 +246,7 @@ class SweepSpec(Section):
                 stream_seed=train.stream_seed,
                 tokens=self.tokens_of(n_latents),
                 batch_tokens=train.batch_tokens,
-                lr=train.lr if isinstance(train.lr, float) else _law(train.lr.value, train.lr, n_latents),
+                lr=self.rate_of(n_latents),
                 dead_after_tokens=train.auxk.dead_after_tokens,
                 ema=train.ema,
                 heldout_rows=self.eval.tokens,
@@ -241,6 +262,11 @@ class SweepSpec(Section):
             return tokens
         return batch * max(1, round(_law(tokens.tokens, tokens, n_latents) / batch))
 
+    def rate_of(self, n_latents: int) -> float:
+        """Learning rate of a cell of that size."""
+        lr = self.train.lr
+        return lr if isinstance(lr, float) else _law(lr.value, lr, n_latents)
+
 
 def _law(value: float, law: TokenLaw | RateLaw, n_latents: int) -> float:
     return value * math.pow(n_latents / law.at, law.exponent)
@@ -251,12 +277,10 @@ def load_spec(url: str, out: str | None = None, wandb: str | None = None) -> Swe
 
     Raises SaescaleError that names the file, the path of the wrong key and the nearest valid name.
     """
-    if not files.exists(url):
-        raise SaescaleError(f"there is no sweep file at {url}; deploy/sweeps holds examples")
     try:
-        document = parse_yaml(files.read_bytes(url))
-    except yaml.YAMLError as error:
-        raise SaescaleError(f"{url} is not valid YAML: {' '.join(str(error).split())}") from error
+        document = read_yaml(url)
+    except FileNotFoundError as error:
+        raise SaescaleError(f"there is no sweep file at {url}; deploy/sweeps holds examples") from error
     if not isinstance(document, dict):
         raise SaescaleError(f"{url} holds no sweep: it should have the keys {', '.join(SweepSpec.model_fields)}")
     if out:
@@ -273,6 +297,24 @@ def parse_spec(document: Mapping[str, Any], where: str) -> SweepSpec:
         return SweepSpec.model_validate(document)
     except ValidationError as error:
         raise SaescaleError(f"{where}: {'; '.join(_problems(error))}") from error
+
+
+def parse_recorded(document: Mapping[str, Any], where: str) -> SweepSpec:
+    """The sweep that a run's sweep.yaml records, but for where it was logged, which need not be valid any more.
+
+    Raises Damaged, which says what wrote it, where it is none.
+    """
+    try:
+        return parse_spec({key: value for key, value in document.items() if key != "wandb"}, where)
+    except SaescaleError as error:
+        resolved = document.get("resolved")
+        versions = resolved.get("versions") if isinstance(resolved, dict) else None
+        by = versions.get("saescale") if isinstance(versions, dict) else None
+        raise Damaged(
+            f"{error}: it is damaged, or of another version (saescale {by or 'unknown'} wrote it, this is "
+            f"{version('saescale')}); restore it, or remove it and run the same sweep again, which keeps what is done",
+            where,
+        ) from error
 
 
 def _problems(error: ValidationError) -> list[str]:

@@ -1,7 +1,8 @@
 """Where a sweep stands, as its driver tells it: what the workers say of their packs, and what that comes to."""
 
 import time
-from collections.abc import Collection, Mapping
+from collections import defaultdict
+from collections.abc import Collection, Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -11,6 +12,7 @@ from saescale.cluster.crew.train_worker import WorkerInfo, WorkerState
 from saescale.cluster.sweep.ledger import Ledger
 from saescale.cluster.sweep.packing import cost
 from saescale.storage.lease import RunningCell, RunningWorker, Standing
+from saescale.storage.waiting import SAY_AFTER_S, Wait
 from saescale.trainers.cell import Cell
 from saescale.trainers.training.report import Progress
 
@@ -26,6 +28,7 @@ class Pack(NamedTuple):
     reached: int  # sum of the checkpointed steps of its cells when the attempt began
     attempt: int = 1  # since the pack last got further
     due: float = 0.0  # not to be begun before, in time.monotonic()
+    why: str = ""  # what kept it from going on at once
 
 
 @dataclass
@@ -39,16 +42,38 @@ class Attempt:
     progress: Progress | None = None  # what it last said
     moved: bool = False  # whether it made a step between the last two answers
     parting: bool = False  # asked to stop, to be split
+    waits: tuple[Wait, ...] = ()  # what it said that it waits for
     question: Any = None  # the reference of `state`, until it is answered
     killed: float | None = None  # when
 
 
-class Work(NamedTuple):
-    """What a call has to do: `cells`, which cost `total` FLOPs, of which `before` were done before it."""
+class Work:
+    """What a call has to do: `cells`, what each costs in FLOPs, and how far each is by what was last heard of it.
 
-    cells: list[Cell]
-    total: float
-    before: float
+    newest: the steps that are behind the checkpoints of cells, which is done, but not by this call.
+    """
+
+    def __init__(self, cells: list[Cell], newest: Mapping[str, int]) -> None:
+        self.cells, self.steps = cells, dict(newest)
+        self._costs = {cell.cell_id: cost(cell) for cell in cells}
+        self._total, self._before = sum(self._costs.values()), self._done({})
+
+    def heard(self, cells: Iterable[Cell], step: int) -> None:
+        """Cells of a pack are at `step` of the stream; a pack that begins again somewhere may be further back."""
+        self.steps |= {cell.cell_id: step for cell in cells}
+
+    def fraction(self, results: Container[str]) -> float:
+        """Of the FLOPs that this call found undone, those that are done, where `results` have ended."""
+        done = self._done(results) - self._before
+        return min(1.0, max(0.0, done) / max(1.0, self._total - self._before))
+
+    def _done(self, results: Container[str]) -> float:
+        return sum(
+            self._costs[cell.cell_id] * (1.0 if cell.cell_id in results else self._share(cell)) for cell in self.cells
+        )
+
+    def _share(self, cell: Cell) -> float:
+        return min(1.0, self.steps.get(cell.cell_id, 0) / cell.steps)
 
 
 def ask(running: Collection[Attempt]) -> list[str]:
@@ -71,6 +96,7 @@ def ask(running: Collection[Attempt]) -> list[str]:
         except ray.exceptions.RayError:
             continue  # the worker just died: its pack's reference will say so
         notes += state.notes
+        attempt.waits = state.waits
         attempt.heard = max(attempt.heard, now - state.quiet_s)
         if state.progress is not None:
             attempt.moved = attempt.progress is None or state.progress.step > attempt.progress.step
@@ -85,15 +111,13 @@ def standing_of(
     work: Work,
 ) -> Standing:
     """How far the sweep is."""
-    done = sum(cost(cell) for cell in work.cells if cell.cell_id in ledger.results)
     statuses = [result["status"] for result in ledger.results.values()]
     standing = Standing(cells=len(ledger.cells), done=statuses.count("done"), failed=statuses.count("failed"))
     for attempt in running:
         if (progress := attempt.progress) is None:
             continue
         name = ready[attempt.worker].name
-        cells = [cell for cell in attempt.pack.cells if cell.cell_id not in ledger.results]
-        done += sum(cost(cell) * min(1.0, progress.step / cell.steps) for cell in cells)
+        work.heard(attempt.pack.cells, progress.step)
         standing.tokens_per_s += progress.tokens_per_s * progress.running
         standing.done += progress.done
         standing.failed += progress.failed
@@ -106,5 +130,24 @@ def standing_of(
                 stream_wait=progress.stream_wait,
             )
         )
-    standing.fraction = min(1.0, max(0.0, done - work.before) / max(1.0, work.total - work.before))
+    standing.fraction = work.fraction(ledger.results)
     return standing
+
+
+def waits_of(running: Collection[Attempt], ready: Mapping[Any, WorkerInfo], stalled_after_s: float) -> list[Wait]:
+    """What workers wait for, as they say; of one that says nothing and gets nothing done, that."""
+    late = time.monotonic() - SAY_AFTER_S
+    found: dict[str, list[Wait]] = defaultdict(list)
+    for attempt in running:
+        name, heard = ready[attempt.worker].name, time.time() - (time.monotonic() - attempt.heard)
+        for wait in attempt.waits:
+            found[wait.what].append(wait)
+        if not attempt.waits and attempt.heard < late:
+            what = f"worker {name} to get a batch done"
+            found[what].append(Wait(what, heard, heard + stalled_after_s))
+    return [_together(what, several, len(running)) for what, several in found.items()]
+
+
+def _together(what: str, waits: Sequence[Wait], workers: int) -> Wait:
+    of = f" ({len(waits)} of {workers} workers)" if workers > 1 and not what.startswith("worker ") else ""
+    return Wait(what + of, min(wait.since for wait in waits), waits[0].until)

@@ -3,24 +3,28 @@
 Imports neither torch nor Ray, and reads no file for each cell: with 10,000 cells the answer takes a few requests.
 """
 
-from collections.abc import Iterator, Mapping
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
 
 from saescale.storage import checkpoint, files
-from saescale.storage.errors import SaescaleError
-from saescale.storage.lease import Driver, RunningCell, Standing, read_driver
+from saescale.storage.columns import is_diverged
+from saescale.storage.documents import YAML_LOADER, damaged
+from saescale.storage.errors import Damaged, SaescaleError, SaescaleWarning, one_line
+from saescale.storage.lease import Driver, RunningCell, Standing, WaitsFor, read_driver
 from saescale.storage.rundir import RunDirectory
-from saescale.storage.yaml_text import LOADER
+
+_REMEDY = "remove it and run the same sweep again, which writes it anew and keeps the cells that are done"
 
 # Files of single cells, such as a checkpoint's pointer, are read for so many cells at most: details of a few that just
 # changed, not of thousands.
 MAX_READ = 32
 
 CellState = Literal["done", "failed", "running", "started", "pending"]
-SweepState = Literal["waiting", "starting", "running", "finished", "stopped", "failed", "died", "unfinished"]
+SweepState = Literal["waiting", "starting", "running", "finished", "stopped", "failed", "lost", "died", "unfinished"]
 
 
 # What is known of a sweep whose job alone is known.
@@ -40,6 +44,7 @@ class CellStatus(_Document):
     cell_id: str
     n_latents: int
     k: int
+    architecture: str | None = None  # None: not known, as of pending cells of 0.1.0
     seed: int
     status: CellState
     step: int | None = None
@@ -50,16 +55,22 @@ class CellStatus(_Document):
     worker: str | None = None  # HOST/PID
     error: str | None = None
 
+    @property
+    def diverged(self) -> bool:
+        """Whether it ended, and reconstructs worse than the mean alone: fits leave it out."""
+        return self.status == "done" and is_diverged(self.nmse)
+
 
 _CELLS = TypeAdapter(list[CellStatus])
-_COLUMNS = ["cell_id", "n_latents", "k", "seed", "status", "nmse", "dead_fraction", "wall_s", "error"]
+_COLUMNS = ["cell_id", "n_latents", "k", "architecture", "seed", "status", "nmse", "dead_fraction", "wall_s", "error"]
 
 
 class Counts(_Document):
-    """Cells of the sweep, all of them and by status."""
+    """Cells of the sweep, all of them and by status; `diverged` are among those done."""
 
     cells: int = 0
     done: int = 0
+    diverged: int = 0
     failed: int = 0
     running: int = 0
     started: int = 0
@@ -98,10 +109,12 @@ class SweepStatus(_Document):
     """What `saescale status --json` prints.
 
     state: waiting (its job waits for the cluster), starting (the job runs, no driver has the run yet), running,
-    finished (every cell has a result and the laws are fitted), stopped (on request), failed (see `reason`), died (the
-    driver ended without saying so), unfinished (nothing is known of a driver).
+    finished (every cell has a result and the laws are fitted), stopped (on request), failed (see `reason`), lost (the
+    cluster's head went away under it), died (the driver was killed, or ended without saying so), unfinished (nothing is
+    known of a driver).
     standing: what the driver said last, None where there never was one; its rates and times are of now only while
-    `driver.alive`. Counts are fresher than the rows of `cells` by the cells that ended in a pack still at work.
+    `driver.alive`. waits: what a driver that lives has waited for since some seconds. Counts are fresher than the rows
+    of `cells` by the cells that ended in a pack still at work.
     """
 
     format: Literal[1] = 1
@@ -113,6 +126,7 @@ class SweepStatus(_Document):
     job: JobStatus | None = None
     counts: Counts = Counts()
     standing: Standing | None = None
+    waits: list[WaitsFor] = []
     cells: list[CellStatus] = []
 
     @property
@@ -134,7 +148,8 @@ def read_status(url: str) -> SweepStatus:
     # Before the ledger, so that what the driver counts as done is there already.
     driver = read_driver(url)
     alive = driver is not None and driver.lives()
-    cells = _recorded(run.read_results().select(_COLUMNS).to_pylist(), url)
+    results = run.read_results(lambda rows: _untrained(run, rows))
+    cells = _recorded(results.select(_COLUMNS).to_pylist(), url)
     if driver is not None and alive:
         cells = _with_running(cells, driver.standing.running)
     elif any(cell.status == "pending" for cell in cells):
@@ -149,6 +164,7 @@ def read_status(url: str) -> SweepStatus:
         driver=None if driver is None else _driver_status(driver, alive),
         counts=counts,
         standing=None if driver is None else driver.standing,
+        waits=driver.waits if driver is not None and alive else [],
         cells=cells,
     )
 
@@ -174,18 +190,18 @@ def _sweep_name(url: str) -> str:
     where = files.join(url, "sweep.yaml")
     try:
         found = next(_top_level(files.read_bytes(where), "name"), None)
-    except FileNotFoundError:
-        found = None
+    except FileNotFoundError as error:
+        raise NoRun(f"{url} {NoRun.SAID}: there is no sweep.yaml of a sweep that ran in it") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise SaescaleError(f"{where} is damaged; restore it or run the sweep again") from error
+        raise damaged(where, one_line(error), _REMEDY) from error
     if found is None:
-        raise NoRun(f"{url} {NoRun.SAID}: there is no sweep.yaml of a sweep that ran in it")
+        raise damaged(where, "it has no name: it is empty, was cut short or is no sweep's", _REMEDY)
     return found
 
 
 def _top_level(content: bytes, key: str) -> Iterator[str]:
     depth, previous = 0, None
-    for event in yaml.parse(content, Loader=LOADER):
+    for event in yaml.parse(content, Loader=YAML_LOADER):
         if isinstance(event, yaml.CollectionStartEvent):
             depth += 1
         elif isinstance(event, yaml.CollectionEndEvent):
@@ -224,7 +240,7 @@ def _with_files(cells: list[CellStatus], run: RunDirectory) -> list[CellStatus]:
             continue
         read += 1
         if "result.json" in names:
-            result = (run.read_cell_result(cell.cell_id) if read <= MAX_READ else None) or {}
+            result = (_result(run, cell.cell_id) if read <= MAX_READ else None) or {}
             # Weights are written before the result, and only of a cell that did not fail.
             status = "done" if "sae.safetensors" in names else "failed"
             found += _recorded([cell.model_dump() | {"status": status} | result], run.url)
@@ -234,6 +250,31 @@ def _with_files(cells: list[CellStatus], run: RunDirectory) -> list[CellStatus]:
     return found
 
 
+def _result(run: RunDirectory, cell_id: str) -> dict[str, Any] | None:
+    try:
+        return run.read_cell_result(cell_id)
+    except Damaged as error:
+        warnings.warn(str(error), SaescaleWarning, stacklevel=2)
+        return None
+
+
+def _untrained(run: RunDirectory, rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Rows of the cells that sweep.yaml names besides `rows`, for where the ledger does not have them."""
+    from saescale.cluster.sweep.spec import parse_recorded
+
+    recorded = run.read_spec()
+    if recorded is None:
+        return []
+    known = {(row.get("n_latents"), row.get("k"), row.get("architecture"), row.get("seed")) for row in rows}
+    there = {cell_id.rpartition("-")[0]: cell_id for cell_id in sorted(run.cell_files())}
+    left = [cell for cell in parse_recorded(recorded, run.url).grid.combinations() if tuple(cell) not in known]
+    names = [f"n{cell.n_latents}-k{cell.k}-s{cell.seed}" for cell in left]
+    return [
+        cell._asdict() | {"cell_id": there.get(name, name), "status": "pending"}
+        for cell, name in zip(left, names, strict=True)
+    ]
+
+
 def _count(cells: list[CellStatus], standing: Standing) -> Counts:
     statuses = [cell.status for cell in cells]
     # Cells that end before their pack does are known to the driver alone.
@@ -241,7 +282,10 @@ def _count(cells: list[CellStatus], standing: Standing) -> Counts:
     started = statuses.count("started")
     running = min(statuses.count("running"), len(cells) - done - failed)
     pending = len(cells) - done - failed - running - started
-    return Counts(cells=len(cells), done=done, failed=failed, running=running, started=started, pending=pending)
+    return Counts(
+        cells=len(cells), done=done, diverged=sum(cell.diverged for cell in cells), failed=failed, running=running,
+        started=started, pending=pending,
+    )  # fmt: skip
 
 
 def _state(driver: Driver | None, alive: bool, counts: Counts) -> tuple[SweepState, str | None]:

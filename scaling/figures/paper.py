@@ -47,7 +47,9 @@ _STROKES: dict[views.Stroke, dict[str, Any]] = {
 
 def draw(view: View) -> dict[str, bytes]:
     """The view as a file of each of FORMATS, by format. Deterministic for one version of matplotlib."""
-    with matplotlib.rc_context(_STYLE):
+    with matplotlib.rc_context():
+        matplotlib.rcdefaults()  # without what the user's matplotlibrc says
+        matplotlib.rcParams.update(_STYLE)
         figure = Figure(figsize=(_WIDTH, _HEIGHT))
         FigureCanvasAgg(figure)
         _fill(figure, view)

@@ -24,6 +24,7 @@ _SINGULAR = 1e6
 _UNLIKELY = 0.01
 _SEEN = 12
 _EXACT = 1e-6
+_MET = 5e-4  # of ln nmse: within the width of the loss, where intervals are of rounding
 
 
 def data_warnings(results: Table, convergence: Convergence | None) -> list[str]:
@@ -113,7 +114,7 @@ def fit_warnings(fit: Fit) -> list[str]:
 def holdout_warnings(holdout: Mapping[str, Any]) -> list[str]:
     """Where far fewer held-out cells lie in their intervals than 95 % of them should."""
     covered, points = holdout.get("covered"), holdout["points"]
-    if covered is None or binom.cdf(covered, points, 0.95) > _UNLIKELY:
+    if covered is None or holdout["rms_log_error"] < _MET or binom.cdf(covered, points, 0.95) > _UNLIKELY:
         return []
     return [
         f"only {covered} of {points} held-out cells ({holdout['held_out']}) lie in their 95 % intervals: the law does "

@@ -19,6 +19,8 @@ STARTS = 64
 _SETTINGS = FitSettings()
 _QUANTILES = (2.5, 97.5)
 _AT_ONCE = 2_000_000  # numbers of float64 that one temporary may hold
+_FURTHEST = np.log(1e60)  # beyond it powers of the values are no numbers
+_EQUAL = 1e-9  # of ln nmse: no difference at all
 _SCATTER = norm.ppf((np.arange(40) + 0.5) / 40)
 
 
@@ -216,12 +218,14 @@ def fit_law(
     [points]: numbers that cells which are equal but for their seed share; where these tell a lack of fit, all cells of
     a kind have it in common.
 
-    Raises SaescaleError when the points are fewer than coefficients + 2 or a column takes too few values.
+    Raises SaescaleError when the points are fewer than coefficients + 2, a column takes too few values, or all points
+    have one value, which every law meets.
     """
     columns = {c: np.asarray(columns[c], dtype=np.float64) for c in law.columns}
     if len(nmse) < len(law.names) + 2:
         raise SaescaleError(
-            f"{len(nmse)} points for {len(law.names)} coefficients; it takes at least {len(law.names) + 2}. Add cells"
+            f"{len(nmse)} point{'s' if len(nmse) > 1 else ''} for {len(law.names)} coefficients; it takes at least "
+            f"{len(law.names) + 2}. Add cells"
         )
     for column, values in columns.items():
         if len(np.unique(values)) < _levels(law):
@@ -229,8 +233,17 @@ def fit_law(
                 f"{SYMBOLS.get(column, column)} takes {len(np.unique(values))} different values; "
                 f"it takes at least {_levels(law)}. Add cells"
             )
-    rng = np.random.default_rng(settings.seed)
     log_nmse = np.log(nmse)
+    for name, logs in ((law.target, log_nmse), *((c, np.log(v)) for c, v in columns.items())):
+        if np.abs(logs).max() > _FURTHEST:
+            far = np.exp(logs[np.argmax(np.abs(logs))])
+            raise SaescaleError(f"{name} is {far:.3g} at a point, which no law is fitted to; give it in other units")
+    if np.ptp(log_nmse) < _EQUAL:
+        raise SaescaleError(
+            f"{law.target} is {nmse[0]:.6g} at all {len(nmse)} points: there is nothing that a law could follow; look "
+            "whether it was rounded, or add cells"
+        )
+    rng = np.random.default_rng(settings.seed)
     ones = np.ones(len(nmse))
     problem, to_raw = centred(law, columns, log_nmse)
     starts = _starts(problem, log_nmse, rng, STARTS if agree else STARTS // 4)
@@ -242,15 +255,15 @@ def fit_law(
     lack = None if kinds is None else f_test(problem, best, log_nmse, kinds)
     shared = kinds if lack and lack.significant else None
     draws, redrawn = np.empty((0, len(law.names))), 0
-    if settings.bootstraps:
+    if settings.refits:
         value = problem.log_value(best)[0]
         fitted = Fitted(value, log_nmse - value, len(best))
         if lack and shared is not None:
-            errors = resampled_errors(lack, fitted.residuals, shared, settings.bootstraps, rng)
+            errors = resampled_errors(lack, fitted.residuals, shared, settings.refits, rng)
             samples = Resamples(value + errors, ones, 0)
         else:
-            samples = (resampler or resample_cells)(fitted, settings.bootstraps, rng)
-        draws = _refits(problem, best, samples, settings.bootstraps)
+            samples = (resampler or resample_cells)(fitted, settings.refits, rng)
+        draws = _refits(problem, best, samples, settings.refits)
         redrawn = samples.redrawn
     # Only residuals of independent cells have the degrees of freedom that Student's t counts.
     free = max(_observations(nmse, shared) - len(best), 1)

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from saescale.scaling.kinds import comparable, unlike, without_diverged
 from saescale.scaling.laws.checks import (
     data_warnings,
     fit_warnings,
@@ -23,17 +24,8 @@ from saescale.scaling.laws.isoflop import IsoFlop, find_isoflop, fit_isoflop
 from saescale.scaling.laws.lack_of_fit import kinds_of
 from saescale.scaling.laws.law import SYMBOLS, Law, find_law, forms_of
 from saescale.scaling.laws.leading import leading_cells
-from saescale.scaling.laws.settings import DEFAULT_LAWS, FitSettings
-from saescale.scaling.tables import (
-    Table,
-    check_cells,
-    comparable,
-    fingerprint,
-    number,
-    size_of,
-    unlike,
-    without_diverged,
-)
+from saescale.scaling.laws.settings import DEFAULT_LAWS, LEAST_BOOTSTRAPS, FitSettings
+from saescale.scaling.tables import Table, check_cells, fingerprint, number, size_of
 from saescale.scaling.words import listed
 from saescale.storage.errors import SaescaleError
 
@@ -110,7 +102,7 @@ def fit_laws(
     """
     made_from = describe_input(results, curves, settings)
     check_cells(results)
-    kept = results if settings.keep_diverged else without_diverged(results)
+    kept = without_diverged(results, settings.keep_diverged)
     diverged, results = kept.excluded[len(results.excluded) :], kept
     # Only a law over subjects sees more than the most frequent one.
     subjects = comparable(results, over_subjects=True)
@@ -143,7 +135,7 @@ def fit_laws(
         curves_at,
         tuple(frontiers),
         tuple(entry for entry in found if isinstance(entry, Skipped)),
-        (*results.notes, *unlike(results), *diverged, *data_warnings(results, convergence)),
+        (*results.notes, *unlike(results), *diverged, *data_warnings(results, convergence), *_no_intervals(settings)),
         convergence,
         isoflops,
     )
@@ -215,6 +207,12 @@ def coefficient_rows(document: Mapping[str, Any]) -> list[CoefficientRow]:
             named |= {f"exponent of n at {symbol} = {level}": v for level, v in entry.get(key, {}).items()}
         rows += [CoefficientRow(label, name, v["value"], v["low"], v["high"]) for name, v in named.items()]
     return rows
+
+
+def _no_intervals(settings: FitSettings) -> list[str]:
+    few = 0 < settings.bootstraps < LEAST_BOOTSTRAPS
+    text = f"{settings.bootstraps} bootstrap fits give no 95 % interval, and none is shown: it takes {LEAST_BOOTSTRAPS}"
+    return [text + ", better 1000"] if few else []
 
 
 def _in_order(laws: Sequence[str]) -> list[str]:
@@ -363,9 +361,9 @@ def _checked_cells(fit: Fit, cells: Table, settings: FitSettings) -> Fit:
         names = [f"{size_of(cells, int(row))}, nmse {fit.nmse[row]:.4g}" for row in led]
         more["leading_cells"] = [int(row) for row in led]
         warning = f"single cells lead this fit, without one of them the others agree far better: {listed(names)}"
-        fit = replace(
-            fit, warnings=(*fit.warnings, warning + "; look at their curves, train them again or leave them out")
-        )
+        example = f", as with --where 'cell_id!={cells['cell_id'][led[0]]}'" if "cell_id" in cells else ""
+        advice = f"; look at their curves, train them again or leave them out{example}"
+        fit = replace(fit, warnings=(*fit.warnings, warning + advice))
     profile = None
     if len(fit.draws):
         if fit.law.join == 1:

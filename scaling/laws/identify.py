@@ -15,6 +15,7 @@ _LEAST_SCALE = 1e-6
 _NO_SHARE = 1e-6
 _NEAR = 1e-6
 _TAIL = 0.025
+_STEEPEST = 100.0  # ln of an amplitude, beyond which squares of it are no numbers
 
 
 @dataclass(frozen=True)
@@ -46,7 +47,7 @@ def condition(law: Law, problem: Problem, centred: np.ndarray, to_raw: np.ndarra
     scale = np.ones(len(raw))
     for first, term in zip(problem.amplitudes, law.terms, strict=True):
         if not term.logarithmic:
-            scale[first] = np.exp(-raw[first])
+            scale[first] = np.exp(np.clip(-raw[first], -_STEEPEST, _STEEPEST))
         for offset, exponent in enumerate(term.exponents, 1):
             scale[first + offset] = exponent.sign
     reported = jacobian @ np.linalg.inv(to_raw) * scale

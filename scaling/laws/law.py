@@ -166,7 +166,8 @@ class Law:
         i = 0
         for term in self.terms:
             if not term.logarithmic:
-                reported[..., i] = np.exp(reported[..., i])
+                with np.errstate(over="ignore"):  # of an interval that is open there
+                    reported[..., i] = np.exp(reported[..., i])
             for offset, exponent in enumerate(term.exponents, 1):
                 reported[..., i + offset] *= exponent.sign
             i += 1 + len(term.exponents)

@@ -4,16 +4,19 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 
 from saescale.scaling.laws.estimate import Fit
-from saescale.scaling.laws.law import SYMBOLS
-from saescale.scaling.tables import number
+from saescale.scaling.laws.law import SYMBOLS, forms_of, law_names
+from saescale.scaling.tables import Table, number
 from saescale.scaling.words import listed
+from saescale.storage.columns import COLUMNS
 from saescale.storage.errors import SaescaleError
 
 _COLUMNS = {symbol: column for column, symbol in SYMBOLS.items()} | {column: column for column in SYMBOLS}
 _COLUMNS["N"] = "n_latents"
 _FAR = 4.0
+_LARGEST = 1e60
 
 
 def parse_point(text: str) -> dict[str, float]:
@@ -32,21 +35,32 @@ def parse_point(text: str) -> dict[str, float]:
             number_ = float(value)
         except ValueError:
             raise SaescaleError(f"{text}: {name} is {value!r}, not a number; write such as n=65536,k=64") from None
-        if not (np.isfinite(number_) and number_ > 0):
-            raise SaescaleError(f"{text}: {name} must be positive and finite")
-        point[_COLUMNS[name]] = number_
+        column = _COLUMNS[name]
+        if not 0 < number_ < _LARGEST:
+            raise SaescaleError(f"{text}: {name} must be positive and finite, and no more than {_LARGEST:g}")
+        if column in point:
+            raise SaescaleError(f"{text}: {name} is given twice")
+        if COLUMNS[column].type == pa.int64() and number_ % 1:
+            raise SaescaleError(f"{text}: {name} is {value}, and counts {COLUMNS[column].unit}: give a whole number")
+        point[column] = number_
+    if point.get("k", 0) > point.get("n_latents", np.inf):
+        raise SaescaleError(f"{text}: k is above n; an SAE has no more active latents than latents")
     return point
 
 
-def predictions(fits: Sequence[Fit], point: Mapping[str, float]) -> list[dict[str, Any]]:
-    """What every fit that applies says at `point`: those over its columns and, where they are of one k, of its k.
+def predictions(fits: Sequence[Fit], point: Mapping[str, float], cells: Table) -> list[dict[str, Any]]:
+    """What every fit that applies says at `point`: those over its columns and, where they are of one k, of its k. A law
+    says nothing of a column that it has not, unless all `cells` have there what is asked.
 
     `low` and `high` are the 95 % interval of one newly trained cell (the scatter of cells included), `law_low` and
     `law_high` of the law; None without a bootstrap. `far`: how far a column lies beyond the cells that were fitted, in
     words. Raises SaescaleError where no fit applies.
     """
     found = []
+    same = {column for column, value in point.items() if column in cells and (cells[column] == value).all()}
     for fit in fits:
+        if not set(point) <= {*fit.law.columns, *fit.at, *same}:
+            continue
         if not set(fit.law.columns) <= set(point) or any(point.get(c, v) != v for c, v in fit.at.items()):
             continue
         prediction = fit.predict({c: np.array([point[c]]) for c in fit.law.columns})
@@ -63,7 +77,9 @@ def predictions(fits: Sequence[Fit], point: Mapping[str, float]) -> list[dict[st
     if not found:
         asked = ", ".join(f"{SYMBOLS[c]} = {number(v)}" for c, v in point.items())
         there = listed(dict.fromkeys(_applies(fit) for fit in fits)) or "none"
-        raise SaescaleError(f"no fitted law applies at {asked}; there are {there}")
+        over = [law for law in law_names() if set(forms_of(law)[0].columns) | {"k"} == set(point) | {"k"}]
+        advice = f"; ask for --law {over[0]}" if over and over[0] not in {fit.law.name for fit in fits} else ""
+        raise SaescaleError(f"no fitted law applies at {asked}; there are {there}{advice}")
     return found
 
 

@@ -9,6 +9,7 @@ from typing import Any, Literal, NamedTuple
 
 import jinja2
 import pyarrow as pa
+import xxhash
 from markupsafe import Markup
 
 from saescale.scaling.figures.figures import Figure, draw_figures
@@ -26,6 +27,7 @@ from saescale.storage.rundir import RunDirectory
 Format = Literal["html", "md"]
 REPORT = "report.html"
 _SETTINGS = FitSettings()
+_EVALUATED = "evaluations"  # a key of fits.json
 FILES: dict[Format, str] = {"html": REPORT, "md": "report.md"}
 
 
@@ -62,6 +64,7 @@ def analyse(
     figures = draw_figures(fitted, join(run.url, "figures"), curves)
     written = [kind for kind in FILES if kind == "html" or kind in formats or exists(join(run.url, FILES[kind]))]
     evals = run.read_evals()
+    document |= _evaluated(evals)
     reports = write_report(run.url, document, fitted.results, evals, figures, provenance or {}, written)
     # Last, so that what fits.json says it was made from holds for the rest too.
     run.write_json("fits.json", document)
@@ -75,13 +78,20 @@ def is_current(run: RunDirectory, settings: FitSettings = _SETTINGS) -> bool:
     SaescaleError for an unknown law.
     """
     try:
-        there = run.read_json("fits.json")
-        if not isinstance(there, dict) or there.get("format") != FORMAT or not exists(join(run.url, REPORT)):
+        there = run.read_fits()
+        if there is None or there.get("format") != FORMAT or not exists(join(run.url, REPORT)):
+            return False
+        if there.get(_EVALUATED) != _evaluated(run.read_evals()).get(_EVALUATED):
             return False
         results, curves = load_results(run), load_curves(run)
     except SaescaleError:
         return False
     return there.get("made_from") == describe_input(results, curves, settings)
+
+
+def _evaluated(evals: pa.Table) -> dict[str, str]:
+    """Which evaluations a report is of, for the document of fits.json; nothing where there are none."""
+    return {_EVALUATED: xxhash.xxh3_128_hexdigest(str(evals.to_pylist()).encode())} if len(evals) else {}
 
 
 def write_report(
@@ -169,5 +179,5 @@ def _environment(escape: bool) -> jinja2.Environment:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters["escaped"] = lambda value: str(value).replace("|", "\\|").replace("\n", " ")
+    environment.filters["md"] = text.markdown
     return environment

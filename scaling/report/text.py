@@ -278,7 +278,9 @@ def _coverage(held: Mapping[str, Any]) -> str:
 
 def _value(value: Mapping[str, float | None]) -> str:
     text = f"{value['value']:.3f}"
-    return text if value["low"] is None else text + f" [{value['low']:.3f}, {value['high']:.3f}]"
+    return (
+        text if value["low"] is None or value["high"] is None else text + f" [{value['low']:.3f}, {value['high']:.3f}]"
+    )
 
 
 def _interval(value: Mapping[str, float | None], digits: int | None) -> str:
@@ -303,6 +305,13 @@ def typeset(text: str) -> str:
     text = re.sub(r"(\d(?:\.\d+)?)e([+-]\d+)", lambda m: f"{m[1]} × 10{str(int(m[2])).translate(_RAISED)}", text)
     text = re.sub(r"(?<![\w.])-(?=\d)", "−", text).replace(">=", "≥").replace("<=", "≤")
     return re.sub(r" ([=≥≤]) ", "\u00a0\\1\u00a0", text).replace(" %", "\u00a0%")
+
+
+def markdown(value: Any) -> str:
+    """Text of anybody's (names, paths, errors) for a page of Markdown or a cell of its tables: on one line, and shown
+    as it is."""
+    line = re.sub(r"[\\`*{}\[\]<>|$~&]|(?<!\w)_|_(?!\w)", r"\\\g<0>", re.sub(r"\s*[\r\n\v\f]\s*", " ", str(value)))
+    return re.sub(r"^(\d+)(?=[.)](?: |$))", r"\1\\", re.sub(r"^(?=[#+-])", r"\\", line))
 
 
 def _minus(text: str) -> str:

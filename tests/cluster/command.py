@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 from unittest import mock
 
@@ -37,7 +38,7 @@ def saescale_here(*arguments: str, **extra: str) -> subprocess.CompletedProcess[
     """The same without the seconds that a process takes to import: the entry point itself, with all that it does about
     errors. Where this process has joined a Ray cluster, that is the one that is used."""
     out, errors = io.StringIO(), io.StringIO()
-    at_terminate, width = signal.getsignal(signal.SIGTERM), console._width
+    at_terminate, width, shown = signal.getsignal(signal.SIGTERM), console._width, warnings.showwarning
     code: object = 0
     console.width = _WIDTH
     try:
@@ -47,11 +48,12 @@ def saescale_here(*arguments: str, **extra: str) -> subprocess.CompletedProcess[
             contextlib.redirect_stdout(out),
             contextlib.redirect_stderr(errors),
         ):
-            cli.main()
+            cli.command()
     except SystemExit as end:
         code = end.code
     finally:
         signal.signal(signal.SIGTERM, at_terminate)
+        warnings.showwarning = shown
         console._width = width
     status = code if isinstance(code, int) else int(code is not None)
     return subprocess.CompletedProcess(["saescale", *arguments], status, out.getvalue(), errors.getvalue())

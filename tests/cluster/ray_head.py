@@ -21,6 +21,7 @@ class Head(NamedTuple):
     url: str  # of its dashboard
     token: str
     temporary: Path
+    gcs: str  # what a driver joins
 
 
 @contextlib.contextmanager
@@ -39,14 +40,15 @@ def ray_head(token: str, num_cpus: int, path: Path) -> Iterator[Head]:
         f"--metrics-export-port={metrics}", f"--object-store-memory={80 * 2**20}", f"--temp-dir={temporary}",
     ]  # fmt: skip
     programs = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"  # as in an activated environment
-    cleared = ("RAY_ADDRESS", "RAY_API_SERVER_ADDRESS")
+    cleared = ("RAY_ADDRESS", "RAY_API_SERVER_ADDRESS", "RAY_AUTH_MODE")
     inherited = {name: value for name, value in os.environ.items() if name not in cleared}
-    environment = inherited | {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": token, "PATH": programs}
+    # Where there is a token, and nobody says otherwise, Ray asks for it.
+    environment = inherited | {"RAY_AUTH_TOKEN": token, "PATH": programs}
     environment["PYTHONPATH"] = str(path)
     with (temporary / "head.log").open("wb") as log:
         process = subprocess.Popen(command, env=environment, stdout=log, stderr=log, cwd=temporary)
     try:
-        head = Head(f"http://127.0.0.1:{dashboard}", token, temporary)
+        head = Head(f"http://127.0.0.1:{dashboard}", token, temporary, f"127.0.0.1:{gcs}")
         _wait(head, process)
         yield head
     finally:

@@ -114,6 +114,24 @@ def test_a_cluster_that_is_not_there_is_one_line_at_once(
     assert not Path(document["out"]).exists()
 
 
+@pytest.mark.parametrize("out", ["s3://no-such-bucket/run", "/proc/run", "{}/file"])
+def test_where_nothing_can_be_written_is_found_before_anything_is_done(
+    document: dict[str, Any], sweep_file: Callable[[Any], str], tmp_path: Path, s3_endpoint: str, out: str
+) -> None:
+    (tmp_path / "file").write_text("")
+    out = out.format(tmp_path)
+    said = "there is no bucket no-such-bucket" if "://" in out else f"cannot write to {out}"
+    file, run = sweep_file(document | {"out": out}), str(tmp_path / "no-run")
+    nowhere = ("--address", "127.0.0.1:9")  # which would be found next
+    for command in (
+        ("sweep", file, *nowhere), ("submit", file, *nowhere), ("quickstart", "--out", out), ("report", out),
+        ("fit", run, "--out", out), ("plan", "--write", f"{out}/more.yaml"),
+    ):  # fmt: skip
+        result = saescale_here(*command)
+        assert_one_line(result, said)
+        assert "·" not in result.stdout  # nor was anything begun
+
+
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
     """A file system of 400 kB."""

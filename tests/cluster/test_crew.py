@@ -14,6 +14,7 @@ from saescale.cluster.crew import crew as module
 from saescale.cluster.crew.crew import Crew, Words
 from saescale.storage.errors import SaescaleError, SaescaleWarning
 from saescale.storage.registry import PATH
+from saescale.storage.waiting import Wait
 
 
 class Up(NamedTuple):
@@ -43,7 +44,7 @@ class Toy:
 class Toys(Crew[Up]):
     """Starts actors that end as `hows` say, one after another, and come up when these are used up."""
 
-    words = Words(again="again: {kind}", fewer="fewer: {kind}", waiting="still waiting")
+    words = Words(again="again: {kind}", fewer="fewer: {kind}", one="a toy")
 
     def __init__(self, *hows: str) -> None:
         super().__init__(None)
@@ -52,7 +53,7 @@ class Toys(Crew[Up]):
 
     def _create(self) -> tuple[Any, Any]:
         self.number += 1
-        toy = self._actor(Toy, {"num_cpus": 0, "max_concurrency": 2})
+        toy = self._actor(Toy, {"num_cpus": self.claim.get("CPU", 0), "max_concurrency": 2})
         return toy, toy.up.remote(self.hows.pop(0) if self.hows else "comes", self.number)
 
     def _most_starts(self) -> int:
@@ -112,17 +113,24 @@ def test_what_an_actor_says_to_the_user_ends_the_crew(toys: Callable[..., Toys])
         toys("says").come_up(first_s=60, company_s=0)
 
 
-def test_nobody_in_time_is_an_error_and_is_mentioned_before(
+def test_nobody_in_time_is_an_error_and_is_said_to_be_waited_for(
     toys: Callable[..., Toys], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(module, "PATIENCE_S", 0.0)
+    """And which of what it asks for the cluster has not free, where that is why."""
+    monkeypatch.setattr(module, "ROOM_S", 0.0)
+    said: list[Wait] = []
+    monkeypatch.setattr(module, "hear", lambda source, found: said.extend(found))
     crew = toys(count=0)
     crew.start_later(600)
-    with (
-        pytest.warns(SaescaleWarning, match="still waiting"),
-        pytest.raises(SaescaleError, match="nobody: the cluster has no free CPUs or GPUs for one"),
-    ):
+    with pytest.raises(SaescaleError, match="nobody: they do not answer"):
         crew.come_up(first_s=0.5, company_s=0)
+    assert said[-1].what == "a toy to come up"
+    assert said[-1].until is not None
+    assert said[-1].until - said[-1].since == pytest.approx(0.5, abs=0.5)
+    crew.claim = {"CPU": 1000.0, "GPU": 0.0}
+    crew.start()
+    with pytest.raises(SaescaleError, match=r"nobody: the cluster has \d of its 3 CPUs free and one takes 1000 CPU"):
+        crew.come_up(first_s=8, company_s=0)
 
 
 def test_one_that_works_is_killed_and_replaced(toys: Callable[..., Toys]) -> None:

@@ -49,6 +49,20 @@ def test_every_cell_once_within_memory_longest_first(
         assert common
 
 
+def test_packs_are_bounded_in_what_is_done_between_two_looks_for_a_stop() -> None:
+    """Ten thousand tiny cells were four packs, which saved one after another before any of them had ended."""
+    tiny = [cell(32, seed=i) for i in range(1000)]
+    packs = pack_cells(tiny, {}, workers=4, memory=1e15, needs=lambda cells: 0.0)
+    assert [len(packs), *sorted({len(pack) for pack in packs})] == [16, 62, 63]
+    each = cost(cell(4096)) / cell(4096).steps
+    large = [cell(4096, seed=i) for i in range(12)]
+    packs = pack_cells(large, {}, workers=1, memory=1e15, needs=lambda cells: 0.0, batch_flops=3 * each)
+    assert [len(pack) for pack in packs] == [3, 3, 3, 3]
+    # One that is larger than that stands alone, and is trained.
+    packs = pack_cells(large, {}, workers=1, memory=1e15, needs=lambda cells: 0.0, batch_flops=each / 2)
+    assert len(packs) == 12
+
+
 def test_a_pack_that_was_killed_while_it_was_saved_stays_together() -> None:
     cells = [cell(64, seed=i) for i in range(4)]
     steps = {c.cell_id: [30, 20] if i < 2 else [20, 10] for i, c in enumerate(cells)}

@@ -193,7 +193,40 @@ def test_what_a_failed_job_says(
     assert "\n" not in document["reason"]
     assert document["reason"] in failed.stdout
     assert "has ended already: failed" in client("stop", job).stdout
-    assert f"{job}  small" in client("list").stdout
+    listed = client("list", COLUMNS="40").stdout
+    assert f"{job}  small" in listed
+    assert f"{small['out']}\n" in listed  # nothing is cut where no terminal is
+
+
+@pytest.mark.slow
+def test_a_sweep_of_ones_own_on_the_same_cluster(
+    client: Callable[..., Any], head: Head, small: dict[str, Any], sweep_file: Callable[[Any], str]
+) -> None:
+    """Its address is named, and it asks for a token, as it does where nobody chose."""
+    file = sweep_file(small)
+    assert_one_line(client("sweep", file, "--address", head.gcs, RAY_AUTH_TOKEN="wrongmarker" * 4), "refuses this")
+    assert_one_line(client("sweep", file, RAY_ADDRESS=head.gcs, RAY_AUTH_TOKEN=""), "asks for a token", "RAY_ADDRESS")
+    done = client("sweep", file, "--address", head.gcs, "--bootstraps", "0")
+    assert done.returncode == 0, done.stderr
+    assert not done.stderr
+    found = client("harvest", "no-subject", "--layer", "1", "--out", small["out"], "--address", head.gcs)
+    assert_one_line(found, "unknown subject")  # after it has joined
+    assert_one_line(client("list", "--address", f"http://{head.gcs}"), "no Ray dashboard", "8265")
+    dashboard = head.url.removeprefix("http://")
+    assert_one_line(client("sweep", sweep_file(small | {"out": small["out"] + "2"}), "--address", dashboard), "6379")
+
+
+@pytest.mark.slow
+def test_a_python_that_lacks_what_is_needed(
+    client: Callable[..., Any], small: dict[str, Any], sweep_file: Callable[[Any], str], tmp_path: Path
+) -> None:
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(tmp_path / "lean")], check=True)
+    lean, gone = str(tmp_path / "lean" / "bin" / "python"), str(tmp_path / "gone" / "python")
+    for python, said in ((lean, f"{lean} lacks the module "), (gone, f"cannot start {gone}")):
+        job = submitted(client("submit", sweep_file(small), "--python", python, "-f"), status=1)
+        document = answer(client("status", job, "--json"))
+        assert said in document["reason"]
+        assert "--python PATH" in document["reason"]
 
 
 def test_who_may_not_or_asks_in_vain(
@@ -205,6 +238,9 @@ def test_who_may_not_or_asks_in_vain(
         assert_one_line(wrong, "refuses this machine's token", "RAY_AUTH_TOKEN")
         assert "wrongmarker" not in wrong.stderr + wrong.stdout
     assert_one_line(client("submit", file, RAY_AUTH_TOKEN=""), "asks for a token and there is none")
+    assert_one_line(
+        client("list", RAY_AUTH_TOKEN="", RAY_AUTH_TOKEN_PATH="/no/file"), "RAY_AUTH_TOKEN_PATH is /no/file"
+    )
     written = tmp_path / "token"
     written.write_text(head.token + "\n")
     for command in (("status",), ("logs",), ("stop",)):

@@ -21,6 +21,7 @@ from saescale.storage import checkpoint
 from saescale.storage.errors import SaescaleError
 from saescale.storage.lease import Lease, RunningCell, Standing, newest_file
 from saescale.storage.rundir import RunDirectory
+from saescale.storage.waiting import waiting, waits
 from tests.cluster.command import ROOT, SAESCALE, assert_one_line, environment, interruptible, saescale, saescale_here
 
 
@@ -81,7 +82,7 @@ def test_without_a_driver_the_files_of_the_cells_tell(tmp_path: Path, remote: bo
     assert [cell.step for cell in found.cells] == [None, None, 7, None, None, None]
     assert (found.cells[3].nmse, found.cells[4].error) == (0.4, "too hot")
     assert found.counts.model_dump() == {
-        "cells": 6, "done": 2, "failed": 2, "running": 0, "started": 1, "pending": 1,
+        "cells": 6, "done": 2, "diverged": 0, "failed": 2, "running": 0, "started": 1, "pending": 1,
     }  # fmt: skip
 
 
@@ -117,6 +118,7 @@ def test_a_live_driver_tells_what_runs(tmp_path: Path) -> None:
     assert statuses(found) == ["done", "failed", "running", "pending"]
     assert found.cells[2].model_dump() == running.model_dump() | {
         "n_latents": 128, "k": 2, "seed": 0, "status": "running", "wall_s": None, "error": None,
+        "architecture": None,
     }  # fmt: skip
     for said in (
         "1 of 4 cells done, 1 running, 1 failed, 1 pending",
@@ -162,12 +164,57 @@ def test_a_driver_that_was_killed_is_said_to_have_died(tmp_path: Path) -> None:
     assert "ended without a word" in shown(render(found, 200), width=200)
 
 
+def test_a_lost_cluster_has_a_state_of_its_own(tmp_path: Path) -> None:
+    run = make_run(str(tmp_path / "run"), ROWS)
+    lease = Lease(run.url)
+    lease.end("lost", "the head of the Ray cluster at h:6379 is gone")
+    found = read_status(run.url)
+    assert (found.state, found.reason, found.active) == ("lost", "the head of the Ray cluster at h:6379 is gone", False)
+    picture = shown(render(found, 100), width=100)
+    assert "Next: run the same command again when the cluster is up" in picture
+    assert "checkpoints" not in picture  # of which there are none
+    checkpoint.save(run.checkpoint_url("n128-k2-s0"), 7, {}, {})
+    assert "it goes on from the checkpoints" in shown(render(read_status(run.url), 100), width=100)
+
+
+def test_what_a_driver_waits_for_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(waits, "__defaults__", (0.0,))
+    run = make_run(str(tmp_path / "run"), ROWS)
+    with Lease(run.url) as lease, waiting("an answer of s3://b", limit_s=600):
+        until(lambda: bool(read_status(run.url).waits))
+        found = read_status(run.url)
+        assert "waiting for an answer of s3://b: " in shown(render(found, 100), width=100)
+        assert "so far" in line(found)
+        lease.end("stopped")
+    assert read_status(run.url).waits == []
+
+
+def test_diverged_cells_and_architectures_are_told(tmp_path: Path) -> None:
+    rows = [
+        row(64, 2, "done", nmse=0.5, architecture="topk"),
+        row(64, 2, "done", nmse=1e27, architecture="jumprelu") | {"cell_id": "other"},
+        row(128, 2, architecture="jumprelu"),
+    ]
+    found = read_status(make_run(str(tmp_path / "run"), rows).url)
+    assert (found.counts.done, found.counts.diverged) == (2, 1)
+    assert [cell.architecture for cell in found.cells] == ["topk", "jumprelu", "jumprelu"]
+    picture = shown(render(found, 100), width=100)
+    assert "2 of 3 cells done (1 of them diverged)" in picture
+    assert "other" in picture
+    assert [words for words in picture.splitlines() if "n=" in words] == [
+        " jumprelu n=64   1e+27", "jumprelu n=128       ·", "     topk n=64  0.5000",
+    ]  # fmt: skip
+    lines = list(cells_lines(found.cells))
+    assert lines[2].split()[:3] == ["other", "jumprelu", "diverged"]
+
+
 def test_the_document_for_programs(tmp_path: Path) -> None:
     run = make_run(str(tmp_path / "run"), ROWS)
     result = saescale("status", run.url, "--json")
     document = json.loads(result.stdout)
     assert list(document) == [
-        "format", "sweep", "run", "state", "reason", "driver", "job", "counts", "standing", "cells",
+        "format", "sweep", "run", "state", "reason", "driver", "job", "counts", "standing", "waits",
+        "cells",
     ]  # fmt: skip
     assert document["counts"]["cells"] == len(document["cells"]) == 4
     assert SweepStatus.model_validate(document) == read_status(run.url)

@@ -161,7 +161,7 @@ def test_an_odd_run_costs_no_other(serve: Serve) -> None:
     assert results.excluded == (
         "cell low, N = 2048, k = 8 is without a usable nmse",
         "cell nan, N = 2048, k = 0 is without a usable k and nmse",
-        "cell auto, N = nan, k = 8 is without a usable n_latents",
+        "cell auto, k = 8 is without a usable n_latents",
     )
     (typed,) = np.flatnonzero(results["cell_id"] == "typed")
     for name in ("seed", "d_model", "lr", "dead_fraction", "tokens"):

@@ -5,6 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import matplotlib
 import numpy as np
 import plotly.graph_objects
 import pyarrow as pa
@@ -123,7 +124,9 @@ def test_of_thousands_of_curves_some_hundreds_are_drawn(
 
 def test_the_same_figure_has_the_same_bytes(fitted: tuple[Laws, Table]) -> None:
     view = views_of(*fitted)[0]
-    assert paper.draw(view) == paper.draw(view)
+    drawn = paper.draw(view)
+    with matplotlib.rc_context({"font.size": 30, "text.usetex": True, "axes.grid": True}):  # a user's matplotlibrc
+        assert paper.draw(view) == drawn
 
 
 def test_both_drawings_hold_every_cell(fitted: tuple[Laws, Table]) -> None:

@@ -148,16 +148,23 @@ def test_a_point_in_words() -> None:
         ("m=3", "'m' is none of n, k"),
         ("n=x", "n is 'x', not a number"),
         ("n=-1", "must be positive"),
+        ("n=0,k=8", "must be positive"),
+        ("n=nan", "must be positive"),
+        ("n=inf", "must be positive"),
+        ("n=1e300", "no more than 1e"),
+        ("n=1000,N=1000", "N is given twice"),
+        ("n=512.5", "n is 512.5, and counts latents: give a whole number"),
+        ("n=1e6,k=2e6", "k is above n; an SAE has no more"),
+        ("", "'' is none of n, k"),
     ):
         with pytest.raises(SaescaleError, match=message):
             parse_point(text)
 
 
 def test_predictions_of_the_laws_that_apply(cells: Callable[..., Rows]) -> None:
-    fits = fit_laws(
-        Table.from_rows(cells((512, 1024, 2048, 4096), (8, 16, 32, 64), noise=0.003)), settings=FitSettings(100)
-    ).fits
-    rows = predictions(fits, {"n_latents": 65536, "k": 32})
+    table = Table.from_rows(cells((512, 1024, 2048, 4096), (8, 16, 32, 64), noise=0.003))
+    fits = fit_laws(table, settings=FitSettings(100)).fits
+    rows = predictions(fits, {"n_latents": 65536, "k": 32}, table)
     assert [(row["law"], row["floor"]) for row in rows] == [("n_k", False), ("n", False)]
     for row in rows:
         assert row["low"] < row["law_low"] < row["value"] < row["law_high"] < row["high"]
@@ -165,7 +172,11 @@ def test_predictions_of_the_laws_that_apply(cells: Callable[..., Rows]) -> None:
         "n is 16 times above the largest in the fit: an interval says nothing of whether the law still holds there"
     ]
     with pytest.raises(SaescaleError, match=r"no fitted law applies at k = 32; there are n_k \(needs n, k\)"):
-        predictions(fits, {"k": 32})
+        predictions(fits, {"k": 32}, table)
+    # All cells have these tokens, so the laws hold for them; of others they know nothing.
+    assert predictions(fits, {"n_latents": 65536, "k": 32, "tokens": 8e6}, table)[0]["value"] == rows[0]["value"]
+    with pytest.raises(SaescaleError, match=r"no fitted law applies at n = 65536, k = 32, D = 2000000; .*--law n_d"):
+        predictions(fits, {"n_latents": 65536, "k": 32, "tokens": 2e6}, table)
 
 
 def test_correlations_are_those_of_repeated_fits() -> None:

@@ -1,7 +1,6 @@
 """A run directory becomes fits.json, figures and a report."""
 
 import html
-import json
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -12,6 +11,7 @@ import pytest
 
 from saescale.scaling.laws.fit import fit_notes
 from saescale.scaling.laws.settings import FitSettings
+from saescale.scaling.report import text
 from saescale.scaling.report.report import analyse, is_current
 from saescale.scaling.report.text import duration, scientific, typeset
 from saescale.storage.rundir import RunDirectory
@@ -39,7 +39,7 @@ def test_analyse(
     made = analyse(run, FitSettings(20), provenance=provenance, formats=("html", "md"))
     document = made.document
     assert {fit["law"] for fit in document["fits"]} >= fitted
-    assert json.loads((tmp_path / "fits.json").read_text()) == document
+    assert run.read_fits() == document
 
     page = (tmp_path / "report.html").read_text()
     drawn = re.findall(r'<img class="still" src="data:image/svg\+xml;base64,', page)
@@ -49,8 +49,8 @@ def test_analyse(
     assert not re.search(r'(src|href)="(?!#|data:)|@import|<link', own)
     for note in fit_notes(document):
         assert html.unescape(page).index(note) < html.unescape(page).index("<figure")
-    for text in ("gpt4", "abc123", "numpy 2.4", f"{sizes[-1]}x{ks[-1]}", "training FLOPs (sparse)"):
-        assert text in page
+    for said in ("gpt4", "abc123", "numpy 2.4", f"{sizes[-1]}x{ks[-1]}", "training FLOPs (sparse)"):
+        assert said in page
     if fitted:
         assert "Exponent of n at each k" in page
     else:
@@ -62,7 +62,9 @@ def test_analyse(
         assert (tmp_path / name).is_file()
     for table in re.findall(r"(?:^\|.*\n)+", markdown, re.MULTILINE):
         assert len({line.count("|") - line.count("\\|") for line in table.splitlines()}) == 1
-    assert {line for line in markdown.splitlines() if line.startswith("- ")} >= {f"- {n}." for n in fit_notes(document)}
+    assert {line for line in markdown.splitlines() if line.startswith("- ")} >= {
+        f"- {text.markdown(note)}." for note in fit_notes(document)
+    }
     assert f"| {sizes[0]:,} | {ks[0]} |" in markdown
 
 
@@ -147,16 +149,41 @@ def test_an_analysis_that_is_cut_short_is_not_current(
     assert not is_current(run, FitSettings(0))
 
 
-def test_text_from_tables_is_escaped(tmp_path: Path, cells: Callable[..., Rows]) -> None:
+EVIL = "</script><b>x</b>|y\n# `z` *q* [l](http://x) $a_1$ _u_ ~s~ &lt; \\"
+
+
+def test_text_from_tables_is_shown_as_it_is(tmp_path: Path, cells: Callable[..., Rows]) -> None:
+    """Whatever a user's name holds, it is no markup: in tables, prose, lists of what is excluded, provenance."""
+    from markdown_it import MarkdownIt
+
     run = RunDirectory(str(tmp_path))
-    evil = "</script><b>x</b>|y"
-    run.write_results([row | {"subject": evil, "cell_id": f"{evil}{row['cell_id']}"}
-                       for row in cells((512, 1024), (8, 16))])  # fmt: skip
-    analyse(run, FitSettings(0), formats=("html", "md"))
+    rows = [
+        row | {"subject": EVIL, "site": EVIL, "cell_id": EVIL + row["cell_id"]} for row in cells((512, 1024), (8, 16))
+    ]
+    run.write_results([*rows, rows[0] | {"cell_id": EVIL, "status": "failed", "error": EVIL}])
+    run.write_evals(EVIL + "512x8", "loss", [{"metric": EVIL, "value": 0.1}])
+    analyse(run, FitSettings(0), formats=("html", "md"), provenance={EVIL: EVIL})
     page = (tmp_path / "report.html").read_text()
     assert "<b>x" not in page
     assert "&lt;b&gt;x" in page
-    assert "<b>x</b>\\|y" in (tmp_path / "report.md").read_text()
+    tokens = MarkdownIt("commonmark").enable("table").parse((tmp_path / "report.md").read_text())
+    inline = [token for token in tokens if token.type == "inline"]
+    shown = ["".join(child.content for child in token.children or ()) for token in inline]
+    one_line = EVIL.replace("\n", " ")
+    assert shown[0].endswith(f"of {one_line}, {one_line}")
+    assert len([text for text in shown if text == one_line + "1024x16"]) == 1
+    assert [text for text in shown if text.startswith("cell ") and text.endswith(f"is failed: {one_line}")]
+    assert shown.count(one_line) >= 3  # metric and both sides of the provenance
+    kinds = {child.type for token in inline for child in token.children or ()}
+    assert kinds <= {"text", "text_special", "image", "strong_open", "strong_close", "code_inline"}
+    assert [token.tag for token in tokens if token.type == "heading_open"].count("h1") == 1
+
+
+@pytest.mark.parametrize("text_", ["# a", "- a", "+ a", "1. a", "12) a", "a_b_c", "_a_", "n_latents", "0.3", "−1 to 2"])
+def test_markdown_of_a_line(text_: str) -> None:
+    from markdown_it import MarkdownIt
+
+    assert MarkdownIt().render(text.markdown(text_)) == f"<p>{text_}</p>\n"
 
 
 def test_numbers_as_a_paper_would_have_them() -> None:

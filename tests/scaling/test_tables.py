@@ -1,5 +1,6 @@
 """What a law may see: finished, comparable, checked cells."""
 
+import gzip
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,8 @@ import pyarrow as pa
 import pyarrow.csv
 import pytest
 
-from saescale.scaling.tables import Table, comparable, fingerprint, finished, load_curves, load_results
+from saescale.scaling.kinds import comparable
+from saescale.scaling.tables import Table, fingerprint, finished, load_curves, load_results
 from saescale.storage.errors import SaescaleError
 from saescale.storage.rundir import RunDirectory
 
@@ -70,15 +72,24 @@ def test_all_cells_failed(tmp_path: Path, cells: Callable[..., Rows]) -> None:
     [
         ("n_latents,k\n512,8\n", "cells.csv: no column nmse; it has n_latents, k"),
         ("n_latents,k,nmse\n512,8,0.3\n1024,8,0\n", "nmse is 0 in row 2 .N = 1024, k = 8.*positive"),
-        ("n_latents,k,nmse\n512,8,nan\n", "nmse is nan in row 1"),
+        ("n_latents,k,nmse\n512,8,nan\n", "nmse is missing in row 1 .N = 512, k = 8.; add it"),
         ("n_latents,k,nmse\n0,8,0.3\n", "n_latents is 0 in row 1"),
-        ("n_latents,k,nmse\n512,8,low\n", "column nmse holds text"),
-        *(
-            (f"n_latents,k,nmse,{name}\n512,8,0.3,2\n512,16,0.2,5%\n",
-             f"column {name} holds text, not numbers .such as '5%'.; clean the column")
-            for name in ("dead_fraction", "flops", "d_model", "tokens", "seed", "wall_s")
-        ),
-        ("", "not a readable table"),
+        ("n_latents,k,nmse\n512,8,low\n", "nmse is 'low' in row 1 .N = 512, k = 8., which is no number; correct"),
+        ("n_latents,k,nmse\n512,8,0.3\n16k,8,0.2\n", "n_latents is '16k' in row 2 .k = 8., which is no number"),
+        ('n_latents,k,nmse\n"1,024",8,0.3\n', "n_latents is '1,024' in row 1 .*separator of thousands"),
+        ("n_latents;k;nmse\n16.384;8;0,31\n", "n_latents is '16.384' in row 1 .*separator of thousands"),
+        ("n_latents,k,nmse\n1.024,8,0.3\n", "n_latents is 1.024 in row 1 .*a whole number"),
+        ("n_latents,k,nmse\n512,8,0,3\n", "row 1 has 4 fields and the header 3 .512 | 8 | 0 | 3.; quote .* a point"),
+        ("n_latents,k,nmse,NMSE\n512,8,0.3,0.4\n", "two columns are called nmse and differ, column 3 .'nmse'. and c"),
+        ("n_latents,k,fvu\n512,8,0.3\n", "no column nmse; it has n_latents, k, fvu. If fvu is it, call it nmse"),
+        ("n_latents,k,nsme\n512,8,0.3\n", "If nsme is it, call it nmse"),
+        ("512,8,0.3\n1024,8,0.2\n", "its first row .512, 8, 0.3. holds numbers, not the names of columns"),
+        ('n_latents,k,nmse\n512,8,"0.3\n', "not a readable table .* look for a quote that is not closed"),
+        ("n_latents,k,nmse,status\n512,8,0.3,odd\n512,16,0.2,odd\n", "status says 'odd' and 1 more and nowhere done"),
+        ("", "not a readable table: it is empty"),
+        ("\n\n", "not a readable table: it is empty"),
+        ("<!DOCTYPE html><p>404", "not a table but a web page; download the file itself"),
+        ("version https://git-lfs.github.com/spec/v1\noid sha256:1\n", "a pointer of Git LFS; run: git lfs pull"),
     ],
 )  # fmt: skip
 def test_bad_tables(tmp_path: Path, text: str, message: str) -> None:
@@ -100,7 +111,7 @@ def test_rows_of_each_value() -> None:
     rows = {name: own.tolist() for name, own in table.rows_of("cell_id").items()}
     assert rows == {"a": [1, 2], "b": [0, 3]}
     assert table.select(np.zeros(4, dtype=bool)).rows_of("cell_id") == {}
-    assert list(Table.from_rows([{"cell_id": 7}]).rows_of("cell_id")) == [7]
+    assert list(Table.from_rows([{"cell_id": 7}]).rows_of("cell_id")) == ["7"]
 
 
 def test_fingerprint_is_of_what_fits_come_from(cells: Callable[..., Rows], curves_of: Callable[..., Rows]) -> None:
@@ -130,6 +141,12 @@ def test_bad_sources(tmp_path: Path) -> None:
         load_results(str(tmp_path / "cells.parquet"))
     with pytest.raises(SaescaleError, match="no such file"):
         load_results(str(tmp_path / "other.csv"))
+    (tmp_path / "book.csv").write_bytes(b"PK\x03\x04...")
+    with pytest.raises(SaescaleError, match=r"not a table but an archive or a spreadsheet .*save it as .csv"):
+        load_results(str(tmp_path / "book.csv"))
+    (tmp_path / "cut.csv.gz").write_bytes(gzip.compress(b"n_latents,k,nmse\n" * 100)[:-9])
+    with pytest.raises(SaescaleError, match=r"cut short or damaged .*copy it again"):
+        load_results(str(tmp_path / "cut.csv.gz"))
     with pytest.raises(SaescaleError, match="neither a run directory"):
         load_results(str(tmp_path))
 

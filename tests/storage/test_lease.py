@@ -176,7 +176,7 @@ def test_a_beat_that_cannot_be_written_is_a_warning(tmp_path: Path, monkeypatch:
 
 def test_a_damaged_file_is_one_clear_line(tmp_path: Path) -> None:
     (tmp_path / "driver.json").write_text("{")
-    with pytest.raises(SaescaleError, match=r"driver\.json is damaged; remove it"):
+    with pytest.raises(SaescaleError, match=r"driver\.json is damaged \(.*\); remove it"):
         read_driver(str(tmp_path))
     os.unlink(tmp_path / "driver.json")
     assert read_driver(str(tmp_path)) is None

@@ -66,7 +66,7 @@ def test_damaged_files_are_one_clear_line(tmp_path: Path) -> None:
             read()
         assert "\n" not in str(caught.value)
     (tmp_path / "sweep.yaml").write_bytes(b"[1, 2]")
-    with pytest.raises(SaescaleError, match=r"sweep\.yaml holds no mapping"):
+    with pytest.raises(SaescaleError, match=r"sweep\.yaml is damaged \(it holds no sweep"):
         run.read_spec()
 
 

@@ -195,6 +195,19 @@ def test_an_unusable_manifest_is_one_clear_line(build_store: BuildStore, tmp_pat
         assert "manifest.json" in str(caught.value)
         assert "\n" not in str(caught.value)
     files.write_atomic(where, good)
+    for claimed, pattern in (
+        ({"rows": 10**12}, r"damaged \(train-00000\.parquet cannot hold 1,000,000,000,000 rows"),
+        ({"rows": 10**30}, r"damaged \(shards\.0\.rows"),
+        ({"rows": 10**15, "bytes": 10**18}, r"train-00000\.parquet: truncated"),
+        ({"rows": 41}, r"train-00000\.parquet: (row group|6 row groups|5 row groups, not 6)"),
+    ):
+        shards = [shard.model_dump() for shard in store.manifest.shards]
+        text = json.loads(good) | {"shards": [shards[0] | claimed, *shards[1:]]}
+        files.write_atomic(where, json.dumps(text).encode())
+        for read in (lambda found: found.verify(full=True), lambda found: found.read_split("train")):
+            with pytest.raises(SaescaleError, match=pattern):
+                read(ActivationStore.open(str(tmp_path)))
+    files.write_atomic(where, good)
     rewrite_manifest(store, shards=[])
     with pytest.raises(SaescaleError, match=r"is empty \(0 rows\)"):
         ActivationStore.open(str(tmp_path))

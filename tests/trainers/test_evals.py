@@ -139,6 +139,9 @@ def test_what_cannot_be_measured_is_one_line(run: RunDirectory, monkeypatch: pyt
     toy.write_text(toy.read_text().replace('"toy-1"', '"toy-2"'))
     for name in [name for name in sys.modules if name.startswith("saescale_user_toy_")]:
         monkeypatch.delitem(sys.modules, name)
+    trusted = evaluate_run("run", ["toy"], trust_remote_code=True)
+    assert len(trusted.failed) == 3
+    assert all("toy comes with no code of a model that could be trusted" in line for line in trusted.failed)
     done = evaluate_run("run", ["toy"])
     assert done.measured == 0
     assert all("other weights (toy-2) than those that were harvested (toy-1)" in line for line in done.failed)

@@ -116,6 +116,6 @@ def test_a_cell_whose_files_are_not_those_of_its_result_is_named(job: PackJob, r
     run, cell_id = RunDirectory(run_url), job.cells[0].cell_id
     run.check_cell(cell_id)
     run.write_cell_curve(cell_id, run.read_cell_curve(cell_id)[:1])
-    with pytest.raises(Exception, match=r"curve\.parquet is not what the cell's result\.json was written with"):
+    with pytest.raises(Exception, match=r"curve\.parquet is damaged \(the cell's result\.json was"):
         run.check_cell(cell_id)
     assert json.loads(files.read_bytes(run.result_url(cell_id)))["turn"] == 1

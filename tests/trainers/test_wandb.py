@@ -100,7 +100,7 @@ def test_two_cells_are_two_runs_of_one_group(tmp_path: Path) -> None:
     assert first.record["run_group"] == second.record["run_group"] == "my sweep"
     assert first.record["job_type"] == "cell"
     assert first.record["project"] == "saescale"
-    assert (first.record["display_name"], second.record["display_name"]) == ("n16 k4", "n32 k4 seed 1")
+    assert (first.record["display_name"], second.record["display_name"]) == ("topk n16 k4", "topk n32 k4 seed 1")
     assert set(first.record["tags"]) == {"topk", "toy"}
     for name in ("nmse", "train_nmse", "l0", "dead_fraction", "dead_fraction_long", "lr", "tokens_per_s"):
         assert first.metrics[name] == "tokens"
@@ -115,6 +115,7 @@ def test_two_cells_are_two_runs_of_one_group(tmp_path: Path) -> None:
     assert config["site"]["layer"] == 3
     summary = first.overview["summary"]
     assert {name: summary.get(name) for name in DONE} == DONE
+    assert summary["diverged"] is False
     assert first.overview["exit_code"] == 0
     assert second.overview["exit_code"] == 1
     assert second.overview["summary"]["error"] == "loss is NaN at step 4"
@@ -179,10 +180,10 @@ def test_secrets_stay_here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     assert written
     assert not [data for data in written if b"hush" in data or KEY.encode() in data]
     config, of_summary = (run.overview["config"] for run in runs(tmp_path))
-    assert of_summary["store"] == "s3://bucket/store"
-    assert config["context_store"] == "s3://bucket/store"
+    assert of_summary["store"] == "s3://***@bucket/store"
+    assert config["context_store"] == "s3://***@bucket/store"
     assert config["store"] == cell().store
-    assert config["storage_options"] == {"endpoint": "http://host:9000/x"}
+    assert config["storage_options"] == {"endpoint": "http://***@host:9000/x"}
     assert config["tokens"] == 64
 
 
@@ -202,6 +203,7 @@ def test_summary_run(tmp_path: Path) -> None:
     assert first.overview["summary"]["n_k/exponent_of_n_at_k32/low"] == 0.05
     assert first.overview["summary"]["c/b/value"] == -0.1
     assert first.overview["summary"]["n_k/points"] == 20
+    assert first.overview["summary"]["cells_diverged"] == 1
     assert first.overview["summary"]["figures/nmse"]["_type"] == "image-file"
     assert list((tmp_path / "wandb" / "artifacts").rglob("*"))
     media = next((tmp_path / "wandb").glob("offline-run-*/files/media"))
@@ -340,7 +342,7 @@ def test_online(server: WandbServer, tmp_path: Path, capfd: pytest.CaptureFixtur
     cells = [cell(16), cell(32)]
     assert messages(lambda: train(WandbSettings(entity="me"), tmp_path, cells)) == []
     opened = {v["name"]: v for name, v in server.received if name == "UpsertBucket" and v.get("groupName")}
-    assert {v["displayName"] for v in opened.values()} == {"n16 k4", "n32 k4"}
+    assert {v["displayName"] for v in opened.values()} == {"topk n16 k4", "topk n32 k4"}
     assert {v["groupName"] for v in opened.values()} == {"sweep"}
     assert {v["project"] for v in opened.values()} == {"saescale"}
     for run_id in opened:

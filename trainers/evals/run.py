@@ -31,12 +31,14 @@ def evaluate_run(
     cells: Sequence[str] = (),
     cache: str | None = None,
     progress: Callable[[int, int, str], None] | None = None,
+    trust_remote_code: bool = False,
 ) -> Evaluated:
     """Measures the named evaluations (all that there are where none is named) on the named cells (all finished ones).
 
     The source is that of sweep.yaml; its subject is loaded once, in the arithmetic of the harvest, and only where an
-    evaluation needs it; `cache` is its folder for downloads. `progress(done, total, what)` is called before each and at
-    the end. One that fails for a cell is told in `failed`, and the others go on.
+    evaluation needs it; `cache` is its folder for downloads, and with `trust_remote_code` Python
+    code that comes with it is run. `progress(done, total, what)` is called before each and at the end. One that fails
+    for a cell is told in `failed`, and the others go on.
 
     Raises SaescaleError for an unknown evaluation or cell, and where `url` is no run with a finished cell or its store
     is another one.
@@ -52,7 +54,7 @@ def evaluate_run(
     kept = len(found) * len(evaluations) - len(missing)
     if not missing:
         return Evaluated(0, kept, ())
-    bench = _Bench(run, cache)
+    bench = _Bench(run, cache, trust_remote_code)
     failed = []
     for done, (cell, name) in enumerate(missing):
         if progress is not None:
@@ -84,8 +86,8 @@ def _cells(run: RunDirectory, wanted: Sequence[str]) -> list[str]:
 class _Bench:
     """What evaluations of one run share, each of it loaded when it is first needed."""
 
-    def __init__(self, run: RunDirectory, cache: str | None) -> None:
-        self._run, self._cache = run, cache
+    def __init__(self, run: RunDirectory, cache: str | None, trust_remote_code: bool) -> None:
+        self._run, self._cache, self._trusted = run, cache, trust_remote_code
         self._source: ActivationStore | None = None
         self._subject: Subject | None = None
         self._trained: tuple[str, Trained] | None = None
@@ -116,7 +118,8 @@ class _Bench:
         """The subject of the source, with what the evaluation needs."""
         if self._subject is None:
             manifest = self.source().manifest
-            subject = get_subject(manifest.subject, self._cache, manifest.created_with.get("computed_in", "auto"))
+            computed_in = manifest.created_with.get("computed_in", "auto")
+            subject = get_subject(manifest.subject, self._cache, computed_in, None, self._trusted)
             if subject.fingerprint != manifest.fingerprint:
                 raise SaescaleError(
                     f"the subject {subject.name} has other weights ({subject.fingerprint}) than those that were "

@@ -4,20 +4,27 @@ The tensors are the architecture's parameters, float32, under its names; the hea
 how rows are preprocessed.
 """
 
-import json
+import io
+from collections.abc import Mapping
+from typing import Any
 
+import torch
+import xxhash
 from pydantic import ValidationError
-from safetensors import SafetensorError
 from safetensors.torch import load, save
 
 from saescale.storage import files
-from saescale.storage.errors import SaescaleError, one_line
-from saescale.trainers.architectures.architecture import Shape
+from saescale.storage.checkpoint import read_header
+from saescale.storage.documents import problem_of, read_json
+from saescale.storage.errors import Damaged, SaescaleError
+from saescale.trainers.architectures.architecture import Shape, find_architecture
 from saescale.trainers.architectures.sae import SAE
 from saescale.trainers.cell import Cell
 from saescale.trainers.exchange.trained import Trained
+from saescale.trainers.preprocess import Centre
 
 FILE = "sae.safetensors"
+_REMEDY = "restore it, or remove the cell's folder and run the same sweep again, which trains the cell anew"
 
 
 def write(trained: Trained, url: str) -> list[str]:
@@ -33,27 +40,66 @@ def write(trained: Trained, url: str) -> list[str]:
 
 
 def read(url: str) -> Trained:
-    """Reads what `write` wrote, on the CPU. Raises SaescaleError where no such SAE is, or none that can be run."""
+    """Reads what `write` wrote, on the CPU; that of a cell is held to the checksum in its result.
+
+    Raises SaescaleError where no such SAE is, or it is damaged, or none that can be run.
+    """
     where = _file(url)
     try:
         data = files.read_bytes(where)
     except FileNotFoundError as error:
         raise SaescaleError(f"there is no SAE at {where}; a cell has one when it is done") from error
     try:
-        header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
+        header, _ = read_header(io.BytesIO(data), len(data), where)
+        _require_result(where, data)
+    except Damaged as error:
+        raise Damaged(f"{error}; {_REMEDY}", where) from error
+    try:
         cell = Cell.model_validate_json(header["__metadata__"]["cell"])
-        params = load(data)
-    except ValidationError as error:
-        problem = error.errors()[0]
-        field = ".".join(str(part) for part in problem["loc"])
-        reason = problem["msg"].removeprefix("Value error, ")
-        raise SaescaleError(f"{where} holds no cell that this version can run ({field}: {reason})") from error
-    except (ValueError, KeyError, TypeError, SafetensorError) as error:
+    except (KeyError, TypeError) as error:
         raise SaescaleError(
-            f"{where} is not an SAE written by saescale: its header holds no valid cell ({one_line(error)})"
+            f"{where} is not an SAE written by saescale: its header holds no cell; give the library it is of: "
+            f"saescale import {where} --format NAME"
         ) from error
+    except ValidationError as error:
+        newer = "; was it written by a newer saescale?" if error.errors()[0]["type"] == "extra_forbidden" else ""
+        raise SaescaleError(f"{where} holds no cell that this version can run ({problem_of(error)}){newer}") from error
+    _require_shapes(where, cell, {name: entry for name, entry in header.items() if name != "__metadata__"})
     shape = Shape(cell.d_model, cell.n_latents)
-    return Trained(SAE(cell.architecture, shape, cell.whole_settings, params, cell.precision), cell)
+    return Trained(SAE(cell.architecture, shape, cell.whole_settings, load(data), cell.precision), cell)
+
+
+def _require_result(where: str, data: bytes) -> None:
+    """Of a cell: the bytes that its result was written with (storage/RUN.md)."""
+    folder, _, name = where.rpartition("/")
+    try:
+        sums = read_json(files.join(folder, "result.json"), "").get("xxh3")
+    except (FileNotFoundError, Damaged):
+        return  # then nothing says what they should be
+    if name == FILE and isinstance(sums, dict) and sums.get(FILE) not in (None, xxhash.xxh3_64_hexdigest(data)):
+        raise Damaged(f"{where} is damaged: it is not what the cell's result.json was written with", where)
+
+
+def _require_shapes(where: str, cell: Cell, entries: Mapping[str, Any]) -> None:
+    """Each parameter as the cell has it, before anything of its size is built."""
+    found = {name: tuple(entry["shape"]) for name, entry in entries.items()}
+    if {cell.d_model, cell.n_latents} <= {size for shape in found.values() for size in shape}:
+        # A small one has the same parameters: what is as long as it has latents is as long as the cell has.
+        few = next(n for n in (max(16, cell.k), max(16, cell.k) + 1) if n != cell.d_model)
+        centre = Centre(torch.zeros(cell.d_model), 1.0)
+        parameters = find_architecture(cell.architecture).parameters
+        small = parameters(Shape(cell.d_model, few), cell.whole_settings, centre, 0)
+        wanted = {
+            name: tuple(cell.n_latents if size == few else size for size in parameter.data.shape)
+            for name, parameter in small.items()
+        }
+        if found == wanted and all(entry["dtype"] == "F32" for entry in entries.values()):
+            return
+    raise Damaged(
+        f"{where} is damaged: its tensors are not those of {cell.architecture} with n_latents = {cell.n_latents} and "
+        f"d_model = {cell.d_model}, as its header says; {_REMEDY}",
+        where,
+    )
 
 
 def _file(url: str) -> str:

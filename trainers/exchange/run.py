@@ -38,10 +38,10 @@ class Run:
     @property
     def fits(self) -> dict[str, Any]:
         """The document of fits.json. Raises SaescaleError where the laws were not fitted yet."""
-        found = self._directory.read_json("fits.json")
+        found = self._directory.read_fits()
         if found is None:
             raise SaescaleError(f"{self.url} has no fits.json yet; run saescale report {self.url}")
-        return dict(found)
+        return found
 
     def load(
         self,

@@ -134,10 +134,12 @@ class Assignment:
         if not self.full():
             have = [f"{split} got {self._have[split]:,} of {self._wanted[split]:,}" for split in SPLITS]
             documents = self._document[0] + 1
+            would_do = self._seen >= sum(self._wanted.values()) and not self._spec.cut_documents
+            cut = ", or cut long ones (--cut-documents 2000)" if would_do else ""
             raise SaescaleError(
                 f"the corpus {self._spec.corpus} is too short: of its {self._seen:,} tokens in {documents:,} "
                 f"document{'s' * (documents != 1)} {' and '.join(have)}. The split is by document, a .txt file is "
-                "one, and equal texts stay in one split: ask for fewer tokens, or give more documents"
+                f"one, and equal texts stay in one split: ask for fewer tokens, give more documents{cut}"
             )
 
     def shards(self) -> Iterator[ShardTokens]:

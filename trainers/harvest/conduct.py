@@ -15,11 +15,15 @@ import numpy as np
 from saescale.storage import files
 from saescale.storage.errors import SaescaleError
 from saescale.storage.manifest import FORMAT, MANIFEST, Manifest, Split, write_manifest
+from saescale.storage.secrets import hide_secrets
 from saescale.storage.store import ActivationStore
+from saescale.storage.writable import require_writable
 from saescale.trainers.harvest.assignment import Assignment
 from saescale.trainers.harvest.contexts import SPLITS, Block, Counted, draws, text_blocks
 from saescale.trainers.harvest.make_shard import Facts, Harvester, ShardJob, ShardRecord, site_of
 from saescale.trainers.harvest.spec import OWN_SEQUENCES, HarvestSpec, read_plan, refuse_difference
+from saescale.trainers.subjects.subject import surely_reads_text
+from saescale.trainers.subjects.text import TEXT_COLUMN, check_corpus
 
 PLAN_FORMAT = 2  # 1 split texts by their numbers
 SPOOL_PREFIX = ".tokens-"  # folders of token ids in the store's folder while a harvest goes on
@@ -63,6 +67,7 @@ def conduct(spec: HarvestSpec, crew: Crew, spool: str, say: Callable[[str], None
     found = read_plan(spec)
     if (manifest := _sealed(spec)) is not None:
         return manifest
+    _check_first(spec)
     try:
         say(f"loading {spec.subject}")
         # What `auto` came to when the harvest began: it may go on elsewhere.
@@ -91,13 +96,22 @@ def conduct(spec: HarvestSpec, crew: Crew, spool: str, say: Callable[[str], None
     return manifest
 
 
+def _check_first(spec: HarvestSpec) -> None:
+    """Raises SaescaleError for what shows without the subject, which may be gigabytes away."""
+    if surely_reads_text(spec.subject):
+        spec.check_contexts()
+    check_corpus(spec.corpus, spec.text_column)
+    require_writable(spec.out)
+
+
 def _assign(spec: HarvestSpec, facts: Facts, crew: Crew, say: Callable[[str], None]) -> Assignment:
     """Has the crew put into the spool what the shards are made from."""
     assignment = Assignment(spec, divisible=facts.reads_text)
     if facts.reads_text:
         spec.check_contexts()
         say(f"tokenizing {spec.corpus}")
-        rounds: list[tuple[Iterator[Block], Sequence[Split]]] = [(text_blocks(spec.corpus, spec.seed), SPLITS)]
+        texts = text_blocks(spec.corpus, spec.seed, spec.text_column, spec.cut_documents)
+        rounds: list[tuple[Iterator[Block], Sequence[Split]]] = [(texts, SPLITS)]
     else:
         spec.refuse_text()
         say("drawing sequences")
@@ -145,7 +159,9 @@ def _manifest(spec: HarvestSpec, facts: Facts, longest: int, records: Iterator[S
         dtype=spec.dtype,
         context_length=spec.context_length if facts.reads_text else longest,
         dropped=facts.dropped,
-        corpus=spec.corpus if facts.reads_text else OWN_SEQUENCES,
+        corpus=hide_secrets(spec.corpus) if facts.reads_text else OWN_SEQUENCES,
+        text_column=spec.text_column if spec.text_column != TEXT_COLUMN else None,
+        documents_cut=spec.cut_documents,
         seed=spec.seed,
         row_group_rows=spec.row_group_rows,
         shards=shards,

@@ -16,7 +16,7 @@ from saescale.storage.errors import SaescaleError
 from saescale.storage.manifest import Split
 from saescale.trainers.subjects.numbered import BLOCK_SEQUENCES, draw_block
 from saescale.trainers.subjects.subject import Generates, ReadsText
-from saescale.trainers.subjects.text import Piece, content_key, pieces
+from saescale.trainers.subjects.text import TEXT_COLUMN, Piece, content_key, pieces
 
 SPLITS: tuple[Split, ...] = ("train", "heldout")
 BLOCK_CHARACTERS = 2**18  # about 64,000 tokens
@@ -70,11 +70,11 @@ class Draw(NamedTuple):
 Block = Texts | Draw
 
 
-def text_blocks(corpus: str, seed: int) -> Iterator[Texts]:
+def text_blocks(corpus: str, seed: int, column: str = TEXT_COLUMN, cut: int | None = None) -> Iterator[Texts]:
     """The documents of the corpus in their order, cut into blocks; raises what `pieces` raises."""
     block = characters = 0
     found: list[Piece] = []
-    for piece in pieces(corpus, seed):
+    for piece in pieces(corpus, seed, column, cut):
         found.append(piece)
         characters += len(piece.text)
         if characters >= BLOCK_CHARACTERS:

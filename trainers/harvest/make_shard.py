@@ -25,7 +25,7 @@ from saescale.storage.rows import Rows, find_bad_row, raw_dtype, to_float32, wri
 from saescale.trainers.harvest.assignment import ShardTokens
 from saescale.trainers.harvest.contexts import SPLITS, Batch, Block, Context, Counted, batches
 from saescale.trainers.harvest.spec import HarvestSpec, note_plan
-from saescale.trainers.subjects.subject import Generates, ReadsText, Subject, get_subject
+from saescale.trainers.subjects.subject import Generates, ReadsText, Subject, check_site_before_loading, get_subject
 
 Tell = Callable[[int, str, bool], None]  # rows that were done, what is being done, whether it took computing
 
@@ -83,7 +83,9 @@ class Harvester:
         notify: Callable[[str], None] | None = None,
     ) -> None:
         self._spec, self._spool = spec, spool
-        self._subject: Subject = get_subject(spec.subject, cache=cache, dtype=computed_in, notify=notify)
+        trusted = spec.trust_remote_code
+        check_site_before_loading(spec.subject, spec.layer, spec.context_length, cache, notify, trusted)
+        self._subject: Subject = get_subject(spec.subject, cache, computed_in, notify, trusted)
         subject = self._subject
         prefix, dropped = prefix_of(subject)
         reads_text = not isinstance(subject, Generates)

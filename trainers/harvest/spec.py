@@ -4,15 +4,19 @@ import json
 from typing import Any, Literal, Self
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, model_validator
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from saescale.storage import files
+from saescale.storage.documents import read_json
 from saescale.storage.errors import SaescaleError
+from saescale.storage.secrets import hide_secrets
 from saescale.trainers.subjects.subject import check_subject_name
-from saescale.trainers.subjects.text import PYTHON_PROSE
+from saescale.trainers.subjects.text import PYTHON_PROSE, TEXT_COLUMN
 
 PLAN = "harvest.json"
-OF_TEXT = ("corpus", "context_length")  # fields that say nothing to a subject that makes its own sequences
+# Fields that say nothing to a subject that makes its own sequences.
+OF_TEXT = ("corpus", "context_length", "text_column", "cut_documents")
+_WITHOUT: dict[str, Any] = {"text_column": TEXT_COLUMN, "cut_documents": None}  # what a note that lacks them meant
 OWN_SEQUENCES = "sequences of the subject's own"  # what a manifest calls their corpus
 
 
@@ -21,15 +25,18 @@ class HarvestSpec(BaseModel):
 
     `tokens` and `heldout_tokens` are rows of the two splits; `layer` counts from 0 (resid_post of layer L is the output
     of block L); `batch_contexts` contexts go through the subject at a time; `compute_dtype` is the arithmetic of the
-    forward pass ("auto": its device's). `corpus` and `context_length`, of which the rows of splits and
-    shards are multiples, are of subjects that read text and are not given for others. Raises SaescaleError on values
-    that make no harvest.
+    forward pass ("auto": its device's). The rest is of subjects that read text and is not given for others: `corpus`,
+    its `text_column`, `cut_documents` (trainers/subjects/text.py), and `context_length`, of which the rows of splits
+    and shards are multiples; those that are not given come down to one. Raises SaescaleError on values that make no
+    harvest.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
     subject: str = "smollm2-135m"
     layer: int = 22
     corpus: str = PYTHON_PROSE
+    text_column: str = TEXT_COLUMN
+    cut_documents: int | None = None
     out: str
     tokens: int = 262_144
     heldout_tokens: int = 32_768
@@ -40,45 +47,66 @@ class HarvestSpec(BaseModel):
     row_group_rows: int = 8_192
     batch_contexts: int = 16
     compute_dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    trust_remote_code: bool = Field(False, exclude=True)  # decides whether the subject is loaded, and no byte
 
     @model_validator(mode="after")
     def _check(self) -> Self:
         check_subject_name(self.subject)
-        sizes = ("tokens", "heldout_tokens", "context_length", "shard_rows", "row_group_rows", "batch_contexts")
-        for name in sizes:
-            if getattr(self, name) < 1:
-                raise SaescaleError(f"harvest: {name} must be at least 1, not {getattr(self, name)}")
-        for name in ("layer", "seed"):
-            if getattr(self, name) < 0:
-                raise SaescaleError(f"harvest: {name} must be at least 0, not {getattr(self, name)}")
-        most = np.iinfo(np.int16).max
-        if self.context_length > most:
-            raise SaescaleError(f"harvest: context_length must be at most {most}, not {self.context_length}")
+        for name in ("out", "corpus", "text_column"):
+            if not getattr(self, name).strip():
+                raise SaescaleError(f"harvest: {_option(name)} is empty")
+        for name, (least, most) in _LIMITS.items():
+            value = getattr(self, name)
+            if value is not None and not least <= value <= most:
+                bound = f"at least {least}" if value < least else f"at most {most}"
+                raise SaescaleError(f"harvest: {_option(name)} must be {bound}, not {value}")
+        for name in _OF_CONTEXTS:
+            if name not in self.model_fields_set:
+                value, length = getattr(self, name), self.context_length
+                self.__dict__[name] = max(value // length, 1) * length
         if "context_length" in self.model_fields_set:
             self.check_contexts()
         return self
 
     def check_contexts(self) -> None:
         """Raises SaescaleError unless splits and shards are whole contexts of a text."""
-        for name in ("tokens", "heldout_tokens", "shard_rows"):
+        for name in _OF_CONTEXTS:
             value, length = getattr(self, name), self.context_length
             if value % length:
                 below = value // length * length
+                nearest = f"{below} and {below + length}" if below else f"{length} and {2 * length}"
                 raise SaescaleError(
-                    f"harvest: {name} must be a multiple of context_length {length}, not {value}; "
-                    f"the nearest are {below or length} and {below + length}"
+                    f"harvest: {_option(name)} must be a multiple of --context-length {length}, not {value}; "
+                    f"the nearest are {nearest}"
                 )
 
     def refuse_text(self) -> None:
         """Raises SaescaleError where something was given that only subjects that read text can be told."""
         if given := [name for name in OF_TEXT if name in self.model_fields_set]:
             raise SaescaleError(
-                f"harvest: {given[0]} does not apply to {self.subject}, which makes its own sequences; leave it out"
+                f"harvest: {_option(given[0])} does not apply to {self.subject}, which makes its own sequences; leave "
+                "it out"
             )
 
     def identity(self, reads_text: bool) -> dict[str, Any]:
-        """The fields that decide the bytes of the store, for comparing two harvests."""
-        return self.model_dump(mode="json", exclude={"out", *(() if reads_text else OF_TEXT)})
+        """The fields that decide the bytes of the store, for comparing two harvests; no secret is among them."""
+        fields = self.model_dump(mode="json", exclude={"out", *(() if reads_text else OF_TEXT)})
+        return {name: hide_secrets(value) if isinstance(value, str) else value for name, value in fields.items()}
+
+
+_OF_CONTEXTS = ("tokens", "heldout_tokens", "shard_rows")
+_MOST = 2**63 - 1
+_LIMITS = {
+    **dict.fromkeys((*_OF_CONTEXTS, "row_group_rows", "batch_contexts", "cut_documents"), (1, _MOST)),
+    "context_length": (1, int(np.iinfo(np.int16).max)),
+    "layer": (0, _MOST),
+    "seed": (0, 2**64 - 1),
+}
+
+
+def _option(name: str) -> str:
+    """What the command line calls a field."""
+    return "--" + name.replace("_", "-")
 
 
 # --- its note in the store's folder
@@ -114,8 +142,9 @@ def note_plan(url: str, plan: dict[str, Any]) -> None:
 
 def refuse_difference(url: str, found: dict[str, Any], wanted: dict[str, Any]) -> None:
     """SaescaleError that names what differs between the harvest that `url` holds and the wanted one."""
+    there = {key: found.get(key, _WITHOUT.get(key)) for key in wanted}
     differing = [
-        f"{key} is {found.get(key)!r} there, {value!r} here" for key, value in wanted.items() if found.get(key) != value
+        f"{key} is {there[key]!r} there, {value!r} here" for key, value in wanted.items() if there[key] != value
     ]
     if differing:
         raise SaescaleError(
@@ -125,7 +154,4 @@ def refuse_difference(url: str, found: dict[str, Any], wanted: dict[str, Any]) -
 
 def _load(url: str) -> dict[str, Any]:
     where = files.join(url, PLAN)
-    try:
-        return dict(json.loads(files.read_bytes(where)))
-    except ValueError as error:
-        raise SaescaleError(f"{where} is damaged ({error}); remove {url} or harvest elsewhere") from error
+    return read_json(where, f"remove {url} or harvest elsewhere")

@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
 
-from saescale.storage.columns import CurveRow, columns_of
+from saescale.storage.columns import CurveRow, columns_of, is_diverged
 from saescale.trainers.cell import Cell
 from saescale.trainers.loggers import wandb_client as client
 from saescale.trainers.loggers.wandb_client import (
@@ -93,7 +93,7 @@ class WandbLogger:
                 self._mode,
                 self._directory,
                 id=run_id(cell.cell_id, self._sweep),
-                name=f"n{cell.n_latents} k{cell.k}" + (f" seed {cell.seed}" if cell.seed else ""),
+                name=f"{cell.architecture} n{cell.n_latents} k{cell.k}" + (f" seed {cell.seed}" if cell.seed else ""),
                 group=self._sweep,
                 job_type="cell",
                 tags=[tag[:64] for tag in (cell.architecture, subject) if tag],
@@ -124,7 +124,8 @@ class WandbLogger:
         if run is None:
             return
         try:
-            run.summary.update(without_secrets({key: result[key] for key in _SUMMARY if key in result}))
+            ended = {key: result[key] for key in _SUMMARY if key in result}
+            run.summary.update(without_secrets(ended | {"diverged": is_diverged(result.get("nmse"))}))
             # Once a run waited in vain for its upload, the others are left to W&B's own end of the process,
             # which ends them all within one FINISH_TIMEOUT instead of one after the other.
             if not self._stuck:

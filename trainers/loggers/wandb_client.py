@@ -19,6 +19,7 @@ from urllib.parse import quote
 from pydantic import BaseModel
 
 from saescale.storage.errors import SaescaleWarning
+from saescale.storage.secrets import hide_secrets
 from saescale.trainers.loggers.wandb_settings import Mode, WandbSettings
 
 if TYPE_CHECKING:
@@ -32,8 +33,6 @@ PROBE_TIMEOUT = 10.0
 FLUSH_INTERVAL = 2.0
 
 _SECRET_KEY = re.compile(r"secret|passw|credential|api_?key|access_?key|(^|_)token$|^key$", re.IGNORECASE)
-# What an address can carry besides the place: user:password@ and the query of a presigned URL.
-_SECRET_IN_URL = re.compile(r"(?<=://)[^/\s@]*@|(?<=\S)\?\S*(signature|token|key|sig)\S*=\S*", re.IGNORECASE)
 
 
 def resolve_mode(settings: WandbSettings) -> Mode:
@@ -65,6 +64,8 @@ def how_to_read(mode: Mode, directory: str, settings: WandbSettings, sweep: str)
     if mode == "off":
         return "W&B is off"
     if mode == "offline":
+        if not os.path.isdir(os.path.join(directory, "wandb")):
+            return f"W&B: nothing was logged, not even below {directory}; the warnings above say why"
         return f"W&B: {offline_runs(directory)}"
     entity = settings.entity or os.environ.get("WANDB_ENTITY")
     if entity is None:
@@ -170,11 +171,11 @@ def without_secrets(value: Any) -> Any:
         return [without_secrets(v) for v in value]
     if value is None or isinstance(value, bool | int | float):
         return value
-    return _SECRET_IN_URL.sub("", str(value))
+    return hide_secrets(str(value))
 
 
 def one_line(error: BaseException) -> str:
-    text = _SECRET_IN_URL.sub("", f"{type(error).__name__}: {error}")
+    text = hide_secrets(f"{type(error).__name__}: {error}")
     if key := os.environ.get("WANDB_API_KEY"):
         text = text.replace(key, "***")
     return " ".join(text.split())[:300]

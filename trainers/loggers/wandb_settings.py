@@ -8,6 +8,7 @@ from pydantic import BaseModel, ConfigDict, field_validator
 from saescale.storage.cache import cache_folder
 from saescale.storage.files import local_path
 
+_REFUSED, _LONGEST = "/\\#?%:", 128
 Mode = Literal["online", "offline", "off"]
 
 
@@ -19,6 +20,20 @@ class WandbSettings(BaseModel):
     project: str = "saescale"
     entity: str | None = None
     mode: Literal["auto", "online", "offline", "off"] = "auto"
+
+    @field_validator("project", "entity")
+    @classmethod
+    def _as_wandb_takes_it(cls, name: str | None) -> str | None:
+        """What W&B itself would refuse only when runs are opened, which is after the cells were trained."""
+        if name is None:
+            return name
+        if not name.strip() or name != name.strip() or not name.isprintable():
+            raise ValueError("a name of W&B is printable text without spaces around it")
+        if odd := sorted(set(name) & set(_REFUSED)):
+            raise ValueError(f"W&B takes no name with {' '.join(odd)} (none of {' '.join(_REFUSED)}): leave it out")
+        if len(name) > _LONGEST:
+            raise ValueError(f"W&B takes no name of more than {_LONGEST} characters, and this has {len(name)}")
+        return name
 
     @field_validator("mode", mode="before")
     @classmethod

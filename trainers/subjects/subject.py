@@ -5,10 +5,11 @@ for `_`; what follows a colon is for the file to read (`hf:openai-community/gpt2
 """
 
 import difflib
+import inspect
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import NamedTuple, Protocol, runtime_checkable
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -39,6 +40,26 @@ class Run(NamedTuple):
 
 
 Patch = Callable[[Tensor], Tensor]  # resid at a site, [batch, length, d_model] -> what takes its place
+
+
+class Outline(NamedTuple):
+    """What can be told of a language model before its weights are read; `max_positions` None: no limit known."""
+
+    name: str
+    n_layers: int
+    max_positions: int | None
+
+    def check_site(self, layer: int, length: int) -> None:
+        """Raises SaescaleError unless it has block `layer` and takes contexts of `length` tokens."""
+        if not 0 <= layer < self.n_layers:
+            raise SaescaleError(
+                f"{self.name} has no layer {layer}: its {self.n_layers} layers are 0 to {self.n_layers - 1}"
+            )
+        if self.max_positions is not None and length > self.max_positions:
+            raise SaescaleError(
+                f"{self.name} takes contexts of at most {self.max_positions} tokens, not {length}: "
+                "use a smaller --context-length"
+            )
 
 
 class Subject(Protocol):
@@ -88,7 +109,8 @@ class Generates(Protocol):
 
 
 class SubjectFile(Protocol):
-    """What the file of a subject defines at its top level."""
+    """What the file of a subject defines at its top level; `load` may take `trust_remote_code` besides, and a file may
+    define `outline(rest, cache, notify)`, which gives an `Outline` without the weights."""
 
     def load(self, rest: str, cache: Path, dtype: str, notify: Callable[[str], None]) -> Subject:
         """The subject. `rest` is what follows the colon in its name ("" without one), `cache` a folder for downloads,
@@ -105,14 +127,41 @@ def check_subject_name(name: str) -> None:
     """Raises SaescaleError with the nearest valid name when `name` names no subject. Loads nothing."""
     names = subject_names()
     file, colon, rest = name.partition(":")
-    if file in names and bool(colon) == bool(rest):
+    if file in names and bool(colon) == bool(rest) and not rest.startswith("//"):
         return
     close = difflib.get_close_matches(file, names, n=1, cutoff=0.4)
-    hint = f"did you mean {close[0]!r}? " if close and close[0] != file else ""
+    meant = _meant_of_hub(name) or (close[0] if close and close[0] != file else None)
+    hint = f"did you mean {meant!r}? " if meant else ""
     raise SaescaleError(
         f"unknown subject {name!r}: {hint}there are {', '.join(names)}; any Hugging Face causal language model is "
-        "hf:<org>/<name> or hf:/path/to/folder"
+        "hf:<org>/<name>, hf:<org>/<name>@<revision> or hf:/path/to/folder"
     )
+
+
+def _meant_of_hub(name: str) -> str | None:
+    """The subject that a name or address of the hub, or a folder, means without its `hf:`."""
+    for before in ("https://huggingface.co/", "https://hf.co/", "huggingface.co/", "hf://", "huggingface:", "HF:"):
+        if name.startswith(before) and name != before:
+            return f"hf:{name.removeprefix(before)}"
+    if name.startswith(("/", ".", "~")):
+        return f"hf:{name}"
+    if ":" in name or name.count("/") > 1:
+        return None
+    return f"hf:{name}" if "/" in name.strip("/") else None
+
+
+def at_revision(name: str, revision: str | None) -> str:
+    """The name of a model on the Hugging Face hub with its branch, tag or commit, `hf:<org>/<name>@<revision>`.
+
+    Raises SaescaleError for a subject that has none.
+    """
+    if not revision:
+        return name
+    if not name.startswith("hf:"):
+        raise SaescaleError(f"{name} has no revisions; only a model on the Hugging Face hub has: hf:<org>/<name>")
+    if "@" in name and not name.endswith(f"@{revision}"):
+        raise SaescaleError(f"{name} names its revision already, so --revision {revision} does not apply; leave it out")
+    return name if "@" in name else f"{name}@{revision}"
 
 
 def get_subject(
@@ -120,15 +169,46 @@ def get_subject(
     cache: str | os.PathLike[str] | None = None,
     dtype: str = "auto",
     notify: Callable[[str], None] | None = None,
+    trust_remote_code: bool = False,
 ) -> Subject:
     """Loads a subject by its name; see SubjectFile for the rest (`cache`: `cache_folder()` unless given).
 
-    Raises SaescaleError for an unknown name and when the model cannot be had or is not usable.
+    With `trust_remote_code` Python code that comes with a model is run. Raises SaescaleError for an unknown name and
+    when the model cannot be had or is not usable.
     """
+    found, rest, more = _find(name, trust_remote_code)
+    return found.load(rest, Path(cache) if cache else cache_folder(), dtype, notify or _tell_nobody, **more)
+
+
+def check_site_before_loading(
+    name: str,
+    layer: int,
+    length: int,
+    cache: str | os.PathLike[str] | None = None,
+    notify: Callable[[str], None] | None = None,
+    trust_remote_code: bool = False,
+) -> None:
+    """What `check_site` of the subject raises, as far as that shows without its weights; else what `get_subject`
+    raises."""
+    found, rest, more = _find(name, trust_remote_code)
+    if hasattr(found, "outline"):
+        outline: Outline = found.outline(rest, Path(cache) if cache else cache_folder(), notify or _tell_nobody, **more)
+        outline.check_site(layer, length)
+
+
+def _find(name: str, trust_remote_code: bool) -> tuple[Any, str, dict[str, bool]]:
     check_subject_name(name)
     file, _, rest = name.partition(":")
-    found: SubjectFile = SUBJECTS.load(file)
-    return found.load(rest, Path(cache) if cache else cache_folder(), dtype, notify or (lambda stage: None))
+    found = SUBJECTS.load(file)
+    if trust_remote_code and "trust_remote_code" not in inspect.signature(found.load).parameters:
+        raise SaescaleError(
+            f"{name} comes with no code of a model that could be trusted; leave --trust-remote-code out"
+        )
+    return found, rest, {"trust_remote_code": True} if trust_remote_code else {}
+
+
+def _tell_nobody(stage: str) -> None:
+    pass
 
 
 def name_for_other_processes(name: str) -> str:
@@ -137,3 +217,8 @@ def name_for_other_processes(name: str) -> str:
     if not rest.startswith((".", "~")):
         return name
     return f"{file}:{Path(rest).expanduser().absolute()}"
+
+
+def surely_reads_text(name: str) -> bool:
+    """Whether the subject's file says so (`READS_TEXT = True`) before anything is loaded; False where it is silent."""
+    return bool(getattr(SUBJECTS.load(name.partition(":")[0]), "READS_TEXT", False))

@@ -87,8 +87,8 @@ def _train(job: PackJob, report: Callable[[Progress], None], should_stop: Callab
         finished = dict(zip(ids := [cell.cell_id for cell in job.cells], pool.map(run.take_cell, ids), strict=True))
     results = [result for result in finished.values() if result is not None]
     cells = [cell for cell in job.cells if finished[cell.cell_id] is None]
-    if not cells:
-        return PackOutcome(results, stopped=False)
+    if not cells or should_stop():
+        return PackOutcome(results, stopped=bool(cells))
 
     device = default_device()
     resumed = resume(run, cells, device)

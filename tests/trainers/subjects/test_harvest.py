@@ -15,6 +15,7 @@ import torch
 import xxhash
 from pydantic import ValidationError
 
+from saescale.storage import files
 from saescale.storage.errors import SaescaleError
 from saescale.storage.rows import to_float32
 from saescale.storage.store import ActivationStore
@@ -289,8 +290,6 @@ def test_a_folder_with_other_files_is_left_alone(spec: HarvestSpec) -> None:
 
 @pytest.mark.parametrize("scheme", ["memory", "s3"])
 def test_stores_on_other_file_systems_are_the_same(spec: HarvestSpec, scheme: str, request: Any) -> None:
-    from saescale.storage import files
-
     harvest(spec)
     url = f"memory://{time.time_ns()}" if scheme == "memory" else request.getfixturevalue("s3_url")
     harvest(spec.model_copy(update={"out": url}))
@@ -318,16 +317,53 @@ def test_a_corpus_suffices_when_it_has_the_tokens(spec: HarvestSpec) -> None:
     assert harvest(spec.model_copy(update={"tokens": tokens})).shards
 
 
+def test_sizes_that_nobody_gave_come_down_to_whole_contexts() -> None:
+    spec = HarvestSpec(out="-", context_length=127)
+    assert (spec.tokens, spec.heldout_tokens, spec.shard_rows) == (262_128, 32_766, 32_766)
+    assert HarvestSpec(out="-", context_length=127, shard_rows=254).shard_rows == 254
+    assert HarvestSpec(out="-", context_length=32_767).heldout_tokens == 32_767
+    assert HarvestSpec.model_validate_json(spec.model_dump_json()) == spec
+
+
+def test_what_needs_no_subject_is_found_before_it_is_loaded(
+    spec: HarvestSpec, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, s3_url: str
+) -> None:
+    monkeypatch.setattr(module, "get_subject", None)
+    (tmp_path / "a-file").write_text("mine")
+    (tmp_path / "bad.jsonl").write_text('{"body": "x"}\n')
+    before = sorted(tmp_path.iterdir())
+    for changes, said in (
+        ({"corpus": f"{tmp_path}/mistyped.jsonl"}, "no text file matches"),
+        ({"corpus": f"{tmp_path}/bad.jsonl"}, "no field 'text'"),
+        ({"tokens": 100}, "--tokens must be a multiple"),
+        ({"out": f"{tmp_path}/a-file/store"}, "a-file/store.*: Not a directory"),
+        ({"out": "/proc/store"}, "cannot write to /proc/store"),  # where nobody may write, root not either
+        ({"out": "s3://no-such-bucket/store"}, "no-such-bucket"),
+    ):
+        with pytest.raises(SaescaleError, match=said):
+            harvest(spec.model_copy(update=changes))
+    with pytest.raises(TypeError):  # now it would be loaded
+        harvest(spec.model_copy(update={"out": s3_url}))
+    assert sorted(tmp_path.iterdir()) == before
+    assert files.list_names(s3_url) == []
+
+
 def test_impossible_specs_are_one_line(spec: HarvestSpec) -> None:
     def build(**changes: object) -> HarvestSpec:
         return HarvestSpec(**{**spec.model_dump(), **changes})
 
-    with pytest.raises(SaescaleError, match=r"tokens must be a multiple of context_length 32, not 100; .* 96 and 128"):
+    with pytest.raises(
+        SaescaleError, match=r"--tokens must be a multiple of --context-length 32, not 100; .* 96 and 128"
+    ):
         build(tokens=100)
-    with pytest.raises(SaescaleError, match="shard_rows must be a multiple"):
+    with pytest.raises(SaescaleError, match="--shard-rows must be a multiple"):
         build(shard_rows=1000)
-    with pytest.raises(SaescaleError, match="heldout_tokens must be at least 1, not 0"):
+    with pytest.raises(SaescaleError, match="--heldout-tokens must be at least 1, not 0"):
         build(heldout_tokens=0)
+    with pytest.raises(SaescaleError, match="--seed must be at most 18446744073709551615, not 18446744073709551616"):
+        build(seed=2**64)
+    with pytest.raises(SaescaleError, match="--out is empty"):
+        build(out="")
     with pytest.raises(SaescaleError, match="unknown subject 'gpt9'"):
         build(subject="gpt9")
     with pytest.raises(ValidationError, match="contxt"):

@@ -124,7 +124,9 @@ def test_what_a_dead_harvest_left_is_finished_with_the_same_bytes(rooms: Path) -
 @pytest.mark.parametrize("given", [{"corpus": "python-prose"}, {"context_length": 8}])
 def test_what_is_of_text_alone_is_refused_in_one_line(rooms: Path, given: dict[str, object]) -> None:
     sizes = {"tokens": 4_096, "heldout_tokens": 1_024, "shard_rows": 1_024}
-    with pytest.raises(SaescaleError, match=f"{next(iter(given))} does not apply to toy, which makes"):
+    with pytest.raises(
+        SaescaleError, match=f"--{next(iter(given)).replace('_', '-')} does not apply to toy, which makes"
+    ):
         harvest(spec_of("toy", rooms / "store", **sizes, **given))
     assert not (rooms / "store").exists()
 

@@ -290,7 +290,7 @@ def test_a_full_disk_leaves_nothing_half_written(monkeypatch: pytest.MonkeyPatch
 
 def test_a_damaged_unpacked_copy_is_noticed(tmp_path: Path) -> None:
     (tmp_path / "model.safetensors").write_bytes(b"weights")
-    source = {"gguf_sha256": smollm2.GGUF_SHA256, "xxh3": smollm2._weights_hash(tmp_path)}
+    source = {"gguf_sha256": smollm2.GGUF_SHA256, "xxh3": smollm2._hash(tmp_path)}
     (tmp_path / "source.json").write_text(json.dumps(source))
     assert smollm2._is_whole(tmp_path)
     (tmp_path / "model.safetensors").write_bytes(b"weightz")

@@ -12,6 +12,9 @@ from saescale.storage import files
 from saescale.storage.errors import SaescaleError
 from saescale.trainers.subjects.text import TXT_CHARACTERS, TXT_CHARACTERS_MOST, Piece, pieces, python_prose
 
+# What is said besides is tried in test_corpora.py.
+pytestmark = pytest.mark.filterwarnings("ignore::saescale.storage.errors.SaescaleWarning")
+
 
 def test_python_prose_is_long_english_without_doubles_in_a_seeded_order() -> None:
     prose = python_prose()
@@ -65,12 +68,30 @@ def test_a_long_text_file_is_cut_at_blank_lines(tmp_path: Path) -> None:
     ("name", "content", "said"),
     [
         ("x.jsonl", b'{"text": "fine"}\n{"body": "not"}\n', r"x\.jsonl, line 2: no field 'text'"),
-        ("x.jsonl", b'{"text": 3}\n', r"x\.jsonl, line 1: no field 'text' that holds a string"),
+        ("x.jsonl", b'{"text": 3}\n', r"x\.jsonl, line 1: the field 'text' holds a number, not a string"),
+        ("x.jsonl", b'\n{"text": ["a"]}\n', r"x\.jsonl, line 2: the field 'text' holds a list, not a string"),
+        ("x.jsonl", b'"text"\n', r"x\.jsonl, line 1: a string where an object with a field 'text' should be"),
         ("x.jsonl", b'{"text": "fine"}\n{"text\n', r"x\.jsonl, line 2: not JSON"),
+        ("x.jsonl", b'{"text": "a", "text": "b"}\n', r"x\.jsonl, line 1: not JSON \(the key 'text' stands twice\)"),
+        ("x.jsonl", b"[" * 100_000, r"x\.jsonl, line 1: not JSON"),
+        ("x.json", b'[{"text": "a"},\n{"text": null},\n{"txt": "b"}]', r"x\.json, entry 3: .* --text-column txt"),
+        ("x.jsonl", b'{"messages": [], "n": 1}\n', r"line 1: no field 'text'; it has messages, n, and no text in any"),
+        ("x.json", b'[\n{"text": "a"},\n', r"x\.json, line 3: not JSON"),
+        ("x.json", b'{"text": "a",\n "n": }', r"x\.json, line 2: not JSON"),
         ("x.txt", b"fine\n\xff\xfe\n", r"x\.txt, line 2: not UTF-8"),
-        ("x.txt.gz", b"not gzip at all", r"x\.txt\.gz: cannot be read"),
+        ("x.txt", "fine".encode("utf-16-le"), r"x\.txt: no UTF-8 text \(is it binary, or UTF-16 without"),
+        ("x.txt", "\ufefffine\n".encode("utf-16-le") + b"\x00\xd8", r"x\.txt, after line \d: not UTF-16"),
+        ("x.txt", b"PK\x03\x04 and more", r"x\.txt: is a zip archive; unpack it"),
+        ("x.txt.gz", b"not gzip at all", r"x\.txt\.gz: is not what \.gz says"),
+        ("x.txt.gz", gzip.compress(b"a line\n" * 99)[:-9], r"x\.txt\.gz: cannot be read"),
         ("x.parquet", b"not parquet at all", r"x\.parquet: cannot be read"),
-        ("x.csv", b"a,b\n", r"x\.csv: the corpus must be \.txt, \.jsonl, \.parquet"),
+        ("x.parquet", b"", r"x\.parquet: cannot be read"),
+        ("x.csv", b"a,b\n", r"x\.csv: no column 'text'; it has a, b: name the one .* --text-column NAME"),
+        ("x.csv", b"id,Text\n1,a\n", r"x\.csv: no column 'text'; .* --text-column Text"),
+        ("x.csv", b"id,text\n1,a\n2,b, c\n", r"x\.csv, line 3: 3 fields where the header has 2; quote"),
+        ("x.csv", b'id,text\n1,a\n2,"b\nc\n', r"x\.csv, line 3: not CSV"),
+        ("x.csv", b"text,text\na,b\n", r"x\.csv: 2 columns are called 'text'"),
+        ("x.pdf", b"%PDF", r"x\.pdf: no format of a corpus: it must be \.txt, \.jsonl"),
     ],
 )
 def test_a_broken_file_is_named(tmp_path: Path, name: str, content: bytes, said: str) -> None:
@@ -82,7 +103,17 @@ def test_a_broken_file_is_named(tmp_path: Path, name: str, content: bytes, said:
 
 def test_a_parquet_file_without_text_is_named(tmp_path: Path) -> None:
     pq.write_table(pa.table({"body": ["x"]}), tmp_path / "x.parquet")
-    with pytest.raises(SaescaleError, match=r"x\.parquet: no column 'text' of strings \(it has body\)"):
+    with pytest.raises(SaescaleError, match=r"x\.parquet: no column 'text'; it has body: .* --text-column body"):
+        list(pieces(str(tmp_path), 0))
+    assert list(pieces(str(tmp_path), 0, "body")) == [(0, "x")]
+    pq.write_table(pa.table({"body": ["x"], "text": [1]}), tmp_path / "x.parquet")
+    with pytest.raises(
+        SaescaleError,
+        match=r"x\.parquet: the column 'text' holds int64, no text; it has body, text: .* --text-column body",
+    ):
+        list(pieces(str(tmp_path), 0))
+    pq.write_table(pa.table({"text": pa.array([b"fine", b"\xff"])}), tmp_path / "x.parquet")
+    with pytest.raises(SaescaleError, match=r"x\.parquet, row 1 \(from 0\): the text is not UTF-8"):
         list(pieces(str(tmp_path), 0))
 
 
@@ -90,3 +121,5 @@ def test_no_match_is_told_before_anything_is_read(tmp_path: Path) -> None:
     for corpus in ("python-pros", f"{tmp_path}/*.txt", str(tmp_path)):
         with pytest.raises(SaescaleError, match="no text file matches"):
             pieces(corpus, 0)
+    with pytest.raises(SaescaleError, match="has no name"):
+        pieces(" ", 0)  # not all that lies here

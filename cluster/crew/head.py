@@ -1,0 +1,138 @@
+"""The head of the cluster that this process has joined: what is asked of it, and whether it answers.
+
+When it is gone Ray waits for it without a word, and then ends this process where it stands; one that was started anew
+ends it at once. Said before that by `HeadWatch`, and after it by the process beside this one (front/supervise.py).
+"""
+
+import socket
+import threading
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from typing import Any
+
+import ray
+
+from saescale.storage import watched
+from saescale.storage.errors import SaescaleError, one_line
+from saescale.storage.waiting import Wait, hear, waiting
+
+GIVES_UP_S = 60.0  # Ray's own limit (gcs_rpc_server_reconnect_timeout_s)
+GRACE_S = 30.0  # more, for Ray to do it
+LOOK_S = 2.0
+_ANSWER_S = 5.0
+
+
+class HeadLost(SaescaleError):
+    """The head of the cluster is gone, and all that ran on it with it."""
+
+
+@contextmanager
+def joining(address: str | None) -> Iterator[None]:
+    """Around joining Ray at `address` (None: starting it here): whatever Ray does to this process can be explained."""
+    watched.tell(cluster=address or "")
+    with suppress(AttributeError):
+        # `log_to_driver` does not keep back the logs of nodes that were lost.
+        ray._private.worker._worker_logs_enabled = False
+    with waiting(f"the Ray cluster at {address}" if address else "a local Ray to start"):
+        yield
+
+
+def resources() -> dict[str, float]:
+    """What all nodes have together ("CPU", "GPU", "memory")."""
+    with _asking():
+        found: dict[str, float] = ray.cluster_resources()
+        return found
+
+
+def free() -> dict[str, float]:
+    """What nobody has claimed of it."""
+    with _asking():
+        found: dict[str, float] = ray.available_resources()
+        return found
+
+
+def finds_no_room(claim: Mapping[str, float]) -> bool:
+    """Whether somebody asks in vain for what `claim` says ("CPU", "GPU"): what only starts has its share already."""
+    from ray.autoscaler.v2.sdk import get_cluster_status
+
+    with _asking():
+        asked = get_cluster_status(ray.get_runtime_context().gcs_address).resource_demands.ray_task_actor_demand
+    wanted = {name: share for name, share in claim.items() if share}
+    return any(dict(request.bundle) == wanted for demand in asked for request in demand.bundles_by_count)
+
+
+def nodes() -> list[dict[str, float]]:
+    """The resources of each node that the cluster has now."""
+    return [node["Resources"] for node in _alive()]
+
+
+def node_ids() -> set[str]:
+    """Ray's, hex, of the nodes that the cluster has now."""
+    return {node["NodeID"] for node in _alive()}
+
+
+def _alive() -> list[dict[str, Any]]:
+    with _asking():
+        return [node for node in ray.nodes() if node["Alive"]]
+
+
+@contextmanager
+def _asking() -> Iterator[None]:
+    address = ray.get_runtime_context().gcs_address
+    with waiting(_answer_of(address), GIVES_UP_S):
+        try:
+            yield
+        except (ray.exceptions.RaySystemError, ray.exceptions.RpcError, ConnectionError) as error:
+            raise _lost(address, f"does not answer ({one_line(error)[:200]})") from error
+
+
+def _answer_of(address: str) -> str:
+    return f"an answer of the head of the Ray cluster at {address}"
+
+
+def _lost(address: str, how: str) -> HeadLost:
+    again = "when it is up, run the same command again, it goes on from what was saved"
+    return HeadLost(f"the head of the Ray cluster at {address} {how}; {again}")
+
+
+class HeadWatch:
+    """Looks whether the head at `address` (HOST:PORT) answers, in a thread, and says so while it does not."""
+
+    def __init__(self, address: str) -> None:
+        self._address = address
+        self._silent: float | None = None  # since when, in time.time()
+        self._over = threading.Event()
+        self._thread = threading.Thread(target=self._look, name="saescale-head", daemon=True)
+        self._thread.start()
+
+    def require(self) -> None:
+        """Raises HeadLost where it has been silent for so long that Ray should have ended this process."""
+        silent = 0.0 if self._silent is None else time.time() - self._silent
+        if silent > GIVES_UP_S + GRACE_S:
+            raise _lost(self._address, f"has not answered for {silent:.0f} s")
+
+    def close(self) -> None:
+        self._over.set()
+        self._thread.join()
+        hear("head", [])
+
+    def _look(self) -> None:
+        while not self._over.wait(LOOK_S):
+            if answers(self._address):
+                self._silent = None
+                hear("head", [])
+            else:
+                self._silent = self._silent or time.time()
+                wait = Wait(_answer_of(self._address), self._silent, self._silent + GIVES_UP_S)
+                hear("head", [wait])
+
+
+def answers(address: str) -> bool:
+    """Whether anybody listens at HOST:PORT."""
+    host, _, port = address.rpartition(":")
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=_ANSWER_S).close()
+    except OSError:
+        return False
+    return True
