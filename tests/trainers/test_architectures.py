@@ -1,6 +1,5 @@
 """Every architecture: its formulas against loops, its gradients against finite differences, its training."""
 
-import math
 from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
@@ -218,7 +217,7 @@ def test_pca_has_the_components_of_all_tokens_so_far() -> None:
     settings = settings_of("pca", k=2)
     made = pca.parameters(Shape(6, 16), settings, Centre(torch.ones(6), 1.0), 0)
     params = {name: parameter.data.double() for name, parameter in made.items()}
-    for batch in torch.from_numpy(x).split(40):
+    for batch in torch.from_numpy(x).split(30):
         forward = pca.forward(params, batch, settings)
         params |= pca.losses(params, forward, batch, settings, State(1.0, torch.zeros(16, dtype=torch.bool))).measured
 
@@ -249,7 +248,7 @@ def test_a_penalty_is_found_held_and_recorded(sparse_store: ActivationStore, mak
     run = RunDirectory(run_url)
     for cell in cells:
         row, curve = results[cell.cell_id], run.read_cell_curve(cell.cell_id)
-        assert row["l0"] == pytest.approx(cell.k, rel=0.1)
+        assert row["l0"] == pytest.approx(cell.k, rel=0.15)
         held = [point["coefficient"] for point in curve if point["tokens"] >= FOUND_AT * cell.tokens]
         assert len(set(held)) == 1 < len(held)
         assert row["coefficient"] == held[0] not in [point["coefficient"] for point in curve[:3]]
@@ -267,18 +266,18 @@ def test_the_controller_goes_on_where_it_was() -> None:
         one.after(step, l0(one.coefficient))
         two.after(step, l0(two.coefficient))
         fresh = Controller(settings, 200)
-        fresh.restore(two.state())
+        fresh.restore(two.state._asdict())
         two = fresh
-    assert one.state() == two.state()
-    assert not one.finding
-    assert math.log(one.coefficient) == pytest.approx(math.log(0.2), abs=0.05)
+    assert one.state == two.state
+    assert not one.state.finding
+    assert l0(one.coefficient) == pytest.approx(3, rel=0.06)
 
 
 @pytest.mark.parametrize("name", [n for n in ARCHITECTURES.names() if n != "topk"])
 def test_it_trains_and_what_is_not_trained_stays(
     name: str, sparse_store: ActivationStore, make_cell: MakeCell, run_url: str
 ) -> None:
-    """nmse below that of the start, the weights read back give the nmse of the result, and frozen ones are the start."""
+    """nmse falls, the weights read back give the nmse of the result, and frozen ones are those of the start."""
     settings = {"experts": 4} if name == "switch" else {}
     cell = make_cell(architecture=name, tokens=16_384, settings=settings)
     job = PackJob(

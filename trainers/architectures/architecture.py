@@ -221,7 +221,7 @@ class Architecture(Protocol):
         """May be left out: what training has in place of `forward`, where that depends on the whole batch."""
 
     def calibrated(self, params: Params, x: Tensor, settings: Any) -> Mapping[str, Tensor]:
-        """May be left out: averaged parameters with what has to be measured with them, on the last batch of training."""
+        """May be left out: averaged parameters, with what is measured with them on the last batch of training."""
 
     def losses(self, params: Params, forward: Forward, target: Tensor, settings: Any, state: State) -> Losses:
         """Of `forward`; `target` [batch, d_model] is x itself unless the source gives another."""

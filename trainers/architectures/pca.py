@@ -22,7 +22,7 @@ def parameters(shape: Shape, settings: Settings, centre: Centre, seed: int) -> d
     zeros = {
         "W_dec": torch.zeros(shape.n_latents, shape.d_model),
         "covariance": torch.zeros(shape.d_model, shape.d_model),
-        "tokens": torch.zeros(1, dtype=torch.float64),
+        "batches": torch.zeros(1),
     }
     measured = zeros | {"b_pre": centre.b_pre}
     return {name: Parameter(tensor, trained=False) for name, tensor in measured.items()}
@@ -42,9 +42,8 @@ def losses(params: Params, forward: Forward, target: Tensor, settings: Settings,
 @torch.no_grad()
 def _with(params: Params, x: Tensor) -> dict[str, Tensor]:
     """Mean, covariance and components with the tokens x [batch, d_model] (the update of Chan et al. for a batch)."""
-    before = params["tokens"]
-    tokens = before + len(x)
-    share = (len(x) / tokens).to(x.dtype)
+    before = params["batches"]
+    share = 1 / (before + 1)  # batches are of one size
     # b_pre starts as the geometric median, which counts for no token.
     old_mean = torch.where(before > 0, params["b_pre"], 0.0)
     new_mean = x.mean(dim=0)
@@ -55,7 +54,8 @@ def _with(params: Params, x: Tensor) -> dict[str, Tensor]:
     both = torch.stack([components, -components], dim=1).flatten(0, 1)[: len(params["W_dec"])]
     W_dec = torch.zeros_like(params["W_dec"])
     W_dec[: len(both)] = both
-    return {"W_dec": W_dec, "covariance": covariance, "tokens": tokens, "b_pre": torch.lerp(old_mean, new_mean, share)}
+    mean = torch.lerp(old_mean, new_mean, share)
+    return {"W_dec": W_dec, "covariance": covariance, "batches": before + 1, "b_pre": mean}
 
 
 def flops(shape: Shape, settings: Settings, worked: Worked) -> Flops:

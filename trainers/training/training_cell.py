@@ -133,7 +133,7 @@ class TrainingCell:
             "worked": self.worked.read()._asdict(),
             "train": [self._train_sum, self._train_steps],
             "curve": [row._asdict() for row in self.curve],
-            "controller": self.controller.state(),
+            "controller": self.controller.state._asdict(),
         }
 
     def restore(self, tensors: Mapping[str, np.ndarray], state: Mapping[str, Any]) -> None:
