@@ -4,6 +4,7 @@ It has tensors [batch, n_latents] for a whole batch, so it is for small SAEs and
 """
 
 from collections.abc import Mapping
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
@@ -21,18 +22,19 @@ from saescale.trainers.architectures.architecture import (
     Step,
     Update,
     Worked,
+    unit_rows,
 )
 from saescale.trainers.kernels.choose import KernelKind
 from saescale.trainers.kernels.eager import adam_rows
 from saescale.trainers.mesh.mesh import Mesh
 from saescale.trainers.precision import Precision
+from saescale.trainers.preprocess import Centre
 
 CHUNK_ENTRIES = 2**23  # of [rows, n_latents] that a forward pass makes at a time where no gradient is asked for
 _FLOAT = 4
-# Tensors [batch, n_latents] that live at the same time: those of the forward pass and of the losses, which autograd
-# keeps, and their gradients; without a gradient those of the forward pass. Measured: 5 and 5 with the example of
-# README.md, 6 with TopK's reference and its AuxK and Multi-TopK losses.
-_LIVE, _LIVE_FORWARD = 7, 6
+# Tensors [batch, n_latents] that live beside those that autograd keeps: what a forward pass makes on its way, and
+# gradients; and those of a forward pass without a gradient. Measured: up to 3, and 5 with TopK's reference.
+_BESIDE, _LIVE_FORWARD = 4, 6
 
 
 class DenseGradient(NamedTuple):
@@ -99,13 +101,39 @@ class DenseStep:
         self, shape: Shape, settings: Any, batch: int, precision: Precision, kernels: KernelKind
     ) -> float:
         gradients = 2 * shape.n_latents * shape.d_model * _FLOAT
-        return _FLOAT * batch * (_LIVE * shape.n_latents + 4 * shape.d_model) + gradients
+        live = _BESIDE + _kept(self.architecture, shape.n_latents, settings)
+        # Rows of the batch that an architecture may be calibrated on stay until the next.
+        return _FLOAT * batch * (live * shape.n_latents + 6 * shape.d_model) + gradients
 
     def evaluation_bytes(
         self, shape: Shape, settings: Any, batch: int, precision: Precision, kernels: KernelKind
     ) -> float:
         entries = min(batch * shape.n_latents, max(CHUNK_ENTRIES, shape.n_latents))
         return _FLOAT * (_LIVE_FORWARD * entries + 4 * batch * shape.d_model)
+
+
+@lru_cache(maxsize=4096)
+def _kept(architecture: Architecture, n_latents: int, settings: Any) -> float:
+    """How many float32 tensors [batch, n_latents] autograd keeps of a batch: counted on a small one."""
+    d_model, rows = 8, 2
+    made = architecture.parameters(Shape(d_model, n_latents), settings, Centre(torch.zeros(d_model), 1.0), 0)
+    params = {name: parameter.data.requires_grad_() for name, parameter in made.items()}
+    known, kept = {tensor.untyped_storage().data_ptr() for tensor in params.values()}, dict[int, int]()
+
+    def count(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in known:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    dead = torch.zeros(n_latents, dtype=torch.bool)
+    dead[: n_latents // 2] = True
+    x = unit_rows(rows, d_model, torch.Generator().manual_seed(0))
+    with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):
+        forward = getattr(architecture, "training_forward", architecture.forward)(params, x, settings)
+        losses = architecture.losses(params, forward, x, settings, State(1.0, dead, 0.5, 1.0))
+    del losses, forward
+    return sum(kept.values()) / (_FLOAT * rows * n_latents)
 
 
 def _gradients(total: Tensor, params: Params) -> dict[str, Tensor]:
