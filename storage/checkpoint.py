@@ -27,6 +27,7 @@ from saescale.storage.documents import CHECKSUM, checksum, read_model
 from saescale.storage.errors import Damaged, SaescaleError, SaescaleWarning, Superseded, one_line
 
 _FORMAT = 1
+_LONGEST_HEADER = 100_000_000  # bytes; that of the format itself
 POINTER = "latest.json"  # of no turn: of version 0.1.0, and of a folder that nobody else writes
 KEPT = 2
 _POINTER = re.compile(r"latest(?:-(\d+))?\.json")
@@ -283,6 +284,8 @@ def read_header(file: BinaryIO, size: int, where: str) -> tuple[dict[str, Any], 
     length = int.from_bytes(file.read(8), "little")
     if size < 8:
         raise Damaged(f"{where} is truncated: {size} bytes", where)
+    if length > _LONGEST_HEADER:
+        raise Damaged(f"{where} is no safetensors file, or damaged at its beginning", where)
     if length > size - 8:
         raise Damaged(f"{where} is truncated: {size:,} bytes, of which its header alone would be {length:,}", where)
     try:

@@ -103,7 +103,7 @@ def test_files_that_hold_no_sae(tmp_path: Path) -> None:
     with pytest.raises(SaescaleError, match="there is no SAE at"):
         native.read(str(tmp_path))
     (tmp_path / "sae.safetensors").write_bytes(b"no such thing")
-    with pytest.raises(SaescaleError, match="not an SAE written by saescale"):
+    with pytest.raises(SaescaleError, match="is no safetensors file"):
         native.read(str(tmp_path))
     good = next((OLD_RUN / "cells").iterdir()) / "sae.safetensors"
     other = good.read_bytes().replace(b'\\"activation\\":\\"topk\\"', b'\\"activation\\":\\"tpok\\"')

@@ -162,7 +162,7 @@ def test_export_and_import_give_the_same_file(run: RunDirectory) -> None:
     for arguments, words in (
         (["export", "nowhere", "--out", "x"], "no SAE at nowhere"),
         (["export", cell, "--format", "natve", "--out", "x"], "did you mean native"),
-        (["import", "store/manifest.json", "--out", "x"], "cannot read store/manifest.json"),
+        (["import", "store/manifest.json", "--out", "x"], "no SAE at store/manifest.json"),
     ):
         result = CliRunner().invoke(app, arguments)
         assert isinstance(result.exception, SaescaleError)

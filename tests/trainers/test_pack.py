@@ -143,7 +143,7 @@ def test_a_stopped_pack_goes_on_to_the_same_bits(
     calls = iter(range(10**6))
     stopped = train_pack(job(cells, sparse_store, str(tmp_path / "b")), should_stop=lambda: next(calls) == 9)
     assert stopped.stopped
-    assert checkpoint.steps(RunDirectory(str(tmp_path / "b")).checkpoint_url(cells[0].cell_id)) == [10]
+    assert checkpoint.steps(RunDirectory(str(tmp_path / "b")).checkpoint_url(cells[0].cell_id)) == [9]
     resumed = train_pack(job(cells, sparse_store, str(tmp_path / "b")))
     assert comparable(resumed) == comparable(undisturbed)
     for cell in cells:
@@ -231,6 +231,7 @@ def test_checkpoints_without_one_order_of_the_data_are_not_used(
     train_pack(job(cells, sparse_store, str(tmp_path / "b")), should_stop=lambda: next(calls) == 9)
     pointer = Path(RunDirectory(str(tmp_path / "b")).checkpoint_url(cells[1].cell_id)) / "latest-00001.json"
     content = json.loads(pointer.read_text())
+    del content["checksum"]  # as a pointer of an earlier version has none
     for generation in content["generations"]:
         stream = generation["meta"].pop("stream")
         if position is not None:

@@ -391,6 +391,7 @@ logger.close()
 
 def test_how_to_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WANDB_BASE_URL", "http://wandb.example")
+    (tmp_path / "my runs" / "wandb").mkdir(parents=True)
     line = how_to_read("offline", str(tmp_path / "my runs"), OFFLINE, "sweep")
     assert f"wandb leet '{tmp_path}/my runs/wandb'`" in line
     assert f"wandb sync '{tmp_path}/my runs/wandb'/offline-run-*`" in line

@@ -57,7 +57,7 @@ def check_summary(server: WandbServer) -> None:
     opened = server.runs()[SUMMARY]
     assert (opened["groupName"], opened["jobType"], opened["displayName"]) == ("sweep", "summary", "sweep summary")
     assert server.config(SUMMARY)["laws"] == {"n_k": "L = ...", "c": "L = a C^b"}
-    assert server.config(SUMMARY)["store"] == "s3://bucket/store"
+    assert server.config(SUMMARY)["store"] == "s3://***@bucket/store"
 
     logged: dict[str, Any] = {}
     for line in server.streamed(SUMMARY, "wandb-history.jsonl"):

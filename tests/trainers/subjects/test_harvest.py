@@ -336,7 +336,7 @@ def test_what_needs_no_subject_is_found_before_it_is_loaded(
         ({"corpus": f"{tmp_path}/mistyped.jsonl"}, "no text file matches"),
         ({"corpus": f"{tmp_path}/bad.jsonl"}, "no field 'text'"),
         ({"tokens": 100}, "--tokens must be a multiple"),
-        ({"out": f"{tmp_path}/a-file/store"}, "a-file/store.*: Not a directory"),
+        ({"out": f"{tmp_path}/a-file/store"}, "a-file/store .*: it is a file, not a folder"),
         ({"out": "/proc/store"}, "cannot write to /proc/store"),  # where nobody may write, root not either
         ({"out": "s3://no-such-bucket/store"}, "no-such-bucket"),
     ):
