@@ -113,7 +113,7 @@ class DenseStep:
 
 
 @lru_cache(maxsize=4096)
-def _kept(architecture: Architecture, n_latents: int, settings: Any) -> float:
+def _kept(architecture: Any, n_latents: int, settings: Any) -> float:
     """How many float32 tensors [batch, n_latents] autograd keeps of a batch: counted on a small one."""
     d_model, rows = 8, 2
     made = architecture.parameters(Shape(d_model, n_latents), settings, Centre(torch.zeros(d_model), 1.0), 0)
