@@ -3,9 +3,9 @@
 It has tensors [batch, n_latents] for a whole batch, so it is for small SAEs and new ideas, and works in float32.
 """
 
-from collections.abc import Mapping
+from collections.abc import Hashable, Mapping
 from functools import lru_cache
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -101,7 +101,7 @@ class DenseStep:
         self, shape: Shape, settings: Any, batch: int, precision: Precision, kernels: KernelKind
     ) -> float:
         gradients = 2 * shape.n_latents * shape.d_model * _FLOAT
-        live = _BESIDE + _kept(self.architecture, shape.n_latents, settings)
+        live = _BESIDE + _kept(cast(Hashable, self.architecture), shape.n_latents, settings)
         # Rows of the batch that an architecture may be calibrated on stay until the next.
         return _FLOAT * batch * (live * shape.n_latents + 6 * shape.d_model) + gradients
 
