@@ -160,6 +160,13 @@ class Checkpoint(NamedTuple):
             )
 
 
+def read_header(path: Path) -> dict[str, tuple[str, list[int]]]:
+    """Of each tensor of a safetensors file that was checked its type ("F32", "I8", ...) and shape."""
+    with path.open("rb") as file:
+        header = json.loads(file.read(struct.unpack("<Q", file.read(8))[0]))
+    return {name: (each["dtype"], each["shape"]) for name, each in header.items() if name != "__metadata__"}
+
+
 def listed(names: list[str], most: int = 5) -> str:
     """The first names, and how many more there are."""
     more = f" ... and {len(names) - most} more" if len(names) > most else ""

@@ -105,6 +105,22 @@ def with_an_adapter_left(folder: Path) -> None:
     rewrite(folder, lambda found: {**found, "model.layers.0.self_attn.q_proj.lora_A.weight": torch.ones(4, 16)})
 
 
+def added(**weights: torch.Tensor) -> Callable[[Path], None]:
+    """Beside the whole weights these, `__` for `.`."""
+    extra = {name.replace("__", "."): each for name, each in weights.items()}
+    return lambda folder: rewrite(folder, lambda found: {**found, **extra})
+
+
+def in_integers(folder: Path) -> None:
+    name = "model.layers.0.mlp.up_proj.weight"
+    rewrite(folder, lambda found: {**found, name: (found[name] * 100).to(torch.int8)})
+
+
+def in_integers_in_a_pickle(folder: Path) -> None:
+    in_integers(folder)
+    as_pickle(folder)
+
+
 def body(found: Weights) -> Weights:
     """As AutoModel saves it: no head, no prefix."""
     return {name.removeprefix("model."): each for name, each in found.items() if name.startswith("model.")}
@@ -129,6 +145,18 @@ NOT_LOADED: dict[str, tuple[Callable[[Path], None], str]] = {
     ),
     "more layers without a prefix": (body_of_more_layers, r"9 weights of the files have no place .*layers.1."),
     "an adapter that was not merged": (with_an_adapter_left, "1 weights of the files .*q_proj.lora_A.weight"),
+    "another adapter's prefix": (
+        added(base_model__model__model__layers__0__self_attn__q_proj__lora_A__weight=torch.ones(4, 16)),
+        "1 weights of the files .*: base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight;",
+    ),
+    "an adapter of its own": (added(lora__layers__0__q__weight=torch.ones(4, 16)), "1 weights .*: lora.layers.0.q"),
+    "a second copy": (
+        added(module__model__layers__0__self_attn__q_proj__weight=torch.ones(16, 16)),
+        "1 weights of the files .*: module.model.layers.0.self_attn.q_proj.weight;",
+    ),
+    "a bias that is no mask": (added(model__layers__0__self_attn__bias=torch.ones(16)), "1 weights .*0.self_attn.bias"),
+    "integers without a scale": (in_integers, "1 weights are whole numbers .*: model.layers.0.mlp.up_proj.weight;"),
+    "integers in a pickle": (in_integers_in_a_pickle, "1 weights are whole numbers .*: model.layers.0.mlp.up_proj"),
     "another width": (
         lambda folder: configure(folder, hidden_size=32),
         r"another shape .*lm_head.weight \(\[512, 16\] in the files, \[512, 32\] in the model\)",
@@ -149,7 +177,11 @@ def test_heads_and_tables_are_put_aside(folder: Path, fingerprint: str) -> None:
     tables = {
         "model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(4),
         "model.layers.1.attn.masked_bias": torch.ones(1),
+        "model.layers.0.attn.bias": torch.ones(1, 1, 4, 4),
+        "model.layers.1.self_attn.bias": torch.ones(4, 4, dtype=torch.bool),
         "score.weight": torch.ones(2, 16),
+        "value_head.0.weight": torch.ones(1, 16),
+        "vision_model.model.layers.0.self_attn.q_proj.weight": torch.ones(8, 8),
         "v_head.summary.weight": torch.ones(1, 16),
     }
     rewrite(folder, lambda found: {**found, **tables})
