@@ -252,6 +252,17 @@ def nested(folder: Path) -> None:
     shutil.move(folder.parent / "copy", folder / "checkpoint-500")
 
 
+def no_class(folder: Path) -> None:
+    (folder / "tokenizer.json").unlink()
+    (folder / "tokenizer_config.json").write_text("{}")
+
+
+def damaged_pieces(folder: Path) -> None:
+    (folder / "tokenizer.json").unlink()
+    (folder / "tokenizer.model").write_bytes(b"\x00\x01damaged" * 20)
+
+
+NO_VOCABULARY = "the tokenizer in .* holds no vocabulary that can be read; copy tokenizer.json of the model there"
 POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:1\nsize 99\n"
 FILES: dict[str, tuple[Callable[[Path], Any], str]] = {
     "empty": (only, "is empty; give the folder"),
@@ -261,10 +272,12 @@ FILES: dict[str, tuple[Callable[[Path], Any], str]] = {
     "GGUF": (lambda folder: only(folder, **{"model.gguf": ""}), "holds a GGUF file and no config.json"),
     "no weights": (lambda folder: (folder / "model.safetensors").unlink(), "holds no weights .*, but config.json"),
     "no tokenizer": (lambda folder: [p.unlink() for p in folder.glob("tok*")], "holds no tokenizer"),
-    "half a tokenizer": (lambda folder: (folder / "tokenizer.json").unlink(), "the tokenizer in .* cannot be read"),
+    "half a tokenizer": (lambda folder: (folder / "tokenizer.json").unlink(), NO_VOCABULARY),
+    "a tokenizer of no class": (no_class, NO_VOCABULARY),
+    "a damaged tokenizer.model": (damaged_pieces, NO_VOCABULARY),
     "no vocabulary": (
         lambda folder: (folder / "tokenizer.json").write_text("{}"),
-        "the tokenizer in .* cannot be read",
+        r"holds no vocabulary that can be read \('added_tokens'\); copy",
     ),
     "missing shards": (beheaded, r"lacks model-00001-of-\d+.safetensors, model-00002.* of the \d+ files"),
     "no shards": (no_weight_map, "index.json has no weight_map"),
@@ -277,7 +290,7 @@ FILES: dict[str, tuple[Callable[[Path], Any], str]] = {
     "code in a pickle": (code_in_a_pickle, "more than weights and is not read for safety"),
     "cut tokenizer": (
         lambda folder: (folder / "tokenizer.json").write_text('{"ver'),
-        "the tokenizer in .* cannot be read",
+        r"the tokenizer in .* holds no vocabulary that can be read \(Unterminated string",
     ),
     "cut config": (lambda folder: (folder / "config.json").write_text("{"), "config.json is damaged: not JSON"),
     "no type": (lambda folder: (folder / "config.json").write_text("{}"), "names no model_type"),
