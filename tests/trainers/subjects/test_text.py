@@ -10,7 +10,14 @@ import pytest
 
 from saescale.storage import files
 from saescale.storage.errors import SaescaleError
-from saescale.trainers.subjects.text import TXT_CHARACTERS, TXT_CHARACTERS_MOST, Piece, pieces, python_prose
+from saescale.trainers.subjects.text import (
+    TXT_CHARACTERS,
+    TXT_CHARACTERS_MOST,
+    Piece,
+    check_corpus,
+    pieces,
+    python_prose,
+)
 
 # What is said besides is tried in test_corpora.py.
 pytestmark = pytest.mark.filterwarnings("ignore::saescale.storage.errors.SaescaleWarning")
@@ -115,6 +122,32 @@ def test_a_parquet_file_without_text_is_named(tmp_path: Path) -> None:
     pq.write_table(pa.table({"text": pa.array([b"fine", b"\xff"])}), tmp_path / "x.parquet")
     with pytest.raises(SaescaleError, match=r"x\.parquet, row 1 \(from 0\): the text is not UTF-8"):
         list(pieces(str(tmp_path), 0))
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "passed"),
+    [
+        ("empty.jsonl", "", ""),
+        ("blank.txt", " \n\n\t\n", ""),
+        ("blank.csv", "id,text\n1, \n", ""),
+        ("null.jsonl", '{"text": null}\n' * 3, r"; texts that are null, passed over: 3 \(the first: .*, line 1\)"),
+    ],
+)
+def test_a_corpus_without_text_is_told_before_anything_is_loaded(
+    tmp_path: Path, name: str, content: str, passed: str
+) -> None:
+    (tmp_path / name).write_text(content)
+    with pytest.raises(SaescaleError, match=rf"holds no text: 1 file, of empty or blank texts{passed}$"):
+        check_corpus(str(tmp_path))
+    (tmp_path / "y.jsonl").write_text('{"text": "a"}\n{"text": 3}\n')
+    if not name.endswith(".csv"):  # beside .jsonl, what describes it
+        check_corpus(str(tmp_path))  # and reads no further
+
+
+def test_a_parquet_file_of_nulls_is_told_before_anything_is_loaded(tmp_path: Path) -> None:
+    pq.write_table(pa.table({"text": pa.array([None, None], pa.string())}), tmp_path / "x.parquet")
+    with pytest.raises(SaescaleError, match=r"holds no text: 1 file, .*; texts that are null, passed over: 2"):
+        check_corpus(f"{tmp_path}/x.parquet")
 
 
 def test_no_match_is_told_before_anything_is_read(tmp_path: Path) -> None:
