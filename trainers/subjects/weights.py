@@ -23,8 +23,8 @@ from transformers.models.auto.modeling_auto import (
     MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
 )
 
-from saescale.storage.errors import SaescaleError, SaescaleWarning
-from saescale.trainers.subjects.checkpoint import Checkpoint, listed, read_header
+from saescale.storage.errors import SaescaleError, SaescaleWarning, one_line
+from saescale.trainers.subjects.checkpoint import CONFIG, Checkpoint, listed, read_header
 
 # Tables that models make themselves and that older versions of transformers wrote with the weights.
 _TABLE = re.compile(r"(masked_bias|inv_freq|position_ids|causal_mask)$")
@@ -75,6 +75,10 @@ def read_model(folder: Path, dtype: torch.dtype | str, trust_remote_code: bool) 
             f"the weights in {folder} are a damaged pickle, or one that holds more than weights and is not read for "
             "safety; save them as safetensors (model.save_pretrained)"
         ) from error
+    except Exception as error:
+        if fault := _fault_of_config(build, folder, trust_remote_code):
+            raise SaescaleError(f"{folder / CONFIG} cannot be used ({fault})") from error
+        raise
     head = model.base_model_prefix if model.base_model is not model else ""
     missing = sorted(name for name in report["missing_keys"] if not _TABLE.search(name))
     absent = tuple(name for name in missing if head and not name.startswith(f"{head}."))
@@ -142,6 +146,20 @@ def _auto_class(config: Any) -> Any:
     raise SaescaleError(
         f"transformers has no causal language model of the type {config.model_type!r}; a subject is one"
     )
+
+
+def _fault_of_config(build: Any, folder: Path, trust_remote_code: bool) -> str | None:
+    """Why there is no model of that configuration, whatever its weights; None where there is."""
+    config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    try:
+        with torch.device("meta"):
+            build.from_config(config, trust_remote_code=trust_remote_code)
+    except Exception as error:
+        if isinstance(error, KeyError):  # a value that one of transformers' tables lacks
+            keys = [key for key, value in config.to_dict().items() if error.args == (value,)]
+            return f"{keys[0]} is {error}, which transformers does not know" if keys else f"KeyError: {error}"
+        return one_line(error)
+    return None
 
 
 class _Stored(NamedTuple):

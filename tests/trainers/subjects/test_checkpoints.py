@@ -252,6 +252,11 @@ def nested(folder: Path) -> None:
     shutil.move(folder.parent / "copy", folder / "checkpoint-500")
 
 
+def folder_of_weights(folder: Path) -> None:
+    (folder / "model.safetensors").unlink()
+    (folder / "model.safetensors").mkdir()
+
+
 def no_class(folder: Path) -> None:
     (folder / "tokenizer.json").unlink()
     (folder / "tokenizer_config.json").write_text("{}")
@@ -271,6 +276,11 @@ FILES: dict[str, tuple[Callable[[Path], Any], str]] = {
     "a checkpoint below": (nested, "holds no config.json; did you mean hf:.*/checkpoint-500"),
     "GGUF": (lambda folder: only(folder, **{"model.gguf": ""}), "holds a GGUF file and no config.json"),
     "no weights": (lambda folder: (folder / "model.safetensors").unlink(), "holds no weights .*, but config.json"),
+    "a folder of weights": (folder_of_weights, r"model.safetensors is a folder where a file with weights should be"),
+    "weights of Mistral's own": (
+        lambda folder: (folder / "model.safetensors").rename(folder / "consolidated.safetensors"),
+        r"does not read \(consolidated.safetensors\); give the model.safetensors",
+    ),
     "no tokenizer": (lambda folder: [p.unlink() for p in folder.glob("tok*")], "holds no tokenizer"),
     "half a tokenizer": (lambda folder: (folder / "tokenizer.json").unlink(), NO_VOCABULARY),
     "a tokenizer of no class": (no_class, NO_VOCABULARY),
@@ -300,6 +310,10 @@ FILES: dict[str, tuple[Callable[[Path], Any], str]] = {
     "quantised": (
         lambda folder: configure(folder, quantization_config={"quant_method": "gptq", "bits": 4}),
         "GPTQ quantized model requires",
+    ),
+    "unknown activation": (
+        lambda folder: configure(folder, hidden_act="nonsense"),
+        r"config.json cannot be used \(hidden_act is 'nonsense', which transformers does not know\)",
     ),
     "wrong number": (lambda folder: configure(folder, num_hidden_layers="three"), "config.json cannot be used"),
 }
