@@ -191,7 +191,8 @@ def _stored(folder: Path) -> dict[str, _Stored]:
 def _whole_numbers(model: Any, head: str, stored: dict[str, _Stored]) -> list[str]:
     """Weights that the files hold as integers and the model as floats: without their scale they say nothing."""
     floats = {name.removeprefix(f"{head}.") for name, each in model.named_parameters() if each.is_floating_point()}
-    return sorted(name for name, each in stored.items() if each.integers and name.removeprefix(f"{head}.") in floats)
+    whole = [name for name, each in stored.items() if each.integers or each.truths]
+    return sorted(name for name in whole if name.removeprefix(f"{head}.") in floats)
 
 
 def _is_aside(name: str, model: Any, head: str, stored: dict[str, _Stored]) -> bool:

@@ -113,7 +113,8 @@ def added(**weights: torch.Tensor) -> Callable[[Path], None]:
 
 def in_integers(folder: Path) -> None:
     name = "model.layers.0.mlp.up_proj.weight"
-    rewrite(folder, lambda found: {**found, name: (found[name] * 100).to(torch.int8)})
+    norm = "model.norm.weight"
+    rewrite(folder, lambda found: {**found, name: (found[name] * 100).to(torch.int8), norm: found[norm] > 0})
 
 
 def in_integers_in_a_pickle(folder: Path) -> None:
@@ -155,8 +156,11 @@ NOT_LOADED: dict[str, tuple[Callable[[Path], None], str]] = {
         "1 weights of the files .*: module.model.layers.0.self_attn.q_proj.weight;",
     ),
     "a bias that is no mask": (added(model__layers__0__self_attn__bias=torch.ones(16)), "1 weights .*0.self_attn.bias"),
-    "integers without a scale": (in_integers, "1 weights are whole numbers .*: model.layers.0.mlp.up_proj.weight;"),
-    "integers in a pickle": (in_integers_in_a_pickle, "1 weights are whole numbers .*: model.layers.0.mlp.up_proj"),
+    "integers without a scale": (
+        in_integers,
+        "2 weights are whole numbers .*: model.layers.0.mlp.up_proj.weight, model.norm",
+    ),
+    "integers in a pickle": (in_integers_in_a_pickle, "2 weights are whole numbers .*: model.layers.0.mlp.up_proj"),
     "another width": (
         lambda folder: configure(folder, hidden_size=32),
         r"another shape .*lm_head.weight \(\[512, 16\] in the files, \[512, 32\] in the model\)",
