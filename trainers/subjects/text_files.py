@@ -76,7 +76,7 @@ def _of_hub(corpus: str) -> str:
     """What to do about what may be the name of a data set."""
     if not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", corpus) or _format(corpus):
         return ""
-    return f"; of a data set of the Hugging Face hub download the files, or give hf://datasets/{corpus}/**/*.parquet"
+    return f"; of a data set of the Hugging Face hub download the files, or give 'hf://datasets/{corpus}/**/*.parquet'"
 
 
 def _candidates(fs: AbstractFileSystem, path: str, odd: Odd) -> list[str]:

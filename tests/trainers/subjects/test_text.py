@@ -155,7 +155,7 @@ def test_a_parquet_file_of_nulls_is_told_before_anything_is_loaded(tmp_path: Pat
 
 def test_the_name_of_a_data_set_is_no_path(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(SaescaleError, match=r"hub download the files, or give hf://datasets/org/some-name\.v1/\*\*/"):
+    with pytest.raises(SaescaleError, match=r"hub download the files, or give 'hf://datasets/org/some-name\.v1/\*\*/"):
         check_corpus("org/some-name.v1")
     for path in ("here/x.jsonl", "a/b/c", "/org/name", "org"):
         with pytest.raises(SaescaleError, match=r"or 'python-prose'$"):
