@@ -26,11 +26,13 @@ from saescale.trainers.cell import Cell, EvalSpec
 from saescale.trainers.exchange import native
 from saescale.trainers.preprocess import Centre, normalise, to_tensor
 from saescale.trainers.training.controller import FOUND_AT, Controller
+from saescale.trainers.training.memory import StreamSize, pack_memory
 from saescale.trainers.training.train import PackJob, train_pack
 from tests.trainers.synthetic import D_MODEL
 
 MakeCell = Callable[..., Cell]
 SHAPE = Shape(6, 24)
+CENTRE = Centre(torch.zeros(D_MODEL), 1.0)
 VARIANCE, COEFFICIENT = 0.37, 0.05
 # Whose made-up gradients (straight-through) are no derivative of the loss, and who has none at all.
 MADE_UP = {"prolu": ("W_enc", "b_enc", "b_pre"), "jumprelu": ("threshold",)}
@@ -300,10 +302,19 @@ def test_it_trains_and_what_is_not_trained_stays(
 
     frozen = {"frozen_decoder": ["W_dec"], "frozen_encoder": ["W_enc", "b_enc"]}.get(name, [])
     start: dict[str, Parameter] = find_architecture(name).parameters(
-        Shape(D_MODEL, 64), cell.whole_settings, Centre(torch.zeros(D_MODEL), 1.0), cell.seed
+        Shape(D_MODEL, 64), cell.whole_settings, CENTRE, cell.seed
     )
     for parameter in set(start) & {"W_dec", "W_enc", "b_enc"}:
         assert torch.equal(sae.params[parameter], start[parameter].data) == (parameter in frozen)
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES.names())
+def test_plans_know_its_parameters(name: str, make_cell: MakeCell) -> None:
+    """Of an SAE that is not made for it, also where few latents could not have its settings."""
+    cell = make_cell(architecture=name, n_latents=512, k=16)
+    made = find_architecture(name).parameters(Shape(D_MODEL, 512), cell.whole_settings, CENTRE, 0)
+    held = pack_memory([cell], 256, StreamSize(256, 1_024)).held
+    assert held >= 16 * sum(parameter.data.numel() for parameter in made.values()) > 0.98 * (held - 8 * 512)
 
 
 def test_experts_that_do_not_divide_the_latents_are_refused(make_cell: MakeCell) -> None:
