@@ -95,6 +95,7 @@ _COLUMNS = (
            decimals=1),
     Column("device", _TEXT, _RESULTS, "Kind of device", role="time"),
     Column("tokens_per_s", _REAL, _CURVES, "Tokens per second", unit="tokens/s", role="time", panel="Throughput"),
+    Column("coefficient", _REAL, _BOTH, "Coefficient of the sparsity penalty", panel="Latents"),
     Column("status", _TEXT, _RESULTS, "Status"),
     Column("error", _TEXT, _RESULTS, "Error"),
 )  # fmt: skip
@@ -134,6 +135,7 @@ class CurveRow(NamedTuple):
     dead_fraction_long: float
     lr: float
     tokens_per_s: float
+    coefficient: float | None = None  # of the sparsity penalty, of architectures that have one
 
 
 def folded(name: str) -> str:

@@ -87,6 +87,7 @@ class Cell(BaseModel):
     def _check(self) -> Self:
         if self.k > self.n_latents:
             raise ValueError(f"k={self.k} is larger than n_latents={self.n_latents}: an SAE needs k <= n_latents")
+        self.whole_settings.check(self.n_latents)
         if self.precision == "bf16" and not traits_of(self.architecture).bf16:
             raise ValueError(f"{self.architecture} has no fast path, which is what bf16 is for: set precision to fp32")
         if self.tokens % self.batch_tokens:

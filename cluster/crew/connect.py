@@ -3,7 +3,6 @@
 import logging
 import os
 import signal
-import socket
 import threading
 import time
 from typing import Any
@@ -12,9 +11,11 @@ import ray
 
 from saescale.cluster.crew import local_ray
 from saescale.cluster.crew.head import joining
-from saescale.cluster.crew.probe import PATIENCE_S, Answer, ask
+from saescale.cluster.crew.probe import PATIENCE_S, Answer, ask, silence
 from saescale.cluster.crew.token import has_to_send_one, has_token, refused, use_token
+from saescale.storage import watched
 from saescale.storage.errors import SaescaleError, one_line
+from saescale.storage.waiting import waiting
 
 _ANSWER_S = 10.0
 _LOOK = "check the address and that the cluster is up (`ray status`)"
@@ -50,6 +51,7 @@ def connect(address: str | None) -> None:
 def disconnect() -> None:
     """Leaves the cluster; ends a local Ray, of which nothing stays behind."""
     ray.shutdown()
+    watched.tell(cluster=None)  # what ends this process from now on is not Ray
     local_ray.remove_folder()
 
 
@@ -58,9 +60,10 @@ def _join(wanted: str, options: dict[str, Any]) -> None:
     _require_address(address)
     _reach(address)
     # Ray would end this process for want of a token.
-    answer = Answer("token") if has_to_send_one() and not has_token() else ask(address)
-    if answer.verdict == "token" and use_token():
-        answer = ask(address)
+    with waiting(f"an answer of the Ray cluster at {address}"):
+        answer = Answer("token") if has_to_send_one() and not has_token() else ask(address)
+        if answer.verdict == "token" and use_token():
+            answer = ask(address)
     if answer.verdict != "cluster":
         raise _refusal(address, answer)
     began = time.monotonic()
@@ -126,11 +129,10 @@ def _answers(address: str) -> bool:
 def _reach(address: str) -> None:
     """Ray itself asks for minutes on end at an address where nothing answers."""
     host, _, port = address.rpartition(":")
-    try:
-        socket.create_connection((host.strip("[]"), int(port)), timeout=_ANSWER_S).close()
-    except (OSError, UnicodeError) as error:
-        reason = "no answer" if isinstance(error, TimeoutError) else one_line(error)
-        raise SaescaleError(f"could not reach the Ray cluster at {address}: {reason}; {_LOOK}") from error
+    with waiting(f"an answer of the Ray cluster at {address}"):
+        reason = silence(host, int(port), _ANSWER_S)
+    if reason is not None:
+        raise SaescaleError(f"could not reach the Ray cluster at {address}: {reason}; {_LOOK}")
 
 
 def _refusal(address: str, answer: Answer) -> SaescaleError:

@@ -4,7 +4,6 @@ When it is gone Ray waits for it without a word, and then ends this process wher
 ends it at once. Said before that by `HeadWatch`, and after it by the process beside this one (front/supervise.py).
 """
 
-import socket
 import threading
 import time
 from collections.abc import Iterator, Mapping
@@ -13,6 +12,7 @@ from typing import Any
 
 import ray
 
+from saescale.cluster.crew.probe import silence
 from saescale.storage import watched
 from saescale.storage.errors import SaescaleError, one_line
 from saescale.storage.waiting import Wait, hear, waiting
@@ -54,10 +54,13 @@ def free() -> dict[str, float]:
 
 def finds_no_room(claim: Mapping[str, float]) -> bool:
     """Whether somebody asks in vain for what `claim` says ("CPU", "GPU"): what only starts has its share already."""
-    from ray.autoscaler.v2.sdk import get_cluster_status
-
     with _asking():
-        asked = get_cluster_status(ray.get_runtime_context().gcs_address).resource_demands.ray_task_actor_demand
+        try:
+            from ray.autoscaler.v2.sdk import get_cluster_status
+
+            asked = get_cluster_status(ray.get_runtime_context().gcs_address).resource_demands.ray_task_actor_demand
+        except (ImportError, AttributeError, TypeError, ValueError, RuntimeError, TimeoutError):
+            return False  # the interface may be another in other versions of Ray; a wait is said without it
     wanted = {name: share for name, share in claim.items() if share}
     return any(dict(request.bundle) == wanted for demand in asked for request in demand.bundles_by_count)
 
@@ -101,6 +104,7 @@ class HeadWatch:
 
     def __init__(self, address: str) -> None:
         self._address = address
+        self._host, self._port = address.rpartition(":")[0], int(address.rpartition(":")[2])
         self._silent: float | None = None  # since when, in time.time()
         self._over = threading.Event()
         self._thread = threading.Thread(target=self._look, name="saescale-head", daemon=True)
@@ -119,20 +123,10 @@ class HeadWatch:
 
     def _look(self) -> None:
         while not self._over.wait(LOOK_S):
-            if answers(self._address):
+            if silence(self._host, self._port, _ANSWER_S) is None:
                 self._silent = None
                 hear("head", [])
             else:
                 self._silent = self._silent or time.time()
                 wait = Wait(_answer_of(self._address), self._silent, self._silent + GIVES_UP_S)
                 hear("head", [wait])
-
-
-def answers(address: str) -> bool:
-    """Whether anybody listens at HOST:PORT."""
-    host, _, port = address.rpartition(":")
-    try:
-        socket.create_connection((host.strip("[]"), int(port)), timeout=_ANSWER_S).close()
-    except OSError:
-        return False
-    return True

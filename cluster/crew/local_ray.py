@@ -15,6 +15,7 @@ from typing import Any
 import ray
 
 from saescale.cluster.crew.token import has_token, home_token
+from saescale.storage import watched
 from saescale.storage.errors import SaescaleError, SaescaleWarning, one_line
 
 START_S = 120.0  # for Ray's processes to come up
@@ -43,6 +44,7 @@ def start(options: dict[str, Any]) -> None:
     _prepare()
     for again in (False, True):
         folder, began = _new_folder(), time.monotonic()
+        watched.tell(ray_folder=folder)  # which removes it where this process no longer can
         try:
             with _patience(folder):
                 # Without an address Ray would join any cluster that happens to run on this machine.
@@ -82,6 +84,7 @@ def remove_folder() -> None:
                 break
             time.sleep(0.1)
         _folder = None
+        watched.tell(ray_folder=None)
 
 
 def _prepare() -> None:

@@ -5,11 +5,17 @@ minute, for some answers without an end, and writes about it on the console from
 """
 
 import json
+import select
+import socket
 import subprocess
 import sys
 from typing import Literal, NamedTuple
 
+# Nothing of saescale: as a script this file need not find it.
+
 PATIENCE_S = 15.0
+_START_S = 60.0  # for that process to come up, which on a busy machine takes long and says nothing of the cluster
+_READY = "ready"
 
 Verdict = Literal["cluster", "elsewhere", "token", "silent", "other"]
 
@@ -25,16 +31,30 @@ class Answer(NamedTuple):
 def ask(address: str) -> Answer:
     """What answers at `address`, HOST:PORT, within PATIENCE_S."""
     command = [sys.executable, "-P", __file__, address]
-    try:
-        done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, timeout=PATIENCE_S)
-    except subprocess.TimeoutExpired:
-        return Answer("silent")
-    lines = done.stdout.decode(errors="replace").splitlines()
+    piped = subprocess.PIPE
+    with subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=piped, stderr=piped) as process:
+        assert process.stdout is not None
+        try:
+            select.select([process.stdout], [], [], _START_S)
+            out, errors = process.communicate(timeout=PATIENCE_S)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            return Answer("silent")
+    lines = out.decode(errors="replace").splitlines()
     try:
         return Answer(*json.loads(lines[-1]))
     except (IndexError, ValueError, TypeError):
-        said = done.stderr.decode(errors="replace").strip().splitlines() or ["nothing"]
+        said = errors.decode(errors="replace").strip().splitlines() or ["nothing"]
         return Answer("other", said[-1][-300:])
+
+
+def silence(host: str, port: int, limit_s: float) -> str | None:
+    """Why nobody can be reached at HOST:PORT, in words; None where somebody listens."""
+    try:
+        socket.create_connection((host.strip("[]"), port), timeout=limit_s).close()
+    except (OSError, UnicodeError) as error:
+        return "no answer" if isinstance(error, TimeoutError) else getattr(error, "strerror", None) or str(error)
+    return None
 
 
 def _look(address: str) -> Answer:
@@ -42,6 +62,7 @@ def _look(address: str) -> Answer:
     from ray._private.services import find_node_ids
     from ray._raylet import GcsClient  # type: ignore[attr-defined]
 
+    print(_READY, flush=True)
     try:
         nodes = GcsClient(address=address).get_all_node_info(timeout=PATIENCE_S)
     except getattr(exceptions, "AuthenticationError", ()):

@@ -6,8 +6,11 @@ is explained here, on the console and in the driver's file.
 """
 
 import ctypes
+import faulthandler
 import json
 import os
+import re
+import shutil
 import signal
 import sys
 import tempfile
@@ -25,6 +28,10 @@ SAME_S = 1.0
 LEAVE_S = 5.0  # after its last word, a process that does not end is ended
 _LOOK_S = 0.05
 _PDEATHSIG = 1
+_TAIL = 16_384  # bytes
+# Of Ray's own account of a head that is gone; lines of stacks, which name no cause.
+_OF_HEAD = re.compile(r"WrongClusterID|cluster.?id|GCS|gcs_", re.IGNORECASE)
+_FRAME = re.compile(r"@ +0x|^File |^\*\*\*|^Extension modules|most recent call first|^Fatal Python error|\.so\b")
 _AGAIN = "run the same command again, it goes on from what was saved"
 
 
@@ -84,6 +91,8 @@ def _keep_apart(errors: IO[bytes]) -> None:
     own = os.dup(2)
     os.dup2(errors.fileno(), 2)
     sys.stderr = os.fdopen(own, "w", buffering=1, encoding=theirs.encoding, errors=theirs.errors)
+    # Before Ray does it, for whom the user's stderr would be the place of a crash's stacks.
+    faulthandler.enable(errors, all_threads=False)
 
 
 def _mind_signals_once() -> None:
@@ -154,6 +163,7 @@ class _Watch:
         """The one line about an end without a word, and what a status will say. Returns the exit status."""
         if sys.stdout.isatty():
             print("\x1b[?25h", flush=True)  # the cursor, which a progress display hides
+        self._remove(self._facts.get("ray_folder"))
         state, line, status = self._reason(code)
         driver = self._facts.get("driver")
         if driver is not None:
@@ -168,7 +178,7 @@ class _Watch:
         if self._hurried:
             return "stopped", f"ended at once; {_AGAIN}", 130
         cluster, signalled = self._facts.get("cluster"), code < 0
-        if cluster is not None and (not signalled or -code == signal.SIGABRT):
+        if cluster is not None and (not signalled or (-code == signal.SIGABRT and self._names_the_head())):
             if not cluster:
                 return "lost", f"the local Ray is gone; {_AGAIN}", 2
             head = f"the head of the Ray cluster at {cluster} is gone, or was started anew"
@@ -178,12 +188,25 @@ class _Watch:
         last = f"; it last said: {said}" if (said := self._last_line()) else ""
         return "died", f"the process that worked {what}{why}{last}; {_AGAIN}", 2
 
+    def _names_the_head(self) -> bool:
+        return any(_OF_HEAD.search(line) for line in self._last_lines())
+
     def _last_line(self) -> str:
-        if self._errors is None:
-            return ""
-        with suppress(OSError):
-            end = self._errors.seek(0, os.SEEK_END)
-            self._errors.seek(max(0, end - 4096))
-            lines = [line.strip() for line in self._errors.read().decode(errors="replace").splitlines()]
-            return next((line[:200] for line in reversed(lines) if line), "")
-        return ""
+        return next((line[:200] for line in reversed(self._last_lines()) if line and not _FRAME.search(line)), "")
+
+    def _last_lines(self) -> list[str]:
+        """Of what libraries wrote for their makers."""
+        if self._errors is not None:
+            with suppress(OSError):
+                end = self._errors.seek(0, os.SEEK_END)
+                self._errors.seek(max(0, end - _TAIL))
+                return [line.strip() for line in self._errors.read().decode(errors="replace").splitlines()]
+        return []
+
+    def _remove(self, folder: str | None) -> None:
+        """The files of a local Ray, whose processes end with the one that started it, if not at once."""
+        for _ in range(20):
+            if folder is None or not os.path.exists(folder):
+                return
+            shutil.rmtree(folder, ignore_errors=True)
+            time.sleep(_LOOK_S)

@@ -43,8 +43,8 @@ def reach(url: str, address: str) -> None:
     cluster's own port: Ray's client would wait for minutes, or for ever."""
     parts = urlsplit(url)
     assert parts.hostname is not None
+    port = parts.port or (443 if parts.scheme == "https" else 80)
     try:
-        port = parts.port or (443 if parts.scheme == "https" else 80)
         with socket.create_connection((parts.hostname, port), timeout=_CONNECT_S) as connection:
             if parts.scheme == "http" and not _speaks_http(connection, parts.hostname):
                 raise no_dashboard(address)

@@ -15,6 +15,7 @@ from saescale.scaling.words import listed
 
 _RANGE = 8.0
 _DEAD = 0.1
+_MISSED = 0.1
 _TRADED = 0.9
 _WIDE = 0.25
 _SMALL_FLOOR = 0.02
@@ -56,6 +57,14 @@ def data_warnings(results: Table, convergence: Convergence | None) -> list[str]:
             warnings.append(
                 f"{len(rows)} cells have more than {_DEAD:.0%} dead latents ({cells}): their effective N "
                 "is smaller, which flattens the law in N"
+            )
+    if {"l0", "k"} <= set(results.columns):
+        rows = np.flatnonzero(np.abs(results["l0"] / results["k"] - 1) > _MISSED)
+        if len(rows):
+            cells = listed(f"{size_of(results, int(r))}: L0 {results['l0'][r]:.3g}" for r in rows)
+            warnings.append(
+                f"{len(rows)} cells have another number of active latents than k, by more than {_MISSED:.0%} "
+                f"({cells}): at equal k they are not compared at equal sparsity"
             )
     if "n_latents" in results and (rises := _rises(results)):
         warnings.append(

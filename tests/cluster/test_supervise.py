@@ -14,7 +14,7 @@ from saescale.storage.lease import read_driver
 from tests.cluster.command import environment, interruptible
 
 PLAY = """
-import os, signal, sys, time
+import os, signal, sys, tempfile, time
 from saescale.cluster.front import supervise as module
 from saescale.storage import watched
 from saescale.storage.errors import SaescaleError
@@ -31,6 +31,13 @@ def work():
         os._exit(1)
     if what == "abort":
         watched.tell(cluster="10.0.0.1:6379")
+        os.write(2, b"[E] gcs_client.cc: WrongClusterID\\n    @     0x7fe97a85a050 (unknown)\\n")
+        os.abort()
+    if what == "corrupt":
+        folder = tempfile.mkdtemp()
+        watched.tell(cluster="", ray_folder=folder)
+        print(folder, flush=True)
+        os.write(2, b"free(): invalid pointer\\n")
         os.abort()
     if what == "killed":
         os.write(2, b"libsomething: cannot allocate\\n")
@@ -82,6 +89,7 @@ def test_a_head_that_is_gone_is_one_line_and_a_state_of_the_run(tmp_path: Path) 
     [
         ("lease", 2, "error: the local Ray is gone; run the same command again"),
         ("abort", 2, "error: the head of the Ray cluster at 10.0.0.1:6379 is gone"),
+        ("corrupt", 2, "error: the process that worked was killed (SIGABRT); it last said: free(): invalid pointer; "),
         ("killed", 2, "was killed (SIGKILL), maybe since memory ran out; it last said: libsomething: cannot allocate"),
         ("says", 2, "error: disk full"),
         ("hangs", 3, ""),
@@ -90,10 +98,12 @@ def test_a_head_that_is_gone_is_one_line_and_a_state_of_the_run(tmp_path: Path) 
 )
 def test_how_a_process_ended(what: str, status: int, said: str, tmp_path: Path) -> None:
     process = play(what, tmp_path)
-    _, errors = process.communicate(timeout=60)
+    out, errors = process.communicate(timeout=60)
     assert process.returncode == status, errors
     assert said in errors
     assert len(errors.splitlines()) == bool(said)
+    if what == "corrupt":  # what a local Ray left behind
+        assert not Path(out.splitlines()[-1]).exists()
 
 
 def test_with_debug_nothing_is_kept_back(tmp_path: Path) -> None:

@@ -29,6 +29,10 @@ def test_a_good_grid_has_no_warning_about_its_cells(cells: Callable[..., Rows], 
         (lambda rows: [r for r in rows if r["k"] < 64], "k spans only a factor of 4"),
         (lambda rows: [r | {"d_model": 128} for r in rows], "k = 64 is above d_model / 4 = 32"),
         (lambda rows: [rows[0] | {"dead_fraction": 0.4}, *rows[1:]], "N = 512, k = 8: 40%"),
+        (
+            lambda rows: [rows[0] | {"l0": 9.0}, *(r | {"l0": r["k"] * 1.05} for r in rows[1:])],
+            "1 cells .* k = 8: L0 9",
+        ),
         (lambda rows: [*rows[:-1], rows[-1] | {"nmse": 0.9}], r"in these steps: k = 64, N = 2048 to 4096; those"),
     ],
 )

@@ -15,7 +15,7 @@ OLD = Path(__file__).parents[1] / "data" / "run-0.1.0"
 def test_a_point_of_a_curve_has_the_columns_of_curves() -> None:
     assert {"cell_id", *CurveRow._fields} == set(CURVES.names)
     for name, kind in CurveRow.__annotations__.items():
-        assert COLUMNS[name].type == {int: pa.int64(), float: pa.float64()}[kind]
+        assert COLUMNS[name].type == {int: pa.int64(), float: pa.float64(), float | None: pa.float64()}[kind]
 
 
 def test_a_run_of_the_first_version_has_todays_columns() -> None:

@@ -65,10 +65,13 @@ def test_the_prediction_is_within_15_percent_of_the_peak(store: ActivationStore,
 
 @pytest.mark.skipif(not COUNTABLE, reason="counts memory as Linux does")
 @pytest.mark.slow
-def test_a_dense_path_takes_no_more_than_predicted(toy: str, store: ActivationStore, tmp_path: Path) -> None:
+@pytest.mark.parametrize("architecture", ["toy", "hierarchical_topk"])
+def test_a_dense_path_takes_no_more_than_predicted(
+    architecture: str, toy: str, store: ActivationStore, tmp_path: Path
+) -> None:
     """Training is the larger part of one of them, evaluation of the other."""
     cells = [
-        cell(store, n_latents, 4, tokens=4 * batch, batch_tokens=batch, architecture=toy, settings={})
+        cell(store, n_latents, 4, tokens=4 * batch, batch_tokens=batch, architecture=architecture, settings={})
         for n_latents, batch in ((128, 512), (8_192, 1_024), (16_384, 128))
     ]
     jobs = [

@@ -37,6 +37,16 @@ class Settings(BaseModel):
         """Latents that the losses are expected to decode for a token while none is dead, for plans (Cell.flops)."""
         return self.k
 
+    def check(self, n_latents: int) -> None:
+        """Raises ValueError, in one line, where an SAE of that many latents cannot have these settings."""
+
+
+class PenaltySettings(Settings):
+    """Of an architecture whose number of active latents follows from the weight of a penalty."""
+
+    # None: found while it trains, so that k latents are active on average (trainers/training/controller.py).
+    coefficient: float | None = Field(default=None, gt=0)
+
 
 class Shape(NamedTuple):
     d_model: int
@@ -49,6 +59,7 @@ class Parameter(NamedTuple):
     data: Tensor  # float32
     unit_rows: bool = False  # of a matrix: the gradient is projected off its rows, and they are brought to norm 1 again
     betas: tuple[float, float] = (0.9, 0.999)
+    trained: bool = True  # False: it stays as it is, unless `Losses.measured` gives it another value; no average
 
 
 class Forward(NamedTuple):
@@ -63,6 +74,7 @@ class State(NamedTuple):
     variance: float  # c, the fixed normaliser of the squared error (trainers/preprocess.py)
     dead: Tensor  # [n_latents] bool: not active for dead_after_tokens, this batch included
     progress: float = 0.0  # share of the cell's tokens that it has been trained on, 0 to 1
+    coefficient: float = 0.0  # of the penalty, where the settings are PenaltySettings
 
 
 # An int64 scalar stays on its device until somebody reads it, since the host has to wait for that.
@@ -82,6 +94,7 @@ class Losses(NamedTuple):
     total: Tensor  # scalar: what the gradient is of
     parts: Mapping[str, Tensor] = {}  # what else total is made of, by name, each a scalar
     beside: Auxiliary = Auxiliary()
+    measured: Mapping[str, Tensor] = {}  # new values of parameters that are not trained
 
 
 class Worked(NamedTuple):
@@ -121,6 +134,7 @@ class Conditions(NamedTuple):
     variance: float  # as in State
     dead_after_tokens: int
     progress: float = 0.0  # as in State
+    coefficient: float = 0.0  # as in State
 
 
 class Step(NamedTuple):
@@ -130,6 +144,7 @@ class Step(NamedTuple):
     parts: Mapping[str, float | Tensor]  # Losses.parts; a scalar on its device where the host did not wait for it
     gradient: Any  # of Losses.total: whatever `FastStep.update` takes
     worked: Worked
+    active: float | None = None  # mean number of active latents of a token; needed where the settings are a penalty's
 
 
 class Update(NamedTuple):
@@ -200,7 +215,13 @@ class Architecture(Protocol):
         """Where training starts, on the CPU, by name (no dots); `centre` is measured on the data, and the caller's."""
 
     def forward(self, params: Params, x: Tensor, settings: Any) -> Forward:
-        """Of preprocessed x [batch, d_model], in any float dtype."""
+        """Of preprocessed x [batch, d_model], in any float dtype. Of a row it gives the same whatever else is in x."""
+
+    def training_forward(self, params: Params, x: Tensor, settings: Any) -> Forward:
+        """May be left out: what training has in place of `forward`, where that depends on the whole batch."""
+
+    def calibrated(self, params: Params, x: Tensor, settings: Any) -> Mapping[str, Tensor]:
+        """May be left out: averaged parameters, with what is measured with them on the last batch of training."""
 
     def losses(self, params: Params, forward: Forward, target: Tensor, settings: Any, state: State) -> Losses:
         """Of `forward`; `target` [batch, d_model] is x itself unless the source gives another."""

@@ -12,8 +12,8 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from saescale.scaling.compute import Flops, topk_flops
-from saescale.trainers.architectures import architecture
+from saescale.scaling.compute import Flops
+from saescale.trainers.architectures import architecture, parts
 from saescale.trainers.architectures.architecture import (
     Auxiliary,
     Forward,
@@ -23,7 +23,6 @@ from saescale.trainers.architectures.architecture import (
     Shape,
     State,
     Worked,
-    unit_rows,
 )
 from saescale.trainers.architectures.topk_sparse import TopKStep
 from saescale.trainers.preprocess import Centre
@@ -48,35 +47,21 @@ class Settings(architecture.Settings):
 
 
 def parameters(shape: Shape, settings: Settings, centre: Centre, seed: int) -> dict[str, Parameter]:
-    """Random unit decoder rows, tied encoder, b_pre the geometric median of the data.
-
-    The encoder is scaled so that 256 random unit vectors are reconstructed at norm 1 on average (appendix A.1).
-    """
-    generator = torch.Generator().manual_seed(seed)
-    W = unit_rows(shape.n_latents, shape.d_model, generator)
-    probes = unit_rows(256, shape.d_model, generator)
-    # With zero biases the reconstruction is linear in the encoder's scale, so one division sets the norm.
-    norms = (_top_k(probes @ W.T, settings.k).relu() @ W).norm(dim=1)
-    return {
-        "W_enc": Parameter(W / norms.mean()),
-        "b_enc": Parameter(torch.zeros(shape.n_latents)),
-        "W_dec": Parameter(W, unit_rows=True),
-        "b_pre": Parameter(centre.b_pre),
-    }
+    return parts.tied_parameters(shape, centre, seed, lambda pre: parts.top_k(pre, settings.k).relu())
 
 
 def forward(params: Params, x: Tensor, settings: Settings) -> Forward:
-    return _decode(params, (x - params["b_pre"]) @ params["W_enc"].T + params["b_enc"], settings.k)
+    return _decode(params, parts.encode(params, x), settings.k)
 
 
 def losses(params: Params, forward: Forward, target: Tensor, settings: Settings, state: State) -> Losses:
     """main + multi / 8 + auxk_coefficient * auxk: `multi` the squared error with 4k latents, `auxk` see `auxk_loss`."""
-    main = (forward.x_hat - target).square().mean() / state.variance
+    main = parts.normalised(forward.x_hat, target, state.variance)
 
     multi, selected = target.new_zeros(()), 0
     for k, _ in settings.reconstructions(forward.latents.shape[1])[1:]:
         wider = _decode(params, forward.pre_activations, k)
-        multi = (wider.x_hat - target).square().mean() / state.variance
+        multi = parts.normalised(wider.x_hat, target, state.variance)
         selected = int((wider.latents > 0).sum())
 
     error = (target - forward.x_hat).detach()
@@ -107,20 +92,11 @@ def auxk_loss(params: Params, pre: Tensor, error: Tensor, dead: Tensor, k_aux: i
 
 def flops(shape: Shape, settings: Settings, worked: Worked) -> Flops:
     """Of the pairs that were active; AuxK costs something only while latents are dead."""
-    return topk_flops(
-        *shape, **worked._asdict(), reconstructions=len(settings.reconstructions(shape.n_latents))
-    )  # fmt: skip
+    return parts.sparse_flops(shape, worked, len(settings.reconstructions(shape.n_latents)))
 
 
 step = TopKStep()
 
 
 def _decode(params: Params, pre: Tensor, k: int) -> Forward:
-    latents = _top_k(pre, k).relu()
-    return Forward(pre, latents, latents @ params["W_dec"] + params["b_pre"])
-
-
-def _top_k(pre: Tensor, k: int) -> Tensor:
-    """`pre` [batch, n] with all but each row's k largest entries set to zero."""
-    largest = pre.topk(k, dim=-1)
-    return torch.zeros_like(pre).scatter(-1, largest.indices, largest.values)
+    return parts.decode(params, pre, parts.top_k(pre, k).relu())

@@ -22,6 +22,8 @@ from saescale.trainers.harvest.contexts import (
 )
 from saescale.trainers.harvest.spec import HarvestSpec
 
+_LONG_TOKENS = 500  # about 2,000 characters: of documents that are no longer, cutting makes no more
+
 
 class Stretches(NamedTuple):
     """Stretches of documents, one after the other: ids `start` to `start + tokens` of the file of `block` are of
@@ -90,6 +92,7 @@ class Assignment:
         self._have: dict[Split, int] = dict.fromkeys(self._wanted, 0)
         self._seen = 0
         self._document = -1, SPLITS[0]  # the last one, and its split
+        self._equal = 0  # documents that begin like an earlier one
         self._splits: dict[int, Split] = {}  # of every text so far, by the key of its content
         self._taken: dict[Split, list[np.ndarray]] = {split: [] for split in SPLITS}  # columns of Stretches
         self.longest = 0  # ids of a document
@@ -119,6 +122,7 @@ class Assignment:
     def _split_of(self, doc: int, key: int) -> Split | None:
         """Where a piece of a text goes; None where an equal one is on the other side than the rest of its document."""
         if doc != self._document[0]:
+            self._equal += key in self._splits
             self._document = doc, self._splits.get(key) or self._draw(key)
         split = self._document[1]
         return split if self._splits.setdefault(key, split) == split else None
@@ -134,12 +138,15 @@ class Assignment:
         if not self.full():
             have = [f"{split} got {self._have[split]:,} of {self._wanted[split]:,}" for split in SPLITS]
             documents = self._document[0] + 1
-            would_do = self._seen >= sum(self._wanted.values()) and not self._spec.cut_documents
-            cut = ", or cut long ones (--cut-documents 2000)" if would_do else ""
+            equal = f" ({self._equal:,} of them equal to an earlier one)" if self._equal else ""
+            enough = self._seen >= sum(self._wanted.values())
+            long = self._seen > _LONG_TOKENS * documents and not self._spec.cut_documents
+            cut = ", or cut long ones (--cut-documents 2000)" if enough and long else ""
             raise SaescaleError(
                 f"the corpus {self._spec.corpus} is too short: of its {self._seen:,} tokens in {documents:,} "
-                f"document{'s' * (documents != 1)} {' and '.join(have)}. The split is by document, a .txt file is "
-                f"one, and equal texts stay in one split: ask for fewer tokens, give more documents{cut}"
+                f"document{'s' * (documents != 1)}{equal} {' and '.join(have)}. The split is by document, a .txt file "
+                f"is one, and equal texts stay in one split: ask for fewer tokens, give more "
+                f"{'other ' if equal else ''}{'documents' if enough else 'text'}{cut}"
             )
 
     def shards(self) -> Iterator[ShardTokens]:

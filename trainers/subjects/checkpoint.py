@@ -18,6 +18,8 @@ TOKENIZERS = (
 )  # fmt: skip
 SMALL_FILES = (*TOKENIZERS, "*.json", "*.txt", "*.model", "*.jinja", "*.py", "*.bpe")
 
+# Weights as other programs name and lay them out: Mistral's and Meta's own, Flax, TensorFlow, llama.cpp.
+_NOT_TRANSFORMERS = ("consolidated*", "*.pth", "*.msgpack", "*.h5", "*.gguf")
 _LFS = b"version https://git-lfs.github.com/spec"
 _HEADER_BYTES_MOST = 100_000_000  # what safetensors takes
 
@@ -56,10 +58,7 @@ class Checkpoint(NamedTuple):
         """Raises SaescaleError unless all files with weights are there, each as long as its header says."""
         names = self.weight_files()
         if not names:
-            raise self.refusal(
-                f"{self.folder} holds no weights (model.safetensors or pytorch_model.bin, or an index of several "
-                f"files), but {listed(self._names())}"
-            )
+            raise self.refusal(self._without_weights())
         if missing := [name for name in names if not (self.folder / name).is_file()]:
             raise self.refusal(
                 f"{self.folder} lacks {listed(missing)} of the {len(names)} files with weights that its index names; "
@@ -107,6 +106,21 @@ class Checkpoint(NamedTuple):
         below += sorted(path.parent for path in self.folder.glob("snapshots/*/config.json"))
         hint = f"did you mean hf:{below[-1]}?" if below else "give the folder that save_pretrained wrote"
         return f"{self.folder} holds no {CONFIG}; {hint}"
+
+    def _without_weights(self) -> str:
+        names = self._names()
+        for name in WEIGHTS:
+            if (self.folder / name).is_dir():
+                return f"{self.folder / name} is a folder where a file with weights should be; put the file there"
+        if own := [name for name in names if any(fnmatch(name, pattern) for pattern in _NOT_TRANSFORMERS)]:
+            return (
+                f"{self.folder} holds weights in a format that transformers does not read ({listed(own)}); give the "
+                "model.safetensors, or model-*.safetensors with their index, of the same model"
+            )
+        return (
+            f"{self.folder} holds no weights (model.safetensors or pytorch_model.bin, or an index of several files), "
+            f"but {listed(names)}"
+        )
 
     def _read_json(self, name: str) -> dict[str, Any]:
         self._refuse_pointer(name)
@@ -158,6 +172,13 @@ class Checkpoint(NamedTuple):
             raise self.refusal(
                 f"{path} is {fault}: {size:,} bytes, {wanted:,} by its header; copy or download it again"
             )
+
+
+def read_header(path: Path) -> dict[str, tuple[str, list[int]]]:
+    """Of each tensor of a safetensors file that was checked its type ("F32", "I8", ...) and shape."""
+    with path.open("rb") as file:
+        header = json.loads(file.read(struct.unpack("<Q", file.read(8))[0]))
+    return {name: (each["dtype"], each["shape"]) for name, each in header.items() if name != "__metadata__"}
 
 
 def listed(names: list[str], most: int = 5) -> str:

@@ -200,11 +200,18 @@ def compute_dtype(choice: str, device: torch.device) -> torch.dtype:
 
 def read_tokenizer(source: Path, trust_remote_code: bool) -> Any:
     """The tokenizer in the folder `source`. Raises SaescaleError where it knows no word."""
-    tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=trust_remote_code)
+    none = f"the tokenizer in {source} holds no vocabulary that can be read"
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=trust_remote_code)
+    except Exception as error:  # that of the library of tokenizers is of no class of its own
+        said = one_line(error)
+        if isinstance(error, OSError | ImportError) or "trust_remote_code" in said or is_out_of_memory(error):
+            raise
+        # Where it can make nothing of the files, transformers asks for packages that would not help.
+        why = "" if "backend tokenizer" in said or "tiktoken" in said else f" ({_shortened(said)})"
+        raise SaescaleError(f"{none}{why}; copy tokenizer.json of the model there") from error
     if len(tokenizer) <= len(tokenizer.all_special_ids):
-        raise SaescaleError(
-            f"the tokenizer in {source} has no vocabulary; copy tokenizer.json or the vocab files there"
-        )
+        raise SaescaleError(f"{none}; copy tokenizer.json of the model there")
     return tokenizer
 
 

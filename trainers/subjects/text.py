@@ -13,7 +13,7 @@ from typing import NamedTuple
 import numpy as np
 import xxhash
 
-from saescale.storage.errors import SaescaleWarning
+from saescale.storage.errors import SaescaleError, SaescaleWarning
 from saescale.trainers.subjects.text_files import find_files
 from saescale.trainers.subjects.text_formats import Odd
 
@@ -56,10 +56,16 @@ def pieces(corpus: str, seed: int, column: str = TEXT_COLUMN, cut: int | None = 
 
 
 def check_corpus(corpus: str, column: str = TEXT_COLUMN) -> None:
-    """Raises what `pieces` raises for files that are not there, and for the first text. Reads no more than that."""
-    if corpus != PYTHON_PROSE:
-        odd = Odd()
-        next(find_files(corpus, odd).fragments(column, odd), None)
+    """Raises what `pieces` raises for files that are not there, and up to the first text, and SaescaleError where there
+    is none. Reads no more than that."""
+    if corpus == PYTHON_PROSE:
+        return
+    odd = Odd()
+    found = find_files(corpus, odd)
+    if not any(text.strip() for _, text in found.fragments(column, odd)):
+        files = f"{len(found.paths)} file{'s' * (len(found.paths) != 1)}"
+        passed = "".join(f"; {line}" for line in odd.said())
+        raise SaescaleError(f"the corpus {corpus} holds no text: {files}, of empty or blank texts{passed}")
 
 
 def content_key(text: str) -> int:

@@ -4,6 +4,7 @@ import bz2
 import gzip
 import io
 import lzma
+import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, BinaryIO, NamedTuple, cast
@@ -62,13 +63,20 @@ def find_files(corpus: str, odd: Odd) -> Files:
     if not found:
         raise SaescaleError(
             f"no text file matches the corpus {corpus!r}: give a path, pattern, folder or URL of "
-            f"{', '.join(FORMATS + OTHER_FORMATS)} files, or 'python-prose'"
+            f"{', '.join(FORMATS + OTHER_FORMATS)} files, or 'python-prose'{_of_hub(corpus)}"
         )
     for name in found:
         if _format(name) is None:
             known = ", ".join(FORMATS + OTHER_FORMATS)
             raise SaescaleError(f"{name}: no format of a corpus: it must be {known}, or such a file with .gz")
     return Files(fs, found)
+
+
+def _of_hub(corpus: str) -> str:
+    """What to do about what may be the name of a data set."""
+    if not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", corpus) or _format(corpus):
+        return ""
+    return f"; of a data set of the Hugging Face hub download the files, or give 'hf://datasets/{corpus}/**/*.parquet'"
 
 
 def _candidates(fs: AbstractFileSystem, path: str, odd: Odd) -> list[str]:
@@ -130,6 +138,8 @@ def _read(fs: AbstractFileSystem, path: str, column: str, odd: Odd) -> Iterator[
     try:
         with fs.open(path, "rb") as file:
             if (kind := _format(path)) == ".parquet":
+                if not _name(path).endswith(kind):
+                    raise SaescaleError(f"{path}: Parquet compresses by itself and is not read packed; unpack the file")
                 yield from read_parquet(file, path, column, odd)
                 return
             with _unpacked(file, path) as stream:
@@ -165,6 +175,8 @@ def _packed_by(stream: io.BufferedReader, path: str) -> str | None:
     named = next((end for end in _COMPRESSED if _name(path).endswith(end)), None)
     if not begins:
         return None
+    if begins.startswith(b"PAR1\x15"):
+        raise SaescaleError(f"{path}: is a Parquet file; give it a name that ends in .parquet")
     if named is None:
         if begins.startswith(b"PK\x03\x04"):
             raise SaescaleError(f"{path}: is a zip archive; unpack it")
@@ -176,21 +188,26 @@ def _packed_by(stream: io.BufferedReader, path: str) -> str | None:
 
 def _lines(stream: io.BufferedReader, path: str) -> Iterator[tuple[int, str]]:
     """Lines with their numbers from 1, ended by `\\n` alone; UTF-8, or what a byte order mark says."""
-    begins = stream.peek(64)[:64]
+    ahead = stream.peek()
+    begins = ahead[:64]
     marked = next((encoding for mark, encoding in _MARKS.items() if begins.startswith(mark)), None)
     if marked is None and begins.count(0) > len(begins) // 4:
         raise SaescaleError(f"{path}: no UTF-8 text (is it binary, or UTF-16 without a byte order mark?); convert it")
+    # Lines end in `\r` alone where the first do; in others, it is a character. One at the end may be half of `\r\n`.
+    start = ahead.decode(marked or "utf-8", "ignore")
+    end = "\r" if "\r" in start[:-1] and "\n" not in start else "\n"
     number = 0
     try:
-        if marked is None:
+        if marked is None and end == "\n":
             for number, line in enumerate(stream, start=1):
                 yield number, _one_end((line.removeprefix(b"\xef\xbb\xbf") if number == 1 else line).decode("utf-8"))
         else:
-            for number, text in enumerate(io.TextIOWrapper(stream, marked, newline="\n"), start=1):
-                yield number, _one_end(text)
+            for number, text in enumerate(io.TextIOWrapper(stream, marked or "utf-8-sig", newline=end), start=1):
+                yield number, _one_end(text) if end == "\n" else text.replace("\r", "\n")
     except UnicodeDecodeError as error:
         # A text wrapper decodes ahead of the line, and bytes are decoded in it.
-        where, at = (f"line {number}", f" at byte {error.start}") if marked is None else (f"after line {number}", "")
+        ahead_of = marked is not None or end == "\r"
+        where, at = (f"after line {number}", "") if ahead_of else (f"line {number}", f" at byte {error.start}")
         encoding = (marked or "utf-8").upper()
         raise SaescaleError(f"{path}, {where}: not {encoding} ({error.reason}{at}); convert the file") from error
 

@@ -69,7 +69,8 @@ def _rest(number: int, line: str, lines: Lines, path: str) -> Any:
 
 def _parsed(content: str, path: str, number: int | None = None) -> Any:
     try:
-        return json.loads(content, object_pairs_hook=_once)
+        # Whole numbers of thousands of digits are no mistake of a text beside them.
+        return json.loads(content, object_pairs_hook=_once, parse_int=float)
     except (ValueError, RecursionError) as error:
         line = number or getattr(error, "lineno", 1)
         raise SaescaleError(f"{path}, line {line}: not JSON ({one_line(error)})") from error

@@ -20,11 +20,11 @@ def ids_of_texts(tokenizer: Any, texts: Sequence[str]) -> list[np.ndarray]:
 
 
 def _as_text(tokenizer: Any) -> dict[str, bool]:
-    """How the tokenizer is told; Mistral's own takes all for text, and refuses to be told."""
+    """How the tokenizer is told; Mistral's own takes all for text and refuses to be told, others may not know it."""
     option = {"split_special_tokens": True}
     try:
         tokenizer("a", **option)
-    except ValueError:
+    except (ValueError, TypeError):
         return {}
     return option
 

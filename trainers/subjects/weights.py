@@ -23,11 +23,14 @@ from transformers.models.auto.modeling_auto import (
     MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
 )
 
-from saescale.storage.errors import SaescaleError, SaescaleWarning
-from saescale.trainers.subjects.checkpoint import listed
+from saescale.storage.errors import SaescaleError, SaescaleWarning, one_line
+from saescale.trainers.subjects.checkpoint import CONFIG, Checkpoint, listed, read_header
 
 # Tables that models make themselves and that older versions of transformers wrote with the weights.
-_TABLE = re.compile(r"(masked_bias|inv_freq|position_ids|causal_mask|(attn|attention)\.bias)$")
+_TABLE = re.compile(r"(masked_bias|inv_freq|position_ids|causal_mask)$")
+_MASK = re.compile(r"(attn|attention)\.bias$")  # of GPT-2 and its like: one in four dimensions; of others, a weight
+# What models of images or sound have beside their language model, blocks and all.
+_OTHER_SENSE = re.compile(r"(.+_)?(vision|visual|image|audio|speech)(_.+)?$")
 
 
 class Weighted(NamedTuple):
@@ -72,10 +75,17 @@ def read_model(folder: Path, dtype: torch.dtype | str, trust_remote_code: bool) 
             f"the weights in {folder} are a damaged pickle, or one that holds more than weights and is not read for "
             "safety; save them as safetensors (model.save_pretrained)"
         ) from error
+    except Exception as error:
+        if fault := _fault_of_config(build, folder, trust_remote_code):
+            raise SaescaleError(f"{folder / CONFIG} cannot be used ({fault})") from error
+        raise
     head = model.base_model_prefix if model.base_model is not model else ""
     missing = sorted(name for name in report["missing_keys"] if not _TABLE.search(name))
     absent = tuple(name for name in missing if head and not name.startswith(f"{head}."))
-    unknown = sorted(name for name in report["unexpected_keys"] if not _is_aside(name, model, head))
+    stored = _stored(folder)
+    unknown = sorted(name for name in report["unexpected_keys"] if not _is_aside(name, model, head, stored))
+    quantised = getattr(model.config, "quantization_config", None) is not None
+    whole = [] if quantised else _whole_numbers(model, head, stored)
     reshaped = [
         f"{name} ({list(there)} in the files, {list(wanted)} in the model)"
         for name, there, wanted in sorted(report["mismatched_keys"])
@@ -84,6 +94,11 @@ def read_model(folder: Path, dtype: torch.dtype | str, trust_remote_code: bool) 
         (f"the files lack {{}} of the model's weights, which would be random: {listed([*missing])}", missing),
         (f"{{}} weights of the files have no place in the model: {listed(unknown)}", unknown),
         (f"{{}} weights have another shape than config.json says: {listed(reshaped)}", reshaped),
+        (
+            f"{{}} weights are whole numbers where the model computes with fractions, quantised by something that "
+            f"config.json does not say (no quantization_config): {listed(whole)}",
+            whole,
+        ),
     ]
     if said := [text.format(len(those)) for text, those in faults if set(those) - set(absent)]:
         raise SaescaleError(
@@ -133,9 +148,66 @@ def _auto_class(config: Any) -> Any:
     )
 
 
-def _is_aside(name: str, model: Any, head: str) -> bool:
-    """Whether a weight of the files that found no place is a table, or of another head (a reward, a value)."""
+def _fault_of_config(build: Any, folder: Path, trust_remote_code: bool) -> str | None:
+    """Why there is no model of that configuration, whatever its weights; None where there is."""
+    config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    try:
+        with torch.device("meta"):
+            build.from_config(config, trust_remote_code=trust_remote_code)
+    except Exception as error:
+        if isinstance(error, KeyError):  # a value that one of transformers' tables lacks
+            keys = [key for key, value in config.to_dict().items() if error.args == (value,)]
+            return f"{keys[0]} is {error}, which transformers does not know" if keys else f"KeyError: {error}"
+        return one_line(error)
+    return None
+
+
+class _Stored(NamedTuple):
+    """A tensor of the files: how many dimensions, and what kind of numbers."""
+
+    ndim: int
+    integers: bool
+    truths: bool
+
+
+def _stored(folder: Path) -> dict[str, _Stored]:
+    """All tensors of the files, by headers alone."""
+    found: dict[str, _Stored] = {}
+    for file in Checkpoint(str(folder), folder).weight_files():
+        path = folder / file
+        if file.endswith(".safetensors"):
+            for name, (dtype, shape) in read_header(path).items():
+                found[name] = _Stored(len(shape), dtype[0] in "IU", dtype == "BOOL")
+            continue
+        for name, tensor in torch.load(path, map_location="meta", weights_only=True).items():
+            if isinstance(tensor, torch.Tensor):
+                kind = tensor.dtype
+                truths = kind == torch.bool
+                integers = not (truths or kind.is_floating_point or kind.is_complex)
+                found[name] = _Stored(tensor.ndim, integers, truths)
+    return found
+
+
+def _whole_numbers(model: Any, head: str, stored: dict[str, _Stored]) -> list[str]:
+    """Weights that the files hold as integers and the model as floats: without their scale they say nothing."""
+    floats = {name.removeprefix(f"{head}.") for name, each in model.named_parameters() if each.is_floating_point()}
+    whole = [name for name, each in stored.items() if each.integers or each.truths]
+    return sorted(name for name in whole if name.removeprefix(f"{head}.") in floats)
+
+
+def _is_aside(name: str, model: Any, head: str, stored: dict[str, _Stored]) -> bool:
+    """Whether a weight of the files that found no place is a table, of another head (a reward, a value) or of another
+    sense; what names a place inside the blocks, behind whatever prefix, is not."""
     if _TABLE.search(name):
         return True
+    if _MASK.search(name) and (mask := stored.get(name)):
+        return mask.ndim == 4 or mask.truths
+    parts = name.split(".")
     inside = {head, *(child for child, _ in model.base_model.named_children())}
-    return bool(head) and name.split(".")[0] not in inside
+    if not head or parts[0] in inside:
+        return False
+    if _OTHER_SENSE.match(parts[0]):
+        return True
+    places = {path for path, _ in model.base_model.named_modules() if "." in path}
+    ends = range(2, len(parts) + 1)
+    return not any(".".join(parts[start:end]) in places for end in ends for start in range(end - 1))

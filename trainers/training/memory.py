@@ -81,6 +81,9 @@ def _weights(cell: Cell) -> float:
 def _numbers(architecture: str, d_model: int, n_latents: int, settings: Settings) -> int:
     """How many numbers the parameters hold: as in two small SAEs, a fixed number and one for each latent."""
     small = min(n_latents, max(16, settings.k))
+    while small < n_latents and not _fits(settings, small):
+        small *= 2
+    small = min(small, n_latents)
 
     def count(n: int) -> int:
         centre = Centre(torch.zeros(d_model), 1.0)
@@ -89,6 +92,14 @@ def _numbers(architecture: str, d_model: int, n_latents: int, settings: Settings
 
     each = (count(2 * small) - count(small)) // small
     return count(small) + each * (n_latents - small)
+
+
+def _fits(settings: Settings, n_latents: int) -> bool:
+    try:
+        settings.check(n_latents)
+    except ValueError:
+        return False
+    return True
 
 
 def _rounded(cell: Cell) -> float:

@@ -26,10 +26,10 @@ class Adam:
     ) -> None:
         self.params, self.lr, self.ema = params, lr, ema
         self.steps = 0
+        self._trained = {name: (of.betas, of.unit_rows) for name, of in parameters.items() if of.trained}
         self.moments = {
-            name: Moments(*(torch.zeros_like(tensor) for _ in Moments._fields)) for name, tensor in params.items()
+            name: Moments(*(torch.zeros_like(params[name]) for _ in Moments._fields)) for name in self._trained
         }
-        self._trained = {name: (parameter.betas, parameter.unit_rows) for name, parameter in parameters.items()}
 
     def next(self) -> dict[str, Update]:
         """Counts one more step; what each parameter's update takes in it."""
@@ -49,21 +49,25 @@ class Adam:
     def averaged(self) -> dict[str, Tensor]:
         """The bias-corrected exponential moving average of the parameters, for evaluation: copies.
 
-        Before the first step those are the parameters themselves. The averages stay as they are, as in Gao et al.
-        2024: a decoder row is a mean of unit vectors, so its norm is at most 1 (to rounding) and the smaller, the more
-        its direction moved. It is not scaled back to 1, which alone would change x_hat.
+        Before the first step, and of a parameter that is not trained, those are the values themselves. The averages
+        stay as they are, as in Gao et al. 2024: a decoder row is a mean of unit vectors, so its norm is at most 1 (to
+        rounding) and the smaller, the more its direction moved. It is not scaled back to 1, which alone would change
+        x_hat.
         """
-        if self.steps == 0:
-            return {name: tensor.clone() for name, tensor in self.params.items()}
+        averaged = self.moments if self.steps else {}
         correction = 1 - self.ema**self.steps
-        return {name: moments.average / correction for name, moments in self.moments.items()}
+        return {
+            name: averaged[name].average / correction if name in averaged else tensor.clone()
+            for name, tensor in self.params.items()
+        }
 
     def tensors(self) -> dict[str, Tensor]:
         """Parameters and optimiser state by name, as a checkpoint holds them (views, not copies)."""
         named = {}
         for name, tensor in self.params.items():
             named[name] = tensor
-            named |= {f"{name}.{key}": value for key, value in self.moments[name]._asdict().items()}
+            if name in self.moments:
+                named |= {f"{name}.{key}": value for key, value in self.moments[name]._asdict().items()}
         return named
 
     @torch.no_grad()

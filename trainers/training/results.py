@@ -84,6 +84,7 @@ def result_row(
         "l0": measured.l0 if measured else None,
         "dead_fraction": measured.dead_fraction if measured else None,
         "dead_fraction_long": measured.dead_fraction_long if measured else None,
+        "coefficient": measured.coefficient if measured else None,
         "wall_s": wall_s,
         "device": device,
         "status": "failed" if error else "done",

@@ -15,6 +15,7 @@ from saescale.trainers.architectures.sae import SAE
 from saescale.trainers.cell import Cell
 from saescale.trainers.device import device_kind
 from saescale.trainers.preprocess import Centre
+from saescale.trainers.training.controller import Controller
 from saescale.trainers.training.optimiser import Adam
 
 
@@ -31,6 +32,7 @@ class TrainingCell:
         self.sae = SAE(cell.architecture, shape, settings, params, cell.precision)
         self.optimiser = Adam(self.sae.params, parameters, cell.lr, cell.ema)
         self.dead = DeadLatents(cell.n_latents, device)
+        self.controller = Controller(settings, cell.steps)
         self.device_kind = device_kind(device)
         self.step = 0
         self.wall_s = 0.0  # spent in this cell's own steps; on a GPU, which works on, an estimate
@@ -39,6 +41,7 @@ class TrainingCell:
         self.curve: list[CurveRow] = []
         self.error: str | None = None
         self._train_sum, self._train_steps = 0.0, 0
+        self._batch: Batch | None = None  # the last one, of an architecture that is calibrated on it
 
     @property
     def tokens(self) -> int:
@@ -60,7 +63,9 @@ class TrainingCell:
         has not been told yet, which it would have to wait for, the next loss shows it."""
         start = time.perf_counter()
         sae = self.sae
-        conditions = Conditions(self.variance, self.cell.dead_after_tokens, self.step / self.cell.steps)
+        conditions = Conditions(
+            self.variance, self.cell.dead_after_tokens, self.step / self.cell.steps, self.controller.coefficient
+        )
         result = sae.step.measure(
             sae.params, sae.operands, batch, sae.settings, conditions, self.dead, sae.mesh
         )  # fmt: skip
@@ -70,7 +75,9 @@ class TrainingCell:
             return
         sae.step.update(sae.params, sae.operands, result.gradient, self.optimiser.next(), sae.mesh)
         self.step += 1
+        self.controller.after(self.step, result.active)
         self.loss = result.main
+        self._batch = batch if hasattr(sae.architecture, "calibrated") else None
         self.worked = self.worked.plus(result.worked)
         self._train_sum += result.main
         self._train_steps += 1
@@ -78,7 +85,10 @@ class TrainingCell:
 
     def averaged(self) -> SAE:
         """A copy of the SAE with the average of its weights, which is what is evaluated and kept."""
-        return self.sae.like(self.optimiser.averaged())
+        params: Mapping[str, torch.Tensor] = self.optimiser.averaged()
+        if self._batch is not None:
+            params = self.sae.architecture.calibrated(params, self._batch.x + self._batch.origin, self.sae.settings)
+        return self.sae.like(params)
 
     def diverge(self, what: str) -> None:
         """Takes the cell out of the pack: `what` is not finite."""
@@ -103,6 +113,7 @@ class TrainingCell:
             dead_fraction_long=long,
             lr=self.cell.lr,
             tokens_per_s=tokens_per_s,
+            coefficient=self.controller.coefficient or None,
         )
         self._train_sum, self._train_steps = 0.0, 0
         self.curve.append(row)
@@ -122,6 +133,7 @@ class TrainingCell:
             "worked": self.worked.read()._asdict(),
             "train": [self._train_sum, self._train_steps],
             "curve": [row._asdict() for row in self.curve],
+            "controller": self.controller.state._asdict(),
         }
 
     def restore(self, tensors: Mapping[str, np.ndarray], state: Mapping[str, Any]) -> None:
@@ -130,6 +142,7 @@ class TrainingCell:
         self.worked = Worked(**state["worked"])
         self._train_sum, self._train_steps = state["train"]
         self.curve = [CurveRow(**row) for row in state["curve"]]
+        self.controller.restore(state["controller"])
         self.dead.tokens_since.copy_(torch.from_numpy(tensors["dead.tokens_since"]))
         self.optimiser.restore(tensors, self.step)
         self.sae.round()

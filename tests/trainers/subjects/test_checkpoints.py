@@ -105,6 +105,23 @@ def with_an_adapter_left(folder: Path) -> None:
     rewrite(folder, lambda found: {**found, "model.layers.0.self_attn.q_proj.lora_A.weight": torch.ones(4, 16)})
 
 
+def added(**weights: torch.Tensor) -> Callable[[Path], None]:
+    """Beside the whole weights these, `__` for `.`."""
+    extra = {name.replace("__", "."): each for name, each in weights.items()}
+    return lambda folder: rewrite(folder, lambda found: {**found, **extra})
+
+
+def in_integers(folder: Path) -> None:
+    name = "model.layers.0.mlp.up_proj.weight"
+    norm = "model.norm.weight"
+    rewrite(folder, lambda found: {**found, name: (found[name] * 100).to(torch.int8), norm: found[norm] > 0})
+
+
+def in_integers_in_a_pickle(folder: Path) -> None:
+    in_integers(folder)
+    as_pickle(folder)
+
+
 def body(found: Weights) -> Weights:
     """As AutoModel saves it: no head, no prefix."""
     return {name.removeprefix("model."): each for name, each in found.items() if name.startswith("model.")}
@@ -129,6 +146,21 @@ NOT_LOADED: dict[str, tuple[Callable[[Path], None], str]] = {
     ),
     "more layers without a prefix": (body_of_more_layers, r"9 weights of the files have no place .*layers.1."),
     "an adapter that was not merged": (with_an_adapter_left, "1 weights of the files .*q_proj.lora_A.weight"),
+    "another adapter's prefix": (
+        added(base_model__model__model__layers__0__self_attn__q_proj__lora_A__weight=torch.ones(4, 16)),
+        "1 weights of the files .*: base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight;",
+    ),
+    "an adapter of its own": (added(lora__layers__0__q__weight=torch.ones(4, 16)), "1 weights .*: lora.layers.0.q"),
+    "a second copy": (
+        added(module__model__layers__0__self_attn__q_proj__weight=torch.ones(16, 16)),
+        "1 weights of the files .*: module.model.layers.0.self_attn.q_proj.weight;",
+    ),
+    "a bias that is no mask": (added(model__layers__0__self_attn__bias=torch.ones(16)), "1 weights .*0.self_attn.bias"),
+    "integers without a scale": (
+        in_integers,
+        "2 weights are whole numbers .*: model.layers.0.mlp.up_proj.weight, model.norm",
+    ),
+    "integers in a pickle": (in_integers_in_a_pickle, "2 weights are whole numbers .*: model.layers.0.mlp.up_proj"),
     "another width": (
         lambda folder: configure(folder, hidden_size=32),
         r"another shape .*lm_head.weight \(\[512, 16\] in the files, \[512, 32\] in the model\)",
@@ -149,7 +181,11 @@ def test_heads_and_tables_are_put_aside(folder: Path, fingerprint: str) -> None:
     tables = {
         "model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(4),
         "model.layers.1.attn.masked_bias": torch.ones(1),
+        "model.layers.0.attn.bias": torch.ones(1, 1, 4, 4),
+        "model.layers.1.self_attn.bias": torch.ones(4, 4, dtype=torch.bool),
         "score.weight": torch.ones(2, 16),
+        "value_head.0.weight": torch.ones(1, 16),
+        "vision_model.model.layers.0.self_attn.q_proj.weight": torch.ones(8, 8),
         "v_head.summary.weight": torch.ones(1, 16),
     }
     rewrite(folder, lambda found: {**found, **tables})
@@ -220,6 +256,22 @@ def nested(folder: Path) -> None:
     shutil.move(folder.parent / "copy", folder / "checkpoint-500")
 
 
+def folder_of_weights(folder: Path) -> None:
+    (folder / "model.safetensors").unlink()
+    (folder / "model.safetensors").mkdir()
+
+
+def no_class(folder: Path) -> None:
+    (folder / "tokenizer.json").unlink()
+    (folder / "tokenizer_config.json").write_text("{}")
+
+
+def damaged_pieces(folder: Path) -> None:
+    (folder / "tokenizer.json").unlink()
+    (folder / "tokenizer.model").write_bytes(b"\x00\x01damaged" * 20)
+
+
+NO_VOCABULARY = "the tokenizer in .* holds no vocabulary that can be read; copy tokenizer.json of the model there"
 POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:1\nsize 99\n"
 FILES: dict[str, tuple[Callable[[Path], Any], str]] = {
     "empty": (only, "is empty; give the folder"),
@@ -228,11 +280,18 @@ FILES: dict[str, tuple[Callable[[Path], Any], str]] = {
     "a checkpoint below": (nested, "holds no config.json; did you mean hf:.*/checkpoint-500"),
     "GGUF": (lambda folder: only(folder, **{"model.gguf": ""}), "holds a GGUF file and no config.json"),
     "no weights": (lambda folder: (folder / "model.safetensors").unlink(), "holds no weights .*, but config.json"),
+    "a folder of weights": (folder_of_weights, r"model.safetensors is a folder where a file with weights should be"),
+    "weights of Mistral's own": (
+        lambda folder: (folder / "model.safetensors").rename(folder / "consolidated.safetensors"),
+        r"does not read \(consolidated.safetensors\); give the model.safetensors",
+    ),
     "no tokenizer": (lambda folder: [p.unlink() for p in folder.glob("tok*")], "holds no tokenizer"),
-    "half a tokenizer": (lambda folder: (folder / "tokenizer.json").unlink(), "the tokenizer in .* cannot be read"),
+    "half a tokenizer": (lambda folder: (folder / "tokenizer.json").unlink(), NO_VOCABULARY),
+    "a tokenizer of no class": (no_class, NO_VOCABULARY),
+    "a damaged tokenizer.model": (damaged_pieces, NO_VOCABULARY),
     "no vocabulary": (
         lambda folder: (folder / "tokenizer.json").write_text("{}"),
-        "the tokenizer in .* cannot be read",
+        r"holds no vocabulary that can be read \('added_tokens'\); copy",
     ),
     "missing shards": (beheaded, r"lacks model-00001-of-\d+.safetensors, model-00002.* of the \d+ files"),
     "no shards": (no_weight_map, "index.json has no weight_map"),
@@ -245,7 +304,7 @@ FILES: dict[str, tuple[Callable[[Path], Any], str]] = {
     "code in a pickle": (code_in_a_pickle, "more than weights and is not read for safety"),
     "cut tokenizer": (
         lambda folder: (folder / "tokenizer.json").write_text('{"ver'),
-        "the tokenizer in .* cannot be read",
+        r"the tokenizer in .* holds no vocabulary that can be read \(Unterminated string",
     ),
     "cut config": (lambda folder: (folder / "config.json").write_text("{"), "config.json is damaged: not JSON"),
     "no type": (lambda folder: (folder / "config.json").write_text("{}"), "names no model_type"),
@@ -255,6 +314,10 @@ FILES: dict[str, tuple[Callable[[Path], Any], str]] = {
     "quantised": (
         lambda folder: configure(folder, quantization_config={"quant_method": "gptq", "bits": 4}),
         "GPTQ quantized model requires",
+    ),
+    "unknown activation": (
+        lambda folder: configure(folder, hidden_act="nonsense"),
+        r"config.json cannot be used \(hidden_act is 'nonsense', which transformers does not know\)",
     ),
     "wrong number": (lambda folder: configure(folder, num_hidden_layers="three"), "config.json cannot be used"),
 }

@@ -106,6 +106,27 @@ class Characters:
         return [np.array([ord(character) for character in text], np.int32) for text in texts]
 
 
+def too_short(folder: Path, texts: list[str], tokens: int, heldout_tokens: int) -> str:
+    (folder / "x.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    spec = HarvestSpec(out="-", corpus=str(folder), tokens=tokens, heldout_tokens=heldout_tokens)
+    assignment = Assignment(spec, divisible=True)
+    for block in text_blocks(str(folder), 0):
+        assignment.add(block.spool(f"memory://{folder}", Characters()))  # type: ignore[arg-type]
+    with pytest.raises(SaescaleError, match="too short") as caught:
+        assignment.check_full()
+    return str(caught.value)
+
+
+def test_of_equal_documents_the_number_is_said_and_cutting_is_advised_for_long_ones_alone(tmp_path: Path) -> None:
+    said = too_short(tmp_path, ["the same, short text"] * 100, 300, 60)
+    assert "tokens in 100 documents (99 of them equal to an earlier one) train got" in said
+    assert said.endswith("equal texts stay in one split: ask for fewer tokens, give more other documents")
+    assert too_short(tmp_path, ["one " * 400], 300, 60).endswith(
+        "more documents, or cut long ones (--cut-documents 2000)"
+    )
+    assert too_short(tmp_path, ["one", "two"], 300, 60).endswith("ask for fewer tokens, give more text")
+
+
 words = st.text("ab", min_size=1, max_size=3)
 lines = st.lists(words, min_size=1, max_size=6).map(" ".join)
 any_text = st.lists(lines, min_size=1, max_size=8).flatmap(

@@ -10,7 +10,14 @@ import pytest
 
 from saescale.storage import files
 from saescale.storage.errors import SaescaleError
-from saescale.trainers.subjects.text import TXT_CHARACTERS, TXT_CHARACTERS_MOST, Piece, pieces, python_prose
+from saescale.trainers.subjects.text import (
+    TXT_CHARACTERS,
+    TXT_CHARACTERS_MOST,
+    Piece,
+    check_corpus,
+    pieces,
+    python_prose,
+)
 
 # What is said besides is tried in test_corpora.py.
 pytestmark = pytest.mark.filterwarnings("ignore::saescale.storage.errors.SaescaleWarning")
@@ -85,6 +92,9 @@ def test_a_long_text_file_is_cut_at_blank_lines(tmp_path: Path) -> None:
         ("x.txt.gz", b"not gzip at all", r"x\.txt\.gz: is not what \.gz says"),
         ("x.txt.gz", gzip.compress(b"a line\n" * 99)[:-9], r"x\.txt\.gz: cannot be read"),
         ("x.parquet", b"not parquet at all", r"x\.parquet: cannot be read"),
+        ("x.parquet.gz", b"any", r"x\.parquet\.gz: Parquet compresses by itself .*; unpack the file"),
+        ("x.jsonl", b"PAR1\x15\x04and more", r"x\.jsonl: is a Parquet file; give it a name that ends in \.parquet"),
+        ("x.csv", b"text\rfine\r\xff\r", r"x\.csv, after line \d: not UTF-8"),
         ("x.parquet", b"", r"x\.parquet: cannot be read"),
         ("x.csv", b"a,b\n", r"x\.csv: no column 'text'; it has a, b: name the one .* --text-column NAME"),
         ("x.csv", b"id,Text\n1,a\n", r"x\.csv: no column 'text'; .* --text-column Text"),
@@ -115,6 +125,41 @@ def test_a_parquet_file_without_text_is_named(tmp_path: Path) -> None:
     pq.write_table(pa.table({"text": pa.array([b"fine", b"\xff"])}), tmp_path / "x.parquet")
     with pytest.raises(SaescaleError, match=r"x\.parquet, row 1 \(from 0\): the text is not UTF-8"):
         list(pieces(str(tmp_path), 0))
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "passed"),
+    [
+        ("empty.jsonl", "", ""),
+        ("blank.txt", " \n\n\t\n", ""),
+        ("blank.csv", "id,text\n1, \n", ""),
+        ("null.jsonl", '{"text": null}\n' * 3, r"; texts that are null, passed over: 3 \(the first: .*, line 1\)"),
+    ],
+)
+def test_a_corpus_without_text_is_told_before_anything_is_loaded(
+    tmp_path: Path, name: str, content: str, passed: str
+) -> None:
+    (tmp_path / name).write_text(content)
+    with pytest.raises(SaescaleError, match=rf"holds no text: 1 file, of empty or blank texts{passed}$"):
+        check_corpus(str(tmp_path))
+    (tmp_path / "y.jsonl").write_text('{"text": "a"}\n{"text": 3}\n')
+    if not name.endswith(".csv"):  # beside .jsonl, what describes it
+        check_corpus(str(tmp_path))  # and reads no further
+
+
+def test_a_parquet_file_of_nulls_is_told_before_anything_is_loaded(tmp_path: Path) -> None:
+    pq.write_table(pa.table({"text": pa.array([None, None], pa.string())}), tmp_path / "x.parquet")
+    with pytest.raises(SaescaleError, match=r"holds no text: 1 file, .*; texts that are null, passed over: 2"):
+        check_corpus(f"{tmp_path}/x.parquet")
+
+
+def test_the_name_of_a_data_set_is_no_path(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SaescaleError, match=r"hub download the files, or give 'hf://datasets/org/some-name\.v1/\*\*/"):
+        check_corpus("org/some-name.v1")
+    for path in ("here/x.jsonl", "a/b/c", "/org/name", "org"):
+        with pytest.raises(SaescaleError, match=r"or 'python-prose'$"):
+            check_corpus(path)
 
 
 def test_no_match_is_told_before_anything_is_read(tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ from saescale.trainers.harvest.conduct import harvest
 from saescale.trainers.harvest.spec import HarvestSpec
 from saescale.trainers.subjects.language_model import LanguageModel
 from saescale.trainers.subjects.subject import get_subject
+from saescale.trainers.subjects.tokens import ids_of_texts
 
 SPELLED = "a<s>b <s> b</s> <|user|> a <pad>b"
 NAMES = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", "pad_token": "<pad>"}
@@ -57,6 +58,20 @@ def test_no_text_gives_a_special_id(subject: LanguageModel) -> None:
     assert len(plain) >= 2
     assert plain.tolist() == tokenizer("a b", add_special_tokens=False)["input_ids"]
     assert set(plain.tolist()) & set(ids.tolist())
+
+
+@pytest.mark.parametrize("refusal", [TypeError, ValueError])
+def test_a_tokenizer_that_cannot_be_told_is_asked_without(refusal: type[Exception]) -> None:
+    class OfCode(ByT5Tokenizer):
+        """As code that comes with a model may be written."""
+
+        def __call__(self, *texts: Any, **options: Any) -> Any:
+            if "split_special_tokens" in options:
+                raise refusal("an unexpected keyword argument 'split_special_tokens'")
+            return super().__call__(*texts, **options)
+
+    (ids,) = ids_of_texts(OfCode(), ["ab"])
+    assert ids.tolist() == ByT5Tokenizer()("ab", add_special_tokens=False)["input_ids"]
 
 
 def test_a_harvest_of_spelled_tokens_has_no_bos_in_mid_context(tiny_subject: str, tmp_path: Path) -> None:

@@ -1,0 +1,60 @@
+"""The gated SAE (Rajamanoharan et al. 2024, 2404.16014): one half says which latents are active, the other how much.
+
+    gate = W_enc (x - b_pre) + b_gate,  mag = exp(r_mag) * W_enc (x - b_pre) + b_mag
+    z = 1[gate > 0] ReLU(mag),  x_hat = z W_dec + b_pre
+
+The penalty and a reconstruction by ReLU(gate), with the decoder held fast, train the gate, and the magnitudes are not
+shrunk: loss = nmse + coefficient * mean(||ReLU(gate)||_1) + nmse of ReLU(gate) W_dec + b_pre. Adam's betas (0, 0.999).
+"""
+
+import torch
+from torch import Tensor
+
+from saescale.scaling.compute import Flops
+from saescale.trainers.architectures import architecture, parts
+from saescale.trainers.architectures.architecture import (
+    Auxiliary,
+    Forward,
+    Losses,
+    Parameter,
+    Params,
+    Shape,
+    State,
+    Worked,
+)
+from saescale.trainers.preprocess import Centre
+
+_BETAS = (0.0, 0.999)
+
+
+class Settings(architecture.PenaltySettings):
+    def pairs_per_token(self, n_latents: int) -> int:
+        return 2 * self.k
+
+
+def parameters(shape: Shape, settings: Settings, centre: Centre, seed: int) -> dict[str, Parameter]:
+    tied = parts.tied_parameters(shape, centre, seed, torch.relu)
+    tied["b_gate"] = tied.pop("b_enc")
+    zeros = {name: Parameter(torch.zeros(shape.n_latents)) for name in ("r_mag", "b_mag")}
+    return {name: parameter._replace(betas=_BETAS) for name, parameter in (tied | zeros).items()}
+
+
+def forward(params: Params, x: Tensor, settings: Settings) -> Forward:
+    scores = (x - params["b_pre"]) @ params["W_enc"].T
+    gate, magnitudes = scores + params["b_gate"], scores * params["r_mag"].exp() + params["b_mag"]
+    return parts.decode(params, gate, magnitudes.relu() * (gate > 0))
+
+
+def losses(params: Params, forward: Forward, target: Tensor, settings: Settings, state: State) -> Losses:
+    main = parts.normalised(forward.x_hat, target, state.variance)
+    gate = forward.pre_activations.relu()
+    fixed = {name: params[name].detach() for name in ("W_dec", "b_pre")}
+    by_gate = parts.normalised(parts.decode(fixed, gate, gate).x_hat, target, state.variance)
+    l1 = gate.sum(dim=1).mean()
+    beside = Auxiliary(selected=int((gate > 0).sum()))
+    return Losses(main, main + by_gate + state.coefficient * l1, {"gate": by_gate, "l1": l1}, beside)
+
+
+def flops(shape: Shape, settings: Settings, worked: Worked) -> Flops:
+    """8 d for each pair of either reconstruction, which charges the gate's for a gradient by W_dec that it has not."""
+    return parts.sparse_flops(shape, worked, reconstructions=2)

@@ -1,0 +1,81 @@
+"""The JumpReLU SAE (Rajamanoharan et al. 2024, 2407.14435): each latent has a threshold, and L0 itself is penalised.
+
+    z = pre where pre > theta, else 0, with pre = W_enc (x - b_pre) + b_enc;  x_hat = z W_dec + b_pre
+    loss = nmse + l0_weight * (L0 / k - 1)^2, L0 the batch's mean number of active latents
+
+the paper's penalty for comparisons at equal L0, which needs nobody to find its coefficient.
+
+Neither z nor L0 has a gradient by theta, so both have that of a rectangle of width `bandwidth` about the threshold
+(straight-through): d z / d theta = -theta / bandwidth and d L0 / d theta = -1 / bandwidth where |pre - theta| is less
+than half of it. What is trained is `threshold` itself: Adam would take too long over its logarithm. theta =
+ReLU(threshold).
+"""
+
+from typing import Any
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from saescale.scaling.compute import Flops
+from saescale.trainers.architectures import architecture, parts
+from saescale.trainers.architectures.architecture import Forward, Losses, Parameter, Params, Shape, State, Worked
+from saescale.trainers.preprocess import Centre
+
+
+class Settings(architecture.Settings):
+    l0_weight: float = Field(default=1.0, gt=0)
+    bandwidth: float = Field(default=0.03, gt=0)  # of pre-activations, whose inputs have unit norm
+    threshold: float = Field(default=0.03, gt=0)  # at the start
+
+
+def parameters(shape: Shape, settings: Settings, centre: Centre, seed: int) -> dict[str, Parameter]:
+    tied = parts.tied_parameters(shape, centre, seed, torch.relu)
+    return tied | {"threshold": Parameter(torch.full((shape.n_latents,), settings.threshold))}
+
+
+def forward(params: Params, x: Tensor, settings: Settings) -> Forward:
+    pre = parts.encode(params, x)
+    latents = _Jump.apply(pre, params["threshold"].relu(), settings.bandwidth)
+    return parts.decode(params, pre, latents)
+
+
+def losses(params: Params, forward: Forward, target: Tensor, settings: Settings, state: State) -> Losses:
+    main = parts.normalised(forward.x_hat, target, state.variance)
+    threshold = params["threshold"].relu()
+    counted = _Count.apply(forward.pre_activations, threshold, settings.bandwidth)
+    penalty = (counted.sum(dim=1).mean() / settings.k - 1).square()
+    return Losses(main, main + settings.l0_weight * penalty, {"penalty": penalty})
+
+
+def flops(shape: Shape, settings: Settings, worked: Worked) -> Flops:
+    return parts.sparse_flops(shape, worked)
+
+
+class _Jump(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, pre: Tensor, threshold: Tensor, bandwidth: float) -> Tensor:
+        ctx.save_for_backward(pre, threshold)
+        ctx.bandwidth = bandwidth
+        return torch.where(pre > threshold, pre, 0.0)
+
+    @staticmethod
+    def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor, Tensor, None]:
+        pre, threshold = ctx.saved_tensors
+        G = upstream[0]
+        near = (pre - threshold).abs() < ctx.bandwidth / 2
+        return G * (pre > threshold), -(G * near).sum(dim=0) * threshold / ctx.bandwidth, None
+
+
+class _Count(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, pre: Tensor, threshold: Tensor, bandwidth: float) -> Tensor:
+        ctx.save_for_backward(pre, threshold)
+        ctx.bandwidth = bandwidth
+        return (pre > threshold).to(pre.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, *upstream: Tensor) -> tuple[None, Tensor, None]:
+        pre, threshold = ctx.saved_tensors
+        near = (pre - threshold).abs() < ctx.bandwidth / 2
+        return None, -(upstream[0] * near).sum(dim=0) / ctx.bandwidth, None

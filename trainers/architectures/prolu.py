@@ -1,0 +1,59 @@
+"""The ProLU SAE (Taggart 2024): a latent's bias says from where on it counts, and is not taken off its value.
+
+    ProLU(m, b) = m where m > 0 and m + b > 0, else 0;  z = ProLU(W_enc (x - b_pre), b_enc),  x_hat = z W_dec + b_pre
+    loss = nmse + coefficient * mean(||z||_1)
+
+Where it jumps there is no gradient by b, so one is made up. With G the gradient by z where z is not 0: the variant
+`relu` passes on dm = db = G, `ste` dm = G + G m and db = G m.
+"""
+
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from saescale.scaling.compute import Flops
+from saescale.trainers.architectures import architecture, parts
+from saescale.trainers.architectures.architecture import Forward, Losses, Parameter, Params, Shape, State, Worked
+from saescale.trainers.preprocess import Centre
+
+Variant = Literal["relu", "ste"]
+
+
+class Settings(architecture.PenaltySettings):
+    variant: Variant = "ste"
+
+
+def parameters(shape: Shape, settings: Settings, centre: Centre, seed: int) -> dict[str, Parameter]:
+    return parts.tied_parameters(shape, centre, seed, torch.relu)
+
+
+def forward(params: Params, x: Tensor, settings: Settings) -> Forward:
+    m = (x - params["b_pre"]) @ params["W_enc"].T
+    latents = _ProLU.apply(m, params["b_enc"], settings.variant)
+    return parts.decode(params, m + params["b_enc"], latents)
+
+
+def losses(params: Params, forward: Forward, target: Tensor, settings: Settings, state: State) -> Losses:
+    return parts.with_l1(forward, target, state)
+
+
+def flops(shape: Shape, settings: Settings, worked: Worked) -> Flops:
+    return parts.sparse_flops(shape, worked)
+
+
+class _ProLU(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, m: Tensor, b: Tensor, variant: Variant) -> Tensor:
+        z = torch.where((m > 0) & (m + b > 0), m, 0.0)
+        ctx.save_for_backward(z)
+        ctx.variant = variant
+        return z
+
+    @staticmethod
+    def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor, Tensor, None]:
+        (z,) = ctx.saved_tensors
+        G = upstream[0] * (z > 0)
+        db = G if ctx.variant == "relu" else G * z  # z is m wherever G is not 0
+        dm = G if ctx.variant == "relu" else G + db
+        return dm, db.sum(dim=0), None
