@@ -2,11 +2,10 @@
 
 import shlex
 from dataclasses import replace
-from typing import Any
 
 import numpy as np
 
-from saescale.scaling.tables import Table, known, number
+from saescale.scaling.tables import Table, known, shown
 from saescale.scaling.words import listed
 from saescale.storage.columns import COLUMNS, columns_of
 
@@ -32,7 +31,7 @@ def comparable(table: Table, over_subjects: bool = False) -> Table:
     if not names:
         return table
     texts = [
-        ", ".join(f"{name} {_shown(value)}" for name, value in zip(names, row, strict=True))
+        ", ".join(f"{name} {shown(value)}" for name, value in zip(names, row, strict=True))
         for row in zip(*(filled[name].tolist() for name in names), strict=True)
     ]
     most = max(dict.fromkeys(texts), key=texts.count)
@@ -40,7 +39,7 @@ def comparable(table: Table, over_subjects: bool = False) -> Table:
     reasons = [f"{table.describe(int(row))}: {texts[row]}; the laws describe {most}" for row in np.flatnonzero(~mask)]
     there = " and ".join(f"{name} {_counted(filled[name][~mask])}" for name in names)
     other = int(np.flatnonzero(~mask)[0])
-    conditions = [f"{name}={_shown(filled[name][other].item())}" for name in names]
+    conditions = [f"{name}={shown(filled[name][other].item())}" for name in names]
     apart = " ".join(f"--where {shlex.quote(condition)}" for condition in conditions)
     note = (
         f"{(~mask).sum()} of {len(mask)} cells are of another kind ({there}) than those that laws of one subject "
@@ -70,14 +69,10 @@ def _filled(values: np.ndarray) -> np.ndarray:
     return values if there.all() or not len(found) else np.where(there, values, found[np.argmax(counts)])
 
 
-def _shown(value: Any) -> str:
-    return number(value) if isinstance(value, float) else str(value)
-
-
 def _counted(values: np.ndarray) -> str:
     """The values of a column and how many cells have each."""
     found, counts = np.unique(values, return_counts=True)
-    words = [f"{_shown(value)} in {count}" for value, count in zip(found.tolist(), counts, strict=True)]
+    words = [f"{shown(value)} in {count}" for value, count in zip(found.tolist(), counts, strict=True)]
     more = [f"... and {len(words) - _SHOWN} more"] if len(words) > _SHOWN else []
     return ", ".join([*words[:_SHOWN], *more])
 

@@ -11,12 +11,12 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import pyarrow as pa
-import pyarrow.parquet
 
 from saescale.scaling.headers import KNOWN
 from saescale.scaling.values import has_decimal_comma
 from saescale.scaling.words import listed
 from saescale.storage.columns import columns_of, folded
+from saescale.storage.documents import parquet_table
 from saescale.storage.errors import SaescaleError, one_line
 from saescale.storage.files import read_bytes
 from saescale.storage.secrets import hide_secrets
@@ -84,8 +84,7 @@ def _unpacked(url: str, content: bytes) -> bytes:
 
 def _parquet(url: str, content: bytes) -> pa.Table:
     try:
-        # In this thread alone, as the run directory's tables are read and for the same reason (rundir.py).
-        table = pyarrow.parquet.ParquetFile(pa.BufferReader(content), pre_buffer=False).read(use_threads=False)
+        table = parquet_table(content)
         table.validate()
         return table
     # What a damaged file makes of its reader: errors of Arrow, of the system, of sizes, of names that are no text.

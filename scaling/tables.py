@@ -284,6 +284,11 @@ def number(value: float) -> str:
     return f"{value:.0f}" if value % 1 == 0 and abs(value) < 1e9 else f"{value:.3g}"
 
 
+def shown(value: float | str) -> str:
+    """A value of a column in a message."""
+    return value if isinstance(value, str) else number(value)
+
+
 def size_of(table: Table, row: int) -> str:
     """Such as "N = 512, k = 8"."""
     symbols = {"n_latents": "N", "k": "k"}

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import numpy as np
 
 from saescale.scaling.headers import nearest
-from saescale.scaling.tables import Table, number
+from saescale.scaling.tables import Table, shown
 from saescale.scaling.words import listed
 from saescale.storage.columns import COLUMNS, folded
 from saescale.storage.errors import SaescaleError
@@ -60,7 +60,7 @@ def select_where(table: Table, conditions: Sequence[Condition]) -> Table:
         return replace(table.select(mask), excluded=table.excluded)
     asked = " ".join(f"--where {condition.text}" for condition in conditions)
     name = _column(table, conditions[0])
-    there = listed((_shown(value) for value in np.unique(table[name]).tolist()), ", ")
+    there = listed(map(shown, np.unique(table[name]).tolist()), ", ")
     raise SaescaleError(f"{table.source}: no finished cell with {asked}; {name} is {there}")
 
 
@@ -86,7 +86,3 @@ def _holds(values: np.ndarray, name: str, condition: Condition) -> np.ndarray:
     except ValueError:
         raise SaescaleError(f"--where {condition.text}: {name} holds numbers, not {condition.value!r}") from None
     return _TESTS[condition.test](values, value)
-
-
-def _shown(value: float | str) -> str:
-    return value if isinstance(value, str) else number(value)

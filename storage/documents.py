@@ -249,12 +249,17 @@ def read_table(where: str, schema: pa.Schema, remedy: str) -> pa.Table:
     """The Parquet table in the file `where` with the columns of `schema`. Raises FileNotFoundError and Damaged."""
     content = files.read_bytes(where)
     try:
-        # In this thread alone: one of Arrow's own that still works when the interpreter ends aborts the process
-        # (arrow issue 34314), and `read_table` starts some whatever it is told.
-        parquet = pq.ParquetFile(pa.BufferReader(content), pre_buffer=False, page_checksum_verification=True)
-        return conform(parquet.read(use_threads=False), schema)
+        return conform(parquet_table(content), schema)
     except (pa.ArrowException, OSError, ValueError) as error:
         raise damaged(where, one_line(error) if content else "it is empty", remedy) from error
+
+
+def parquet_table(content: bytes) -> pa.Table:
+    """The table of a Parquet file, its pages held to their checksums where they bear some. Raises what Arrow does."""
+    # In this thread alone: one of Arrow's own that still works when the interpreter ends aborts the process
+    # (arrow issue 34314), and `read_table` starts some whatever it is told.
+    parquet = pq.ParquetFile(pa.BufferReader(content), pre_buffer=False, page_checksum_verification=True)
+    return parquet.read(use_threads=False)
 
 
 def table_bytes(table: pa.Table) -> bytes:
