@@ -113,7 +113,8 @@ def fit_laws(
     curves_at = {} if curves is None else {at["k"]: read_curves(cells, curves) for at, cells in by_k}
     found: list[Fit | Skipped] = []
     asked = {law: forms_of(law) for law in _in_order(settings.laws)}
-    over = {form.over for forms in asked.values() for form in forms}
+    all_forms = [form for forms in asked.values() for form in forms]
+    over = {form.over for form in all_forms}
     frontiers, no_frontier = _find_frontiers(results, by_k, curves, curves_at) if over - {"cells"} else ([], [])
     isoflops = tuple(view for frontier in frontiers if (view := find_isoflop(frontier, results)))
     for name, forms in asked.items():
@@ -128,6 +129,7 @@ def fit_laws(
         if forms[0].over == "optimum":
             found += _fit_optimum(forms, frontiers, isoflops, settings)
     convergence = None if curves is None else find_convergence(results, curves, settings)
+    said = [*unlike(results), *diverged, *data_warnings(results, convergence, all_forms), *_no_intervals(settings)]
     return Laws(
         results,
         made_from,
@@ -135,7 +137,7 @@ def fit_laws(
         curves_at,
         tuple(frontiers),
         tuple(entry for entry in found if isinstance(entry, Skipped)),
-        (*results.notes, *unlike(results), *diverged, *data_warnings(results, convergence), *_no_intervals(settings)),
+        (*results.notes, *said),
         convergence,
         isoflops,
     )

@@ -7,7 +7,10 @@ from typing import Any
 import numpy as np
 import pytest
 
+from saescale.scaling.kinds import without_diverged
+from saescale.scaling.laws.checks import data_warnings
 from saescale.scaling.laws.fit import fit_all, fit_laws, fit_notes
+from saescale.scaling.laws.law import forms_of
 from saescale.scaling.laws.settings import FitSettings
 from saescale.scaling.tables import Table
 from saescale.scaling.words import listed
@@ -114,7 +117,7 @@ def test_a_diverged_cell_is_said_and_kept_out(cells: Callable[..., Rows]) -> Non
     assert [entry["coefficients"] for entry in found["fits"]] == [entry["coefficients"] for entry in alone["fits"]]
     assert found["warnings"][0] == (
         "1 cell with nmse above 1, worse than the mean alone, diverged and is kept out of the fits "
-        "(cell 4096x64, N = 4096, k = 64: nmse 1e+27)"
+        "(cell 4096x64, N = 4096, k = 64: nmse 1e+27); --keep-diverged fits it too"
     )
     assert found["excluded"] == found["warnings"][:1]
     kept = fit_all(Table.from_rows(diverged), settings=FitSettings(0, keep_diverged=True))
@@ -127,6 +130,54 @@ def test_a_diverged_cell_is_said_and_kept_out(cells: Callable[..., Rows]) -> Non
     other = fit_all(Table.from_rows([row | {"nmse": 5 * row["nmse"] + 1} for row in rows]), settings=FitSettings(0))
     assert other["cells"] == len(rows)
     assert any("taken for another loss" in warning for warning in other["warnings"])
+
+
+def test_most_cells_above_1_have_not_diverged(cells: Callable[..., Rows]) -> None:
+    """Mean squared errors of which a few happen to be small, and one that is infinite."""
+    rows = cells(SIZES, KS)
+    scale = 1 / np.quantile([row["nmse"] for row in rows], 0.3)
+    rows = [row | {"nmse": scale * row["nmse"]} for row in rows]
+    table = without_diverged(Table.from_rows([*rows[:-1], rows[-1] | {"nmse": np.inf}]))
+    assert len(table) == len(rows) - 1
+    assert "--keep-diverged" not in table.excluded[0]
+    (warning,) = data_warnings(table, None, ())
+    assert re.match(r"nmse is above 1 in 11 of 15 cells: it is another loss, or the sweep is broken; none is", warning)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "laws", "said"),
+    [
+        (lambda row, i: (1 + i % 3) * 10**6, "n_k", "cells of one N differ in tokens (1000000 to 3000000): n_k mix"),
+        (
+            lambda row, i: (1 + i % 3) * 10**6,
+            "n_k n",
+            "(1000000 to 3000000): n_k and n mix what that does to nmse; ask",
+        ),
+        (lambda row, i: (1 + i % 3) * 10**6, "n_k n_d", None),
+        (lambda row, i: (1 + i % 3) * 10**6, "c", None),
+        (lambda row, i: 10**6 + i % 3, "n_k", None),  # rounded to batches
+        (lambda row, i: 10**5 * row["k"], "n", None),  # a law at each k
+        (lambda row, i: 10**5 * row["k"], "n_k n", "cells of one N differ in tokens (800000 to 6400000)"),
+        (lambda row, i: 10**3 * row["n_latents"], "n_k n", None),
+        (lambda row, i: 10**9 // row["n_latents"], "n_k n", None),
+        (lambda row, i: 10**6 * (1 + (row["n_latents"] == 1024)), "n_k", "tokens go up and down with N (1000000 to"),
+        (lambda row, i: None if i else 10**6, "n_k", None),
+    ],
+)
+def test_tokens_that_no_law_of_n_knows(
+    cells: Callable[..., Rows], tokens: Callable[[dict[str, Any], int], int | None], laws: str, said: str | None
+) -> None:
+    rows = [row | {"tokens": tokens(row, i)} for i, row in enumerate(cells(SIZES, KS))]
+    forms = [form for law in laws.split() for form in forms_of(law)]
+    warnings = [text for text in data_warnings(Table.from_rows(rows), None, forms) if "tokens" in text]
+    assert len(warnings) == (said is not None)
+    assert all(str(said) in text for text in warnings)
+
+
+def test_a_size_that_is_the_only_one(cells: Callable[..., Rows]) -> None:
+    assert data_warnings(Table.from_rows(cells((512,), KS)), None, ()) == [
+        "all cells have N = 512: they say nothing of other N"
+    ]
 
 
 def test_an_exponent_on_its_bound_is_said(cells: Callable[..., Rows]) -> None:
