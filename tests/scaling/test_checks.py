@@ -11,6 +11,7 @@ from saescale.scaling.kinds import without_diverged
 from saescale.scaling.laws.checks import data_warnings
 from saescale.scaling.laws.fit import fit_all, fit_laws, fit_notes
 from saescale.scaling.laws.law import forms_of
+from saescale.scaling.laws.leading import far_cells
 from saescale.scaling.laws.settings import FitSettings
 from saescale.scaling.tables import Table
 from saescale.scaling.words import listed
@@ -201,6 +202,31 @@ def test_a_wrong_cell_that_leads_a_fit_is_named(cells: Callable[..., Rows]) -> N
         said = [w for w in entry["warnings"] if "single cells lead this fit" in w]
         assert bool(said) == leads
         assert all("others agree far better: N = 2048, k = 8, nmse 0.95" in w for w in said)
+
+
+def test_a_wrong_cell_that_is_passed_by_is_named(cells: Callable[..., Rows]) -> None:
+    for wrong, value in (("4096x8", 0.97), ("512x64", 0.97), ("1024x16", 1.7), ("4096x64", 0.1), (None, 0)):
+        rows = [row | {"nmse": value} if row["cell_id"] == wrong else row for row in cells(SIZES, KS, 0.01, 1)]
+        fits = fit_all(Table.from_rows(rows), settings=FitSettings(0, laws=("n_k",), keep_diverged=True))["fits"]
+        said = [w for w in fits[0]["warnings"] if "single cells" in w]
+        assert len(said) == (wrong is not None)
+        for warning in said:
+            assert f"nmse {value}" in warning
+            assert f"leave them out, as with --where 'cell_id!={wrong}'" in warning
+
+
+@pytest.mark.parametrize(
+    ("residuals", "far"),
+    [
+        ([0.01, -0.02, 0.01, 0.02, -0.01, 0.4], [5]),
+        ([0.01, -0.5, 0.01, 0.02, -0.01, 0.7, 0.01, 0.01, 0.02], [5, 1]),
+        ([0.01, -0.02, 0.01, 0.02, -0.01, 0.03], []),
+        ([0, 1e-9, 1e-9, 1e-9, 1e-9, 1e-3], []),  # nothing that a sweep's seeds would not do
+        ([0.0, 0.0, 0.4], []),  # two coefficients meet two cells
+    ],
+)
+def test_far_cells(residuals: list[float], far: list[int]) -> None:
+    assert far_cells(np.array(residuals), 2).tolist() == far
 
 
 def test_held_out_cells_outside_their_intervals(cells: Callable[..., Rows]) -> None:
