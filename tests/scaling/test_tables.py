@@ -123,6 +123,8 @@ def test_all_cells_failed(tmp_path: Path, cells: Callable[..., Rows]) -> None:
         ("n_latents,k,nmse,status\n512,8,0.3,odd\n512,16,0.2,odd\n", "status says 'odd' and 1 more and nowhere done"),
         ("", "not a readable table: it is empty"),
         ("\n\n", "not a readable table: it is empty"),
+        ('[\n {"n_latents": 512,\n "k": 8}]\n', "not a table but JSON; write it as .csv"),
+        ('{"n_latents": 512, "nmse": 0.3}\n{"n_latents": 64, "nmse": 0.4}\n', "not a table but JSON; write it as .csv"),
         ("<!DOCTYPE html><p>404", "not a table but a web page; download the file itself"),
         ("version https://git-lfs.github.com/spec/v1\noid sha256:1\n", "a pointer of Git LFS; run: git lfs pull"),
     ],
