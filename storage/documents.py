@@ -28,7 +28,6 @@ CHECKSUM = "checksum"  # the key of a document's own, over all its other keys
 # libyaml is ten times as fast: a grid may be a list of thousands of cells.
 YAML_LOADER: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 _DUMPER: Any = getattr(yaml, "CSafeDumper", yaml.SafeDumper)
-_BEGIN, _END = b"---\n", b"\n..."  # of a YAML document that is whole
 _DEEPEST = 100  # no document is nested so deep; far below what ends the process that reads it
 _MOST_VALUES = 2_000_000  # of a YAML document whose aliases are written out
 
@@ -127,8 +126,6 @@ def read_yaml(where: str, remedy: str | None = None) -> Any:
     """
     content = files.read_bytes(where)
     try:
-        if remedy is not None and content.startswith(_BEGIN) and not content.rstrip().endswith(_END):
-            raise ValueError("it was cut short: its last line is not `...`")
         return _parsed(content)
     except Exception as error:  # PyYAML's constructors raise whatever an odd value brings them to
         told = isinstance(error, yaml.YAMLError | ValueError)
@@ -138,14 +135,9 @@ def read_yaml(where: str, remedy: str | None = None) -> Any:
         raise SaescaleError(f"{where} is not valid YAML: {reason}; correct it") from error
 
 
-def yaml_text(document: Any, whole: bool = False) -> str:
-    """The document as text, its keys in their order. `whole`: between `---` and `...`, by which `read_yaml` with a
-    remedy tells it from one that was cut short."""
-    return str(
-        yaml.dump(
-            document, Dumper=_DUMPER, sort_keys=False, allow_unicode=True, explicit_start=whole, explicit_end=whole
-        )
-    )
+def yaml_text(document: Any) -> str:
+    """The document as text, its keys in their order."""
+    return str(yaml.dump(document, Dumper=_DUMPER, sort_keys=False, allow_unicode=True))
 
 
 def _parsed(content: bytes) -> Any:

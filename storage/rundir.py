@@ -80,7 +80,7 @@ class RunDirectory:
 
     def write_spec(self, spec: dict[str, Any]) -> None:
         """Writes the resolved spec, sweep.yaml. Raises SaescaleError, as every writer, where it cannot be written."""
-        self._write("sweep.yaml", yaml_text(spec, whole=True).encode())
+        self._write("sweep.yaml", yaml_text(spec).encode())
 
     def read_spec(self) -> dict[str, Any] | None:
         """The resolved spec, or None when no sweep was started here."""

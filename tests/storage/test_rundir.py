@@ -9,7 +9,7 @@ import pytest
 
 from saescale.storage import files
 from saescale.storage.columns import CURVES, RESULTS
-from saescale.storage.errors import Damaged, SaescaleError
+from saescale.storage.errors import SaescaleError
 from saescale.storage.lease import Lease, Superseded
 from saescale.storage.rundir import RunDirectory
 
@@ -68,18 +68,6 @@ def test_damaged_files_are_one_clear_line(tmp_path: Path) -> None:
     (tmp_path / "sweep.yaml").write_bytes(b"[1, 2]")
     with pytest.raises(SaescaleError, match=r"sweep\.yaml is damaged \(it holds no sweep"):
         run.read_spec()
-
-
-def test_a_spec_that_was_cut_short_anywhere_is_damaged(tmp_path: Path) -> None:
-    run, path = RunDirectory(str(tmp_path)), tmp_path / "sweep.yaml"
-    run.write_spec({"name": "cut...", "grid": {"k": [8]}, "resolved": {"precision": "fp32"}})
-    whole = path.read_bytes()
-    for length in range(len(whole) - 1):  # what lacks its last line break lacks nothing
-        path.write_bytes(whole[:length])
-        with pytest.raises(Damaged, match=r"sweep\.yaml is damaged"):
-            run.read_spec()
-    path.write_bytes(whole.removeprefix(b"---\n").removesuffix(b"...\n"))  # as 0.1.0 wrote it
-    assert run.read_spec() == {"name": "cut...", "grid": {"k": [8]}, "resolved": {"precision": "fp32"}}
 
 
 def test_no_writer_writes_for_a_driver_that_was_superseded(tmp_path: Path) -> None:
