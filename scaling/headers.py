@@ -63,6 +63,13 @@ def missing_words(missing: Sequence[str], there: Iterable[str]) -> str:
 def nearest(name: str, there: Iterable[str]) -> str | None:
     """The one of `there` that is most likely meant by a name that is not."""
     spelt = {folded(other): other for other in there}
-    also = [other for other in _ALSO_CALLED.get(name, ()) if other in spelt]
-    close = also or difflib.get_close_matches(folded(name), spelt, n=1, cutoff=0.6)
+    if also := other_name(name, spelt):
+        return spelt[also]
+    close = difflib.get_close_matches(folded(name), spelt, n=1, cutoff=0.6)
     return spelt[close[0]] if close else None
+
+
+def other_name(name: str, there: Iterable[str]) -> str | None:
+    """The one of `there` by which others call a column."""
+    spelt = {folded(other): other for other in there}
+    return next((spelt[other] for other in _ALSO_CALLED.get(name, ()) if other in spelt), None)

@@ -77,15 +77,21 @@ def _counted(values: np.ndarray) -> str:
     return ", ".join([*words[:_SHOWN], *more])
 
 
+def mostly_above_one(table: Table) -> bool:
+    """Whether more than half of the finite values of nmse are above 1: then it is not that single cells diverged."""
+    finite = table["nmse"][np.isfinite(table["nmse"])]
+    return bool(len(finite) and (finite > 1).mean() > 0.5)
+
+
 def without_diverged(table: Table, keep: bool = False) -> Table:
     """Without cells whose nmse is above 1: they reconstruct worse than the mean does, so their training diverged.
 
-    They are `excluded`, in one line. Where no cell is at or below 1 the column holds another loss, and all stay; they
-    do too where they are to be kept. An infinite nmse is in no fit.
+    They are `excluded`, in one line. Where most cells are above 1 the column holds another loss, or the sweep is
+    broken: all stay, as they do where they are to be kept. An infinite nmse is in no fit.
     """
     endless = np.isinf(table["nmse"])
     bad = table["nmse"] > 1
-    if keep or bad.all():
+    if keep or mostly_above_one(table):
         bad = endless
     if not bad.any():
         return table
@@ -95,4 +101,6 @@ def without_diverged(table: Table, keep: bool = False) -> Table:
         f"{len(cases)} {'cell' if one else 'cells'} with nmse above 1, worse than the mean alone, diverged and "
         f"{'is' if one else 'are'} kept out of the fits ({listed(cases)})"
     )
+    if not endless[bad].all():
+        reason += f"; --keep-diverged fits {'it' if one else 'them'} too"
     return table.select(~bad, [reason])

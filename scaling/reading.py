@@ -4,10 +4,12 @@ import bz2
 import csv
 import gzip
 import io
+import json
 import lzma
 import re
 import zlib
 from collections.abc import Sequence
+from contextlib import suppress
 from typing import NamedTuple
 
 import pyarrow as pa
@@ -115,6 +117,8 @@ def _text_table(url: str, text: str) -> Written:
     if sum(not (letter.isprintable() or letter.isspace()) for letter in head) > len(head) // 50:
         raise SaescaleError(f"{url}: not a readable table: it holds no text; write or copy it again")
     lines = [line + "\n" for line in re.split("\r\n|\n|\r", text.replace("\0", "")) if line.strip()]
+    if _is_json(text):
+        raise SaescaleError(f"{url}: not a table but JSON; write it as .csv, as pandas.read_json(...).to_csv(...) does")
     told = lines[0].strip().strip('"').lower() if lines else ""
     separators: Sequence[str] = _SEPARATORS
     if told.startswith("sep=") and len(told) == 5:  # as spreadsheets write it
@@ -135,6 +139,14 @@ def _text_table(url: str, text: str) -> Written:
     alike = sum(len(_fields(line, separator)) == len(names) for line in comments)
     notes = (f"{url}: taken for comments, since they begin with #: {alike} of its rows",) if alike else ()
     return Written(pa.table(columns, names=names), comma, notes)
+
+
+def _is_json(text: str) -> bool:
+    """Whether the text is a document of JSON, or has one on each line."""
+    for part in (text, text.strip().partition("\n")[0]):
+        with suppress(ValueError, RecursionError):
+            return isinstance(json.loads(part), dict | list)
+    return False
 
 
 def _header(lines: Sequence[str], separators: Sequence[str]) -> tuple[int, str]:

@@ -1,5 +1,6 @@
 """Where laws take their cells from: run directories, tables and W&B projects, one or several together."""
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
@@ -27,7 +28,10 @@ def load_sources(
     """
     if not sources:
         raise SaescaleError("no source; name a run directory, a .csv or .parquet table, or wandb:entity/project")
+    repeated = [source for source, count in Counter(sources).items() if count > 1]
+    sources = list(dict.fromkeys(sources))
     loaded, notes = once([_load(source, wandb) for source in sources])
+    notes = [*(f"{source} is named several times and read once" for source in repeated), *notes]
     curves = [table for _, table in loaded if table is not None]
     if len(loaded) == 1:
         results = loaded[0][0]

@@ -1,5 +1,6 @@
 """Tables of finished cells and their curves, checked before a law sees them."""
 
+from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Self
@@ -8,7 +9,7 @@ import numpy as np
 import pyarrow as pa
 import xxhash
 
-from saescale.scaling.headers import missing_words, named_columns
+from saescale.scaling.headers import missing_words, named_columns, other_name
 from saescale.scaling.reading import is_table, read_file
 from saescale.scaling.values import either, is_grouped, numbers, texts
 from saescale.scaling.words import listed
@@ -27,6 +28,7 @@ _WHOLE = ("n_latents",)
 _LONGEST_SHOWN = 40  # characters of a value in a message
 _DONE = frozenset(["done", "finished", "complete", "completed", "success", "succeeded", "successful", "ok", "true"])
 _WAITING = frozenset(("", "pending", "waiting", "queued", "running", "training", "interrupted"))
+_LOST = frozenset(("failed", "failure", "error", "crashed", "killed", "canceled", "cancelled", "aborted", "skipped"))
 
 
 @dataclass(frozen=True)
@@ -128,7 +130,8 @@ class Table:
         """Why a law cannot take the value of a column in a row, and what to do."""
         text = str(self.unread[name][row]) if name in self.unread else ""
         value = self.columns[name][row] if name in self.columns else np.nan
-        where = f"in {self.place(row)} ({self.describe(row)})"
+        place, cell = self.place(row), self.describe(row)
+        where = f"in {place}" + (f" ({cell})" if cell != place else "")
         if text:
             text = text if len(text) <= _LONGEST_SHOWN else text[:_LONGEST_SHOWN] + "..."
             advice = "write it without a separator of thousands" if is_grouped(text) else "correct or remove the row"
@@ -210,28 +213,65 @@ def load_curves(source: str | RunDirectory) -> Table | None:
 
 
 def finished(table: Table) -> Table:
-    """Only the rows with status "done" or another word for it (all rows where there is no such column), and a note of
-    what could not be read in them. Raises SaescaleError when none is."""
+    """Only the rows with status "done" or another word for it (all rows where there is no such column), of these only
+    those with an nmse (all where none has one), and notes of what was left out and of what could not be read in the
+    others. Raises SaescaleError when no row is done."""
     everything = table
     if "status" in table:
-        done = np.array([status.strip().lower() in _DONE for status in table["status"].tolist()], dtype=bool)
-        reasons = []
-        for row in np.flatnonzero(~done):
-            status = table["status"][row] or "without status"
-            reasons.append(f"{table.describe(int(row))} is {status}" + _because(table, int(row)))
-        table = table.select(done, reasons)
+        table = _only_done(table)
     if not len(table):
         raise SaescaleError(f"{table.source}: no finished cell; {_what_to_do(everything)}")
+    table = _with_nmse(table)
     instead = {name: values[values != ""] for name, values in table.unread.items()}
     cases = [f"{name} ({str(values[0])!r}{_more(len(values))})" for name, values in instead.items() if len(values)]
     note = f"{table.source}: taken as missing where there is no number: {listed(cases, ', ')}"
     return replace(table, notes=(*table.notes, note)) if cases else table
 
 
+def _only_done(table: Table) -> Table:
+    done = np.array([status.strip().lower() in _DONE for status in table["status"].tolist()], dtype=bool)
+    if done.all():
+        return table
+    left_out = np.flatnonzero(~done).tolist()
+    words = {row: str(table["status"][row]).strip() or "without status" for row in left_out}
+    kept = table.select(
+        done, [f"{table.describe(row)} is {word}" + _because(table, row) for row, word in words.items()]
+    )
+    counts = Counter(words.values())
+    cases = listed((f"{count} {word}" for word, count in counts.most_common()), ", ")
+    note = f"{table.source}: {_are(len(left_out), len(table), 'row')} not done and left out ({cases})"
+    known_words = _WAITING | _LOST | {"without status"}
+    if odd := [repr(w) for w in counts if w.lower() not in known_words and not w.startswith("without")]:
+        note += f"; where {listed(odd, ' or ')} means finished, call it done"
+    return replace(kept, notes=(*table.notes, note))
+
+
+def _with_nmse(table: Table) -> Table:
+    """Without the rows whose nmse is missing, as of a training that reached NaN; all where none has one."""
+    if "nmse" not in table or table["nmse"].dtype.kind != "f":
+        return table
+    missing = np.isnan(table["nmse"])
+    if "nmse" in table.unread:
+        missing &= table.unread["nmse"] == ""
+    if not missing.any() or missing.all():
+        return table
+    cells = [table.describe(row) for row in np.flatnonzero(missing).tolist()]
+    note = (
+        f"{table.source}: {_are(len(cells), len(table), 'finished cell')} without nmse and left out ({listed(cells)})"
+    )
+    return replace(table.select(~missing, [f"{c} has no nmse" for c in cells]), notes=(*table.notes, note))
+
+
+def _are(count: int, of: int, what: str) -> str:
+    return f"{count} of {of} {what}s {'is' if count == 1 else 'are'}"
+
+
 def check_cells(table: Table) -> None:
     """Raises SaescaleError for a missing nmse, and for values of nmse, n_latents or k that are not positive numbers;
     an infinite nmse is that of a cell that diverged."""
-    table.require(("nmse", *(name for name in ("n_latents", "k") if name in table or name in table.unread)), ("nmse",))
+    there = {*table.columns, *table.unread}
+    sizes = [name for name in ("n_latents", "k") if name in there or ("nmse" not in there and other_name(name, there))]
+    table.require(("nmse", *sizes), ("nmse",))
 
 
 def fingerprint(results: Table, curves: Table | None) -> str:

@@ -16,7 +16,7 @@ from saescale.scaling.compute import Flops
 from saescale.storage import checkpoint
 from saescale.storage.columns import CURVES, CurveRow
 from saescale.storage.errors import Damaged, SaescaleError, SaescaleWarning, Unavailable, one_line
-from saescale.storage.files import remove
+from saescale.storage.files import local_path, remove
 from saescale.storage.rundir import SPEC, RunDirectory
 from saescale.storage.store import ActivationStore
 from saescale.trainers.cell import Cell
@@ -28,6 +28,7 @@ T = TypeVar("T")
 # Parts of a sweep that may change between two calls of the same sweep: they do not change what its cells are.
 _FREE = ("store", "out", "resources", "wandb")
 _ASKED_AT_A_TIME = 16
+_READ_FROM_A_STORE = 500  # results, which is a few seconds
 _PACKAGES = ("saescale", "torch", "ray", "lightning", "numpy", "numba", "pyarrow")
 
 
@@ -55,30 +56,38 @@ class Ledger:
         self._forgotten: list[str] = []  # failed and lost cells whose results go when the sweep begins
         self._without_curve: set[str] = set()
         self._made_again: dict[str, dict[str, Any]] = {}  # results whose own file is damaged
-        # What the table says already need not be read cell by cell, which for thousands in an object store is minutes.
-        known = {row["cell_id"]: row for row in run.read_results().to_pylist() if row["status"] in ("done", "failed")}
+        rows = run.read_results().to_pylist()
+        self._known = {row["cell_id"]: row for row in rows if row["status"] in ("done", "failed")}  # by the table
         finished = run.cells_with_results()
-        for cell in cells:
-            if cell.cell_id in finished:
-                result = known.get(cell.cell_id) or self._result_of(cell)
-                if result is not None:
-                    self.results[cell.cell_id] = result
+        there = [cell for cell in cells if cell.cell_id in finished]
+        # The results of thousands of cells in an object store are minutes: what the table says of them is taken.
+        cheap = local_path(run.url) is not None or len(there) <= _READ_FROM_A_STORE
+        asked = [cell for cell in there if cheap or cell.cell_id not in self._known]
+        found = self._known | {
+            cell.cell_id: row for cell, row in zip(asked, self._of_each(asked, self._result_of), strict=True)
+        }
+        for cell in there:
+            if (result := found[cell.cell_id]) is not None:
+                self.results[cell.cell_id] = result
 
     def _result_of(self, cell: Cell) -> dict[str, Any] | None:
-        """The cell's result; where that is damaged, what its weights and its curve say. None: it is to be trained."""
+        """What the table says of the cell, or its own file; where that is damaged it is made again from the table, or
+        else from weights and curve. None: the cell is to be trained."""
+        known = self._known.get(cell.cell_id)
         try:
-            return self.run.read_cell_result(cell.cell_id)
+            own = self.run.read_cell_result(cell.cell_id)
+            return known or own
         except Damaged as error:
             try:
-                made = self._from_files(cell)
+                made = known or self._from_files(cell)
             except SaescaleError as missing:
                 self._forgotten.append(cell.cell_id)
                 text = f"{error.where} is damaged, and {missing}: the cell's training is lost, and it is trained again"
                 warnings.warn(text, SaescaleWarning, stacklevel=3)
                 return None
             self._made_again[cell.cell_id] = made
-            text = f"{error.where} is damaged: it is made again from the cell's weights and curve, but for its times"
-            warnings.warn(text, SaescaleWarning, stacklevel=3)
+            source = "results.parquet" if known else "the cell's weights and curve, but for its times"
+            warnings.warn(f"{error.where} is damaged: it is made again from {source}", SaescaleWarning, stacklevel=3)
             return made
 
     def _from_files(self, cell: Cell) -> dict[str, Any]:
@@ -136,8 +145,8 @@ class Ledger:
                 try:
                     result = self.run.read_cell_result(cell.cell_id) or {}
                 except Damaged:  # what the table says of it is sound
-                    result = self.results[cell.cell_id]
-                    self.run.write_json(f"cells/{cell.cell_id}/result.json", result)
+                    result = self._made_again[cell.cell_id] = self.results[cell.cell_id]
+                    self._restore()
                 self.run.tidy_cell(cell.cell_id, result)
 
     def forget_failed(self) -> None:
@@ -149,6 +158,7 @@ class Ledger:
         self._forgotten += failed
         for cell_id in failed:
             del self.results[cell_id]
+            self._made_again.pop(cell_id, None)
 
     @property
     def pending(self) -> list[Cell]:

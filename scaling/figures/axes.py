@@ -50,13 +50,15 @@ def log_axis(label: str, values: np.ndarray) -> Axis:
 
 
 def power_axis(label: str, low: float, high: float) -> Axis:
-    """A logarithmic axis over orders of magnitude, ticks as "10^12", "2×10^12" over fewer than two."""
+    """A logarithmic axis over orders of magnitude, ticks as "10^12", "2×10^12" over fewer than two; over less
+    than lies between these, the next finer ones."""
     low, high = low / 1.15, high * 1.15
     decades = np.arange(np.floor(np.log10(low)), np.ceil(np.log10(high)) + 1)
-    few = high / low < 100
-    chosen = [(m, p) for p in decades for m in ((1, 2, 5) if few else (1,)) if low <= m * 10.0**p <= high]
+    choices = ((1, 2, 5) if high / low < 100 else (1,), range(1, 10), np.arange(10, 100) / 10)
+    grids = ([(m, p) for p in decades for m in marks if low <= m * 10.0**p <= high] for marks in choices)
+    chosen = next(filter(None, grids))  # room is left for a mark: high / low >= 1.3, and the last are 1.1 apart at most
     step = -(-len(chosen) // 8)
-    ticks = tuple((float(m * 10.0**p), f"10^{p:.0f}" if m == 1 else f"{m}×10^{p:.0f}") for m, p in chosen[::step])
+    ticks = tuple((float(m * 10.0**p), f"10^{p:.0f}" if m == 1 else f"{m:g}×10^{p:.0f}") for m, p in chosen[::step])
     minor = [float(m * 10.0**p) for p in decades for m in range(1, 10)]
     return Axis(label, "log", low, high, ticks, tuple(v for v in minor if low <= v <= high and v not in dict(ticks)))
 

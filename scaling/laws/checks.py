@@ -1,15 +1,17 @@
 """Warnings in words: where the data cannot carry what a law claims."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
 from scipy.stats import binom, spearmanr
 
+from saescale.scaling.kinds import mostly_above_one
 from saescale.scaling.laws.convergence import Convergence
 from saescale.scaling.laws.estimate import Fit
 from saescale.scaling.laws.frontier import Frontier
-from saescale.scaling.laws.law import SYMBOLS
+from saescale.scaling.laws.law import SYMBOLS, Law
 from saescale.scaling.tables import Table, number, size_of
 from saescale.scaling.words import listed
 
@@ -25,17 +27,20 @@ _SINGULAR = 1e6
 _UNLIKELY = 0.01
 _SEEN = 12
 _EXACT = 1e-6
+_ALIKE = 1.01  # of two numbers of tokens, of which one may be rounded to batches
 _MET = 5e-4  # of ln nmse: within the width of the loss, where intervals are of rounding
 
 
-def data_warnings(results: Table, convergence: Convergence | None) -> list[str]:
-    """What is wrong with the cells, whatever law is fitted to them; what their columns cannot tell is passed over."""
+def data_warnings(results: Table, convergence: Convergence | None, laws: Sequence[Law]) -> list[str]:
+    """What is wrong with the cells for these laws; what their columns cannot tell is passed over."""
     warnings = []
     for column, symbol in (("n_latents", "N"), ("k", "k")):
         if column not in results:
             continue
         low, high = results[column].min(), results[column].max()
-        if high / low < _RANGE:
+        if high == low:
+            warnings.append(f"all cells have {symbol} = {number(low)}: they say nothing of other {symbol}")
+        elif high / low < _RANGE:
             warnings.append(
                 f"{symbol} spans only a factor of {high / low:.3g} ({number(low)} to {number(high)}): exponents from "
                 f"less than a factor of {_RANGE:g} are local slopes, not laws"
@@ -71,8 +76,16 @@ def data_warnings(results: Table, convergence: Convergence | None) -> list[str]:
             f"nmse does not fall with N in these steps: {listed(rises)}; those cells are undertrained or too noisy for "
             "a law"
         )
-    if (above := int((results["nmse"] > 1).sum())) == len(results):
+    if said := _mixed_tokens(results, laws):
+        warnings.append(said)
+    above = int((results["nmse"] > 1).sum())
+    if above == len(results):
         warnings.append("nmse is above 1 in every cell: it is taken for another loss, and none for diverged")
+    elif mostly_above_one(results):
+        warnings.append(
+            f"nmse is above 1 in {above} of {len(results)} cells: it is another loss, or the sweep is broken; none is "
+            "taken for diverged and all are fitted (--where 'nmse<=1' fits the others alone)"
+        )
     elif above:
         warnings.append(f"nmse is above 1, worse than that of the mean alone, in {above} of the cells that are fitted")
     if convergence is not None:
@@ -240,6 +253,40 @@ def _rises(results: Table) -> list[str]:
         steps = zip(sizes[:-1], sizes[1:], np.diff(means), strict=True)
         found += [f"{at}N = {number(low)} to {number(high)}" for low, high, fall in steps if fall >= 0]
     return found
+
+
+def _mixed_tokens(results: Table, laws: Sequence[Law]) -> str | None:
+    """In words, where laws of N that know nothing of tokens meet cells whose tokens do not go with N by one rule."""
+    of_size = [law for law in laws if law.over == "cells" and "n_latents" in law.columns]
+    if (
+        not of_size
+        or any("tokens" in law.columns for law in laws)
+        or not {"n_latents", "tokens"} <= set(results.columns)
+    ):
+        return None
+    told = results.select(results["tokens"] > 0)
+    joint = "k" not in results or any("k" in law.columns for law in of_size)
+    fitted = [told] if joint else [told.select(told["k"] == k) for k in np.unique(told["k"])]
+    how = next((how for cells in fitted if (how := _unruly(cells["n_latents"], cells["tokens"]))), None)
+    if how is None:
+        return None
+    values, counts = np.unique(told["tokens"], return_counts=True)
+    names = listed(dict.fromkeys(law.name for law in of_size), " and ")
+    return (
+        f"{how} ({number(values[0])} to {number(values[-1])}): {names} mix what that does to nmse; ask for --law n_d, "
+        f"or fit one budget with --where tokens={values[np.argmax(counts)]:.0f}"
+    )
+
+
+def _unruly(sizes: np.ndarray, tokens: np.ndarray) -> str | None:
+    """How tokens differ among cells otherwise than by growing, or by falling, with N; None where they do not."""
+    of_each = [tokens[sizes == n] for n in np.unique(sizes)]
+    if any(each.max() > _ALIKE * each.min() for each in of_each):
+        return "cells of one N differ in tokens"
+    ratios = [after.min() / before.max() for before, after in pairwise(of_each)]
+    if any(ratio > _ALIKE for ratio in ratios) and any(ratio < 1 / _ALIKE for ratio in ratios):
+        return "tokens go up and down with N"
+    return None
 
 
 def _grow(sizes: np.ndarray, tokens: np.ndarray) -> bool:

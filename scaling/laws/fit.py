@@ -23,7 +23,7 @@ from saescale.scaling.laws.identify import profile_floor
 from saescale.scaling.laws.isoflop import IsoFlop, find_isoflop, fit_isoflop
 from saescale.scaling.laws.lack_of_fit import kinds_of
 from saescale.scaling.laws.law import SYMBOLS, Law, find_law, forms_of
-from saescale.scaling.laws.leading import leading_cells
+from saescale.scaling.laws.leading import far_cells, leading_cells
 from saescale.scaling.laws.settings import DEFAULT_LAWS, LEAST_BOOTSTRAPS, FitSettings
 from saescale.scaling.tables import Table, check_cells, fingerprint, number, size_of
 from saescale.scaling.words import listed
@@ -113,7 +113,8 @@ def fit_laws(
     curves_at = {} if curves is None else {at["k"]: read_curves(cells, curves) for at, cells in by_k}
     found: list[Fit | Skipped] = []
     asked = {law: forms_of(law) for law in _in_order(settings.laws)}
-    over = {form.over for forms in asked.values() for form in forms}
+    all_forms = [form for forms in asked.values() for form in forms]
+    over = {form.over for form in all_forms}
     frontiers, no_frontier = _find_frontiers(results, by_k, curves, curves_at) if over - {"cells"} else ([], [])
     isoflops = tuple(view for frontier in frontiers if (view := find_isoflop(frontier, results)))
     for name, forms in asked.items():
@@ -128,6 +129,7 @@ def fit_laws(
         if forms[0].over == "optimum":
             found += _fit_optimum(forms, frontiers, isoflops, settings)
     convergence = None if curves is None else find_convergence(results, curves, settings)
+    said = [*unlike(results), *diverged, *data_warnings(results, convergence, all_forms), *_no_intervals(settings)]
     return Laws(
         results,
         made_from,
@@ -135,7 +137,7 @@ def fit_laws(
         curves_at,
         tuple(frontiers),
         tuple(entry for entry in found if isinstance(entry, Skipped)),
-        (*results.notes, *unlike(results), *diverged, *data_warnings(results, convergence), *_no_intervals(settings)),
+        (*results.notes, *said),
         convergence,
         isoflops,
     )
@@ -355,15 +357,9 @@ def _checked_cells(fit: Fit, cells: Table, settings: FitSettings) -> Fit:
         more["holdout_compute"] = (
             {**fit.holdout, "held_out": text} if same and fit.holdout else hold_out(fit, costly, text, settings)
         )
-    problem, to_raw = centred(fit.law, fit.columns, np.log(fit.nmse))
-    best = np.linalg.solve(to_raw, fit.raw)
-    if len(led := leading_cells(problem, best, np.log(fit.nmse))):
-        names = [f"{size_of(cells, int(row))}, nmse {fit.nmse[row]:.4g}" for row in led]
-        more["leading_cells"] = [int(row) for row in led]
-        warning = f"single cells lead this fit, without one of them the others agree far better: {listed(names)}"
-        example = f", as with --where 'cell_id!={cells['cell_id'][led[0]]}'" if "cell_id" in cells else ""
-        advice = f"; look at their curves, train them again or leave them out{example}"
-        fit = replace(fit, warnings=(*fit.warnings, warning + advice))
+    fit, led = _with_wrong_cells(fit, cells)
+    if led:
+        more["leading_cells"] = led
     profile = None
     if len(fit.draws):
         if fit.law.join == 1:
@@ -373,6 +369,27 @@ def _checked_cells(fit: Fit, cells: Table, settings: FitSettings) -> Fit:
         if comparison := compare_without_last(fit, held, settings):
             more["without_last_term"] = comparison
     return replace(fit, profile=profile, more=more)
+
+
+def _with_wrong_cells(fit: Fit, cells: Table) -> tuple[Fit, list[int]]:
+    """With a warning that names the cells that lead the fit or lie far from it; the indices of those that lead."""
+    log_nmse = np.log(fit.nmse)
+    problem, to_raw = centred(fit.law, fit.columns, log_nmse)
+    led = leading_cells(problem, np.linalg.solve(to_raw, fit.raw), log_nmse).tolist()
+    expected = fit.law.log_value(fit.raw, fit.columns)
+    far = [row for row in far_cells(log_nmse - expected, len(fit.raw)).tolist() if row not in led]
+    names = [f"{size_of(cells, row)}, nmse {value:.4g}" for row, value in enumerate(fit.nmse)]
+    said = []
+    if led:
+        cases = listed(names[row] for row in led)
+        said.append(f"single cells lead this fit, without one of them the others agree far better: {cases}")
+    if far:
+        cases = listed(f"{names[row]} where it says {np.exp(expected[row]):.4g}" for row in far)
+        said.append(f"single cells lie far from this fit, which the others agree on: {cases}")
+    for i, rows in enumerate(filter(None, (led, far))):
+        example = f", as with --where 'cell_id!={cells['cell_id'][rows[0]]}'" if "cell_id" in cells else ""
+        said[i] += f"; look at their curves, train them again or leave them out{example}"
+    return replace(fit, warnings=(*fit.warnings, *said)), led
 
 
 def _held_out(fit: Fit, held: np.ndarray, label: str, said: str, settings: FitSettings) -> Fit:

@@ -17,7 +17,7 @@ from saescale.cluster.sweep.spec import SweepSpec, load_spec, parse_spec
 from saescale.scaling.laws.settings import FitSettings
 from saescale.scaling.report.report import analyse, is_current
 from saescale.storage import checkpoint
-from saescale.storage.columns import CurveRow
+from saescale.storage.columns import RESULTS, CurveRow
 from saescale.storage.documents import yaml_text
 from saescale.storage.errors import SaescaleError, SaescaleWarning
 from saescale.storage.lease import Lease
@@ -274,6 +274,22 @@ def test_a_damaged_result_is_made_again(made: Made) -> None:
     for name in ("nmse", "flops", "flops_dense", "tokens", "settings", "store", "status"):
         assert found[name] == expected[name], name
     assert made.ledger().pending == []
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b'{"cell_id": "x"'])
+def test_a_damaged_result_is_made_again_from_the_table(made: Made, content: bytes) -> None:
+    """With its times, and whether or not its turn left something behind."""
+    cell = first_cell(made)
+    where = Path(made.run.result_url(cell))
+    expected = made.run.read_cell_result(cell)
+    where.write_bytes(content)
+    ledger = warned(made, "is damaged: it is made again from results.parquet")
+    assert ledger.pending == []
+    ledger.settle()
+    found = made.run.read_cell_result(cell)
+    assert found is not None
+    assert expected is not None
+    assert {name: found[name] for name in RESULTS.names} == {name: expected.get(name) for name in RESULTS.names}
 
 
 def test_a_result_that_is_lost_says_what_it_costs(made: Made) -> None:

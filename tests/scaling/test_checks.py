@@ -7,7 +7,11 @@ from typing import Any
 import numpy as np
 import pytest
 
+from saescale.scaling.kinds import without_diverged
+from saescale.scaling.laws.checks import data_warnings
 from saescale.scaling.laws.fit import fit_all, fit_laws, fit_notes
+from saescale.scaling.laws.law import forms_of
+from saescale.scaling.laws.leading import far_cells
 from saescale.scaling.laws.settings import FitSettings
 from saescale.scaling.tables import Table
 from saescale.scaling.words import listed
@@ -118,7 +122,7 @@ def test_a_diverged_cell_is_said_and_kept_out(cells: Callable[..., Rows]) -> Non
     assert [entry["coefficients"] for entry in found["fits"]] == [entry["coefficients"] for entry in alone["fits"]]
     assert found["warnings"][0] == (
         "1 cell with nmse above 1, worse than the mean alone, diverged and is kept out of the fits "
-        "(cell 4096x64, N = 4096, k = 64: nmse 1e+27)"
+        "(cell 4096x64, N = 4096, k = 64: nmse 1e+27); --keep-diverged fits it too"
     )
     assert found["excluded"] == found["warnings"][:1]
     kept = fit_all(Table.from_rows(diverged), settings=FitSettings(0, keep_diverged=True))
@@ -131,6 +135,54 @@ def test_a_diverged_cell_is_said_and_kept_out(cells: Callable[..., Rows]) -> Non
     other = fit_all(Table.from_rows([row | {"nmse": 5 * row["nmse"] + 1} for row in rows]), settings=FitSettings(0))
     assert other["cells"] == len(rows)
     assert any("taken for another loss" in warning for warning in other["warnings"])
+
+
+def test_most_cells_above_1_have_not_diverged(cells: Callable[..., Rows]) -> None:
+    """Mean squared errors of which a few happen to be small, and one that is infinite."""
+    rows = cells(SIZES, KS)
+    scale = 1 / np.quantile([row["nmse"] for row in rows], 0.3)
+    rows = [row | {"nmse": scale * row["nmse"]} for row in rows]
+    table = without_diverged(Table.from_rows([*rows[:-1], rows[-1] | {"nmse": np.inf}]))
+    assert len(table) == len(rows) - 1
+    assert "--keep-diverged" not in table.excluded[0]
+    (warning,) = data_warnings(table, None, ())
+    assert re.match(r"nmse is above 1 in 11 of 15 cells: it is another loss, or the sweep is broken; none is", warning)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "laws", "said"),
+    [
+        (lambda row, i: (1 + i % 3) * 10**6, "n_k", "cells of one N differ in tokens (1000000 to 3000000): n_k mix"),
+        (
+            lambda row, i: (1 + i % 3) * 10**6,
+            "n_k n",
+            "(1000000 to 3000000): n_k and n mix what that does to nmse; ask",
+        ),
+        (lambda row, i: (1 + i % 3) * 10**6, "n_k n_d", None),
+        (lambda row, i: (1 + i % 3) * 10**6, "c", None),
+        (lambda row, i: 10**6 + i % 3, "n_k", None),  # rounded to batches
+        (lambda row, i: 10**5 * row["k"], "n", None),  # a law at each k
+        (lambda row, i: 10**5 * row["k"], "n_k n", "cells of one N differ in tokens (800000 to 6400000)"),
+        (lambda row, i: 10**3 * row["n_latents"], "n_k n", None),
+        (lambda row, i: 10**9 // row["n_latents"], "n_k n", None),
+        (lambda row, i: 10**6 * (1 + (row["n_latents"] == 1024)), "n_k", "tokens go up and down with N (1000000 to"),
+        (lambda row, i: None if i else 10**6, "n_k", None),
+    ],
+)
+def test_tokens_that_no_law_of_n_knows(
+    cells: Callable[..., Rows], tokens: Callable[[dict[str, Any], int], int | None], laws: str, said: str | None
+) -> None:
+    rows = [row | {"tokens": tokens(row, i)} for i, row in enumerate(cells(SIZES, KS))]
+    forms = [form for law in laws.split() for form in forms_of(law)]
+    warnings = [text for text in data_warnings(Table.from_rows(rows), None, forms) if "tokens" in text]
+    assert len(warnings) == (said is not None)
+    assert all(str(said) in text for text in warnings)
+
+
+def test_a_size_that_is_the_only_one(cells: Callable[..., Rows]) -> None:
+    assert data_warnings(Table.from_rows(cells((512,), KS)), None, ()) == [
+        "all cells have N = 512: they say nothing of other N"
+    ]
 
 
 def test_an_exponent_on_its_bound_is_said(cells: Callable[..., Rows]) -> None:
@@ -154,6 +206,31 @@ def test_a_wrong_cell_that_leads_a_fit_is_named(cells: Callable[..., Rows]) -> N
         said = [w for w in entry["warnings"] if "single cells lead this fit" in w]
         assert bool(said) == leads
         assert all("others agree far better: N = 2048, k = 8, nmse 0.95" in w for w in said)
+
+
+def test_a_wrong_cell_that_is_passed_by_is_named(cells: Callable[..., Rows]) -> None:
+    for wrong, value in (("4096x8", 0.97), ("512x64", 0.97), ("1024x16", 1.7), ("4096x64", 0.1), (None, 0)):
+        rows = [row | {"nmse": value} if row["cell_id"] == wrong else row for row in cells(SIZES, KS, 0.01, 1)]
+        fits = fit_all(Table.from_rows(rows), settings=FitSettings(0, laws=("n_k",), keep_diverged=True))["fits"]
+        said = [w for w in fits[0]["warnings"] if "single cells" in w]
+        assert len(said) == (wrong is not None)
+        for warning in said:
+            assert f"nmse {value}" in warning
+            assert f"leave them out, as with --where 'cell_id!={wrong}'" in warning
+
+
+@pytest.mark.parametrize(
+    ("residuals", "far"),
+    [
+        ([0.01, -0.02, 0.01, 0.02, -0.01, 0.4], [5]),
+        ([0.01, -0.5, 0.01, 0.02, -0.01, 0.7, 0.01, 0.01, 0.02], [5, 1]),
+        ([0.01, -0.02, 0.01, 0.02, -0.01, 0.03], []),
+        ([0, 1e-9, 1e-9, 1e-9, 1e-9, 1e-3], []),  # nothing that a sweep's seeds would not do
+        ([0.0, 0.0, 0.4], []),  # two coefficients meet two cells
+    ],
+)
+def test_far_cells(residuals: list[float], far: list[int]) -> None:
+    assert far_cells(np.array(residuals), 2).tolist() == far
 
 
 def test_held_out_cells_outside_their_intervals(cells: Callable[..., Rows]) -> None:

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from saescale.scaling.figures.figures import NAMES, draw_figures, views_of
 from saescale.scaling.figures.interactive import plot, theme
 from saescale.scaling.figures.palette import colour
 from saescale.scaling.figures.views import Label, Line, Points, View, spread
+from saescale.scaling.figures.views_laws import compute_optimal
 from saescale.scaling.figures.views_profile import profile, tradeoff
 from saescale.scaling.laws.fit import Laws, fit_laws
 from saescale.scaling.laws.settings import FitSettings
@@ -201,6 +203,27 @@ def test_ticks_read_as_in_a_paper() -> None:
         assert len({text for _, text in axis.ticks}) == len(axis.ticks)
         assert all(axis.low <= place <= axis.high for place, _ in axis.ticks)
         assert axis.value(axis.fraction(axis.high)) == pytest.approx(axis.high)
+
+
+@pytest.mark.parametrize("ratio", [1.0, 1.2, 1.5, 1.7, 3.0, 80.0, 99.0, 1e3, 1e6])
+@pytest.mark.parametrize("low", [1e-3, 1.16e3, 3.2e6, 5.9e6, 2.31e15, 9.99e20])
+def test_orders_of_magnitude_have_ticks_wherever_they_lie(low: float, ratio: float) -> None:
+    """Between two round ticks too, as where a sweep has one iso-FLOP minimum."""
+    axis = power_axis("C", low, low * ratio)
+    assert 1 <= len(axis.ticks) <= 8
+    assert len({text for _, text in axis.ticks}) == len(axis.ticks)
+    for place, text in axis.ticks:
+        assert axis.low <= place <= axis.high
+        mantissa, power = text.split("10^")
+        assert float(mantissa.rstrip("×") or 1) * 10.0 ** int(power) == pytest.approx(place)
+
+
+def test_a_compute_optimum_of_one_decade_and_less(fitted: tuple[Laws, Table]) -> None:
+    view = max(fitted[0].isoflops, key=lambda view: len(view.flops))
+    alike = replace(view, flops=view.flops[:1].repeat(len(view.flops)) * 3.2 / 10 ** (np.log10(view.flops[0]) % 1))
+    drawn = compute_optimal(replace(fitted[0], isoflops=(alike,), fits=()))
+    assert drawn is not None
+    assert [text.partition("×")[0] for _, text in drawn.x.ticks] == ["3"]
 
 
 def test_labels_do_not_overlap() -> None:

@@ -154,6 +154,14 @@ def test_a_run_of_0_1_0_says_what_its_sweep_file_says() -> None:
     assert fit_all(results, settings=FitSettings(0))["cells"] == 6
 
 
+def test_a_source_that_is_named_twice_is_read_once(tmp_path: Path) -> None:
+    url = str(tmp_path / "a.csv")
+    Path(url).write_text("n_latents,k,nmse\n512,8,0.5\n1024,8,0.4\n")
+    results, _ = load_sources([url, url])
+    assert (len(results), results.source) == (2, url)
+    assert results.notes == (f"{url} is named several times and read once",)
+
+
 def test_bad_sources(tmp_path: Path) -> None:
     with pytest.raises(SaescaleError, match="no source; name a run directory"):
         load_sources([])

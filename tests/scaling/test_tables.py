@@ -11,7 +11,7 @@ import pyarrow.csv
 import pytest
 
 from saescale.scaling.kinds import comparable
-from saescale.scaling.tables import Table, fingerprint, finished, load_curves, load_results
+from saescale.scaling.tables import Table, check_cells, fingerprint, finished, load_curves, load_results
 from saescale.storage.errors import SaescaleError
 from saescale.storage.rundir import RunDirectory
 
@@ -45,6 +45,39 @@ def test_unfinished_cells_are_excluded_with_the_reason(tmp_path: Path, cells: Ca
     table = load_results(run)
     assert table["n_latents"].tolist() == [512]
     assert table.excluded == ("cell 1024x8, N = 1024, k = 8 is failed: NaN in the loss",)
+
+
+@pytest.mark.parametrize(
+    ("statuses", "left", "said"),
+    [
+        (["done", "converged"] * 3, 3, "3 of 6 rows are not done and left out (3 converged); where 'converged' means"),
+        (["done", "Finished", "killed", "FAILED", "skipped"], 2, "(1 killed, 1 FAILED, 1 skipped)"),
+        (["done", "pending", "", "pending"], 1, "3 of 4 rows are not done and left out (2 pending, 1 without status)"),
+        (["done", "ok", "true "], 3, None),
+    ],
+)
+def test_how_many_rows_are_not_done_is_said(statuses: list[str], left: int, said: str | None) -> None:
+    rows = [{"n_latents": 2**i, "k": 8, "nmse": 0.5 / i, "status": status} for i, status in enumerate(statuses, 1)]
+    table = finished(Table.from_rows(rows))
+    assert len(table) == left
+    assert len(table.notes) == (said is not None)
+    for note in table.notes:
+        assert str(said) in note
+        assert ("call it done" in note) == ("converged" in note)
+
+
+def test_a_finished_cell_without_nmse_is_left_out(cells: Callable[..., Rows]) -> None:
+    """As JSON writes NaN: training that went astray, like that of an infinite nmse."""
+    rows = cells((512, 1024), (8, 16))
+    table = finished(Table.from_rows([rows[0] | {"nmse": None}, *rows[1:3], rows[3] | {"nmse": float("nan")}]))
+    assert table["cell_id"].tolist() == ["512x16", "1024x8"]
+    assert table.excluded[0] == "cell 512x8, N = 512, k = 8 has no nmse"
+    assert (
+        "2 of 4 finished cells are without nmse and left out (cell 512x8, N = 512, k = 8; cell 1024x16"
+        in (table.notes[0])
+    )
+    with pytest.raises(SaescaleError, match="nmse is 'low' in row 2"):  # what stands there is to be corrected
+        check_cells(finished(Table.from_rows([{"nmse": "0.5"}, {"nmse": "low"}, {"nmse": None}])))
 
 
 def test_no_finished_cell(tmp_path: Path, cells: Callable[..., Rows]) -> None:
@@ -82,12 +115,16 @@ def test_all_cells_failed(tmp_path: Path, cells: Callable[..., Rows]) -> None:
         ("n_latents,k,nmse\n512,8,0,3\n", "row 1 has 4 fields and the header 3 .512 | 8 | 0 | 3.; quote .* a point"),
         ("n_latents,k,nmse,NMSE\n512,8,0.3,0.4\n", "two columns are called nmse and differ, column 3 .'nmse'. and c"),
         ("n_latents,k,fvu\n512,8,0.3\n", "no column nmse; it has n_latents, k, fvu. If fvu is it, call it nmse"),
+        ("d_sae,top_k,fvu\n512,8,0.3\n", "no column nmse, n_latents, k; it .* fvu is it, call it nmse; if d_sae is it"),
+        ("nmse\n0.3\n0\n", "nmse is 0 in row 2, and it"),
         ("n_latents,k,nsme\n512,8,0.3\n", "If nsme is it, call it nmse"),
         ("512,8,0.3\n1024,8,0.2\n", "its first row .512, 8, 0.3. holds numbers, not the names of columns"),
         ('n_latents,k,nmse\n512,8,"0.3\n', "not a readable table .* look for a quote that is not closed"),
         ("n_latents,k,nmse,status\n512,8,0.3,odd\n512,16,0.2,odd\n", "status says 'odd' and 1 more and nowhere done"),
         ("", "not a readable table: it is empty"),
         ("\n\n", "not a readable table: it is empty"),
+        ('[\n {"n_latents": 512,\n "k": 8}]\n', "not a table but JSON; write it as .csv"),
+        ('{"n_latents": 512, "nmse": 0.3}\n{"n_latents": 64, "nmse": 0.4}\n', "not a table but JSON; write it as .csv"),
         ("<!DOCTYPE html><p>404", "not a table but a web page; download the file itself"),
         ("version https://git-lfs.github.com/spec/v1\noid sha256:1\n", "a pointer of Git LFS; run: git lfs pull"),
     ],
