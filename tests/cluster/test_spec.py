@@ -54,7 +54,7 @@ def changed(document: dict[str, Any], path: str, value: Any) -> dict[str, Any]:
         ("grid.n_latents", [], "grid.n_latents: list should have at least 1 item"),
         ("grid.architecture", ["topc"], "grid.architecture.0: unknown architecture 'topc': did you mean topk?"),
         ("grid.activation", ["topc"], "grid.architecture.0: unknown architecture 'topc': did you mean topk?"),
-        ("grid.architecture", ["relu", "topk"], "grid.architecture.0: unknown architecture 'relu': "),
+        ("grid.architecture", ["softmax", "topk"], "grid.architecture.0: unknown architecture 'softmax': "),
         ("train.settings", {"k_axu": 8}, "k_axu is no setting of topk: did you mean k_aux?"),
         ("train.settings", {"k_aux": -8}, "setting k_aux of topk: Input should be greater than or equal to 0"),
         ("train.tokens", 1000, "train: tokens = 1000 is not a multiple of batch_tokens = 256"),
