@@ -95,7 +95,7 @@ _COLUMNS = (
            decimals=1),
     Column("device", _TEXT, _RESULTS, "Kind of device", role="time"),
     Column("tokens_per_s", _REAL, _CURVES, "Tokens per second", unit="tokens/s", role="time", panel="Throughput"),
-    Column("coefficient", _REAL, _BOTH, "Coefficient of the sparsity penalty", panel="Latents"),
+    Column("coefficient", _REAL, _BOTH, "Coefficient of the sparsity penalty"),
     Column("status", _TEXT, _RESULTS, "Status"),
     Column("error", _TEXT, _RESULTS, "Error"),
 )  # fmt: skip

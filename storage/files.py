@@ -318,9 +318,17 @@ def _write_error(url: str, error: Exception, tries: int = 1) -> SaescaleError:
 def _read_error(url: str, error: Exception, tries: int) -> SaescaleError:
     if isinstance(error, FileNotFoundError):
         raise error
+    require_memory(url, error)
     if isinstance(error, NotADirectoryError):  # nothing lies below a file
         raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), url) from error
     return _error(url, "read", error, tries, "check the address, the network and the credentials")
+
+
+def require_memory(url: str, error: Exception) -> None:
+    """Raises MemoryError where that is what `error` of a read says: no file's fault, and others know what to do."""
+    # Arrow's OSError has no number, and its own error of memory is one.
+    if isinstance(error, MemoryError) or (isinstance(error, OSError) and os.strerror(errno.ENOMEM) in str(error)):
+        raise MemoryError(f"{url}: {error}") from error
 
 
 def _error(url: str, verb: str, error: Exception, tries: int, advice: str) -> SaescaleError:

@@ -141,6 +141,7 @@ class ActivationStore:
             raise
         except Exception as error:  # object stores raise classes of their own
             where = files.join(self.url, self.manifest.shards[group.shard].name)
+            files.require_memory(where, error)
             # What Arrow itself has to say of a file is an OSError too, but without a number.
             of_arrow = type(error) is OSError and error.errno is None
             if not of_arrow and files.may_pass(where, error):

@@ -86,7 +86,8 @@ def _asking() -> Iterator[None]:
     with waiting(_answer_of(address), GIVES_UP_S):
         try:
             yield
-        except (ray.exceptions.RaySystemError, ray.exceptions.RpcError, ConnectionError) as error:
+        # Whatever Ray makes of it: of a head that was started anew it says that a token is wrong.
+        except (ray.exceptions.RayError, ConnectionError) as error:
             raise _lost(address, f"does not answer ({one_line(error)[:200]})") from error
 
 

@@ -22,6 +22,7 @@ from saescale.storage.manifest import Manifest, write_manifest
 from saescale.storage.rows import RowGroup, to_float32, write_shard
 from saescale.storage.store import ActivationStore
 from tests.storage.small_rows import rows_of, varied
+from tests.trainers.synthetic import sparse_rows, write_store
 
 BuildStore = Callable[..., ActivationStore]
 
@@ -211,3 +212,15 @@ def test_an_unusable_manifest_is_one_clear_line(build_store: BuildStore, tmp_pat
     rewrite_manifest(store, shards=[])
     with pytest.raises(SaescaleError, match=r"is empty \(0 rows\)"):
         ActivationStore.open(str(tmp_path))
+
+
+@pytest.mark.parametrize("error", [OSError("Memory mapping file failed: Cannot allocate memory"), MemoryError("no")])
+def test_memory_that_ran_out_is_no_damage(error: Exception, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    store = ActivationStore.open(write_store(str(tmp_path), sparse_rows(2_048, 1), sparse_rows(1_024, 2)))
+
+    def fail(*_: object) -> None:
+        raise error
+
+    monkeypatch.setattr(ActivationStore, "_open", fail)
+    with pytest.raises(MemoryError, match=r"train-00000\.parquet"):
+        store.read_split("train")

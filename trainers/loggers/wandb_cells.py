@@ -113,7 +113,7 @@ class WandbLogger:
     def _log(self, cell_id: str, row: CurveRow) -> None:
         if run := self._runs.get(cell_id):
             try:
-                values = row._asdict()
+                values = {name: value for name, value in row._asdict().items() if value is not None}
                 run.log(values, step=values.pop("step"), commit=True)
             except Exception as error:
                 del self._runs[cell_id]
