@@ -20,6 +20,7 @@ from saescale.storage.waiting import Wait, hear, waiting
 GIVES_UP_S = 60.0  # Ray's own limit (gcs_rpc_server_reconnect_timeout_s)
 GRACE_S = 30.0  # more, for Ray to do it
 LOOK_S = 2.0
+_ANEW = "WrongClusterID"
 _ANSWER_S = 5.0
 
 
@@ -81,14 +82,23 @@ def _alive() -> list[dict[str, Any]]:
 
 
 @contextmanager
-def _asking() -> Iterator[None]:
+def explained() -> Iterator[None]:
+    """Around whatever asks Ray itself (of errors of tasks others know what to do): HeadLost in place of Ray's errors.
+
+    Of a head that was started anew it says, for one, that a token is wrong.
+    """
     address = ray.get_runtime_context().gcs_address
-    with waiting(_answer_of(address), GIVES_UP_S):
-        try:
-            yield
-        # Whatever Ray makes of it: of a head that was started anew it says that a token is wrong.
-        except (ray.exceptions.RayError, ConnectionError) as error:
-            raise _lost(address, f"does not answer ({one_line(error)[:200]})") from error
+    try:
+        yield
+    except (ray.exceptions.RayError, ConnectionError) as error:
+        how = "is gone, or was started anew" if _ANEW in str(error) else f"does not answer ({one_line(error)[:200]})"
+        raise _lost(address, how) from error
+
+
+@contextmanager
+def _asking() -> Iterator[None]:
+    with waiting(_answer_of(ray.get_runtime_context().gcs_address), GIVES_UP_S), explained():
+        yield
 
 
 def _answer_of(address: str) -> str:

@@ -71,7 +71,7 @@ def run_sweep(
             verify(store, spec.eval.tokens, display)
             display.stage("starting the workers")
             # Only here: a sweep that is finished is shown without the seconds that Ray takes to import.
-            from saescale.cluster.crew.head import HeadLost
+            from saescale.cluster.crew.head import HeadLost, explained
             from saescale.cluster.crew.train_crew import TrainCrew
             from saescale.cluster.sweep.execute import Execution
             from saescale.cluster.sweep.packing import BATCH_FLOPS, pack_cells
@@ -87,7 +87,8 @@ def run_sweep(
                 lease = held.enter_context(Lease(run.url, job, dead))
                 ledger.begin()
                 try:
-                    Execution(spec, ledger, crew, needs, packs, steps, lease, display).run()
+                    with explained():
+                        Execution(spec, ledger, crew, needs, packs, steps, lease, display).run()
                 except HeadLost as error:
                     lease.end("lost", str(error))
                     raise

@@ -185,7 +185,7 @@ def test_another_sweep_in_the_run_directory_is_refused(warm: None, document: dic
 
 def test_a_poisoned_cell_fails_beside_healthy_ones(warm: None, document: dict[str, Any]) -> None:
     document["grid"] = {"n_latents": [32, 64], "k": [2]}
-    document["train"]["lr"] = {"at": 32, "value": 1e-3, "exponent": 40.0}  # 1.1e9 at 64 latents
+    document["train"]["lr"] = {"at": 32, "value": 1e-3, "exponent": 70.0}  # 1.2e18 at 64 latents
     outcome = run_sweep(parse_spec(document, "test"), Recorder(), settings=FitSettings(10))
     rows = {row["n_latents"]: row for row in outcome.run.read_results().to_pylist()}
     assert outcome.failed == 1
