@@ -51,7 +51,7 @@ def read_json(where: str, remedy: str, newest: int | None = None) -> dict[str, A
     """
     content = files.read_bytes(where)
     try:
-        found = json.loads(content, object_pairs_hook=_without_repeated)
+        found = json.loads(content, object_pairs_hook=without_repeated)
         if not isinstance(found, dict):
             raise ValueError("it holds no object")
         if newest is not None:
@@ -111,7 +111,8 @@ def _require_format(where: str, found: Any, newest: int) -> None:
         raise Newer(f"{where} has format {found}, this saescale reads up to {newest}; upgrade saescale")
 
 
-def _without_repeated(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def without_repeated(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object of JSON, for `object_pairs_hook`. Raises ValueError for a key that stands twice."""
     made = dict(pairs)
     if len(made) < len(pairs):
         names = [name for name, _ in pairs]

@@ -12,6 +12,7 @@ from typing import Any, BinaryIO
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from saescale.storage.documents import without_repeated
 from saescale.storage.errors import SaescaleError, one_line
 
 _BATCH_ROWS = 256  # of Parquet, read at a time
@@ -70,19 +71,10 @@ def _rest(number: int, line: str, lines: Lines, path: str) -> Any:
 def _parsed(content: str, path: str, number: int | None = None) -> Any:
     try:
         # Whole numbers of thousands of digits are no mistake of a text beside them.
-        return json.loads(content, object_pairs_hook=_once, parse_int=float)
+        return json.loads(content, object_pairs_hook=without_repeated, parse_int=float)
     except (ValueError, RecursionError) as error:
         line = number or getattr(error, "lineno", 1)
         raise SaescaleError(f"{path}, line {line}: not JSON ({one_line(error)})") from error
-
-
-def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    record = dict(pairs)
-    if len(record) != len(pairs):
-        names = [name for name, _ in pairs]
-        twice = next(name for name in names if names.count(name) > 1)
-        raise ValueError(f"the key {twice!r} stands twice")
-    return record
 
 
 def _field(record: Any, where: str, column: str, odd: Odd) -> str | None:

@@ -1,18 +1,17 @@
 """What only a trial tells of a loaded language model: that its blocks give one finite residual stream, and that no
 token sees a later one. Names of architectures do not say so: BERT is loaded as a causal model, and is none."""
 
-from __future__ import annotations
+from collections.abc import Iterable, Sequence
+from typing import Any, Protocol
 
-from typing import TYPE_CHECKING, Any
-
+import numpy as np
 import torch
+from torch import Tensor
 
 from saescale.storage.errors import SaescaleError, one_line
 from saescale.storage.manifest import Site
 from saescale.trainers.device import OutOfMemory, spoils_the_process
-
-if TYPE_CHECKING:
-    from saescale.trainers.subjects.language_model import LanguageModel
+from saescale.trainers.subjects.subject import Run
 
 LENGTH = 16
 TEXT = "The residual stream of an earlier token must not know of later ones: 1, 2, 3, 4 and so on, to the end."
@@ -21,7 +20,24 @@ TEXT = "The residual stream of an earlier token must not know of later ones: 1, 
 EXACT, SHARED_ROUNDING = 1e-5, 0.02
 
 
-def check_by_trial(subject: LanguageModel) -> None:
+class Tried(Protocol):
+    """What a trial needs of a language model (language_model.py)."""
+
+    name: str
+    model: Any
+    dtype: torch.dtype
+    n_layers: int
+    max_positions: int | None
+    embedded: int
+    bos_token_id: int | None
+    eos_token_id: int | None
+
+    def tokenize(self, texts: Iterable[str]) -> list[np.ndarray]: ...
+    def check_ids(self, ids: np.ndarray) -> None: ...
+    def run(self, ids: Tensor, sites: Sequence[Site]) -> Run: ...
+
+
+def check_by_trial(subject: Tried) -> None:
     """Raises SaescaleError unless the subject is a causal language model with a usable residual stream.
 
     Two forward passes of 16 tokens that differ in the last 8: milliseconds, or seconds for a large model on a CPU.
