@@ -52,7 +52,7 @@ def read(folder: Path, content: str | bytes, name: str = "cells.csv") -> Table:
         (b"\xef\xbb\xbf" + PLAIN.encode(), "cells.csv"),
         (PLAIN.encode("utf-16"), "cells.csv"),
         (PLAIN.encode("utf-16-le"), "cells.csv"),
-        (gzip.compress(PLAIN.encode()), "cells.csv.gz"),
+        (gzip.compress(PLAIN.encode(), mtime=0), "cells.csv.gz"),
         (PLAIN.replace("nmse", "nmse,note").replace("0.25", "0.25,caf\xe9").encode("latin-1"), "cells.csv"),
         (PLAIN.replace("nmse", "nmse,note").replace("0.25", '0.25,"a\n# ""b"", c"'), "cells.csv"),
     ],
