@@ -5,6 +5,7 @@ one-line `SaescaleError` that names the file, `Unavailable` where an object stor
 """
 
 import errno
+import glob
 import io
 import os
 import random
@@ -121,6 +122,23 @@ def list_names(url: str) -> list[str]:
     own = filesystem(url)[1].rstrip("/")
     names = {entry.rstrip("/").rsplit("/", 1)[-1] for entry in found if entry.rstrip("/") != own}
     return sorted(name for name in names if not _PARTIAL.match(name))
+
+
+def folders_like(pattern: str) -> list[str]:
+    """The folders that `pattern` with its `*` matches, written as it is, in the order of the numbers in their names."""
+    own = local_path(pattern)
+    if own is not None:
+        given = pattern.removeprefix("file://")
+        found = [path.rstrip("/") for path in glob.glob(given) if os.path.isdir(path)]
+        return sorted(found, key=_by_numbers)
+    entries = _read(pattern, lambda fs, path: fs.glob(path, detail=True))
+    fs, _ = filesystem(pattern)
+    found = [fs.unstrip_protocol(name.rstrip("/")) for name, entry in entries.items() if entry["type"] == "directory"]
+    return sorted(found, key=_by_numbers)
+
+
+def _by_numbers(name: str) -> list[Any]:
+    return [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", name)]
 
 
 def sizes(url: str) -> dict[str, int]:

@@ -5,6 +5,7 @@ It costs less than a Ray Tune trial or a TorchTrainer for each pack: imports and
 
 import time
 import warnings
+from collections.abc import Sequence
 from typing import Any
 
 from saescale.cluster.crew.claims import Needs, Resources
@@ -137,12 +138,13 @@ class TrainCrew(Crew[WorkerInfo]):
         """Whether every worker computes on one."""
         return all(info.kernels != "cpu" for info in self.ready.values())
 
-    def needs(self, store: ActivationStore, eval_tokens: int, remote_run: bool) -> Needs:
-        """What a pack over `store` takes of the memory of whichever worker needs the most for it, the process itself
-        included where that shares it."""
+    def needs(self, stores: Sequence[ActivationStore], eval_tokens: int, remote_run: bool) -> Needs:
+        """What a pack over one of `stores` takes of the memory of whichever worker needs the most for it, the process
+        itself included where that shares it."""
         kinds = sorted({info.kernels for info in self.ready.values()})
-        stream = StreamSize(store.manifest.row_group_rows, store.rows("train"))
+        streams = {s.fingerprint: StreamSize(s.manifest.row_group_rows, s.rows("train")) for s in stores}
         return lambda cells: max(
-            pack_memory(cells, eval_tokens, stream, kind, remote_run).total + (PROCESS_BYTES if kind == "cpu" else 0)
+            pack_memory(cells, eval_tokens, streams[cells[0].store], kind, remote_run).total
+            + (PROCESS_BYTES if kind == "cpu" else 0)
             for kind in kinds
         )

@@ -5,7 +5,7 @@ from collections import defaultdict
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-from saescale.cluster.sweep.spec import NO_STORE, Grid, SweepSpec, parse_recorded, parse_spec
+from saescale.cluster.sweep.spec import NO_STORE, Grid, SweepSpec, named_stores, parse_recorded, parse_spec
 from saescale.storage import files
 from saescale.storage.documents import read_yaml
 from saescale.storage.errors import SaescaleError
@@ -26,26 +26,27 @@ class Extension(NamedTuple):
 def extend(spec: SweepSpec, more: str) -> Extension:
     """`spec` with the cells of `more` besides, a sweep file or one with a grid alone; what a run directory holds stays.
 
-    Nothing is written: the run directory takes the cells up when they can be trained (ledger.py). Raises SaescaleError
-    when the trainings, evaluations or stores differ: such cells are not of one law.
+    Where `more` names further stores, the sweep's among them, all cells are trained over those too. Nothing is written:
+    the run directory takes the cells up when they can be trained (ledger.py). Raises SaescaleError when the trainings,
+    evaluations or stores differ: such cells are not of one law.
     """
     other = read_extension(spec, more)
-    grid = union(spec.grid, other.grid)
-    known = spec.grid
+    grid, stores = union(spec.grid, other.grid), _all_stores(spec, other, more)
+    known = spec
     document = RunDirectory(spec.out).read_spec()
     if document is not None:
-        there = parse_recorded(document, f"{spec.out}/sweep.yaml")
-        _same(spec, there, f"{spec.out}/sweep.yaml")
-        known, grid = there.grid, union(there.grid, grid)
-    added = set(grid.combinations()) - set(known.combinations())
-    return Extension(spec.model_copy(update={"grid": grid}), len(added))
+        known = parse_recorded(document, f"{spec.out}/sweep.yaml")
+        _same(spec, known, f"{spec.out}/sweep.yaml")
+        grid = union(known.grid, grid)
+    extended = spec.model_copy(update={"grid": grid, "store": stores if len(stores) > 1 else stores[0]})
+    return Extension(extended, extended.size - known.size)
 
 
 def read_extension(spec: SweepSpec, more: str) -> SweepSpec:
     """The cells of `more` as a sweep like `spec`. Raises SaescaleError as `extend` does."""
     other = _read(more, spec)
     _same(spec, other, more)
-    _same_store(spec, other, more)
+    _all_stores(spec, other, more)
     return other
 
 
@@ -70,7 +71,7 @@ def _read(more: str, spec: SweepSpec) -> SweepSpec:
         raise SaescaleError(f"{more} has no grid to extend with")
     if isinstance(document.get("eval"), Mapping):  # how often is the sweep's where the file leaves it open
         document = {**document, "eval": {"every_tokens": spec.eval.every_tokens, **document["eval"]}}
-    return parse_spec(spec.model_dump(mode="json") | dict(document), more)
+    return parse_spec(spec.model_dump(mode="json") | named_stores(document, more), more)
 
 
 def _same(spec: SweepSpec, other: SweepSpec, where: str) -> None:
@@ -85,12 +86,19 @@ def _same(spec: SweepSpec, other: SweepSpec, where: str) -> None:
                 )
 
 
-def _same_store(spec: SweepSpec, other: SweepSpec, where: str) -> None:
-    if other.store != NO_STORE and _place(other.store) != _place(spec.store):
+def _all_stores(spec: SweepSpec, other: SweepSpec, where: str) -> list[str]:
+    """The URLs of the sweep's stores, and of those that `other` adds."""
+    if other.store == NO_STORE:
+        return spec.stores
+    known, given = ({_place(url): url for url in of.stores} for of in (spec, other))
+    if missing := [url for place, url in known.items() if place not in given]:
+        one = len(spec.stores) == len(other.stores) == 1
+        what = f"store is {other.store} and the sweep's is {spec.store}" if one else f"store lacks {missing[0]}"
         raise SaescaleError(
-            f"{where}: store is {other.store} and the sweep's is {spec.store}; cells of one sweep have one store: "
-            "leave it out or name the sweep's, or sweep it into a run directory of its own"
+            f"{where}: {what}; all cells of a sweep are trained over all its stores: leave store out, or name the "
+            "sweep's with those to add, or sweep it into a run directory of its own"
         )
+    return [*spec.stores, *(url for place, url in given.items() if place not in known)]
 
 
 def _place(url: str) -> str:

@@ -30,12 +30,13 @@ def pack_cells(
     """Cells in packs, the costliest pack first.
 
     steps: the steps of each cell's checkpoints (absent: none); only cells with one in common go on together. memory:
-    bytes that one worker has; needs: bytes that a pack takes (trainers/training/memory.py); batch_flops: the most that
+    bytes that one worker has; needs: bytes that a pack takes, all of whose cells are of one store
+    (trainers/training/memory.py); batch_flops: the most that
     several cells do on one batch. Raises SaescaleError where one cell alone needs more memory.
     """
-    alike: dict[tuple[int, int], list[Cell]] = defaultdict(list)
+    alike: dict[tuple[str, int, int], list[Cell]] = defaultdict(list)
     for cell in cells:
-        alike[cell.batch_tokens, cell.stream_seed].append(cell)
+        alike[cell.store, cell.batch_tokens, cell.stream_seed].append(cell)
     total = sum(cost(cell) for cell in cells)
     wanted = workers * PACKS_PER_WORKER if workers > 1 else 1
     packs: list[list[Cell]] = []

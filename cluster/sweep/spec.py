@@ -1,4 +1,4 @@
-"""The sweep file: a grid of cells over one activation store, validated with the path of what is wrong."""
+"""The sweep file: a grid of cells over one or several stores, validated with the path of what is wrong."""
 
 import difflib
 import itertools
@@ -25,6 +25,7 @@ from saescale.cluster.crew.claims import NotNegative, Positive, Resources, Secti
 from saescale.storage.columns import OLD_NAMES
 from saescale.storage.documents import read_yaml
 from saescale.storage.errors import Damaged, SaescaleError
+from saescale.storage.files import folders_like
 from saescale.storage.secrets import ADVICE, names_secret, secret_in_url
 from saescale.storage.store import ActivationStore
 from saescale.trainers.cell import Cell, EvalSpec, auto_k_aux, check_settings, known_architecture, traits_of
@@ -180,7 +181,7 @@ class SweepSpec(Section):
     """The whole sweep file."""
 
     name: str = Field(min_length=1, max_length=128, pattern=r"^[\w.-]+$")  # W&B takes no longer one for a group
-    store: str  # URL of the activation store
+    store: str | Annotated[list[str], Field(min_length=1)]  # URL of the activation store, or of several
     out: str  # URL of the run directory
     grid: Grid
     train: Train
@@ -192,10 +193,30 @@ class SweepSpec(Section):
 
     @field_validator("store", "out")
     @classmethod
-    def _without_secrets(cls, url: str) -> str:
-        if found := secret_in_url(url):
-            raise PydanticCustomError(_SECRET, "{found}; {advice}", {"found": found, "advice": ADVICE})
-        return url
+    def _without_secrets(cls, given: str | list[str]) -> str | list[str]:
+        for url in [given] if isinstance(given, str) else given:
+            if found := secret_in_url(url):
+                raise PydanticCustomError(_SECRET, "{found}; {advice}", {"found": found, "advice": ADVICE})
+        return given
+
+    @field_validator("store")
+    @classmethod
+    def _each_once(cls, given: str | list[str]) -> str | list[str]:
+        """A list of one is that one."""
+        if isinstance(given, str):
+            return given
+        if twice := [url for url in given if given.count(url) > 1]:
+            raise ValueError(f"{twice[0]} stands there {given.count(twice[0])} times: name each store once")
+        return given if len(given) > 1 else given[0]
+
+    @model_validator(mode="after")
+    def _has_not_too_many(self) -> Self:
+        if self.size > MOST_CELLS:
+            raise ValueError(
+                f"{self.size:,} cells, {self.grid.size:,} over each of {len(self.stores)} stores, are more than the "
+                f"{MOST_CELLS:,} of a sweep: name fewer stores"
+            )
+        return self
 
     @model_validator(mode="after")
     def _laws_are_in_range(self) -> Self:
@@ -227,8 +248,18 @@ class SweepSpec(Section):
             check_settings(self.grid.architectures, self.train.settings)
         return self
 
+    @property
+    def stores(self) -> list[str]:
+        """The URLs of all stores."""
+        return [self.store] if isinstance(self.store, str) else self.store
+
+    @property
+    def size(self) -> int:
+        """Number of cells: the grid over each store."""
+        return self.grid.size * len(self.stores)
+
     def cells(self, store: ActivationStore, precision: Precision) -> list[Cell]:
-        """The grid over `store`; `precision` is what `train.precision: auto` means here.
+        """The grid over `store`, one of the sweep's; `precision` is what `train.precision: auto` means here.
 
         An architecture without a fast path works in fp32 whatever is asked for.
         """
@@ -279,7 +310,8 @@ def _law(value: float, law: TokenLaw | RateLaw, n_latents: int) -> float:
 
 
 def load_spec(url: str, out: str | None = None, wandb: str | None = None) -> SweepSpec:
-    """Reads a sweep file (YAML). `out` and `wandb` replace the file's run directory and W&B mode.
+    """Reads a sweep file (YAML). `out` and `wandb` replace the file's run directory and W&B mode; of each `*` in
+    `store` there are the stores that it stands for.
 
     Raises SaescaleError that names the file, the path of the wrong key and the nearest valid name.
     """
@@ -294,7 +326,26 @@ def load_spec(url: str, out: str | None = None, wandb: str | None = None) -> Swe
     if wandb:
         section = document.get("wandb")
         document["wandb"] = (section if isinstance(section, dict) else {}) | {"mode": wandb}
-    return parse_spec(document, url)
+    return parse_spec(named_stores(document, url), url)
+
+
+def named_stores(document: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """The sweep file `document` with the stores that the `*` in its `store` stand for, by the numbers in their names:
+    layers in order.
+
+    Every folder counts: one without a finished harvest is told as such, and not passed over. Raises SaescaleError
+    where there is none.
+    """
+    given, named = document.get("store"), []
+    for one in given if isinstance(given, list) else [given]:
+        if not isinstance(one, str) or "*" not in one or secret_in_url(one):
+            named.append(one)
+        elif found := folders_like(one):
+            named += found
+        else:
+            raise SaescaleError(f"{where}: store: there is no folder like {one}; harvest first, or correct the pattern")
+    store = named if isinstance(given, list) or len(named) > 1 else named[0]
+    return {**document, **({"store": store} if "store" in document else {})}
 
 
 def parse_spec(document: Mapping[str, Any], where: str) -> SweepSpec:

@@ -4,6 +4,7 @@ Imports neither torch nor Ray, and reads no file for each cell: with 10,000 cell
 """
 
 import warnings
+from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Literal
 
@@ -15,6 +16,7 @@ from saescale.storage.columns import is_diverged
 from saescale.storage.documents import YAML_LOADER, yaml_reason
 from saescale.storage.errors import Damaged, SaescaleError, SaescaleWarning
 from saescale.storage.lease import Driver, RunningCell, Standing, WaitsFor, read_driver
+from saescale.storage.recorded import recorded_sources
 from saescale.storage.rundir import SPEC, RunDirectory
 
 # Files of single cells, such as a checkpoint's pointer, are read for so many cells at most: details of a few that just
@@ -44,6 +46,9 @@ class CellStatus(_Document):
     k: int
     architecture: str | None = None  # None: not known, as of pending cells of 0.1.0
     seed: int
+    store: str | None = None  # fingerprint; this and the next two None: not known
+    subject: str | None = None
+    site: str | None = None
     status: CellState
     step: int | None = None
     steps: int | None = None
@@ -60,7 +65,10 @@ class CellStatus(_Document):
 
 
 _CELLS = TypeAdapter(list[CellStatus])
-_COLUMNS = ["cell_id", "n_latents", "k", "architecture", "seed", "status", "nmse", "dead_fraction", "wall_s", "error"]
+_COLUMNS = [
+    "cell_id", "n_latents", "k", "architecture", "seed", "store", "subject", "site", "status", "nmse", "dead_fraction",
+    "wall_s", "error",
+]  # fmt: skip
 
 
 class Counts(_Document):
@@ -73,6 +81,15 @@ class Counts(_Document):
     running: int = 0
     started: int = 0
     pending: int = 0
+
+
+class SourceStatus(_Document):
+    """The cells over one of the sweep's stores, which `store` is the fingerprint of."""
+
+    store: str | None
+    subject: str | None
+    site: str | None
+    counts: Counts
 
 
 class DriverStatus(_Document):
@@ -111,8 +128,9 @@ class SweepStatus(_Document):
     cluster's head went away under it), died (the driver was killed, or ended without saying so), unfinished (nothing is
     known of a driver).
     standing: what the driver said last, None where there never was one; its rates and times are of now only while
-    `driver.alive`. waits: what a driver that lives has waited for since some seconds. Counts are fresher than the rows
-    of `cells` by the cells that ended in a pack still at work.
+    `driver.alive`. waits: what a driver that lives has waited for since some seconds. sources: of a sweep over several
+    stores, each. Counts are fresher than the rows of `cells`, and than those of `sources`, by the cells that ended in a
+    pack still at work.
     """
 
     format: Literal[1] = 1
@@ -125,6 +143,7 @@ class SweepStatus(_Document):
     counts: Counts = Counts()
     standing: Standing | None = None
     waits: list[WaitsFor] = []
+    sources: list[SourceStatus] = []
     cells: list[CellStatus] = []
 
     @property
@@ -163,6 +182,7 @@ def read_status(url: str) -> SweepStatus:
         counts=counts,
         standing=None if driver is None else driver.standing,
         waits=driver.waits if driver is not None and alive else [],
+        sources=_sources(cells),
         cells=cells,
     )
 
@@ -264,13 +284,44 @@ def _untrained(run: RunDirectory, rows: Sequence[Mapping[str, Any]]) -> list[dic
     recorded = run.read_spec()
     if recorded is None:
         return []
-    known = {(row.get("n_latents"), row.get("k"), row.get("architecture"), row.get("seed")) for row in rows}
-    there = {cell_id.rpartition("-")[0]: cell_id for cell_id in sorted(run.cell_files())}
-    left = [cell for cell in parse_recorded(recorded, run.url).grid.combinations() if tuple(cell) not in known]
-    names = [f"n{cell.n_latents}-k{cell.k}-s{cell.seed}" for cell in left]
+    sources = recorded_sources(recorded)
+    several = len(sources) > 1  # of one store, tables of 0.1.0 do not say which it is
+    known = {
+        (
+            row.get("store") if several else None,
+            row.get("n_latents"),
+            row.get("k"),
+            row.get("architecture"),
+            row.get("seed"),
+        )
+        for row in rows
+    }
+    there: dict[str, list[str]] = defaultdict(list)
+    for cell_id in sorted(run.cell_files().keys() - {row.get("cell_id") for row in rows}):
+        there[cell_id.rpartition("-")[0]].append(cell_id)
+    combinations = parse_recorded(recorded, run.url).grid.combinations()
+    left: list[dict[str, Any]] = []
+    for source in sources:
+        told = {"store": source.fingerprint, "subject": source.subject, "site": source.site}
+        for cell in combinations:
+            if (source.fingerprint if several else None, *cell) not in known:
+                name = f"n{cell.n_latents}-k{cell.k}-s{cell.seed}"
+                own = there[name].pop(0) if there[name] else None
+                # Over which of several stores a cell's folder is, its name does not say.
+                left.append(cell._asdict() | ({} if several and own else told) | {"cell_id": own or name})
+    return [row | {"status": "pending"} for row in left]
+
+
+def _sources(cells: list[CellStatus]) -> list[SourceStatus]:
+    """Of each store, where there are several."""
+    groups: dict[tuple[str | None, ...], list[CellStatus]] = defaultdict(list)
+    for cell in cells:
+        groups[cell.store, cell.subject, cell.site].append(cell)
+    if len({store for store, _, _ in groups if store}) < 2:
+        return []
     return [
-        cell._asdict() | {"cell_id": there.get(name, name), "status": "pending"}
-        for cell, name in zip(left, names, strict=True)
+        SourceStatus(store=store, subject=subject, site=site, counts=_count(own, Standing()))
+        for (store, subject, site), own in groups.items()
     ]
 
 

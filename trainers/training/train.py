@@ -163,7 +163,7 @@ def _context(job: PackJob, source: ActivationStore) -> dict[str, Any]:
         "run": job.run,
         "store_url": job.store,
         "subject": source.subject,
-        "site": f"{source.site.hook}.{source.site.layer}",
+        "site": source.site.name,
         "corpus": source.manifest.corpus,
         "eval_tokens": job.eval.tokens,
     }
