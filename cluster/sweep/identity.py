@@ -27,16 +27,11 @@ class _Asked(NamedTuple):
 
 
 def document_of(spec: SweepSpec, stores: Sequence[ActivationStore], precision: Precision) -> dict[str, Any]:
-    """What sweep.yaml says: the spec with its defaults, what `auto` came to, the stores in their order, the versions."""
+    """What sweep.yaml says: the spec with its defaults, what `auto` came to, the stores in order, the versions."""
+    sources = [{"fingerprint": s.fingerprint, "subject": s.subject, "site": s.site.name} for s in stores]
+    versions = {name: version(name) for name in _PACKAGES}
     return spec.model_dump(mode="json") | {
-        "resolved": {
-            "precision": precision,
-            "sources": [
-                {"fingerprint": store.fingerprint, "subject": store.subject, "site": store.site.name}
-                for store in stores
-            ],
-            "versions": {name: version(name) for name in _PACKAGES},
-        }
+        "resolved": {"precision": precision, "sources": sources, "versions": versions}
     }
 
 
@@ -64,10 +59,7 @@ def taken_up(
     if there.grid != here.grid:
         recorded = {**recorded, "grid": document["grid"]}
     if there.stores.keys() != here.stores.keys():
-        kept = {
-            key: value for key, value in recorded["resolved"].items() if key not in ("store_fingerprint", "subject")
-        }
-        resolved = kept | {"sources": document["resolved"]["sources"]}
+        resolved = {**recorded["resolved"], "sources": document["resolved"]["sources"]}
         recorded = {**recorded, "store": document["store"], "resolved": resolved}
     return dict(recorded)
 

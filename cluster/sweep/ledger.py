@@ -98,9 +98,8 @@ class Ledger:
         last = CurveRow(**{name: points[-1][name] for name in CurveRow._fields})
         # The dense equivalent is that of a plan: what AuxK did is counted in the lost file alone.
         flops = Flops(int(last.flops), cell.flops(cell.tokens).dense)
-        return result_row(cell, self._provenance(cell), cell.tokens, flops, wall_s=0.0, last=last, error=None) | {
-            "wall_s": None
-        }
+        row = result_row(cell, self._provenance(cell), cell.tokens, flops, wall_s=0.0, last=last, error=None)
+        return row | {"wall_s": None}
 
     def _provenance(self, cell: Cell) -> Provenance:
         return Provenance.of(self.stores[cell.store], self.document["eval"]["tokens"])

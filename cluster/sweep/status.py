@@ -286,16 +286,8 @@ def _untrained(run: RunDirectory, rows: Sequence[Mapping[str, Any]]) -> list[dic
         return []
     sources = recorded_sources(recorded)
     several = len(sources) > 1  # of one store, tables of 0.1.0 do not say which it is
-    known = {
-        (
-            row.get("store") if several else None,
-            row.get("n_latents"),
-            row.get("k"),
-            row.get("architecture"),
-            row.get("seed"),
-        )
-        for row in rows
-    }
+    fields = ("n_latents", "k", "architecture", "seed")
+    known = {(row.get("store") if several else None, *(row.get(name) for name in fields)) for row in rows}
     there: dict[str, list[str]] = defaultdict(list)
     for cell_id in sorted(run.cell_files().keys() - {row.get("cell_id") for row in rows}):
         there[cell_id.rpartition("-")[0]].append(cell_id)

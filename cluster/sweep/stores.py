@@ -19,9 +19,7 @@ def open_stores(spec: SweepSpec) -> list[ActivationStore]:
     for url in spec.stores:
         store = ActivationStore.open(url)
         if twin := stores.get(store.fingerprint):
-            raise SaescaleError(
-                f"store: {twin.url} and {url} are the same store ({store.fingerprint}): name one of them"
-            )
+            raise SaescaleError(f"store: {twin.url} and {url} are one store ({store.fingerprint}): name it once")
         stores[store.fingerprint] = store
     return list(stores.values())
 

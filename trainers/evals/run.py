@@ -37,13 +37,13 @@ def evaluate_run(
 ) -> Evaluated:
     """Measures the named evaluations (all that there are where none is named) on the named cells (all finished ones).
 
-    The source of each cell is that of sweep.yaml which it was trained on; its subject is loaded once, in the arithmetic
-    of the harvest, and only where an evaluation needs it; `cache` is its folder for downloads, and with
-    `trust_remote_code` Python code that comes with it is run. `progress(done, total, what)` is called before each and at the end. One that fails
-    for a cell is told in `failed`, and the others go on.
+    The source of each cell is the store of sweep.yaml that it was trained on; its subject is loaded once, in the
+    arithmetic of the harvest, and only where an evaluation needs it; `cache` is its folder for downloads, and with
+    `trust_remote_code` Python code that comes with it is run. `progress(done, total, what)` is called before each and
+    at the end. One that fails for a cell is told in `failed`, and the others go on.
 
-    Raises SaescaleError for an unknown evaluation or cell, and where `url` is no run with a finished cell or its store
-    is another one.
+    Raises SaescaleError for an unknown evaluation or cell, and where `url` is no run with a finished cell or none of
+    its stores can be opened.
     """
     run = RunDirectory(url)
     evaluations = {name.replace("-", "_"): find_evaluation(name) for name in names or EVALUATIONS.names()}
