@@ -128,17 +128,17 @@ def folders_like(pattern: str) -> list[str]:
     """The folders that `pattern` with its `*` matches, written as it is, in the order of the numbers in their names."""
     own = local_path(pattern)
     if own is not None:
-        given = pattern.removeprefix("file://")
+        given = "*".join(glob.escape(part) for part in pattern.removeprefix("file://").split("*"))
         found = [path.rstrip("/") for path in glob.glob(given) if os.path.isdir(path)]
         return sorted(found, key=_by_numbers)
     entries = _read(pattern, lambda fs, path: fs.glob(path, detail=True))
-    fs, _ = filesystem(pattern)
-    found = [fs.unstrip_protocol(name.rstrip("/")) for name, entry in entries.items() if entry["type"] == "directory"]
+    protocol = pattern[: pattern.index("://") + 3]
+    found = [protocol + name.strip("/") for name, entry in entries.items() if entry["type"] == "directory"]
     return sorted(found, key=_by_numbers)
 
 
 def _by_numbers(name: str) -> list[Any]:
-    return [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", name)]
+    return [int(part) if i % 2 else part for i, part in enumerate(re.split(r"(\d+)", name))]
 
 
 def sizes(url: str) -> dict[str, int]:

@@ -181,7 +181,7 @@ class SweepSpec(Section):
     """The whole sweep file."""
 
     name: str = Field(min_length=1, max_length=128, pattern=r"^[\w.-]+$")  # W&B takes no longer one for a group
-    store: str | Annotated[list[str], Field(min_length=1)]  # URL of the activation store, or of several
+    store: str | list[str]  # URL of the activation store, or of several
     out: str  # URL of the run directory
     grid: Grid
     train: Train
@@ -205,6 +205,8 @@ class SweepSpec(Section):
         """A list of one is that one."""
         if isinstance(given, str):
             return given
+        if not given:
+            raise ValueError("name one store at least")
         if twice := [url for url in given if given.count(url) > 1]:
             raise ValueError(f"{twice[0]} stands there {given.count(twice[0])} times: name each store once")
         return given if len(given) > 1 else given[0]
