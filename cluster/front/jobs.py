@@ -83,7 +83,7 @@ def submit(
     _require_free(loaded.out)
     service = Service(address)
     job = service.submit(loaded, extension, FitSettings(bootstraps), python, retry_failed)
-    cells = loaded.grid.size
+    cells = loaded.size
     about = escape(f": {cells} cells of {loaded.name} to {service.address}, run directory {loaded.out}")
     say_marked(f"submitted [bold]{job}[/]{about}")
     say(f"Next: {command('status', job, '--address', service.address, '--watch')}")

@@ -84,7 +84,7 @@ def sweep(
         from saescale.cluster.sweep.extend import extend as extended
 
         loaded, added = extended(loaded, extend)
-        console.print(f"{added} cells added to {loaded.grid.size - added}", highlight=False)
+        console.print(f"{added} cells added to {loaded.size - added}", highlight=False)
     with display() as shown:
         began = time.monotonic()
         outcome = run_sweep(loaded, shown, address, FitSettings(bootstraps), extend is not None, retry_failed)

@@ -91,7 +91,7 @@ class Service:
                     "env_vars": {"SAESCALE_JOB": job, "RAY_JOB_STOP_WAIT_TIME_S": str(STOP_WAIT_S)},
                 },
                 metadata={
-                    "saescale": version("saescale"), "sweep": spec.name, "run": spec.out, "cells": str(spec.grid.size),
+                    "saescale": version("saescale"), "sweep": spec.name, "run": spec.out, "cells": str(spec.size),
                     "python": python,
                 },
             )  # fmt: skip

@@ -11,7 +11,7 @@ from typing import Any, TypeVar, get_args
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from saescale.cluster.sweep.spec import Combination, SweepSpec, parse_recorded
+from saescale.cluster.sweep.spec import Planned, SweepSpec, parse_recorded
 from saescale.scaling.compute import Flops
 from saescale.storage import checkpoint
 from saescale.storage.columns import CURVES, CurveRow
@@ -266,7 +266,8 @@ def open_ledger(
     """
     document = _resolved(spec, store, precision)
     if recorded is not None:
-        there, here = _combinations(recorded, f"{run.url}/{SPEC}"), set(spec.grid.combinations())
+        here = set(spec.planned())
+        there = here if _same_text(recorded, document) else _planned(recorded, f"{run.url}/{SPEC}")
         same_cells = there <= here if extending else there == here
         differences = _differences(_identity(recorded), _identity(document))
         old, new = (of["resolved"].get("store_fingerprint") for of in (recorded, document))
@@ -276,7 +277,11 @@ def open_ledger(
                 "changed or harvested again); restore the store, or give this sweep another run directory (out)"
             )
         if differences or not same_cells:
-            said = [*([] if same_cells else [_other_cells(there, here)]), *differences]
+            # What decides how cells are trained is told where it is not the grid that differs.
+            trained = [] if same_cells else _differences(recorded.get("train"), document["train"], "train")
+            combinations = {cell.combination for cell in there} != {cell.combination for cell in here}
+            grid = [_other_cells(there, here)] if not same_cells and (combinations or not trained) else []
+            said = list(dict.fromkeys([*grid, *trained, *differences]))
             raise SaescaleError(
                 f"{run.url} holds another sweep ({'; '.join(said[:3])}); give this one another run directory (out), "
                 f"or remove that one{'' if differences else _other_way(run, there, here)}"
@@ -320,18 +325,23 @@ def provenance_of(run: RunDirectory, recorded: Mapping[str, Any] | None) -> dict
 
 
 def _identity(document: Mapping[str, Any]) -> dict[str, Any]:
-    """What makes a sweep this one, beside its cells: all that decides how they are trained and measured."""
-    kept = {key: value for key, value in document.items() if key not in (*_FREE, "grid", "resolved")}
-    resolved = document.get("resolved", {})
-    return kept | {key: resolved.get(key) for key in ("precision", "store_fingerprint")}
+    """What makes a sweep this one, beside its cells and how each is trained: all that decides how they are measured."""
+    kept = {key: value for key, value in document.items() if key not in (*_FREE, "grid", "train", "resolved")}
+    resolved, train = document.get("resolved", {}), document.get("train", {})
+    kept |= {key: resolved.get(key) for key in ("precision", "store_fingerprint")}
+    return kept | {"train": {"precision": train.get("precision")}}
 
 
-def _combinations(document: Mapping[str, Any], where: str) -> set[Combination]:
-    """The cells of a grid: one grid can be written in many ways, and what it means is these."""
-    return set(parse_recorded(document, where).grid.combinations())
+def _same_text(recorded: Mapping[str, Any], document: Mapping[str, Any]) -> bool:
+    return all(recorded.get(key) == document[key] for key in ("grid", "train"))
 
 
-def _other_cells(there: set[Combination], here: set[Combination]) -> str:
+def _planned(document: Mapping[str, Any], where: str) -> set[Planned]:
+    """The cells of a sweep: one grid can be written in many ways, and what it means is these."""
+    return set(parse_recorded(document, where).planned())
+
+
+def _other_cells(there: set[Planned], here: set[Planned]) -> str:
     parts = []
     for cells, where in ((there - here, "there"), (here - there, "here")):
         if cells:
@@ -340,7 +350,7 @@ def _other_cells(there: set[Combination], here: set[Combination]) -> str:
     return f"grid: {', '.join(parts)}"
 
 
-def _other_way(run: RunDirectory, there: set[Combination], here: set[Combination]) -> str:
+def _other_way(run: RunDirectory, there: set[Planned], here: set[Planned]) -> str:
     """What else can be done about a sweep that differs in its cells alone."""
     if there > here:
         return f"; or use {run.url}/sweep.yaml, which has these cells and those that were added"

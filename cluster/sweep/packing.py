@@ -33,9 +33,10 @@ def pack_cells(
     bytes that one worker has; needs: bytes that a pack takes (trainers/training/memory.py); batch_flops: the most that
     several cells do on one batch. Raises SaescaleError where one cell alone needs more memory.
     """
-    alike: dict[tuple[int, int], list[Cell]] = defaultdict(list)
+    # What one pass over a stream can serve.
+    alike: dict[tuple[str, int, int], list[Cell]] = defaultdict(list)
     for cell in cells:
-        alike[cell.batch_tokens, cell.stream_seed].append(cell)
+        alike[cell.store, cell.batch_tokens, cell.stream_seed].append(cell)
     total = sum(cost(cell) for cell in cells)
     wanted = workers * PACKS_PER_WORKER if workers > 1 else 1
     packs: list[list[Cell]] = []

@@ -4,6 +4,7 @@ Imports neither torch nor Ray, and reads no file for each cell: with 10,000 cell
 """
 
 import warnings
+from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Literal
 
@@ -264,14 +265,22 @@ def _untrained(run: RunDirectory, rows: Sequence[Mapping[str, Any]]) -> list[dic
     recorded = run.read_spec()
     if recorded is None:
         return []
-    known = {(row.get("n_latents"), row.get("k"), row.get("architecture"), row.get("seed")) for row in rows}
-    there = {cell_id.rpartition("-")[0]: cell_id for cell_id in sorted(run.cell_files())}
-    left = [cell for cell in parse_recorded(recorded, run.url).grid.combinations() if tuple(cell) not in known]
-    names = [f"n{cell.n_latents}-k{cell.k}-s{cell.seed}" for cell in left]
-    return [
-        cell._asdict() | {"cell_id": there.get(name, name), "status": "pending"}
-        for cell, name in zip(left, names, strict=True)
-    ]
+    spec = parse_recorded(recorded, run.url)
+    # Several cells of one combination are told apart by their names alone. Without axes torch need not be loaded.
+    cells = [cell.combination for cell in spec.planned()] if spec.has_axes else spec.grid.combinations()
+    known = Counter((row.get("n_latents"), row.get("k"), row.get("architecture"), row.get("seed")) for row in rows)
+    named = {row.get("cell_id") for row in rows}
+    folders = defaultdict(list)
+    for cell_id in sorted(run.cell_files().keys() - named, reverse=True):
+        folders[cell_id.rpartition("-")[0]].append(cell_id)
+    found = []
+    for cell in cells:
+        if known[cell]:
+            known[cell] -= 1
+            continue
+        name = f"n{cell.n_latents}-k{cell.k}-s{cell.seed}"
+        found.append(cell._asdict() | {"cell_id": folders[name].pop() if folders[name] else name, "status": "pending"})
+    return found
 
 
 def _count(cells: list[CellStatus], standing: Standing) -> Counts:
