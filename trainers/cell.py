@@ -4,7 +4,7 @@ import difflib
 import hashlib
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, NamedTuple, Self
 
@@ -163,20 +163,13 @@ def traits_of(architecture: str) -> Traits:
     )
 
 
-def check_settings(architectures: Sequence[str], settings: Mapping[str, Any]) -> None:
-    """Raises ValueError, in one line, for a setting that none of them has, or of a value that one does not take."""
-    try:
-        traits = {name: traits_of(name) for name in architectures}
-    except SaescaleError as error:  # a user's file that fails
-        raise ValueError(str(error)) from error
-    names = sorted({name for own in traits.values() for name in own.settings})
+def require_known(settings: Iterable[str], names: Sequence[str], of: Sequence[str]) -> None:
+    """Raises ValueError, with the nearest of the `names` of settings, for one that no architecture in `of` has."""
     for name in settings:
         if name not in names:
-            close = difflib.get_close_matches(str(name), names, n=1, cutoff=0.4)
+            close = difflib.get_close_matches(name, names, n=1, cutoff=0.4)
             hint = f"did you mean {close[0]}?" if close else f"there are {', '.join(names) or 'none'}"
-            raise ValueError(f"{name} is no setting of {' or '.join(architectures)}: {hint}")
-    for architecture, own in traits.items():
-        whole_settings(architecture, 1, {name: value for name, value in settings.items() if name in own.settings})
+            raise ValueError(f"{name} is no setting of {' or '.join(of)}: {hint}")
 
 
 def whole_settings(architecture: str, k: int, settings: Mapping[str, Any]) -> "Settings":
@@ -185,9 +178,7 @@ def whole_settings(architecture: str, k: int, settings: Mapping[str, Any]) -> "S
 
     try:
         model = find_architecture(architecture).Settings
-        unknown = [name for name in settings if name not in model.model_fields or name == "k"]
-        if unknown:
-            check_settings([architecture], {unknown[0]: None})
+        require_known(settings, sorted(name for name in model.model_fields if name != "k"), [architecture])
         return model(k=k, **settings)
     except SaescaleError as error:
         raise ValueError(str(error)) from error

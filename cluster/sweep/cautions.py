@@ -1,14 +1,15 @@
 """What a sweep's settings do to its result that nobody may have meant: said before anything is trained, and of cells
 that ended so."""
 
+import json
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from saescale.cluster.sweep.spec import SweepSpec
+from saescale.cluster.sweep.spec import Planned, SweepSpec
 from saescale.storage.columns import is_diverged
 from saescale.storage.errors import SaescaleError
-from saescale.trainers.cell import auto_k_aux, traits_of
+from saescale.trainers.cell import auto_k_aux
 
 
 def cautions_of_each(spec: SweepSpec, widths: Mapping[str, int | None]) -> list[str]:
@@ -32,24 +33,27 @@ def cautions(spec: SweepSpec, d_model: int | None) -> list[str]:
 
     Raises SaescaleError where a cell measures nothing: as many latents as there are dimensions give any row back.
     """
-    said, sizes = [], sorted({cell.n_latents for cell in spec.grid.combinations()})
-    window = spec.train.auxk.dead_after_tokens
-    revived = sorted({c.n_latents for c in spec.grid.combinations() if "k_aux" in traits_of(c.architecture).settings})
-    k_aux = spec.train.settings.get("k_aux", spec.train.auxk.k)
-    k_aux = (auto_k_aux(d_model) if d_model else None) if k_aux == "auto" else k_aux
-    never = "AuxK never runs and " if revived and k_aux != 0 else ""
-    if short := [n for n in sizes if spec.tokens_of(n) <= window]:
-        most = max(spec.tokens_of(n) for n in short)
-        said.append(
-            f"{_cells(short, sizes)} train on {most:,} tokens or fewer and a latent counts as dead after {window:,}: "
-            f"{never}the dead fraction is 0 by construction; lower train.auxk.dead_after_tokens"
-        )
-    if isinstance(k_aux, int) and (fewer := [n for n in revived if n < k_aux]):
-        said.append(
-            f"AuxK takes {k_aux} latents and {_cells(fewer, sizes)} have fewer: there it takes all that are dead"
-        )
+    said, cells = [], spec.planned()
+    sizes = sorted({cell.n_latents for cell in cells})
+    auto = auto_k_aux(d_model) if d_model else None
+    k_aux = {cell: _k_aux(cell, auto) for cell in cells}
+    for window in sorted({cell.dead_after_tokens for cell in cells}):
+        short = [cell for cell in cells if cell.dead_after_tokens == window and cell.tokens <= window]
+        if short:
+            # Of AuxK with a k that is not known yet it is said too.
+            never = "AuxK never runs and " if any(k_aux[cell] != 0 for cell in short) else ""
+            said.append(
+                f"{_cells([cell.n_latents for cell in short], sizes)} train on {max(cell.tokens for cell in short):,} "
+                f"tokens or fewer and a latent counts as dead after {window:,}: {never}the dead fraction is 0 by "
+                "construction; lower train.auxk.dead_after_tokens"
+            )
+    for taken in sorted({k for k in k_aux.values() if k}):
+        if fewer := [cell.n_latents for cell in cells if k_aux[cell] == taken and cell.n_latents < taken]:
+            said.append(
+                f"AuxK takes {taken} latents and {_cells(fewer, sizes)} have fewer: there it takes all that are dead"
+            )
     if d_model:
-        ks = sorted({cell.k for cell in spec.grid.combinations()})
+        ks = sorted({cell.k for cell in cells})
         if void := [k for k in ks if k >= d_model]:
             raise SaescaleError(
                 f"grid.k: k = {_list(void)} is not below d_model = {d_model}: so many latents give any row back, and "
@@ -76,7 +80,14 @@ def diverged(results: Sequence[Mapping[str, Any]]) -> list[str]:
     ]
 
 
-def _cells(sizes: list[int], all_sizes: list[int]) -> str:
+def _k_aux(cell: Planned, auto: int | None) -> int | None:
+    """Dead latents that AuxK takes; 0 where there is none, None where that depends on a store that is not known."""
+    found = json.loads(cell.settings).get("k_aux", 0)
+    return auto if found == "auto" else found
+
+
+def _cells(of: Iterable[int], all_sizes: list[int]) -> str:
+    sizes = sorted(set(of))
     return "cells" if sizes == all_sizes else f"cells of N = {_list(sizes)}"
 
 

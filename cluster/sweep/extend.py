@@ -1,11 +1,15 @@
 """`saescale sweep SPEC --extend MORE`: the cells of MORE beside those of SPEC, of which only the missing ones train."""
 
+import json
 import os
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from saescale.cluster.sweep.spec import NO_STORE, Grid, SweepSpec, named_stores, parse_recorded, parse_spec
+from saescale.cluster.sweep.axes import has_lists
+from saescale.cluster.sweep.settings import defaults
+from saescale.cluster.sweep.spec import NO_STORE, Grid, Planned, SweepSpec, named_stores, parse_recorded, parse_spec
+from saescale.cluster.sweep.train import Way
 from saescale.storage import files
 from saescale.storage.documents import read_yaml
 from saescale.storage.errors import SaescaleError
@@ -28,17 +32,21 @@ def extend(spec: SweepSpec, more: str) -> Extension:
 
     Where `more` names further stores, the sweep's among them, all cells are trained over those too. Nothing is written:
     the run directory takes the cells up when they can be trained (ledger.py). Raises SaescaleError when the trainings,
-    evaluations or stores differ: such cells are not of one law.
+    evaluations or stores differ: such cells are not of one law. A number of `train` may differ where it is an axis in
+    one of the two.
     """
-    other = read_extension(spec, more)
-    grid, stores = union(spec.grid, other.grid), _all_stores(spec, other, more)
+    others = [read_extension(spec, more)]
+    stores = _all_stores(spec, others[0], more)
     known = spec
     document = RunDirectory(spec.out).read_spec()
     if document is not None:
         known = parse_recorded(document, f"{spec.out}/sweep.yaml")
         _same(spec, known, f"{spec.out}/sweep.yaml")
-        grid = union(known.grid, grid)
-    extended = spec.model_copy(update={"grid": grid, "store": stores if len(stores) > 1 else stores[0]})
+        others = [spec, *others]
+    grid = union(known, *others)
+    extended = spec.model_copy(
+        update={"grid": grid, "train": known.train, "store": stores if len(stores) > 1 else stores[0]}
+    )
     return Extension(extended, extended.size - known.size)
 
 
@@ -50,15 +58,48 @@ def read_extension(spec: SweepSpec, more: str) -> SweepSpec:
     return other
 
 
-def union(first: Grid, second: Grid) -> Grid:
-    """All cells of both: the lists of the first, and what they do not cover one by one."""
-    lists = {key: value for key, value in first.model_dump().items() if key != "cells"} if first.k else {}
-    covered = set(Grid.model_validate(lists).combinations()) if lists else set()
-    seeds: dict[tuple[int, int, str], list[int]] = defaultdict(list)
-    for n_latents, k, architecture, seed in sorted({*first.combinations(), *second.combinations()} - covered):
-        seeds[n_latents, k, architecture].append(seed)
-    cells = [{"n_latents": n, "k": k, "architecture": a, "seed": own} for (n, k, a), own in seeds.items()]
-    return Grid.model_validate(lists | ({"cells": cells} if cells else {}))
+def union(first: SweepSpec, *others: SweepSpec) -> Grid:
+    """All cells of them, trained as `first` says: its lists, and what they do not cover one by one."""
+    lists = {key: value for key, value in first.grid.model_dump().items() if key != "cells"}
+    listed = first.model_copy(update={"grid": Grid.model_validate(lists)}) if first.grid.n_latents else None
+    covered = set(listed.planned()) if listed else set()
+    wanted = dict.fromkeys(cell for spec in (first, *others) for cell in spec.planned() if cell not in covered)
+    architectures = sorted({cell.architecture for cell in (*wanted, *covered)})
+    ways = {name: first.train.ways(name, architectures) for name in architectures}
+    seeds: dict[tuple[int, int, str, str], list[int]] = defaultdict(list)
+    for cell in sorted(wanted, key=lambda cell: cell.combination):
+        own = json.dumps(_own(cell, ways[cell.architecture]), sort_keys=True)
+        seeds[cell.n_latents, cell.k, cell.architecture, own].append(cell.seed)
+    cells = [
+        {"n_latents": n, "k": k, "architecture": a, "seed": found, "train": json.loads(own)}
+        for (n, k, a, own), found in seeds.items()
+    ]
+    return Grid.model_validate((lists if listed else {}) | ({"cells": cells} if cells else {}))
+
+
+def _own(cell: Planned, ways: Sequence[Way]) -> dict[str, Any]:
+    """The least that `train` of a cell of the grid has to say for it to be this one; `ways`: those of the sweep."""
+    else_ = [Planned.of(cell.combination, way) for way in ways]
+
+    def differs(name: str) -> bool:
+        return any(getattr(other, name) != getattr(cell, name) for other in else_)
+
+    numbers = ("tokens", "batch_tokens", "lr", "ema", "stream_seed")
+    own: dict[str, Any] = {name: getattr(cell, name) for name in numbers if differs(name)}
+    if differs("dead_after_tokens"):
+        own["auxk"] = {"dead_after_tokens": cell.dead_after_tokens}
+    if differs("settings"):
+        default, mine = defaults(cell.architecture), json.loads(cell.settings)
+        theirs = [json.loads(other.settings) for other in else_]
+        names = sorted({*mine, *(name for each in theirs for name in each)})
+        values = {name: mine.get(name, default[name]) for name in names}
+        told = {
+            name: value
+            for name, value in values.items()
+            if any(each.get(name, default[name]) != value for each in theirs)
+        }
+        own["settings"] = {cell.architecture: told}
+    return own
 
 
 def _read(more: str, spec: SweepSpec) -> SweepSpec:
@@ -78,12 +119,22 @@ def _same(spec: SweepSpec, other: SweepSpec, where: str) -> None:
     for section in _SHARED:
         here: dict[str, Any] = getattr(spec, section).model_dump(mode="json")
         there: dict[str, Any] = getattr(other, section).model_dump(mode="json")
-        for key in here:
-            if here[key] != there[key]:
-                raise SaescaleError(
-                    f"{where}: {section}.{key} is {there[key]} and the sweep's is {here[key]}; cells of one sweep are "
-                    "trained and measured alike: make them the same, or sweep it into a run directory of its own"
-                )
+        for path, one, another in _unlike(here, there, section):
+            axis = section == "train" and not path.endswith("precision")
+            remedy = ", make it an axis (a list that has both)" if axis else ""
+            raise SaescaleError(
+                f"{where}: {path} is {another} and the sweep's is {one}; cells of one sweep are trained and measured "
+                f"alike: make them the same{remedy}, or sweep it into a run directory of its own"
+            )
+
+
+def _unlike(here: Any, there: Any, path: str) -> Iterator[tuple[str, Any, Any]]:
+    """Where two sections differ, but for what is an axis in one of them."""
+    if isinstance(here, Mapping) and isinstance(there, Mapping):
+        for key in dict.fromkeys((*here, *there)):
+            yield from _unlike(here.get(key), there.get(key), f"{path}.{key}")
+    elif here != there and not (has_lists(here) or has_lists(there)):
+        yield path, here, there
 
 
 def _all_stores(spec: SweepSpec, other: SweepSpec, where: str) -> list[str]:

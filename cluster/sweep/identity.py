@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence, Set
 from importlib.metadata import version
 from typing import Any, NamedTuple
 
-from saescale.cluster.sweep.spec import Combination, SweepSpec, parse_recorded
+from saescale.cluster.sweep.spec import Planned, SweepSpec, parse_recorded
 from saescale.storage.errors import SaescaleError, one_line
 from saescale.storage.recorded import recorded_sources
 from saescale.storage.rundir import SPEC, RunDirectory
@@ -17,13 +17,13 @@ _PACKAGES = ("saescale", "torch", "ray", "lightning", "numpy", "numba", "pyarrow
 
 
 class _Asked(NamedTuple):
-    """The cells of a sweep: all of a grid, over each store."""
+    """The cells of a sweep: those planned, over each store."""
 
-    grid: Set[Combination]  # one grid can be written in many ways, and what it means is these
+    planned: Set[Planned]  # one grid can be written in many ways, and what it means is these
     stores: Mapping[str | None, str]  # URLs by fingerprint: a store that was moved is the same
 
     def within(self, other: "_Asked") -> bool:
-        return self.grid <= other.grid and self.stores.keys() <= other.stores.keys()
+        return self.planned <= other.planned and self.stores.keys() <= other.stores.keys()
 
 
 def document_of(spec: SweepSpec, stores: Sequence[ActivationStore], precision: Precision) -> dict[str, Any]:
@@ -36,14 +36,18 @@ def document_of(spec: SweepSpec, stores: Sequence[ActivationStore], precision: P
 
 
 def taken_up(
-    run: RunDirectory, recorded: Mapping[str, Any], document: Mapping[str, Any], extending: bool
+    run: RunDirectory, recorded: Mapping[str, Any], spec: SweepSpec, document: Mapping[str, Any], extending: bool
 ) -> dict[str, Any]:
-    """What sweep.yaml is to say when the sweep `document` goes on in `run`, whose sweep.yaml is `recorded`.
+    """What sweep.yaml is to say when `spec`, of which it says `document` by itself, goes on in `run`, whose sweep.yaml
+    is `recorded`.
 
     What began the sweep stays as it was written, such as the versions that its first cells were trained with.
-    `extending`: `document` may have cells and stores besides. Raises SaescaleError where `run` holds another sweep.
+    `extending`: `spec` may have cells and stores besides. Raises SaescaleError where `run` holds another sweep.
     """
-    there, here = (_asked(of, f"{run.url}/{SPEC}") for of in (recorded, document))
+    here = _Asked(set(spec.planned()), _stores(document))
+    same_text = all(recorded.get(key) == document[key] for key in ("grid", "train"))
+    planned = here.planned if same_text else set(parse_recorded(recorded, f"{run.url}/{SPEC}").planned())
+    there = _Asked(planned, _stores(recorded))
     differences = _differences(_identity(recorded), _identity(document))
     if differences or not there.within(here) or not (extending or here.within(there)):
         if not differences and (changed := _changed_store(there, here)):
@@ -51,12 +55,17 @@ def taken_up(
                 f"{run.url} holds another sweep ({changed} was changed or harvested again); restore the store, or give "
                 "this sweep another run directory (out)"
             )
-        said = [*_other_cells(there.grid, here.grid), *_other_stores(there.stores, here.stores), *differences]
+        # What decides how cells are trained is told where it is not the grid that differs.
+        same_cells = there.planned <= here.planned if extending else there.planned == here.planned
+        trained = [] if same_cells else _differences(recorded.get("train"), document["train"], "train")
+        combinations = {cell.combination for cell in there.planned} != {cell.combination for cell in here.planned}
+        grid = [_other_cells(there.planned, here.planned)] if not same_cells and (combinations or not trained) else []
+        said = list(dict.fromkeys([*grid, *_other_stores(there.stores, here.stores), *trained, *differences]))
         raise SaescaleError(
             f"{run.url} holds another sweep ({'; '.join(said[:3])}); give this one another run directory (out), "
             f"or remove that one{'' if differences else _other_way(run, there, here)}"
         )
-    if there.grid != here.grid:
+    if there.planned != here.planned:
         recorded = {**recorded, "grid": document["grid"]}
     if there.stores.keys() != here.stores.keys():
         resolved = {**recorded["resolved"], "sources": document["resolved"]["sources"]}
@@ -89,15 +98,15 @@ def provenance_of(run: RunDirectory, recorded: Mapping[str, Any] | None) -> dict
         raise run.damaged_spec(f"what it says of {one_line(error)} is not there") from error
 
 
-def _asked(document: Mapping[str, Any], where: str) -> _Asked:
-    grid = parse_recorded(document, where).grid
-    return _Asked(set(grid.combinations()), {source.fingerprint: source.url for source in recorded_sources(document)})
+def _stores(document: Mapping[str, Any]) -> dict[str | None, str]:
+    return {source.fingerprint: source.url for source in recorded_sources(document)}
 
 
 def _identity(document: Mapping[str, Any]) -> dict[str, Any]:
-    """What makes a sweep this one, beside its cells: all that decides how they are trained and measured."""
-    kept = {key: value for key, value in document.items() if key not in (*_FREE, "grid", "resolved")}
-    return kept | {"precision": document.get("resolved", {}).get("precision")}
+    """What makes a sweep this one, beside its cells and how each is trained: all that decides how they are measured."""
+    kept = {key: value for key, value in document.items() if key not in (*_FREE, "grid", "train", "resolved")}
+    asked, came_to = (document.get(section, {}).get("precision") for section in ("train", "resolved"))
+    return kept | {"precision": came_to, "train": {"precision": asked}}
 
 
 def _changed_store(there: _Asked, here: _Asked) -> str:
@@ -110,13 +119,13 @@ def _changed_store(there: _Asked, here: _Asked) -> str:
     return "; ".join(f"store_fingerprint is {old} there and {new} here: {url}" for url, old, new in changed)
 
 
-def _other_cells(there: Set[Combination], here: Set[Combination]) -> list[str]:
+def _other_cells(there: Set[Planned], here: Set[Planned]) -> str:
     parts = []
     for cells, where in ((there - here, "there"), (here - there, "here")):
         if cells:
             first, many = min(cells), "cell is" if len(cells) == 1 else "cells are"
             parts.append(f"{len(cells)} {many} only {where} (n = {first.n_latents}, k = {first.k}, seed {first.seed})")
-    return [f"grid: {', '.join(parts)}"] if parts else []
+    return f"grid: {', '.join(parts)}"
 
 
 def _other_stores(there: Mapping[str | None, str], here: Mapping[str | None, str]) -> list[str]:

@@ -269,6 +269,6 @@ def open_ledger(
     """
     document = document_of(spec, stores, precision)
     if recorded is not None:
-        document = taken_up(run, recorded, document, extending)
+        document = taken_up(run, recorded, spec, document, extending)
     cells = [cell for store in stores for cell in spec.cells(store, precision)]
     return Ledger(run, cells, stores, document, recorded)

@@ -34,6 +34,7 @@ def pack_cells(
     (trainers/training/memory.py); batch_flops: the most that
     several cells do on one batch. Raises SaescaleError where one cell alone needs more memory.
     """
+    # What one pass over a stream can serve.
     alike: dict[tuple[str, int, int], list[Cell]] = defaultdict(list)
     for cell in cells:
         alike[cell.store, cell.batch_tokens, cell.stream_seed].append(cell)

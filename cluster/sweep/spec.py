@@ -1,55 +1,51 @@
 """The sweep file: a grid of cells over one or several stores, validated with the path of what is wrong."""
 
-import difflib
 import itertools
+import json
 import math
-import re
-from collections.abc import Mapping, Sequence
-from decimal import Decimal
+from collections.abc import Collection, Iterator, Mapping
 from importlib.metadata import version
-from typing import Annotated, Any, Literal, NamedTuple, Self, get_args
+from typing import Annotated, Any, NamedTuple, Self
 
 from pydantic import (
     AfterValidator,
-    BaseModel,
     Field,
     SerializerFunctionWrapHandler,
     ValidationError,
+    ValidationInfo,
     field_validator,
     model_serializer,
     model_validator,
 )
 from pydantic_core import PydanticCustomError
 
-from saescale.cluster.crew.claims import NotNegative, Positive, Resources, Section
+from saescale.cluster.crew.claims import Resources, Section
+from saescale.cluster.sweep.axes import Axis, has_lists, several
+from saescale.cluster.sweep.mistakes import SECRET, problems
+from saescale.cluster.sweep.train import Count, Seed, Train, Way
 from saescale.storage.columns import OLD_NAMES
 from saescale.storage.documents import read_yaml
 from saescale.storage.errors import Damaged, SaescaleError
 from saescale.storage.files import folders_like
-from saescale.storage.secrets import ADVICE, names_secret, secret_in_url
+from saescale.storage.secrets import ADVICE, secret_in_url
 from saescale.storage.store import ActivationStore
-from saescale.trainers.cell import Cell, EvalSpec, auto_k_aux, check_settings, known_architecture, traits_of
+from saescale.trainers.cell import Cell, EvalSpec, auto_k_aux, known_architecture, traits_of, whole_settings
 from saescale.trainers.loggers.wandb_cells import WandbSettings
 from saescale.trainers.precision import Precision
 
 # What a sweep file says where nobody has named a store yet: to be edited.
 NO_STORE = "stores/STORE"
 MOST_CELLS = 100_000  # of a grid; a sweep of ten times fewer is the largest that was tried
-_LARGEST = 2**62  # of what is counted, and of seeds: tables hold 64 bits
 
 _POINTS = 50  # of a curve
 
-# As people write numbers, which YAML takes for text.
-_THOUSANDS = re.compile(r"[1-9]\d{0,2}(?:[,_ ' ]\d{3})+")
-_MULTIPLES = {"k": 10**3, "m": 10**6, "b": 10**9}
 
-# Of a problem whose input must not be repeated.
-_SECRET = "secret"
+def _known_or_recorded(name: str, info: ValidationInfo) -> str:
+    """A sweep that ran can be read where an architecture of the user's own is not at hand."""
+    return name if name in (info.context or {}).get("recorded", ()) else known_architecture(name)
 
 
-Architecture = Annotated[str, AfterValidator(known_architecture)]
-Count = Annotated[Positive, Field(le=_LARGEST)]
-Seed = Annotated[NotNegative, Field(le=_LARGEST)]
+Architecture = Annotated[str, AfterValidator(_known_or_recorded)]
 
 
 class _OldNames(Section):
@@ -64,12 +60,17 @@ class _OldNames(Section):
 
 
 class GridCell(_OldNames):
-    """One n and k, with a cell for each seed."""
+    """One n and k, with a cell for each seed; `train` is what it has otherwise than the sweep, with the same keys."""
 
     n_latents: Count
     k: Count
     architecture: Architecture = "topk"
-    seed: list[Seed] = Field(default=[0], min_length=1)
+    seed: Axis[Seed] = Field(default=[0])
+    train: dict[str, Any] = Field(default={})
+
+    @model_serializer(mode="wrap")
+    def _without_empty(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        return {key: value for key, value in handler(self).items() if key != "train" or value}
 
 
 class Combination(NamedTuple):
@@ -81,13 +82,54 @@ class Combination(NamedTuple):
     seed: int
 
 
+class Planned(NamedTuple):
+    """A cell before its store is known: a combination of the grid, and the numbers of its training."""
+
+    n_latents: int
+    k: int
+    architecture: str
+    seed: int
+    tokens: int
+    batch_tokens: int
+    lr: float
+    ema: float
+    dead_after_tokens: int
+    stream_seed: int
+    settings: str  # JSON; k_aux may be "auto" there
+
+    @classmethod
+    def of(cls, combination: Combination, way: Way) -> Self:
+        n_latents = combination.n_latents
+        return cls(
+            *combination, way.tokens_at(n_latents), way.batch_tokens, way.rate_at(n_latents), way.ema,
+            way.dead_after_tokens, way.stream_seed, way.settings,
+        )  # fmt: skip
+
+    @property
+    def combination(self) -> Combination:
+        return Combination(*self[:4])
+
+    @property
+    def name(self) -> str:
+        """What it is called in what is said of it."""
+        return f"the cells of n = {self.n_latents}, k = {self.k}, {self.architecture}"
+
+    def check(self) -> None:
+        """Raises ValueError, in one line, where its architecture cannot have these settings."""
+        settings = {name: value for name, value in json.loads(self.settings).items() if value != "auto"}
+        try:
+            whole_settings(self.architecture, self.k, settings).check(self.n_latents)
+        except ValueError as error:
+            raise ValueError(f"{self.name}: {error}") from error
+
+
 class Grid(_OldNames):
     """Every combination of the lists is a cell, and so is each of `cells` (such as `saescale plan` proposes)."""
 
-    n_latents: list[Count] = Field(default=[], min_length=1)
-    k: list[Count] = Field(default=[], min_length=1)
-    architecture: list[Architecture] = Field(default=["topk"], min_length=1)
-    seed: list[Seed] = Field(default=[0], min_length=1)
+    n_latents: Axis[Count] = Field(default=[])
+    k: Axis[Count] = Field(default=[])
+    architecture: Axis[Architecture] = Field(default=["topk"])
+    seed: Axis[Seed] = Field(default=[0])
     cells: list[GridCell] = Field(default=[], min_length=1)
 
     @model_validator(mode="after")
@@ -97,10 +139,8 @@ class Grid(_OldNames):
                 if not getattr(self, name):
                     raise ValueError(f"{name} is missing")
         # Counted before they are made.
-        many = len(self.n_latents) * len(self.k) * len(self.architecture) * len(self.seed)
-        many += sum(len(cell.seed) for cell in self.cells)
-        if many > MOST_CELLS:
-            raise ValueError(f"{many:,} cells are more than the {MOST_CELLS:,} of a sweep: shorten its lists")
+        lists = (self.n_latents, self.k, self.architecture, self.seed)
+        require_few(math.prod(len(several(each)) for each in lists) + sum(len(several(c.seed)) for c in self.cells))
         for n_latents, k, _, _ in self.combinations():
             if k > n_latents:
                 raise ValueError(
@@ -111,77 +151,33 @@ class Grid(_OldNames):
     @model_serializer(mode="wrap")
     def _without_empty(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
         # A grid of lists is written as it always was, and a grid of cells can be read again.
-        return {key: value for key, value in handler(self).items() if value}
+        return {key: several(value) for key, value in handler(self).items() if value}
 
     def combinations(self) -> list[Combination]:
-        """All cells, each once, by n_latents, k, architecture and seed."""
-        found = {Combination(*c) for c in itertools.product(self.n_latents, self.k, self.architecture, self.seed)}
-        found |= {Combination(c.n_latents, c.k, c.architecture, seed) for c in self.cells for seed in c.seed}
-        return sorted(found)
+        """All of them, each once, by n_latents, k, architecture and seed; axes of `train` make several cells of one."""
+        return sorted({combination for combination, _ in self.asked()})
+
+    def asked(self) -> Iterator[tuple[Combination, Mapping[str, Any]]]:
+        """All combinations as they are asked for, with what their training has otherwise than the sweep's."""
+        lists = (self.n_latents, self.k, self.architecture, self.seed)
+        for chosen in itertools.product(*map(several, lists)):
+            yield Combination(*chosen), {}
+        for cell in self.cells:
+            for seed in several(cell.seed):
+                yield Combination(cell.n_latents, cell.k, cell.architecture, seed), cell.train
 
     @property
     def architectures(self) -> list[str]:
         """Those of all cells."""
-        return sorted({c.architecture for c in self.combinations()})
-
-    @property
-    def size(self) -> int:
-        """Number of cells."""
-        return len(self.combinations())
-
-
-class TokenLaw(Section):
-    """tokens (n / at)^exponent, rounded to whole batches: larger SAEs need more tokens to converge (about n^0.6)."""
-
-    at: Count
-    tokens: float = Field(gt=0, allow_inf_nan=False)
-    exponent: float = Field(allow_inf_nan=False)
-
-
-class RateLaw(Section):
-    """value (n / at)^exponent: 2e-4 (n / 2^14)^-0.5 is the rule that others took from Gao et al. 2024, figure 3."""
-
-    at: Count
-    value: float = Field(gt=0, allow_inf_nan=False)
-    exponent: float = Field(default=-0.5, allow_inf_nan=False)
-
-
-class AuxK(Section):
-    """The auxiliary loss that revives dead latents; `k: 0` switches it off."""
-
-    k: NotNegative | Literal["auto"] = "auto"  # auto: the power of two nearest to d_model / 2
-    coefficient: float = Field(default=1 / 32, ge=0, allow_inf_nan=False)
-    dead_after_tokens: Count = 10_000_000
-
-
-class Train(Section):
-    """How each cell is trained; the defaults are the paper's (Gao et al. 2024).
-
-    Of `auxk`, `multi_topk` and `settings` each architecture takes what it has a setting for.
-    """
-
-    tokens: Count | TokenLaw
-    batch_tokens: Count = 131_072
-    lr: Annotated[float, Field(gt=0, allow_inf_nan=False)] | RateLaw = RateLaw(at=16_384, value=2e-4)
-    auxk: AuxK = AuxK()
-    multi_topk: bool = False
-    settings: dict[str, Any] = Field(default={})  # of an architecture's own
-    ema: float = Field(default=0.999, ge=0, lt=1)
-    precision: Literal["auto"] | Precision = "auto"  # of the encoder product; auto: crew/precision.py
-    stream_seed: Seed = 0  # of the order of the data
-
-    @model_validator(mode="after")
-    def _check(self) -> Self:
-        if isinstance(self.tokens, int) and self.tokens % self.batch_tokens:
-            raise ValueError(f"tokens = {self.tokens} is not a multiple of batch_tokens = {self.batch_tokens}")
-        return self
+        listed = several(self.architecture) if self.n_latents else []
+        return sorted({*listed, *(cell.architecture for cell in self.cells)})
 
 
 class SweepSpec(Section):
     """The whole sweep file."""
 
     name: str = Field(min_length=1, max_length=128, pattern=r"^[\w.-]+$")  # W&B takes no longer one for a group
-    store: str | list[str]  # URL of the activation store, or of several
+    store: Axis[str]  # URL of the activation store, or of several
     out: str  # URL of the run directory
     grid: Grid
     train: Train
@@ -194,9 +190,9 @@ class SweepSpec(Section):
     @field_validator("store", "out")
     @classmethod
     def _without_secrets(cls, given: str | list[str]) -> str | list[str]:
-        for url in [given] if isinstance(given, str) else given:
+        for url in several(given):
             if found := secret_in_url(url):
-                raise PydanticCustomError(_SECRET, "{found}; {advice}", {"found": found, "advice": ADVICE})
+                raise PydanticCustomError(SECRET, "{found}; {advice}", {"found": found, "advice": ADVICE})
         return given
 
     @field_validator("store")
@@ -205,110 +201,128 @@ class SweepSpec(Section):
         """A list of one is that one."""
         if isinstance(given, str):
             return given
-        if not given:
-            raise ValueError("name one store at least")
         if twice := [url for url in given if given.count(url) > 1]:
             raise ValueError(f"{twice[0]} stands there {given.count(twice[0])} times: name each store once")
         return given if len(given) > 1 else given[0]
 
     @model_validator(mode="after")
-    def _has_not_too_many(self) -> Self:
-        if self.size > MOST_CELLS:
-            raise ValueError(
-                f"{self.size:,} cells, {self.grid.size:,} over each of {len(self.stores)} stores, are more than the "
-                f"{MOST_CELLS:,} of a sweep: name fewer stores"
-            )
+    def _are_few_cells(self, info: ValidationInfo) -> Self:
+        """Counts all axes before anything is made of them."""
+        if not _ran(info):
+            architectures = self.grid.architectures
+            over_one = sum(len(cells) * train.count(name, architectures) for name, train, cells in self._parts())
+            require_few(over_one * len(self.stores))
         return self
 
     @model_validator(mode="after")
     def _laws_are_in_range(self) -> Self:
         """That each size has a number of tokens and a rate that can be written down."""
-        for n_latents in {cell.n_latents for cell in self.grid.combinations()}:
-            for name, of in (("tokens", self.tokens_of), ("lr", self.rate_of)):
-                try:
-                    found = of(n_latents)
-                except (OverflowError, ValueError):
-                    found = math.inf
-                if not 0 < found <= _LARGEST:
-                    raise ValueError(f"train.{name} is out of range at n_latents = {n_latents}: correct its exponent")
+        for _, train, cells in self._parts():
+            train.check_laws({cell.n_latents for cell in cells})
         return self
 
     @model_validator(mode="after")
     def _evaluates_at_times(self) -> Self:
         """Where nobody said how often: about 50 points of the longest curve, and never more than one a step."""
         if "every_tokens" not in self.eval.model_fields_set:
-            batch = self.train.batch_tokens
-            longest = max(self.tokens_of(cell.n_latents) for cell in self.grid.combinations())
+            parts = self._parts()
+            batch = max(max(several(train.batch_tokens)) for _, train, _ in parts)
+            longest = max(train.most_tokens({cell.n_latents for cell in cells}) for _, train, cells in parts)
             every = batch * -(-longest // (_POINTS * batch))
             self.eval = self.eval.model_copy(update={"every_tokens": every})
         return self
 
     @model_validator(mode="after")
-    def _settings_are_known(self) -> Self:
+    def _cells_can_be(self, info: ValidationInfo) -> Self:
         """Before anything is harvested or trained. Loads architectures, and torch, only where there is need."""
-        if self.train.settings:
-            check_settings(self.grid.architectures, self.train.settings)
+        if not _ran(info) and (self.train.settings or self.grid.architectures != ["topk"]):
+            for cell in self._planned():
+                cell.check()
         return self
+
+    def _parts(self) -> list[tuple[str, Train, list[Combination]]]:
+        """The combinations of the grid by architecture and way of training. Raises ValueError for none such."""
+        parts: dict[tuple[str, str], tuple[Train, list[Combination]]] = {}
+        for combination, own in self.grid.asked():
+            key = combination.architecture, json.dumps(own, sort_keys=True, default=str)
+            if key not in parts:
+                try:
+                    parts[key] = self.train.with_own(own) if own else self.train, []
+                except ValueError as error:
+                    of = f"n_latents = {combination.n_latents}, k = {combination.k}"
+                    raise ValueError(f"grid.cells, train of {of}: {error}") from error
+            parts[key][1].append(combination)
+        return [(architecture, *part) for (architecture, _), part in parts.items()]
+
+    def _planned(self) -> list[Planned]:
+        architectures = self.grid.architectures
+        found: dict[Planned, None] = {}
+        for architecture, train, combinations in self._parts():
+            ways = train.ways(architecture, architectures)
+            found |= dict.fromkeys(Planned.of(each, way) for each in combinations for way in ways)
+        return sorted(found, key=lambda cell: cell.combination)
+
+    def planned(self) -> list[Planned]:
+        """Those over one store, each once, by n_latents, k, architecture and seed, then in the axes' order.
+
+        Raises SaescaleError where an architecture of the user's own cannot be loaded.
+        """
+        try:
+            return self._planned()
+        except ValueError as error:
+            raise SaescaleError(str(error)) from error
+
+    @property
+    def has_axes(self) -> bool:
+        """Whether there may be several cells of one combination of the grid."""
+        return has_lists(self.train.model_dump(mode="json")) or any(cell.train for cell in self.grid.cells)
 
     @property
     def stores(self) -> list[str]:
         """The URLs of all stores."""
-        return [self.store] if isinstance(self.store, str) else self.store
+        return several(self.store)
 
     @property
     def size(self) -> int:
-        """Number of cells: the grid over each store."""
-        return self.grid.size * len(self.stores)
+        """Number of cells: those planned, over each store."""
+        return len(self.planned()) * len(self.stores)
 
     def cells(self, store: ActivationStore, precision: Precision) -> list[Cell]:
-        """The grid over `store`, one of the sweep's; `precision` is what `train.precision: auto` means here.
+        """The cells over one store, each once; `precision` is what `train.precision: auto` means here.
 
-        An architecture without a fast path works in fp32 whatever is asked for.
+        An architecture without a fast path works in fp32 whatever is asked for. Raises SaescaleError for a cell that
+        cannot be.
         """
-        grid, train = self.grid, self.train
-        asked = {
-            "k_aux": auto_k_aux(store.d_model) if train.auxk.k == "auto" else train.auxk.k,
-            "auxk_coefficient": train.auxk.coefficient,
-            "multi_topk": train.multi_topk,
-        } | train.settings
-        traits = {name: traits_of(name) for name in grid.architectures}
-        wanted = precision if train.precision == "auto" else train.precision
-        return [
-            Cell(
-                store=store.fingerprint,
-                d_model=store.d_model,
-                n_latents=n_latents,
-                k=k,
-                architecture=architecture,
-                settings={name: asked[name] for name in traits[architecture].settings if name in asked},
-                seed=seed,
-                stream_seed=train.stream_seed,
-                tokens=self.tokens_of(n_latents),
-                batch_tokens=train.batch_tokens,
-                lr=self.rate_of(n_latents),
-                dead_after_tokens=train.auxk.dead_after_tokens,
-                ema=train.ema,
-                heldout_rows=self.eval.tokens,
-                precision=wanted if traits[architecture].bf16 else "fp32",
-            )
-            for n_latents, k, architecture, seed in grid.combinations()
-        ]
-
-    def tokens_of(self, n_latents: int) -> int:
-        """Training tokens of a cell of that size."""
-        tokens, batch = self.train.tokens, self.train.batch_tokens
-        if isinstance(tokens, int):
-            return tokens
-        return batch * max(1, round(_law(tokens.tokens, tokens, n_latents) / batch))
-
-    def rate_of(self, n_latents: int) -> float:
-        """Learning rate of a cell of that size."""
-        lr = self.train.lr
-        return lr if isinstance(lr, float) else _law(lr.value, lr, n_latents)
+        traits = {name: traits_of(name) for name in self.grid.architectures}
+        wanted = precision if self.train.precision == "auto" else self.train.precision
+        k_aux = auto_k_aux(store.d_model)
+        found: dict[Cell, None] = {}
+        for planned in self.planned():
+            settings = json.loads(planned.settings)
+            try:
+                cell = Cell(
+                    **{name: value for name, value in planned._asdict().items() if name != "settings"},
+                    store=store.fingerprint,
+                    d_model=store.d_model,
+                    settings={name: k_aux if value == "auto" else value for name, value in settings.items()},
+                    heldout_rows=self.eval.tokens,
+                    precision=wanted if traits[planned.architecture].bf16 else "fp32",
+                )
+            except ValidationError as error:
+                raise SaescaleError(f"{planned.name}: {'; '.join(problems(error, Cell, 'it cannot be'))}") from error
+            found[cell] = None
+        return list(found)
 
 
-def _law(value: float, law: TokenLaw | RateLaw, n_latents: int) -> float:
-    return value * math.pow(n_latents / law.at, law.exponent)
+def _ran(info: ValidationInfo) -> bool:
+    """Whether what is read is a sweep that ran, which was checked then."""
+    return bool(info.context) and "recorded" in (info.context or {})
+
+
+def require_few(many: int) -> None:
+    """Raises ValueError where a sweep has too many cells to be one."""
+    if many > MOST_CELLS:
+        raise ValueError(f"{many:,} cells are more than the {MOST_CELLS:,} of a sweep: shorten its lists")
 
 
 def load_spec(url: str, out: str | None = None, wandb: str | None = None) -> SweepSpec:
@@ -350,12 +364,15 @@ def named_stores(document: Mapping[str, Any], where: str) -> dict[str, Any]:
     return {**document, **({"store": store} if "store" in document else {})}
 
 
-def parse_spec(document: Mapping[str, Any], where: str) -> SweepSpec:
-    """Validates a sweep given as a mapping; `where` names it in errors."""
+def parse_spec(document: Mapping[str, Any], where: str, recorded: Collection[str] | None = None) -> SweepSpec:
+    """Validates a sweep given as a mapping; `where` names it in errors.
+
+    recorded: of a sweep that ran, the architectures of the user's own that need not be at hand to read it.
+    """
     try:
-        return SweepSpec.model_validate(document)
+        return SweepSpec.model_validate(document, context=None if recorded is None else {"recorded": recorded})
     except ValidationError as error:
-        raise SaescaleError(f"{where}: {'; '.join(_problems(error))}") from error
+        raise SaescaleError(f"{where}: {'; '.join(problems(error, SweepSpec))}") from error
 
 
 def parse_recorded(document: Mapping[str, Any], where: str) -> SweepSpec:
@@ -363,10 +380,11 @@ def parse_recorded(document: Mapping[str, Any], where: str) -> SweepSpec:
 
     Raises Damaged, which says what wrote it, where it is none.
     """
+    resolved = document.get("resolved")
+    own = resolved.get("architectures") if isinstance(resolved, dict) else None
     try:
-        return parse_spec({key: value for key, value in document.items() if key != "wandb"}, where)
+        return parse_spec({key: value for key, value in document.items() if key != "wandb"}, where, own or ())
     except SaescaleError as error:
-        resolved = document.get("resolved")
         versions = resolved.get("versions") if isinstance(resolved, dict) else None
         by = versions.get("saescale") if isinstance(versions, dict) else None
         raise Damaged(
@@ -374,72 +392,3 @@ def parse_recorded(document: Mapping[str, Any], where: str) -> SweepSpec:
             f"{version('saescale')}); restore it, or remove it and run the same sweep again, which keeps what is done",
             where,
         ) from error
-
-
-def _problems(error: ValidationError) -> list[str]:
-    """One phrase for each wrong key, without the repetition that unions bring."""
-    phrases: dict[str, str] = {}
-    for problem in error.errors():
-        # The last part of a union's location names the member that did not fit, which no user wrote.
-        path = [part for part in problem["loc"] if isinstance(part, int) or part in _KEYS]
-        wrong = [part for part in problem["loc"] if problem["type"] == "extra_forbidden"][-1:]
-        name = ".".join(str(part) for part in [*path, *(part for part in wrong if part not in path)]) or "the sweep"
-        if problem["type"] == "extra_forbidden":
-            close = difflib.get_close_matches(str(wrong[0]), _fields(problem["loc"][:-1]), n=1, cutoff=0.5)
-            hint = f", did you mean {close[0]}?" if close else f", valid are {', '.join(_fields(problem['loc'][:-1]))}"
-            if not close and names_secret(str(wrong[0])):
-                hint = f"; {ADVICE}"
-            phrases.setdefault(name, f"{name} is not a key{hint}")
-        elif problem["type"] == "missing":
-            phrases.setdefault(name, f"{name} is missing")
-        else:
-            message = problem["msg"].removeprefix("Value error, ")
-            given = problem["input"]
-            echoed = problem["type"] != _SECRET and isinstance(given, str | int | float | bool | None)
-            shown = f" (given: {given!r}){_plainer(problem['type'], given)}" if echoed else ""
-            begun = message[0].lower() if message[1:2].islower() else message[:1]  # W&B stays as it is called
-            phrases.setdefault(name, f"{name}: {begun}{message[1:]}{shown}")
-    return list(phrases.values())
-
-
-def _plainer(kind: str, given: Any) -> str:
-    """How a number is written that somebody wrote in a way which YAML or the key does not take; "" where it is none."""
-    text = str(given).strip()
-    if not kind.startswith(("int_", "float_")) or isinstance(given, bool):
-        return ""
-    if _THOUSANDS.fullmatch(text):
-        text = re.sub(r"\D", "", text)
-    elif kind.startswith("float_"):
-        text = text.replace(",", ".", 1)
-    multiple = _MULTIPLES.get(text[-1:].lower(), 1)
-    try:
-        value = Decimal(text if multiple == 1 else text[:-1].rstrip()) * multiple
-    except ArithmeticError:
-        return ""
-    if not value.is_finite() or abs(value.adjusted()) > 18 or (kind.startswith("int_") and value % 1):
-        return ""
-    written = f"{value:.0f}" if kind.startswith("int_") else f"{value:f}"
-    return f"; YAML reads that as {'text' if isinstance(given, str) else 'a fraction'}: write {written}"
-
-
-def _fields(location: Sequence[int | str]) -> list[str]:
-    """The valid keys of the section at `location`."""
-    model: type[BaseModel] = SweepSpec
-    for part in location:
-        field = model.model_fields.get(str(part))
-        if field is None:
-            continue
-        candidates = [field.annotation, *get_args(field.annotation)]
-        model = next((c for c in candidates if isinstance(c, type) and issubclass(c, BaseModel)), model)
-    return list(model.model_fields)
-
-
-def _all_keys(model: type[BaseModel]) -> set[str]:
-    keys = set(model.model_fields)
-    for name in model.model_fields:
-        inner = _fields([name]) if model is SweepSpec else []
-        keys |= set(inner)
-    return keys
-
-
-_KEYS = _all_keys(SweepSpec) | {name for law in (GridCell, TokenLaw, RateLaw, AuxK) for name in law.model_fields}

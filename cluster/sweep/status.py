@@ -3,8 +3,9 @@
 Imports neither torch nor Ray, and reads no file for each cell: with 10,000 cells the answer takes a few requests.
 """
 
+import itertools
 import warnings
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Literal
 
@@ -284,24 +285,28 @@ def _untrained(run: RunDirectory, rows: Sequence[Mapping[str, Any]]) -> list[dic
     recorded = run.read_spec()
     if recorded is None:
         return []
-    sources = recorded_sources(recorded)
+    spec, sources = parse_recorded(recorded, run.url), recorded_sources(recorded)
+    # Several cells of one combination are told apart by their names alone. Without axes torch need not be loaded.
+    cells = [cell.combination for cell in spec.planned()] if spec.has_axes else spec.grid.combinations()
     several = len(sources) > 1  # of one store, tables of 0.1.0 do not say which it is
     fields = ("n_latents", "k", "architecture", "seed")
-    known = {(row.get("store") if several else None, *(row.get(name) for name in fields)) for row in rows}
-    there: dict[str, list[str]] = defaultdict(list)
-    for cell_id in sorted(run.cell_files().keys() - {row.get("cell_id") for row in rows}):
-        there[cell_id.rpartition("-")[0]].append(cell_id)
-    combinations = parse_recorded(recorded, run.url).grid.combinations()
-    left: list[dict[str, Any]] = []
-    for source in sources:
+    known = Counter((row.get("store") if several else None, *(row.get(name) for name in fields)) for row in rows)
+    named = {row.get("cell_id") for row in rows}
+    folders = defaultdict(list)
+    for cell_id in sorted(run.cell_files().keys() - named, reverse=True):
+        folders[cell_id.rpartition("-")[0]].append(cell_id)
+    found: list[dict[str, Any]] = []
+    for source, cell in itertools.product(sources, cells):
+        if known[which := (source.fingerprint if several else None, *cell)]:
+            known[which] -= 1
+            continue
+        name = f"n{cell.n_latents}-k{cell.k}-s{cell.seed}"
+        cell_id = folders[name].pop() if folders[name] else name
         told = {"store": source.fingerprint, "subject": source.subject, "site": source.site}
-        for cell in combinations:
-            if (source.fingerprint if several else None, *cell) not in known:
-                name = f"n{cell.n_latents}-k{cell.k}-s{cell.seed}"
-                own = there[name].pop(0) if there[name] else None
-                # Over which of several stores a cell's folder is, its name does not say.
-                left.append(cell._asdict() | ({} if several and own else told) | {"cell_id": own or name})
-    return [row | {"status": "pending"} for row in left]
+        # Over which of several stores a cell was begun, the name of its folder does not say.
+        told = told if cell_id == name or not several else {}
+        found.append(cell._asdict() | told | {"cell_id": cell_id, "status": "pending"})
+    return found
 
 
 def _sources(cells: list[CellStatus]) -> list[SourceStatus]:

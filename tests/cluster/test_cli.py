@@ -158,7 +158,7 @@ def test_a_full_disk_stops_with_one_line_and_goes_on_when_there_is_room(
     assert {cell.status for cell in read_status(document["out"]).cells} == {"done"}
 
 
-@pytest.mark.parametrize("end", ["ctrl-c", "SIGTERM"])
+@pytest.mark.parametrize("end", ["ctrl-c", pytest.param("SIGTERM", marks=pytest.mark.slow)])
 def test_a_driver_that_is_asked_to_end_saves_what_it_has(
     three_nodes: Any, document: dict[str, Any], sweep_file: Callable[[Any], str], end: str
 ) -> None:

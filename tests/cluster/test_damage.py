@@ -394,8 +394,8 @@ def test_any_sweep_file_is_a_sweep_or_one_line(tmp_path: Path, changed: dict[str
     path.write_text(yaml_text(document), encoding="utf-8", errors="surrogatepass")
     spec, said = outcome(lambda: load_spec(str(path)))
     if said is None:
-        assert 1 <= spec.grid.size <= 100_000
-        assert all(0 < spec.tokens_of(cell.n_latents) < 2**63 for cell in spec.grid.combinations())
+        assert 1 <= spec.size <= 100_000
+        assert all(0 < cell.tokens < 2**63 for cell in spec.planned())
     else:
         assert "sweep.yaml" in said
         assert "\n" not in said

@@ -18,7 +18,7 @@ from saescale.cluster.sweep.driver import run_sweep
 from saescale.cluster.sweep.extend import extend, union
 from saescale.cluster.sweep.ledger import open_ledger
 from saescale.cluster.sweep.propose import Request, make_proposal
-from saescale.cluster.sweep.spec import NO_STORE, Grid, load_spec, parse_spec
+from saescale.cluster.sweep.spec import NO_STORE, Grid, SweepSpec, load_spec, parse_spec
 from saescale.scaling.laws.settings import FitSettings
 from saescale.scaling.planning.devices import find_device
 from saescale.scaling.tables import load_results
@@ -32,19 +32,20 @@ from tests.survival import without_times
 from tests.trainers.synthetic import sparse_rows, write_store
 
 
-def grid(**lists: Any) -> Grid:
-    return Grid.model_validate(lists)
+def of_grid(**lists: Any) -> SweepSpec:
+    return parse_spec({"name": "a", "store": "s", "out": "o", "grid": lists, "train": {"tokens": 131_072}}, "test")
 
 
 def test_union_is_each_cell_once() -> None:
-    lists = grid(n_latents=[64, 128], k=[2, 4])
-    more = grid(cells=[{"n_latents": 64, "k": 2, "seed": [0, 1]}, {"n_latents": 256, "k": 8}])
+    lists = of_grid(n_latents=[64, 128], k=[2, 4])
+    more = of_grid(cells=[{"n_latents": 64, "k": 2, "seed": [0, 1]}, {"n_latents": 256, "k": 8}])
     both = union(lists, more)
-    assert both.size == 4 + 2
+    together = lists.model_copy(update={"grid": both})
+    assert len(both.combinations()) == 4 + 2
     assert [(c.n_latents, c.k, c.seed) for c in both.cells] == [(64, 2, [1]), (256, 8, [0])]
-    assert union(both, more) == both == union(both, lists)
+    assert union(together, more) == both == union(together, lists)
     assert union(more, lists).combinations() == both.combinations()
-    assert union(lists, lists) == lists
+    assert union(lists, lists) == lists.grid
     assert Grid.model_validate(both.model_dump(mode="json")) == both
 
 
@@ -67,14 +68,14 @@ def test_a_plan_is_a_sweep_file(tmp_path: Path) -> None:
     path.write_text(proposal.yaml())
     spec = load_spec(str(path))
     assert spec.store == "stores/mine"
-    assert spec.grid.size == int(proposal.design.counts.sum())
+    assert spec.size == int(proposal.design.counts.sum())
     document = json.loads(json.dumps(proposal.document(), allow_nan=False))
     assert document["hours"] == pytest.approx(sum(cell["hours"] for cell in document["cells"]))
     assert document["hours"] <= 2.0
     packed = sorted(tuple(cell) for pack in document["packs"] for cell in pack)
     assert packed == sorted((c["n_latents"], c["k"], seed) for c in document["cells"] for seed in c["seeds"])
     for cell in document["cells"]:
-        assert cell["tokens"] == spec.tokens_of(cell["n_latents"])
+        assert {cell["tokens"]} == {each.tokens for each in spec.planned() if each.n_latents == cell["n_latents"]}
     assert document["before"] is None
     for row, full in zip(document["expected"], document["rectangle"]["expected"], strict=True):
         assert row["low"] < row["value"] < row["high"]
@@ -248,7 +249,7 @@ def test_an_extension_that_cannot_be_trained_leaves_the_run_as_it_was(
     before = yaml.safe_load(there)
     ledger.begin()
     after = run.read_spec() or {}
-    assert parse_spec(after, "after").grid.size == spec.grid.size + 1
+    assert parse_spec(after, "after").size == spec.size + 1
     assert {**after, "grid": 0} == {**before, "grid": 0}
     assert extend(spec, str(more)).added == 0
 

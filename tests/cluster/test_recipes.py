@@ -8,6 +8,7 @@ import pytest
 from saescale.cluster.front import recipes
 from saescale.cluster.front.quickstart import quickstart_steps
 from saescale.cluster.front.recipes import NOTE, RECIPES, TINY, WITHIN_S, Recipe, Speed, choose, predicted_s, settle
+from saescale.cluster.sweep.axes import several
 from saescale.scaling.laws.forms.n_k import N_K
 from saescale.storage.errors import SaescaleError
 from saescale.storage.rundir import RunDirectory
@@ -76,9 +77,10 @@ def test_the_tiny_one_is_not_timed(here: Path, monkeypatch: pytest.MonkeyPatch) 
 def test_every_recipe_has_cells_enough_for_a_law(recipe: Recipe) -> None:
     made = quickstart_steps(recipe, None, "off")
     grid = made.sweep.grid
-    assert min(len(grid.n_latents), len(grid.k)) >= 4
-    assert grid.size >= len(N_K.names) + 2
-    assert max(grid.n_latents) / min(grid.n_latents) >= 8  # or exponents are local slopes
+    sizes = several(grid.n_latents)
+    assert min(len(sizes), len(several(grid.k))) >= 4
+    assert len(grid.combinations()) >= len(N_K.names) + 2
+    assert max(sizes) / min(sizes) >= 8  # or exponents are local slopes
     assert made.sweep.eval.tokens == made.harvest.heldout_tokens
     assert made.sweep.store == made.harvest.out
 

@@ -114,7 +114,7 @@ def test_stores_that_cannot_be_used_are_named(
         ([*layers, str(tmp_path / "gone")], f"{tmp_path}/gone is no activation store"),
         ([*layers, copied], f"store: {layers[1]} and {copied} are one store", "name it once"),
         ([*layers, layers[0]], f"store: {layers[0]} stands there 2 times"),
-        ([], "store: name one store at least"),
+        ([], "store: list should have at least 1 item"),
         ([*layers, 7], "store.3: input should be a valid string (given: 7)"),
         (7, "store: input should be a valid string (given: 7)"),
         ([layers[0], "s3://me:hush@bucket/store"], "store: "),

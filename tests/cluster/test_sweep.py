@@ -54,6 +54,7 @@ def warm(crews: list[TrainCrew], monkeypatch: pytest.MonkeyPatch) -> None:
 # --- with workers of their own, which are told to stop; first, since those of the others keep two of three GPUs
 
 
+@pytest.mark.slow
 def test_warnings_of_workers_reach_the_user(three_nodes: Any, document: dict[str, Any]) -> None:
     """A damaged checkpoint is met in a worker process; the driver says so, and the result is the same."""
     document["grid"] = {"n_latents": [64], "k": [2]}
@@ -72,6 +73,7 @@ def test_warnings_of_workers_reach_the_user(three_nodes: Any, document: dict[str
     assert outcome.run.read_results().to_pylist()[0]["status"] == "done"
 
 
+@pytest.mark.slow
 def test_a_report_made_half_way_is_made_again_when_the_sweep_is_done(
     three_nodes: Any, document: dict[str, Any]
 ) -> None:
@@ -194,6 +196,7 @@ def test_a_poisoned_cell_fails_beside_healthy_ones(warm: None, document: dict[st
     assert "diverged" in rows[64]["error"]
 
 
+@pytest.mark.slow
 def test_a_sweep_in_object_storage_with_wandb_offline(
     warm: None, document: dict[str, Any], store: Any, s3_url: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:

@@ -45,6 +45,7 @@ def comparable(run: RunDirectory, cells: list[Cell]) -> list[object]:
     return found
 
 
+@pytest.mark.slow
 def test_it_trains_beside_topk_and_goes_on_after_sigkill_to_the_same_bits(
     toy: str, sparse_store: ActivationStore, make_cell: MakeCell, tmp_path: Path
 ) -> None:
