@@ -107,8 +107,8 @@ def status(
     Of a run directory it tells what the ledger and the driver say; of a job the same and what the cluster says of it.
     A run directory that only the cluster sees is read there, which takes some seconds. --json prints one document:
     format, sweep, run, state (waiting, starting, running, finished, stopped, failed, lost, died, unfinished),
-    reason, driver, job, counts, standing (of the FLOPs, rates, time left, workers), waits and cells; with --watch one
-    on every line.
+    reason, driver, job, counts, standing (of the FLOPs, rates, time left, workers), waits, sources (of a sweep over
+    several stores) and cells; with --watch one on every line.
 
     Example: [bold]saescale status runs/quickstart --watch[/]
     """

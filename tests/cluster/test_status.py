@@ -214,7 +214,7 @@ def test_the_document_for_programs(tmp_path: Path) -> None:
     document = json.loads(result.stdout)
     assert list(document) == [
         "format", "sweep", "run", "state", "reason", "driver", "job", "counts", "standing", "waits",
-        "cells",
+        "sources", "cells",
     ]  # fmt: skip
     assert document["counts"]["cells"] == len(document["cells"]) == 4
     assert SweepStatus.model_validate(document) == read_status(run.url)

@@ -5,6 +5,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import pyarrow as pa
 import pytest
 
 from saescale.cluster.crew import precision as crew_precision
@@ -15,14 +17,20 @@ from saescale.cluster.sweep import driver
 from saescale.cluster.sweep.driver import run_sweep
 from saescale.cluster.sweep.spec import parse_spec
 from saescale.cluster.sweep.status import read_status
+from saescale.cluster.sweep.stores import verify
 from saescale.scaling.laws.settings import FitSettings
 from saescale.scaling.report.report import analyse
+from saescale.storage.columns import CURVES
 from saescale.storage.errors import SaescaleError, SaescaleWarning
 from saescale.storage.lease import Lease, Standing
 from saescale.storage.rundir import RunDirectory
+from saescale.storage.store import ActivationStore
 from saescale.trainers.exchange import native
 from saescale.trainers.precision import Precision, Processor, cpu_precision, this_processor
+from saescale.trainers.training.train import PackJob, train_pack
 from tests.cluster.conftest import Recorder
+from tests.survival import assert_same, reached
+from tests.trainers.synthetic import sparse_rows, write_store
 
 
 @pytest.fixture(scope="module")
@@ -183,6 +191,66 @@ def test_another_sweep_in_the_run_directory_is_refused(warm: None, document: dic
     with pytest.raises(SaescaleError, match=r"holds another sweep \(train.ema is 0.9 there and 0.5 here\)"):
         run_sweep(parse_spec(document, "test"), Recorder(), settings=FitSettings(10))
     assert RunDirectory(document["out"]).read_results().to_pylist() == before
+
+
+@pytest.fixture
+def two_stores(document: dict[str, Any], store: Any, tmp_path: Path) -> list[str]:
+    """The one of `document`, and one of layer 3 that is wider, so that its packs come first; `document` is a sweep
+    over both."""
+    wide = [np.tile(sparse_rows(rows, seed), 2)[:, :48].copy() for rows, seed in ((16_384, 2), (2_048, 3))]
+    document["store"] = [store.url, write_store(str(tmp_path / "wide"), *wide, layer=3)]
+    document["grid"] = {"n_latents": [32, 64], "k": [2, 4]}
+    return document["store"]
+
+
+def test_a_sweep_over_two_stores_trains_each_cell_as_by_itself(
+    warm: None, document: dict[str, Any], two_stores: list[str]
+) -> None:
+    spec = parse_spec(document, "test")
+    outcome = run_sweep(spec, Recorder(), settings=FitSettings(0))
+    assert (outcome.trained, outcome.failed) == (8, 0)
+    assert {(row["site"], row["d_model"]) for row in outcome.run.read_results().to_pylist()} == {
+        ("resid_post.0", 32), ("resid_post.3", 48),
+    }  # fmt: skip
+    alone = RunDirectory(document["out"] + "-alone")
+    rows: list[dict[str, Any]] = []
+    for url in two_stores:
+        cells = spec.cells(ActivationStore.open(url), "fp32")
+        rows += train_pack(
+            PackJob(cells=cells, store=url, run=alone.url, sweep="small", eval=spec.eval, threads=1)
+        ).results
+    alone.write_results(rows)
+    alone.write_curves(pa.Table.from_pylist([p for r in rows for p in alone.read_cell_curve(r["cell_id"])], CURVES))
+    assert_same(reached(outcome.run), reached(alone))
+
+
+@pytest.mark.slow  # it ends its workers, twice
+@pytest.mark.parametrize("part", ["", "train-00000.parquet"], ids=["whole", "a shard"])
+def test_a_store_that_vanishes_does_not_keep_the_others_from_being_trained(
+    warm: None, document: dict[str, Any], two_stores: list[str], monkeypatch: pytest.MonkeyPatch, part: str
+) -> None:
+    gone, away = Path(two_stores[1], part), Path(two_stores[1] + "-away")
+
+    def verified(*arguments: Any) -> None:
+        verify(*arguments)
+        gone.rename(away)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(driver, "verify", verified)
+        with (
+            pytest.warns(SaescaleWarning, match="its cells wait, those of other stores go on"),
+            pytest.raises(SaescaleError, match=f"4 cells over {two_stores[1]} are left") as caught,
+        ):
+            run_sweep(parse_spec(document, "test"), Recorder(), settings=FitSettings(0))
+    assert str(gone) in str(caught.value).split("; 4 cells")[0]
+    run = RunDirectory(document["out"])
+    assert {(row["site"], row["status"]) for row in run.read_results().to_pylist()} == {
+        ("resid_post.0", "done"), ("resid_post.3", "pending"),
+    }  # fmt: skip
+    assert read_status(run.url).state == "failed"
+    away.rename(gone)
+    again = run_sweep(parse_spec(document, "test"), Recorder(), settings=FitSettings(0))
+    assert (again.trained, again.failed) == (4, 0)
 
 
 def test_a_poisoned_cell_fails_beside_healthy_ones(warm: None, document: dict[str, Any]) -> None:
