@@ -16,12 +16,14 @@ if TYPE_CHECKING:
     from saescale.scaling.laws.fit_sources import fit
     from saescale.storage.errors import SaescaleError
     from saescale.storage.store import ActivationStore
+    from saescale.trainers.architectures import ARCHITECTURES
     from saescale.trainers.exchange.native import read as load
     from saescale.trainers.exchange.run import open_run
 
     open_store = ActivationStore.open
+    use_architecture = ARCHITECTURES.give
 
-__all__ = ["SaescaleError", "fit", "load", "open_run", "open_store", "predict"]
+__all__ = ["SaescaleError", "fit", "load", "open_run", "open_store", "predict", "use_architecture"]
 
 _WHERE = {
     "SaescaleError": ("storage.errors", "SaescaleError"),
@@ -30,6 +32,7 @@ _WHERE = {
     "open_run": ("trainers.exchange.run", "open_run"),
     "open_store": ("storage.store", "ActivationStore.open"),
     "predict": ("scaling.laws.fit", "predict"),
+    "use_architecture": ("trainers.architectures", "ARCHITECTURES.give"),
 }
 
 

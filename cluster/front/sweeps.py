@@ -13,6 +13,7 @@ from rich.markup import escape
 
 from saescale.cluster.front.console import (
     Address,
+    ArchitectureFile,
     Bootstraps,
     Extend,
     RetryFailed,
@@ -24,6 +25,7 @@ from saescale.cluster.front.console import (
     say,
     say_marked,
     show_notes,
+    use_architectures,
 )
 from saescale.storage.errors import SaescaleError
 
@@ -70,6 +72,7 @@ def sweep(
     bootstraps: Bootstraps = 1000,
     extend: Extend = None,
     retry_failed: RetryFailed = False,
+    architecture_file: ArchitectureFile = None,
 ) -> None:
     """Trains every cell of a grid and fits the laws. Run again, it trains only what has no result yet.
 
@@ -79,6 +82,7 @@ def sweep(
     from saescale.cluster.sweep.spec import load_spec
     from saescale.scaling.laws.settings import FitSettings
 
+    use_architectures(architecture_file)
     loaded = load_spec(spec, out=out, wandb=wandb)
     if extend is not None:
         from saescale.cluster.sweep.extend import extend as extended

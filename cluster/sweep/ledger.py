@@ -19,6 +19,7 @@ from saescale.storage.errors import Damaged, SaescaleError, SaescaleWarning, Una
 from saescale.storage.files import local_path, remove
 from saescale.storage.rundir import SPEC, RunDirectory
 from saescale.storage.store import ActivationStore
+from saescale.trainers.architectures.own import digests, own_files, require_same
 from saescale.trainers.cell import Cell
 from saescale.trainers.exchange import native
 from saescale.trainers.precision import Precision
@@ -46,8 +47,10 @@ class Ledger:
         store: ActivationStore,
         document: Mapping[str, Any],
         recorded: Mapping[str, Any] | None,
+        architectures: Mapping[str, str] | None = None,
     ) -> None:
         self.run, self.cells, self._store = run, list(cells), store
+        self.architectures = dict(architectures or {})  # the text of those of the user's own, by their names
         self.document = dict(document)  # what sweep.yaml is to say
         self._recorded = recorded  # what it says
         self.results: dict[str, dict[str, Any]] = {}
@@ -119,6 +122,8 @@ class Ledger:
     def write_spec(self) -> None:
         """Writes sweep.yaml where it is not there yet or lacks cells of an extension."""
         if self._recorded != self.document:
+            for name, text in self.architectures.items():
+                self.run.write_architecture(name, text)
             self.run.write_spec(self.document)
             self._recorded = self.document
 
@@ -264,8 +269,11 @@ def open_ledger(
     `recorded`: the sweep.yaml of `run`, if there is one. `extending`: `spec` may have cells besides those of `run`.
     Raises SaescaleError where `run` holds another sweep.
     """
-    document = _resolved(spec, store, precision)
+    own = own_files(spec.grid.architectures)
+    document = _resolved(spec, store, precision, own)
     if recorded is not None:
+        began_with = (recorded.get("resolved") or {}).get("architectures")
+        require_same(began_with, own, run.url)
         here = set(spec.planned())
         there = here if _same_text(recorded, document) else _planned(recorded, f"{run.url}/{SPEC}")
         same_cells = there <= here if extending else there == here
@@ -287,18 +295,24 @@ def open_ledger(
                 f"or remove that one{'' if differences else _other_way(run, there, here)}"
             )
         # What began the sweep stays as it was written, such as the versions that its first cells were trained with.
-        document = dict(recorded) if there == here else {**recorded, "grid": document["grid"]}
-    return Ledger(run, spec.cells(store, precision), store, document, recorded)
+        if there == here:
+            document = dict(recorded)
+        else:
+            both = {"architectures": {**(began_with or {}), **digests(own)}} if own else {}
+            document = {**recorded, "grid": document["grid"], "resolved": recorded["resolved"] | both}
+    return Ledger(run, spec.cells(store, precision), store, document, recorded, own)
 
 
-def _resolved(spec: SweepSpec, store: ActivationStore, precision: Precision) -> dict[str, Any]:
-    """What sweep.yaml says: the spec with its defaults, what `auto` came to, the store, and the versions."""
+def _resolved(spec: SweepSpec, store: ActivationStore, precision: Precision, own: Mapping[str, str]) -> dict[str, Any]:
+    """What sweep.yaml says: the spec with its defaults, what `auto` came to, the store, the versions, and the digests
+    of the user's `own` files."""
     return spec.model_dump(mode="json") | {
         "resolved": {
             "precision": precision,
             "store_fingerprint": store.fingerprint,
             "subject": store.manifest.subject,
             "versions": {name: version(name) for name in _PACKAGES},
+            **({"architectures": digests(own)} if own else {}),
         }
     }
 

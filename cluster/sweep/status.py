@@ -267,7 +267,12 @@ def _untrained(run: RunDirectory, rows: Sequence[Mapping[str, Any]]) -> list[dic
         return []
     spec = parse_recorded(recorded, run.url)
     # Several cells of one combination are told apart by their names alone. Without axes torch need not be loaded.
-    cells = [cell.combination for cell in spec.planned()] if spec.has_axes else spec.grid.combinations()
+    cells = spec.grid.combinations()
+    if spec.has_axes:
+        try:
+            cells = [cell.combination for cell in spec.planned()]
+        except SaescaleError as error:
+            warnings.warn(f"not all cells that wait are listed: {error}", SaescaleWarning, stacklevel=2)
     known = Counter((row.get("n_latents"), row.get("k"), row.get("architecture"), row.get("seed")) for row in rows)
     named = {row.get("cell_id") for row in rows}
     folders = defaultdict(list)
