@@ -68,8 +68,8 @@ def submit(
     """Runs a sweep as a job on a Ray cluster; it goes on when this machine is switched off.
 
     What goes there is the sweep file as it was understood, the files of architectures of your own that it names (also
-    those below SAESCALE_PATH) and saescale's own code, no other file and no environment variable of this machine: keys of
-    W&B or of the object store belong into the cluster's environment. The token of the
+    those below SAESCALE_PATH) and saescale's own code, no other file and no environment variable of this machine: keys
+    of W&B or of the object store belong into the cluster's environment. The token of the
     cluster is taken from RAY_AUTH_TOKEN, the file that RAY_AUTH_TOKEN_PATH names, or ~/.ray/auth_token.
 
     Example: [bold]saescale submit sweep.yaml --address http://head:8265[/]

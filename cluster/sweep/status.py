@@ -272,7 +272,7 @@ def _untrained(run: RunDirectory, rows: Sequence[Mapping[str, Any]]) -> list[dic
         try:
             cells = [cell.combination for cell in spec.planned()]
         except SaescaleError as error:
-            warnings.warn(f"not all cells that wait are listed: {error}", SaescaleWarning, stacklevel=2)
+            warnings.warn(f"cells that wait may be missing here: {error}", SaescaleWarning, stacklevel=2)
     known = Counter((row.get("n_latents"), row.get("k"), row.get("architecture"), row.get("seed")) for row in rows)
     named = {row.get("cell_id") for row in rows}
     folders = defaultdict(list)
