@@ -12,16 +12,18 @@ from operator import attrgetter
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from saescale.scaling.laws.fit import predict
     from saescale.scaling.laws.fit_sources import fit
+    from saescale.scaling.laws.predict import predict
     from saescale.storage.errors import SaescaleError
     from saescale.storage.store import ActivationStore
+    from saescale.trainers.architectures import ARCHITECTURES
     from saescale.trainers.exchange.native import read as load
     from saescale.trainers.exchange.run import open_run
 
     open_store = ActivationStore.open
+    use_architecture = ARCHITECTURES.give
 
-__all__ = ["SaescaleError", "fit", "load", "open_run", "open_store", "predict"]
+__all__ = ["SaescaleError", "fit", "load", "open_run", "open_store", "predict", "use_architecture"]
 
 _WHERE = {
     "SaescaleError": ("storage.errors", "SaescaleError"),
@@ -29,7 +31,8 @@ _WHERE = {
     "load": ("trainers.exchange.native", "read"),
     "open_run": ("trainers.exchange.run", "open_run"),
     "open_store": ("storage.store", "ActivationStore.open"),
-    "predict": ("scaling.laws.fit", "predict"),
+    "predict": ("scaling.laws.predict", "predict"),
+    "use_architecture": ("trainers.architectures", "ARCHITECTURES.give"),
 }
 
 

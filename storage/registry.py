@@ -3,10 +3,11 @@
     ARCHITECTURES = Room("saescale.trainers.architectures", "architecture", marker="forward")
     ARCHITECTURES.names()          # ("batchtopk", "topk", ...), nothing imported
     ARCHITECTURES.load("topk")     # the module, imported now
+    ARCHITECTURES.give("my/toy.py")  # from now on "toy" is one of them
 
 A file of the room belongs to it when it defines the room's `marker` at its top level; door and helpers do not. Folders
 named in SAESCALE_PATH (separated like PATH) are rooms of the user's own: `$SAESCALE_PATH/architectures/mine.py` is an
-architecture `mine`. They have to be there on every machine that works on a sweep.
+architecture `mine`.
 """
 
 import ast
@@ -27,6 +28,8 @@ PATH = "SAESCALE_PATH"
 # The product's own that were loaded, by package and stem: no user's file takes their place, and plans of thousands of
 # cells ask for the same a hundred thousand times.
 _OWN: dict[tuple[str, str], ModuleType] = {}
+# Files of the user's that this process was given, by package and stem.
+_GIVEN: dict[tuple[str, str], Path] = {}
 
 
 class Room(NamedTuple):
@@ -56,11 +59,44 @@ class Room(NamedTuple):
         for folder in self._own_folders():
             path = folder / f"{_stem(name)}.py"
             if path.is_file():
-                try:
-                    ast.parse(path.read_bytes())
-                except (SyntaxError, ValueError) as error:
-                    raise SaescaleError(f"{path} ({self.what}) is no Python: {one_line(error)}") from error
-                raise SaescaleError(f"{path} is no {self.what}: it defines no `{self.marker}` at its top level")
+                self._require(path)
+
+    def _require(self, path: Path) -> None:
+        """Raises SaescaleError where a file of the user's is none of the room's."""
+        try:
+            ast.parse(path.read_bytes())
+        except (SyntaxError, ValueError) as error:
+            raise SaescaleError(f"{path} ({self.what}) is no Python: {one_line(error)}") from error
+        if self.marker not in _defined(str(path), path.stat().st_mtime_ns):
+            raise SaescaleError(f"{path} is no {self.what}: it defines no `{self.marker}` at its top level")
+
+    def give(self, path: str) -> str:
+        """Makes a file of the user's one of the room, in this process, and returns its name, which is the file's.
+
+        It goes before those of SAESCALE_PATH. Raises SaescaleError where it cannot be one.
+        """
+        where = Path(path).expanduser()
+        if not where.is_file():
+            raise SaescaleError(f"there is no {self.what} file at {path}; it is Python that defines `{self.marker}`")
+        where, name = where.resolve(), _stem(Path(path).stem)
+        if where.suffix != ".py" or not name.isidentifier():
+            raise SaescaleError(
+                f"{path} is not called as a file of Python that is an {self.what}, such as my_{self.what}.py"
+            )
+        self._require(where)
+        before = _GIVEN.get((self.package, name), where)
+        if name in self._files() and self.own(name) is None:
+            raise SaescaleError(f"{path}: {name} is the name of an {self.what} of saescale; call the file otherwise")
+        if before != where:
+            raise SaescaleError(f"{path}: {before} is the {self.what} {name} already; call one of them otherwise")
+        _GIVEN[self.package, name] = where
+        return name
+
+    def own(self, name: str) -> Path | None:
+        """The user's file of that name; None where it is one of the product's. Raises SaescaleError as `check` does."""
+        self.check(name)
+        path = self._files()[_stem(name)]
+        return None if path.parent == self._folder() else path
 
     def load(self, name: str) -> ModuleType:
         """The module of that name. Raises SaescaleError for an unknown one, and for a file of the user's that fails."""
@@ -86,12 +122,15 @@ class Room(NamedTuple):
 
     def _files(self) -> dict[str, Path]:
         # The product's own last: a user's file never takes the place of one of them.
-        return {
-            path.stem: path
-            for folder in (*self._own_folders(), self._folder())
-            for path in sorted(folder.glob("*.py"))
-            if self.marker in _defined(str(path), path.stat().st_mtime_ns)
-        }
+        found = {}
+        for folder in (*self._own_folders(), None, self._folder()):
+            if folder is None:
+                found |= {stem: path for (package, stem), path in _GIVEN.items() if package == self.package}
+                continue
+            for path in sorted(folder.glob("*.py")):
+                if self.marker in _defined(str(path), path.stat().st_mtime_ns):
+                    found[path.stem] = path
+        return found
 
 
 def load_file(path: Path, what: str) -> ModuleType:

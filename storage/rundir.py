@@ -295,6 +295,10 @@ class RunDirectory:
             raise damaged(files.join(self.url, "fits.json"), "it holds no list of laws as `fits`", remedy)
         return found
 
+    def write_architecture(self, name: str, text: str) -> None:
+        """Keeps the Python file of an architecture of the user's own, to be looked at: nothing here runs it."""
+        self._write(files.join("architectures", f"{name}.py"), text.encode())
+
     def write_json(self, name: str, obj: dict[str, Any]) -> None:
         """Writes `obj` (JSON types, numpy scalars, arrays, tuples) to the file `name` of the run, with a checksum."""
         self._write(name, json_bytes(obj))

@@ -144,7 +144,8 @@ def known_architecture(name: str) -> str:
     try:
         ARCHITECTURES.check(name)
     except SaescaleError as error:
-        raise ValueError(str(error)) from error
+        given = "; a file of your own is given with --architecture-file" if "unknown" in str(error) else ""
+        raise ValueError(f"{error}{given}") from error
     return name.replace("-", "_")
 
 

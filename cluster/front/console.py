@@ -30,6 +30,10 @@ console = _Console()
 if not console.is_terminal:
     console = _Console(width=_WHOLE)
 
+ArchitectureFile = Annotated[
+    list[str] | None,
+    typer.Option(help="A Python file that defines an architecture of your own, called as the file is; repeatable."),
+]
 Address = Annotated[str | None, typer.Option(help="Ray cluster (default: RAY_ADDRESS, else a local one).")]
 Bootstraps = Annotated[int, typer.Option(help="Bootstrap fits behind each interval.", min=0)]
 Extend = Annotated[
@@ -85,6 +89,14 @@ def show_notes(notes: Sequence[str]) -> None:
     """What must be said beside numbers, a line each."""
     for note in notes:
         console.print(f"[yellow]note:[/] {escape(note)}", highlight=False, soft_wrap=True)
+
+
+def use_architectures(paths: Sequence[str] | None) -> None:
+    """Makes the user's files architectures of this process. Raises SaescaleError for one that is none."""
+    from saescale.trainers.architectures import ARCHITECTURES
+
+    for path in paths or ():
+        ARCHITECTURES.give(path)
 
 
 def table(*columns: str) -> Table:

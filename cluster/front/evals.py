@@ -4,7 +4,17 @@ from typing import Annotated
 
 import typer
 
-from saescale.cluster.front.console import TrustRemoteCode, command, console, display, say, show_notes, table
+from saescale.cluster.front.console import (
+    ArchitectureFile,
+    TrustRemoteCode,
+    command,
+    console,
+    display,
+    say,
+    show_notes,
+    table,
+    use_architectures,
+)
 
 
 def evaluate(
@@ -16,6 +26,7 @@ def evaluate(
         list[str] | None, typer.Option(help="Id of a cell; repeatable (default: all finished cells).")
     ] = None,
     trust_remote_code: TrustRemoteCode = False,
+    architecture_file: ArchitectureFile = None,
 ) -> None:
     """Measures evaluations on the trained cells of a run. Run again, it measures only what is not there yet.
 
@@ -26,6 +37,7 @@ def evaluate(
     from saescale.storage.writable import require_writable
     from saescale.trainers.evals.run import evaluate_run
 
+    use_architectures(architecture_file)
     require_writable(run)
     names = [name.strip().replace("-", "_") for name in (evals or "").split(",") if name.strip()]
     with display() as shown:

@@ -4,7 +4,7 @@ from typing import Annotated
 
 import typer
 
-from saescale.cluster.front.console import command, say
+from saescale.cluster.front.console import ArchitectureFile, command, say, use_architectures
 
 Format = Annotated[str, typer.Option("--format", help="The format of the other side, such as native.")]
 
@@ -13,6 +13,7 @@ def export(
     sae: Annotated[str, typer.Argument(help="A cell's folder, or an SAE's file.")],
     out: Annotated[str, typer.Option(help="File or folder to write.")],
     format: Format = "native",
+    architecture_file: ArchitectureFile = None,
 ) -> None:
     """Writes a trained SAE as another library reads it.
 
@@ -21,6 +22,7 @@ def export(
     from saescale.trainers.exchange.format import find_format
     from saescale.trainers.exchange.native import read
 
+    use_architectures(architecture_file)
     written = find_format(format).write(read(sae), out)
     say(f"wrote {', '.join(written)}")
     say(f"Next: {command('import', out, '--format', format, '--out', 'sae.safetensors')}")
@@ -30,6 +32,7 @@ def import_(
     path: Annotated[str, typer.Argument(help="The file or folder of an SAE in the other format.")],
     out: Annotated[str, typer.Option(help="The file to write, in saescale's own format.")],
     format: Format = "native",
+    architecture_file: ArchitectureFile = None,
 ) -> None:
     """Reads a trained SAE of another library and writes it as saescale's own.
 
@@ -38,6 +41,7 @@ def import_(
     from saescale.trainers.exchange import native
     from saescale.trainers.exchange.format import find_format
 
+    use_architectures(architecture_file)
     trained = find_format(format).read(path)
     (written,) = native.write(trained, out)
     cell = trained.cell

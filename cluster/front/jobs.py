@@ -13,6 +13,7 @@ import typer
 from rich.markup import escape
 
 from saescale.cluster.front.console import (
+    ArchitectureFile,
     Bootstraps,
     Extend,
     Json,
@@ -24,6 +25,7 @@ from saescale.cluster.front.console import (
     say,
     say_marked,
     say_stores,
+    use_architectures,
 )
 from saescale.storage.errors import SaescaleError
 
@@ -60,13 +62,15 @@ def submit(
     bootstraps: Bootstraps = 1000,
     extend: Extend = None,
     retry_failed: RetryFailed = False,
+    architecture_file: ArchitectureFile = None,
     python: Annotated[str, typer.Option(help="The interpreter on the cluster that has Ray and torch.")] = "python",
     follow: Annotated[bool, typer.Option("--follow", "-f", help="Show its log until it ends.")] = False,
 ) -> None:
     """Runs a sweep as a job on a Ray cluster; it goes on when this machine is switched off.
 
-    What goes there is the sweep file as it was understood and saescale's own code, no other file and no environment
-    variable of this machine: keys of W&B or of the object store belong into the cluster's environment. The token of the
+    What goes there is the sweep file as it was understood, the files of architectures of your own that it names (also
+    those below SAESCALE_PATH) and saescale's own code, no other file and no environment variable of this machine: keys
+    of W&B or of the object store belong into the cluster's environment. The token of the
     cluster is taken from RAY_AUTH_TOKEN, the file that RAY_AUTH_TOKEN_PATH names, or ~/.ray/auth_token.
 
     Example: [bold]saescale submit sweep.yaml --address http://head:8265[/]
@@ -76,6 +80,7 @@ def submit(
     from saescale.cluster.sweep.spec import load_spec
     from saescale.scaling.laws.settings import FitSettings
 
+    use_architectures(architecture_file)
     loaded = load_spec(spec, out=out, wandb=wandb)
     extension = read_extension(loaded, extend) if extend is not None else None
     say_stores(loaded.stores)

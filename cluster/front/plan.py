@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from saescale.cluster.front.console import Json, command, console, say, table
+from saescale.cluster.front.console import ArchitectureFile, Json, command, console, say, table, use_architectures
 from saescale.storage.errors import SaescaleError
 
 _MOST = 1e18  # tokens, hours, FLOP/s
@@ -37,6 +37,7 @@ def plan(
     seeds: Annotated[int, typer.Option(help="At most so many new cells of one n and k.", min=1)] = 3,
     noise: Annotated[float | None, typer.Option(help="Scatter of ln nmse between cells, if you know it.")] = None,
     flops_per_s: Annotated[float | None, typer.Option(help="Sparse training FLOP/s that the device sustains.")] = None,
+    architecture_file: ArchitectureFile = None,
     as_json: Json = False,
 ) -> None:
     """Proposes the cells (n, k, tokens, seeds) that narrow an interval the most within a budget.
@@ -50,6 +51,7 @@ def plan(
     from saescale.storage.files import join
     from saescale.storage.writable import require_writable
 
+    use_architectures(architecture_file)
     for name, value in (("tokens", tokens), ("flops-per-s", flops_per_s)):
         if value is not None and not 0 < value < _MOST:
             raise SaescaleError(f"--{name} {value:g}: give a number above 0 and below {_MOST:g}")

@@ -6,7 +6,17 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.markup import escape
 
-from saescale.cluster.front.console import Address, TrustRemoteCode, command, console, display, say, say_marked
+from saescale.cluster.front.console import (
+    Address,
+    ArchitectureFile,
+    TrustRemoteCode,
+    command,
+    console,
+    display,
+    say,
+    say_marked,
+    use_architectures,
+)
 from saescale.storage.errors import SaescaleError
 
 if TYPE_CHECKING:
@@ -107,6 +117,7 @@ def harvest(
 def inspect(
     url: Annotated[str, typer.Argument(help="An activation store, a run directory or one cell's folder.")],
     verify: Annotated[bool, typer.Option("--verify", help="Read every byte of a store and check it.")] = False,
+    architecture_file: ArchitectureFile = None,
 ) -> None:
     """Says what lies at a URL: a store, a run or a trained SAE.
 
@@ -114,6 +125,7 @@ def inspect(
     """
     from saescale.cluster.front.inspection import describe
 
+    use_architectures(architecture_file)
     for name, value in describe(url, verify).items():
         say_marked(f"[bold]{name:<16}[/]{escape(value)}")
 

@@ -13,6 +13,7 @@ from rich.markup import escape
 
 from saescale.cluster.front.console import (
     Address,
+    ArchitectureFile,
     Bootstraps,
     Extend,
     RetryFailed,
@@ -25,6 +26,7 @@ from saescale.cluster.front.console import (
     say_marked,
     say_stores,
     show_notes,
+    use_architectures,
 )
 from saescale.storage.errors import SaescaleError
 
@@ -71,6 +73,7 @@ def sweep(
     bootstraps: Bootstraps = 1000,
     extend: Extend = None,
     retry_failed: RetryFailed = False,
+    architecture_file: ArchitectureFile = None,
 ) -> None:
     """Trains every cell of a grid and fits the laws. Run again, it trains only what has no result yet.
 
@@ -80,6 +83,7 @@ def sweep(
     from saescale.cluster.sweep.spec import load_spec
     from saescale.scaling.laws.settings import FitSettings
 
+    use_architectures(architecture_file)
     loaded = load_spec(spec, out=out, wandb=wandb)
     if extend is not None:
         from saescale.cluster.sweep.extend import extend as extended
@@ -156,7 +160,7 @@ def _summary(outcome: "SweepOutcome", wall_s: float) -> None:
 def _laws(outcome: "SweepOutcome") -> None:
     """L(N, k) and its exponents, which is what a grid is for, and how to see the others."""
     from saescale.cluster.front.display import coefficient_table
-    from saescale.scaling.laws.fit import fit_notes
+    from saescale.scaling.laws.notes import fit_notes
 
     fitted = list(dict.fromkeys(entry["law"] for entry in outcome.fits["fits"]))
     shown = ["n_k"] if "n_k" in fitted else fitted[:1]

@@ -1,4 +1,5 @@
-"""What a submitted job brings along: its sweep file and saescale's own code, and nothing else of the user's disk."""
+"""What a submitted job brings along: its sweep file, the user's files of the architectures that this names, saescale's
+own code, and nothing else of the user's disk."""
 
 import importlib.util
 import shutil
@@ -8,18 +9,27 @@ from pathlib import Path
 
 from saescale.cluster.sweep.spec import SweepSpec
 from saescale.storage.documents import yaml_text
+from saescale.trainers.architectures.own import own_files
 
 PACKAGES = ("saescale", "saescale.storage", "saescale.scaling", "saescale.trainers", "saescale.cluster")
 SWEEP, EXTENSION = "sweep.yaml", "extension.yaml"
+_ARCHITECTURES = "architectures"
 _SUFFIXES = (".py", ".j2", ".css", ".js", ".csv", ".md")
 
 
-def write_sweep(folder: Path, spec: SweepSpec, extension: SweepSpec | None = None) -> None:
-    """Writes sweep.yaml, and extension.yaml where there is one, as they were understood (comments are gone)."""
+def write_sweep(folder: Path, spec: SweepSpec, extension: SweepSpec | None = None) -> list[str]:
+    """Writes sweep.yaml, and extension.yaml where there is one, as they were understood (comments are gone), and the
+    files of their architectures that are the user's own, whose paths in `folder` are returned."""
     folder.mkdir(parents=True, exist_ok=True)
     for name, document in ((SWEEP, spec), (EXTENSION, extension)):
         if document is not None:
             (folder / name).write_text(yaml_text(document.model_dump(mode="json")), encoding="utf-8")
+    asked = [*spec.grid.architectures, *(extension.grid.architectures if extension else ())]
+    own = own_files(dict.fromkeys(asked))
+    for name, text in own.items():
+        (folder / _ARCHITECTURES).mkdir(exist_ok=True)
+        (folder / _ARCHITECTURES / f"{name}.py").write_text(text, encoding="utf-8")
+    return [f"{_ARCHITECTURES}/{name}.py" for name in own]
 
 
 def write_code(folder: Path) -> list[Path]:

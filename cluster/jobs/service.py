@@ -80,7 +80,8 @@ class Service:
         if retry_failed:
             command += ["--retry-failed"]
         with tempfile.TemporaryDirectory(prefix="saescale-") as folder, self._asking():
-            write_sweep(Path(folder) / "sweep", spec, extension)
+            for own in write_sweep(Path(folder) / "sweep", spec, extension):
+                command += ["--architecture-file", own]
             return self.client.submit_job(
                 # `exec`: the shell that Ray puts around it would not pass the signal on that asks it to stop.
                 entrypoint=f"exec {shlex.join(command)}",

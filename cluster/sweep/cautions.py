@@ -48,10 +48,9 @@ def cautions(spec: SweepSpec, d_model: int | None) -> list[str]:
                 "construction; lower train.auxk.dead_after_tokens"
             )
     for taken in sorted({k for k in k_aux.values() if k}):
-        if fewer := [cell.n_latents for cell in cells if k_aux[cell] == taken and cell.n_latents < taken]:
-            said.append(
-                f"AuxK takes {taken} latents and {_cells(fewer, sizes)} have fewer: there it takes all that are dead"
-            )
+        fewer = [cell.n_latents for cell in cells if k_aux[cell] == taken and cell.n_latents < taken]
+        there = f"{_cells(fewer, sizes)} have fewer: there it takes all that are dead"
+        said += [f"AuxK takes {taken} latents and {there}"] if fewer else []
     if d_model:
         ks = sorted({cell.k for cell in cells})
         if void := [k for k in ks if k >= d_model]:

@@ -9,6 +9,7 @@ from saescale.storage.errors import SaescaleError, one_line
 from saescale.storage.recorded import recorded_sources
 from saescale.storage.rundir import SPEC, RunDirectory
 from saescale.storage.store import ActivationStore
+from saescale.trainers.architectures.own import digests, require_same
 from saescale.trainers.precision import Precision
 
 # Parts of a sweep that may change between two calls of the same sweep: they do not change what its cells are.
@@ -26,24 +27,36 @@ class _Asked(NamedTuple):
         return self.planned <= other.planned and self.stores.keys() <= other.stores.keys()
 
 
-def document_of(spec: SweepSpec, stores: Sequence[ActivationStore], precision: Precision) -> dict[str, Any]:
-    """What sweep.yaml says: the spec with its defaults, what `auto` came to, the stores in order, the versions."""
+def document_of(
+    spec: SweepSpec, stores: Sequence[ActivationStore], precision: Precision, own: Mapping[str, str]
+) -> dict[str, Any]:
+    """What sweep.yaml says: the spec with its defaults, what `auto` came to, the stores in order, the versions, and the
+    digests of the user's `own` files."""
     sources = [{"fingerprint": s.fingerprint, "subject": s.subject, "site": s.site.name} for s in stores]
     versions = {name: version(name) for name in _PACKAGES}
+    resolved = {"precision": precision, "sources": sources, "versions": versions}
     return spec.model_dump(mode="json") | {
-        "resolved": {"precision": precision, "sources": sources, "versions": versions}
+        "resolved": resolved | ({"architectures": digests(own)} if own else {}),
     }
 
 
 def taken_up(
-    run: RunDirectory, recorded: Mapping[str, Any], spec: SweepSpec, document: Mapping[str, Any], extending: bool
+    run: RunDirectory,
+    recorded: Mapping[str, Any],
+    spec: SweepSpec,
+    document: Mapping[str, Any],
+    own: Mapping[str, str],
+    extending: bool,
 ) -> dict[str, Any]:
     """What sweep.yaml is to say when `spec`, of which it says `document` by itself, goes on in `run`, whose sweep.yaml
     is `recorded`.
 
-    What began the sweep stays as it was written, such as the versions that its first cells were trained with.
-    `extending`: `spec` may have cells and stores besides. Raises SaescaleError where `run` holds another sweep.
+    What began the sweep stays as it was written, such as the versions that its first cells were trained with. `own`:
+    architectures of the user's, which have to be those that it began with. `extending`: `spec` may have cells and
+    stores besides. Raises SaescaleError where `run` holds another sweep.
     """
+    began_with = (recorded.get("resolved") or {}).get("architectures")
+    require_same(began_with, own, run.url)
     here = _Asked(set(spec.planned()), _stores(document))
     same_text = all(recorded.get(key) == document[key] for key in ("grid", "train"))
     planned = here.planned if same_text else set(parse_recorded(recorded, f"{run.url}/{SPEC}").planned())
@@ -66,7 +79,8 @@ def taken_up(
             f"or remove that one{'' if differences else _other_way(run, there, here)}"
         )
     if there.planned != here.planned:
-        recorded = {**recorded, "grid": document["grid"]}
+        both = {"architectures": {**(began_with or {}), **digests(own)}} if own else {}
+        recorded = {**recorded, "grid": document["grid"], "resolved": recorded["resolved"] | both}
     if there.stores.keys() != here.stores.keys():
         resolved = {**recorded["resolved"], "sources": document["resolved"]["sources"]}
         recorded = {**recorded, "store": document["store"], "resolved": resolved}

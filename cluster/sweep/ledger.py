@@ -19,6 +19,7 @@ from saescale.storage.errors import Damaged, SaescaleError, SaescaleWarning, Una
 from saescale.storage.files import local_path, remove
 from saescale.storage.rundir import RunDirectory
 from saescale.storage.store import ActivationStore
+from saescale.trainers.architectures.own import own_files
 from saescale.trainers.cell import Cell
 from saescale.trainers.exchange import native
 from saescale.trainers.precision import Precision
@@ -43,9 +44,11 @@ class Ledger:
         stores: Sequence[ActivationStore],
         document: Mapping[str, Any],
         recorded: Mapping[str, Any] | None,
+        architectures: Mapping[str, str] | None = None,
     ) -> None:
         self.run, self.cells = run, list(cells)
         self.stores = {store.fingerprint: store for store in stores}  # as cells name them
+        self.architectures = dict(architectures or {})  # the text of those of the user's own, by their names
         self.document = dict(document)  # what sweep.yaml is to say
         self._recorded = recorded  # what it says
         self.results: dict[str, dict[str, Any]] = {}
@@ -120,6 +123,8 @@ class Ledger:
     def write_spec(self) -> None:
         """Writes sweep.yaml where it is not there yet or lacks cells of an extension."""
         if self._recorded != self.document:
+            for name, text in self.architectures.items():
+                self.run.write_architecture(name, text)
             self.run.write_spec(self.document)
             self._recorded = self.document
 
@@ -267,8 +272,9 @@ def open_ledger(
     `recorded`: the sweep.yaml of `run`, if there is one. `stores`: those of `spec`, opened. `extending`: `spec` may
     have cells and stores besides those of `run`. Raises SaescaleError where `run` holds another sweep.
     """
-    document = document_of(spec, stores, precision)
+    own = own_files(spec.grid.architectures)
+    document = document_of(spec, stores, precision, own)
     if recorded is not None:
-        document = taken_up(run, recorded, spec, document, extending)
+        document = taken_up(run, recorded, spec, document, own, extending)
     cells = [cell for store in stores for cell in spec.cells(store, precision)]
-    return Ledger(run, cells, stores, document, recorded)
+    return Ledger(run, cells, stores, document, recorded, own)

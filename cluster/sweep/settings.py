@@ -96,9 +96,7 @@ def _values(architecture: str, name: str, value: Any, takers: Sequence[str]) -> 
     for each in values:
         if (problem := _problem(architecture, name, each)) is not None:
             others = [other for other in takers if other != architecture and _problem(other, name, each) is None]
-            hint = (
-                f"; write what is for {others[0]} below its name: {{{others[0]}: {{{name}: {each}}}}}" if others else ""
-            )
+            hint = f"; for {others[0]} alone write {{{others[0]}: {{{name}: {each}}}}}" if others else ""
             raise ValueError(f"setting {name} of {architecture}: {problem} (given: {each!r}){hint}")
     return values
 

@@ -29,6 +29,8 @@ from saescale.storage.errors import Damaged, SaescaleError
 from saescale.storage.files import folders_like
 from saescale.storage.secrets import ADVICE, secret_in_url
 from saescale.storage.store import ActivationStore
+from saescale.trainers.architectures import ARCHITECTURES
+from saescale.trainers.architectures.own import kept
 from saescale.trainers.cell import Cell, EvalSpec, auto_k_aux, known_architecture, traits_of, whole_settings
 from saescale.trainers.loggers.wandb_cells import WandbSettings
 from saescale.trainers.precision import Precision
@@ -369,10 +371,24 @@ def parse_spec(document: Mapping[str, Any], where: str, recorded: Collection[str
 
     recorded: of a sweep that ran, the architectures of the user's own that need not be at hand to read it.
     """
+    if recorded is None:
+        _require_own(document, where)
     try:
         return SweepSpec.model_validate(document, context=None if recorded is None else {"recorded": recorded})
     except ValidationError as error:
         raise SaescaleError(f"{where}: {'; '.join(problems(error, SweepSpec))}") from error
+
+
+def _require_own(document: Mapping[str, Any], where: str) -> None:
+    """Raises SaescaleError where a sweep that ran had an architecture of the user's own which is not at hand."""
+    resolved = document.get("resolved")
+    own = resolved.get("architectures") if isinstance(resolved, Mapping) else None
+    for name in own if isinstance(own, Mapping) else ():
+        if name not in ARCHITECTURES.names():
+            raise SaescaleError(
+                f"{where}: {name} is an architecture of your own, whose file is not here: give it with "
+                f"--architecture-file (the run keeps a copy, {kept(str(document.get('out')), name)})"
+            )
 
 
 def parse_recorded(document: Mapping[str, Any], where: str) -> SweepSpec:

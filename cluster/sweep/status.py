@@ -287,7 +287,12 @@ def _untrained(run: RunDirectory, rows: Sequence[Mapping[str, Any]]) -> list[dic
         return []
     spec, sources = parse_recorded(recorded, run.url), recorded_sources(recorded)
     # Several cells of one combination are told apart by their names alone. Without axes torch need not be loaded.
-    cells = [cell.combination for cell in spec.planned()] if spec.has_axes else spec.grid.combinations()
+    cells = spec.grid.combinations()
+    if spec.has_axes:
+        try:
+            cells = [cell.combination for cell in spec.planned()]
+        except SaescaleError as error:
+            warnings.warn(f"cells that wait may be missing here: {error}", SaescaleWarning, stacklevel=2)
     several = len(sources) > 1  # of one store, tables of 0.1.0 do not say which it is
     fields = ("n_latents", "k", "architecture", "seed")
     known = Counter((row.get("store") if several else None, *(row.get(name) for name in fields)) for row in rows)
