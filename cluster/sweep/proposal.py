@@ -46,7 +46,7 @@ class Prior(NamedTuple):
 
 
 class ProposedCell(NamedTuple):
-    """A row of the plan; `hours` of all its seeds together."""
+    """A row of the plan; `hours` of all its seeds together, over all stores of the sweep."""
 
     n_latents: int
     k: int
@@ -58,7 +58,7 @@ class ProposedCell(NamedTuple):
 
 @dataclass(frozen=True)
 class Proposal:
-    """The proposal. `packs` are [n_latents, k, seed] of cells that train side by side on one device."""
+    """The proposal. `packs` are [n_latents, k, seed] of cells that train side by side on one device, of each store."""
 
     request: Request
     prior: Prior
@@ -85,12 +85,13 @@ class Proposal:
                 "shared_by_seeds": self.prior.shared,
                 "cells": len(self.prior.cells["k"]),
             },
+            "stores": len(self.spec.stores),
             "cells": [cell._asdict() for cell in self.cells],
             "expected": self._expected(self.design),
             "before": self._expected(self.before),
             "rectangle": self.rectangle
             and {
-                "cells": int(self.rectangle.counts.sum()),
+                "cells": int(self.rectangle.counts.sum()) * len(self.spec.stores),
                 "hours": self.rectangle.hours,
                 "expected": self._expected(self.rectangle),
             },
@@ -107,7 +108,7 @@ class Proposal:
     def yaml(self) -> str:
         """The sweep file."""
         document = self.spec.model_dump(mode="json", exclude={"grid"})
-        cells = sum(len(cell.seeds) for cell in self.cells)
+        cells = sum(len(cell.seeds) for cell in self.cells) * len(self.spec.stores)
         lines = [
             f"# {cells} cells that narrow the {self.request.target} the most within {self.request.hours:g} h on one "
             f"{self.request.device.name}.",

@@ -179,7 +179,8 @@ def _candidates(
     _require_enough(request, n, k, prior.cells)
     spec = parse_spec(base | {"grid": {"cells": _grid(n, k, [[0]] * len(n))}}, "the plan")
     possible, needs = _cells(spec, d_model), _needs(spec, request.device)
-    hours = np.array([prior.device.hours(cell.flops(cell.tokens).sparse) for cell in possible])
+    # All cells of a sweep are trained over all its stores.
+    hours = len(spec.stores) * np.array([prior.device.hours(cell.flops(cell.tokens).sparse) for cell in possible])
     memory = np.array([needs([cell]) for cell in possible])
     fits = memory <= request.device.memory
     if not fits.any():
@@ -240,7 +241,7 @@ def _proposed(
     rows = []
     for cell in grid:
         tokens, flops = sparse[cell["n_latents"], cell["k"]]
-        hours = device.hours(flops) * len(cell["seed"])
+        hours = device.hours(flops) * len(cell["seed"]) * len(spec.stores)
         rows.append(ProposedCell(cell["n_latents"], cell["k"], tuple(cell["seed"]), tokens, flops, hours))
     return tuple(rows), grid
 
