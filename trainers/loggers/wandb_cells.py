@@ -96,7 +96,7 @@ class WandbLogger:
                 name=f"{cell.architecture} n{cell.n_latents} k{cell.k}" + (f" seed {cell.seed}" if cell.seed else ""),
                 group=self._sweep,
                 job_type="cell",
-                tags=[tag[:64] for tag in (cell.architecture, subject) if tag],
+                tags=[tag[:64] for tag in (cell.architecture, subject, str(context.get("site", ""))) if tag],
                 config=without_secrets({**shared, **fields, "cell_id": cell.cell_id}),
             )
             run.define_metric("tokens")
