@@ -149,6 +149,12 @@ def test_what_cannot_be_measured_is_one_line(run: RunDirectory, monkeypatch: pyt
     harvest(HarvestSpec(subject="toy", layer=0, out="other", tokens=2_048, heldout_tokens=1_024, row_group_rows=128))
     run.write_spec({"name": "evals", "store": "other", "resolved": {}})
     assert all("it was trained on the store" in line for line in evaluate_run("run", ["counted"]).failed)
+    run.write_spec({"name": "evals", "store": "gone", "resolved": {}})
+    with pytest.raises(SaescaleError, match="gone is no activation store"):
+        evaluate_run("run", ["counted"])
+    # Of several, each cell is measured on its own, and what is wrong with the others does not matter to it.
+    run.write_spec({"name": "evals", "store": ["other", "gone", "store"], "resolved": {}})
+    assert evaluate_run("run", ["counted"]) == (3, 0, ())
 
 
 def test_export_and_import_give_the_same_file(run: RunDirectory) -> None:
