@@ -5,6 +5,7 @@ one-line `SaescaleError` that names the file, `Unavailable` where an object stor
 """
 
 import errno
+import glob
 import io
 import os
 import random
@@ -121,6 +122,23 @@ def list_names(url: str) -> list[str]:
     own = filesystem(url)[1].rstrip("/")
     names = {entry.rstrip("/").rsplit("/", 1)[-1] for entry in found if entry.rstrip("/") != own}
     return sorted(name for name in names if not _PARTIAL.match(name))
+
+
+def folders_like(pattern: str) -> list[str]:
+    """The folders that `pattern` with its `*` matches, written as it is, in the order of the numbers in their names."""
+    own = local_path(pattern)
+    if own is not None:
+        given = "*".join(glob.escape(part) for part in pattern.removeprefix("file://").split("*"))
+        found = [path.rstrip("/") for path in glob.glob(given) if os.path.isdir(path)]
+        return sorted(found, key=_by_numbers)
+    entries = _read(pattern, lambda fs, path: fs.glob(path, detail=True))
+    protocol = pattern[: pattern.index("://") + 3]
+    found = [protocol + name.strip("/") for name, entry in entries.items() if entry["type"] == "directory"]
+    return sorted(found, key=_by_numbers)
+
+
+def _by_numbers(name: str) -> list[Any]:
+    return [int(part) if i % 2 else part for i, part in enumerate(re.split(r"(\d+)", name))]
 
 
 def sizes(url: str) -> dict[str, int]:

@@ -27,6 +27,11 @@ class Site(BaseModel):
     hook: Literal["resid_post"] = "resid_post"
     positions: str
 
+    @property
+    def name(self) -> str:
+        """As tables have it: resid_post.22."""
+        return f"{self.hook}.{self.layer}"
+
 
 class Shard(BaseModel):
     """One Parquet file: its name in the store, rows, size in bytes and the xxh3-64 (hex) of its bytes."""

@@ -79,6 +79,12 @@ class ShowsWarnings:
             print(f"warning: {text}", file=sys.stderr)
 
 
+def say_stores(urls: Sequence[str]) -> None:
+    """Which stores a sweep is over, where they are several: a pattern in the sweep file says it in a word."""
+    if len(urls) > 1:
+        say(f"over {len(urls)} stores: {', '.join(urls)}")
+
+
 def show_notes(notes: Sequence[str]) -> None:
     """What must be said beside numbers, a line each."""
     for note in notes:

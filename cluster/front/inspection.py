@@ -4,6 +4,7 @@ from typing import Any
 
 from saescale.storage.errors import SaescaleError
 from saescale.storage.files import exists, join
+from saescale.storage.recorded import recorded_sources
 from saescale.storage.rundir import RunDirectory
 from saescale.storage.store import ActivationStore
 
@@ -48,13 +49,13 @@ def _store(url: str, verify: bool) -> dict[str, str]:
 
 def _run(run: RunDirectory) -> dict[str, str]:
     spec = run.read_spec() or {}
-    resolved, grid = (spec[name] if isinstance(spec.get(name), dict) else {} for name in ("resolved", "grid"))
+    grid = spec["grid"] if isinstance(spec.get("grid"), dict) else {}
     rows = run.read_results().to_pylist()
     statuses = [row["status"] for row in rows]
     fits = run.read_fits()
     return {
         "run": f"{run.url}: {spec.get('name')}",
-        "store": f"{spec.get('store')} ({resolved.get('store_fingerprint')})",
+        "store": ", ".join(source.words() for source in recorded_sources(spec)),
         "grid": ", ".join(f"{name} {values}" for name, values in grid.items()),
         "cells": ", ".join(f"{statuses.count(s)} {s}" for s in sorted(set(statuses))),
         "laws": ", ".join(entry["law"] for entry in fits["fits"]) if fits else "not fitted yet",

@@ -24,6 +24,7 @@ from saescale.cluster.front.console import (
     console,
     say,
     say_marked,
+    say_stores,
     use_architectures,
 )
 from saescale.storage.errors import SaescaleError
@@ -54,7 +55,7 @@ Job = Annotated[str, typer.Argument(help="What submit printed; `saescale list` n
 
 
 def submit(
-    spec: Annotated[str, typer.Argument(help="A sweep file (YAML); store and out must be where every node sees them.")],
+    spec: Annotated[str, typer.Argument(help="A sweep file (YAML); store and out must be where all nodes see them.")],
     address: Address = None,
     out: SweepOut = None,
     wandb: SweepWandb = None,
@@ -82,7 +83,8 @@ def submit(
     use_architectures(architecture_file)
     loaded = load_spec(spec, out=out, wandb=wandb)
     extension = read_extension(loaded, extend) if extend is not None else None
-    require_shared(loaded)
+    say_stores(loaded.stores)
+    require_shared(loaded, extension)
     _caution(loaded)
     _require_writable(loaded.out)
     _require_free(loaded.out)
@@ -286,14 +288,16 @@ def _require_free(run: str) -> None:
 
 def _caution(spec: "SweepSpec") -> None:
     """Says now what the driver would say in the job's log."""
-    from saescale.cluster.sweep.cautions import cautions
+    from saescale.cluster.sweep.cautions import cautions_of_each
     from saescale.storage.store import ActivationStore
 
-    try:
-        d_model = ActivationStore.open(spec.store).d_model
-    except SaescaleError:  # maybe only the cluster sees it
-        d_model = None
-    for caution in cautions(spec, d_model):
+    widths: dict[str, int | None] = {}
+    for url in spec.stores:
+        try:
+            widths[url] = ActivationStore.open(url).d_model
+        except SaescaleError:  # maybe only the cluster sees it
+            widths[url] = None
+    for caution in cautions_of_each(spec, widths):
         say_marked(f"[yellow]warning:[/] {escape(caution)}")
 
 

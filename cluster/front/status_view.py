@@ -23,7 +23,8 @@ _STYLES = {
 }  # fmt: skip
 _MAX_ROWS = 40  # of the grid where no height limits it
 _MAX_LISTED = 8  # running, failed and diverged cells
-_Row = tuple[str, int]  # of the grid: architecture and n_latents
+_Row = tuple[int, str, int]  # of the grid: the number of its source, architecture and n_latents
+_Sources = dict[str | None, str]  # names by the stores' fingerprints; empty where there is one
 _V = TypeVar("_V")
 
 
@@ -32,7 +33,8 @@ def render(status: SweepStatus, width: int, height: int | None = None, now: floa
     head = headline(status, time.time() if now is None else now)
     left = 10_000 if height is None else height - sum(1 + (len(line) - 1) // width for line in head) - 2
     # The grid keeps half of the lines; what it does not need is for the lists.
-    rows = len({_row(cell) for cell in status.cells})
+    sources = _source_names(status)
+    rows = len({_row(cell, sources) for cell in status.cells})
     lists = left - min(rows + 2, max(5, left // 2))
     listed: list[RenderableType] = []
     for table, cells in (
@@ -48,7 +50,7 @@ def render(status: SweepStatus, width: int, height: int | None = None, now: floa
     parts: list[RenderableType] = list(head)
     if status.cells:
         parts.insert(1, _bar(status, width))
-        parts += ["", *_grid(status.cells, width, min(_MAX_ROWS, max(1, left - 3)))]
+        parts += ["", *_grid(status.cells, sources, width, min(_MAX_ROWS, max(1, left - 3)))]
     return Group(*parts, *listed)
 
 
@@ -70,6 +72,9 @@ def headline(status: SweepStatus, now: float) -> list[Text]:
             lines.append(Text(f"the job said: {job.message}", "red"))
     if status.counts.cells:
         lines.append(Text(", ".join(_counted(status))))
+    if names := _source_names(status):
+        by = (f"{names[source.store]} {source.counts.done:,}/{source.counts.cells:,}" for source in status.sources)
+        lines.append(Text(f"done of each source: {', '.join(by)}"))
     if status.standing is not None and driver is not None and driver.alive:
         lines.append(Text(", ".join(_rates(status))))
     lines += [Text(waits_line(Wait(wait.what, wait.since, wait.until), now), "yellow") for wait in status.waits]
@@ -170,19 +175,19 @@ def _advice(status: SweepStatus) -> str:
     return f"Next: {command('fit', status.run)}" if status.state == "finished" and status.job is None else ""
 
 
-def _grid(cells: Sequence[CellStatus], width: int, max_rows: int) -> list[RenderableType]:
+def _grid(cells: Sequence[CellStatus], sources: _Sources, width: int, max_rows: int) -> list[RenderableType]:
     """Best nmse by n_latents and k, or how far it is there; of a grid that does not fit, evenly spaced parts.
 
-    A row for each n_latents, of each architecture where there are several.
+    A row for each n_latents, of each source and architecture where there are several.
     """
     places: dict[tuple[_Row, int], list[CellStatus]] = defaultdict(list)
     for cell in cells:
-        places[_row(cell), cell.k].append(cell)
+        places[_row(cell, sources), cell.k].append(cell)
     all_rows, ks = sorted({row for row, _ in places}), sorted({k for _, k in places})
-    several = len({architecture for architecture, _ in all_rows}) > 1
+    several = len({architecture for _, architecture, _ in all_rows}) > 1
     title = "nmse" if len(places) == len(cells) else "best nmse"
     rows = _spread(all_rows, max_rows)
-    names = {row: f"{row[0]} n={row[1]}" if several else f"n={row[1]}" for row in rows}
+    names = {row: _row_name(row, sources, several) for row in rows}
     texts = {(row, k): _place(places.get((row, k), [])) for row in rows for k in ks}
     first = max(len(title), *map(len, names.values()))
     each = max(*(len(text) for text in texts.values()), *(len(f"k={k}") for k in ks))
@@ -201,9 +206,26 @@ def _grid(cells: Sequence[CellStatus], width: int, max_rows: int) -> list[Render
     return [table, *([Text(f"... and {', '.join(hidden)}: --cells lists all", "dim")] if hidden else [])]
 
 
-def _row(cell: CellStatus) -> _Row:
-    """Which row of the grid it stands in: its architecture and n_latents."""
-    return cell.architecture or "topk", cell.n_latents  # 0.1.0 had no other
+def _row(cell: CellStatus, sources: _Sources) -> _Row:
+    """Which row of the grid it stands in; 0.1.0 had no other architecture."""
+    place = list(sources).index(cell.store) if cell.store in sources else len(sources)
+    return place, cell.architecture or "topk", cell.n_latents
+
+
+def _row_name(row: _Row, sources: _Sources, architectures: bool) -> str:
+    source, architecture, n_latents = row
+    words = [*list(sources.values())[source : source + 1], *([architecture] if architectures else [])]
+    return " ".join([*words, f"n={n_latents}"])
+
+
+def _source_names(status: SweepStatus) -> _Sources:
+    """What the sources of a sweep over several are called, as briefly as tells them apart."""
+    names: _Sources = {}
+    for parts in (("site",), ("subject", "site"), ("subject", "site", "store")):
+        names = {s.store: " ".join(str(getattr(s, part) or "?")[:40] for part in parts) for s in status.sources}
+        if len(set(names.values())) == len(names):
+            break
+    return names
 
 
 def _spread(values: list[_V], count: int) -> list[_V]:

@@ -24,6 +24,7 @@ from saescale.cluster.front.console import (
     display,
     say,
     say_marked,
+    say_stores,
     show_notes,
     use_architectures,
 )
@@ -89,6 +90,7 @@ def sweep(
 
         loaded, added = extended(loaded, extend)
         console.print(f"{added} cells added to {loaded.size - added}", highlight=False)
+    say_stores(loaded.stores)
     with display() as shown:
         began = time.monotonic()
         outcome = run_sweep(loaded, shown, address, FitSettings(bootstraps), extend is not None, retry_failed)
@@ -111,7 +113,7 @@ def report(
 
     Example: [bold]saescale report runs/quickstart --format md[/]
     """
-    from saescale.cluster.sweep.ledger import provenance_of
+    from saescale.cluster.sweep.identity import provenance_of
     from saescale.scaling.laws.settings import FitSettings
     from saescale.scaling.report.report import FILES, analyse
     from saescale.storage.rundir import RunDirectory
@@ -132,6 +134,7 @@ def report(
 def _summary(outcome: "SweepOutcome", wall_s: float) -> None:
     """What a sweep did, its coefficients, and where things lie."""
     from saescale.cluster.front.display import duration
+    from saescale.storage.recorded import recorded_sources
 
     url = outcome.run.url
     if outcome.trained:
@@ -147,7 +150,7 @@ def _summary(outcome: "SweepOutcome", wall_s: float) -> None:
     for name, place in (
         ("report", f"{url}/report.html"), ("figures", f"{url}/figures/"), ("fits", f"{url}/fits.json"),
         ("results", f"{url}/results.parquet, curves.parquet"), ("trained SAEs", f"{url}/cells/*/sae.safetensors"),
-        ("activations", (outcome.run.read_spec() or {}).get("store", "")),
+        ("activations", ", ".join(source.url for source in recorded_sources(outcome.run.read_spec() or {}))),
     ):  # fmt: skip
         say(f"  {name:<13} {place}")
     if outcome.wandb:

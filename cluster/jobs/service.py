@@ -24,7 +24,7 @@ from saescale.cluster.crew.token import refused, use_token
 from saescale.cluster.jobs.address import no_dashboard, reach, resolve_address, shown
 from saescale.cluster.jobs.last_words import reason
 from saescale.cluster.jobs.package import EXTENSION, SWEEP, write_code, write_sweep
-from saescale.cluster.sweep.spec import SweepSpec
+from saescale.cluster.sweep.spec import NO_STORE, SweepSpec
 from saescale.cluster.sweep.status import JobStatus
 from saescale.scaling.laws.settings import FitSettings
 from saescale.storage import files
@@ -69,9 +69,10 @@ class Service:
         """Starts the sweep as a job and returns its id. `python` is the interpreter on the cluster.
 
         Uploads what `write_sweep` and `write_code` say. The job's driver takes no CPU or GPU and runs on the head node,
-        also where that offers none. Raises SaescaleError where store or run directory would be another folder there.
+        also where that offers none. Raises SaescaleError where a store or the run directory would be another folder
+        there.
         """
-        require_shared(spec)
+        require_shared(spec, extension)
         job = f"{re.sub(r'[^A-Za-z0-9_.-]', '-', spec.name)[:40]}-{uuid.uuid4().hex[:8]}"
         command = [python, *_PROGRAM, "sweep", SWEEP, "--bootstraps", str(settings.bootstraps)]
         if extension is not None:
@@ -234,10 +235,11 @@ class _NotFound(SaescaleError):
     """The cluster has no such job."""
 
 
-def require_shared(spec: SweepSpec) -> None:
-    """Raises SaescaleError where store or run directory would be another folder on the cluster."""
-    for name in ("store", "out"):
-        url = getattr(spec, name)
+def require_shared(spec: SweepSpec, extension: SweepSpec | None = None) -> None:
+    """Raises SaescaleError where a store, also of an extension, or the run directory would be another folder on the
+    cluster."""
+    stores = {url: None for of in (spec, extension) if of is not None and of.store != NO_STORE for url in of.stores}
+    for name, url in (*(("store", url) for url in stores), ("out", spec.out)):
         relative = files.local_path(url) is not None and not os.path.isabs(url.removeprefix("file://"))
         if relative or url.startswith("memory:"):
             raise SaescaleError(

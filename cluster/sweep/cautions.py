@@ -2,6 +2,7 @@
 that ended so."""
 
 import json
+from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -9,6 +10,22 @@ from saescale.cluster.sweep.spec import Planned, SweepSpec
 from saescale.storage.columns import is_diverged
 from saescale.storage.errors import SaescaleError
 from saescale.trainers.cell import auto_k_aux
+
+
+def cautions_of_each(spec: SweepSpec, widths: Mapping[str, int | None]) -> list[str]:
+    """Those of every store of `spec`, by its URL and d_model; what holds for some of them names these.
+
+    Raises SaescaleError as `cautions` does, which then names the store.
+    """
+    of: dict[str, list[str]] = defaultdict(list)
+    for url, d_model in widths.items():
+        try:
+            found = cautions(spec, d_model)
+        except SaescaleError as error:
+            raise SaescaleError(f"{error} (the store {url})" if len(widths) > 1 else str(error)) from None
+        for caution in found:
+            of[caution].append(url)
+    return [caution if len(urls) == len(widths) else f"{', '.join(urls)}: {caution}" for caution, urls in of.items()]
 
 
 def cautions(spec: SweepSpec, d_model: int | None) -> list[str]:

@@ -1,13 +1,15 @@
-"""Runs a sweep from its spec to its report: checks the store, plans packs, has them trained, fits the laws."""
+"""Runs a sweep from its spec to its report: checks the stores, plans packs, has them trained, fits the laws."""
 
 import os
 import warnings
 from contextlib import ExitStack
 from typing import Any, NamedTuple, TypeGuard
 
-from saescale.cluster.sweep.cautions import cautions
-from saescale.cluster.sweep.ledger import Ledger, open_ledger, provenance_of, recorded_precision
+from saescale.cluster.sweep.cautions import cautions_of_each
+from saescale.cluster.sweep.identity import provenance_of
+from saescale.cluster.sweep.ledger import Ledger, open_ledger, recorded_precision
 from saescale.cluster.sweep.spec import SweepSpec
+from saescale.cluster.sweep.stores import open_stores, verify
 from saescale.cluster.sweep.watcher import SweepDisplay
 from saescale.scaling.laws.settings import FitSettings
 from saescale.scaling.report.report import analyse, is_current
@@ -15,13 +17,11 @@ from saescale.storage.errors import SaescaleError, SaescaleWarning, one_line
 from saescale.storage.files import join, list_names, local_path, read_bytes
 from saescale.storage.lease import Lease, read_driver, require_free
 from saescale.storage.rundir import RunDirectory
-from saescale.storage.store import ActivationStore
 from saescale.storage.waiting import waiting
 from saescale.storage.writable import require_writable
 from saescale.trainers.loggers.wandb_cells import how_to_read, log_summary, resolve_mode, wandb_directory
 from saescale.trainers.precision import Precision
 
-FULL_VERIFY_BYTES = 2 * 2**30  # stores up to this size are read whole before training starts
 JOB = "SAESCALE_JOB"  # in the environment of a submitted sweep: the id of its Ray job
 _SETTINGS = FitSettings()
 WANDB = "wandb.json"  # what was logged, and how to read it
@@ -51,24 +51,24 @@ def run_sweep(
     store or run directory that cannot be used, also because another driver works on it, and KeyboardInterrupt after
     the workers have saved their checkpoints.
     """
-    store, run = ActivationStore.open(spec.store), RunDirectory(spec.out)
+    stores, run = open_stores(spec), RunDirectory(spec.out)
     trained = 0
     with ExitStack() as held:
         recorded = run.read_spec()
         if recorded is None:
             require_writable(run.url)  # before any minute is spent
         precision = recorded_precision(recorded) or _precision(spec, address, held)
-        ledger = open_ledger(run, recorded, spec, store, precision, extending)
+        ledger = open_ledger(run, recorded, spec, stores, precision, extending)
         if retry_failed:
             ledger.forget_failed()
         lease, job = None, os.environ.get(JOB)
         if ledger.pending:
-            for caution in cautions(spec, store.d_model):
+            for caution in cautions_of_each(spec, {store.url: store.d_model for store in stores}):
                 warnings.warn(caution, SaescaleWarning, stacklevel=2)
             if recorded is not None:
                 require_writable(run.url)
             dead = require_free(run.url)  # now, or somebody would wait for workers in vain
-            verify(store, spec.eval.tokens, display)
+            verify(stores, spec.eval.tokens, display)
             display.stage("starting the workers")
             # Only here: a sweep that is finished is shown without the seconds that Ray takes to import.
             from saescale.cluster.crew.head import HeadLost, explained
@@ -77,9 +77,9 @@ def run_sweep(
             from saescale.cluster.sweep.packing import BATCH_FLOPS, pack_cells
 
             auto = precision if spec.train.precision == "auto" else None
-            with TrainCrew(len(ledger.cells), spec.resources, address, auto, ledger.architectures) as crew:
+            with TrainCrew(len(ledger.cells), spec.resources, address, auto) as crew:
                 trained = len(ledger.pending)
-                needs = crew.needs(store, spec.eval.tokens, remote_run=local_path(run.url) is None)
+                needs = crew.needs(stores, spec.eval.tokens, remote_run=local_path(run.url) is None)
                 steps = ledger.checkpoint_steps()
                 flops = BATCH_FLOPS["cuda" if crew.on_gpu else "cpu"]
                 packs = pack_cells(ledger.pending, steps, crew.count, crew.memory, needs, flops)
@@ -117,15 +117,6 @@ def _is_concluded(run: RunDirectory, settings: FitSettings) -> bool:
     """Whether the driver that trained the last cells also fitted the laws and said so."""
     last = read_driver(run.url)
     return (last is None or last.state == "finished") and is_current(run, settings)
-
-
-def verify(store: ActivationStore, eval_tokens: int, display: SweepDisplay) -> None:
-    """Before any training time is spent: every shard's size and schema, and all its bytes where that is soon done."""
-    store.require_rows("train", 1, "a sweep")
-    store.require_rows("heldout", eval_tokens, "eval.tokens")
-    total = sum(shard.bytes for shard in store.manifest.shards)
-    display.stage("checking the activation store")
-    store.verify(full=total <= FULL_VERIFY_BYTES)
 
 
 def _analyse(

@@ -6,6 +6,7 @@
 - A worker gets nothing done: it is killed, and the rest is as above.
 - A store does not answer: the pack waits and is tried again; the sweep ends when nothing moves for OUTAGE_S.
 - A node lacks the run or the store: it gets no more packs; the sweep ends when no other one is left.
+- A store of several is gone or damaged: its packs are set aside, and end the sweep when those of the others are done.
 - A worker has nothing to do: the pack that has most to do is split, as when nodes have joined.
 """
 
@@ -29,10 +30,11 @@ from saescale.cluster.sweep.standing import Attempt, Pack, Work, ask, standing_o
 from saescale.cluster.sweep.stop import stop
 from saescale.cluster.sweep.watcher import SweepDisplay
 from saescale.storage import files
-from saescale.storage.errors import SaescaleError, Unavailable, one_line
+from saescale.storage.errors import SaescaleError, Superseded, Unavailable, one_line
 from saescale.storage.lease import Lease
+from saescale.storage.manifest import MANIFEST
 from saescale.storage.waiting import Wait, hear
-from saescale.trainers.cell import Cell
+from saescale.trainers.cell import Cell, axes_of
 from saescale.trainers.device import OutOfMemory
 from saescale.trainers.training.train import PackJob
 
@@ -61,10 +63,12 @@ class Execution:
     ) -> None:
         self.spec, self.ledger, self.crew, self.needs = spec, ledger, crew, needs
         self.lease, self.display = lease, display
+        self.axes = axes_of(ledger.cells)
         newest = {cell_id: found[0] for cell_id, found in steps.items()}
         self.work = Work(ledger.pending, newest)
         self.waiting: list[Pack] = []
         self.running: dict[Any, Attempt] = {}  # by the reference of `train`
+        self.unusable: dict[str, SaescaleError] = {}  # why packs of a store cannot be trained, by its fingerprint
         for cells in packs:
             self._queue(cells, reached=sum(newest.get(cell.cell_id, 0) for cell in cells))
         self.begun = 0  # attempts
@@ -88,6 +92,10 @@ class Execution:
                 self._share_out()
                 self._show()
                 self.lease.require()
+                if self.unusable and not self._trainable():
+                    break
+            if self.unusable:
+                raise self._left_over()
                 if (busy := time.monotonic() - turn) > BUSY_S:
                     # It was this process that did not listen.
                     for running in self.running.values():
@@ -107,8 +115,10 @@ class Execution:
     def _queue(self, cells: list[Cell], reached: int, attempt: int = 1, why: str = "") -> None:
         pause = _pause(attempt)
         total = sum(cost(cell) for cell in cells)
-        self.waiting.append(Pack(cells, self.needs(cells), total, reached, attempt, time.monotonic() + pause, why))
-        self.waiting.sort(key=lambda pack: -pack.cost)  # longest first
+        pack = Pack(cells, self.needs(cells), total, reached, attempt, time.monotonic() + pause, why)
+        if pack.store not in self.unusable:
+            self.waiting.append(pack)
+            self.waiting.sort(key=lambda pack: -pack.cost)  # longest first
 
     def _hand_out(self) -> None:
         now = time.monotonic()
@@ -138,16 +148,19 @@ class Execution:
             self._queue(cells, self._reached(cells))
 
     def _start(self, worker: Any, pack: Pack) -> None:
+        store = self.ledger.stores[pack.store].url
         job = PackJob(
             cells=pack.cells,
             # A relative path would mean another folder in the worker.
-            store=files.local_path(self.spec.store) or self.spec.store,
+            store=files.local_path(store) or store,
             run=files.local_path(self.spec.out) or self.spec.out,
             sweep=self.spec.name,
             eval=self.spec.eval,
             wandb=self.spec.wandb,
             checkpoint_every_s=self.spec.resources.checkpoint_every_s,
             threads=self.crew.threads,
+            architectures=self.ledger.architectures,
+            axes=self.axes,
             driver=self.lease.driver,
         )
         self.begun += 1
@@ -205,6 +218,9 @@ class Execution:
             # What is left of the pack in that process is best ended with it.
             self._replace(worker)
             self._smaller(pack, one_line(cause))
+        elif isinstance(cause, Unfit) and self._is_gone(pack.store):
+            self.crew.idle.append(worker)
+            self._set_aside(pack.store, cause)
         elif isinstance(cause, Unfit):
             self.crew.lost(worker)
             self.crew.stay()
@@ -214,10 +230,42 @@ class Execution:
             self._queue(pack.cells, pack.reached)
         elif isinstance(cause, SaescaleError):
             self.crew.idle.append(worker)
-            raise cause
+            if isinstance(cause, Superseded):
+                raise cause
+            self._set_aside(pack.store, cause)
         else:
             self._replace(worker)
             self._again(pack, cause, f"the worker failed with {type(cause).__name__}: {one_line(cause)[:300]}")
+
+    def _is_gone(self, store: str) -> bool:
+        """Whether not even this process sees a store any more that it once opened: no other node will."""
+        try:
+            return not files.exists(files.join(self.ledger.stores[store].url, MANIFEST))
+        except Unavailable:
+            return False
+
+    def _set_aside(self, store: str, cause: SaescaleError) -> None:
+        """No pack over that store is begun any more; those over others are."""
+        self.unusable.setdefault(store, cause)
+        self.waiting = [pack for pack in self.waiting if pack.store != store]
+        if self._trainable():
+            self.crew.warn(f"{cause}; its cells wait, those of other stores go on")
+
+    def _trainable(self) -> bool:
+        """Whether anything is left to do over a store that can be used."""
+        return bool(self.waiting) or any(r.pack.store not in self.unusable for r in self.running.values())
+
+    def _left_over(self) -> SaescaleError:
+        """Why the sweep ends with cells undone."""
+        cause = next(iter(self.unusable.values()))
+        if len(self.ledger.stores) == 1:
+            return cause
+        left = [cell for cell in self.work.cells if cell.cell_id not in self.ledger.results]
+        urls = ", ".join(self.ledger.stores[store].url for store in self.unusable)
+        return SaescaleError(
+            f"{cause}; {len(left)} cells over {urls} are left, those of other stores are done: run the same command "
+            "again when it can be read"
+        )
 
     def _died(self, worker: Any, pack: Pack, error: Exception) -> None:
         info = self.crew.lost(worker, error)

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 from saescale.cluster.sweep.axes import has_lists
 from saescale.cluster.sweep.settings import defaults
-from saescale.cluster.sweep.spec import NO_STORE, Grid, Planned, SweepSpec, parse_recorded, parse_spec
+from saescale.cluster.sweep.spec import NO_STORE, Grid, Planned, SweepSpec, named_stores, parse_recorded, parse_spec
 from saescale.cluster.sweep.train import Way
 from saescale.storage import files
 from saescale.storage.documents import read_yaml
@@ -30,11 +30,13 @@ class Extension(NamedTuple):
 def extend(spec: SweepSpec, more: str) -> Extension:
     """`spec` with the cells of `more` besides, a sweep file or one with a grid alone; what a run directory holds stays.
 
-    Nothing is written: the run directory takes the cells up when they can be trained (ledger.py). Raises SaescaleError
-    when the trainings, evaluations or stores differ: such cells are not of one law. A number of `train` may differ
-    where it is an axis in one of the two.
+    Where `more` names further stores, the sweep's among them, all cells are trained over those too. Nothing is written:
+    the run directory takes the cells up when they can be trained (ledger.py). Raises SaescaleError when the trainings,
+    evaluations or stores differ: such cells are not of one law. A number of `train` may differ where it is an axis in
+    one of the two.
     """
     others = [read_extension(spec, more)]
+    stores = _all_stores(spec, others[0], more)
     known = spec
     document = RunDirectory(spec.out).read_spec()
     if document is not None:
@@ -42,7 +44,9 @@ def extend(spec: SweepSpec, more: str) -> Extension:
         _same(spec, known, f"{spec.out}/sweep.yaml")
         others = [spec, *others]
     grid = union(known, *others)
-    extended = spec.model_copy(update={"grid": grid, "train": known.train})
+    extended = spec.model_copy(
+        update={"grid": grid, "train": known.train, "store": stores if len(stores) > 1 else stores[0]}
+    )
     return Extension(extended, extended.size - known.size)
 
 
@@ -50,7 +54,7 @@ def read_extension(spec: SweepSpec, more: str) -> SweepSpec:
     """The cells of `more` as a sweep like `spec`. Raises SaescaleError as `extend` does."""
     other = _read(more, spec)
     _same(spec, other, more)
-    _same_store(spec, other, more)
+    _all_stores(spec, other, more)
     return other
 
 
@@ -108,7 +112,7 @@ def _read(more: str, spec: SweepSpec) -> SweepSpec:
         raise SaescaleError(f"{more} has no grid to extend with")
     if isinstance(document.get("eval"), Mapping):  # how often is the sweep's where the file leaves it open
         document = {**document, "eval": {"every_tokens": spec.eval.every_tokens, **document["eval"]}}
-    return parse_spec(spec.model_dump(mode="json") | dict(document), more)
+    return parse_spec(spec.model_dump(mode="json") | named_stores(document, more), more)
 
 
 def _same(spec: SweepSpec, other: SweepSpec, where: str) -> None:
@@ -133,12 +137,19 @@ def _unlike(here: Any, there: Any, path: str) -> Iterator[tuple[str, Any, Any]]:
         yield path, here, there
 
 
-def _same_store(spec: SweepSpec, other: SweepSpec, where: str) -> None:
-    if other.store != NO_STORE and _place(other.store) != _place(spec.store):
+def _all_stores(spec: SweepSpec, other: SweepSpec, where: str) -> list[str]:
+    """The URLs of the sweep's stores, and of those that `other` adds."""
+    if other.store == NO_STORE:
+        return spec.stores
+    known, given = ({_place(url): url for url in of.stores} for of in (spec, other))
+    if missing := [url for place, url in known.items() if place not in given]:
+        one = len(spec.stores) == len(other.stores) == 1
+        what = f"store is {other.store} and the sweep's is {spec.store}" if one else f"store lacks {missing[0]}"
         raise SaescaleError(
-            f"{where}: store is {other.store} and the sweep's is {spec.store}; cells of one sweep have one store: "
-            "leave it out or name the sweep's, or sweep it into a run directory of its own"
+            f"{where}: {what}; all cells of a sweep are trained over all its stores: leave store out, or name the "
+            "sweep's with those to add, or sweep it into a run directory of its own"
         )
+    return [*spec.stores, *(url for place, url in given.items() if place not in known)]
 
 
 def _place(url: str) -> str:

@@ -5,32 +5,29 @@ import time
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from importlib.metadata import version
 from typing import Any, TypeVar, get_args
 
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from saescale.cluster.sweep.spec import Planned, SweepSpec, parse_recorded
+from saescale.cluster.sweep.identity import document_of, taken_up
+from saescale.cluster.sweep.spec import SweepSpec
 from saescale.scaling.compute import Flops
 from saescale.storage import checkpoint
 from saescale.storage.columns import CURVES, CurveRow
-from saescale.storage.errors import Damaged, SaescaleError, SaescaleWarning, Unavailable, one_line
+from saescale.storage.errors import Damaged, SaescaleError, SaescaleWarning, Unavailable
 from saescale.storage.files import local_path, remove
-from saescale.storage.rundir import SPEC, RunDirectory
+from saescale.storage.rundir import RunDirectory
 from saescale.storage.store import ActivationStore
-from saescale.trainers.architectures.own import digests, own_files, require_same
+from saescale.trainers.architectures.own import own_files
 from saescale.trainers.cell import Cell
 from saescale.trainers.exchange import native
 from saescale.trainers.precision import Precision
 from saescale.trainers.training.results import Provenance, result_row
 
 T = TypeVar("T")
-# Parts of a sweep that may change between two calls of the same sweep: they do not change what its cells are.
-_FREE = ("store", "out", "resources", "wandb")
 _ASKED_AT_A_TIME = 16
 _READ_FROM_A_STORE = 500  # results, which is a few seconds
-_PACKAGES = ("saescale", "torch", "ray", "lightning", "numpy", "numba", "pyarrow")
 
 
 class Ledger:
@@ -44,12 +41,13 @@ class Ledger:
         self,
         run: RunDirectory,
         cells: Sequence[Cell],
-        store: ActivationStore,
+        stores: Sequence[ActivationStore],
         document: Mapping[str, Any],
         recorded: Mapping[str, Any] | None,
         architectures: Mapping[str, str] | None = None,
     ) -> None:
-        self.run, self.cells, self._store = run, list(cells), store
+        self.run, self.cells = run, list(cells)
+        self.stores = {store.fingerprint: store for store in stores}  # as cells name them
         self.architectures = dict(architectures or {})  # the text of those of the user's own, by their names
         self.document = dict(document)  # what sweep.yaml is to say
         self._recorded = recorded  # what it says
@@ -101,10 +99,13 @@ class Ledger:
         if there.cell_id != cell.cell_id or not points:
             raise SaescaleError(f"what else is in {self.run.cell_url(cell.cell_id)} is not of its end")
         last = CurveRow(**{name: points[-1][name] for name in CurveRow._fields})
-        provenance = Provenance.of(self._store, self.document["eval"]["tokens"])
         # The dense equivalent is that of a plan: what AuxK did is counted in the lost file alone.
         flops = Flops(int(last.flops), cell.flops(cell.tokens).dense)
-        return result_row(cell, provenance, cell.tokens, flops, wall_s=0.0, last=last, error=None) | {"wall_s": None}
+        row = result_row(cell, self._provenance(cell), cell.tokens, flops, wall_s=0.0, last=last, error=None)
+        return row | {"wall_s": None}
+
+    def _provenance(self, cell: Cell) -> Provenance:
+        return Provenance.of(self.stores[cell.store], self.document["eval"]["tokens"])
 
     def begin(self) -> None:
         """Writes sweep.yaml and the ledger: from now on `run` is this sweep's, with all its cells."""
@@ -219,22 +220,24 @@ class Ledger:
         """Marks a cell as failed that no worker could finish. Its last checkpoint stays, for another try."""
         steps = checkpoint.steps(self.run.checkpoint_url(cell.cell_id))
         tokens = cell.batch_tokens * max(steps, default=0)
-        provenance = Provenance.of(self._store, self.document["eval"]["tokens"])
-        row = result_row(cell, provenance, tokens, cell.flops(tokens), wall_s=0.0, last=None, error=why)
+        row = result_row(cell, self._provenance(cell), tokens, cell.flops(tokens), wall_s=0.0, last=None, error=why)
         # Whoever still trains it somewhere loses it here, unless it has just ended.
         done = self.run.take_cell(cell.cell_id)
         if done is None:
             self.run.write_cell_result(cell.cell_id, row, keep=True)
         self.record([done or row])
 
+    def _described(self, cell: Cell) -> dict[str, Any]:
+        """What is known of a cell before it has a result."""
+        provenance = self._provenance(cell)
+        known = {name: getattr(cell, name) for name in ("store", "n_latents", "k", "architecture", "d_model", "seed")}
+        return known | {"subject": provenance.subject, "site": provenance.site}
+
     def write(self) -> None:
         """results.parquet with one row for every cell of the sweep, and the curves of the finished ones."""
         began = time.monotonic()
         rows = [self.results.get(cell.cell_id, {"cell_id": cell.cell_id, "status": "pending"}) for cell in self.cells]
-        described = [
-            {name: getattr(cell, name) for name in ("n_latents", "k", "architecture", "d_model", "seed")} | row
-            for cell, row in zip(self.cells, rows, strict=True)
-        ]
+        described = [self._described(cell) | row for cell, row in zip(self.cells, rows, strict=True)]
         # Those that are there are kept as they are: read cell by cell, they would be read again for every cell.
         there = self.run.read_curves().filter(pc.is_in(pc.field("cell_id"), pa.array(list(self.results), pa.string())))
         missing = self.results.keys() - set(pc.unique(there["cell_id"]).to_pylist()) - self._without_curve
@@ -260,122 +263,18 @@ def open_ledger(
     run: RunDirectory,
     recorded: Mapping[str, Any] | None,
     spec: SweepSpec,
-    store: ActivationStore,
+    stores: Sequence[ActivationStore],
     precision: Precision,
     extending: bool = False,
 ) -> Ledger:
     """Picks up the sweep in `run`, or gives the ledger of a new one, of which nothing is written before `begin`.
 
-    `recorded`: the sweep.yaml of `run`, if there is one. `extending`: `spec` may have cells besides those of `run`.
-    Raises SaescaleError where `run` holds another sweep.
+    `recorded`: the sweep.yaml of `run`, if there is one. `stores`: those of `spec`, opened. `extending`: `spec` may
+    have cells and stores besides those of `run`. Raises SaescaleError where `run` holds another sweep.
     """
     own = own_files(spec.grid.architectures)
-    document = _resolved(spec, store, precision, own)
+    document = document_of(spec, stores, precision, own)
     if recorded is not None:
-        began_with = (recorded.get("resolved") or {}).get("architectures")
-        require_same(began_with, own, run.url)
-        here = set(spec.planned())
-        there = here if _same_text(recorded, document) else _planned(recorded, f"{run.url}/{SPEC}")
-        same_cells = there <= here if extending else there == here
-        differences = _differences(_identity(recorded), _identity(document))
-        old, new = (of["resolved"].get("store_fingerprint") for of in (recorded, document))
-        if old != new and len(differences) == 1:
-            raise SaescaleError(
-                f"{run.url} holds another sweep (store_fingerprint is {old} there and {new} here: {spec.store} was "
-                "changed or harvested again); restore the store, or give this sweep another run directory (out)"
-            )
-        if differences or not same_cells:
-            # What decides how cells are trained is told where it is not the grid that differs.
-            trained = [] if same_cells else _differences(recorded.get("train"), document["train"], "train")
-            combinations = {cell.combination for cell in there} != {cell.combination for cell in here}
-            grid = [_other_cells(there, here)] if not same_cells and (combinations or not trained) else []
-            said = list(dict.fromkeys([*grid, *trained, *differences]))
-            raise SaescaleError(
-                f"{run.url} holds another sweep ({'; '.join(said[:3])}); give this one another run directory (out), "
-                f"or remove that one{'' if differences else _other_way(run, there, here)}"
-            )
-        # What began the sweep stays as it was written, such as the versions that its first cells were trained with.
-        if there == here:
-            document = dict(recorded)
-        else:
-            both = {"architectures": {**(began_with or {}), **digests(own)}} if own else {}
-            document = {**recorded, "grid": document["grid"], "resolved": recorded["resolved"] | both}
-    return Ledger(run, spec.cells(store, precision), store, document, recorded, own)
-
-
-def _resolved(spec: SweepSpec, store: ActivationStore, precision: Precision, own: Mapping[str, str]) -> dict[str, Any]:
-    """What sweep.yaml says: the spec with its defaults, what `auto` came to, the store, the versions, and the digests
-    of the user's `own` files."""
-    return spec.model_dump(mode="json") | {
-        "resolved": {
-            "precision": precision,
-            "store_fingerprint": store.fingerprint,
-            "subject": store.manifest.subject,
-            "versions": {name: version(name) for name in _PACKAGES},
-            **({"architectures": digests(own)} if own else {}),
-        }
-    }
-
-
-def provenance_of(run: RunDirectory, recorded: Mapping[str, Any] | None) -> dict[str, str]:
-    """What the report says about where a run's numbers come from, all of it from its sweep.yaml, `recorded`.
-
-    Raises SaescaleError where `run` holds no sweep.
-    """
-    if recorded is None:
-        raise SaescaleError(f"{run.url} is not a run directory: there is no sweep.yaml of a sweep that ran in it")
-    spec, resolved = recorded, recorded["resolved"]
-    try:
-        return {
-            "sweep": spec["name"],
-            "store": f"{spec['store']} ({resolved['store_fingerprint']})",
-            "subject": resolved["subject"],
-            "held-out rows": f"{spec['eval']['tokens']:,}",
-            "precision": resolved["precision"],
-            "versions": ", ".join(f"{name} {number}" for name, number in resolved["versions"].items()),
-        }
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise run.damaged_spec(f"what it says of {one_line(error)} is not there") from error
-
-
-def _identity(document: Mapping[str, Any]) -> dict[str, Any]:
-    """What makes a sweep this one, beside its cells and how each is trained: all that decides how they are measured."""
-    kept = {key: value for key, value in document.items() if key not in (*_FREE, "grid", "train", "resolved")}
-    resolved, train = document.get("resolved", {}), document.get("train", {})
-    kept |= {key: resolved.get(key) for key in ("precision", "store_fingerprint")}
-    return kept | {"train": {"precision": train.get("precision")}}
-
-
-def _same_text(recorded: Mapping[str, Any], document: Mapping[str, Any]) -> bool:
-    return all(recorded.get(key) == document[key] for key in ("grid", "train"))
-
-
-def _planned(document: Mapping[str, Any], where: str) -> set[Planned]:
-    """The cells of a sweep: one grid can be written in many ways, and what it means is these."""
-    return set(parse_recorded(document, where).planned())
-
-
-def _other_cells(there: set[Planned], here: set[Planned]) -> str:
-    parts = []
-    for cells, where in ((there - here, "there"), (here - there, "here")):
-        if cells:
-            first, many = min(cells), "cell is" if len(cells) == 1 else "cells are"
-            parts.append(f"{len(cells)} {many} only {where} (n = {first.n_latents}, k = {first.k}, seed {first.seed})")
-    return f"grid: {', '.join(parts)}"
-
-
-def _other_way(run: RunDirectory, there: set[Planned], here: set[Planned]) -> str:
-    """What else can be done about a sweep that differs in its cells alone."""
-    if there > here:
-        return f"; or use {run.url}/sweep.yaml, which has these cells and those that were added"
-    if there < here:
-        return f"; or add the cells: saescale sweep {run.url}/sweep.yaml --extend THIS.yaml"
-    return ""
-
-
-def _differences(there: Any, here: Any, path: str = "") -> list[str]:
-    if isinstance(there, Mapping) and isinstance(here, Mapping):
-        keys = sorted({*there, *here})
-        names = {key: f"{path}.{key}" if path else key for key in keys}
-        return [d for key in keys for d in _differences(there.get(key), here.get(key), names[key])]
-    return [] if there == here else [f"{path} is {there} there and {here} here"]
+        document = taken_up(run, recorded, spec, document, extending)
+    cells = [cell for store in stores for cell in spec.cells(store, precision)]
+    return Ledger(run, cells, stores, document, recorded, own)

@@ -30,7 +30,8 @@ def pack_cells(
     """Cells in packs, the costliest pack first.
 
     steps: the steps of each cell's checkpoints (absent: none); only cells with one in common go on together. memory:
-    bytes that one worker has; needs: bytes that a pack takes (trainers/training/memory.py); batch_flops: the most that
+    bytes that one worker has; needs: bytes that a pack takes, all of whose cells are of one store
+    (trainers/training/memory.py); batch_flops: the most that
     several cells do on one batch. Raises SaescaleError where one cell alone needs more memory.
     """
     # What one pass over a stream can serve.

@@ -1,4 +1,4 @@
-"""The sweep file: a grid of cells over one activation store, validated with the path of what is wrong."""
+"""The sweep file: a grid of cells over one or several stores, validated with the path of what is wrong."""
 
 import itertools
 import json
@@ -26,6 +26,7 @@ from saescale.cluster.sweep.train import Count, Seed, Train, Way
 from saescale.storage.columns import OLD_NAMES
 from saescale.storage.documents import read_yaml
 from saescale.storage.errors import Damaged, SaescaleError
+from saescale.storage.files import folders_like
 from saescale.storage.secrets import ADVICE, secret_in_url
 from saescale.storage.store import ActivationStore
 from saescale.trainers.architectures import ARCHITECTURES
@@ -178,7 +179,7 @@ class SweepSpec(Section):
     """The whole sweep file."""
 
     name: str = Field(min_length=1, max_length=128, pattern=r"^[\w.-]+$")  # W&B takes no longer one for a group
-    store: str  # URL of the activation store
+    store: Axis[str]  # URL of the activation store, or of several
     out: str  # URL of the run directory
     grid: Grid
     train: Train
@@ -190,17 +191,29 @@ class SweepSpec(Section):
 
     @field_validator("store", "out")
     @classmethod
-    def _without_secrets(cls, url: str) -> str:
-        if found := secret_in_url(url):
-            raise PydanticCustomError(SECRET, "{found}; {advice}", {"found": found, "advice": ADVICE})
-        return url
+    def _without_secrets(cls, given: str | list[str]) -> str | list[str]:
+        for url in several(given):
+            if found := secret_in_url(url):
+                raise PydanticCustomError(SECRET, "{found}; {advice}", {"found": found, "advice": ADVICE})
+        return given
+
+    @field_validator("store")
+    @classmethod
+    def _each_once(cls, given: str | list[str]) -> str | list[str]:
+        """A list of one is that one."""
+        if isinstance(given, str):
+            return given
+        if twice := [url for url in given if given.count(url) > 1]:
+            raise ValueError(f"{twice[0]} stands there {given.count(twice[0])} times: name each store once")
+        return given if len(given) > 1 else given[0]
 
     @model_validator(mode="after")
     def _are_few_cells(self, info: ValidationInfo) -> Self:
         """Counts all axes before anything is made of them."""
         if not _ran(info):
             architectures = self.grid.architectures
-            require_few(sum(len(cells) * train.count(name, architectures) for name, train, cells in self._parts()))
+            over_one = sum(len(cells) * train.count(name, architectures) for name, train, cells in self._parts())
+            require_few(over_one * len(self.stores))
         return self
 
     @model_validator(mode="after")
@@ -252,7 +265,7 @@ class SweepSpec(Section):
         return sorted(found, key=lambda cell: cell.combination)
 
     def planned(self) -> list[Planned]:
-        """All cells, each once, by n_latents, k, architecture and seed, then in the order of the axes' lists.
+        """Those over one store, each once, by n_latents, k, architecture and seed, then in the axes' order.
 
         Raises SaescaleError where an architecture of the user's own cannot be loaded.
         """
@@ -267,12 +280,17 @@ class SweepSpec(Section):
         return has_lists(self.train.model_dump(mode="json")) or any(cell.train for cell in self.grid.cells)
 
     @property
+    def stores(self) -> list[str]:
+        """The URLs of all stores."""
+        return several(self.store)
+
+    @property
     def size(self) -> int:
-        """Number of cells."""
-        return len(self.planned())
+        """Number of cells: those planned, over each store."""
+        return len(self.planned()) * len(self.stores)
 
     def cells(self, store: ActivationStore, precision: Precision) -> list[Cell]:
-        """The cells over `store`, each once; `precision` is what `train.precision: auto` means here.
+        """The cells over one store, each once; `precision` is what `train.precision: auto` means here.
 
         An architecture without a fast path works in fp32 whatever is asked for. Raises SaescaleError for a cell that
         cannot be.
@@ -310,7 +328,8 @@ def require_few(many: int) -> None:
 
 
 def load_spec(url: str, out: str | None = None, wandb: str | None = None) -> SweepSpec:
-    """Reads a sweep file (YAML). `out` and `wandb` replace the file's run directory and W&B mode.
+    """Reads a sweep file (YAML). `out` and `wandb` replace the file's run directory and W&B mode; of each `*` in
+    `store` there are the stores that it stands for.
 
     Raises SaescaleError that names the file, the path of the wrong key and the nearest valid name.
     """
@@ -325,7 +344,26 @@ def load_spec(url: str, out: str | None = None, wandb: str | None = None) -> Swe
     if wandb:
         section = document.get("wandb")
         document["wandb"] = (section if isinstance(section, dict) else {}) | {"mode": wandb}
-    return parse_spec(document, url)
+    return parse_spec(named_stores(document, url), url)
+
+
+def named_stores(document: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """The sweep file `document` with the stores that the `*` in its `store` stand for, by the numbers in their names:
+    layers in order.
+
+    Every folder counts: one without a finished harvest is told as such, and not passed over. Raises SaescaleError
+    where there is none.
+    """
+    given, named = document.get("store"), []
+    for one in given if isinstance(given, list) else [given]:
+        if not isinstance(one, str) or "*" not in one or secret_in_url(one):
+            named.append(one)
+        elif found := folders_like(one):
+            named += found
+        else:
+            raise SaescaleError(f"{where}: store: there is no folder like {one}; harvest first, or correct the pattern")
+    store = named if isinstance(given, list) or len(named) > 1 else named[0]
+    return {**document, **({"store": store} if "store" in document else {})}
 
 
 def parse_spec(document: Mapping[str, Any], where: str, recorded: Collection[str] | None = None) -> SweepSpec:

@@ -30,6 +30,11 @@ class Pack(NamedTuple):
     due: float = 0.0  # not to be begun before, in time.monotonic()
     why: str = ""  # what kept it from going on at once
 
+    @property
+    def store(self) -> str:
+        """The fingerprint of the one that its cells are trained on."""
+        return self.cells[0].store
+
 
 @dataclass
 class Attempt:

@@ -3,6 +3,7 @@
 Imports neither torch nor Ray, and reads no file for each cell: with 10,000 cells the answer takes a few requests.
 """
 
+import itertools
 import warnings
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
@@ -16,6 +17,7 @@ from saescale.storage.columns import is_diverged
 from saescale.storage.documents import YAML_LOADER, yaml_reason
 from saescale.storage.errors import Damaged, SaescaleError, SaescaleWarning
 from saescale.storage.lease import Driver, RunningCell, Standing, WaitsFor, read_driver
+from saescale.storage.recorded import recorded_sources
 from saescale.storage.rundir import SPEC, RunDirectory
 
 # Files of single cells, such as a checkpoint's pointer, are read for so many cells at most: details of a few that just
@@ -45,6 +47,9 @@ class CellStatus(_Document):
     k: int
     architecture: str | None = None  # None: not known, as of pending cells of 0.1.0
     seed: int
+    store: str | None = None  # fingerprint; this and the next two None: not known
+    subject: str | None = None
+    site: str | None = None
     status: CellState
     step: int | None = None
     steps: int | None = None
@@ -61,7 +66,10 @@ class CellStatus(_Document):
 
 
 _CELLS = TypeAdapter(list[CellStatus])
-_COLUMNS = ["cell_id", "n_latents", "k", "architecture", "seed", "status", "nmse", "dead_fraction", "wall_s", "error"]
+_COLUMNS = [
+    "cell_id", "n_latents", "k", "architecture", "seed", "store", "subject", "site", "status", "nmse", "dead_fraction",
+    "wall_s", "error",
+]  # fmt: skip
 
 
 class Counts(_Document):
@@ -74,6 +82,15 @@ class Counts(_Document):
     running: int = 0
     started: int = 0
     pending: int = 0
+
+
+class SourceStatus(_Document):
+    """The cells over one of the sweep's stores, which `store` is the fingerprint of."""
+
+    store: str | None
+    subject: str | None
+    site: str | None
+    counts: Counts
 
 
 class DriverStatus(_Document):
@@ -112,8 +129,9 @@ class SweepStatus(_Document):
     cluster's head went away under it), died (the driver was killed, or ended without saying so), unfinished (nothing is
     known of a driver).
     standing: what the driver said last, None where there never was one; its rates and times are of now only while
-    `driver.alive`. waits: what a driver that lives has waited for since some seconds. Counts are fresher than the rows
-    of `cells` by the cells that ended in a pack still at work.
+    `driver.alive`. waits: what a driver that lives has waited for since some seconds. sources: of a sweep over several
+    stores, each. Counts are fresher than the rows of `cells`, and than those of `sources`, by the cells that ended in a
+    pack still at work.
     """
 
     format: Literal[1] = 1
@@ -126,6 +144,7 @@ class SweepStatus(_Document):
     counts: Counts = Counts()
     standing: Standing | None = None
     waits: list[WaitsFor] = []
+    sources: list[SourceStatus] = []
     cells: list[CellStatus] = []
 
     @property
@@ -164,6 +183,7 @@ def read_status(url: str) -> SweepStatus:
         counts=counts,
         standing=None if driver is None else driver.standing,
         waits=driver.waits if driver is not None and alive else [],
+        sources=_sources(cells),
         cells=cells,
     )
 
@@ -265,7 +285,7 @@ def _untrained(run: RunDirectory, rows: Sequence[Mapping[str, Any]]) -> list[dic
     recorded = run.read_spec()
     if recorded is None:
         return []
-    spec = parse_recorded(recorded, run.url)
+    spec, sources = parse_recorded(recorded, run.url), recorded_sources(recorded)
     # Several cells of one combination are told apart by their names alone. Without axes torch need not be loaded.
     cells = spec.grid.combinations()
     if spec.has_axes:
@@ -273,19 +293,38 @@ def _untrained(run: RunDirectory, rows: Sequence[Mapping[str, Any]]) -> list[dic
             cells = [cell.combination for cell in spec.planned()]
         except SaescaleError as error:
             warnings.warn(f"cells that wait may be missing here: {error}", SaescaleWarning, stacklevel=2)
-    known = Counter((row.get("n_latents"), row.get("k"), row.get("architecture"), row.get("seed")) for row in rows)
+    several = len(sources) > 1  # of one store, tables of 0.1.0 do not say which it is
+    fields = ("n_latents", "k", "architecture", "seed")
+    known = Counter((row.get("store") if several else None, *(row.get(name) for name in fields)) for row in rows)
     named = {row.get("cell_id") for row in rows}
     folders = defaultdict(list)
     for cell_id in sorted(run.cell_files().keys() - named, reverse=True):
         folders[cell_id.rpartition("-")[0]].append(cell_id)
-    found = []
-    for cell in cells:
-        if known[cell]:
-            known[cell] -= 1
+    found: list[dict[str, Any]] = []
+    for source, cell in itertools.product(sources, cells):
+        if known[which := (source.fingerprint if several else None, *cell)]:
+            known[which] -= 1
             continue
         name = f"n{cell.n_latents}-k{cell.k}-s{cell.seed}"
-        found.append(cell._asdict() | {"cell_id": folders[name].pop() if folders[name] else name, "status": "pending"})
+        cell_id = folders[name].pop() if folders[name] else name
+        told = {"store": source.fingerprint, "subject": source.subject, "site": source.site}
+        # Over which of several stores a cell was begun, the name of its folder does not say.
+        told = told if cell_id == name or not several else {}
+        found.append(cell._asdict() | told | {"cell_id": cell_id, "status": "pending"})
     return found
+
+
+def _sources(cells: list[CellStatus]) -> list[SourceStatus]:
+    """Of each store, where there are several."""
+    groups: dict[tuple[str | None, ...], list[CellStatus]] = defaultdict(list)
+    for cell in cells:
+        groups[cell.store, cell.subject, cell.site].append(cell)
+    if len({store for store, _, _ in groups if store}) < 2:
+        return []
+    return [
+        SourceStatus(store=store, subject=subject, site=site, counts=_count(own, Standing()))
+        for (store, subject, site), own in groups.items()
+    ]
 
 
 def _count(cells: list[CellStatus], standing: Standing) -> Counts:

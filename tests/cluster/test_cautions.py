@@ -48,7 +48,7 @@ def test_sweep_and_submit_say_it_at_once(
 
     monkeypatch.setattr(train_crew, "TrainCrew", nobody)
     monkeypatch.setattr(service, "Service", nobody)
-    monkeypatch.setattr(service, "require_shared", lambda spec: None)
+    monkeypatch.setattr(service, "require_shared", lambda *_: None)
     url = sweep_file(changed(document, train, grid))
     for command in ("sweep", "submit"):
         result = saescale_here(command, url)
@@ -60,7 +60,7 @@ def test_sweep_and_submit_say_it_at_once(
 def test_as_many_latents_as_dimensions_are_an_error(
     document: dict[str, Any], sweep_file: Callable[[Any], str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(service, "require_shared", lambda spec: None)
+    monkeypatch.setattr(service, "require_shared", lambda *_: None)
     url = sweep_file(changed(document, {}, {"k": [4, 32]}))
     for command in ("sweep", "submit"):
         assert_one_line(saescale_here(command, url), "grid.k: k = 32 is not below d_model = 32")

@@ -61,7 +61,7 @@ class Made:
     def ledger(self) -> Ledger:
         """As a driver opens it."""
         store = ActivationStore.open(self.spec.store)
-        return open_ledger(self.run, self.run.read_spec(), self.spec, store, "fp32")
+        return open_ledger(self.run, self.run.read_spec(), self.spec, [store], "fp32")
 
     def results(self) -> list[dict[str, Any]]:
         return sorted(self.run.read_results().to_pylist(), key=lambda row: str(row["cell_id"]))

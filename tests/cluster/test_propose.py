@@ -230,7 +230,7 @@ def test_an_extension_that_cannot_be_trained_leaves_the_run_as_it_was(
 ) -> None:
     """Whatever is found before the plan stands: here a store that is gone, and one of other rows."""
     spec, run = parse_spec(document, "test"), RunDirectory(document["out"])
-    open_ledger(run, run.read_spec(), spec, store, "fp32").begin()
+    open_ledger(run, run.read_spec(), spec, [store], "fp32").begin()
     there = (Path(run.url) / "sweep.yaml").read_bytes()
     more = tmp_path / "more.yaml"
     more.write_text("grid: {cells: [{n_latents: 256, k: 2}]}")
@@ -242,9 +242,9 @@ def test_an_extension_that_cannot_be_trained_leaves_the_run_as_it_was(
     write_store(other, sparse_rows(16_384, seed=2), sparse_rows(2_048, seed=3))
     with pytest.raises(SaescaleError, match="holds another sweep \\(store_fingerprint is"):
         run_sweep(larger.model_copy(update={"store": other}), Recorder(), extending=True)
-    ledger = open_ledger(run, run.read_spec(), larger, store, "fp32", extending=True)
+    ledger = open_ledger(run, run.read_spec(), larger, [store], "fp32", extending=True)
     assert (Path(run.url) / "sweep.yaml").read_bytes() == there
-    open_ledger(run, run.read_spec(), spec, store, "fp32")  # which is still the sweep of its file
+    open_ledger(run, run.read_spec(), spec, [store], "fp32")  # which is still the sweep of its file
 
     before = yaml.safe_load(there)
     ledger.begin()
@@ -258,28 +258,28 @@ def test_a_grid_is_its_cells_however_it_is_written(
     document: dict[str, Any], store: ActivationStore, tmp_path: Path
 ) -> None:
     spec, run = parse_spec(document, "test"), RunDirectory(document["out"])
-    open_ledger(run, run.read_spec(), spec, store, "fp32").begin()
+    open_ledger(run, run.read_spec(), spec, [store], "fp32").begin()
     there = run.read_spec()
     cells = [{"n_latents": n, "k": k} for n in (128, 32, 64) for k in (8, 4, 2)]
     for grid_ in ({"n_latents": [128, 64, 32, 32], "k": [8, 2, 4]}, {"cells": cells}):
         same = parse_spec(document | {"grid": grid_}, "test")
-        open_ledger(run, run.read_spec(), same, store, "fp32").begin()
+        open_ledger(run, run.read_spec(), same, [store], "fp32").begin()
         assert run.read_spec() == there
 
     # A file that has gained cells itself: they count as added, and without --extend it says what to do.
     gained = parse_spec(document | {"grid": {"n_latents": [32, 64, 128], "k": [2, 4, 8], "seed": [0, 1]}}, "test")
     with pytest.raises(SaescaleError, match=r"grid: 9 cells are only here .* or add the cells: .* --extend"):
-        open_ledger(run, run.read_spec(), gained, store, "fp32")
+        open_ledger(run, run.read_spec(), gained, [store], "fp32")
     more = tmp_path / "more.yaml"
     more.write_text("grid: {cells: [{n_latents: 128, k: 2}]}")
     larger, added = extend(gained, str(more))
     assert added == 9
-    open_ledger(run, run.read_spec(), larger, store, "fp32", extending=True).begin()
+    open_ledger(run, run.read_spec(), larger, [store], "fp32", extending=True).begin()
     # And the file as it was is a part of the run now.
     with pytest.raises(SaescaleError, match=f"or use {run.url}/sweep.yaml"):
-        open_ledger(run, run.read_spec(), spec, store, "fp32")
+        open_ledger(run, run.read_spec(), spec, [store], "fp32")
     with pytest.raises(SaescaleError, match="9 cells are only there"):
-        open_ledger(run, run.read_spec(), spec, store, "fp32", extending=True)
+        open_ledger(run, run.read_spec(), spec, [store], "fp32", extending=True)
 
 
 def test_cells_trained_in_another_way_are_refused(document: dict[str, Any], tmp_path: Path) -> None:

@@ -118,7 +118,7 @@ def test_a_live_driver_tells_what_runs(tmp_path: Path) -> None:
     assert statuses(found) == ["done", "failed", "running", "pending"]
     assert found.cells[2].model_dump() == running.model_dump() | {
         "n_latents": 128, "k": 2, "seed": 0, "status": "running", "wall_s": None, "error": None,
-        "architecture": None,
+        "architecture": None, "store": None, "subject": None, "site": None,
     }  # fmt: skip
     for said in (
         "1 of 4 cells done, 1 running, 1 failed, 1 pending",

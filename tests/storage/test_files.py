@@ -168,3 +168,10 @@ def test_a_file_that_is_moved_replaces_what_was_there(any_url: str) -> None:
     assert (files.list_names(any_url), files.read_bytes(new)) == (["new"], b"1")
     assert not files.move(old, new)
     assert files.read_bytes(new) == b"1"
+
+
+def test_folders_are_found_by_a_pattern_in_the_order_of_their_numbers(any_url: str) -> None:
+    for name in ("toy-l10/manifest.json", "toy-l9/manifest.json", "toy-l11.txt", "other/manifest.json"):
+        files.write_atomic(files.join(any_url, name), b"{}")
+    assert files.folders_like(files.join(any_url, "toy-l*")) == [files.join(any_url, f"toy-l{n}") for n in (9, 10)]
+    assert files.folders_like(files.join(any_url, "nothing-*")) == []

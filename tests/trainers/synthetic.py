@@ -23,7 +23,7 @@ def sparse_rows(count: int, seed: int) -> np.ndarray:
     return (z @ true_dictionary()).astype(np.float16)
 
 
-def write_store(url: str, train: np.ndarray, heldout: np.ndarray, row_group_rows: int = 1024) -> str:
+def write_store(url: str, train: np.ndarray, heldout: np.ndarray, row_group_rows: int = 1024, layer: int = 0) -> str:
     shards = []
     for split, act in (("train", train), ("heldout", heldout)):
         count = len(act)
@@ -35,7 +35,7 @@ def write_store(url: str, train: np.ndarray, heldout: np.ndarray, row_group_rows
             format=1,
             subject="synthetic",
             fingerprint="0",
-            site=Site(layer=0, hook="resid_post", positions="all"),
+            site=Site(layer=layer, hook="resid_post", positions="all"),
             d_model=train.shape[1],
             dtype="float16",
             context_length=64,

@@ -27,7 +27,7 @@ class Provenance(NamedTuple):
     def of(cls, source: Source, heldout_rows: int) -> Self:
         """nmse is measured on the first `heldout_rows` of that source."""
         corpus = source.manifest.corpus if isinstance(source, ActivationStore) else None
-        return cls(source.subject, f"{source.site.hook}.{source.site.layer}", corpus, heldout_rows)
+        return cls(source.subject, source.site.name, corpus, heldout_rows)
 
 
 class Records:

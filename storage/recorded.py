@@ -1,0 +1,41 @@
+"""The sources that a run's sweep.yaml names, whichever version wrote it."""
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+
+class RecordedSource(NamedTuple):
+    """One store of a sweep, as it was when the sweep began; None: not said."""
+
+    url: str  # where it lies now: a user may have moved it
+    fingerprint: str | None
+    subject: str | None
+    site: str | None  # resid_post.22
+
+    def words(self) -> str:
+        """What a reader is shown of it."""
+        return f"{self.url} ({self.fingerprint})"
+
+
+def recorded_sources(document: Mapping[str, Any]) -> list[RecordedSource]:
+    """In their order; none where `document`, a sweep.yaml, names no store.
+
+    `store` says where they lie, `resolved.sources` what they are, in the same order. 0.1.0 knew one store, of which
+    `resolved` said the fingerprint and the subject.
+    """
+    given, resolved = document.get("store"), document.get("resolved")
+    resolved = resolved if isinstance(resolved, Mapping) else {}
+    urls = [url for url in (given if isinstance(given, list) else [given]) if isinstance(url, str)]
+    told = resolved.get("sources")
+    if not isinstance(told, list):
+        told = [{"fingerprint": resolved.get("store_fingerprint"), "subject": resolved.get("subject")}]
+    told = [one if isinstance(one, Mapping) else {} for one in told]
+    told += [{}] * (len(urls) - len(told))
+    return [
+        RecordedSource(url, *(_text(one.get(name)) for name in ("fingerprint", "subject", "site")))
+        for url, one in zip(urls, told, strict=False)
+    ]
+
+
+def _text(value: Any) -> str | None:
+    return value if isinstance(value, str) else None
