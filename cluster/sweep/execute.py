@@ -34,7 +34,7 @@ from saescale.storage.errors import SaescaleError, Superseded, Unavailable, one_
 from saescale.storage.lease import Lease
 from saescale.storage.manifest import MANIFEST
 from saescale.storage.waiting import Wait, hear
-from saescale.trainers.cell import Cell
+from saescale.trainers.cell import Cell, axes_of
 from saescale.trainers.device import OutOfMemory
 from saescale.trainers.training.train import PackJob
 
@@ -63,6 +63,7 @@ class Execution:
     ) -> None:
         self.spec, self.ledger, self.crew, self.needs = spec, ledger, crew, needs
         self.lease, self.display = lease, display
+        self.axes = axes_of(ledger.cells)
         newest = {cell_id: found[0] for cell_id, found in steps.items()}
         self.work = Work(ledger.pending, newest)
         self.waiting: list[Pack] = []
@@ -158,6 +159,8 @@ class Execution:
             wandb=self.spec.wandb,
             checkpoint_every_s=self.spec.resources.checkpoint_every_s,
             threads=self.crew.threads,
+            architectures=self.ledger.architectures,
+            axes=self.axes,
             driver=self.lease.driver,
         )
         self.begun += 1

@@ -14,7 +14,7 @@ from saescale.storage.recorded import recorded_sources
 from saescale.storage.rundir import RunDirectory
 from saescale.storage.store import ActivationStore
 from saescale.trainers.architectures import ARCHITECTURES
-from saescale.trainers.architectures.own import own_files, require_same
+from saescale.trainers.architectures.own import digests, own_files, require_same
 from saescale.trainers.evals.evaluation import EVALUATIONS, Evaluation, find_evaluation
 from saescale.trainers.exchange.native import FILE, read
 from saescale.trainers.exchange.trained import Trained
@@ -49,7 +49,8 @@ def evaluate_run(
     """
     run = RunDirectory(url)
     recorded = (run.read_spec() or {}).get("resolved", {}).get("architectures", {})
-    require_same(recorded, own_files(name for name in recorded if name in ARCHITECTURES.names()), url)
+    own = own_files(name for name in recorded if name in ARCHITECTURES.names())
+    require_same(recorded, digests(own), url)
     evaluations = {name.replace("-", "_"): find_evaluation(name) for name in names or EVALUATIONS.names()}
     if not evaluations:
         raise SaescaleError("there is no evaluation; see trainers/evals/README.md for how to add one")
