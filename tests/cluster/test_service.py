@@ -277,6 +277,7 @@ def test_which_address_counts(monkeypatch: pytest.MonkeyPatch) -> None:
     ("change", "said"),
     [
         ({"store": "stores/x"}, "store: stores/x would be another place on the cluster"),
+        ({"store": ["/shared/x", "stores/x"]}, "store: stores/x would be another place on the cluster"),
         ({"out": "runs/x"}, "out: runs/x would be another place on the cluster"),
         ({"out": "memory://x"}, "out: memory://x would be another place on the cluster"),
         ({"grid": {"n_latents": [0], "k": [1]}}, "grid.n_latents.0"),
