@@ -5,8 +5,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import pyarrow as pa
 import pytest
 
 from saescale.cluster.crew import precision as crew_precision
@@ -20,17 +18,13 @@ from saescale.cluster.sweep.status import read_status
 from saescale.cluster.sweep.stores import verify
 from saescale.scaling.laws.settings import FitSettings
 from saescale.scaling.report.report import analyse
-from saescale.storage.columns import CURVES
 from saescale.storage.errors import SaescaleError, SaescaleWarning
 from saescale.storage.lease import Lease, Standing
 from saescale.storage.rundir import RunDirectory
-from saescale.storage.store import ActivationStore
 from saescale.trainers.exchange import native
 from saescale.trainers.precision import Precision, Processor, cpu_precision, this_processor
-from saescale.trainers.training.train import PackJob, train_pack
-from tests.cluster.conftest import Recorder
+from tests.cluster.conftest import Recorder, trained_alone
 from tests.survival import assert_same, reached
-from tests.trainers.synthetic import sparse_rows, write_store
 
 
 @pytest.fixture(scope="module")
@@ -193,16 +187,6 @@ def test_another_sweep_in_the_run_directory_is_refused(warm: None, document: dic
     assert RunDirectory(document["out"]).read_results().to_pylist() == before
 
 
-@pytest.fixture
-def two_stores(document: dict[str, Any], store: Any, tmp_path: Path) -> list[str]:
-    """The one of `document`, and one of layer 3 that is wider, so that its packs come first; `document` is a sweep
-    over both."""
-    wide = [np.tile(sparse_rows(rows, seed), 2)[:, :48].copy() for rows, seed in ((16_384, 2), (2_048, 3))]
-    document["store"] = [store.url, write_store(str(tmp_path / "wide"), *wide, layer=3)]
-    document["grid"] = {"n_latents": [32, 64], "k": [2, 4]}
-    return document["store"]
-
-
 def test_a_sweep_over_two_stores_trains_each_cell_as_by_itself(
     warm: None, document: dict[str, Any], two_stores: list[str]
 ) -> None:
@@ -212,16 +196,7 @@ def test_a_sweep_over_two_stores_trains_each_cell_as_by_itself(
     assert {(row["site"], row["d_model"]) for row in outcome.run.read_results().to_pylist()} == {
         ("resid_post.0", 32), ("resid_post.3", 48),
     }  # fmt: skip
-    alone = RunDirectory(document["out"] + "-alone")
-    rows: list[dict[str, Any]] = []
-    for url in two_stores:
-        cells = spec.cells(ActivationStore.open(url), "fp32")
-        rows += train_pack(
-            PackJob(cells=cells, store=url, run=alone.url, sweep="small", eval=spec.eval, threads=1)
-        ).results
-    alone.write_results(rows)
-    alone.write_curves(pa.Table.from_pylist([p for r in rows for p in alone.read_cell_curve(r["cell_id"])], CURVES))
-    assert_same(reached(outcome.run), reached(alone))
+    assert_same(reached(outcome.run), trained_alone(spec))
 
 
 @pytest.mark.slow  # it ends its workers, twice
