@@ -87,10 +87,8 @@ def _is(there: Any, wanted: Any) -> bool:
 def _listed(rows: list[dict[str, Any]]) -> str:
     """The cells by what names them, and by the other columns in which they differ."""
     names = ["n_latents", "k", "seed"]
-    defined = [
-        c.name for c in columns_of("results") if c.role == "spec" and c.name not in (*names, "cell_id", "tokens")
-    ]
-    names += [name for name in defined if name != "architecture" and len({row[name] for row in rows}) > 1]
+    others = [c.name for c in columns_of("results") if c.role == "spec" and c.name not in (*names, "cell_id")]
+    names += [name for name in others if name != "architecture" and len({row[name] for row in rows}) > 1]
     cells = [" ".join([row["architecture"], *(f"{name} = {row[name]}" for name in names)]) for row in rows]
     more = f" and {len(cells) - _SHOWN} more" if len(cells) > _SHOWN else ""
     return ", ".join(cells[:_SHOWN]) + more if cells else "none"
