@@ -79,16 +79,16 @@ def union(first: SweepSpec, *others: SweepSpec) -> Grid:
 
 def _own(cell: Planned, ways: Sequence[Way]) -> dict[str, Any]:
     """The least that `train` of a cell of the grid has to say for it to be this one; `ways`: those of the sweep."""
-    else_ = [Planned.of(cell.combination, way) for way in ways]
+    given = [Planned.of(cell.combination, way) for way in ways]
 
     def differs(name: str) -> bool:
-        return any(getattr(other, name) != getattr(cell, name) for other in else_)
+        return any(getattr(other, name) != getattr(cell, name) for other in given)
 
     numbers = ("tokens", "batch_tokens", "lr", "ema", "stream_seed")
     own: dict[str, Any] = {name: getattr(cell, name) for name in numbers if differs(name)}
     if differs("dead_after_tokens"):
         own["auxk"] = {"dead_after_tokens": cell.dead_after_tokens}
-    if settings := told_apart(cell.settings, [other.settings for other in else_], cell.architecture):
+    if settings := told_apart(cell.settings, [other.settings for other in given], cell.architecture):
         own["settings"] = {cell.architecture: settings}
     return own
 

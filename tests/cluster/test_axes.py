@@ -1,5 +1,6 @@
 """Axes of a sweep file: what lists mean as cells, what is said of those that cannot be, how a sweep grows by them."""
 
+import hashlib
 import itertools
 import json
 from collections.abc import Callable
@@ -13,7 +14,7 @@ import yaml
 from saescale.cluster.sweep.extend import extend
 from saescale.cluster.sweep.ledger import open_ledger
 from saescale.cluster.sweep.propose import Request, make_proposal
-from saescale.cluster.sweep.spec import SweepSpec, parse_spec
+from saescale.cluster.sweep.spec import SweepSpec, load_spec, parse_spec
 from saescale.scaling.planning.devices import find_device
 from saescale.storage.errors import SaescaleError
 from saescale.storage.rundir import RunDirectory
@@ -69,6 +70,16 @@ def test_each_number_of_train_may_be_a_list(train: dict[str, Any], name: str, wa
     fields = [cell.model_dump(exclude={name, "settings"}) for cell in found]
     # Nothing else differs than n, k, and what was asked for.
     assert {len({repr(f[key]) for f in fields}) for key in fields[0] if key not in ("n_latents", "k", "lr")} == {1}
+
+
+@pytest.mark.parametrize(
+    ("name", "digest"), [("gpt2-small.yaml", "921739d58739ce82"), ("smollm2.yaml", "a0e2f894073cc5f9")]
+)
+def test_cells_of_sweeps_without_axes_keep_their_names(name: str, digest: str) -> None:
+    """Those that the version before axes gave them, in its order."""
+    spec = load_spec(str(Path(__file__).parents[2] / "deploy" / "sweeps" / name))
+    ids = " ".join(cell.cell_id for cell in spec.cells(Store("f", 768), "bf16"))
+    assert hashlib.sha256(ids.encode()).hexdigest()[:16] == digest
 
 
 def test_axes_multiply_and_numbers_of_a_grid_need_no_list() -> None:
