@@ -1,5 +1,6 @@
 """What is asked of `saescale plan`, and what it proposes, as JSON and as a sweep file."""
 
+import json
 from collections.abc import Mapping, Set
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -43,6 +44,7 @@ class Prior(NamedTuple):
     words: str
     seeds: Mapping[tuple[int, int], Set[int]]
     device: Device
+    cell: Mapping[str, Any] = {}  # what each cell of the plan says besides: architecture, train
 
 
 class ProposedCell(NamedTuple):
@@ -109,6 +111,7 @@ class Proposal:
         """The sweep file."""
         document = self.spec.model_dump(mode="json", exclude={"grid"})
         cells = sum(len(cell.seeds) for cell in self.cells) * len(self.spec.stores)
+        more = "".join(f", {key}: {json.dumps(value)}" for key, value in self.prior.cell.items())
         lines = [
             f"# {cells} cells that narrow the {self.request.target} the most within {self.request.hours:g} h on one "
             f"{self.request.device.name}.",
@@ -118,6 +121,6 @@ class Proposal:
             yaml_text(document).rstrip(),
             "grid:",
             "  cells:",
-            *(f"  - {{n_latents: {c.n_latents}, k: {c.k}, seed: {list(c.seeds)}}}" for c in self.cells),
+            *(f"  - {{n_latents: {c.n_latents}, k: {c.k}, seed: {list(c.seeds)}{more}}}" for c in self.cells),
         ]
         return "\n".join(lines) + "\n"

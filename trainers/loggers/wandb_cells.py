@@ -96,7 +96,7 @@ class WandbLogger:
                 self._mode,
                 self._directory,
                 id=run_id(cell.cell_id, self._sweep),
-                name=_name(fields, self._axes),
+                name=_name({"subject": subject, "site": context.get("site"), **fields}, self._axes, cell.cell_id),
                 group=self._sweep,
                 job_type="cell",
                 tags=[tag[:64] for tag in (cell.architecture, subject, str(context.get("site", ""))) if tag],
@@ -142,7 +142,7 @@ class WandbLogger:
             self._finish(cell_id, {"status": "interrupted"})
 
 
-def _name(fields: Mapping[str, Any], axes: Sequence[str]) -> str:
+def _name(fields: Mapping[str, Any], axes: Sequence[str], cell_id: str) -> str:
     """What a cell's run is called: unlike cells have unlike names."""
     said = [f"{fields['architecture']} n{fields['n_latents']} k{fields['k']}"]
     said += [f"seed {fields['seed']}"] if fields["seed"] else []
@@ -150,4 +150,6 @@ def _name(fields: Mapping[str, Any], axes: Sequence[str]) -> str:
         value = fields.get(axis)
         shown = f"{value:.4g}" if isinstance(value, float) else str(value)
         said += [f"{axis} {shown}"] if axis in fields else []
-    return " ".join(said)[:_LONGEST]
+    name = " ".join(said)
+    # What is cut off may be what two of them differ in.
+    return name if len(name) <= _LONGEST else f"{name[: _LONGEST - 9]} {cell_id[-8:]}"
