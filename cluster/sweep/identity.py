@@ -122,7 +122,7 @@ def _changed_store(there: _Asked, here: _Asked) -> str:
     now = {url: key for key, url in here.stores.items() if key not in there.stores}
     changed = [(url, was[url], now[url]) for url in now if url in was]
     if not changed and len(was) == len(now) == len(here.stores) == 1:  # its only one, which may have been moved too
-        changed = [(url, *was.values(), key) for url, key in now.items()]
+        changed = [(url, next(iter(was.values())), key) for url, key in now.items()]
     return "; ".join(f"store_fingerprint is {old} there and {new} here: {url}" for url, old, new in changed)
 
 
