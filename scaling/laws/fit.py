@@ -17,6 +17,7 @@ from saescale.scaling.laws.isoflop import IsoFlop, find_isoflop
 from saescale.scaling.laws.law import Law, forms_of
 from saescale.scaling.laws.over_cells import by_k, fit_cells
 from saescale.scaling.laws.over_compute import find_frontiers, fit_compute, fit_optimum
+from saescale.scaling.laws.rates import Rates, find_rates
 from saescale.scaling.laws.settings import DEFAULT_LAWS, LEAST_BOOTSTRAPS, FitSettings
 from saescale.scaling.levels import with_levels
 from saescale.scaling.tables import Table, check_cells, fingerprint
@@ -45,6 +46,7 @@ class Laws:
     convergence: Convergence | None = None
     isoflops: tuple[IsoFlop, ...] = ()
     best: Best | None = None
+    rates: Rates | None = None
     of: Kind = field(default_factory=dict)
 
     def document(self) -> dict[str, Any]:
@@ -56,6 +58,7 @@ class Laws:
             "tokens_to_convergence": {**kind, **self.convergence.document()} if self.convergence else None,
             "iso_flop": [{**kind, **view.document()} for view in self.isoflops if view.enough],
             "best_over": [{**kind, **axis.document()} for axis in self.best.axes] if self.best else [],
+            "rates": [{**kind, **self.rates.document()}] if self.rates else [],
         }
 
 
@@ -111,6 +114,7 @@ class LawsOfKinds:
             "tokens_to_convergence": converged[0] if len(each) == 1 else [found for found in converged if found],
             "iso_flop": [view for part in each for view in part["iso_flop"]],
             "best_over": [axis for part in each for axis in part["best_over"]],
+            "rates": [rates for part in each for rates in part["rates"]],
         }
 
 
@@ -201,6 +205,7 @@ def _of_kind(
         None if curves is None else find_convergence(results, curves, settings),
         isoflops,
         best,
+        find_rates(everything, lost),
         of,
     )
 
