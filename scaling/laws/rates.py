@@ -3,7 +3,8 @@
 At each N and k a parabola in ln lr goes through ln nmse of the lowest rate and up to two neighbours on either side,
 weighted by their seeds. Its minimum is the best rate there, with Fieller's interval (1954), which is open where the
 curvature cannot be told from none. The scatter behind it is pooled over all parabolas of a kind of cells and, where
-they repeat, seeds. A power law goes through the minima, weighted by their variances.
+they repeat, seeds. Wells are skew, since above them training is about to diverge: all of a kind share a cubic term
+where enough is left over to tell it. A power law goes through the minima, weighted by their variances.
 
 A minimum at the edge of the rates that were tried, or beyond it, is a bound: it is said and enters no law. So are
 parabolas that open downwards. Rates of which a seed diverged (nmse above 1) are left out of the parabola.
@@ -24,6 +25,7 @@ from saescale.scaling.words import listed
 _LEAST_RATES = 3
 _LEAST_MINIMA = 3
 _BESIDE = 2  # rates on either side of the lowest that its parabola goes through
+_LEAST_FREE = 3  # degrees of freedom that a cubic term takes one of
 _LEVEL = 0.95
 
 
@@ -49,6 +51,8 @@ class Minimum:
     reason: str = ""
     squares: float = 0.0  # weighted, of what the parabola leaves over
     free: int = 0
+    shift: float = 0.0  # of the minimum by the skew of the wells
+    pull: float = 0.0  # of the minimum by one standard error of that, over the deviation of one cell
     _normal: tuple[np.ndarray, np.ndarray] | None = None  # (coefficients, covariance over the variance of one cell)
 
     @property
@@ -69,8 +73,19 @@ class Minimum:
         if two <= 0:
             return self
         root = np.sqrt(max(one * one - 4 * two * none, 0.0))
-        centre = self._centre()
-        return replace(self, low=centre + (-one - root) / (2 * two), high=centre + (-one + root) / (2 * two))
+        centre = self._centre() + self.shift
+        low, high = centre + (-one - root) / (2 * two), centre + (-one + root) / (2 * two)
+        pull = self.pull * quantile * deviation
+        return replace(
+            self, low=self.value - np.hypot(self.value - low, pull), high=self.value + np.hypot(high - self.value, pull)
+        )
+
+    def near(self) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+        """(ln rates relative to the lowest, design [rates, 3], seeds, ln nmse) of what its parabola goes through."""
+        place = int(np.argmin(self.log_nmse))
+        own = slice(max(place - _BESIDE, 0), place + _BESIDE + 1)
+        at = self.log_lr[own] - self.log_lr[place]
+        return at, np.stack([np.ones_like(at), at, at**2], axis=1), self.seeds[own], self.log_nmse[own]
 
     def _centre(self) -> float:
         return float(self.log_lr[np.argmin(self.log_nmse)])
@@ -175,7 +190,8 @@ def find_rates(cells: Table, lost: np.ndarray) -> Rates | None:
         free += degrees
     if all(len(minimum.log_lr) + minimum.diverged < 2 for minimum in minima):
         return None
-    deviation, degrees = _scatter(minima, pure, free)
+    minima, skew = _unskewed(minima, free)
+    deviation, degrees = _scatter(minima, pure, free - skew)
     quantile = float(student.ppf((1 + _LEVEL) / 2, degrees)) if degrees else np.nan
     minima = [minimum.interval(deviation, quantile) for minimum in minima]
     found = [minimum for minimum in minima if minimum.found]
@@ -211,11 +227,9 @@ def _parabola(start: Minimum, diverged: np.ndarray) -> Minimum:
         more = ", above which it diverges" if side == "above" and (np.log(diverged) > x[-1]).any() else ""
         reason = f"the best rate is the {end} that was tried{more}"
         return replace(start, bound=side, reason=reason)
-    near = slice(max(place - _BESIDE, 0), place + _BESIDE + 1)
-    at, weights = x[near] - x[place], start.seeds[near]
-    design = np.stack([np.ones_like(at), at, at**2], axis=1)
+    at, design, weights, near = start.near()
     covariance = np.linalg.inv(design.T @ (weights[:, None] * design))
-    coefficients = covariance @ (design.T @ (weights * y[near]))
+    coefficients = covariance @ (design.T @ (weights * near))
     c, b, a = coefficients
     if a <= 0:
         return replace(start, bound="none", reason="the parabola through ln nmse opens downwards")
@@ -223,11 +237,51 @@ def _parabola(start: Minimum, diverged: np.ndarray) -> Minimum:
     if not at[0] < vertex < at[-1]:
         return replace(start, bound="above" if vertex > 0 else "below", reason="the minimum lies beyond the rates")
     slope = np.array([0.0, -1 / (2 * a), b / (2 * a * a)])  # of the vertex in the coefficients
-    left = y[near] - design @ coefficients
+    left = near - design @ coefficients
     return replace(
         start, value=float(x[place] + vertex), variance=float(slope @ covariance @ slope),
         lowest=float(c - a * vertex**2), squares=float(weights @ left**2), free=len(at) - 3,
         _normal=(coefficients, covariance),
+    )  # fmt: skip
+
+
+def _unskewed(minima: list[Minimum], free: int) -> tuple[list[Minimum], bool]:
+    """Minima of parabolas with a cubic term that all of them share, and True; as they are where too little is left over
+    to tell it: too high a rate costs more than one as much too low, and a parabola's minimum is off by that."""
+    crossed = squared = 0.0
+    for m in (m for m in minima if m.found and m.free):
+        at, design, weights, y = m.near()
+        cubic = at**3 - design @ np.linalg.lstsq(design * np.sqrt(weights)[:, None], at**3 * np.sqrt(weights))[0]
+        crossed += float(cubic @ (weights * y))
+        squared += float(cubic @ (weights * cubic))
+    if squared == 0 or sum(m.free for m in minima) + free < _LEAST_FREE:
+        return minima, False
+    d, step = crossed / squared, 1e-3 * np.sqrt(1 / squared)
+    found = []
+    for m in minima:
+        own = _with_cubic(m, d) if m.found else m
+        pull = (_with_cubic(m, d + step).value - own.value) / step if m.found else 0.0
+        found.append(replace(own, pull=float(pull / np.sqrt(squared))))
+    return found, True
+
+
+def _with_cubic(minimum: Minimum, d: float) -> Minimum:
+    """The minimum where d x^3 is added to its parabola; as it is where that has none between its rates."""
+    at, design, weights, y = minimum.near()
+    rest = y - d * at**3
+    covariance = np.linalg.inv(design.T @ (weights[:, None] * design))
+    c, b, a = covariance @ (design.T @ (weights * rest))
+    turn = a * a - 3 * d * b
+    if turn <= 0:
+        return minimum
+    vertex = float(-b / (a + np.sqrt(turn))) if a > 0 else float((np.sqrt(turn) - a) / (3 * d))
+    if not at[0] < vertex < at[-1]:
+        return minimum
+    left = rest - design @ np.array([c, b, a])
+    centre = float(minimum.log_lr[np.argmin(minimum.log_nmse)])
+    return replace(
+        minimum, value=centre + vertex, shift=centre + vertex - minimum.value, squares=float(weights @ left**2),
+        lowest=float(c + b * vertex + a * vertex**2 + d * vertex**3),
     )  # fmt: skip
 
 
@@ -263,11 +317,13 @@ def _law(
     if len(minima) < _LEAST_MINIMA + joint or np.linalg.matrix_rank(design) < design.shape[1]:
         return None
     target, variances = np.array([m.value for m in minima]), np.array([m.variance for m in minima])
-    covariance = np.linalg.inv(design.T @ (design / variances[:, None]))
-    value = covariance @ (design.T @ (target / variances))
+    pulls = np.array([m.pull for m in minima])  # what the skew that they share moves them all by
+    weights = np.linalg.inv(np.diag(variances) + np.outer(pulls, pulls))
+    covariance = np.linalg.inv(design.T @ weights @ design)
+    value = covariance @ (design.T @ weights @ target)
     left = target - design @ value
     free = len(minima) - design.shape[1]
-    between = float(np.sqrt((left**2 / variances).sum() / free))
+    between = float(np.sqrt(left @ weights @ left / free))
     if not np.isfinite(deviation) or between > deviation:
         deviation, degrees = between, free
     half = float(student.ppf((1 + _LEVEL) / 2, degrees)) * deviation * np.sqrt(np.diag(covariance))
