@@ -25,28 +25,27 @@ def of_kinds(architectures: int, sites: int) -> Rows:
     rng = np.random.default_rng(0)
     return [
         {
-            "architecture": f"a{i}", "site": f"resid_post.{layer}", "n_latents": n, "k": 8, "l0": 8.0, "dead_fraction": 0.2,
-            "nmse": 0.5 * (n / 512) ** -0.2 * np.exp(0.02 * rng.standard_normal()),
+            "architecture": f"a{i}", "site": f"resid_post.{layer}", "n_latents": n, "k": 8, "l0": 8.0,
+            "dead_fraction": 0.2, "nmse": 0.5 * (n / 512) ** -0.2 * np.exp(0.02 * rng.standard_normal()),
         }
         for i in range(architectures) for layer in range(sites) for n in SIZES[: 5 if i else 2]
     ]  # fmt: skip
 
 
-def test_a_hundred_and_forty_four_kinds_stay_readable() -> None:
-    laws = fit_laws(Table.from_rows(of_kinds(12, 12)), settings=FitSettings(0, laws=("n",)))
-    assert len(laws.kinds) == 144
+def test_many_kinds_stay_readable() -> None:
+    laws = fit_laws(Table.from_rows(of_kinds(7, 5)), settings=FitSettings(0, laws=("n",)))
+    assert len(laws.kinds) == 35
     document = laws.document()
     notes = fit_notes(document)
     assert len(notes) < 25
     assert max(map(len, notes)) < 900
-    # The twelve sites of a0 have too few cells.
-    assert [
-        note for note in notes if note.startswith("not fitted: n at k = 8 (a0 at resid_post.0, a0 at resid_post.1, ")
-    ]
+    # The sites of a0 have too few cells.
+    few = "not fitted: n at k = 8 (a0 at resid_post.0, a0 at resid_post.1, "
+    assert [note for note in notes if note.startswith(few)]
     rows = kind_rows(document)
-    assert len(rows) == 2 * 132
+    assert len(rows) == 2 * 30
     assert [kind for _, kind, _ in rows][:3] == ["a1 at resid_post.0", "a1 at resid_post.1", "a1 at resid_post.2"]
-    assert len({label for label, _, _ in rows[:132]}) == 1
+    assert len({label for label, _, _ in rows[:30]}) == 1
 
 
 def test_numbers_that_differ_from_kind_to_kind_are_written_twice() -> None:
