@@ -39,6 +39,7 @@ class TrainingCell:
         self.worked = Worked()
         self.loss = float("nan")  # of its last step
         self.curve: list[CurveRow] = []
+        self.levels: list[dict[str, float]] | None = None  # nmse and l0 at each of Settings.levels, when it has ended
         self.error: str | None = None
         self._train_sum, self._train_steps = 0.0, 0
         self._batch: Batch | None = None  # the last one, of an architecture that is calibrated on it
