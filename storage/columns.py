@@ -118,6 +118,11 @@ def is_diverged(nmse: float | None) -> bool:
     return nmse is not None and not nmse <= 1
 
 
+def misses_k(l0_error: float | None) -> bool:
+    """Whether a cell, of which k is the target of its mean L0, ended more than 10 % off it; None: k is exact."""
+    return l0_error is not None and not abs(l0_error) <= 0.1
+
+
 def _schema(table: TableName) -> pa.Schema:
     return pa.schema([(column.name, column.type) for column in columns_of(table)])
 
