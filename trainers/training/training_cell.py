@@ -73,10 +73,12 @@ class TrainingCell:
         if not np.isfinite([result.main, *told]).all():
             self.diverge(f"training loss {result.main}")
             return
+        # Before the step, as `active` is: of rows that it was just trained on an SAE makes a few percent less.
+        averaged = self._averaged_l0(batch)
         updates = self.optimiser.next(sae.settings.rate(progress))
         sae.step.update(sae.params, sae.operands, result.gradient, updates, sae.mesh)
         self.step += 1
-        self.controller.after(self.step, result.active, self._averaged_l0(batch))
+        self.controller.after(self.step, result.active, averaged)
         self.loss = result.main
         self._batch = batch if hasattr(sae.architecture, "calibrated") else None
         self.worked = self.worked.plus(result.worked)
@@ -86,7 +88,7 @@ class TrainingCell:
 
     def _averaged_l0(self, batch: Batch) -> float | None:
         """Active latents of a token of `batch` with averaged weights, where the controller wants to know."""
-        if not self.controller.measures(self.step):
+        if not self.controller.measures(self.step + 1):
             return None
         return float(self.averaged().reconstruct(batch).active) / len(batch.x)
 
