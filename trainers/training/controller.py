@@ -13,7 +13,7 @@ makes then kills latents that k needs later.
 
 L0 is reported of the averaged weights, and that is some percent off that of the steps (their biases jitter, and an
 average is in the middle of it). So every few steps it is measured with the averaged weights too, and compared with what
-the steps had, averaged just as long; steps then aim at as much more or fewer.
+the steps had, averaged just as long; steps then aim at as much more or fewer. FLOPs do not count these forward passes.
 """
 
 import math

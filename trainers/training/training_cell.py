@@ -64,6 +64,8 @@ class TrainingCell:
         has not been told yet, which it would have to wait for, the next loss shows it."""
         start = time.perf_counter()
         sae = self.sae
+        # Before the step, as what is active in it: of rows that it was just trained on an SAE makes a few percent less.
+        averaged = self._averaged_l0(batch)
         progress = self.step / self.cell.steps
         conditions = Conditions(self.variance, self.cell.dead_after_tokens, progress, self.controller.coefficient)
         result = sae.step.measure(
@@ -73,8 +75,6 @@ class TrainingCell:
         if not np.isfinite([result.main, *told]).all():
             self.diverge(f"training loss {result.main}")
             return
-        # Before the step, as `active` is: of rows that it was just trained on an SAE makes a few percent less.
-        averaged = self._averaged_l0(batch)
         updates = self.optimiser.next(sae.settings.rate(progress))
         sae.step.update(sae.params, sae.operands, result.gradient, updates, sae.mesh)
         self.step += 1
