@@ -82,7 +82,7 @@ def test_without_a_driver_the_files_of_the_cells_tell(tmp_path: Path, remote: bo
     assert [cell.step for cell in found.cells] == [None, None, 7, None, None, None]
     assert (found.cells[3].nmse, found.cells[4].error) == (0.4, "too hot")
     assert found.counts.model_dump() == {
-        "cells": 6, "done": 2, "diverged": 0, "failed": 2, "running": 0, "started": 1, "pending": 1,
+        "cells": 6, "done": 2, "diverged": 0, "missed_k": 0, "failed": 2, "running": 0, "started": 1, "pending": 1,
     }  # fmt: skip
 
 
