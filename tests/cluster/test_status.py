@@ -117,7 +117,7 @@ def test_a_live_driver_tells_what_runs(tmp_path: Path) -> None:
     assert found.driver.job == "grid-1a2b3c4d"
     assert statuses(found) == ["done", "failed", "running", "pending"]
     assert found.cells[2].model_dump() == running.model_dump() | {
-        "n_latents": 128, "k": 2, "seed": 0, "status": "running", "wall_s": None, "error": None,
+        "n_latents": 128, "k": 2, "seed": 0, "status": "running", "wall_s": None, "l0_error": None, "error": None,
         "architecture": None,
     }  # fmt: skip
     for said in (
