@@ -85,7 +85,7 @@ def missed(cells: Iterable[Cell], results: Sequence[Mapping[str, Any]]) -> list[
     from saescale.trainers.training.controller import is_off
 
     settings = {cell.cell_id: cell.whole_settings for cell in cells}
-    bad = [result for result in results if misses_k(result["l0_error"])]
+    bad = [result for result in results if misses_k(result.get("l0_error"))]
     if not bad:
         return []
     off = {row["cell_id"] for row in bad if is_off(settings[row["cell_id"]], row["coefficient"])}

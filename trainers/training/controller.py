@@ -13,7 +13,7 @@ makes then kills latents that k needs later.
 
 L0 is reported of the averaged weights, and that is some percent off that of the steps (their biases jitter, and an
 average is in the middle of it). So every few steps it is measured with the averaged weights too, and compared with what
-the steps had, averaged just as long; steps then aim at as much more or fewer.
+the steps had, averaged just as long; steps then aim at as much more or fewer. FLOPs do not count these forward passes.
 """
 
 import math
@@ -22,11 +22,11 @@ from typing import NamedTuple
 from saescale.trainers.architectures.architecture import PenaltySettings, Settings
 
 FOUND_AT = 0.9  # share of training in which it is found
-RAMP = 0.4
+RAMP = 0.2
 MEASURED_EVERY = 8  # steps between two measurements with averaged weights, from the end of the ramp on
 # A coefficient below the floor, times a start, changes nothing that can be seen: a penalty that got there is off.
-FLOOR, CEILING = 1e-3, 1e4
-_REACH = 5.0  # how far its logarithm moves in that part by the sum, where L0 is e times too high all the time
+FLOOR, CEILING = 1e-3, 1e2
+_REACH = 12.0  # how far its logarithm moves in that part by the sum, where L0 is e times too high all the time
 _DAMPING = 0.15  # share of what is off now
 _AHEAD = 0.1  # how much later, of that part
 _SMOOTH, _SMOOTH_SLOPE = 0.8, 0.9  # decays of the averages over steps of L0 and of its change
