@@ -56,7 +56,8 @@ def by_index(selected: Selected, ends: Sequence[int]) -> list[Selected]:
         place = first[:, None] + torch.arange(max(1, most), device=keys.device)
         inside = place < end[:, None]
         place = place.clamp_(max=width - 1)
-        z = torch.where(inside, selected.z.gather(1, place), 0.0)
+        # NaN, which says that the encoder diverged, has no index (or_nan).
+        z = torch.where(inside | selected.z.isnan().any(), selected.z.gather(1, place), 0.0)
         groups.append(Selected(torch.where(inside, indices.gather(1, place), -1), z))
     return groups
 

@@ -273,9 +273,13 @@ def select(
 
 def encoder_operands(params: Params, operands: Params, batch: Batch, offset: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """x, W_enc and bias as the kernels take them for W_enc (x - b_pre) + b_enc."""
+    return *encoder_input(operands, batch), params["b_enc"] - params["W_enc"] @ offset
+
+
+def encoder_input(operands: Params, batch: Batch) -> tuple[Tensor, Tensor]:
+    """x minus origin and W_enc, in the type of the encoder's product."""
     W_enc = operands["W_enc"]
-    x = batch.rounded if W_enc.dtype == torch.bfloat16 else batch.x
-    return x, W_enc, params["b_enc"] - params["W_enc"] @ offset
+    return batch.rounded if W_enc.dtype == torch.bfloat16 else batch.x, W_enc
 
 
 def or_nan(selected: Selected, bias: Tensor) -> Selected:
