@@ -82,7 +82,7 @@ def reference(sae: SAE, x: torch.Tensor, idle: torch.Tensor | None = None) -> tu
 
 def decisions(sae: SAE, x: torch.Tensor, dead: DeadLatents) -> tuple[torch.Tensor, ...]:
     """What rounding must not change for two ways to agree: who is active, who fires, whom AuxK or a threshold takes."""
-    forward, losses, _ = reference(sae, x, dead.after(WINDOW))
+    forward, _, _ = reference(sae, x, dead.after(WINDOW))
     pre = forward.pre_activations.detach()
     made = [forward.latents > 0, fired(forward.latents), pre > 0]
     if hasattr(sae.settings, "bandwidth"):
