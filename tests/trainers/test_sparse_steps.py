@@ -84,7 +84,7 @@ def decisions(sae: SAE, x: torch.Tensor, dead: DeadLatents) -> tuple[torch.Tenso
     """What rounding must not change for two ways to agree: who is active, who fires, whom AuxK or a threshold takes."""
     forward, _, _ = reference(sae, x, dead.after(WINDOW))
     pre = forward.pre_activations.detach()
-    made = [forward.latents > 0, fired(forward.latents), pre > 0]
+    made = [forward.latents > 0, fired(forward.latents)]
     if hasattr(sae.settings, "bandwidth"):
         off = (pre - sae.params["threshold"].relu().double()).abs()
         made += [off < sae.settings.bandwidth / 2]
@@ -92,6 +92,10 @@ def decisions(sae: SAE, x: torch.Tensor, dead: DeadLatents) -> tuple[torch.Tenso
         idle = dead.after(WINDOW) & ~fired(forward.latents)
         best = pre.masked_fill(~idle, -torch.inf).topk(min(sae.settings.k_aux, pre.shape[1]), dim=1).indices
         made += [torch.zeros_like(pre).scatter_(1, best, 1.0) * idle]
+    if hasattr(sae.settings, "experts"):
+        made += [pre[:, -sae.settings.experts :].argmax(dim=1)]
+        pre = pre[:, : -sae.settings.experts]
+    made += [pre > 0]
     if hasattr(sae.settings, "levels"):
         made += [forward.latents.topk(k, dim=1).indices.sort(dim=1).values for k in sae.settings.levels()[:-1]]
     return tuple(made)
@@ -133,9 +137,18 @@ def moved_by(sae: SAE, gradient: Any) -> Tensors:
 def test_losses_gradients_and_counts_equal_the_float64_reference(
     name: str, batch: int, d_model: int, n_latents: int, k: int, k_aux: int, dead_share: float, seed: int, half: bool
 ) -> None:
-    variant = "relu" if half else "ste"
+    variant, experts = "relu" if half else "ste", 4 if half else 2
+    if name == "switch":
+        n_latents, k = experts * (n_latents // 4), min(k, n_latents // 4)
     sae = sae_of(
-        name, Shape(d_model, n_latents), seed, k=min(k, n_latents), k_aux=k_aux, variant=variant, bandwidth=0.2
+        name,
+        Shape(d_model, n_latents),
+        seed,
+        k=min(k, n_latents),
+        k_aux=k_aux,
+        variant=variant,
+        bandwidth=0.2,
+        experts=experts,
     )
     x, origin = rows(batch, d_model, seed), 0.1 * torch.randn(d_model, generator=torch.Generator().manual_seed(seed))
     dead = some_dead(n_latents, dead_share, seed)
