@@ -185,10 +185,10 @@ def test_losses_gradients_and_counts_equal_the_float64_reference(
 @pytest.mark.parametrize("name", SPARSE)
 def test_several_steps_equal_those_of_the_dense_path(name: str) -> None:
     """Through the optimiser, with unit rows and the average of the weights; and evaluation after them."""
-    fast = sae_of(name, Shape(16, 60), 1, k=5, k_aux=6)
+    fast = sae_of(name, Shape(16, 64), 1, k=5, k_aux=6)
     slow = SAE(name, fast.shape, fast.settings, {n: t.clone() for n, t in fast.params.items()})
-    slow.step = DenseStep(slow.architecture, 60)
-    optimisers, dead = (optimiser_of(fast), optimiser_of(slow)), (some_dead(60, 0.3, 0), some_dead(60, 0.3, 0))
+    slow.step = DenseStep(slow.architecture, 64)
+    optimisers, dead = (optimiser_of(fast), optimiser_of(slow)), (some_dead(64, 0.3, 0), some_dead(64, 0.3, 0))
     batch = Batch.of(rows(50, 16, 0), torch.zeros(16), False)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(pairwise, "DENSE_ABOVE", 1.0)
@@ -210,7 +210,7 @@ def test_several_steps_equal_those_of_the_dense_path(name: str) -> None:
         got, wanted = ours.reconstruct(batch), theirs.reconstruct(batch)
     assert torch.allclose(got.error, wanted.error, atol=2e-4)
     assert int(got.active) == pytest.approx(int(wanted.active), abs=2)
-    assert 0 < int(got.active) < 50 * 60
+    assert 0 < int(got.active) < 50 * 64
 
 
 @pytest.mark.parametrize("name", PAIRWISE)
@@ -237,12 +237,12 @@ def test_where_many_are_active_the_step_is_the_dense_one(name: str, precision: P
 @pytest.mark.parametrize("name", SPARSE)
 @pytest.mark.parametrize("parameter", ["W_enc", "W_dec"])
 def test_one_bad_weight_is_noticed(name: str, parameter: str) -> None:
-    sae = sae_of(name, Shape(8, 16), 0, k=4)
+    sae = sae_of(name, Shape(8, 32), 0, k=4)
     sae.params[parameter][3] = float("nan")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(pairwise, "DENSE_ABOVE", 1.0)
         batch = Batch.of(rows(40, 8, 0), torch.zeros(8), False)
-        dead = DeadLatents(16)
+        dead = DeadLatents(32)
         step = sae.step.measure(sae.params, sae.operands, batch, sae.settings, CONDITIONS, dead, ALONE)
         assert not torch.tensor(step.main).isfinite()
         assert not sae.reconstruct(batch).squared.isfinite()

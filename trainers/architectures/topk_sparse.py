@@ -199,14 +199,16 @@ class TopKStep:
         )  # fmt: skip
         # A parameter that is not trained has no update.
         matrices = {"W_dec": of_decoder, "W_enc": of_encoder}
-        for name in matrices.keys() & updates.keys():
-            summands = matrices[name]
+        for name, summands in matrices.items():
+            if name not in updates:
+                continue
             moments, adam, unit_rows = updates[name]
             operand = None if operands[name] is params[name] else operands[name]
             sparse.update_rows(params[name], moments, summands, adam, unit_rows, operand)
         vectors = {"b_enc": b_enc, "b_pre": b_pre}
-        for name in vectors.keys() & updates.keys():
-            dense = vectors[name]
+        for name, dense in vectors.items():
+            if name not in updates:
+                continue
             moments, adam, unit_rows = updates[name]
             adam_rows(params[name], moments, dense, adam, unit_rows)
 
