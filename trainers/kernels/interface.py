@@ -158,3 +158,11 @@ def group_size(n_latents: int, k: int) -> int:
     while 4 * size * size * k <= n_latents:
         size *= 2
     return size
+
+
+class DeadGradient(NamedTuple):
+    squared: Tensor
+    pairs: Tensor
+    W_enc: Tensor
+    b_enc: Tensor
+    W_dec: Tensor
