@@ -194,6 +194,9 @@ class FastStep(Protocol):
     def reconstruct(self, params: Params, operands: Params, batch: Batch, settings: Any, mesh: Mesh) -> Reconstruction:
         """The forward pass alone."""
 
+    def calibrate(self, params: Params, operands: Params, batch: Batch, settings: Any) -> None:
+        """May be left out: writes to `params` what `Architecture.calibrated` gives."""
+
     def training_bytes(
         self, shape: Shape, settings: Any, batch: int, precision: Precision, kernels: KernelKind
     ) -> float:

@@ -11,6 +11,7 @@ from torch import Tensor
 from saescale.scaling.compute import Flops
 from saescale.trainers.architectures import parts, topk
 from saescale.trainers.architectures.architecture import Forward, Losses, Parameter, Params, Shape, State, Worked
+from saescale.trainers.architectures.batchtopk_sparse import BatchTopKStep
 from saescale.trainers.preprocess import Centre
 
 
@@ -58,3 +59,6 @@ def losses(params: Params, forward: Forward, target: Tensor, settings: Settings,
 
 def flops(shape: Shape, settings: Settings, worked: Worked) -> Flops:
     return parts.sparse_flops(shape, worked)
+
+
+step = BatchTopKStep()

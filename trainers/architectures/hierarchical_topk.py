@@ -9,6 +9,7 @@ from torch import Tensor
 from saescale.scaling.compute import Flops
 from saescale.trainers.architectures import parts, topk
 from saescale.trainers.architectures.architecture import Forward, Losses, Params, Shape, State, Worked
+from saescale.trainers.architectures.hierarchical_topk_sparse import HierarchicalTopKStep
 
 
 class Settings(topk.Settings):
@@ -41,3 +42,6 @@ def losses(params: Params, forward: Forward, target: Tensor, settings: Settings,
 def flops(shape: Shape, settings: Settings, worked: Worked) -> Flops:
     """As of one reconstruction: those of fewer latents are sums on its way."""
     return parts.sparse_flops(shape, worked)
+
+
+step = HierarchicalTopKStep()

@@ -108,6 +108,14 @@ class Kernels(Protocol):
         accumulation (a bfloat16 product may be rounded to bfloat16); bias [n_latents] is added in float32.
         """
 
+    def select_above(self, x: Tensor, W_enc: Tensor, bias: Tensor, threshold: Tensor, most: int) -> Selected | None:
+        """All latents of each token whose pre-activation x W_enc^T + bias exceeds `threshold` [n_latents].
+
+        Operands are those of `encode_select`, and [batch, n_latents] is never whole here either. `z` holds the
+        pre-activations, of whatever sign; indices ascend, and rows are as wide as the widest has latents, but at least
+        1. None where that makes more than `most` pairs.
+        """
+
     def decode(
         self, x: Tensor, offset: Tensor, selected: Selected, W_dec: Tensor, scale: float | None, error: Tensor
     ) -> Decoded:
@@ -115,6 +123,10 @@ class Kernels(Protocol):
 
         dz is 0 where z is (ReLU). x [batch, d_model], offset [d_model], W_dec [n_latents, d_model].
         """
+
+    def gradient_by_z(self, error: Tensor, indices: Tensor, W_dec: Tensor, scale: float) -> Tensor:
+        """float32 [batch, k], as of `decode` but for any `error` [batch, d_model] and at every index [batch, k]:
+        scale * error . W_dec[index], 0 where the index is -1."""
 
     def transpose(self, terms: Sequence[Term], n_latents: int) -> Pairs:
         """The pairs of `terms` with z > 0 by latent; the same order at every call."""
