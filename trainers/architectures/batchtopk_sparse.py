@@ -14,12 +14,13 @@ from saescale.trainers.architectures.topk_sparse import (
     Chosen,
     TopKStep,
     active_pairs,
+    encode_select,
     encoder_operands,
     or_nan,
     target_of,
 )
 from saescale.trainers.kernels.choose import KernelKind, kernels
-from saescale.trainers.kernels.interface import Kernels, Selected
+from saescale.trainers.kernels.interface import Kept, Kernels, Selected
 from saescale.trainers.mesh.mesh import ALONE, Mesh
 from saescale.trainers.precision import Precision
 
@@ -31,10 +32,11 @@ class BatchTopKStep(TopKStep):
     """FastStep of BatchTopK, for one process: what is selected depends on all tokens and all latents."""
 
     def choose(
-        self, params: Params, operands: Params, batch: Batch, offset: Tensor, settings: Any, mesh: Mesh
-    ) -> Chosen:
+        self, params: Params, operands: Params, batch: Batch, offset: Tensor, settings: Any, mesh: Mesh,
+        kept: Kept | None,
+    ) -> Chosen:  # fmt: skip
         x, W_enc, bias = encoder_operands(params, operands, batch, offset)
-        selected = or_nan(batch_top_k(kernels(x.device), x, W_enc, bias, settings.k), bias)
+        selected = or_nan(batch_top_k(kernels(x.device), x, W_enc, bias, settings.k, kept), bias)
         return Chosen(selected, [selected], [1.0])
 
     def parts(self, losses: Any, chosen: Chosen) -> dict[str, float]:
@@ -43,7 +45,8 @@ class BatchTopKStep(TopKStep):
     @torch.no_grad()
     def calibrate(self, params: Params, operands: Params, batch: Batch, settings: Any) -> None:
         """Writes params["threshold"]: just below the smallest activation that is active in this batch."""
-        chosen = BatchTopKStep.choose(self, params, operands, batch, params["b_pre"] - batch.origin, settings, ALONE)
+        offset = params["b_pre"] - batch.origin
+        chosen = BatchTopKStep.choose(self, params, operands, batch, offset, settings, ALONE, None)
         z = chosen.active.z
         smallest = z.masked_fill(z <= 0, torch.inf).amin()
         below = torch.nextafter(smallest, torch.zeros_like(smallest))
@@ -76,14 +79,14 @@ class BatchTopKStep(TopKStep):
         return super().evaluation_bytes(shape, wider, batch, precision, kernels)
 
 
-def batch_top_k(sparse: Kernels, x: Tensor, W_enc: Tensor, bias: Tensor, k: int) -> Selected:
+def batch_top_k(sparse: Kernels, x: Tensor, W_enc: Tensor, bias: Tensor, k: int, kept: Kept | None = None) -> Selected:
     """The k * batch largest positive entries of x W_enc^T + bias, exactly; operands as `encode_select` takes them.
 
     Indices ascend, and -1 follows; ties go to the lower token, then to the lower index.
     """
     n_latents = len(bias)
     wanted, width = k * len(x), min(CANDIDATES * k, n_latents)
-    (best,) = sparse.encode_select(x, W_enc, bias, [width])
+    (best,) = encode_select(sparse, x, W_enc, bias, [width], kept)
     while True:
         # No more than k a token: what is wanted never exceeds what there is.
         bound = best.z.flatten().topk(wanted, sorted=False).values.amin()

@@ -9,15 +9,17 @@ from saescale.trainers.architectures.architecture import Batch, Params, Shape
 from saescale.trainers.architectures.nested import by_rank, decode_nested, mean_of
 from saescale.trainers.architectures.topk_sparse import Chosen, Reconstructed, TopKStep, select
 from saescale.trainers.kernels.choose import KernelKind
+from saescale.trainers.kernels.interface import Kept
 from saescale.trainers.mesh.mesh import Mesh
 from saescale.trainers.precision import Precision
 
 
 class HierarchicalTopKStep(TopKStep):
     def choose(
-        self, params: Params, operands: Params, batch: Batch, offset: Tensor, settings: Any, mesh: Mesh
-    ) -> Chosen:
-        active = select(params, operands, batch, offset, [settings.k], mesh)[0]
+        self, params: Params, operands: Params, batch: Batch, offset: Tensor, settings: Any, mesh: Mesh,
+        kept: Kept | None,
+    ) -> Chosen:  # fmt: skip
+        active = select(params, operands, batch, offset, [settings.k], mesh, kept)[0]
         levels = settings.levels()
         return Chosen(active, by_rank(active, levels), [1 / len(levels)] * len(levels))
 

@@ -10,6 +10,7 @@ from saescale.trainers.architectures.batchtopk_sparse import BatchTopKStep
 from saescale.trainers.architectures.nested import by_index, decode_nested, mean_of
 from saescale.trainers.architectures.topk_sparse import Chosen, Reconstructed
 from saescale.trainers.kernels.choose import KernelKind
+from saescale.trainers.kernels.interface import Kept
 from saescale.trainers.mesh.mesh import Mesh
 from saescale.trainers.precision import Precision
 
@@ -21,9 +22,10 @@ class MatryoshkaStep(BatchTopKStep):
         self.prefixes = prefixes
 
     def choose(
-        self, params: Params, operands: Params, batch: Batch, offset: Tensor, settings: Any, mesh: Mesh
-    ) -> Chosen:
-        active = super().choose(params, operands, batch, offset, settings, mesh).active
+        self, params: Params, operands: Params, batch: Batch, offset: Tensor, settings: Any, mesh: Mesh,
+        kept: Kept | None,
+    ) -> Chosen:  # fmt: skip
+        active = super().choose(params, operands, batch, offset, settings, mesh, kept).active
         n_latents = len(params["W_dec"])
         ends = [*self.prefixes(n_latents), n_latents]
         return Chosen(active, by_index(active, ends), [1 / len(ends)] * len(ends))

@@ -26,14 +26,27 @@ from saescale.trainers.architectures.architecture import (
     Update,
     Worked,
 )
-from saescale.trainers.kernels.choose import KernelKind, kernels
+from saescale.trainers.kernels.choose import KernelKind, dead_kernels, kernels
 from saescale.trainers.kernels.eager import ENTRIES as EAGER_ENTRIES
 from saescale.trainers.kernels.eager import adam_rows
-from saescale.trainers.kernels.interface import Pairs, Selected, Summands, Term, group_size, product_rows
+from saescale.trainers.kernels.interface import (
+    AUXK_BLOCK,
+    AUXK_GROUP,
+    AUXK_SLICE,
+    Kept,
+    Kernels,
+    Pairs,
+    Selected,
+    Summands,
+    Term,
+    group_size,
+    product_rows,
+)
 from saescale.trainers.mesh.mesh import Mesh
 from saescale.trainers.precision import Precision
 
-FEW_DEAD = 8  # times k_aux: up to so many dead latents AuxK is computed dense
+KEPT_ENTRIES = 2**24  # of the encoder's product that are kept for AuxK on a CPU; of more it makes its own product
+FEW_DEAD = 8  # times k_aux: elsewhere, up to so many dead latents AuxK is computed dense
 AUXK_ENTRIES = 2**22  # activations of dead latents that it then holds at a time: 16 MiB
 _FLOAT = 4
 
@@ -96,11 +109,18 @@ class TopKStep:
     rounded: frozenset[str] = frozenset({"W_enc"})
 
     def choose(
-        self, params: Params, operands: Params, batch: Batch, offset: Tensor, settings: Any, mesh: Mesh
+        self,
+        params: Params,
+        operands: Params,
+        batch: Batch,
+        offset: Tensor,
+        settings: Any,
+        mesh: Mesh,
+        kept: Kept | None,
     ) -> Chosen:
-        """`offset` is b_pre - origin."""
+        """`offset` is b_pre - origin; kept.pre is to be written."""
         ks, weights = zip(*settings.reconstructions(len(params["W_dec"])), strict=True)
-        selections = select(params, operands, batch, offset, ks, mesh)
+        selections = select(params, operands, batch, offset, ks, mesh, kept)
         return Chosen(selections[0], selections, weights)
 
     def decode(
@@ -135,7 +155,8 @@ class TopKStep:
         n_latents, d_model = W_dec.shape
         elements = batch.x.numel()
         target = target_of(batch)
-        chosen = self.choose(params, operands, batch, offset, settings, mesh)
+        kept = _to_keep(sparse, operands, batch, dead, conditions) if settings.k_aux else None
+        chosen = self.choose(params, operands, batch, offset, settings, mesh, kept)
         # One more for AuxK, where it may need one.
         errors = batch.x.new_empty(len(chosen.terms) + bool(settings.k_aux), len(batch.x), d_model)
         # The gradient by x_hat of the mean over batch and d_model of the squared error over c.
@@ -159,10 +180,16 @@ class TopKStep:
         losses = [square / elements / conditions.variance for square in squares]
         auxk = _AuxK(0.0, _no_rows(error), None)
         if settings.k_aux and n_dead and scatter_of_error > 0:
-            auxk = _auxk(
-                params, operands, batch, offset, error, _named(idle, int(n_dead)), scatter_of_error, settings,
-                errors[-1],
-            )  # fmt: skip
+            latents = _named(idle, int(n_dead))
+            if dead_kernels(sparse, error.device) is None:
+                auxk = _auxk(
+                    params, operands, batch, offset, error, latents, scatter_of_error, settings, errors[-1]
+                )  # fmt: skip
+            else:
+                among, selected = _of_dead(params, operands, batch, offset, latents, settings.k_aux, kept)
+                kept = None  # before the gradient, which takes as much memory
+                rows = _auxk_by_pairs(params, batch, offset, error, among, selected, scatter_of_error, settings)
+                auxk = rows._replace(dead=len(latents))
         if auxk.term is not None:
             terms.append(auxk.term)
         gradient = Gradient(
@@ -232,12 +259,10 @@ class TopKStep:
         # Index, z and dz of each, then their pairs sorted: row and two weights. A few index tensors are int64 on the
         # way; on a GPU the sort has keys and an order besides.
         pairs = batch * (sum(ks) + k_aux) * (3 * _FLOAT + 3 * _FLOAT + (8 if kernels == "cpu" else 24))
-        few = min(FEW_DEAD * k_aux, shape.n_latents)
-        dense_auxk = 4 * few * shape.d_model * _FLOAT + 4 * min(AUXK_ENTRIES, batch * few) * _FLOAT
-        sparse_auxk = matrix / (2 if precision == "bf16" else 1) if k_aux else 0
+        auxk = _auxk_bytes(shape, k_aux, batch, precision, kernels) if k_aux else 0
         gradients = 2 * (2 * matrix + (shape.n_latents + shape.d_model) * _FLOAT) if kernels == "eager" else 0
         made = _pre_activations(shape, max(ks), batch, precision, kernels)
-        return made + errors + pairs + max(dense_auxk, sparse_auxk) + gradients
+        return made + errors + pairs + auxk + gradients
 
     def evaluation_bytes(
         self, shape: Shape, settings: TopKSettings, batch: int, precision: Precision, kernels: KernelKind
@@ -256,6 +281,21 @@ def _pre_activations(shape: Shape, k: int, rows: int, precision: Precision, kern
     return product_rows(rows, shape.n_latents, kernels) * shape.n_latents * (width + maxima)
 
 
+def _auxk_bytes(shape: Shape, k_aux: int, batch: int, precision: Precision, kernels: KernelKind) -> float:
+    """At most, whatever part of the latents is dead."""
+    n_latents, d_model = shape.n_latents, shape.d_model
+    matrix, width = n_latents * d_model * _FLOAT, 2 if precision == "bf16" else _FLOAT
+    if kernels == "cpu":
+        # The product's columns go before there are gradients, slices of d_model and the sort's counts.
+        group, slices = min(batch, AUXK_GROUP), 2 * n_latents * AUXK_SLICE * _FLOAT
+        counts = 2 * (group + n_latents) * _FLOAT + 2 * group * n_latents / AUXK_BLOCK * _FLOAT
+        by_pairs = 2 * matrix + slices + group * (d_model + AUXK_SLICE) * _FLOAT + counts
+        return max(min(KEPT_ENTRIES, batch * n_latents) * width, by_pairs)
+    few = min(FEW_DEAD * k_aux, n_latents)
+    dense = 4 * few * d_model * _FLOAT + 4 * min(AUXK_ENTRIES, batch * few) * _FLOAT
+    return max(dense, matrix * width / _FLOAT)
+
+
 def target_of(batch: Batch) -> Tensor:
     """What x_hat is compared with, minus origin."""
     return batch.x if batch.target is None else batch.target - batch.origin
@@ -271,11 +311,22 @@ def _named(chosen: Tensor, count: int) -> Tensor:
 
 
 def select(
-    params: Params, operands: Params, batch: Batch, offset: Tensor, ks: Sequence[int], mesh: Mesh
-) -> list[Selected]:
+    params: Params, operands: Params, batch: Batch, offset: Tensor, ks: Sequence[int], mesh: Mesh,
+    kept: Kept | None = None,
+) -> list[Selected]:  # fmt: skip
     x, W_enc, bias = encoder_operands(params, operands, batch, offset)
-    selections = kernels(x.device).encode_select(x, W_enc, bias, ks)
+    selections = encode_select(kernels(x.device), x, W_enc, bias, ks, kept)
     return [mesh.select(or_nan(selected, bias), k) for selected, k in zip(selections, ks, strict=True)]
+
+
+def encode_select(
+    sparse: Kernels, x: Tensor, W_enc: Tensor, bias: Tensor, ks: Sequence[int], kept: Kept | None
+) -> list[Selected]:
+    """As `sparse` selects; what AuxK needs of the product is written to `kept` where it is asked for."""
+    beside = None if kept is None else dead_kernels(sparse, x.device)
+    if beside is None:
+        return sparse.encode_select(x, W_enc, bias, ks)
+    return beside.encode_select(x, W_enc, bias, ks, kept)
 
 
 def encoder_operands(params: Params, operands: Params, batch: Batch, offset: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -310,6 +361,52 @@ class _AuxK(NamedTuple):
 
 def _no_rows(error: Tensor) -> DeadRows:
     return DeadRows(error.new_empty(0, dtype=torch.int64), error[:0], error.new_empty(0), error[:0])
+
+
+def _to_keep(sparse: Kernels, operands: Params, batch: Batch, dead: Dead, conditions: Conditions) -> Kept | None:
+    """What AuxK may need of the main losses' product: columns of latents that are dead unless this batch revives them.
+
+    None where there are none or too many, or on other devices, where their names would have to be waited for.
+    """
+    if dead_kernels(sparse, batch.x.device) is None:
+        return None
+    latents = dead.after(conditions.dead_after_tokens - len(batch.x)).nonzero().flatten()
+    x, _ = encoder_input(operands, batch)
+    few = 0 < len(latents) <= KEPT_ENTRIES // len(x)
+    return Kept(latents, x.new_empty(len(x), len(latents))) if few else None
+
+
+def _of_dead(
+    params: Params, operands: Params, batch: Batch, offset: Tensor, latents: Tensor, k_aux: int, kept: Kept | None
+) -> tuple[Tensor, Selected]:
+    """Some latents, among them all that are dead (`latents`), and the k_aux largest of the dead, as indices of those."""
+    beside = dead_kernels(kernels(batch.x.device), batch.x.device)
+    assert beside is not None
+    k = min(k_aux, len(latents))
+    bias = params["b_enc"][latents] - params["W_enc"][latents] @ offset
+    if kept is None:
+        x, W_enc = encoder_input(operands, batch)
+        return latents, beside.encode_select(x, W_enc[latents], bias, [k], None)[0]
+    # Those that the batch revived are never selected.
+    biases = torch.full((len(params["b_enc"]),), -torch.inf).index_copy_(0, latents, bias)
+    return kept.latents, beside.select(kept.pre, biases[kept.latents], k)
+
+
+def _auxk_by_pairs(
+    params: Params, batch: Batch, offset: Tensor, error: Tensor, latents: Tensor, selected: Selected, scatter: float,
+    settings: TopKSettings,
+) -> _AuxK:  # fmt: skip
+    """As `_auxk`, by the pairs that were `selected` among `latents`."""
+    beside = dead_kernels(kernels(error.device), error.device)
+    assert beside is not None
+    # The gradient by e_hat of the mean squared error over that of the mean error, e being x - x_hat.
+    scale = 2 * settings.auxk_coefficient / (error.numel() * scatter)
+    squared, pairs, W_enc, b_enc, W_dec = beside.dead_rows(
+        batch.x, error, selected, params["W_dec"], latents, scale
+    )  # fmt: skip
+    W_enc.addr_(b_enc, offset, alpha=-1)
+    rows = DeadRows(latents, W_enc, b_enc, W_dec)
+    return _AuxK(squared / error.numel() / scatter, rows, None, pairs)
 
 
 def _auxk(

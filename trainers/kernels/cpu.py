@@ -20,6 +20,7 @@ from torch import Tensor
 from saescale.trainers.kernels.interface import (
     AdamStep,
     Decoded,
+    Kept,
     Moments,
     Pairs,
     Selected,
@@ -50,7 +51,9 @@ class _Scratch(threading.local):
 _scratch = _Scratch()
 
 
-def encode_select(x: Tensor, W_enc: Tensor, bias: Tensor, ks: Sequence[int]) -> list[Selected]:
+def encode_select(
+    x: Tensor, W_enc: Tensor, bias: Tensor, ks: Sequence[int], kept: Kept | None = None
+) -> list[Selected]:
     batch, n_latents = len(x), len(W_enc)
     rows = product_rows(batch, n_latents, "cpu")
     buffer = _scratch.pre_activations(rows, n_latents, x.dtype)
@@ -62,7 +65,16 @@ def encode_select(x: Tensor, W_enc: Tensor, bias: Tensor, ks: Sequence[int]) -> 
             # Few enough entries per group, and enough groups for the bound to be tight.
             group = max(1, min(16, n_latents // (8 * k)))
             _select(_bits(pre), _array(bias), group, _array(selected.indices[part]), _array(selected.z[part]))
+        if kept is not None:
+            _copy_columns(_bits(pre), _array(kept.latents), _bits(kept.pre[part]))
     return selections
+
+
+def select(pre: Tensor, bias: Tensor, k: int) -> Selected:
+    selected = Selected(torch.empty(len(pre), k, dtype=torch.int32), torch.empty(len(pre), k))
+    # In groups of one, so that indices ascend but for ties.
+    _select(_bits(pre), _array(bias), 1, _array(selected.indices), _array(selected.z))
+    return selected
 
 
 def select_above(x: Tensor, W_enc: Tensor, bias: Tensor, threshold: Tensor, most: int) -> Selected | None:
@@ -267,6 +279,14 @@ def _place_above(pre: np.ndarray, bias: np.ndarray, threshold: np.ndarray, indic
             for j in range(width):
                 indices[b, j] = places[j] if j < found else -1
                 z[b, j] = entries[j] if j < found else 0
+
+
+@njit(parallel=True, nogil=True, cache=True)
+def _copy_columns(pre: np.ndarray, columns: np.ndarray, out: np.ndarray) -> None:
+    for b in prange(len(pre)):
+        row, to = pre[b], out[b]
+        for i in range(len(columns)):
+            to[i] = row[columns[i]]
 
 
 @njit(nogil=True, cache=True)

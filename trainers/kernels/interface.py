@@ -74,6 +74,23 @@ class Summands(NamedTuple):
     extra: Tensor  # float32 [extras, d_model]
 
 
+class Kept(NamedTuple):
+    """Some columns of the encoder's product, for AuxK to choose from, and memory for them."""
+
+    latents: Tensor  # int64 [kept], ascending
+    pre: Tensor  # [batch, kept] of x W_enc^T, in the type of x, without bias
+
+
+class DeadGradient(NamedTuple):
+    """AuxK's squared error and its gradient by the latents that were given."""
+
+    squared: Tensor  # float64 scalar: ||e - e_hat||^2 over the batch
+    pairs: int  # that were active
+    W_enc: Tensor  # float32 [latents, d_model]; of inputs x, their offset not taken off
+    b_enc: Tensor  # float32 [latents]
+    W_dec: Tensor  # float32 [latents, d_model]
+
+
 class Moments(NamedTuple):
     """What Adam and the average keep for a parameter, each of its shape."""
 
@@ -149,6 +166,35 @@ class Kernels(Protocol):
         norm where `unit_rows`, takes it into the average, and rounds it to `operand` (bfloat16) where there is one.
         """
 
+
+class DeadKernels(Protocol):
+    """What an implementation may have beside for AuxK: one product for both selections, and the dead rows by pairs.
+
+    Its caller has to know the names of dead latents before the batch, so it is for devices on which asking for them
+    waits for nothing.
+    """
+
+    def encode_select(
+        self, x: Tensor, W_enc: Tensor, bias: Tensor, ks: Sequence[int], kept: Kept | None
+    ) -> list[Selected]:
+        """Kernels.encode_select, which writes kept.pre besides while the product is in the cache."""
+
+    def select(self, pre: Tensor, bias: Tensor, k: int) -> Selected:
+        """The k largest of ReLU(pre + bias); pre [batch, n] as in Kept, bias [n], which may be -inf."""
+
+    def dead_rows(
+        self, x: Tensor, error: Tensor, selected: Selected, W_dec: Tensor, latents: Tensor, scale: float
+    ) -> DeadGradient:
+        """e_hat = z W_dec[latents] for e = `error` [batch, d_model], and its squared error's gradient times scale / 2.
+
+        `selected` indexes `latents` (int64), each token's pairs before its padding; their order, which may change in
+        place, costs least where it ascends. `scale` times e_hat - e is the gradient by e_hat.
+        """
+
+
+AUXK_SLICE = 128  # of d_model that is worked on at a time on a CPU
+AUXK_BLOCK = 48  # rows of a slice that stay in its first-level cache, 24 KiB
+AUXK_GROUP = 2048  # tokens whose pairs are sorted, and whose errors are held in slices, at a time
 
 _PRODUCT_ENTRIES = {"cpu": 2**23, "cuda": 2**27}
 _PRODUCT_ROWS = 512
