@@ -188,6 +188,8 @@ class Dead(Protocol):
 class FastStep(Protocol):
     """The sparse path of an architecture: the same losses and gradients without a tensor [batch, n_latents].
 
+    Where nearly all latents are active it may take the dense way, which is then the faster one.
+
     `params` are float32. `operands` are those of them that `rounded` names, as products take them: bfloat16 copies in
     a bf16 cell, which `update` keeps up to date, else the parameters themselves.
     """
