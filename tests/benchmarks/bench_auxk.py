@@ -1,0 +1,116 @@
+"""Benchmark: what AuxK costs a TopK step on the CPU while latents are dead.
+
+    python -m tests.benchmarks.bench_auxk            all cores; two minutes on an idle machine
+
+One cell for each share of dead latents, and one without any, take turns step by step on the same random inputs of unit
+norm; a ratio is that of one round. Dead latents are scaled down, so that none is among a token's k largest while half
+of their pre-activations are positive: AuxK finds its k_aux wherever so many are. After each step, and outside of what
+is timed, they are put back, or AuxK would bring them to life.
+
+"gathered" is the same step with AuxK by products with the dead rows gathered into a matrix, or as one more term of the
+loss where many are dead, as on devices other than CPUs.
+"""
+
+import argparse
+import os
+import time
+from contextlib import nullcontext
+from pathlib import Path
+from unittest import mock
+
+import torch
+
+from saescale.trainers.architectures import topk_sparse
+from saescale.trainers.architectures.architecture import Batch
+from saescale.trainers.cell import auto_k_aux
+from saescale.trainers.device import set_threads
+from saescale.trainers.precision import Precision
+from saescale.trainers.preprocess import measure_centre
+from tests.benchmarks.harness import alternate, console, machine, quartiles, run, show_table, slow_bf16, write_result
+from tests.benchmarks.ours import DEAD_AFTER_TOKENS, training_cell
+from tests.benchmarks.protocol import Size, unit_rows
+
+SIZE = Size(2048, 768, 8192, 32)
+SHARES = [0.0, 0.01, 0.05, 0.1, 0.2, 0.25, 0.5, 0.75, 0.9]
+SCALE = 0.25  # of a dead latent's encoder row: 4.5 standard deviations stay below the k largest of live ones
+
+
+class Dying:
+    """A Turn: steps of one cell that has so many dead latents before each."""
+
+    def __init__(self, share: float, precision: Precision, gathered: bool) -> None:
+        self.name = f"{'gathered ' if gathered else ''}{share:.0%}"
+        self.gathered, self.precision = gathered, precision
+        # Turned, since the first weights are drawn with the same seed and would be these very rows.
+        self.inputs = [x.roll(1, dims=1) for x in unit_rows(SIZE)]
+        self.centre = measure_centre(torch.cat(self.inputs))
+        self.cell = training_cell(SIZE, self.centre, precision, auto_k_aux(SIZE.d_model))
+        order = torch.randperm(SIZE.n_latents, generator=torch.Generator().manual_seed(0))
+        self.dead = order[: round(share * SIZE.n_latents)]
+        self.parameters = ("W_enc", "b_enc", "W_dec")
+        params = self.cell.sae.params
+        params["W_enc"][self.dead] *= SCALE
+        self.start = {name: params[name][self.dead].clone() for name in self.parameters}
+        self.steps, self.pairs = 0, 0.0
+
+    def step(self) -> float:
+        for name in self.parameters:
+            self.cell.sae.params[name][self.dead] = self.start[name]
+        self.cell.sae.round()
+        self.cell.dead.tokens_since[self.dead] = 10 * DEAD_AFTER_TOKENS
+        batch = Batch.of(self.inputs[self.steps % len(self.inputs)], self.centre.b_pre, self.precision == "bf16")
+        before, self.steps = self.cell.worked, self.steps + 1
+        with mock.patch.object(topk_sparse, "dead_kernels", _none) if self.gathered else nullcontext():
+            began = time.perf_counter()
+            self.cell.train_on(batch)
+            seconds = time.perf_counter() - began
+        assert self.cell.worked.dead - before.dead == len(self.dead) * SIZE.batch_tokens
+        self.pairs = (self.cell.worked.selected_aux - before.selected_aux) / SIZE.batch_tokens
+        return seconds
+
+
+def _none(*_: object) -> None:
+    return None
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m tests.benchmarks.bench_auxk",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--rounds", type=int, default=9, help="steps of each that count (default: 9)")
+    parser.add_argument("--threads", type=int, default=os.cpu_count(), help="default: one for each core")
+    parser.add_argument("--out", type=Path, help="JSON file to write (default: tests/benchmarks/results/auxk.json)")
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+    set_threads(arguments.threads)
+    where, reason = machine(), slow_bf16()
+    results = []
+    precisions: list[Precision] = ["fp32"] if reason else ["bf16", "fp32"]
+    for precision in precisions:
+        turns = [Dying(share, precision, False) for share in SHARES]
+        turns += [Dying(share, precision, True) for share in SHARES[1:]]
+        timings = alternate(turns, arguments.rounds, warmup=2)
+        without, rows = timings[turns[0].name], []
+        for turn in turns:
+            timing = timings[turn.name]
+            ratios = [mine / base for mine, base in zip(timing.seconds, without.seconds, strict=True)]
+            low, ratio, high = quartiles(ratios)
+            rows.append([
+                turn.name, f"{turn.pairs:.0f}", f"{timing.median * 1e3:.0f}", f"{ratio:.2f}", f"{low:.2f}-{high:.2f}"
+            ])  # fmt: skip
+            results.append({
+                "precision": precision, "dead": len(turn.dead) / SIZE.n_latents, "gathered": turn.gathered,
+                "pairs_per_token": turn.pairs, "seconds": timing.seconds, "ratio": ratio, "quartiles": [low, high],
+            })  # fmt: skip
+        columns = ["dead latents", "AuxK pairs a token", "median ms", "over 0 %", "quartiles"]
+        show_table(f"{SIZE}, {precision}, {arguments.threads} threads", columns, rows)
+    settings = {**SIZE._asdict(), "k_aux": auto_k_aux(SIZE.d_model), "threads": arguments.threads}
+    left_out = {"bf16": reason} if reason else {}
+    path = write_result("auxk", {"machine": where, **settings, "left_out": left_out, "steps": results}, arguments.out)
+    console.print(f"wrote {os.path.relpath(path)}")
+
+
+if __name__ == "__main__":
+    run(main)
