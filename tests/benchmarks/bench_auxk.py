@@ -2,10 +2,9 @@
 
     python -m tests.benchmarks.bench_auxk            all cores; two minutes on an idle machine
 
-One cell for each share of dead latents, and one without any, take turns step by step on the same random inputs of unit
-norm; a ratio is that of one round. Dead latents are scaled down, so that none is among a token's k largest while half
-of their pre-activations are positive: AuxK finds its k_aux wherever so many are. After each step, and outside of what
-is timed, they are put back, or AuxK would bring them to life.
+Steps with each share of dead latents take turns, from the same weights and on the same random inputs of unit norm; a
+ratio is that of one round. Dead latents are scaled down, so that none is among a token's k largest while half of their
+pre-activations are positive: AuxK finds its k_aux wherever so many are.
 
 "gathered" is the same step with AuxK by products with the dead rows gathered into a matrix, or as one more term of the
 loss where many are dead, as on devices other than CPUs.
@@ -35,37 +34,43 @@ SHARES = [0.0, 0.01, 0.05, 0.1, 0.2, 0.25, 0.5, 0.75, 0.9]
 SCALE = 0.25  # of a dead latent's encoder row: 4.5 standard deviations stay below the k largest of live ones
 
 
-class Dying:
-    """A Turn: steps of one cell that has so many dead latents before each."""
+class Trained:
+    """One cell that all turns share, and the weights that each starts from."""
 
-    def __init__(self, share: float, precision: Precision, gathered: bool) -> None:
-        self.name = f"{'gathered ' if gathered else ''}{share:.0%}"
-        self.gathered, self.precision = gathered, precision
+    def __init__(self, precision: Precision) -> None:
         # Turned, since the first weights are drawn with the same seed and would be these very rows.
         self.inputs = [x.roll(1, dims=1) for x in unit_rows(SIZE)]
-        self.centre = measure_centre(torch.cat(self.inputs))
+        self.precision, self.centre = precision, measure_centre(torch.cat(self.inputs))
         self.cell = training_cell(SIZE, self.centre, precision, auto_k_aux(SIZE.d_model))
+        self.start = {name: tensor.clone() for name, tensor in self.cell.sae.params.items()}
+
+
+class Dying:
+    """A Turn: steps of the cell, before each of which so many of its latents are dead."""
+
+    def __init__(self, share: float, trained: Trained, gathered: bool) -> None:
+        self.name = f"{'gathered ' if gathered else ''}{share:.0%}"
+        self.trained, self.gathered = trained, gathered
         order = torch.randperm(SIZE.n_latents, generator=torch.Generator().manual_seed(0))
         self.dead = order[: round(share * SIZE.n_latents)]
-        self.parameters = ("W_enc", "b_enc", "W_dec")
-        params = self.cell.sae.params
-        params["W_enc"][self.dead] *= SCALE
-        self.start = {name: params[name][self.dead].clone() for name in self.parameters}
         self.steps, self.pairs = 0, 0.0
 
     def step(self) -> float:
-        for name in self.parameters:
-            self.cell.sae.params[name][self.dead] = self.start[name]
-        self.cell.sae.round()
-        self.cell.dead.tokens_since[self.dead] = 10 * DEAD_AFTER_TOKENS
-        batch = Batch.of(self.inputs[self.steps % len(self.inputs)], self.centre.b_pre, self.precision == "bf16")
-        before, self.steps = self.cell.worked, self.steps + 1
+        cell, inputs = self.trained.cell, self.trained.inputs
+        for name, tensor in self.trained.start.items():
+            cell.sae.params[name].copy_(tensor)
+        cell.sae.params["W_enc"][self.dead] *= SCALE
+        cell.sae.round()
+        cell.dead.tokens_since.zero_()
+        cell.dead.tokens_since[self.dead] = 10 * DEAD_AFTER_TOKENS
+        batch = Batch.of(inputs[self.steps % len(inputs)], self.trained.centre.b_pre, self.trained.precision == "bf16")
+        before, self.steps = cell.worked, self.steps + 1
         with mock.patch.object(topk_sparse, "dead_kernels", _none) if self.gathered else nullcontext():
             began = time.perf_counter()
-            self.cell.train_on(batch)
+            cell.train_on(batch)
             seconds = time.perf_counter() - began
-        assert self.cell.worked.dead - before.dead == len(self.dead) * SIZE.batch_tokens
-        self.pairs = (self.cell.worked.selected_aux - before.selected_aux) / SIZE.batch_tokens
+        assert cell.worked.dead - before.dead == len(self.dead) * SIZE.batch_tokens
+        self.pairs = (cell.worked.selected_aux - before.selected_aux) / SIZE.batch_tokens
         return seconds
 
 
@@ -89,8 +94,9 @@ def main() -> None:
     results = []
     precisions: list[Precision] = ["fp32"] if reason else ["bf16", "fp32"]
     for precision in precisions:
-        turns = [Dying(share, precision, False) for share in SHARES]
-        turns += [Dying(share, precision, True) for share in SHARES[1:]]
+        trained = Trained(precision)
+        turns = [Dying(share, trained, False) for share in SHARES]
+        turns += [Dying(share, trained, True) for share in SHARES[1:]]
         timings = alternate(turns, arguments.rounds, warmup=2)
         without, rows = timings[turns[0].name], []
         for turn in turns:
