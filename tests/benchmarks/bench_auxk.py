@@ -4,8 +4,8 @@
 
 Steps with each share of dead latents take turns, from the same weights and on the same random inputs of unit norm; a
 ratio is that of one round. Dead latents are scaled down, so that none is among a token's k largest while half of their
-pre-activations are positive: AuxK finds its k_aux wherever so many are. Seconds are CPU time of the process, which a busy
-machine lengthens less than it does wall time.
+pre-activations are positive: AuxK finds its k_aux wherever so many are. Seconds are CPU time of the process, which
+a busy machine lengthens less than it does wall time.
 
 "gathered" is the same step with AuxK by products with the dead rows gathered into a matrix, or as one more term of the
 loss where many are dead, as on devices other than CPUs.
