@@ -36,9 +36,9 @@ class JumpReLUStep(PairwiseStep):
         theta, active = params["threshold"].relu(), latents.z > 0
         near = ((selected.z - at(theta, selected)).abs() < width / 2) & (selected.indices >= 0)
 
-        l0 = active.sum() / len(target)
-        off = l0 / settings.k - 1
-        by_l0 = 2 * settings.l0_weight * off / settings.k / len(target)
+        share = conditions.coefficient / settings.k
+        off = share * active.sum() / len(target) - 1
+        by_l0 = 2 * settings.l0_weight * off * share / len(target)
         by_theta = by_latent(G * near, selected, n_latents) * theta
         by_theta = -(by_theta + by_l0 * by_latent(near.to(G.dtype), selected, n_latents)) / width
         dz = G * active

@@ -224,11 +224,18 @@ class TopKStep:
         of_encoder = Summands(
             pairs.starts, pairs.rows, pairs.encoder, gradient.x, shift, gradient.offset, aux.latents, aux.W_enc
         )  # fmt: skip
-        for name, summands in (("W_dec", of_decoder), ("W_enc", of_encoder)):
+        # A parameter that is not trained has no update.
+        matrices = {"W_dec": of_decoder, "W_enc": of_encoder}
+        for name, summands in matrices.items():
+            if name not in updates:
+                continue
             moments, adam, unit_rows = updates[name]
             operand = None if operands[name] is params[name] else operands[name]
             sparse.update_rows(params[name], moments, summands, adam, unit_rows, operand)
-        for name, dense in (("b_enc", b_enc), ("b_pre", b_pre)):
+        vectors = {"b_enc": b_enc, "b_pre": b_pre}
+        for name, dense in vectors.items():
+            if name not in updates:
+                continue
             moments, adam, unit_rows = updates[name]
             adam_rows(params[name], moments, dense, adam, unit_rows)
 
