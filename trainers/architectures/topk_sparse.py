@@ -379,7 +379,7 @@ def _to_keep(sparse: Kernels, operands: Params, batch: Batch, dead: Dead, condit
 def _of_dead(
     params: Params, operands: Params, batch: Batch, offset: Tensor, latents: Tensor, k_aux: int, kept: Kept | None
 ) -> tuple[Tensor, Selected]:
-    """Some latents, among them all that are dead (`latents`), and the k_aux largest of the dead, as indices of those."""
+    """Some latents, the dead ones (`latents`) among them, and of these the k_aux largest, as indices of the former."""
     beside = dead_kernels(kernels(batch.x.device), batch.x.device)
     assert beside is not None
     k = min(k_aux, len(latents))

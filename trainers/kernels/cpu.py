@@ -220,7 +220,12 @@ def _select(pre: np.ndarray, bias: np.ndarray, group: int, indices: np.ndarray, 
             bound = _threshold(maxima, k, top, k // 8)
 
             found = 0
-            for g in range(groups):
+            if group == 1:
+                for g in range(groups):
+                    candidates[found] = g
+                    entries[found] = maxima[g]
+                    found += maxima[g] >= bound
+            for g in range(groups if group > 1 else 0):
                 if maxima[g] >= bound:
                     for i in range(g, n, groups):
                         # Without a branch: it would be mispredicted at nearly every entry that is kept.

@@ -188,7 +188,7 @@ def _pack(matrix: np.ndarray, names: np.ndarray, start: int, rows: np.ndarray) -
 
 @njit(parallel=True, nogil=True, cache=True)
 def _order(indices: np.ndarray, z: np.ndarray, bounds: np.ndarray) -> None:
-    """Each token's pairs in the order of their latents; those of the c-th AUXK_BLOCK latents are bounds[b, c]:[b, c + 1]."""
+    """Each token's pairs in the order of their latents; the c-th AUXK_BLOCK latents have bounds[b, c]:[b, c + 1]."""
     tokens, k = indices.shape
     for b in prange(tokens):
         names, values = indices[b], z[b]
@@ -217,7 +217,7 @@ def _order(indices: np.ndarray, z: np.ndarray, bounds: np.ndarray) -> None:
 def _reconstruct(
     bounds: np.ndarray, indices: np.ndarray, z: np.ndarray, decoder: np.ndarray, miss: np.ndarray, squares: np.ndarray
 ) -> None:
-    """A slice of `miss` [tokens, 128], which comes as e, becomes e_hat - e; its squares are added to those of tokens."""
+    """A slice of `miss` [tokens, 128], comes as e and becomes e_hat - e; its squares are added to those of tokens."""
     tokens, k = indices.shape
     flat, rows, weights, names = miss.reshape(-1), decoder.reshape(-1), z.reshape(-1), indices.reshape(-1)
     for part in prange(_PARTS):
@@ -276,7 +276,7 @@ def _decoder_gradient(
     places: np.ndarray, rows: np.ndarray, weights: np.ndarray, miss: np.ndarray, decoder: np.ndarray, start: int,
     scale: float, gradient: np.ndarray, dots: np.ndarray,
 ) -> None:  # fmt: skip
-    """Adds scale times a slice's sums of weights[p] miss[rows[p]] to `gradient`, and miss[rows[p]] . decoder to dots."""
+    """Adds scale times a slice's sums of weights[p] miss[rows[p]] to `gradient`, miss[rows[p]] . decoder to dots."""
     missed, own = miss.reshape(-1), decoder.reshape(-1)
     for part in prange(_PARTS):
         low, high = _share(places, len(rows), part), _share(places, len(rows), part + 1)
