@@ -15,7 +15,7 @@ from saescale.trainers.architectures.batchtopk_sparse import BatchTopKStep
 from saescale.trainers.preprocess import Centre
 
 
-class Settings(topk.Settings):
+class Settings(topk.AuxKSettings):
     @property
     def k_is_target(self) -> bool:
         return True
