@@ -49,7 +49,7 @@ def test_the_dead_rows_gradient_is_that_of_autograd(
     wanted = torch.autograd.grad(0.25 * squared, [W_enc, b_enc, rows])
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(cpu_dead, "AUXK_GROUP", group)
+        patch.setattr(cpu_dead, "GROUP", group)
         got = cpu_dead.dead_rows(x, error, selected, W_dec, latents, 0.5)
     assert float(got.squared) == pytest.approx(float(squared.detach()), rel=1e-5)
     assert got.pairs == int((z > 0).sum())

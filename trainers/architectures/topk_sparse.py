@@ -30,9 +30,6 @@ from saescale.trainers.kernels.choose import KernelKind, dead_kernels, kernels
 from saescale.trainers.kernels.eager import ENTRIES as EAGER_ENTRIES
 from saescale.trainers.kernels.eager import adam_rows
 from saescale.trainers.kernels.interface import (
-    AUXK_BLOCK,
-    AUXK_GROUP,
-    AUXK_SLICE,
     Kept,
     Kernels,
     Pairs,
@@ -286,10 +283,12 @@ def _auxk_bytes(shape: Shape, k_aux: int, batch: int, precision: Precision, kern
     n_latents, d_model = shape.n_latents, shape.d_model
     matrix, width = n_latents * d_model * _FLOAT, 2 if precision == "bf16" else _FLOAT
     if kernels == "cpu":
+        from saescale.trainers.kernels.cpu_dead import BLOCK, GROUP, SLICE  # numba takes most of a second to load
+
         # The product's columns go before there are gradients, slices of d_model and the sort's counts.
-        group, slices = min(batch, AUXK_GROUP), 2 * n_latents * AUXK_SLICE * _FLOAT
-        counts = 2 * (group + n_latents) * _FLOAT + 2 * group * n_latents / AUXK_BLOCK * _FLOAT
-        by_pairs = 2 * matrix + slices + group * (d_model + AUXK_SLICE) * _FLOAT + counts
+        group, slices = min(batch, GROUP), 2 * n_latents * SLICE * _FLOAT
+        counts = 2 * (group + n_latents) * _FLOAT + 2 * group * n_latents / BLOCK * _FLOAT
+        by_pairs = 2 * matrix + slices + group * (d_model + SLICE) * _FLOAT + counts
         return max(min(KEPT_ENTRIES, batch * n_latents) * width, by_pairs)
     few = min(FEW_DEAD * k_aux, n_latents)
     dense = 4 * few * d_model * _FLOAT + 4 * min(AUXK_ENTRIES, batch * few) * _FLOAT

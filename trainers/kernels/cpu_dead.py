@@ -17,12 +17,16 @@ from numba.extending import intrinsic
 from torch import Tensor
 
 from saescale.trainers.kernels.cpu import encode_select, select
-from saescale.trainers.kernels.interface import AUXK_BLOCK, AUXK_GROUP, AUXK_SLICE, DeadGradient, Selected
+from saescale.trainers.kernels.interface import DeadGradient, Selected
 
 __all__ = ["dead_rows", "encode_select", "select"]
 
+# They belong in this file: numba takes what it compiled from its cache until the file's date changes.
+SLICE = 128  # of d_model that is worked on at a time
+BLOCK = 48  # rows of a slice that stay in the first-level cache, 24 KiB
+GROUP = 2048  # tokens whose pairs are sorted, and whose errors are held in slices, at a time
 _LANES = 16
-_VECTORS = AUXK_SLICE // _LANES
+_VECTORS = SLICE // _LANES
 _PARTS = 8  # of a group's tokens, or pairs, each taken whole by a thread
 _FLAGS = ("contract", "reassoc")
 
@@ -31,20 +35,20 @@ def dead_rows(
     x: Tensor, error: Tensor, selected: Selected, W_dec: Tensor, latents: Tensor, scale: float
 ) -> DeadGradient:
     count, d_model = len(latents), x.shape[1]
-    starts = range(0, d_model, AUXK_SLICE)
+    starts = range(0, d_model, SLICE)
     names, matrix = latents.numpy(), W_dec.detach().numpy()
     squared, total = 0.0, 0
     of_encoder, of_decoder = np.zeros((count, d_model), np.float32), np.zeros((count, d_model), np.float32)
     b_enc = np.zeros(count, np.float32)
-    decoder = _aligned(count * AUXK_SLICE).reshape(count, AUXK_SLICE)
-    for first in range(0, len(x), AUXK_GROUP):
-        part = slice(first, first + AUXK_GROUP)
+    decoder = _aligned(count * SLICE).reshape(count, SLICE)
+    for first in range(0, len(x), GROUP):
+        part = slice(first, first + GROUP)
         indices, z = selected.indices[part].numpy(), selected.z[part].numpy()
         errors, inputs = error[part].numpy(), x[part].numpy()
         tokens = np.arange(len(z))
-        bounds = np.empty((len(z), -(-count // AUXK_BLOCK) + 1), np.int32)
+        bounds = np.empty((len(z), -(-count // BLOCK) + 1), np.int32)
         _order(indices, z, bounds)
-        misses = _aligned(len(starts) * len(z) * AUXK_SLICE).reshape(len(starts), len(z), AUXK_SLICE)
+        misses = _aligned(len(starts) * len(z) * SLICE).reshape(len(starts), len(z), SLICE)
         squares = np.zeros(len(z))
         for start, miss in zip(starts, misses, strict=True):
             _pack(matrix, names, start, decoder)
@@ -52,7 +56,7 @@ def dead_rows(
             _reconstruct(bounds, indices, z, decoder, miss, squares)
         squared += float(squares.sum())
 
-        places = np.zeros((-(-len(z) // AUXK_BLOCK) + 1, count), np.int32)
+        places = np.zeros((-(-len(z) // BLOCK) + 1, count), np.int32)
         _count(bounds, indices, places)
         pairs = _starts(places)
         rows, weights, dots = np.empty(pairs, np.int32), np.empty(pairs, np.float32), np.zeros(pairs, np.float32)
@@ -121,7 +125,7 @@ def _sum_loop(context: Any, builder: Any, signature: Any, args: Any, dots: bool)
     sums = [builder.phi(v.type) for v in begin]
     weight = _broadcast(builder, builder.load(_data(context, builder, kinds[2], weights, j)))
     name = builder.zext(builder.load(_data(context, builder, kinds[3], names, j)), i64)
-    row = _load(builder, builder.gep(tile, [builder.mul(name, ir.Constant(i64, AUXK_SLICE))]))
+    row = _load(builder, builder.gep(tile, [builder.mul(name, ir.Constant(i64, SLICE))]))
     new = [builder.fadd(s, builder.fmul(weight, r, flags=_FLAGS), flags=_FLAGS) for s, r in zip(sums, row, strict=True)]
     if other is not None:
         products = [builder.fmul(r, o, flags=_FLAGS) for r, o in zip(row, other, strict=True)]
@@ -180,7 +184,7 @@ def _sum_rows_and_dots(
 @njit(parallel=True, nogil=True, cache=True)
 def _pack(matrix: np.ndarray, names: np.ndarray, start: int, rows: np.ndarray) -> None:
     """matrix[names, start:start + 128] to `rows` [names, 128], zeros beyond d_model."""
-    width = min(AUXK_SLICE, matrix.shape[1] - start)
+    width = min(SLICE, matrix.shape[1] - start)
     for n in prange(len(names)):
         rows[n, :width] = matrix[names[n], start : start + width]
         rows[n, width:] = 0
@@ -188,7 +192,7 @@ def _pack(matrix: np.ndarray, names: np.ndarray, start: int, rows: np.ndarray) -
 
 @njit(parallel=True, nogil=True, cache=True)
 def _order(indices: np.ndarray, z: np.ndarray, bounds: np.ndarray) -> None:
-    """Each token's pairs in the order of their latents; the c-th AUXK_BLOCK latents have bounds[b, c]:[b, c + 1]."""
+    """Each token's pairs in the order of their latents; the c-th BLOCK latents have bounds[b, c]:[b, c + 1]."""
     tokens, k = indices.shape
     for b in prange(tokens):
         names, values = indices[b], z[b]
@@ -206,7 +210,7 @@ def _order(indices: np.ndarray, z: np.ndarray, bounds: np.ndarray) -> None:
             names[i], values[i] = name, value
             last = j + 1
         for j in range(last):
-            while names[j] >= (block + 1) * AUXK_BLOCK:
+            while names[j] >= (block + 1) * BLOCK:
                 block += 1
                 bounds[b, block] = j
         for c in range(block + 1, bounds.shape[1]):
@@ -222,25 +226,25 @@ def _reconstruct(
     flat, rows, weights, names = miss.reshape(-1), decoder.reshape(-1), z.reshape(-1), indices.reshape(-1)
     for part in prange(_PARTS):
         low, high = part * tokens // _PARTS, (part + 1) * tokens // _PARTS
-        for i in range(low * AUXK_SLICE, high * AUXK_SLICE):
+        for i in range(low * SLICE, high * SLICE):
             flat[i] = -flat[i]
         for block in range(bounds.shape[1] - 1):
             for b in range(low, high):
                 first, last = b * k + bounds[b, block], b * k + bounds[b, block + 1]
-                _sum_rows(flat, b * AUXK_SLICE, weights, names, first, last, rows)
+                _sum_rows(flat, b * SLICE, weights, names, first, last, rows)
         for b in range(low, high):
             total = 0.0
-            for i in range(b * AUXK_SLICE, (b + 1) * AUXK_SLICE):
+            for i in range(b * SLICE, (b + 1) * SLICE):
                 total += np.float64(flat[i]) * np.float64(flat[i])
             squares[b] += total
 
 
 @njit(parallel=True, nogil=True, cache=True)
 def _count(bounds: np.ndarray, indices: np.ndarray, places: np.ndarray) -> None:
-    """places[t, n]: the pairs of latent n among the t-th AUXK_BLOCK tokens."""
+    """places[t, n]: the pairs of latent n among the t-th BLOCK tokens."""
     for t in prange(len(places) - 1):
         mine = places[t]
-        for b in range(t * AUXK_BLOCK, min((t + 1) * AUXK_BLOCK, len(indices))):
+        for b in range(t * BLOCK, min((t + 1) * BLOCK, len(indices))):
             for j in range(bounds[b, -1]):
                 mine[indices[b, j]] += 1
 
@@ -263,7 +267,7 @@ def _place(
 ) -> None:
     for t in prange(len(places) - 1):
         mine = places[t].copy()
-        for b in range(t * AUXK_BLOCK, min((t + 1) * AUXK_BLOCK, len(indices))):
+        for b in range(t * BLOCK, min((t + 1) * BLOCK, len(indices))):
             for j in range(bounds[b, -1]):
                 n = indices[b, j]
                 rows[mine[n]] = b
@@ -280,14 +284,12 @@ def _decoder_gradient(
     missed, own = miss.reshape(-1), decoder.reshape(-1)
     for part in prange(_PARTS):
         low, high = _share(places, len(rows), part), _share(places, len(rows), part + 1)
-        sums = _aligned((high - low) * AUXK_SLICE)
+        sums = _aligned((high - low) * SLICE)
         sums[:] = 0
         for t in range(len(places) - 1):
             for n in range(low, high):
                 first, last = places[t, n], places[t + 1, n]
-                _sum_rows_and_dots(
-                    sums, (n - low) * AUXK_SLICE, weights, rows, first, last, missed, dots, own, n * AUXK_SLICE
-                )
+                _sum_rows_and_dots(sums, (n - low) * SLICE, weights, rows, first, last, missed, dots, own, n * SLICE)
         _add_slice(gradient, low, start, scale, sums)
 
 
@@ -299,11 +301,11 @@ def _encoder_gradient(
     given = x.reshape(-1)
     for part in prange(_PARTS):
         low, high = _share(places, len(rows), part), _share(places, len(rows), part + 1)
-        sums = _aligned((high - low) * AUXK_SLICE)
+        sums = _aligned((high - low) * SLICE)
         sums[:] = 0
         for t in range(len(places) - 1):
             for n in range(low, high):
-                _sum_rows(sums, (n - low) * AUXK_SLICE, weights, rows, places[t, n], places[t + 1, n], given)
+                _sum_rows(sums, (n - low) * SLICE, weights, rows, places[t, n], places[t + 1, n], given)
         _add_slice(gradient, low, start, scale, sums)
 
 
@@ -315,9 +317,9 @@ def _share(places: np.ndarray, pairs: int, part: int) -> Any:
 
 @njit(nogil=True, cache=True)
 def _add_slice(gradient: np.ndarray, low: int, start: int, scale: float, sums: np.ndarray) -> None:
-    width = min(AUXK_SLICE, gradient.shape[1] - start)
-    for n in range(len(sums) // AUXK_SLICE):
-        row, own = gradient[low + n, start : start + width], sums[n * AUXK_SLICE : n * AUXK_SLICE + width]
+    width = min(SLICE, gradient.shape[1] - start)
+    for n in range(len(sums) // SLICE):
+        row, own = gradient[low + n, start : start + width], sums[n * SLICE : n * SLICE + width]
         for i in range(len(row)):
             row[i] += np.float32(scale) * own[i]
 

@@ -192,11 +192,6 @@ class DeadKernels(Protocol):
         """
 
 
-# Numba keeps what it compiled by the date of cpu_dead.py: that has to be saved anew when these change.
-AUXK_SLICE = 128  # of d_model that is worked on at a time on a CPU
-AUXK_BLOCK = 48  # rows of a slice that stay in its first-level cache, 24 KiB
-AUXK_GROUP = 2048  # tokens whose pairs are sorted, and whose errors are held in slices, at a time
-
 _PRODUCT_ENTRIES = {"cpu": 2**23, "cuda": 2**27}
 _PRODUCT_ROWS = 512
 
