@@ -34,9 +34,7 @@ class Settings(architecture.PenaltySettings):
 
 def parameters(shape: Shape, settings: Settings, centre: Centre, seed: int) -> dict[str, Parameter]:
     tied = parts.tied_parameters(shape, centre, seed, torch.relu, parts.GATE_RATE)
-    return tied | {
-        "threshold": Parameter(torch.full((shape.n_latents,), settings.threshold), rate=0.3 * parts.GATE_RATE)
-    }
+    return tied | {"threshold": Parameter(torch.full((shape.n_latents,), settings.threshold), rate=parts.GATE_RATE)}
 
 
 def forward(params: Params, x: Tensor, settings: Settings) -> Forward:

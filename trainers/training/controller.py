@@ -22,10 +22,10 @@ from typing import NamedTuple
 from saescale.trainers.architectures.architecture import PenaltySettings, Settings
 
 FOUND_AT = 0.9  # share of training in which it is found
-RAMP = 0.3
+RAMP = 0.2
 MEASURED_EVERY = 8  # steps between two measurements with averaged weights, from the end of the ramp on
 # A coefficient below the floor, times a start, changes nothing that can be seen: a penalty that got there is off.
-FLOOR, CEILING = 1e-3, 1e4
+FLOOR, CEILING = 1e-3, 1e2
 _REACH = 12.0  # how far its logarithm moves in that part by the sum, where L0 is e times too high all the time
 _DAMPING = 0.15  # share of what is off now
 _AHEAD = 0.1  # how much later, of that part
