@@ -206,5 +206,8 @@ def whole_settings(architecture: str, k: int, settings: Mapping[str, Any]) -> "S
 
 
 def auto_k_aux(d_model: int) -> int:
-    """The power of two nearest to d_model / 2 (Gao et al. 2024, appendix A.2: 512 typical, 256 at d_model 768)."""
+    """The power of two nearest to d_model / 2 in ratio: 512 at d_model 768.
+
+    Gao et al. 2024, appendix A.2, take a power of two close to d_model / 2; their code has 256 at d_model 768.
+    """
     return 2 ** round(math.log2(d_model / 2))

@@ -8,6 +8,9 @@ saescale-bf16, saescale-fp32  One step of one cell on a preprocessed batch: cent
                               optimiser with projection, Adam, renormalisation and EMA. AuxK is on; no latent is dead.
 gemm-bf16, gemm-fp32          The encoder product alone, [B, D] x [D, N] into memory that is there already. The fastest
                               form that torch has for it: each layout of weights and output is tried at the start.
+NAME-bf16, NAME-fp32          The same of another architecture, at L0 = k: where an architecture has no k of its own,
+                              biases or thresholds are moved there before the first step, as if it had trained for long.
+NAME-dense                    The same by its dense reference in float32, and autograd.
 """
 
 import time
@@ -18,7 +21,9 @@ from importlib.metadata import version
 import torch
 from torch import Tensor
 
-from saescale.trainers.architectures.architecture import Batch
+from saescale.trainers.architectures import parts
+from saescale.trainers.architectures.architecture import Batch, find_architecture
+from saescale.trainers.architectures.dense import DenseStep
 from saescale.trainers.cell import Cell, auto_k_aux
 from saescale.trainers.device import set_threads
 from saescale.trainers.precision import Precision
@@ -65,6 +70,62 @@ def saescale(size: Size, server: Server, precision: Precision) -> None:
         server.loss = train(x)
 
 
+ARCHITECTURES = (
+    "batchtopk", "matryoshka", "hierarchical_topk", "jumprelu", "relu", "gated", "prolu", "switch",
+)  # fmt: skip
+STILL = 1e-9  # a learning rate that leaves L0 where it is
+
+
+def architecture_step(size: Size, server: Server, name: str, how: str) -> None:
+    """`how`: a precision, or "dense"."""
+    set_threads(torch.get_num_threads())
+    inputs = unit_rows(size)
+    centre = measure_centre(torch.cat(inputs))
+    precision: Precision = "bf16" if how == "bf16" else "fp32"
+    fields = find_architecture(name).Settings.model_fields
+    asked = {"k_aux": auto_k_aux(size.d_model), "coefficient": 0.02}
+    cell = Cell(
+        store="random", d_model=size.d_model, n_latents=size.n_latents, k=size.k, tokens=10**6 * size.batch_tokens,
+        batch_tokens=size.batch_tokens, lr=STILL, architecture=name, precision=precision,
+        settings={key: value for key, value in asked.items() if key in fields}, dead_after_tokens=DEAD_AFTER_TOKENS,
+    )  # fmt: skip
+    training = TrainingCell(cell, centre, torch.device("cpu"))
+    _reach_k(training, inputs[0])
+    if how == "dense":
+        training.sae.step = DenseStep(training.sae.architecture, size.n_latents)
+    settings = "dense reference, autograd" if how == "dense" else f"{how} encoder product"
+    for x in server.batches(inputs, {"library": f"saescale {version('saescale')}", "settings": settings}):
+        training.train_on(Batch.of(x, centre.b_pre, precision == "bf16"))
+        assert training.error is None, training.error
+        server.loss = training.loss
+
+
+def _reach_k(training: TrainingCell, x: Tensor) -> None:
+    """Moves what decides on activity so that k latents of a token are active on average.
+
+    The encoder is scaled as for k active latents: at its start it is for half of them, and pre-activations are so small
+    that all lie within JumpReLU's bandwidth of any threshold.
+    """
+    params, k = training.sae.params, training.sae.settings.k
+    by_bias, by_threshold = params.get("b_gate", params.get("b_enc")), params.get("threshold")
+    if "k_aux" in type(training.sae.settings).model_fields or training.sae.name == "switch":
+        return  # it has a k of its own
+    tied = parts.tied_parameters(
+        training.sae.shape, Centre(torch.zeros(training.sae.shape.d_model), 1.0), training.cell.seed,
+        lambda pre: parts.top_k(pre, k).relu(),
+    )  # fmt: skip
+    params["W_enc"].copy_(tied["W_enc"].data)
+    pre = (x - params["b_pre"]) @ params["W_enc"].T
+    level = float(pre.flatten().topk(k * len(x)).values[-1])
+    if by_threshold is not None:
+        by_threshold.fill_(level)
+    else:
+        by_bias.fill_(-level)
+    if "b_mag" in params:
+        params["b_mag"].fill_(-level)
+    training.sae.round()
+
+
 def gemm(size: Size, server: Server, dtype: torch.dtype) -> None:
     inputs = [x.to(dtype) for x in unit_rows(size)]
     by_latent = torch.randn(size.n_latents, size.d_model).to(dtype)
@@ -94,6 +155,11 @@ def gemm(size: Size, server: Server, dtype: torch.dtype) -> None:
 OURS: dict[str, Callable[[Size, Server], None]] = {
     "saescale-bf16": partial(saescale, precision="bf16"),
     "saescale-fp32": partial(saescale, precision="fp32"),
+    **{
+        f"{name}-{how}": partial(architecture_step, name=name, how=how)
+        for name in ARCHITECTURES
+        for how in ("bf16", "fp32", "dense")
+    },
     "gemm-bf16": partial(gemm, dtype=torch.bfloat16),
     "gemm-fp32": partial(gemm, dtype=torch.float32),
 }

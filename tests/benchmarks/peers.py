@@ -25,6 +25,11 @@ dictionary_learning  TopKTrainer under trainSAE: encoder, ReLU, top-k scattered 
                      squared error, AuxK, dense backward, gradient projected off the decoder columns, gradient norm
                      clipped to 1, torch's Adam, a warm-up schedule, decoder normalised. trainSAE has no autocast on a
                      CPU; on CUDA dictionary_learning-autocast has bfloat16 products.
+
+Other architectures (bench_architectures.py), each by the library's own class and trainer with its defaults, in float32:
+
+saelens-NAME              of batchtopk, matryoshka, jumprelu, relu ("standard" there) and gated
+dictionary_learning-NAME  of the same
 """
 
 import os
@@ -149,6 +154,74 @@ def dictionary_learning(size: Size, server: Server, autocast: bool = False) -> N
     trainSAE(batches, [trainer], STEPS, device=str(server.device), autocast_dtype=dtype)
 
 
+# Names of classes: what an architecture is called there. Matryoshka's prefixes are ours, 1/16 to all of the latents.
+SAELENS = {
+    "batchtopk": "BatchTopK", "matryoshka": "MatryoshkaBatchTopK", "jumprelu": "JumpReLU", "relu": "Standard",
+    "gated": "Gated",
+}  # fmt: skip
+DICTIONARY_LEARNING = {
+    "batchtopk": "BatchTopKTrainer", "matryoshka": "MatryoshkaBatchTopKTrainer", "jumprelu": "JumpReluTrainer",
+    "relu": "StandardTrainer", "gated": "GatedSAETrainer",
+}  # fmt: skip
+_PREFIXES = (1 / 16, 1 / 8, 1 / 4, 1 / 2, 1)
+
+
+def saelens_architecture(size: Size, server: Server, name: str) -> None:
+    import sae_lens
+    from sae_lens.config import SAETrainerConfig
+    from sae_lens.training.sae_trainer import SAETrainer
+
+    class Trainer(SAETrainer):
+        def step(self, batch: Tensor) -> Any:
+            output = super().step(batch)
+            _keep(server, output.loss)
+            return output
+
+    config = SAETrainerConfig(
+        total_training_samples=STEPS * size.batch_tokens,
+        train_batch_size_samples=size.batch_tokens,
+        lr_end=3e-5,
+        device=str(server.device),
+    )
+    own: dict[str, Any] = {"k": size.k} if name in ("batchtopk", "matryoshka") else {}
+    if name == "matryoshka":
+        own["matryoshka_widths"] = [round(share * size.n_latents) for share in _PREFIXES]
+    kind = SAELENS[name]
+    settings = getattr(sae_lens, f"{kind}TrainingSAEConfig")(
+        d_in=size.d_model, d_sae=size.n_latents, device=str(server.device), **own
+    )
+    batches = server.batches(unit_rows(size), _about("sae-lens", f"{kind}TrainingSAE, defaults"))
+    Trainer(config, getattr(sae_lens, f"{kind}TrainingSAE")(settings), batches).fit()
+
+
+def dictionary_learning_architecture(size: Size, server: Server, name: str) -> None:
+    from importlib import import_module
+
+    from dictionary_learning.training import trainSAE
+
+    module = {"batchtopk": "batch_top_k", "matryoshka": "matryoshka_batch_top_k", "relu": "standard", "gated": "gdm"}
+    kind = DICTIONARY_LEARNING[name]
+    found = getattr(import_module(f"dictionary_learning.trainers.{module.get(name, name)}"), kind)
+
+    class Trainer(found):  # type: ignore[misc, valid-type]
+        def update(self, step: int, x: Tensor) -> Any:
+            loss = super().update(step, x)
+            if loss is not None:  # not every trainer says it
+                server.loss = loss
+            return loss
+
+    trainer = {
+        "trainer": Trainer, "steps": STEPS, "activation_dim": size.d_model, "dict_size": size.n_latents, "layer": 0,
+        "lm_name": "none", "device": str(server.device),
+    }  # fmt: skip
+    trainer |= {"k": size.k} if name in ("batchtopk", "matryoshka") else {}
+    if name == "matryoshka":
+        ends = [round(share * size.n_latents) for share in _PREFIXES]
+        trainer["group_fractions"] = [(b - a) / size.n_latents for a, b in zip([0, *ends], ends, strict=False)]
+    batches = server.batches(unit_rows(size), _about("dictionary-learning", f"{kind}, defaults"))
+    trainSAE(batches, [trainer], STEPS, device=str(server.device), autocast_dtype=torch.float32)
+
+
 def _about(distribution: str, settings: str) -> dict[str, str]:
     return {"library": f"{distribution} {version(distribution)}", "settings": settings}
 
@@ -166,6 +239,8 @@ PEERS: dict[str, Callable[[Size, Server], None]] = {
     "saelens-autocast": partial(saelens, autocast=True),
     "dictionary_learning": dictionary_learning,
     "dictionary_learning-autocast": partial(dictionary_learning, autocast=True),
+    **{f"saelens-{name}": partial(saelens_architecture, name=name) for name in SAELENS},
+    **{f"dictionary_learning-{n}": partial(dictionary_learning_architecture, name=n) for n in DICTIONARY_LEARNING},
 }
 
 

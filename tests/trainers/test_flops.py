@@ -52,7 +52,9 @@ def batches(d_model: int) -> list[torch.Tensor]:
 def test_a_cell_counts_the_pairs_that_its_gradients_were_summed_over_across_a_restart(
     d_model: int, n_latents: int, k: int, own: dict[str, object], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(topk_sparse, "FEW_DEAD", 0)  # AuxK's pairs too go into the gradient as pairs
+    # AuxK's pairs too go into the gradient as pairs.
+    monkeypatch.setattr(topk_sparse, "dead_kernels", lambda sparse, device: None)
+    monkeypatch.setattr(topk_sparse, "FEW_DEAD", 0)
     real, summed = TopKStep.update, []
 
     def update(self: TopKStep, params: Any, operands: Any, gradient: Gradient, *rest: Any) -> None:

@@ -598,7 +598,7 @@ def test_training_equals_autograd_and_the_plain_optimiser(
         update(sae, fast, result)
         plain.apply(gradients)
         assert float(losses.parts["auxk"].detach()) > 0
-        assert bool(len(result.gradient.aux.latents)) == (auxk == "rows")
+        assert bool(len(result.gradient.aux.latents)) == (auxk == "rows" or name == "cpu")
         assert result.main == pytest.approx(float(losses.main.detach()), rel=1e-4)
         for part in ("multi", "auxk"):
             assert result.parts[part] == pytest.approx(float(losses.parts[part].detach()), rel=1e-4)

@@ -209,6 +209,8 @@ class Dead(Protocol):
 class FastStep(Protocol):
     """The sparse path of an architecture: the same losses and gradients without a tensor [batch, n_latents].
 
+    Where nearly all latents are active it may take the dense way, which is then the faster one.
+
     `params` are float32. `operands` are those of them that `rounded` names, as products take them: bfloat16 copies in
     a bf16 cell, which `update` keeps up to date, else the parameters themselves.
     """
@@ -228,6 +230,9 @@ class FastStep(Protocol):
 
     def reconstruct(self, params: Params, operands: Params, batch: Batch, settings: Any, mesh: Mesh) -> Reconstruction:
         """The forward pass alone."""
+
+    def calibrate(self, params: Params, operands: Params, batch: Batch, settings: Any) -> None:
+        """May be left out: writes to `params` what `Architecture.calibrated` gives."""
 
     def training_bytes(
         self, shape: Shape, settings: Any, batch: int, precision: Precision, kernels: KernelKind

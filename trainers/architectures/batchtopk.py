@@ -11,10 +11,11 @@ from torch import Tensor
 from saescale.scaling.compute import Flops
 from saescale.trainers.architectures import parts, topk
 from saescale.trainers.architectures.architecture import Forward, Losses, Parameter, Params, Shape, State, Worked
+from saescale.trainers.architectures.batchtopk_sparse import BatchTopKStep
 from saescale.trainers.preprocess import Centre
 
 
-class Settings(topk.Settings):
+class Settings(topk.AuxKSettings):
     @property
     def k_is_target(self) -> bool:
         return True
@@ -60,3 +61,6 @@ def losses(params: Params, forward: Forward, target: Tensor, settings: Settings,
 
 def flops(shape: Shape, settings: Settings, worked: Worked) -> Flops:
     return parts.sparse_flops(shape, worked)
+
+
+step = BatchTopKStep()

@@ -87,6 +87,14 @@ class DenseStep:
                 params[name].copy_(value)
 
     @torch.no_grad()
+    def calibrate(self, params: Params, operands: Params, batch: Batch, settings: Any) -> None:
+        """Writes to `params` what the architecture is calibrated to on `batch`, where it is at all."""
+        if hasattr(self.architecture, "calibrated"):
+            for name, value in self.architecture.calibrated(params, batch.x + batch.origin, settings).items():
+                if value is not params[name]:
+                    params[name].copy_(value)
+
+    @torch.no_grad()
     def reconstruct(self, params: Params, operands: Params, batch: Batch, settings: Any, mesh: Mesh) -> Reconstruction:
         x = batch.x + batch.origin
         error = x.clone() if batch.target is None else batch.target.clone()

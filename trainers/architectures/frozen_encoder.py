@@ -11,6 +11,7 @@ from saescale.trainers.preprocess import Centre
 
 Settings = topk.Settings
 losses = topk.losses
+step = topk.step
 flops = topk.flops
 
 

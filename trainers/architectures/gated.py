@@ -23,6 +23,7 @@ from saescale.trainers.architectures.architecture import (
     State,
     Worked,
 )
+from saescale.trainers.architectures.gated_sparse import GatedStep
 from saescale.trainers.preprocess import Centre
 
 
@@ -57,3 +58,6 @@ def losses(params: Params, forward: Forward, target: Tensor, settings: Settings,
 def flops(shape: Shape, settings: Settings, worked: Worked) -> Flops:
     """8 d for each pair of either reconstruction, which charges the gate's for a gradient by W_dec that it has not."""
     return parts.sparse_flops(shape, worked, reconstructions=2)
+
+
+step = GatedStep("gated")

@@ -9,9 +9,10 @@ from torch import Tensor
 from saescale.scaling.compute import Flops
 from saescale.trainers.architectures import parts, topk
 from saescale.trainers.architectures.architecture import Forward, Losses, Params, Shape, State, Worked
+from saescale.trainers.architectures.hierarchical_topk_sparse import HierarchicalTopKStep
 
 
-class Settings(topk.Settings):
+class Settings(topk.AuxKSettings):
     def levels(self) -> list[int]:
         """The sparsities that are trained: k, and powers of two below it."""
         return [2**i for i in range(self.k.bit_length()) if 2**i < self.k] + [self.k]
@@ -41,3 +42,6 @@ def losses(params: Params, forward: Forward, target: Tensor, settings: Settings,
 def flops(shape: Shape, settings: Settings, worked: Worked) -> Flops:
     """As of one reconstruction: those of fewer latents are sums on its way."""
     return parts.sparse_flops(shape, worked)
+
+
+step = HierarchicalTopKStep()

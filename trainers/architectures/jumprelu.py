@@ -21,6 +21,7 @@ from torch import Tensor
 from saescale.scaling.compute import Flops
 from saescale.trainers.architectures import architecture, parts
 from saescale.trainers.architectures.architecture import Forward, Losses, Parameter, Params, Shape, State, Worked
+from saescale.trainers.architectures.jumprelu_sparse import JumpReLUStep
 from saescale.trainers.preprocess import Centre
 
 
@@ -52,6 +53,9 @@ def losses(params: Params, forward: Forward, target: Tensor, settings: Settings,
 
 def flops(shape: Shape, settings: Settings, worked: Worked) -> Flops:
     return parts.sparse_flops(shape, worked)
+
+
+step = JumpReLUStep("jumprelu")
 
 
 class _Jump(torch.autograd.Function):

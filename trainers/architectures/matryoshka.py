@@ -9,6 +9,7 @@ from torch import Tensor
 from saescale.scaling.compute import Flops
 from saescale.trainers.architectures import batchtopk, parts, topk
 from saescale.trainers.architectures.architecture import Forward, Losses, Params, Shape, State, Worked
+from saescale.trainers.architectures.matryoshka_sparse import MatryoshkaStep
 
 PREFIXES = (1 / 16, 1 / 8, 1 / 4, 1 / 2)
 
@@ -45,3 +46,6 @@ def prefixes(n_latents: int) -> list[int]:
 def flops(shape: Shape, settings: Settings, worked: Worked) -> Flops:
     """As of one reconstruction: prefixes are sums that grow, so each pair is decoded and differentiated once."""
     return parts.sparse_flops(shape, worked)
+
+
+step = MatryoshkaStep(prefixes)

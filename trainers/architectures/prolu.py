@@ -16,6 +16,7 @@ from torch import Tensor
 from saescale.scaling.compute import Flops
 from saescale.trainers.architectures import architecture, parts
 from saescale.trainers.architectures.architecture import Forward, Losses, Parameter, Params, Shape, State, Worked
+from saescale.trainers.architectures.relu_sparse import ProLUStep
 from saescale.trainers.preprocess import Centre
 
 Variant = Literal["relu", "ste"]
@@ -41,6 +42,9 @@ def losses(params: Params, forward: Forward, target: Tensor, settings: Settings,
 
 def flops(shape: Shape, settings: Settings, worked: Worked) -> Flops:
     return parts.sparse_flops(shape, worked)
+
+
+step = ProLUStep("prolu")
 
 
 class _ProLU(torch.autograd.Function):

@@ -12,6 +12,7 @@ from torch import Tensor
 from saescale.scaling.compute import Flops
 from saescale.trainers.architectures import architecture, parts
 from saescale.trainers.architectures.architecture import Forward, Losses, Parameter, Params, Shape, State, Worked
+from saescale.trainers.architectures.relu_sparse import ReLUStep
 from saescale.trainers.preprocess import Centre
 
 
@@ -33,5 +34,7 @@ def losses(params: Params, forward: Forward, target: Tensor, settings: Settings,
 
 
 def flops(shape: Shape, settings: Settings, worked: Worked) -> Flops:
-    """As a trainer that uses the sparsity would: what trains here is dense."""
     return parts.sparse_flops(shape, worked)
+
+
+step = ReLUStep("relu")

@@ -63,6 +63,12 @@ class SAE:
         """The forward pass as training measures it: by the fast path where there is one."""
         return self.step.reconstruct(self.params, self.operands, batch, self.settings, self.mesh)
 
+    def calibrate(self, batch: Batch) -> None:
+        """Writes what its architecture measures with finished weights on the last batch of training, if anything."""
+        calibrate = getattr(self.step, "calibrate", None)
+        if calibrate is not None:
+            calibrate(self.params, self.operands, batch, self.settings)
+
     def at(self, k: int) -> "SAE":
         """The same parameters with k latents a token, of an architecture that serves several (Settings.levels)."""
         settings = self.settings.model_copy(update={"k": k})

@@ -23,6 +23,7 @@ from saescale.trainers.architectures.architecture import (
     Worked,
     unit_rows,
 )
+from saescale.trainers.architectures.switch_sparse import SwitchStep
 from saescale.trainers.preprocess import Centre
 
 
@@ -91,3 +92,6 @@ def flops(shape: Shape, settings: Settings, worked: Worked) -> Flops:
     router = 6 * int(worked.tokens) * settings.experts * shape.d_model
     routed = parts.sparse_flops(Shape(shape.d_model, each), worked)
     return Flops(routed.sparse + router, routed.dense + router)
+
+
+step = SwitchStep()

@@ -3,11 +3,13 @@
     result = step.measure(params, operands, batch, settings, conditions, dead, mesh)
     step.update(params, operands, result.gradient, updates, mesh)
 
-The objective is that of topk.py; the algebra is that of trainers/kernels/interface.py, on every device.
+The objective is that of topk.py; the algebra is that of trainers/kernels/interface.py, on every device. Architectures
+whose objective is TopK's but for which latents are decoded, and in how many reconstructions, override `choose`,
+`decode` and `parts` (batchtopk_sparse.py, matryoshka_sparse.py, hierarchical_topk_sparse.py).
 """
 
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -24,14 +26,24 @@ from saescale.trainers.architectures.architecture import (
     Update,
     Worked,
 )
-from saescale.trainers.kernels.choose import KernelKind, kernels
+from saescale.trainers.kernels.choose import KernelKind, dead_kernels, kernels
 from saescale.trainers.kernels.eager import ENTRIES as EAGER_ENTRIES
 from saescale.trainers.kernels.eager import adam_rows
-from saescale.trainers.kernels.interface import Pairs, Selected, Summands, Term, group_size, product_rows
+from saescale.trainers.kernels.interface import (
+    Kept,
+    Kernels,
+    Pairs,
+    Selected,
+    Summands,
+    Term,
+    group_size,
+    product_rows,
+)
 from saescale.trainers.mesh.mesh import Mesh
 from saescale.trainers.precision import Precision
 
-FEW_DEAD = 8  # times k_aux: up to so many dead latents AuxK is computed dense
+KEPT_ENTRIES = 2**24  # of the encoder's product that are kept for AuxK on a CPU; of more it makes its own product
+FEW_DEAD = 8  # times k_aux: elsewhere, up to so many dead latents AuxK is computed dense
 AUXK_ENTRIES = 2**22  # activations of dead latents that it then holds at a time: 16 MiB
 _FLOAT = 4
 
@@ -71,10 +83,63 @@ class Gradient(NamedTuple):
     b_pre: Tensor  # [d_model], without the part through the encoder, - W_enc^T (gradient of b_enc)
 
 
+class Chosen(NamedTuple):
+    """The latents that the main losses decode."""
+
+    active: Selected  # of the SAE itself
+    terms: Sequence[Selected]  # of each reconstruction; where they are nested, what it has beside the one before
+    weights: Sequence[float]  # of each one's squared error in the loss
+
+
+class Reconstructed(NamedTuple):
+    """What `Chosen` gave. The terms' errors lie in the memory that the caller gave, in their order."""
+
+    terms: list[Term]
+    squared: list[Tensor]  # float64 scalars: ||x - x_hat||^2 of each reconstruction
+    own: int  # which of them is the SAE's own
+    b_pre: Tensor  # [d_model]: the gradient, without the part through the encoder
+
+
 class TopKStep:
     """FastStep of TopK. Of a cell that several processes share each asks `mesh` for what the others have."""
 
     rounded: frozenset[str] = frozenset({"W_enc"})
+
+    def choose(
+        self,
+        params: Params,
+        operands: Params,
+        batch: Batch,
+        offset: Tensor,
+        settings: Any,
+        mesh: Mesh,
+        kept: Kept | None,
+    ) -> Chosen:
+        """`offset` is b_pre - origin; kept.pre is to be written."""
+        ks, weights = zip(*settings.reconstructions(len(params["W_dec"])), strict=True)
+        selections = select(params, operands, batch, offset, ks, mesh, kept)
+        return Chosen(selections[0], selections, weights)
+
+    def decode(
+        self, chosen: Chosen, target: Tensor, offset: Tensor, W_dec: Tensor, scale: float, errors: Tensor
+    ) -> Reconstructed:
+        """Each reconstruction by itself, the SAE's own first.
+
+        `scale` times x - x_hat is the gradient by x_hat of a reconstruction of weight 1; `errors` [terms, batch,
+        d_model] is written.
+        """
+        sparse, b_pre = kernels(target.device), torch.zeros_like(offset)
+        terms, squared = [], []
+        for selected, weight, error in zip(chosen.terms, chosen.weights, errors, strict=True):
+            decoded = sparse.decode(target, offset, selected, W_dec, scale * weight, error)
+            terms.append(Term(selected, decoded.dz, scale * weight))
+            squared.append(decoded.squared)
+            b_pre.add_(error.sum(dim=0), alpha=scale * weight)
+        return Reconstructed(terms, squared, 0, b_pre)
+
+    def parts(self, losses: Sequence[float], chosen: Chosen) -> dict[str, float]:
+        """Losses.parts, but for AuxK, from the nmse of each reconstruction."""
+        return {"multi": losses[1] if len(losses) > 1 else 0.0}
 
     @torch.no_grad()
     def measure(
@@ -86,49 +151,50 @@ class TopKStep:
         W_dec, offset = params["W_dec"], params["b_pre"] - batch.origin
         n_latents, d_model = W_dec.shape
         elements = batch.x.numel()
-        target = _target(batch)
-        ks, weights = zip(*settings.reconstructions(n_latents), strict=True)
-        selections = _select(params, operands, batch, offset, ks, mesh)
-
+        target = target_of(batch)
+        kept = _to_keep(sparse, operands, batch, dead, conditions) if settings.k_aux else None
+        chosen = self.choose(params, operands, batch, offset, settings, mesh, kept)
         # One more for AuxK, where it may need one.
-        errors = batch.x.new_empty(len(ks) + bool(settings.k_aux), len(batch.x), d_model)
-        b_pre = torch.zeros_like(offset)
-        terms, squared, sums = [], [], []
-        for selected, weight, error in zip(selections, weights, errors, strict=False):
-            # The gradient by x_hat of the mean over batch and d_model of the squared error over c.
-            scale = -2.0 * weight / (elements * conditions.variance)
-            decoded = sparse.decode(target, offset, selected, W_dec, scale, error)
-            terms.append(Term(selected, decoded.dz, scale))
-            squared.append(decoded.squared)
-            sums.append(error.sum(dim=0))
-            b_pre.add_(sums[-1], alpha=scale)
-        active = torch.stack([_active(selected) for selected in selections]).sum()
+        errors = batch.x.new_empty(len(chosen.terms) + bool(settings.k_aux), len(batch.x), d_model)
+        # The gradient by x_hat of the mean over batch and d_model of the squared error over c.
+        scale = -2.0 / (elements * conditions.variance)
+        made = self.decode(chosen, target, offset, W_dec, scale, errors[: len(chosen.terms)])
+        terms, error = made.terms, errors[made.own]
+        active = torch.stack([active_pairs(selected) for selected in chosen.terms]).sum()
 
         # Has to go before AuxK: a latent that came back to life in this batch is no longer dead.
-        dead.update(selections[0])
+        dead.update(chosen.active)
         idle = dead.after(conditions.dead_after_tokens)
         count, scatter = active.new_zeros(()), offset.new_zeros(())
         if settings.k_aux:
-            count, scatter = idle.sum(), (sums[0] / len(batch.x) - errors[0]).square_().mean()
+            count, scatter = idle.sum(), (error.sum(dim=0) / len(batch.x) - error).square_().mean()
         # All that the host has to know of a step, in one piece: it waits for the device here and nowhere else.
         told = torch.stack([active.double(), count.double(), scatter.double()])
-        *squares, pairs, n_dead, scatter_of_error = torch.cat([mesh.mean_replicas(torch.stack(squared)), told]).tolist()
+        *squares, pairs, n_dead, scatter_of_error = torch.cat(
+            [mesh.mean_replicas(torch.stack(made.squared)), told]
+        ).tolist()
 
         losses = [square / elements / conditions.variance for square in squares]
-        auxk = _AuxK(0.0, _no_rows(errors[0]), None)
+        auxk = _AuxK(0.0, _no_rows(error), None)
         if settings.k_aux and n_dead and scatter_of_error > 0:
-            auxk = _auxk(
-                params, operands, batch, offset, errors[0], _named(idle, int(n_dead)), scatter_of_error, settings,
-                errors[-1],
-            )  # fmt: skip
+            latents = _named(idle, int(n_dead))
+            if dead_kernels(sparse, error.device) is None:
+                auxk = _auxk(
+                    params, operands, batch, offset, error, latents, scatter_of_error, settings, errors[-1]
+                )  # fmt: skip
+            else:
+                among, selected = _of_dead(params, operands, batch, offset, latents, settings.k_aux, kept)
+                kept = None  # before the gradient, which takes as much memory
+                rows = _auxk_by_pairs(params, batch, offset, error, among, selected, scatter_of_error, settings)
+                auxk = rows._replace(dead=len(latents))
         if auxk.term is not None:
             terms.append(auxk.term)
         gradient = Gradient(
-            sparse.transpose(terms, n_latents), errors.view(-1, d_model), batch.x, offset, auxk.rows, b_pre
+            sparse.transpose(terms, n_latents), errors.view(-1, d_model), batch.x, offset, auxk.rows, made.b_pre
         )  # fmt: skip
-        parts = {"multi": losses[1] if len(losses) > 1 else 0.0, "auxk": auxk.loss}
+        parts = self.parts(losses, chosen) | {"auxk": auxk.loss}
         worked = Worked(len(batch.x), int(pairs), auxk.pairs, auxk.dead * len(batch.x))
-        return Step(losses[0], parts, gradient, worked)
+        return Step(losses[made.own], parts, gradient, worked)
 
     @torch.no_grad()
     def update(
@@ -155,11 +221,18 @@ class TopKStep:
         of_encoder = Summands(
             pairs.starts, pairs.rows, pairs.encoder, gradient.x, shift, gradient.offset, aux.latents, aux.W_enc
         )  # fmt: skip
-        for name, summands in (("W_dec", of_decoder), ("W_enc", of_encoder)):
+        # A parameter that is not trained has no update.
+        matrices = {"W_dec": of_decoder, "W_enc": of_encoder}
+        for name, summands in matrices.items():
+            if name not in updates:
+                continue
             moments, adam, unit_rows = updates[name]
             operand = None if operands[name] is params[name] else operands[name]
             sparse.update_rows(params[name], moments, summands, adam, unit_rows, operand)
-        for name, dense in (("b_enc", b_enc), ("b_pre", b_pre)):
+        vectors = {"b_enc": b_enc, "b_pre": b_pre}
+        for name, dense in vectors.items():
+            if name not in updates:
+                continue
             moments, adam, unit_rows = updates[name]
             adam_rows(params[name], moments, dense, adam, unit_rows)
 
@@ -168,10 +241,10 @@ class TopKStep:
         self, params: Params, operands: Params, batch: Batch, settings: TopKSettings, mesh: Mesh
     ) -> Reconstruction:
         offset = params["b_pre"] - batch.origin
-        selected = _select(params, operands, batch, offset, [settings.k], mesh)[0]
+        selected = select(params, operands, batch, offset, [settings.k], mesh)[0]
         error = torch.empty_like(batch.x)
-        decoded = kernels(batch.x.device).decode(_target(batch), offset, selected, params["W_dec"], None, error)
-        return Reconstruction(error, decoded.squared, _active(selected))
+        decoded = kernels(batch.x.device).decode(target_of(batch), offset, selected, params["W_dec"], None, error)
+        return Reconstruction(error, decoded.squared, active_pairs(selected))
 
     def training_bytes(
         self, shape: Shape, settings: TopKSettings, batch: int, precision: Precision, kernels: KernelKind
@@ -183,12 +256,10 @@ class TopKStep:
         # Index, z and dz of each, then their pairs sorted: row and two weights. A few index tensors are int64 on the
         # way; on a GPU the sort has keys and an order besides.
         pairs = batch * (sum(ks) + k_aux) * (3 * _FLOAT + 3 * _FLOAT + (8 if kernels == "cpu" else 24))
-        few = min(FEW_DEAD * k_aux, shape.n_latents)
-        dense_auxk = 4 * few * shape.d_model * _FLOAT + 4 * min(AUXK_ENTRIES, batch * few) * _FLOAT
-        sparse_auxk = matrix / (2 if precision == "bf16" else 1) if k_aux else 0
+        auxk = _auxk_bytes(shape, k_aux, batch, precision, kernels) if k_aux else 0
         gradients = 2 * (2 * matrix + (shape.n_latents + shape.d_model) * _FLOAT) if kernels == "eager" else 0
         made = _pre_activations(shape, max(ks), batch, precision, kernels)
-        return made + errors + pairs + max(dense_auxk, sparse_auxk) + gradients
+        return made + errors + pairs + auxk + gradients
 
     def evaluation_bytes(
         self, shape: Shape, settings: TopKSettings, batch: int, precision: Precision, kernels: KernelKind
@@ -207,12 +278,29 @@ def _pre_activations(shape: Shape, k: int, rows: int, precision: Precision, kern
     return product_rows(rows, shape.n_latents, kernels) * shape.n_latents * (width + maxima)
 
 
-def _target(batch: Batch) -> Tensor:
+def _auxk_bytes(shape: Shape, k_aux: int, batch: int, precision: Precision, kernels: KernelKind) -> float:
+    """At most, whatever part of the latents is dead."""
+    n_latents, d_model = shape.n_latents, shape.d_model
+    matrix, width = n_latents * d_model * _FLOAT, 2 if precision == "bf16" else _FLOAT
+    if kernels == "cpu":
+        from saescale.trainers.kernels.cpu_dead import BLOCK, GROUP, SLICE  # numba takes most of a second to load
+
+        # The product's columns go before there are gradients, slices of d_model and the sort's counts.
+        group, slices = min(batch, GROUP), 2 * n_latents * SLICE * _FLOAT
+        counts = 2 * (group + n_latents) * _FLOAT + 2 * group * n_latents / BLOCK * _FLOAT
+        by_pairs = 2 * matrix + slices + group * (d_model + SLICE) * _FLOAT + counts
+        return max(min(KEPT_ENTRIES, batch * n_latents) * width, by_pairs)
+    few = min(FEW_DEAD * k_aux, n_latents)
+    dense = 4 * few * d_model * _FLOAT + 4 * min(AUXK_ENTRIES, batch * few) * _FLOAT
+    return max(dense, matrix * width / _FLOAT)
+
+
+def target_of(batch: Batch) -> Tensor:
     """What x_hat is compared with, minus origin."""
     return batch.x if batch.target is None else batch.target - batch.origin
 
 
-def _active(selected: Selected) -> Tensor:
+def active_pairs(selected: Selected) -> Tensor:
     return (selected.z > 0).sum()
 
 
@@ -221,20 +309,43 @@ def _named(chosen: Tensor, count: int) -> Tensor:
     return torch.searchsorted(chosen.cumsum(0), torch.arange(1, count + 1, device=chosen.device))
 
 
-def _select(
-    params: Params, operands: Params, batch: Batch, offset: Tensor, ks: Sequence[int], mesh: Mesh
+def select(
+    params: Params, operands: Params, batch: Batch, offset: Tensor, ks: Sequence[int], mesh: Mesh,
+    kept: Kept | None = None,
+) -> list[Selected]:  # fmt: skip
+    x, W_enc, bias = encoder_operands(params, operands, batch, offset)
+    selections = encode_select(kernels(x.device), x, W_enc, bias, ks, kept)
+    return [mesh.select(or_nan(selected, bias), k) for selected, k in zip(selections, ks, strict=True)]
+
+
+def encode_select(
+    sparse: Kernels, x: Tensor, W_enc: Tensor, bias: Tensor, ks: Sequence[int], kept: Kept | None
 ) -> list[Selected]:
-    bias = params["b_enc"] - params["W_enc"] @ offset
+    """As `sparse` selects; what AuxK needs of the product is written to `kept` where it is asked for."""
+    beside = None if kept is None else dead_kernels(sparse, x.device)
+    if beside is None:
+        return sparse.encode_select(x, W_enc, bias, ks)
+    return beside.encode_select(x, W_enc, bias, ks, kept)
+
+
+def encoder_operands(params: Params, operands: Params, batch: Batch, offset: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """x, W_enc and bias as the kernels take them for W_enc (x - b_pre) + b_enc."""
+    return *encoder_input(operands, batch), params["b_enc"] - params["W_enc"] @ offset
+
+
+def encoder_input(operands: Params, batch: Batch) -> tuple[Tensor, Tensor]:
+    """x minus origin and W_enc, in the type of the encoder's product."""
     W_enc = operands["W_enc"]
-    x = batch.rounded if W_enc.dtype == torch.bfloat16 else batch.x
-    selections = kernels(x.device).encode_select(x, W_enc, bias, ks)
-    # One bad weight shows in `bias`. The NaN that x86 makes is negative and would never be selected: a diverged
-    # encoder would look like one without active latents.
-    bad = ~bias.isfinite().all()
-    return [
-        mesh.select(Selected(indices, z.masked_fill_(bad, torch.nan)), k)
-        for (indices, z), k in zip(selections, ks, strict=True)
-    ]
+    return batch.rounded if W_enc.dtype == torch.bfloat16 else batch.x, W_enc
+
+
+def or_nan(selected: Selected, bias: Tensor) -> Selected:
+    """`selected`, or NaN for its z where `bias` has an entry that is not finite, as one bad weight gives it one.
+
+    The NaN that x86 makes is negative and would never be selected: a diverged encoder would look like one without
+    active latents.
+    """
+    return selected._replace(z=selected.z.masked_fill_(~bias.isfinite().all(), torch.nan))
 
 
 class _AuxK(NamedTuple):
@@ -249,6 +360,52 @@ class _AuxK(NamedTuple):
 
 def _no_rows(error: Tensor) -> DeadRows:
     return DeadRows(error.new_empty(0, dtype=torch.int64), error[:0], error.new_empty(0), error[:0])
+
+
+def _to_keep(sparse: Kernels, operands: Params, batch: Batch, dead: Dead, conditions: Conditions) -> Kept | None:
+    """What AuxK may need of the main losses' product: columns of latents that are dead unless this batch revives them.
+
+    None where there are none or too many, or on other devices, where their names would have to be waited for.
+    """
+    if dead_kernels(sparse, batch.x.device) is None:
+        return None
+    latents = dead.after(conditions.dead_after_tokens - len(batch.x)).nonzero().flatten()
+    x, _ = encoder_input(operands, batch)
+    few = 0 < len(latents) <= KEPT_ENTRIES // len(x)
+    return Kept(latents, x.new_empty(len(x), len(latents))) if few else None
+
+
+def _of_dead(
+    params: Params, operands: Params, batch: Batch, offset: Tensor, latents: Tensor, k_aux: int, kept: Kept | None
+) -> tuple[Tensor, Selected]:
+    """Some latents, the dead ones (`latents`) among them, and of these the k_aux largest, as indices of the former."""
+    beside = dead_kernels(kernels(batch.x.device), batch.x.device)
+    assert beside is not None
+    k = min(k_aux, len(latents))
+    bias = params["b_enc"][latents] - params["W_enc"][latents] @ offset
+    if kept is None:
+        x, W_enc = encoder_input(operands, batch)
+        return latents, beside.encode_select(x, W_enc[latents], bias, [k], None)[0]
+    # Those that the batch revived are never selected.
+    biases = torch.full((len(params["b_enc"]),), -torch.inf).index_copy_(0, latents, bias)
+    return kept.latents, beside.select(kept.pre, biases[kept.latents], k)
+
+
+def _auxk_by_pairs(
+    params: Params, batch: Batch, offset: Tensor, error: Tensor, latents: Tensor, selected: Selected, scatter: float,
+    settings: TopKSettings,
+) -> _AuxK:  # fmt: skip
+    """As `_auxk`, by the pairs that were `selected` among `latents`."""
+    beside = dead_kernels(kernels(error.device), error.device)
+    assert beside is not None
+    # The gradient by e_hat of the mean squared error over that of the mean error, e being x - x_hat.
+    scale = 2 * settings.auxk_coefficient / (error.numel() * scatter)
+    squared, pairs, W_enc, b_enc, W_dec = beside.dead_rows(
+        batch.x, error, selected, params["W_dec"], latents, scale
+    )  # fmt: skip
+    W_enc.addr_(b_enc, offset, alpha=-1)
+    rows = DeadRows(latents, W_enc, b_enc, W_dec)
+    return _AuxK(squared / error.numel() / scatter, rows, None, pairs)
 
 
 def _auxk(
@@ -277,7 +434,7 @@ def _auxk(
     # No b_pre here: the error has it taken off already.
     decoded = sparse.decode(error, torch.zeros_like(offset), selected, params["W_dec"], scale, miss)
     loss = decoded.squared / error.numel() / scatter
-    return _AuxK(loss, _no_rows(error), Term(selected, decoded.dz, scale), _active(selected), len(latents))
+    return _AuxK(loss, _no_rows(error), Term(selected, decoded.dz, scale), active_pairs(selected), len(latents))
 
 
 def _dead_rows(

@@ -7,7 +7,7 @@ from typing import Literal
 import torch
 
 from saescale.storage.errors import SaescaleWarning, one_line
-from saescale.trainers.kernels.interface import Kernels
+from saescale.trainers.kernels.interface import DeadKernels, Kernels
 
 KernelKind = Literal["cpu", "cuda", "eager"]  # the files of that name
 
@@ -26,6 +26,15 @@ def kernels(device: torch.device) -> Kernels:
     from saescale.trainers.kernels import eager
 
     return eager
+
+
+def dead_kernels(sparse: Kernels, device: torch.device) -> DeadKernels | None:
+    """What there is beside `sparse`, which computes on `device`, for AuxK."""
+    if device.type != "cpu":
+        return None
+    from saescale.trainers.kernels import cpu, cpu_dead
+
+    return cpu_dead if sparse is cpu else None
 
 
 def kernel_kind(device: torch.device) -> KernelKind:

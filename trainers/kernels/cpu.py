@@ -20,6 +20,7 @@ from torch import Tensor
 from saescale.trainers.kernels.interface import (
     AdamStep,
     Decoded,
+    Kept,
     Moments,
     Pairs,
     Selected,
@@ -50,7 +51,9 @@ class _Scratch(threading.local):
 _scratch = _Scratch()
 
 
-def encode_select(x: Tensor, W_enc: Tensor, bias: Tensor, ks: Sequence[int]) -> list[Selected]:
+def encode_select(
+    x: Tensor, W_enc: Tensor, bias: Tensor, ks: Sequence[int], kept: Kept | None = None
+) -> list[Selected]:
     batch, n_latents = len(x), len(W_enc)
     rows = product_rows(batch, n_latents, "cpu")
     buffer = _scratch.pre_activations(rows, n_latents, x.dtype)
@@ -62,7 +65,41 @@ def encode_select(x: Tensor, W_enc: Tensor, bias: Tensor, ks: Sequence[int]) -> 
             # Few enough entries per group, and enough groups for the bound to be tight.
             group = max(1, min(16, n_latents // (8 * k)))
             _select(_bits(pre), _array(bias), group, _array(selected.indices[part]), _array(selected.z[part]))
+        if kept is not None:
+            _copy_columns(_bits(pre), _array(kept.latents), _bits(kept.pre[part]))
     return selections
+
+
+def select(pre: Tensor, bias: Tensor, k: int) -> Selected:
+    selected = Selected(torch.empty(len(pre), k, dtype=torch.int32), torch.empty(len(pre), k))
+    # In groups of one, so that indices ascend but for ties.
+    _select(_bits(pre), _array(bias), 1, _array(selected.indices), _array(selected.z))
+    return selected
+
+
+def select_above(x: Tensor, W_enc: Tensor, bias: Tensor, threshold: Tensor, most: int) -> Selected | None:
+    batch, n_latents = len(x), len(W_enc)
+    rows = product_rows(batch, n_latents, "cpu")
+    buffer = _scratch.pre_activations(rows, n_latents, x.dtype)
+    found, pairs = [], 0
+    for start in range(0, batch, rows):
+        part = slice(start, min(start + rows, batch))
+        pre = _bits(torch.mm(x[part], W_enc.detach().T, out=buffer[: part.stop - start]))
+        counts = np.empty(len(pre), np.int32)
+        _count_above(pre, _array(bias), _array(threshold), counts)
+        pairs += int(counts.sum())
+        if pairs > most:
+            return None
+        width = max(1, int(counts.max()))
+        here = Selected(torch.empty(len(pre), width, dtype=torch.int32), torch.empty(len(pre), width))
+        _place_above(pre, _array(bias), _array(threshold), _array(here.indices), _array(here.z))
+        found.append(here)
+    width = max(here.z.shape[1] for here in found)
+    pad = torch.nn.functional.pad
+    return Selected(
+        torch.cat([pad(here.indices, (0, width - here.z.shape[1]), value=-1) for here in found]),
+        torch.cat([pad(here.z, (0, width - here.z.shape[1])) for here in found]),
+    )
 
 
 def decode(x: Tensor, offset: Tensor, selected: Selected, W_dec: Tensor, scale: float | None, error: Tensor) -> Decoded:
@@ -71,6 +108,12 @@ def decode(x: Tensor, offset: Tensor, selected: Selected, W_dec: Tensor, scale: 
     arrays = (_array(t) for t in (x, offset, selected.indices, selected.z, W_dec, error, squared, dz))
     _decode(*arrays, scale or 0.0)
     return Decoded(squared.sum(), dz)
+
+
+def gradient_by_z(error: Tensor, indices: Tensor, W_dec: Tensor, scale: float) -> Tensor:
+    dz = torch.empty(indices.shape)
+    _gradient_by_z(_array(error), _array(indices), _array(W_dec), scale, _array(dz))
+    return dz
 
 
 def transpose(terms: Sequence[Term], n_latents: int) -> Pairs:
@@ -177,7 +220,12 @@ def _select(pre: np.ndarray, bias: np.ndarray, group: int, indices: np.ndarray, 
             bound = _threshold(maxima, k, top, k // 8)
 
             found = 0
-            for g in range(groups):
+            if group == 1:
+                for g in range(groups):
+                    candidates[found] = g
+                    entries[found] = maxima[g]
+                    found += maxima[g] >= bound
+            for g in range(groups if group > 1 else 0):
                 if maxima[g] >= bound:
                     for i in range(g, n, groups):
                         # Without a branch: it would be mispredicted at nearly every entry that is kept.
@@ -203,6 +251,47 @@ def _select(pre: np.ndarray, bias: np.ndarray, group: int, indices: np.ndarray, 
             for i in range(kept, k):
                 indices[b, i] = -1
                 z[b, i] = 0
+
+
+@njit(parallel=True, nogil=True, cache=True)
+def _count_above(pre: np.ndarray, bias: np.ndarray, threshold: np.ndarray, counts: np.ndarray) -> None:
+    """counts [batch]: entries of each row of pre + bias that exceed `threshold` [n]."""
+    for b in prange(len(pre)):
+        row = pre[b]
+        count = np.int32(0)
+        for i in range(len(row)):
+            count += np.int32(1) if _float(row[i]) + bias[i] > threshold[i] else np.int32(0)
+        counts[b] = count
+
+
+@njit(parallel=True, nogil=True, cache=True)
+def _place_above(pre: np.ndarray, bias: np.ndarray, threshold: np.ndarray, indices: np.ndarray, z: np.ndarray) -> None:
+    """Those entries, ascending, to `indices` and `z` [batch, width >= the count of each row]; then -1 and 0."""
+    batch, n = pre.shape
+    width = indices.shape[1]
+    for chunk in prange(-(-batch // _CHUNK)):
+        # One more than there can be: without a branch, each entry is written before it is known whether it stays.
+        places = np.empty(n + 1, np.int32)
+        entries = np.empty(n + 1, np.float32)
+        for b in range(chunk * _CHUNK, min(chunk * _CHUNK + _CHUNK, batch)):
+            row = pre[b]
+            found = 0
+            for i in range(n):
+                entry = _float(row[i]) + bias[i]
+                places[found] = i
+                entries[found] = entry
+                found += entry > threshold[i]
+            for j in range(width):
+                indices[b, j] = places[j] if j < found else -1
+                z[b, j] = entries[j] if j < found else 0
+
+
+@njit(parallel=True, nogil=True, cache=True)
+def _copy_columns(pre: np.ndarray, columns: np.ndarray, out: np.ndarray) -> None:
+    for b in prange(len(pre)):
+        row, to = pre[b], out[b]
+        for i in range(len(columns)):
+            to[i] = row[columns[i]]
 
 
 @njit(nogil=True, cache=True)
@@ -270,6 +359,15 @@ def _add_rows(out: np.ndarray, weights: np.ndarray, rows: np.ndarray, indices: n
             out[i] += weight * row[i]
 
 
+@njit(nogil=True, cache=True)
+def _used(indices: np.ndarray, z: np.ndarray) -> int:
+    """How many entries of a row there are before those that fill it up, in whole eights as `_add_rows` takes them."""
+    used = len(indices)
+    while used > 0 and indices[used - 1] < 0 and z[used - 1] == 0:
+        used -= 1
+    return min(-(-used // 8) * 8, len(indices))
+
+
 @njit(parallel=True, fastmath=_FAST, nogil=True, cache=True)
 def _decode(
     x: np.ndarray,
@@ -293,14 +391,17 @@ def _decode(
         row = error[b]
         for i in range(d_model):
             row[i] = 0
+        used = _used(indices[b], z[b])
         # An index of -1 stands for the last row, with a weight of 0.
-        _add_rows(row, z[b], W_dec, indices[b])
+        _add_rows(row, z[b, :used], W_dec, indices[b, :used])
         total = 0.0
         for i in range(d_model):
             row[i] = x[b, i] - offset[i] - row[i]
             total += np.float64(row[i]) * np.float64(row[i])
         squared[b] = total
-        for j in range(0, dz.shape[1], 4):
+        for j in range(used, dz.shape[1]):
+            dz[b, j] = 0
+        for j in range(0, min(used, dz.shape[1]), 4):
             # Four at a time; past the end the last one is computed again.
             j1, j2, j3 = min(j + 1, k - 1), min(j + 2, k - 1), min(j + 3, k - 1)
             r0, r1 = W_dec[indices[b, j]], W_dec[indices[b, j1]]
@@ -315,6 +416,30 @@ def _decode(
             dz[b, j1] = np.float32(scale) * dot1 if z[b, j1] > 0 else np.float32(0)
             dz[b, j2] = np.float32(scale) * dot2 if z[b, j2] > 0 else np.float32(0)
             dz[b, j3] = np.float32(scale) * dot3 if z[b, j3] > 0 else np.float32(0)
+
+
+@njit(parallel=True, fastmath=_FAST, nogil=True, cache=True)
+def _gradient_by_z(error: np.ndarray, indices: np.ndarray, W_dec: np.ndarray, scale: float, dz: np.ndarray) -> None:
+    """dz[b, j] = scale * error[b] . W_dec[indices[b, j]]; 0 where the index is -1."""
+    batch, k = indices.shape
+    for b in prange(batch):
+        row = error[b]
+        for j in range(0, k, 4):
+            j1, j2, j3 = min(j + 1, k - 1), min(j + 2, k - 1), min(j + 3, k - 1)
+            last = max(max(indices[b, j], indices[b, j1]), max(indices[b, j2], indices[b, j3]))
+            dot0 = dot1 = dot2 = dot3 = np.float32(0)
+            if last >= 0:
+                r0, r1 = W_dec[indices[b, j]], W_dec[indices[b, j1]]
+                r2, r3 = W_dec[indices[b, j2]], W_dec[indices[b, j3]]
+                for i in range(len(row)):
+                    dot0 += row[i] * r0[i]
+                    dot1 += row[i] * r1[i]
+                    dot2 += row[i] * r2[i]
+                    dot3 += row[i] * r3[i]
+            dz[b, j] = np.float32(scale) * dot0 if indices[b, j] >= 0 else np.float32(0)
+            dz[b, j1] = np.float32(scale) * dot1 if indices[b, j1] >= 0 else np.float32(0)
+            dz[b, j2] = np.float32(scale) * dot2 if indices[b, j2] >= 0 else np.float32(0)
+            dz[b, j3] = np.float32(scale) * dot3 if indices[b, j3] >= 0 else np.float32(0)
 
 
 @njit(nogil=True, cache=True)

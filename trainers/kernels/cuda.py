@@ -17,7 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from saescale.trainers.kernels import eager as sparse_eager
-from saescale.trainers.kernels.eager import transpose
+from saescale.trainers.kernels.eager import gradient_by_z, select_above, transpose
 from saescale.trainers.kernels.interface import (
     AdamStep,
     Decoded,
@@ -30,7 +30,9 @@ from saescale.trainers.kernels.interface import (
     product_rows,
 )
 
-__all__ = ["check", "decode", "encode_select", "latent_sums", "transpose", "update_rows"]
+__all__ = [
+    "check", "decode", "encode_select", "gradient_by_z", "latent_sums", "select_above", "transpose", "update_rows",
+]  # fmt: skip
 
 Function = Callable[..., Any]
 

@@ -32,6 +32,28 @@ def encode_select(x: Tensor, W_enc: Tensor, bias: Tensor, ks: Sequence[int]) -> 
     return [Selected(indices[:, :k].contiguous(), z[:, :k].contiguous()) for k in ks]
 
 
+def select_above(x: Tensor, W_enc: Tensor, bias: Tensor, threshold: Tensor, most: int) -> Selected | None:
+    tokens, latents, values, counts = [], [], [], []
+    for number, part in enumerate(x.split(_tokens(len(W_enc)))):
+        pre = torch.mm(part, W_enc.detach().T).float() + bias
+        above = pre > threshold
+        counts.append(above.sum(dim=1))
+        if sum(int(count.sum()) for count in counts) > most:
+            return None
+        rows, columns = above.nonzero(as_tuple=True)
+        tokens.append(rows + number * _tokens(len(W_enc)))
+        latents.append(columns)
+        values.append(pre[rows, columns])
+    count, token = torch.cat(counts), torch.cat(tokens)
+    width = max(1, int(count.max()))
+    place = torch.arange(len(token), device=x.device) - (count.cumsum(0) - count)[token]
+    indices = torch.full((len(x), width), -1, dtype=torch.int32, device=x.device)
+    indices[token, place] = torch.cat(latents).int()
+    z = bias.new_zeros(len(x), width)
+    z[token, place] = torch.cat(values)
+    return Selected(indices, z)
+
+
 def decode(x: Tensor, offset: Tensor, selected: Selected, W_dec: Tensor, scale: float | None, error: Tensor) -> Decoded:
     torch.sub(x, offset, out=error)
     W_dec = W_dec.detach()
@@ -44,6 +66,14 @@ def decode(x: Tensor, offset: Tensor, selected: Selected, W_dec: Tensor, scale: 
         if scale is not None:
             torch.gather(torch.mm(left, W_dec.T).mul_(scale), 1, i, out=out).masked_fill_(~(z > 0), 0)
     return Decoded(error.double().square_().sum(), dz)
+
+
+def gradient_by_z(error: Tensor, indices: Tensor, W_dec: Tensor, scale: float) -> Tensor:
+    dz = error.new_empty(indices.shape)
+    size = _tokens(len(W_dec))
+    for i, left, out in zip(indices.split(size), error.split(size), dz.split(size), strict=True):
+        torch.gather(torch.mm(left, W_dec.detach().T).mul_(scale), 1, i.clamp(min=0).long(), out=out)
+    return dz.masked_fill_(indices < 0, 0)
 
 
 def transpose(terms: Sequence[Term], n_latents: int) -> Pairs:

@@ -74,6 +74,23 @@ class Summands(NamedTuple):
     extra: Tensor  # float32 [extras, d_model]
 
 
+class Kept(NamedTuple):
+    """Some columns of the encoder's product, for AuxK to choose from, and memory for them."""
+
+    latents: Tensor  # int64 [kept], ascending
+    pre: Tensor  # [batch, kept] of x W_enc^T, in the type of x, without bias
+
+
+class DeadGradient(NamedTuple):
+    """AuxK's squared error and its gradient by the latents that were given."""
+
+    squared: Tensor  # float64 scalar: ||e - e_hat||^2 over the batch
+    pairs: int  # that were active
+    W_enc: Tensor  # float32 [latents, d_model]; of inputs x, their offset not taken off
+    b_enc: Tensor  # float32 [latents]
+    W_dec: Tensor  # float32 [latents, d_model]
+
+
 class Moments(NamedTuple):
     """What Adam and the average keep for a parameter, each of its shape."""
 
@@ -108,6 +125,14 @@ class Kernels(Protocol):
         accumulation (a bfloat16 product may be rounded to bfloat16); bias [n_latents] is added in float32.
         """
 
+    def select_above(self, x: Tensor, W_enc: Tensor, bias: Tensor, threshold: Tensor, most: int) -> Selected | None:
+        """All latents of each token whose pre-activation x W_enc^T + bias exceeds `threshold` [n_latents].
+
+        Operands are those of `encode_select`, and [batch, n_latents] is never whole here either. `z` holds the
+        pre-activations, of whatever sign; indices ascend, and rows are as wide as the widest has latents, but at least
+        1. None where that makes more than `most` pairs.
+        """
+
     def decode(
         self, x: Tensor, offset: Tensor, selected: Selected, W_dec: Tensor, scale: float | None, error: Tensor
     ) -> Decoded:
@@ -115,6 +140,10 @@ class Kernels(Protocol):
 
         dz is 0 where z is (ReLU). x [batch, d_model], offset [d_model], W_dec [n_latents, d_model].
         """
+
+    def gradient_by_z(self, error: Tensor, indices: Tensor, W_dec: Tensor, scale: float) -> Tensor:
+        """float32 [batch, k], as of `decode` but for any `error` [batch, d_model] and at every index [batch, k]:
+        scale * error . W_dec[index], 0 where the index is -1."""
 
     def transpose(self, terms: Sequence[Term], n_latents: int) -> Pairs:
         """The pairs of `terms` with z > 0 by latent; the same order at every call."""
@@ -135,6 +164,31 @@ class Kernels(Protocol):
 
         Sums the gradient's row, projects it off the row where `unit_rows`, applies Adam, scales the row back to unit
         norm where `unit_rows`, takes it into the average, and rounds it to `operand` (bfloat16) where there is one.
+        """
+
+
+class DeadKernels(Protocol):
+    """What an implementation may have beside for AuxK: one product for both selections, and the dead rows by pairs.
+
+    Its caller has to know the names of dead latents before the batch, so it is for devices on which asking for them
+    waits for nothing.
+    """
+
+    def encode_select(
+        self, x: Tensor, W_enc: Tensor, bias: Tensor, ks: Sequence[int], kept: Kept | None
+    ) -> list[Selected]:
+        """Kernels.encode_select, which writes kept.pre besides while the product is in the cache."""
+
+    def select(self, pre: Tensor, bias: Tensor, k: int) -> Selected:
+        """The k largest of ReLU(pre + bias); pre [batch, n] as in Kept, bias [n], which may be -inf."""
+
+    def dead_rows(
+        self, x: Tensor, error: Tensor, selected: Selected, W_dec: Tensor, latents: Tensor, scale: float
+    ) -> DeadGradient:
+        """e_hat = z W_dec[latents] for e = `error` [batch, d_model], and its squared error's gradient times scale / 2.
+
+        `selected` indexes `latents` (int64), each token's pairs before its padding; their order, which may change in
+        place, costs least where it ascends. `scale` times e_hat - e is the gradient by e_hat.
         """
 
 

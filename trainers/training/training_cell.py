@@ -94,10 +94,10 @@ class TrainingCell:
 
     def averaged(self) -> SAE:
         """A copy of the SAE with the average of its weights, which is what is evaluated and kept."""
-        params: Mapping[str, torch.Tensor] = self.optimiser.averaged()
+        averaged = self.sae.like(self.optimiser.averaged())
         if self._batch is not None:
-            params = self.sae.architecture.calibrated(params, self._batch.x + self._batch.origin, self.sae.settings)
-        return self.sae.like(params)
+            averaged.calibrate(self._batch)
+        return averaged
 
     def diverge(self, what: str) -> None:
         """Takes the cell out of the pack: `what` is not finite."""

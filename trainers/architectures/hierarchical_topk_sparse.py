@@ -1,0 +1,38 @@
+"""The sparse path of HierarchicalTopK: TopK's selection, in groups by the level at which a latent comes in."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor
+
+from saescale.trainers.architectures.architecture import Batch, Params, Shape
+from saescale.trainers.architectures.nested import by_rank, decode_nested, mean_of
+from saescale.trainers.architectures.topk_sparse import Chosen, Reconstructed, TopKStep, select
+from saescale.trainers.kernels.choose import KernelKind
+from saescale.trainers.kernels.interface import Kept
+from saescale.trainers.mesh.mesh import Mesh
+from saescale.trainers.precision import Precision
+
+
+class HierarchicalTopKStep(TopKStep):
+    def choose(
+        self, params: Params, operands: Params, batch: Batch, offset: Tensor, settings: Any, mesh: Mesh,
+        kept: Kept | None,
+    ) -> Chosen:  # fmt: skip
+        active = select(params, operands, batch, offset, [settings.k], mesh, kept)[0]
+        levels = settings.levels()
+        return Chosen(active, by_rank(active, levels), [1 / len(levels)] * len(levels))
+
+    def decode(
+        self, chosen: Chosen, target: Tensor, offset: Tensor, W_dec: Tensor, scale: float, errors: Tensor
+    ) -> Reconstructed:
+        return decode_nested(chosen, target, offset, W_dec, scale, errors)
+
+    def parts(self, losses: Sequence[float], chosen: Chosen) -> dict[str, float]:
+        return {"nested": mean_of(losses, chosen.weights)}
+
+    def training_bytes(
+        self, shape: Shape, settings: Any, batch: int, precision: Precision, kernels: KernelKind
+    ) -> float:
+        errors = (len(settings.levels()) - 1) * batch * shape.d_model * 4
+        return super().training_bytes(shape, settings, batch, precision, kernels) + errors
