@@ -7,6 +7,7 @@ import numpy as np
 
 from saescale.scaling.comparison.compare import Comparison
 from saescale.scaling.comparison.equal_nmse import Ratios
+from saescale.scaling.comparison.order import BASELINES
 from saescale.scaling.comparison.scatter import Interval, interval
 from saescale.scaling.figures.axes import count_axis, linear_axis, log_axis, power_axis
 from saescale.scaling.figures.views import Axis, Label, Layer, Line, Points, Rule, View
@@ -45,6 +46,10 @@ def order(comparison: Comparison) -> View | None:
     axis, rows = _rows(ordered.architectures)
     layers: list[Layer] = [Rule(None, 0.0)]
     seen = [0.0]
+    # What is much worse than the middle of the field would squeeze the rest together.
+    means = [ordered.pairs[pair][0].negative.less_one.value * 100 for pair in ordered.pairs if pair[0] == best]
+    widest = 3 * float(np.median(means))
+    widest = max(mean for mean in means if mean <= widest)
     for name in ordered.architectures[1:]:
         pair = ordered.pairs.get((best, name))
         if pair is None:
@@ -53,6 +58,9 @@ def order(comparison: Comparison) -> View | None:
         # The pair is the best less this one; shown is this one above the best.
         above = found.negative.less_one.scaled(100.0)
         text = f"{name}<br>{above.value:+.1f} % above {best}{_ends(above, '.1f')}<br>over {points} pairs of N and L0"
+        if above.value > widest:
+            layers.append(Label(widest, rows[name], f"{above.value:+.0f} % \u2192", name, beside=True))
+            continue
         layers.append(_bar(above, rows[name], name, text))
         seen += [above.value, *(end for end in (above.low, above.high) if end is not None)]
     layers.append(Points(np.zeros(1), np.array([rows[best]]), best, [f"{best}<br>the lowest"]))
@@ -65,14 +73,14 @@ def order(comparison: Comparison) -> View | None:
     )  # fmt: skip
 
 
-def frontier(comparison: Comparison, n: float) -> View | None:
+def frontier(comparison: Comparison, n: float) -> View:
     """nmse against the measured L0 at one N."""
     arms = comparison.arms
     layers: list[Layer] = []
-    for name in arms.architectures:
+    at = arms.n_latents == n
+    near, beyond = _near(comparison, at)
+    for name in near:
         own = arms.at(name, n)
-        if not len(own):
-            continue
         own = own[np.argsort(arms.l0[own])]
         x, y = arms.l0[own], np.exp(arms.log_nmse[own])
         if len(own) > 1:
@@ -81,14 +89,12 @@ def frontier(comparison: Comparison, n: float) -> View | None:
                  for g, value in zip(own, y, strict=True)]  # fmt: skip
         layers.append(_measured(comparison, own, x, name, texts))
         layers.append(Label(float(x[-1]), float(y[-1]), name, name))
-    if not layers:
-        return None
-    at = arms.n_latents == n
+    at &= np.isin(arms.architecture, near)
     return View(
         _name(f"frontier-n{number(n)}", comparison), f"nmse against L0 at N = {n:,.0f}",
         f"What each architecture reaches with so many active latents a token, all with N = {n:,.0f}: lower is better, and "
         "further left is sparser. L0 is measured on the held-out rows.",
-        f"Points: cells, seeds averaged; dotted lines join those of one architecture. {_interval_key(comparison)}",
+        f"Points: cells, seeds averaged; dotted lines join those of one architecture. {_interval_key(comparison)}{beyond}",
         log_axis(L0_LABEL, arms.l0[at]), log_axis(NMSE_LABEL, np.exp(arms.log_nmse[at])),
         arms.architectures, tuple(layers), ramp="name",
     )  # fmt: skip
@@ -99,11 +105,10 @@ def against_n(comparison: Comparison, k: float, fits: Mapping[tuple[str, float],
     arms = comparison.arms
     layers: list[Layer] = []
     at = arms.k == k
+    near, beyond = _near(comparison, at)
     lawful = False
-    for name in arms.architectures:
+    for name in near:
         own = arms.at(name, k=k)
-        if not len(own):
-            continue
         own = own[np.argsort(arms.n_latents[own])]
         x, y = arms.n_latents[own], np.exp(arms.log_nmse[own])
         fit = fits.get((name, k))
@@ -120,12 +125,13 @@ def against_n(comparison: Comparison, k: float, fits: Mapping[tuple[str, float],
                  for g, value in zip(own, y, strict=True)]  # fmt: skip
         layers.append(_measured(comparison, own, x, name, texts))
         layers.append(Label(float(x[-1]), float(y[-1]), name, name))
+    at &= np.isin(arms.architecture, near)
     lines = "Lines: the law of each architecture." if lawful else "Dotted lines join the cells of one architecture."
     return View(
         _name(f"by_n-k{number(k)}", comparison), f"nmse against N at k = {k:g}",
         f"Held-out nmse of each architecture against the number of latents N, with k = {k:g}; its L0 may be off k where "
         "k is a target (the figures at equal L0 say by how much).",
-        f"Points: cells, seeds averaged. {lines} {_interval_key(comparison)}",
+        f"Points: cells, seeds averaged. {lines} {_interval_key(comparison)}{beyond}",
         count_axis(N_LABEL, arms.n_latents[at]), log_axis(NMSE_LABEL, np.exp(arms.log_nmse[at])),
         arms.architectures, tuple(layers), ramp="name",
     )  # fmt: skip
@@ -138,6 +144,8 @@ def against_compute(comparison: Comparison, k: float) -> View | None:
     if len(lines) < 2:
         return None
     layers: list[Layer] = []
+    near, beyond = _near(comparison, comparison.arms.k == k)
+    lines = {name: line for name, line in lines.items() if name in near}
     for name, (flops, nmse) in lines.items():
         layers.append(Line(flops, nmse, name, "law", name))
         layers.append(Points(flops[-1:], nmse[-1:], name, [f"{name}<br>ends at {nmse[-1]:.4f}"]))
@@ -149,7 +157,7 @@ def against_compute(comparison: Comparison, k: float) -> View | None:
         _name(f"by_compute-k{number(k)}", comparison), f"nmse against compute at k = {k:g}",
         "The lowest held-out nmse that an architecture has reached with so much training compute, with whichever of its N "
         "is the best there: the further left a line lies, the less compute it takes.",
-        f"Lines: lower envelopes of the courses of all cells with k = {k:g}; marks at their ends.",
+        f"Lines: lower envelopes of the courses of all cells with k = {k:g}; marks at their ends.{beyond}",
         power_axis(C_LABEL, float(flops.min()), float(flops.max())),
         log_axis(NMSE_LABEL, nmse if max(ends) > 0.9 else np.minimum(nmse, 1.0)),
         comparison.arms.architectures, tuple(layers), ramp="name",
@@ -255,6 +263,20 @@ def some(values: Iterable[float]) -> list[float]:
     if len(everything) <= _MOST:
         return everything
     return [everything[int(i)] for i in np.linspace(0, len(everything) - 1, _MOST).round()]
+
+
+def _near(comparison: Comparison, at: np.ndarray) -> tuple[list[str], str]:
+    """The architectures of the groups `at` [groups] that are drawn, and a sentence about baselines that are not: they
+    would squeeze the others together."""
+    arms = comparison.arms
+    there = [name for name in arms.architectures if (at & (arms.architecture == name)).any()]
+    trained = at & ~np.isin(arms.architecture, BASELINES)
+    if not trained.any():
+        return there, ""
+    most = arms.log_nmse[trained].max()
+    far = [name for name in there if name in BASELINES and arms.log_nmse[at & (arms.architecture == name)].max() > most]
+    said = f" Above the axes: {listed(far, ', ')}." if far else ""
+    return [name for name in there if name not in far], said
 
 
 def _measured(comparison: Comparison, own: np.ndarray, x: np.ndarray, name: str, texts: Sequence[str]) -> Points:
