@@ -12,8 +12,8 @@ from operator import attrgetter
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from saescale.scaling.laws.fit import predict
     from saescale.scaling.laws.fit_sources import fit
+    from saescale.scaling.laws.predict import predict
     from saescale.storage.errors import SaescaleError
     from saescale.storage.store import ActivationStore
     from saescale.trainers.exchange.native import read as load
@@ -29,7 +29,7 @@ _WHERE = {
     "load": ("trainers.exchange.native", "read"),
     "open_run": ("trainers.exchange.run", "open_run"),
     "open_store": ("storage.store", "ActivationStore.open"),
-    "predict": ("scaling.laws.fit", "predict"),
+    "predict": ("scaling.laws.predict", "predict"),
 }
 
 

@@ -1,16 +1,21 @@
 """Which cells one law describes: those of one kind, and of training that did not diverge."""
 
-import shlex
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 
 import numpy as np
 
-from saescale.scaling.tables import Table, known, shown
+from saescale.scaling.tables import KIND, Table, known, shown
 from saescale.scaling.words import listed
 from saescale.storage.columns import COLUMNS, columns_of
 
+Kind = Mapping[str, str | float]  # what tells one kind of cells from the others of a table; {} where there is one
+
 _COMPARABLE = tuple(column.name for column in COLUMNS.values() if column.one_kind)
 _ALIKE = tuple(column.name for column in COLUMNS.values() if column.alike)
+# What a reader knows a kind by; the others name it only where these do not.
+_NAMES = ("architecture", "subject", "site")
 # What tells two cells apart, whatever their ids are.
 IDENTITY = tuple(c.name for c in columns_of("results") if c.role == "spec" and c.name not in ("cell_id", "subject"))
 # Of these a table may say nothing of some cells.
@@ -18,34 +23,74 @@ TOLD_APART = tuple(name for name in (*_COMPARABLE, *_ALIKE) if name not in ("sub
 _SHOWN = 5  # values of a column in a note
 
 
-def comparable(table: Table, over_subjects: bool = False) -> Table:
-    """Rows of one kind: where subject, site, d_model, architecture, store or held-out rows differ, the most frequent
-    combination stays, and of equally frequent ones the first. What is not known of a row is taken to be as in most.
+def kinds_in(table: Table, columns: Sequence[str] = _COMPARABLE) -> list[tuple[Kind, np.ndarray]]:
+    """The kinds of cells of a table, each with its rows (bool [rows]): what agrees in subject, site, d_model,
+    architecture, store and held-out rows, since one law describes no more. In the order of their names, with layer 2
+    before layer 11. What is not known of a row is taken to be as in most.
 
-    A law describes one subject and one kind of SAE, measured on the same rows; the others are excluded, with the
-    reason, and a note says in what they differ. `over_subjects`: all subjects stay, and only architectures must agree.
+    A kind is named by the columns in which kinds differ, and by d_model, store and held-out rows only where
+    architecture, subject and site leave two kinds with one name.
     """
-    names = [name for name in (("architecture",) if over_subjects else _COMPARABLE) if name in table]
-    filled = {name: _filled(table[name]) for name in names}
-    names = [name for name in names if len(np.unique(filled[name])) > 1]
-    if not names:
+    filled = {name: _filled(table[name]) for name in columns if name in table}
+    order = [name for name in (*_NAMES, *columns) if name in filled and len(np.unique(filled[name])) > 1]
+    names: list[str] = []
+    kinds = np.zeros(len(table), dtype=int)
+    for name in dict.fromkeys(order):
+        levels = np.unique(filled[name], return_inverse=True)[1]
+        finer = np.unique(np.stack([kinds, levels], axis=1), axis=0, return_inverse=True)[1].ravel()
+        if name in _NAMES or finer.max() > kinds.max():
+            names.append(name)
+            kinds = finer
+    found: list[tuple[Kind, np.ndarray]] = []
+    for number in range(int(kinds.max(initial=0)) + 1):
+        mask = kinds == number
+        row = int(np.flatnonzero(mask)[0]) if mask.any() else 0
+        found.append(({name: filled[name][row].item() for name in names}, mask))
+    return sorted(found, key=lambda entry: [_natural(entry[0][name]) for name in names])
+
+
+def largest_kind(table: Table) -> tuple[Kind, Table]:
+    """The kind with the most cells, of equally many the first in the table, and its cells."""
+    of, mask = max(kinds_in(table), key=lambda entry: (entry[1].sum(), -int(np.argmax(entry[1]))))
+    return of, table.select(mask)
+
+
+def kind_label(of: Kind) -> str:
+    """A kind in short words, such as "gated at resid_post.11"; "" for the only one of a table."""
+    words = [str(of["architecture"])] if "architecture" in of else []
+    for name, before in (("subject", "of "), ("site", "at ")):
+        if name in of:
+            words.append((before if words else "") + str(of[name]))
+    return ", ".join([" ".join(words)] * bool(words) + [f"{n} {shown(of[n])}" for n in of if n not in _NAMES])
+
+
+def with_kinds(table: Table, kinds: Sequence[tuple[Kind, np.ndarray]]) -> Table:
+    """With a column that has the label of each cell's kind, where there are several: messages name cells by it."""
+    if len(kinds) == 1:
         return table
-    texts = [
-        ", ".join(f"{name} {shown(value)}" for name, value in zip(names, row, strict=True))
-        for row in zip(*(filled[name].tolist() for name in names), strict=True)
+    labels = np.empty(len(table), dtype=object)
+    for of, mask in kinds:
+        labels[mask] = kind_label(of)
+    return replace(table, columns=table.columns | {KIND: labels.astype(str)})
+
+
+def _natural(value: str | float) -> tuple[tuple[int, float, str], ...]:
+    """A key that sorts numbers within text as numbers."""
+    if not isinstance(value, str):
+        return ((0, value, ""),)
+    parts = re.split(r"(\d+)", value)
+    return tuple((0, float(part), "") if part.isdigit() else (1, 0.0, part) for part in parts)
+
+
+def said_of_kinds(kinds: Sequence[Table], notes: Callable[[Table], Iterable[str]]) -> list[str]:
+    """The notes on the cells of each kind, each text once, after the kinds that it is of unless that is all of them."""
+    of_text: dict[str, list[str]] = {}
+    for cells in kinds:
+        for text in notes(cells):
+            of_text.setdefault(text, []).append(str(cells[KIND][0]) if KIND in cells else "")
+    return [
+        text if len(labels) == len(kinds) else f"{listed(labels, ', ')}: {text}" for text, labels in of_text.items()
     ]
-    most = max(dict.fromkeys(texts), key=texts.count)
-    mask = np.array([text == most for text in texts])
-    reasons = [f"{table.describe(int(row))}: {texts[row]}; the laws describe {most}" for row in np.flatnonzero(~mask)]
-    there = " and ".join(f"{name} {_counted(filled[name][~mask])}" for name in names)
-    other = int(np.flatnonzero(~mask)[0])
-    conditions = [f"{name}={shown(filled[name][other].item())}" for name in names]
-    apart = " ".join(f"--where {shlex.quote(condition)}" for condition in conditions)
-    note = (
-        f"{(~mask).sum()} of {len(mask)} cells are of another kind ({there}) than those that laws of one subject "
-        f"describe ({most}): fit them apart, as with {apart}"
-    )
-    return replace(table.select(mask, reasons), notes=(*table.notes, note))
 
 
 def unlike(table: Table) -> list[str]:
@@ -83,16 +128,18 @@ def mostly_above_one(table: Table) -> bool:
     return bool(len(finite) and (finite > 1).mean() > 0.5)
 
 
-def without_diverged(table: Table, keep: bool = False) -> Table:
-    """Without cells whose nmse is above 1: they reconstruct worse than the mean does, so their training diverged.
+def diverged_rows(table: Table, keep: bool = False) -> np.ndarray:
+    """Which cells (bool [rows]) diverged: their nmse is above 1, they reconstruct worse than the mean does.
 
-    They are `excluded`, in one line. Where most cells are above 1 the column holds another loss, or the sweep is
-    broken: all stay, as they do where they are to be kept. An infinite nmse is in no fit.
+    Where most cells are above 1 the column holds another loss, or the sweep is broken: none counts as diverged, as
+    where they are to be kept. An infinite nmse always does.
     """
-    endless = np.isinf(table["nmse"])
-    bad = table["nmse"] > 1
-    if keep or mostly_above_one(table):
-        bad = endless
+    return np.isinf(table["nmse"]) if keep or mostly_above_one(table) else table["nmse"] > 1
+
+
+def without_diverged(table: Table, keep: bool = False) -> Table:
+    """Without cells that diverged: they are `excluded`, in one line."""
+    bad = diverged_rows(table, keep)
     if not bad.any():
         return table
     cases = [f"{table.describe(int(row))}: nmse {table['nmse'][row]:.3g}" for row in np.flatnonzero(bad)]
@@ -101,6 +148,6 @@ def without_diverged(table: Table, keep: bool = False) -> Table:
         f"{len(cases)} {'cell' if one else 'cells'} with nmse above 1, worse than the mean alone, diverged and "
         f"{'is' if one else 'are'} kept out of the fits ({listed(cases)})"
     )
-    if not endless[bad].all():
+    if not np.isinf(table["nmse"][bad]).all():
         reason += f"; --keep-diverged fits {'it' if one else 'them'} too"
     return table.select(~bad, [reason])

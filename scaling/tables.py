@@ -25,6 +25,7 @@ _TEXTS = frozenset(column.name for column in COLUMNS.values() if not column.is_n
 _NUMBERS = frozenset(column.name for column in columns_of("results") if column.is_number) - {"seed"}
 _TIMES = tuple(column.name for column in COLUMNS.values() if column.role == "time")
 _WHOLE = ("n_latents",)
+KIND = "kind of cell"  # a column that no file can have: what tells kinds of cells apart, in words (kinds.py)
 _LONGEST_SHOWN = 40  # characters of a value in a message
 _DONE = frozenset(["done", "finished", "complete", "completed", "success", "succeeded", "successful", "ok", "true"])
 _WAITING = frozenset(("", "pending", "waiting", "queued", "running", "training", "interrupted"))
@@ -46,6 +47,7 @@ class Table:
     notes: tuple[str, ...] = ()
     places: np.ndarray | None = None
     unread: Mapping[str, np.ndarray] = field(default_factory=dict)
+    _rows_of: dict[str, dict[Any, np.ndarray]] = field(default_factory=dict, init=False, compare=False, repr=False)
 
     @classmethod
     def from_rows(cls, rows: Iterable[dict[str, Any]], source: str = "rows") -> Self:
@@ -94,11 +96,14 @@ class Table:
         return place if isinstance(place, str) else f"row {place}"
 
     def rows_of(self, column: str) -> dict[Any, np.ndarray]:
-        """The rows [their indices, in order] of each value of a column, found in one pass over the table."""
-        values = self.columns[column]
-        order = np.argsort(values, kind="stable")
-        found, first = np.unique(values[order], return_index=True)
-        return dict(zip(found.tolist(), np.split(order, first[1:]), strict=True)) if len(values) else {}
+        """The rows [their indices, in order] of each value of a column, found in one pass over the table, once."""
+        if column not in self._rows_of:
+            values = self.columns[column]
+            order = np.argsort(values, kind="stable")
+            found, first = np.unique(values[order], return_index=True)
+            each = np.split(order, first[1:]) if len(values) else []
+            self._rows_of[column] = dict(zip(found.tolist(), each, strict=True))
+        return self._rows_of[column]
 
     def with_values(self) -> Self:
         """Without columns that hold no value, since results.parquet has all columns always. nmse stays."""
@@ -330,7 +335,8 @@ def shown(value: float | str) -> str:
 
 
 def size_of(table: Table, row: int) -> str:
-    """Such as "N = 512, k = 8"."""
+    """Such as "N = 512, k = 8", after the kind of cell where there are several."""
     symbols = {"n_latents": "N", "k": "k"}
     named = [f"{symbol} = {number(table[column][row])}" for column, symbol in symbols.items() if column in table]
-    return ", ".join(named) or table.place(row)
+    size = ", ".join(named) or table.place(row)
+    return f"{table[KIND][row]}, {size}" if KIND in table else size

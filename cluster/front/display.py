@@ -140,7 +140,7 @@ def actor_table(actors: Sequence["ActorRow"]) -> Table:
 def coefficient_table(fits: Mapping[str, Any], laws: Collection[str] | None = None) -> Table:
     """The coefficients of fits.json with their 95 % intervals, of these laws (None: of all)."""
     # Only here: a status needs none of what fits laws.
-    from saescale.scaling.laws.fit import coefficient_rows
+    from saescale.scaling.laws.notes import coefficient_rows
 
     table = Table(box=None, header_style="bold", pad_edge=False)
     for name in ("law", "coefficient", "value", "95 % interval"):

@@ -41,8 +41,9 @@ def fit(
     Example: [bold]saescale fit runs/quickstart --law n_k --predict n=16384,k=32[/]
     """
     from saescale.cluster.front.display import coefficient_table
-    from saescale.scaling.laws.fit import fit_laws, fit_notes
+    from saescale.scaling.laws.fit import fit_laws
     from saescale.scaling.laws.law import load_laws
+    from saescale.scaling.laws.notes import fit_notes
     from saescale.scaling.laws.predict import parse_point, predictions
     from saescale.scaling.laws.settings import DEFAULT_LAWS, FitSettings
     from saescale.scaling.sources import load_sources
@@ -121,7 +122,7 @@ def _read_wandb(path: str) -> Any:
 
 
 def _show_predictions(rows: Sequence[dict[str, Any]]) -> None:
-    from saescale.scaling.laws.fit import law_label
+    from saescale.scaling.laws.notes import law_label
 
     shown = table("predicted by", "at", "value", "a new cell, 95 %", "the law, 95 %")
     for row in rows:

@@ -153,7 +153,7 @@ def _summary(outcome: "SweepOutcome", wall_s: float) -> None:
 def _laws(outcome: "SweepOutcome") -> None:
     """L(N, k) and its exponents, which is what a grid is for, and how to see the others."""
     from saescale.cluster.front.display import coefficient_table
-    from saescale.scaling.laws.fit import fit_notes
+    from saescale.scaling.laws.notes import fit_notes
 
     fitted = list(dict.fromkeys(entry["law"] for entry in outcome.fits["fits"]))
     shown = ["n_k"] if "n_k" in fitted else fitted[:1]

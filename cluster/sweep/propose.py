@@ -9,7 +9,7 @@ import numpy as np
 
 from saescale.cluster.sweep.proposal import Prior, Proposal, ProposedCell, Request
 from saescale.cluster.sweep.spec import NO_STORE, SweepSpec, parse_recorded, parse_spec
-from saescale.scaling.kinds import comparable, without_diverged
+from saescale.scaling.kinds import kind_label, largest_kind, without_diverged
 from saescale.scaling.laws.estimate import Fit, fit_law
 from saescale.scaling.laws.forms.n_k import GPT4, N_K
 from saescale.scaling.laws.lack_of_fit import kinds_of
@@ -76,7 +76,7 @@ def _prior(request: Request) -> tuple[Prior, dict[str, Any], int]:
         prior = Prior(N_K.to_raw(GPT4)[None], request.noise or _NOISE, 0.0, none, words, {}, request.device)
         return prior, base, request.d_model
     results, curves = load_sources([request.source])
-    results = comparable(without_diverged(results))
+    of, results = largest_kind(without_diverged(results))
     results.require(("n_latents", "k"))
     try:
         fit = fit_law(
@@ -90,7 +90,8 @@ def _prior(request: Request) -> tuple[Prior, dict[str, Any], int]:
     d_model = int(widths[0]) if len(widths) else request.d_model
     if not 1 <= d_model <= _WIDEST:
         raise SaescaleError(f"{request.source}: d_model is {d_model:g}, which is no width of a subject; correct it")
-    words = f"L(N, k) of {results.source} and its scatter of {request.noise or fit.noise:.2%} about it"
+    kind = f", its cells of {label}," if (label := kind_label(of)) else ""
+    words = f"L(N, k) of {results.source}{kind} and its scatter of {request.noise or fit.noise:.2%} about it"
     shared = 0.0
     if fit.misses and fit.lack:
         shared = fit.lack.shared

@@ -10,7 +10,7 @@ import numpy as np
 
 from saescale.scaling.figures.axes import linear_axis
 from saescale.scaling.figures.views import Axis, Label, Layer, Line, Points, Rule, View
-from saescale.scaling.laws.fit import law_label
+from saescale.scaling.laws.notes import law_label
 from saescale.scaling.words import listed
 
 _KEY = "profile_of_floor"

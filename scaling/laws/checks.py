@@ -7,12 +7,12 @@ from typing import Any
 import numpy as np
 from scipy.stats import binom, spearmanr
 
-from saescale.scaling.kinds import mostly_above_one
-from saescale.scaling.laws.convergence import Convergence
+from saescale.scaling.kinds import mostly_above_one, said_of_kinds
+from saescale.scaling.laws.convergence import Convergence, unconverged
 from saescale.scaling.laws.estimate import Fit
 from saescale.scaling.laws.frontier import Frontier
 from saescale.scaling.laws.law import SYMBOLS, Law
-from saescale.scaling.tables import Table, number, size_of
+from saescale.scaling.tables import KIND, Table, number, size_of
 from saescale.scaling.words import listed
 
 _RANGE = 8.0
@@ -31,30 +31,14 @@ _ALIKE = 1.01  # of two numbers of tokens, of which one may be rounded to batche
 _MET = 5e-4  # of ln nmse: within the width of the loss, where intervals are of rounding
 
 
-def data_warnings(results: Table, convergence: Convergence | None, laws: Sequence[Law]) -> list[str]:
-    """What is wrong with the cells for these laws; what their columns cannot tell is passed over."""
-    warnings = []
-    for column, symbol in (("n_latents", "N"), ("k", "k")):
-        if column not in results:
-            continue
-        low, high = results[column].min(), results[column].max()
-        if high == low:
-            warnings.append(f"all cells have {symbol} = {number(low)}: they say nothing of other {symbol}")
-        elif high / low < _RANGE:
-            warnings.append(
-                f"{symbol} spans only a factor of {high / low:.3g} ({number(low)} to {number(high)}): exponents from "
-                f"less than a factor of {_RANGE:g} are local slopes, not laws"
-            )
-    if "k" not in results:
-        warnings.append("no column k: all cells are taken for cells of one k")
-    elif "d_model" in results:
-        near = np.unique(results["k"][results["k"] > results["d_model"] / 4])
-        if len(near):
-            values = listed((f"{k:g}" for k in near), ", ")
-            warnings.append(
-                f"k = {values} is above d_model / 4 = {results['d_model'][0] / 4:g}: the law holds for k "
-                "much smaller than d_model"
-            )
+def data_warnings(
+    results: Table, kinds: Sequence[Table], convergences: Sequence[Convergence], laws: Sequence[Law]
+) -> list[str]:
+    """What is wrong with the cells for these laws; what their columns cannot tell is passed over.
+
+    `results` are all cells and `kinds` those that one law describes. What cells of several kinds share is said once.
+    """
+    warnings = said_of_kinds(kinds, _grid_warnings)
     if "dead_fraction" in results:
         rows = np.flatnonzero(results["dead_fraction"] > _DEAD)
         if len(rows):
@@ -71,13 +55,12 @@ def data_warnings(results: Table, convergence: Convergence | None, laws: Sequenc
                 f"{len(rows)} cells have another number of active latents than k, by more than {_MISSED:.0%} "
                 f"({cells}): at equal k they are not compared at equal sparsity"
             )
-    if "n_latents" in results and (rises := _rises(results)):
+    if rises := [step for cells in kinds if "n_latents" in cells for step in _rises(cells)]:
         warnings.append(
             f"nmse does not fall with N in these steps: {listed(rises)}; those cells are undertrained or too noisy for "
             "a law"
         )
-    if said := _mixed_tokens(results, laws):
-        warnings.append(said)
+    warnings += said_of_kinds(kinds, lambda cells: _mixed_tokens(cells, laws))
     above = int((results["nmse"] > 1).sum())
     if above == len(results):
         warnings.append("nmse is above 1 in every cell: it is taken for another loss, and none for diverged")
@@ -88,8 +71,33 @@ def data_warnings(results: Table, convergence: Convergence | None, laws: Sequenc
         )
     elif above:
         warnings.append(f"nmse is above 1, worse than that of the mean alone, in {above} of the cells that are fitted")
-    if convergence is not None:
-        warnings += convergence.warnings()
+    return warnings + unconverged(convergences)
+
+
+def _grid_warnings(cells: Table) -> list[str]:
+    """Of the cells of one kind, whether their N and k are enough for laws."""
+    warnings = []
+    for column, symbol in (("n_latents", "N"), ("k", "k")):
+        if column not in cells:
+            continue
+        low, high = cells[column].min(), cells[column].max()
+        if high == low:
+            warnings.append(f"all cells have {symbol} = {number(low)}: they say nothing of other {symbol}")
+        elif high / low < _RANGE:
+            warnings.append(
+                f"{symbol} spans only a factor of {high / low:.3g} ({number(low)} to {number(high)}): exponents from "
+                f"less than a factor of {_RANGE:g} are local slopes, not laws"
+            )
+    if "k" not in cells:
+        warnings.append("no column k: all cells are taken for cells of one k")
+    elif "d_model" in cells:
+        near = np.unique(cells["k"][cells["k"] > cells["d_model"] / 4])
+        if len(near):
+            values = listed((f"{k:g}" for k in near), ", ")
+            warnings.append(
+                f"k = {values} is above d_model / 4 = {cells['d_model'][0] / 4:g}: the law holds for k "
+                "much smaller than d_model"
+            )
     return warnings
 
 
@@ -249,13 +257,13 @@ def _rises(results: Table) -> list[str]:
         if "tokens" in results and not _grow(results["n_latents"][own], results["tokens"][own]):
             continue
         means = [np.log(results["nmse"][own & (results["n_latents"] == n)]).mean() for n in sizes]
-        at = f"k = {k:g}, " if "k" in results else ""
+        at = (f"{results[KIND][0]}, " if KIND in results else "") + (f"k = {k:g}, " if "k" in results else "")
         steps = zip(sizes[:-1], sizes[1:], np.diff(means), strict=True)
         found += [f"{at}N = {number(low)} to {number(high)}" for low, high, fall in steps if fall >= 0]
     return found
 
 
-def _mixed_tokens(results: Table, laws: Sequence[Law]) -> str | None:
+def _mixed_tokens(results: Table, laws: Sequence[Law]) -> list[str]:
     """In words, where laws of N that know nothing of tokens meet cells whose tokens do not go with N by one rule."""
     of_size = [law for law in laws if law.over == "cells" and "n_latents" in law.columns]
     if (
@@ -263,19 +271,19 @@ def _mixed_tokens(results: Table, laws: Sequence[Law]) -> str | None:
         or any("tokens" in law.columns for law in laws)
         or not {"n_latents", "tokens"} <= set(results.columns)
     ):
-        return None
+        return []
     told = results.select(results["tokens"] > 0)
     joint = "k" not in results or any("k" in law.columns for law in of_size)
     fitted = [told] if joint else [told.select(told["k"] == k) for k in np.unique(told["k"])]
     how = next((how for cells in fitted if (how := _unruly(cells["n_latents"], cells["tokens"]))), None)
     if how is None:
-        return None
+        return []
     values, counts = np.unique(told["tokens"], return_counts=True)
     names = listed(dict.fromkeys(law.name for law in of_size), " and ")
-    return (
+    return [
         f"{how} ({number(values[0])} to {number(values[-1])}): {names} mix what that does to nmse; ask for --law n_d, "
         f"or fit one budget with --where tokens={values[np.argmax(counts)]:.0f}"
-    )
+    ]
 
 
 def _unruly(sizes: np.ndarray, tokens: np.ndarray) -> str | None:

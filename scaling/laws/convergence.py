@@ -1,5 +1,6 @@
 """When a cell counts as converged, the one rule, and how many tokens that takes, as a power of its latents."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -69,16 +70,6 @@ class Convergence:
         """How many cells did not converge."""
         return len(self.falling)
 
-    def warnings(self) -> list[str]:
-        """What must be said of the cells that did not converge."""
-        if not self.falling:
-            return []
-        return [
-            f"{self.unconverged} cells are not converged, over the last quarter of training their held-out nmse was "
-            f"still more than {WITHIN:.0%} above its end ({listed(self.falling)}): L(N, k) describes this budget of "
-            "tokens, not convergence"
-        ]
-
     def document(self) -> dict[str, Any]:
         """As in fits.json; `exponent_of_n` is what Gao et al. 2024 give as about 0.6."""
         document: dict[str, Any] = {
@@ -93,6 +84,18 @@ class Convergence:
             "exponent_of_n": self.fit.coefficients()["g"],
             "rms_log_residual": self.fit.rms_log_residual,
         }
+
+
+def unconverged(found: Iterable[Convergence]) -> list[str]:
+    """What must be said of the cells that did not converge."""
+    falling = [words for each in found for words in each.falling]
+    if not falling:
+        return []
+    return [
+        f"{len(falling)} cells are not converged, over the last quarter of training their held-out nmse was "
+        f"still more than {WITHIN:.0%} above its end ({listed(falling)}): L(N, k) describes this budget of "
+        "tokens, not convergence"
+    ]
 
 
 def find_convergence(cells: Table, curves: Table, settings: FitSettings) -> Convergence:

@@ -8,6 +8,7 @@ import numpy as np
 from scipy.optimize import nnls
 from scipy.stats import norm, t
 
+from saescale.scaling.kinds import Kind
 from saescale.scaling.laws.huber import Problem, losses, minimise, polish
 from saescale.scaling.laws.identify import Bound, Conditioning, Profile, bounds_reached, condition
 from saescale.scaling.laws.lack_of_fit import LackOfFit, f_test, resampled_errors, smoothed
@@ -86,6 +87,7 @@ class Fit:
     lack: LackOfFit | None = None
     bounds: tuple[Bound, ...] = ()
     more: Mapping[str, Any] = field(default_factory=dict)  # further keys of its entry in fits.json
+    of: Kind = field(default_factory=dict)  # the kind of cells that it describes (kinds.py)
 
     @property
     def rms_log_residual(self) -> float:
@@ -166,6 +168,8 @@ class Fit:
     def document(self) -> dict[str, Any]:
         """This fit's entry in fits.json."""
         entry: dict[str, Any] = {"law": self.law.name, "formula": self.law.formula, "at": dict(self.at)}
+        if self.of:
+            entry["of"] = dict(self.of)
         entry["floor"] = self.law.has_floor
         if self.law.target != "nmse":
             entry["target"] = self.law.target

@@ -1,74 +1,91 @@
 """The laws of a sweep: everything that its cells and curves can carry, as the document fits.json."""
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
-from functools import partial
-from typing import Any, NamedTuple
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
 
-import numpy as np
-
-from saescale.scaling.kinds import comparable, unlike, without_diverged
-from saescale.scaling.laws.checks import (
-    data_warnings,
-    fit_warnings,
-    frontier_warnings,
-    holdout_warnings,
-    unstable_exponent,
-)
+from saescale.scaling.kinds import Kind, diverged_rows, kinds_in, said_of_kinds, unlike, with_kinds, without_diverged
+from saescale.scaling.laws.attempt import Skipped
+from saescale.scaling.laws.checks import data_warnings
 from saescale.scaling.laws.convergence import Convergence, find_convergence
-from saescale.scaling.laws.estimate import Fit, centred, fit_law
-from saescale.scaling.laws.frontier import Curve, Frontier, find_frontier, fit_frontier, frontier_of_ends, read_curves
-from saescale.scaling.laws.holdout import compare_without_last, hold_out
-from saescale.scaling.laws.identify import profile_floor
-from saescale.scaling.laws.isoflop import IsoFlop, find_isoflop, fit_isoflop
-from saescale.scaling.laws.lack_of_fit import kinds_of
-from saescale.scaling.laws.law import SYMBOLS, Law, find_law, forms_of
-from saescale.scaling.laws.leading import far_cells, leading_cells
+from saescale.scaling.laws.estimate import Fit
+from saescale.scaling.laws.frontier import Curve, Frontier, read_curves
+from saescale.scaling.laws.isoflop import IsoFlop, find_isoflop
+from saescale.scaling.laws.law import Law, forms_of
+from saescale.scaling.laws.over_cells import by_k, fit_cells
+from saescale.scaling.laws.over_compute import find_frontiers, fit_compute, fit_optimum
 from saescale.scaling.laws.settings import DEFAULT_LAWS, LEAST_BOOTSTRAPS, FitSettings
-from saescale.scaling.tables import Table, check_cells, fingerprint, number, size_of
-from saescale.scaling.words import listed
-from saescale.storage.errors import SaescaleError
+from saescale.scaling.tables import Table, check_cells, fingerprint
 
 FORMAT = 1
-METHOD = 3  # of fits and intervals: results of another method are fitted again
+METHOD = 4  # of fits and intervals: results of another method are fitted again
 _SETTINGS = FitSettings()
-
-
-class Skipped(NamedTuple):
-    """A law that the data cannot carry, and why. `at` and `floor` as in a fit; {} where it concerns every k."""
-
-    law: str
-    at: dict[str, float]
-    floor: bool
-    reason: str
-
-
-class CoefficientRow(NamedTuple):
-    """A row of the coefficient table; `low` and `high` are None without a bootstrap."""
-
-    law: str
-    coefficient: str
-    value: float
-    low: float | None
-    high: float | None
 
 
 @dataclass(frozen=True)
 class Laws:
-    """All fits of one table of cells, with what was left out. `curves` are the held-out curves by k."""
+    """All laws of the cells of one kind: of one subject, site and architecture. `of` tells it from the other kinds of
+    its table ({} where there is no other), `curves` are the held-out curves by k."""
+
+    results: Table
+    fits: tuple[Fit, ...]
+    curves: Mapping[float, tuple[Curve, ...]]
+    frontiers: tuple[Frontier, ...]
+    skipped: tuple[Skipped, ...]
+    convergence: Convergence | None = None
+    isoflops: tuple[IsoFlop, ...] = ()
+    of: Kind = field(default_factory=dict)
+
+    def document(self) -> dict[str, Any]:
+        """The part of fits.json that is about this kind alone."""
+        kind = {"of": dict(self.of)} if self.of else {}
+        return {
+            "fits": [fit.document() for fit in self.fits],
+            "skipped": [entry.document() for entry in self.skipped],
+            "tokens_to_convergence": {**kind, **self.convergence.document()} if self.convergence else None,
+            "iso_flop": [{**kind, **view.document()} for view in self.isoflops if view.enough],
+        }
+
+
+@dataclass(frozen=True)
+class LawsOfKinds:
+    """The laws of each kind of cells in one table, in the order of their names, with what was left out of all of them.
+
+    `over_subjects` are laws that see cells of several subjects at once, which is none of `kinds`.
+    """
 
     results: Table
     made_from: dict[str, Any]
-    fits: tuple[Fit, ...]
-    curves: dict[float, tuple[Curve, ...]]
-    frontiers: tuple[Frontier, ...]
-    skipped: tuple[Skipped, ...]
+    kinds: tuple[Laws, ...]
+    over_subjects: tuple[Fit | Skipped, ...]
     warnings: tuple[str, ...]
-    convergence: Convergence | None = None
-    isoflops: tuple[IsoFlop, ...] = ()
+
+    @property
+    def largest(self) -> Laws:
+        """Those of the kind with the most cells, of equally many the first."""
+        return max(self.kinds, key=lambda laws: len(laws.results))
+
+    @property
+    def fits(self) -> tuple[Fit, ...]:
+        """All fits: by law, then by kind."""
+        found = [fit for laws in self.kinds for fit in laws.fits]
+        found += [entry for entry in self.over_subjects if isinstance(entry, Fit)]
+        return tuple(sorted(found, key=lambda fit: self._place(fit.law.name)))
+
+    @property
+    def skipped(self) -> tuple[Skipped, ...]:
+        """What no kind's cells could carry: by law, then by kind."""
+        found = [entry for laws in self.kinds for entry in laws.skipped]
+        found += [entry for entry in self.over_subjects if isinstance(entry, Skipped)]
+        return tuple(sorted(found, key=lambda entry: self._place(entry.law)))
+
+    def _place(self, law: str) -> int:
+        return _in_order(self.made_from["laws"]).index(law)
 
     def document(self) -> dict[str, Any]:
         """fits.json (format 1)."""
+        each = [laws.document() for laws in self.kinds]
+        converged = [part["tokens_to_convergence"] for part in each]
         return {
             "format": FORMAT,
             "source": self.results.source,
@@ -76,11 +93,11 @@ class Laws:
             "cells": len(self.results),
             "compute": "sparse training FLOPs",
             "fits": [fit.document() for fit in self.fits],
-            "skipped": [entry._asdict() for entry in self.skipped],
+            "skipped": [entry.document() for entry in self.skipped],
             "excluded": list(self.results.excluded),
             "warnings": list(self.warnings),
-            "tokens_to_convergence": self.convergence.document() if self.convergence else None,
-            "iso_flop": [view.document() for view in self.isoflops if view.enough],
+            "tokens_to_convergence": converged[0] if len(each) == 1 else [found for found in converged if found],
+            "iso_flop": [view for part in each for view in part["iso_flop"]],
         }
 
 
@@ -88,9 +105,10 @@ def fit_laws(
     results: Table,
     curves: Table | None = None,
     settings: FitSettings = _SETTINGS,
-) -> Laws:
+) -> LawsOfKinds:
     """Fits the named laws, each to what it is over (law.py): cells, at each k where k is not among its columns; the
-    compute frontier at each k; the compute-optimal points on it.
+    compute frontier at each k; the compute-optimal points on it. Cells of several kinds (kinds.py) have laws of their
+    own; but for one in d_model, which sees all subjects of an architecture.
 
     Each law takes its own columns of `results`: n_k n_latents and k, n n_latents, n_d n_latents and tokens, c the
     curves or, without them, flops; all of them nmse. Cells without a column k are taken for cells of one k. All forms
@@ -102,45 +120,73 @@ def fit_laws(
     """
     made_from = describe_input(results, curves, settings)
     check_cells(results)
-    kept = without_diverged(results, settings.keep_diverged)
-    diverged, results = kept.excluded[len(results.excluded) :], kept
-    # Only a law over subjects sees more than the most frequent one.
-    subjects = comparable(results, over_subjects=True)
-    results = comparable(results)
-    by_k = _by_k(results)
+    asked = {law: forms_of(law) for law in _in_order(settings.laws)}
+    named = kinds_in(results)
+    everything = with_kinds(results, named)
+    alive = ~diverged_rows(everything, settings.keep_diverged)
+    results = without_diverged(everything, settings.keep_diverged)
+    diverged = results.excluded[len(everything.excluded) :]
     if curves is not None and not (len(curves) and {"cell_id", "n_latents", "k"} <= set(results.columns)):
         curves = None
-    curves_at = {} if curves is None else {at["k"]: read_curves(cells, curves) for at, cells in by_k}
-    found: list[Fit | Skipped] = []
-    asked = {law: forms_of(law) for law in _in_order(settings.laws)}
+    of_one = {name: forms for name, forms in asked.items() if "d_model" not in forms[0].columns}
+    kinds = [_of_kind(of, results.select(mask[alive]), curves, of_one, settings) for of, mask in named]
+    over_subjects: list[Fit | Skipped] = []
+    for name in asked.keys() - of_one.keys():
+        for of, mask in kinds_in(results, ("architecture",)):
+            over_subjects += _named(fit_cells(asked[name], results.select(mask), settings), of)
+    convergences = [laws.convergence for laws in kinds if laws.convergence]
     all_forms = [form for forms in asked.values() for form in forms]
-    over = {form.over for form in all_forms}
-    frontiers, no_frontier = _find_frontiers(results, by_k, curves, curves_at) if over - {"cells"} else ([], [])
-    isoflops = tuple(view for frontier in frontiers if (view := find_isoflop(frontier, results)))
+    tables = [laws.results for laws in kinds if len(laws.results)]
+    said = [
+        *said_of_kinds(tables, unlike),
+        *diverged,
+        *data_warnings(results, tables, convergences, all_forms),
+        *_no_intervals(settings),
+    ]
+    return LawsOfKinds(results, made_from, tuple(kinds), tuple(over_subjects), (*results.notes, *said))
+
+
+def _of_kind(
+    of: Kind,
+    cells: Table,
+    curves: Table | None,
+    asked: Mapping[str, tuple[Law, ...]],
+    settings: FitSettings,
+) -> Laws:
+    """The laws of cells of one kind, which may all have diverged."""
+    if not len(cells):
+        skipped = (Skipped(name, {}, False, "all its cells diverged", of) for name in asked)
+        return Laws(cells, (), {}, (), tuple(skipped), of=of)
+    curves_at = None if curves is None else {at["k"]: read_curves(own, curves) for at, own in by_k(cells)}
+    found: list[Fit | Skipped] = []
+    over = {forms[0].over for forms in asked.values()}
+    frontiers, no_frontier = find_frontiers(cells, curves_at) if over - {"cells"} else ([], [])
+    isoflops = tuple(view for frontier in frontiers if (view := find_isoflop(frontier, cells)))
     for name, forms in asked.items():
         if forms[0].over == "cells":
-            table = subjects if "d_model" in forms[0].columns else results
-            groups = [({}, table)] if "k" in forms[0].columns else _by_k(table)
-            found += _fit_cells(forms, table, groups, settings)
+            found += fit_cells(forms, cells, settings)
             continue
         found += [entry._replace(law=name) for entry in no_frontier]
         for frontier in frontiers if forms[0].over == "frontier" else ():
-            found += _fit_frontier(forms, frontier, settings)
+            found += fit_compute(forms, frontier, settings)
         if forms[0].over == "optimum":
-            found += _fit_optimum(forms, frontiers, isoflops, settings)
-    convergence = None if curves is None else find_convergence(results, curves, settings)
-    said = [*unlike(results), *diverged, *data_warnings(results, convergence, all_forms), *_no_intervals(settings)]
+            found += fit_optimum(forms, frontiers, isoflops, settings)
+    found = _named(found, of)
     return Laws(
-        results,
-        made_from,
+        cells,
         tuple(entry for entry in found if isinstance(entry, Fit)),
-        curves_at,
+        curves_at or {},
         tuple(frontiers),
         tuple(entry for entry in found if isinstance(entry, Skipped)),
-        (*results.notes, *said),
-        convergence,
+        None if curves is None else find_convergence(cells, curves, settings),
         isoflops,
+        of,
     )
+
+
+def _named(found: Sequence[Fit | Skipped], of: Kind) -> list[Fit | Skipped]:
+    """With the kind of cells that they are of."""
+    return [replace(entry, of=of) if isinstance(entry, Fit) else entry._replace(of=of) for entry in found]
 
 
 def describe_input(results: Table, curves: Table | None, settings: FitSettings) -> dict[str, Any]:
@@ -166,51 +212,6 @@ def fit_all(
     return fit_laws(results, curves, settings).document()
 
 
-def predict(entry: Mapping[str, Any], **columns: float | np.ndarray) -> np.ndarray:
-    """nmse by one entry of fits.json's "fits" at n_latents=..., k=..., flops=... or tokens=... ([points]).
-
-    `flops` are sparse training FLOPs and `tokens` training tokens of the whole training, as in
-    results.parquet. Raises SaescaleError when a column that the law needs is missing or not positive.
-    """
-    law = find_law(entry["law"], entry["coefficients"])
-    points = {}
-    for column in law.columns:
-        if column not in columns:
-            raise SaescaleError(
-                f"law {law.name} needs {column} ({SYMBOLS[column]}); got {', '.join(columns) or 'nothing'}"
-            )
-        points[column] = np.atleast_1d(np.asarray(columns[column], dtype=np.float64))
-        if not (points[column] > 0).all():
-            raise SaescaleError(f"law {law.name}: {column} must be positive")
-    points = dict(zip(points, np.broadcast_arrays(*points.values()), strict=True))
-    return law.value({name: c["value"] for name, c in entry["coefficients"].items()}, points)
-
-
-def law_label(entry: Mapping[str, Any]) -> str:
-    """A short name of one entry of "fits" or "skipped", such as "n at k = 32, with floor"."""
-    return _label(entry["law"], [entry["at"]], entry["floor"])
-
-
-def fit_notes(document: Mapping[str, Any]) -> list[str]:
-    """What must be said beside the coefficients of a fits.json document: laws that were not fitted, warnings about the
-    cells and about each fit. What holds for several k or laws is said once and names them."""
-    skipped = _said_once([(entry, entry["reason"]) for entry in document["skipped"]])
-    warned = _said_once([(entry, warning) for entry in document["fits"] for warning in entry["warnings"]])
-    return [*(f"not fitted: {note}" for note in skipped), *document["warnings"], *warned]
-
-
-def coefficient_rows(document: Mapping[str, Any]) -> list[CoefficientRow]:
-    """The coefficient table of a fits.json document, exponents of n at each k included."""
-    rows = []
-    for entry in document["fits"]:
-        label = law_label(entry)
-        named = dict(entry["coefficients"])
-        for key, symbol in (("exponent_of_n_at_k", "k"), ("exponent_of_n_at_d_model", "s")):
-            named |= {f"exponent of n at {symbol} = {level}": v for level, v in entry.get(key, {}).items()}
-        rows += [CoefficientRow(label, name, v["value"], v["low"], v["high"]) for name, v in named.items()]
-    return rows
-
-
 def _no_intervals(settings: FitSettings) -> list[str]:
     few = 0 < settings.bootstraps < LEAST_BOOTSTRAPS
     text = f"{settings.bootstraps} bootstrap fits give no 95 % interval, and none is shown: it takes {LEAST_BOOTSTRAPS}"
@@ -220,200 +221,3 @@ def _no_intervals(settings: FitSettings) -> list[str]:
 def _in_order(laws: Sequence[str]) -> list[str]:
     """Those that are fitted by default first, since the others are read beside them."""
     return [*(law for law in DEFAULT_LAWS if law in laws), *(law for law in laws if law not in DEFAULT_LAWS)]
-
-
-def _by_k(results: Table) -> list[tuple[dict[str, float], Table]]:
-    """The cells of each k, with what they have in common."""
-    if "k" not in results:
-        return [({}, results)]
-    return [({"k": float(k)}, results.select(results["k"] == k)) for k in np.unique(results["k"])]
-
-
-def _fit_cells(
-    forms: tuple[Law, ...],
-    results: Table,
-    groups: list[tuple[dict[str, float], Table]],
-    settings: FitSettings,
-) -> list[Fit | Skipped]:
-    """All forms of a law of cells for each group; the largest n is held out, and the costliest quarter of cells."""
-    try:
-        results.require(forms[0].columns)
-    except SaescaleError as error:
-        return [Skipped(forms[0].name, {}, False, str(error))]
-    found: list[Fit | Skipped] = []
-    for at, cells in groups:
-        fit_one = partial(
-            fit_law,
-            columns=cells.columns,
-            nmse=cells["nmse"],
-            settings=settings,
-            at=at,
-            excluded=cells.excluded,
-            kinds=kinds_of(cells, forms[0].columns),
-        )
-        check = partial(_checked_cells, cells=cells, settings=settings)
-        found += _fit_forms(forms, at, fit_one, check)
-    return found
-
-
-def _find_frontiers(
-    results: Table,
-    groups: list[tuple[dict[str, float], Table]],
-    curves: Table | None,
-    curves_at: Mapping[float, tuple[Curve, ...]],
-) -> tuple[list[Frontier], list[Skipped]]:
-    """The frontier of each group, from curves where there are any."""
-    if curves is None:
-        try:
-            results.require(("flops",))
-        except SaescaleError as error:
-            return [], [Skipped("c", {}, False, f"without curves law c takes the flops of cells: {error}")]
-        return [frontier_of_ends(at, cells) for at, cells in groups], []
-    frontiers: list[Frontier] = []
-    skipped: list[Skipped] = []
-    for at, _ in groups:
-        try:
-            frontiers.append(find_frontier(at, curves_at[at["k"]]))
-        except SaescaleError as error:
-            skipped.append(Skipped("c", at, False, str(error)))
-    return frontiers, skipped
-
-
-def _fit_frontier(forms: tuple[Law, ...], frontier: Frontier, settings: FitSettings) -> list[Fit | Skipped]:
-    """All forms of law c; the upper half of the compute is held out, an extrapolation by a factor of 2."""
-
-    def fit_one(law: Law) -> Fit:
-        return replace(fit_frontier(law, frontier, settings), warnings=tuple(frontier_warnings(frontier)))
-
-    def check(fit: Fit) -> Fit:
-        half = float(fit.columns["flops"].max()) / 2
-        return _held_out(
-            fit, fit.columns["flops"] >= half, f"C >= {number(half)}", "the upper half of the compute", settings
-        )
-
-    return _fit_forms(forms, frontier.at, fit_one, check)
-
-
-def _fit_optimum(
-    forms: tuple[Law, ...],
-    frontiers: Sequence[Frontier],
-    isoflops: Sequence[IsoFlop],
-    settings: FitSettings,
-) -> list[Fit | Skipped]:
-    """A compute-optimal law at each k where iso-FLOP minima were found."""
-    views = {tuple(view.frontier.at.items()): view for view in isoflops}
-    found: list[Fit | Skipped] = []
-    for frontier in frontiers:
-        view = views.get(tuple(frontier.at.items()))
-        if view is None or not view.enough:
-            reason = (
-                "no compute at which at least three sizes of n compete with the best one inside; add sizes, and curves"
-            )
-            found += [Skipped(law.name, frontier.at, law.has_floor, reason) for law in forms]
-            continue
-
-        def fit_one(law: Law, view: IsoFlop = view) -> Fit:
-            return replace(fit_isoflop(law, view, settings), warnings=view.warnings)
-
-        def check(fit: Fit) -> Fit:
-            return replace(fit, warnings=(*fit.warnings, *fit_warnings(fit)))
-
-        found += _fit_forms(forms, frontier.at, fit_one, check)
-    return found
-
-
-def _fit_forms(
-    forms: tuple[Law, ...], at: dict[str, float], fit_one: Callable[[Law], Fit], check: Callable[[Fit], Fit]
-) -> list[Fit | Skipped]:
-    """Each form fitted and checked; with both fitted, the one with the floor says when floor and exponent trade off."""
-    fits: list[Fit] = []
-    skipped: list[Fit | Skipped] = []
-    for law in forms:
-        try:
-            fits.append(check(fit_one(law)))
-        except SaescaleError as error:
-            skipped.append(Skipped(law.name, at, law.has_floor, str(error)))
-    plain = next((fit for fit in fits if not fit.law.has_floor), None)
-    for i, fit in enumerate(fits):
-        if plain and fit.law.has_floor and len(fits) == 2 and (warning := unstable_exponent(fit, plain)):
-            fits[i] = replace(fit, warnings=(*fit.warnings, warning))
-    return [*fits, *skipped]
-
-
-def _checked_cells(fit: Fit, cells: Table, settings: FitSettings) -> Fit:
-    """With what independent cells say besides: hold-outs, the profile of the floor, the law without its last term."""
-    column = "n_latents" if "n_latents" in cells else fit.law.columns[0]
-    largest = float(cells[column].max())
-    held = cells[column] >= largest
-    label = f"{SYMBOLS.get(column, column)} >= {number(largest)}"
-    fit = _held_out(fit, held, label, label, settings)
-    more: dict[str, Any] = {}
-    if "flops" in cells and np.isfinite(cells["flops"]).all():
-        least = float(np.quantile(cells["flops"], 0.75, method="higher"))
-        costly = cells["flops"] >= least
-        # Where they are the same cells, so are the predictions.
-        same = (costly == held).all()
-        text = f"C >= {number(least)}"
-        more["holdout_compute"] = (
-            {**fit.holdout, "held_out": text} if same and fit.holdout else hold_out(fit, costly, text, settings)
-        )
-    fit, led = _with_wrong_cells(fit, cells)
-    if led:
-        more["leading_cells"] = led
-    profile = None
-    if len(fit.draws):
-        if fit.law.join == 1:
-            columns, log_nmse = fit.observations()
-            problem, to_raw = centred(fit.law, columns, log_nmse)
-            profile = profile_floor(fit.law, problem, np.linalg.solve(to_raw, fit.raw), log_nmse)
-        if comparison := compare_without_last(fit, held, settings):
-            more["without_last_term"] = comparison
-    return replace(fit, profile=profile, more=more)
-
-
-def _with_wrong_cells(fit: Fit, cells: Table) -> tuple[Fit, list[int]]:
-    """With a warning that names the cells that lead the fit or lie far from it; the indices of those that lead."""
-    log_nmse = np.log(fit.nmse)
-    problem, to_raw = centred(fit.law, fit.columns, log_nmse)
-    led = leading_cells(problem, np.linalg.solve(to_raw, fit.raw), log_nmse).tolist()
-    expected = fit.law.log_value(fit.raw, fit.columns)
-    far = [row for row in far_cells(log_nmse - expected, len(fit.raw)).tolist() if row not in led]
-    names = [f"{size_of(cells, row)}, nmse {value:.4g}" for row, value in enumerate(fit.nmse)]
-    said = []
-    if led:
-        cases = listed(names[row] for row in led)
-        said.append(f"single cells lead this fit, without one of them the others agree far better: {cases}")
-    if far:
-        cases = listed(f"{names[row]} where it says {np.exp(expected[row]):.4g}" for row in far)
-        said.append(f"single cells lie far from this fit, which the others agree on: {cases}")
-    for i, rows in enumerate(filter(None, (led, far))):
-        example = f", as with --where 'cell_id!={cells['cell_id'][rows[0]]}'" if "cell_id" in cells else ""
-        said[i] += f"; look at their curves, train them again or leave them out{example}"
-    return replace(fit, warnings=(*fit.warnings, *said)), led
-
-
-def _held_out(fit: Fit, held: np.ndarray, label: str, said: str, settings: FitSettings) -> Fit:
-    holdout = hold_out(fit, held, label, settings)
-    warnings = [*fit.warnings, *fit_warnings(fit)]
-    if holdout is None:
-        warnings.append(f"too few points remain without {said}: nothing was held out")
-    elif fit.kind != "curves":  # the points of a frontier are not independent cells
-        warnings += holdout_warnings(holdout)
-    return replace(fit, holdout=holdout, warnings=tuple(warnings))
-
-
-def _said_once(notes: Sequence[tuple[Mapping[str, Any], str]]) -> list[str]:
-    """Each text once, after the laws that it concerns; `notes` are (entry of fits or skipped, text)."""
-    concerned: dict[str, dict[tuple[str, bool], list[Mapping[str, float]]]] = {}
-    for entry, text in notes:
-        concerned.setdefault(text, {}).setdefault((entry["law"], entry["floor"]), []).append(entry["at"])
-    return [
-        "; ".join(_label(law, ats, floor) for (law, floor), ats in laws.items()) + f": {text}"
-        for text, laws in concerned.items()
-    ]
-
-
-def _label(law: str, ats: Sequence[Mapping[str, float]], floor: bool) -> str:
-    """Such as "n at k = 8, 16, with floor" for n with a floor at k = 8 and at k = 16."""
-    held = "".join(f" at {column} = {listed((f'{at[column]:g}' for at in ats), ', ')}" for column in ats[0])
-    return law + held + (", with floor" if floor else "")

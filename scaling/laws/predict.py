@@ -7,7 +7,7 @@ import numpy as np
 import pyarrow as pa
 
 from saescale.scaling.laws.estimate import Fit
-from saescale.scaling.laws.law import SYMBOLS, forms_of, law_names
+from saescale.scaling.laws.law import SYMBOLS, find_law, forms_of, law_names
 from saescale.scaling.tables import Table, number
 from saescale.scaling.words import listed
 from saescale.storage.columns import COLUMNS
@@ -48,9 +48,29 @@ def parse_point(text: str) -> dict[str, float]:
     return point
 
 
+def predict(entry: Mapping[str, Any], **columns: float | np.ndarray) -> np.ndarray:
+    """nmse by one entry of fits.json's "fits" at n_latents=..., k=..., flops=... or tokens=... ([points]).
+
+    `flops` are sparse training FLOPs and `tokens` training tokens of the whole training, as in
+    results.parquet. Raises SaescaleError when a column that the law needs is missing or not positive.
+    """
+    law = find_law(entry["law"], entry["coefficients"])
+    points = {}
+    for column in law.columns:
+        if column not in columns:
+            raise SaescaleError(
+                f"law {law.name} needs {column} ({SYMBOLS[column]}); got {', '.join(columns) or 'nothing'}"
+            )
+        points[column] = np.atleast_1d(np.asarray(columns[column], dtype=np.float64))
+        if not (points[column] > 0).all():
+            raise SaescaleError(f"law {law.name}: {column} must be positive")
+    points = dict(zip(points, np.broadcast_arrays(*points.values()), strict=True))
+    return law.value({name: c["value"] for name, c in entry["coefficients"].items()}, points)
+
+
 def predictions(fits: Sequence[Fit], point: Mapping[str, float], cells: Table) -> list[dict[str, Any]]:
-    """What every fit that applies says at `point`: those over its columns and, where they are of one k, of its k. A law
-    says nothing of a column that it has not, unless all `cells` have there what is asked.
+    """What every fit that applies says at `point`, for each kind of cells: those over its columns and, where they are
+    of one k, of its k. A law says nothing of a column that it has not, unless all `cells` have there what is asked.
 
     `low` and `high` are the 95 % interval of one newly trained cell (the scatter of cells included), `law_low` and
     `law_high` of the law; None without a bootstrap. `far`: how far a column lies beyond the cells that were fitted, in
@@ -69,7 +89,8 @@ def predictions(fits: Sequence[Fit], point: Mapping[str, float], cells: Table) -
             "low": prediction.cell_low, "high": prediction.cell_high,
         }  # fmt: skip
         found.append(
-            {"law": fit.law.name, "at": dict(fit.at), "floor": fit.law.has_floor, "point": dict(point)}
+            {"law": fit.law.name, "at": dict(fit.at), **({"of": dict(fit.of)} if fit.of else {})}
+            | {"floor": fit.law.has_floor, "point": dict(point)}
             | {"predicts": fit.law.target, "value": float(prediction.value[0])}
             | {name: float(v[0]) if np.isfinite(v[0]) else None for name, v in ends.items()}
             | {"far": _how_far(fit, point)}

@@ -15,7 +15,8 @@ from markupsafe import Markup
 from saescale.scaling.figures.figures import Figure, draw_figures
 from saescale.scaling.figures.interactive import theme
 from saescale.scaling.figures.palette import colour
-from saescale.scaling.laws.fit import FORMAT, describe_input, fit_laws, fit_notes
+from saescale.scaling.laws.fit import FORMAT, describe_input, fit_laws
+from saescale.scaling.laws.notes import fit_notes
 from saescale.scaling.laws.settings import FitSettings
 from saescale.scaling.report import text
 from saescale.scaling.report.evaluations import evaluation_tables
@@ -61,7 +62,7 @@ def analyse(
     results.require(("n_latents", "k"))
     fitted = fit_laws(results, curves, settings)
     document = fitted.document()
-    figures = draw_figures(fitted, join(run.url, "figures"), curves)
+    figures = draw_figures(fitted.largest, join(run.url, "figures"), curves)
     written = [kind for kind in FILES if kind == "html" or kind in formats or exists(join(run.url, FILES[kind]))]
     evals = run.read_evals()
     document |= _evaluated(evals)

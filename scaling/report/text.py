@@ -6,7 +6,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from saescale.scaling.laws.fit import law_label
+from saescale.scaling.kinds import kind_label
+from saescale.scaling.laws.notes import kinds_of_document, law_label
 from saescale.scaling.tables import Table
 from saescale.storage.columns import COLUMNS, columns_of
 
@@ -91,6 +92,8 @@ def summarise(document: Document, results: Table) -> list[str]:
         f"{len(results)} cells, N from {n.min():,.0f} to {n.max():,.0f} and k from {k.min():g} to {k.max():g}. "
         f"The lowest held-out nmse is {nmse[best]:.4f}, at N = {n[best]:,.0f} and k = {k[best]:g}."
     ]
+    if len(kinds := kinds_of_document(document)) > 1:
+        return [typeset(sentence) for sentence in (*sentences, f"{len(kinds)} kinds of cells have laws of their own.")]
     n_k = joint(document)
     if n_k is None:
         reasons = [s["reason"] for s in document.get("skipped", ()) if s["law"] == "n_k"]
@@ -124,13 +127,14 @@ def summarise(document: Document, results: Table) -> list[str]:
 
 
 def joint(document: Document) -> Mapping[str, Any] | None:
-    """The entry of L(N, k)."""
-    return next((entry for entry in document["fits"] if entry["law"] == "n_k"), None)
+    """The entry of L(N, k), where there is one kind of cells."""
+    entries = [entry for entry in document["fits"] if entry["law"] == "n_k"]
+    return entries[0] if len(kinds_of_document(document)) == 1 and entries else None
 
 
 def formulas(document: Document) -> dict[str, str]:
     """The formula of each law that was fitted, by its name with or without floor."""
-    return {law_label({**entry, "at": {}}): entry["formula"] for entry in document["fits"]}
+    return {_form(entry): entry["formula"] for entry in document["fits"]}
 
 
 def law_tables(document: Document) -> list[TextTable]:
@@ -143,9 +147,9 @@ def law_tables(document: Document) -> list[TextTable]:
         found.append(TextTable("Exponent of n at each k", note, ("k", "exponent", "95 % interval"), rows))
     forms: dict[str, list[Mapping[str, Any]]] = {}
     for entry in document["fits"]:
-        forms.setdefault(law_label({**entry, "at": {}}), []).append(entry)
+        forms.setdefault(_form(entry), []).append(entry)
     for name, entries in forms.items():
-        if len(entries) == 1 and not entries[0]["at"]:
+        if len(entries) == 1 and not entries[0]["at"] and not entries[0].get("of"):
             coefficients = entries[0]["coefficients"]
             rows = [[symbol, scientific(c["value"], 4), _interval(c, None)] for symbol, c in coefficients.items()]
             header: tuple[str, ...] = ("coefficient", "value", "95 % interval")
@@ -153,15 +157,23 @@ def law_tables(document: Document) -> list[TextTable]:
             continue
         held = sorted({column for entry in entries for column in entry["at"]})
         symbols = list(entries[0]["coefficients"])
+        of_kinds = [kind_label(entry.get("of", {})) for entry in entries]
+        kind = ("kind",) if any(of_kinds) else ()
         rows = [
-            [*(f"{entry['at'][column]:g}" if column in entry["at"] else "" for column in held),
+            [*(label for _ in kind),
+             *(f"{entry['at'][column]:g}" if column in entry["at"] else "" for column in held),
              *(_with_interval(entry["coefficients"][symbol]) for symbol in symbols),
              f"{entry['points']}", f"{entry['rms_log_residual']:.2%}", _held_out(entry)]
-            for entry in entries
+            for entry, label in zip(entries, of_kinds, strict=True)
         ]  # fmt: skip
-        header = (*held, *symbols, "points", "rms residual", "held-out error")
+        header = (*kind, *held, *symbols, "points", "rms residual", "held-out error")
         found.append(TextTable(f"Law {name}", "", header, rows))
     return found
+
+
+def _form(entry: Mapping[str, Any]) -> str:
+    """What the fits of one form of a law are called together, whatever their k and kind of cells."""
+    return law_label({**entry, "at": {}, "of": {}})
 
 
 def _quality(entry: Mapping[str, Any]) -> str:

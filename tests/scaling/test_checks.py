@@ -9,9 +9,10 @@ import pytest
 
 from saescale.scaling.kinds import without_diverged
 from saescale.scaling.laws.checks import data_warnings
-from saescale.scaling.laws.fit import fit_all, fit_laws, fit_notes
+from saescale.scaling.laws.fit import fit_all, fit_laws
 from saescale.scaling.laws.law import forms_of
 from saescale.scaling.laws.leading import far_cells
+from saescale.scaling.laws.notes import fit_notes
 from saescale.scaling.laws.settings import FitSettings
 from saescale.scaling.tables import Table
 from saescale.scaling.words import listed
@@ -145,7 +146,7 @@ def test_most_cells_above_1_have_not_diverged(cells: Callable[..., Rows]) -> Non
     table = without_diverged(Table.from_rows([*rows[:-1], rows[-1] | {"nmse": np.inf}]))
     assert len(table) == len(rows) - 1
     assert "--keep-diverged" not in table.excluded[0]
-    (warning,) = data_warnings(table, None, ())
+    (warning,) = data_warnings(table, [table], (), ())
     assert re.match(r"nmse is above 1 in 11 of 15 cells: it is another loss, or the sweep is broken; none is", warning)
 
 
@@ -174,15 +175,15 @@ def test_tokens_that_no_law_of_n_knows(
 ) -> None:
     rows = [row | {"tokens": tokens(row, i)} for i, row in enumerate(cells(SIZES, KS))]
     forms = [form for law in laws.split() for form in forms_of(law)]
-    warnings = [text for text in data_warnings(Table.from_rows(rows), None, forms) if "tokens" in text]
+    table = Table.from_rows(rows)
+    warnings = [text for text in data_warnings(table, [table], (), forms) if "tokens" in text]
     assert len(warnings) == (said is not None)
     assert all(str(said) in text for text in warnings)
 
 
 def test_a_size_that_is_the_only_one(cells: Callable[..., Rows]) -> None:
-    assert data_warnings(Table.from_rows(cells((512,), KS)), None, ()) == [
-        "all cells have N = 512: they say nothing of other N"
-    ]
+    table = Table.from_rows(cells((512,), KS))
+    assert data_warnings(table, [table], (), ()) == ["all cells have N = 512: they say nothing of other N"]
 
 
 def test_an_exponent_on_its_bound_is_said(cells: Callable[..., Rows]) -> None:

@@ -8,9 +8,11 @@ import numpy as np
 import pytest
 
 from saescale.scaling.laws.estimate import fit_law
-from saescale.scaling.laws.fit import coefficient_rows, fit_all, fit_notes, predict
+from saescale.scaling.laws.fit import fit_all
 from saescale.scaling.laws.forms.n import N_FLOOR, N
 from saescale.scaling.laws.forms.n_k import GPT4, N_K
+from saescale.scaling.laws.notes import coefficient_rows, fit_notes
+from saescale.scaling.laws.predict import predict
 from saescale.scaling.laws.settings import FitSettings
 from saescale.scaling.tables import Table
 from saescale.storage.errors import SaescaleError

@@ -9,7 +9,7 @@ from typing import Any
 import pyarrow as pa
 import pytest
 
-from saescale.scaling.laws.fit import fit_notes
+from saescale.scaling.laws.notes import fit_notes
 from saescale.scaling.laws.settings import FitSettings
 from saescale.scaling.report import text
 from saescale.scaling.report.report import analyse, is_current

@@ -10,6 +10,7 @@ import pyarrow.parquet
 import pytest
 
 from saescale.scaling.laws.fit import fit_all
+from saescale.scaling.laws.notes import fit_notes
 from saescale.scaling.laws.settings import FitSettings
 from saescale.scaling.sources import load_sources
 from saescale.storage.errors import SaescaleError
@@ -93,13 +94,13 @@ def test_equal_ids_do_not_hide_that_sweeps_differ(
             assert (len(own), own[-1]) == (8, pytest.approx(nmse, rel=1e-6))
         document = fit_all(results, both, FitSettings(0))
         alone = fit_all(*load_sources(sources[:1]), FitSettings(0))
-        assert [f["coefficients"] for f in document["fits"]] == [f["coefficients"] for f in alone["fits"]]
-        first, second = (32_768, 4_096) if sources[0] == a else (4_096, 32_768)
-        assert document["warnings"][:2] == [
-            "8 cells have the ids of others and differ in heldout_rows: they are other cells",
-            f"8 of 16 cells are of another kind (heldout_rows {second} in 8) than those that laws of one subject "
-            f"describe (heldout_rows {first}): fit them apart, as with --where heldout_rows={second}",
-        ]
+        first = 32_768 if sources[0] == a else 4_096
+        own = [entry for entry in document["fits"] if entry["of"] == {"heldout_rows": first}]
+        assert [entry["coefficients"] for entry in own] == [entry["coefficients"] for entry in alone["fits"]]
+        assert len(document["fits"]) == 2 * len(own)
+        assert document["warnings"][0] == (
+            "8 cells have the ids of others and differ in heldout_rows: they are other cells"
+        )
 
 
 @pytest.mark.parametrize(
@@ -127,11 +128,15 @@ def test_what_moves_nmse_is_named_where_cells_of_one_fit_differ_in_it(
 
 
 def test_another_store_is_fitted_apart(tmp_path: Path, cells: Callable[..., Rows]) -> None:
-    a = other_sweep(str(tmp_path / "a"), cells((512, 1024, 2048), (8,)), [], store="1f")
+    a = other_sweep(str(tmp_path / "a"), cells((512, 1024, 2048, 4096), (8,)), [], store="1f")
     b = other_sweep(str(tmp_path / "b"), cells((1024, 2048), (16,)), [], store="2e")
-    document = fit_all(load_sources([b, a])[0], settings=FitSettings(0))
-    assert document["cells"] == 3
-    assert "2 of 5 cells are of another kind (store 2e in 2)" in document["warnings"][0]
+    document = fit_all(load_sources([b, a])[0], settings=FitSettings(0, laws=("n",)))
+    assert document["cells"] == 6
+    assert [(entry["of"], entry["points"]) for entry in document["fits"]] == [({"store": "1f"}, 4)]
+    assert {entry["of"]["store"] for entry in document["skipped"]} == {"1f", "2e"}
+    notes = fit_notes(document)
+    assert any(note.startswith("not fitted: n at k = 16 (store 2e): 2 points for 2 coefficients") for note in notes)
+    assert "store 2e: all cells have k = 16: they say nothing of other k" in notes
 
 
 def test_one_cell_that_was_measured_otherwise_is_said(tmp_path: Path, cells: Callable[..., Rows]) -> None:

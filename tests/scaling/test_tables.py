@@ -6,11 +6,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
 import pyarrow.csv
 import pytest
 
-from saescale.scaling.kinds import comparable
+from saescale.scaling.kinds import kind_label, kinds_in, largest_kind
 from saescale.scaling.tables import Table, check_cells, fingerprint, finished, load_curves, load_results
 from saescale.storage.errors import SaescaleError
 from saescale.storage.rundir import RunDirectory
@@ -188,10 +187,23 @@ def test_bad_sources(tmp_path: Path) -> None:
         load_results(str(tmp_path))
 
 
-def test_cells_of_another_kind_are_excluded(cells: Callable[..., Rows]) -> None:
-    rows = cells((512, 1024), (8, 16))
-    rows[0]["architecture"] = "relu"
-    table = comparable(Table.from_arrow(pa.Table.from_pylist(rows), "rows"))
-    assert len(table) == 3
-    assert "architecture relu" in table.excluded[0]
-    assert "architecture topk" in table.excluded[0]
+def test_kinds_of_cells_have_short_names(cells: Callable[..., Rows]) -> None:
+    """In the order of layers; a store or width that goes with the site adds nothing to the name."""
+    own = cells((512, 1024), (8,))
+    rows = [
+        row | {"site": f"resid_post.{layer}", "store": f"{layer}f", "architecture": name, "heldout_rows": 64}
+        for layer in (11, 2)
+        for name in ("topk", "gated")
+        for row in own
+    ]
+    table = Table.from_rows([*rows, rows[0] | {"architecture": "", "cell_id": "x"}])  # not known: taken for a topk
+    kinds = kinds_in(table)
+    labels = ["gated at resid_post.2", "gated at resid_post.11", "topk at resid_post.2", "topk at resid_post.11"]
+    assert [kind_label(of) for of, _ in kinds] == labels
+    assert [int(mask.sum()) for _, mask in kinds] == [2, 2, 2, 3]
+    assert kinds[0][0] == {"architecture": "gated", "site": "resid_post.2"}
+    of, largest = largest_kind(table)
+    assert (kind_label(of), len(largest)) == ("topk at resid_post.11", 3)
+    assert [of for of, _ in kinds_in(Table.from_rows(own))] == [{}]
+    twice = Table.from_rows([*own, *(row | {"heldout_rows": 64} for row in own), own[0] | {"heldout_rows": 32}])
+    assert [kind_label(of) for of, _ in kinds_in(twice)] == ["heldout_rows 32", "heldout_rows 64"]

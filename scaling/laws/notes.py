@@ -1,0 +1,121 @@
+"""What people read of a fits.json document: short names of its laws, its coefficients, and what must be said of it."""
+
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+from saescale.scaling.kinds import Kind, kind_label
+from saescale.scaling.words import listed
+
+Entry = Mapping[str, Any]
+_ALIKE, _LIKEWISE = 4, 2  # of more than four notes that differ in their numbers alone two are written out
+
+
+class CoefficientRow(NamedTuple):
+    """A row of the coefficient table; `low` and `high` are None without a bootstrap, `kind` names the kind of cells
+    where there are several."""
+
+    law: str
+    coefficient: str
+    value: float
+    low: float | None
+    high: float | None
+    kind: str = ""
+
+
+def law_label(entry: Entry) -> str:
+    """A short name of one entry of "fits" or "skipped", such as "n at k = 32, with floor" or "gated: n_k"."""
+    kind = kind_label(entry.get("of", {}))
+    return (f"{kind}: " if kind else "") + _label(entry["law"], [entry["at"]], entry["floor"])
+
+
+def kinds_of_document(document: Entry) -> list[Kind]:
+    """The kinds of cells that have laws in a document or were skipped, each once; [{}] where there is one."""
+    found: list[Kind] = []
+    for entry in (*document["fits"], *document["skipped"]):
+        if (of := entry.get("of", {})) not in found:
+            found.append(of)
+    return found or [{}]
+
+
+def of_kind(document: Entry, of: Kind) -> dict[str, Any]:
+    """The document with the entries of one kind of cells alone, as if there were no other."""
+    found = dict(document)
+    for key, value in document.items():
+        if isinstance(value, list) and value and all(isinstance(entry, dict) for entry in value):
+            own = [entry for entry in value if entry.get("of", {}) == of]
+            found[key] = [{name: part for name, part in entry.items() if name != "of"} for entry in own]
+    if isinstance(found.get("tokens_to_convergence"), list):
+        found["tokens_to_convergence"] = next(iter(found["tokens_to_convergence"]), None)
+    return found
+
+
+def fit_notes(document: Entry) -> list[str]:
+    """What must be said beside the coefficients of a fits.json document: laws that were not fitted, warnings about the
+    cells and about each fit. What holds for several kinds, k or laws is said once and names them; of notes that differ
+    only in their numbers from kind to kind the first two."""
+    kinds = len(kinds_of_document(document))
+    skipped = _said_once([(entry, entry["reason"]) for entry in document["skipped"]], kinds)
+    warned = _said_once([(entry, warning) for entry in document["fits"] for warning in entry["warnings"]], kinds)
+    return [*(f"not fitted: {note}" for note in skipped), *document["warnings"], *warned]
+
+
+def coefficient_rows(document: Entry) -> list[CoefficientRow]:
+    """The coefficient table of a fits.json document, exponents of n at each k included."""
+    rows = []
+    for entry in document["fits"]:
+        kind, label = kind_label(entry.get("of", {})), _label(entry["law"], [entry["at"]], entry["floor"])
+        named = dict(entry["coefficients"])
+        for key, symbol in (("exponent_of_n_at_k", "k"), ("exponent_of_n_at_d_model", "s")):
+            named |= {f"exponent of n at {symbol} = {level}": v for level, v in entry.get(key, {}).items()}
+        rows += [CoefficientRow(label, name, v["value"], v["low"], v["high"], kind) for name, v in named.items()]
+    return rows
+
+
+def _said_once(notes: Sequence[tuple[Entry, str]], kinds: int) -> list[str]:
+    """Each text once, after the laws that it concerns; `notes` are (entry of fits or skipped, text)."""
+    concerned: dict[str, list[Entry]] = {}
+    for entry, text in notes:
+        concerned.setdefault(text, []).append(entry)
+    alike: dict[str, list[str]] = {}
+    for text in concerned:
+        # Numbers of one kind's fit say the same of all kinds: one line for each of 144 would be read by nobody.
+        alike.setdefault(re.sub(r"[\d.,]*\d[\d.e%+-]*", "#", text) if kinds > 1 else text, []).append(text)
+    said = []
+    for texts in alike.values():
+        shown = texts if len(texts) <= _ALIKE else texts[:_LIKEWISE]
+        said += [f"{_laws(concerned[text], kinds)}: {text}" for text in shown]
+        if others := [entry for text in texts[len(shown) :] for entry in concerned[text]]:
+            said.append(f"{_laws(others, kinds)}: likewise, with other numbers (--json has them)")
+    return said
+
+
+def _laws(entries: Sequence[Entry], kinds: int) -> str:
+    """The laws of entries, such as "n at k = 8, 16; c at k = 8, with floor", each with the kinds of cells after it."""
+    laws: dict[tuple[str, bool], dict[str, list[Mapping[str, float]]]] = {}
+    for entry in entries:
+        of_law = laws.setdefault((entry["law"], entry["floor"]), {})
+        of_law.setdefault(kind_label(entry.get("of", {})), []).append(entry["at"])
+    words = []
+    for (law, floor), ats in laws.items():
+        for label, names in _grouped({kind: _label(law, own, floor) for kind, own in ats.items()}).items():
+            where = f" ({listed(names, ', ')})" if any(names) else ""
+            words.append(label + (" of all kinds" if 1 < kinds == len(names) else where))
+    return "; ".join(words)
+
+
+def _grouped(labels: Mapping[str, str]) -> dict[str, list[str]]:
+    """The keys of each value."""
+    found: dict[str, list[str]] = {}
+    for name, label in labels.items():
+        found.setdefault(label, []).append(name)
+    return found
+
+
+def _label(law: str, ats: Sequence[Mapping[str, float]], floor: bool) -> str:
+    """Such as "n at k = 8, 16, with floor" for n with a floor at k = 8 and at k = 16."""
+    held = "".join(
+        f" at {column} = {listed(dict.fromkeys(f'{at[column]:g}' for at in ats if column in at), ', ')}"
+        for column in ats[0]
+    )
+    return law + held + (", with floor" if floor else "")
