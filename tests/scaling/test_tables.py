@@ -196,14 +196,15 @@ def test_kinds_of_cells_have_short_names(cells: Callable[..., Rows]) -> None:
         for name in ("topk", "gated")
         for row in own
     ]
-    table = Table.from_rows([*rows, rows[0] | {"architecture": "", "cell_id": "x"}])  # not known: taken for a topk
+    more = rows[0] | {"n_latents": 2048}
+    table = Table.from_rows([*rows, more, more | {"architecture": ""}])  # not known: taken for a topk
     kinds = kinds_in(table)
     labels = ["gated at resid_post.2", "gated at resid_post.11", "topk at resid_post.2", "topk at resid_post.11"]
     assert [kind_label(of) for of, _ in kinds] == labels
-    assert [int(mask.sum()) for _, mask in kinds] == [2, 2, 2, 3]
+    assert [int(mask.sum()) for _, mask in kinds] == [2, 2, 2, 4]
     assert kinds[0][0] == {"architecture": "gated", "site": "resid_post.2"}
     of, largest = largest_kind(table)
-    assert (kind_label(of), len(largest)) == ("topk at resid_post.11", 3)
+    assert (kind_label(of), len(largest)) == ("topk at resid_post.11", 4)
     assert [of for of, _ in kinds_in(Table.from_rows(own))] == [{}]
-    twice = Table.from_rows([*own, *(row | {"heldout_rows": 64} for row in own), own[0] | {"heldout_rows": 32}])
+    twice = Table.from_rows([*(row | {"heldout_rows": 64} for row in own), own[0] | {"heldout_rows": 32}, *own])
     assert [kind_label(of) for of, _ in kinds_in(twice)] == ["heldout_rows 32", "heldout_rows 64"]
