@@ -23,6 +23,7 @@ ROOMS = {
         ("repeats",),
         ("sources",),
         ("laws",),
+        ("comparison",),
         ("figures", "planning", "reproduce"),
         ("report",),
     ),

@@ -1,12 +1,11 @@
 """Arms of a comparison: cells that differ in their architecture and in nothing else that makes a kind of cell."""
 
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 
 from saescale.scaling.comparison.order import in_order
+from saescale.scaling.kinds import Kind, kinds_in
 from saescale.scaling.tables import Table, known
 from saescale.storage.columns import COLUMNS
 
@@ -22,7 +21,7 @@ class Arms:
     over the seeds, `l0` and `dead` are means, `cells` counts. `rows` are the cells of each group in `table`.
     """
 
-    of: Mapping[str, Any]
+    of: Kind
     table: Table
     architectures: tuple[str, ...]
     architecture: np.ndarray
@@ -55,23 +54,12 @@ def find_arms(table: Table) -> list[Arms]:
     """
     if any(name not in table for name in NEEDED) or table["architecture"].dtype.kind != "U":
         return []
-    names = [name for name in _KIND if name in table]
-    filled = {name: _filled(table[name]) for name in names}
-    names = [name for name in names if len(np.unique(filled[name])) > 1]
-    kinds: dict[tuple[Any, ...], list[int]] = {}
-    for row in range(len(table)):
-        kinds.setdefault(tuple(filled[name][row].item() for name in names), []).append(row)
-    found = []
-    for values, rows in kinds.items():
-        mask = np.zeros(len(table), dtype=bool)
-        mask[rows] = True
-        arms = _arms(dict(zip(names, values, strict=True)), table.select(mask & known(table["architecture"])))
-        if len(arms.architectures) > 1:
-            found.append(arms)
-    return found
+    named = known(table["architecture"])
+    found = [_arms(of, table.select(mask & named)) for of, mask in kinds_in(table, _KIND)]
+    return [arms for arms in found if len(arms.architectures) > 1]
 
 
-def _arms(of: Mapping[str, Any], table: Table) -> Arms:
+def _arms(of: Kind, table: Table) -> Arms:
     groups: dict[tuple[str, float, float], list[int]] = {}
     for row, key in enumerate(zip(*(table[name].tolist() for name in NEEDED[:3]), strict=True)):
         groups.setdefault(key, []).append(row)
@@ -94,9 +82,3 @@ def _arms(of: Mapping[str, Any], table: Table) -> Arms:
         np.array([len(own) for own in rows]),
         rows,
     )
-
-
-def _filled(values: np.ndarray) -> np.ndarray:
-    there = known(values)
-    found, counts = np.unique(values[there], return_counts=True)
-    return values if there.all() or not len(found) else np.where(there, values, found[np.argmax(counts)])

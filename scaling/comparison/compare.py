@@ -7,10 +7,12 @@ from typing import Any
 import numpy as np
 
 from saescale.scaling.comparison.arms import Arms, find_arms
+from saescale.scaling.comparison.depth import AtDepth, find_depth
 from saescale.scaling.comparison.equal_l0 import Order, Places, Unbeaten, find_order, find_places, find_unbeaten
 from saescale.scaling.comparison.equal_nmse import Envelope, Ratios, find_envelopes, find_lines, find_ratios
 from saescale.scaling.comparison.hierarchy import Gaps, find_gaps
 from saescale.scaling.comparison.scatter import Scatter, find_scatter
+from saescale.scaling.laws.fit import LawsOfKinds
 from saescale.scaling.tables import Table
 
 REFERENCE = "topk"
@@ -116,6 +118,24 @@ def compare(results: Table, curves: Table | None = None) -> tuple[Comparison, ..
             )
         )
     return tuple(found)
+
+
+@dataclass(frozen=True)
+class SideBySide:
+    """All that compares cells of several kinds: architectures on each source, and laws over depth."""
+
+    comparisons: tuple[Comparison, ...]
+    depth: tuple[AtDepth, ...]
+
+    def document(self) -> dict[str, Any]:
+        """The keys "comparison" and "depth" of fits.json, each where there is something to compare."""
+        parts = {"comparison": self.comparisons, "depth": self.depth}
+        return {name: [entry.document() for entry in entries] for name, entries in parts.items() if entries}
+
+
+def side_by_side(fitted: LawsOfKinds, curves: Table | None = None) -> SideBySide:
+    """What the cells and laws of a table say when its kinds are set beside each other; empty for one kind."""
+    return SideBySide(compare(fitted.results, curves), tuple(find_depth(fitted.fits)))
 
 
 def _number(value: float) -> float | None:

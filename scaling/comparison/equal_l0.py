@@ -75,13 +75,12 @@ class Order:
 
     @property
     def words(self) -> str:
-        """ "topk ~ gated < relu": ~ where neighbours are not told apart, ? where nothing tells."""
+        """ "topk ~ gated < relu": ~ where neighbours are not told apart, a comma where nothing tells."""
         text = self.architectures[0] if self.architectures else ""
         for first, second in zip(self.architectures, self.architectures[1:], strict=False):
             found = self.pairs.get((first, second))
             known = found is not None and found[0].low is not None
-            sign = "?" if found is None or not known else "<" if found[0].sign < 0 else "~"
-            text += f" {sign} {second}"
+            text += (", " if not known or found is None else " < " if found[0].sign < 0 else " ~ ") + second
         return text
 
 

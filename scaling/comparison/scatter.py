@@ -11,7 +11,7 @@ has. The same draws go through interpolations, envelopes and medians, which need
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -76,6 +76,7 @@ class Scatter:
     sd: Mapping[str, float]
     free: Mapping[str, int]
     how: str
+    of_surface: bool = False
 
     def draws(self, arms: Arms, seed: int = 0, count: int = DRAWS) -> np.ndarray:
         """ln nmse of each group as other seeds might have had it: [count, groups]; [0, groups] where nothing tells."""
@@ -100,7 +101,8 @@ def find_scatter(arms: Arms) -> Scatter:
         return _pooled(repeats, "the scatter of equal cells over their seeds")
     surfaces = {name: _of_surface(arms, name) for name in arms.architectures}
     if sum(free for _, free in surfaces.values()) >= 2:
-        return _pooled(surfaces, "no seed repeats: what a smooth surface in N and k leaves over")
+        pooled = _pooled(surfaces, "no seed repeats: what a smooth surface in N and k leaves over")
+        return replace(pooled, of_surface=True)
     return Scatter({}, {}, "no seed repeats, and there are too few N and k to tell the scatter of cells")
 
 

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from saescale.scaling.figures import views
-from saescale.scaling.figures.palette import GRID, INK, NEUTRALS, PAGE, RULE, SOFT, colour, mark, translucent
+from saescale.scaling.figures.palette import GRID, INK, NEUTRALS, PAGE, RULE, SOFT, colour, glyph, mark, translucent
 from saescale.scaling.figures.views import Band, Label, Line, Points, Rule, View, spread
 
 Spec = dict[str, Any]
@@ -87,7 +87,8 @@ def _traces(layer: views.Layer, view: View) -> list[Spec]:
             "hovertemplate": f"{_raised(layer.text)}<br>%{{y:.4g}}<extra></extra>"}  # fmt: skip
         return [place | {"mode": "lines", "line": line, "opacity": 0.55 if layer.stroke == "curve" else 1} | hover]
     hollow = layer.marker == "open"
-    marker = {"size": 8, "symbol": mark(layer.level), "color": PAGE[0] if hollow else shade,
+    shape = mark(layer.level)
+    marker = {"size": 11 if shape.startswith(("triangle", "star", "cross")) else 8, "symbol": shape, "color": PAGE[0] if hollow else shade,
               "line": {"width": 2 if hollow else 1, "color": shade if hollow else PAGE[0]}}  # fmt: skip
     trace = place | {"mode": "markers", "marker": marker, "cliponaxis": False}
     if layer.texts:
@@ -111,12 +112,9 @@ def _labels(view: View) -> list[Spec]:
     places = spread([view.y.fraction(label.y) for label in labels], gap=18 / height)
     traces = []
     for label, place in zip(labels, places, strict=True):
-        trace = _text(label, view.x.high, view.y.value(place), "middle right", view)
-        if isinstance(label.level, str):
-            # With its mark, since no line leads from a label to what it names.
-            shade = colour(label.level, view.levels, ramp=view.ramp)
-            trace |= {"mode": "markers+text", "text": ["\u2002" + _raised(label.text)],
-                      "marker": {"size": 8, "symbol": mark(label.level), "color": shade}}  # fmt: skip
+        # A name with its mark, since no line leads from a label to what it names.
+        before = f"{glyph(label.level)} " if isinstance(label.level, str) else ""
+        trace = _text(label, view.x.high, view.y.value(place), "middle right", view, before)
         if view.ramp != "compute" and label.level is not None:
             trace |= _of_level(label.level)
         traces.append(trace)

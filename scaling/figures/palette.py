@@ -40,6 +40,11 @@ _NAMED = {
 # A user's architecture and a subject take one of each, by a hash of the name: another run gives it the same.
 _OTHERS = (("#0f6f78", "#4fc3cf"), ("#6f7a00", "#c3cf4f"), ("#d1478f", "#ff9ccb"), ("#5a3a2a", "#d0a890"))
 _MARKS = ("diamond-tall", "octagon", "hexagon2")
+_GLYPHS = {
+    "circle": "●", "square": "■", "triangle-up": "▲", "triangle-down": "▼", "triangle-left": "◀", "triangle-right": "▶",
+    "diamond": "◆", "diamond-tall": "⬧", "pentagon": "⬟", "hexagon": "⬢", "hexagon2": "⬣", "octagon": "⯃", "star": "★",
+    "x": "✖", "cross": "✚",
+}  # fmt: skip
 
 
 def colour(level: Level | None, levels: Iterable[Level], dark: bool = False, ramp: Ramp = "k") -> str:
@@ -59,6 +64,11 @@ def colour(level: Level | None, levels: Iterable[Level], dark: bool = False, ram
 def mark(level: Level | None) -> str:
     """The mark of points, as Plotly calls it: a name's own, else a circle."""
     return _named(level)[2] if isinstance(level, str) else "circle"
+
+
+def glyph(level: Level) -> str:
+    """The mark as a character, for a label that no line leads to."""
+    return _GLYPHS[mark(level)]
 
 
 def translucent(hexadecimal: str, alpha: float) -> str:

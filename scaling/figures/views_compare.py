@@ -67,7 +67,7 @@ def order(comparison: Comparison) -> View | None:
     return View(
         _name("order", comparison), "Order at equal N and equal L0",
         f"nmse of each architecture above that of {best}, on average over every N and L0 that both have. "
-        f"In order, ~ where neighbours are not told apart: {ordered.words}.",
+        "What lies within an interval of 0 is not told apart from it.",
         _interval_key(comparison), linear_axis(f"nmse above {best} (%)", seen), axis,
         comparison.arms.architectures, tuple(layers), ramp="name",
     )  # fmt: skip
@@ -319,8 +319,6 @@ def _why(missing: Sequence[Ratios]) -> str:
     return "is there before its curves begin" if reached == {"sooner"} else "not told"
 
 
-
-
 def _ends(found: Interval, form: str) -> str:
     """ " [low, high]", or nothing where there is no interval."""
     if found.low is None and found.high is None:
@@ -332,7 +330,7 @@ def _ends(found: Interval, form: str) -> str:
 def _interval_key(comparison: Comparison) -> str:
     """What bars mean, or why there are none."""
     how = comparison.scatter.how
-    return f"Bars: 95 % intervals, from {how}." if comparison.scatter.sd else f"No intervals: {how}."
+    return f"Bars: 95 % intervals ({how})." if comparison.scatter.sd else f"No intervals: {how}."
 
 
 def _name(name: str, comparison: Comparison) -> str:

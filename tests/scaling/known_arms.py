@@ -23,11 +23,20 @@ class Known(NamedTuple):
 
 # As different as they are in the field, in order of what they reach; the last three hardly learn.
 ALL = {
-    "batchtopk": Known(0.985), "topk": Known(), "jumprelu": Known(1.01, l0=1.02, dead=0.2), "gated": Known(1.02, 1.6, 0.97),
-    "matryoshka": Known(1.06), "hierarchical_topk": Known(1.04, l0=0.99), "prolu": Known(1.1, 1.3, 1.04), "mine": Known(1.12),
-    "relu": Known(1.22, 1.3, 0.96), "switch": Known(1.35, 0.3), "frozen_encoder": Known(1.7), "pca": Known(1.9, dead=0.3),
+    "batchtopk": Known(0.985),
+    "topk": Known(),
+    "jumprelu": Known(1.01, l0=1.02, dead=0.2),
+    "gated": Known(1.02, 1.6, 0.97),
+    "hierarchical_topk": Known(1.04, l0=0.99),
+    "matryoshka": Known(1.06),
+    "prolu": Known(1.1, 1.3, 1.04),
+    "mine": Known(1.12),
+    "relu": Known(1.22, 1.3, 0.96),
+    "switch": Known(1.35, 0.3),
+    "frozen_encoder": Known(1.7),
+    "pca": Known(1.9, dead=0.3),
     "frozen_decoder": Known(2.3),
-}  # fmt: skip
+}
 
 
 def law(n: float, l0: float) -> float:
