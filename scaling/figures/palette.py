@@ -1,4 +1,4 @@
-"""Colours and marks: one colour per k, one colour and mark per name, the same in every figure, on paper and in the dark."""
+"""Colours and marks: one colour per k, colour and mark per name, the same in every figure, on paper and in the dark."""
 
 import colorsys
 import hashlib
@@ -39,10 +39,10 @@ _NAMED = {
 }
 # A user's architecture and a subject take one of each, by a hash of the name: another run gives it the same.
 _OTHERS = (("#0f6f78", "#4fc3cf"), ("#6f7a00", "#c3cf4f"), ("#d1478f", "#ff9ccb"), ("#5a3a2a", "#d0a890"))
-_MARKS = ("diamond-tall", "octagon", "hexagon2")
+_MARKS = ("diamond-tall", "hexagon2")
 _GLYPHS = {
     "circle": "●", "square": "■", "triangle-up": "▲", "triangle-down": "▼", "triangle-left": "◀", "triangle-right": "▶",
-    "diamond": "◆", "diamond-tall": "⬧", "pentagon": "⬟", "hexagon": "⬢", "hexagon2": "⬣", "octagon": "⯃", "star": "★",
+    "diamond": "◆", "diamond-tall": "♦", "pentagon": "⬟", "hexagon": "⬢", "hexagon2": "⬣", "star": "★",
     "x": "✖", "cross": "✚",
 }  # fmt: skip
 

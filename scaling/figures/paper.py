@@ -39,7 +39,7 @@ _STYLE: dict[Any, Any] = {
 _MARKS = {
     "circle": "o", "square": "s", "triangle-up": "^", "triangle-down": "v", "triangle-left": "<",
     "triangle-right": ">", "diamond": "D", "diamond-tall": "d", "pentagon": "p", "hexagon": "h", "hexagon2": "H",
-    "octagon": "8", "star": "*", "x": "X", "cross": "P",
+    "star": "*", "x": "X", "cross": "P",
 }  # fmt: skip
 _LARGE = ("o", "s", "D", "X")  # look larger than the others of one size
 _STROKES: dict[views.Stroke, dict[str, Any]] = {

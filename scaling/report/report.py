@@ -141,7 +141,7 @@ def write_report(
     shared = {
         "title": text.title(results),
         "summary": [*text.summarise(document, results), *summary(sides)],
-        "notes": [*fit_notes(document), *(note for found in sides.comparisons for note in limits(found))],
+        "notes": [*(note for found in sides.comparisons for note in limits(found)), *fit_notes(document)],
         "fits": document["fits"],
         "formulas": text.formulas(document),
         "tables": text.law_tables(document),

@@ -77,13 +77,13 @@ def _overall(comparison: Comparison) -> TextTable:
         row.append(f"{_signed(off[np.argmax(np.abs(off))])} %")
         rows.append([typeset(text) for text in row])
     best = names[0]
-    compute = [f"compute at k = {k:g}" for k in ks]
+    compute = [f"compute, k = {k:g}" for k in ks]
     note = (
         f"nmse above that of {best} in per cent, on average over every N and L0 that both have; how often an architecture "
         f"leads; compute for equal nmse as multiples of that of {comparison.reference}; the largest share of dead latents; "
         "and how far the measured L0 is off k at most."
     )
-    header = ("architecture", f"% above {best}", "95 % interval", "leads", *compute, "dead, at most", "L0 off k")
+    header = ("architecture", f"% above {best}", "95 % interval", "leads", *compute, "dead", "L0")
     return TextTable("Architectures at equal N and L0", note, header, rows)
 
 
