@@ -109,7 +109,8 @@ def test_toys_of_every_kind_are_harvested_swept_measured_exchanged_and_fitted(to
 
     document = json.loads(run("fit", "run", "--law", "toy", "--bootstraps", "20", "--json"))
     assert {entry["law"] for entry in document["fits"]} == {"toy"}
-    assert document["cells"] == 10
-    assert [said for said in document["excluded"] if "topk" in said]
+    assert document["cells"] == 11
+    assert {entry["of"]["architecture"] for entry in document["fits"]} == {"toy"}
+    assert "topk" in {entry["of"]["architecture"] for entry in document["skipped"]}
     run("report", "run", "--bootstraps", "0")
     assert Path("run/report.html").stat().st_size > 10_000

@@ -156,7 +156,7 @@ def _show_convergence(found: dict[str, Any] | None) -> None:
 
 def _comparisons(document: dict[str, Any], laws: Sequence[str]) -> list[str]:
     """Of the named laws whether they need their last term, and that they fit where no warning says otherwise."""
-    from saescale.scaling.laws.fit import law_label
+    from saescale.scaling.laws.notes import law_label
 
     return [
         f"{law_label(entry)}: {entry[key]['words']}"

@@ -83,10 +83,11 @@ def test_where(write: Callable[..., str]) -> None:
     kinds = [row | {"architecture": name, "nmse": row["nmse"] * factor}
              for name, factor in (("topk", 1), ("re|lu x", 1.1)) for row in ROWS]  # fmt: skip
     source = write(kinds)
-    (note,) = [text for text in fit(source, "--law", "n")["warnings"] if "of another kind" in text]
-    assert note.endswith("fit them apart, as with --where 'architecture=re|lu x'")
     apart = fit(source, "--where", "architecture=re|lu x", "--law", "n_k")
     assert (apart["cells"], apart["warnings"]) == (16, [])
+    both = fit(source, "--law", "n_k")
+    assert [entry["of"]["architecture"] for entry in both["fits"]] == ["re|lu x", "topk"]
+    assert both["fits"][0]["coefficients"] == apart["fits"][0]["coefficients"]
     law = ("--law", "n")
     several = fit(
         source, *law, "--where", "architecture=topk", "--where", "k=8", "--where", "k=16", "--where", "N<=4096"
