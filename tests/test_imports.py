@@ -15,7 +15,7 @@ ROOT = Path(__file__).parents[1]
 ROOMS = {
     "storage": ((),),
     "scaling": (
-        ("compute", "words", "values"),
+        ("compute", "order", "words", "values"),
         ("headers",),
         ("reading",),
         ("tables",),
@@ -24,7 +24,7 @@ ROOMS = {
         ("sources",),
         ("laws",),
         ("comparison",),
-        ("figures", "planning", "reproduce"),
+        ("figures", "planning", "reproduce", "fit_sources"),
         ("report",),
     ),
     "trainers": (

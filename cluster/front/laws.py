@@ -2,12 +2,16 @@
 
 import json
 from collections.abc import Sequence
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from rich.markup import escape
 
 from saescale.cluster.front.console import Bootstraps, Json, command, console, say, show_notes, table
 from saescale.storage.errors import SaescaleError
+
+if TYPE_CHECKING:
+    from saescale.scaling.comparison.compare import SideBySide
 
 
 def fit(
@@ -41,6 +45,8 @@ def fit(
     Example: [bold]saescale fit runs/quickstart --law n_k --predict n=16384,k=32[/]
     """
     from saescale.cluster.front.display import coefficient_table
+    from saescale.scaling.comparison.compare import side_by_side
+    from saescale.scaling.comparison.sentences import limits
     from saescale.scaling.laws.fit import fit_laws
     from saescale.scaling.laws.law import load_laws
     from saescale.scaling.laws.notes import fit_notes
@@ -58,8 +64,10 @@ def fit(
     conditions = [parse_condition(text) for text in where or ()]
     if out:
         require_writable(out)
-    fitted = fit_laws(*load_sources(sources, _read_wandb, conditions), settings)
-    document = fitted.document()
+    results, curves = load_sources(sources, _read_wandb, conditions)
+    fitted = fit_laws(results, curves, settings)
+    sides = side_by_side(fitted, curves)
+    document = fitted.document() | sides.document()
     if points and fitted.fits:
         rows = [row for point in points for row in predictions(fitted.fits, point, fitted.results)]
         document["predictions"] = rows
@@ -72,9 +80,18 @@ def fit(
             console.print(coefficient_table(document))
         if "predictions" in document:
             _show_predictions(document["predictions"])
-        _show_convergence(document["tokens_to_convergence"])
-        show_notes([*fit_notes(document), *_comparisons(document, (*asked, "n_k"))])
-    if not document["fits"]:
+        converged = document["tokens_to_convergence"]
+        for entry in converged if isinstance(converged, list) else [converged]:
+            _show_convergence(entry)
+        _show_side_by_side(sides)
+        show_notes(
+            [
+                *(note for found in sides.comparisons for note in limits(found)),
+                *fit_notes(document),
+                *_comparisons(document, (*asked, "n_k")),
+            ]
+        )
+    if not document["fits"] and not sides.comparisons:
         named = fitted.results.source
         reason = document["skipped"][0]["reason"].removeprefix(f"{named}: ")
         raise SaescaleError(f"{named}: no law could be fitted: {reason}")
@@ -121,6 +138,25 @@ def _read_wandb(path: str) -> Any:
     return read_project(path)
 
 
+def _show_side_by_side(sides: "SideBySide") -> None:
+    """Architectures in their order, and laws over depth."""
+    from saescale.scaling.comparison.sentences import hierarchy, outcome
+    from saescale.scaling.report.side_by_side import depth_table, heading, overall_table
+
+    shown = [(heading(found), overall_table(found, one_k=True)) for found in sides.comparisons]
+    if over_depth := depth_table(sides.depth):
+        shown.append((over_depth.title, over_depth))
+    for title, found in shown:
+        lines = table(*found.header)
+        for row in found.rows:
+            lines.add_row(*map(escape, row))
+        say(f"\n{title}\n")
+        console.print(lines)
+    for comparison in sides.comparisons:
+        for sentence in (*outcome(comparison), *hierarchy(comparison)):
+            say(sentence)
+
+
 def _show_predictions(rows: Sequence[dict[str, Any]]) -> None:
     from saescale.scaling.laws.notes import law_label
 
@@ -138,18 +174,22 @@ def _show_predictions(rows: Sequence[dict[str, Any]]) -> None:
 
 
 def _show_convergence(found: dict[str, Any] | None) -> None:
+    from saescale.scaling.kinds import kind_label
+
     if not found:
         return
+    of = kind_label(found.get("of", {}))
+    kind = f"{of}: " if of else ""
     counts = f"{len(found['cells'])} cells converged, {found['unconverged']} did not"
     if early := found["converged_before_first_evaluation"]:
         counts += f", {early} converged before their first evaluation"
     if "reason" in found:
-        say(f"tokens to convergence: {found['reason']}")
+        say(f"{kind}tokens to convergence: {found['reason']}")
         return
     g = found["exponent_of_n"]
     ends = "" if g["low"] is None else f" ({g['low']:.3g} to {g['high']:.3g})"
     console.print(
-        f"tokens until nmse is within {found['within']:.0%} of its end grow as n^{g['value']:.3g}{ends}; {counts}",
+        f"{escape(kind)}tokens until nmse is within {found['within']:.0%} of its end grow as n^{g['value']:.3g}{ends}; {counts}",
         highlight=False, soft_wrap=True,
     )  # fmt: skip
 

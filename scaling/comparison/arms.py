@@ -4,8 +4,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from saescale.scaling.comparison.order import in_order
 from saescale.scaling.kinds import Kind, kinds_in
+from saescale.scaling.order import in_order
 from saescale.scaling.tables import Table, known
 from saescale.storage.columns import COLUMNS
 

@@ -36,8 +36,7 @@ class Comparison:
     def leaders(self) -> list[dict[str, Any]]:
         """At each N and L0 every architecture's nmse, which is the lowest, and which are not told apart from that."""
         found = []
-        for n, k in self.places.points():
-            own = self.places.at(n, k)
+        for (n, k), own in self.places.by_point.items():
             nmse = {name: self.places.nmse(place) for name, place in own.items()}
             leader = min(nmse, key=lambda name: nmse[name].value)
             apart = {name: self.places.difference(own[leader], own[name]) for name in own if name != leader}
@@ -63,10 +62,9 @@ class Comparison:
                 ],
             },
             "equal_l0": [
-                entry | {"nmse": {name: value.document() | {"l0": _number(self.places.at(entry["n_latents"],
-                                                                                         entry["k"])[name].l0)}
-                                  for name, value in entry["nmse"].items()}}
-                for entry in self.leaders()
+                entry | {"nmse": {name: found.document() | {"l0": _number(own[name].l0)}
+                                  for name, found in entry["nmse"].items()}}
+                for entry, own in zip(self.leaders(), self.places.by_point.values(), strict=True)
             ],
             "not_compared": list(self.places.left_out),
             "equal_nmse": [

@@ -2,13 +2,14 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import combinations
 
 import numpy as np
 
 from saescale.scaling.comparison.arms import Arms
-from saescale.scaling.comparison.order import BASELINES, in_order
 from saescale.scaling.comparison.scatter import Interval, interval
+from saescale.scaling.order import BASELINES, in_order
 from saescale.scaling.tables import number
 
 _SAME = 0.005  # relative difference of L0 that is none
@@ -40,14 +41,13 @@ class Places:
         """nmse there."""
         return interval(place.weights @ self.arms.log_nmse, self.draws @ place.weights).exp
 
-    def points(self) -> list[tuple[float, float]]:
-        """Every (N, L0) at which two architectures compare."""
-        there = [(place.n_latents, place.k) for place in self.places]
-        return sorted({point for point in there if there.count(point) > 1})
-
-    def at(self, n_latents: float, k: float) -> dict[str, Place]:
-        """The architectures there, in their order."""
-        return {p.architecture: p for p in self.places if (p.n_latents, p.k) == (n_latents, k)}
+    @cached_property
+    def by_point(self) -> dict[tuple[float, float], dict[str, Place]]:
+        """The architectures at each (N, L0) at which at least two compare, in their order."""
+        found: dict[tuple[float, float], dict[str, Place]] = {}
+        for place in self.places:
+            found.setdefault((place.n_latents, place.k), {})[place.architecture] = place
+        return {point: own for point, own in sorted(found.items()) if len(own) > 1}
 
     def difference(self, first: Place, second: Place) -> Interval:
         """ln nmse of the first less that of the second: below 0 the first is ahead."""
@@ -57,8 +57,7 @@ class Places:
     def mean_difference(self, first: str, second: str) -> tuple[Interval, int] | None:
         """Over every (N, L0) that both have, and how many these are; it is of these cells. None where they share
         none."""
-        shared = [(own[first], own[second]) for point in self.points()
-                  if {first, second} <= (own := self.at(*point)).keys()]  # fmt: skip
+        shared = [(own[first], own[second]) for own in self.by_point.values() if {first, second} <= own.keys()]
         if not shared:
             return None
         weights = np.mean([a.weights - b.weights for a, b in shared], axis=0)
@@ -122,8 +121,8 @@ def find_places(arms: Arms, draws: np.ndarray) -> Places:
 def find_order(places: Places) -> Order:
     """By the mean difference over what they share: an additive model of architecture and point, so that an architecture
     that lacks a point is not judged by the others' hardest."""
-    points = places.points()
-    rows = [p for p in places.places if (p.n_latents, p.k) in set(points)]
+    points = list(places.by_point)
+    rows = [place for own in places.by_point.values() for place in own.values()]
     names = in_order(p.architecture for p in rows)
     if len(names) < 2:
         return Order((), {})
@@ -142,8 +141,7 @@ def find_unbeaten(places: Places) -> list[Unbeaten]:
     """Where the interval of the difference from a baseline does not lie below 0; by the values alone where there are no
     intervals."""
     found = []
-    for point in places.points():
-        own = places.at(*point)
+    for point, own in places.by_point.items():
         for baseline in (name for name in own if name in BASELINES):
             for name in (name for name in own if name not in BASELINES):
                 difference = places.difference(own[name], own[baseline])
@@ -161,7 +159,7 @@ def _weights(arms: Arms, own: np.ndarray, k: float) -> np.ndarray | None:
     if len(near):
         weights[near[np.argmin(np.abs(arms.l0[near] / k - 1))]] = 1.0
         return weights
-    if not l0.min() / (1 + _BEYOND) <= k <= l0.max() * (1 + _BEYOND):
+    if not l0.min() / (1 + _BEYOND) <= k <= l0.max() / (1 - _BEYOND):
         return None
     ordered = _apart(arms, own)
     if len(ordered) == 1:

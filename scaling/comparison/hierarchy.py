@@ -81,6 +81,8 @@ def _trend(gaps: list[Gap]) -> tuple[float, Interval | None, Interval | None]:
     )
 
 
-def _levels_of(text: str) -> dict[float, float]:
+def _levels_of(text: object) -> dict[float, float]:
     """nmse by k; {} where the cell has none."""
-    return {float(level["k"]): float(level["nmse"]) for level in json.loads(text)} if text else {}
+    if not isinstance(text, str) or not text:
+        return {}
+    return {float(level["k"]): float(level["nmse"]) for level in json.loads(text)}

@@ -2,12 +2,14 @@
 
 import colorsys
 import hashlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from functools import cache
+from typing import Any
 
 import matplotlib
 
 from saescale.scaling.figures.views import Level, Ramp
+from saescale.scaling.order import in_order
 
 # What is not data, on white and in the dark; the page's style sheet has the same.
 INK = ("#1c2024", "#e6e9ed")
@@ -59,6 +61,12 @@ def colour(level: Level | None, levels: Iterable[Level], dark: bool = False, ram
     if isinstance(level, str):
         return _named(level)[dark]
     return _colours(tuple(sorted(v for v in set(levels) if not isinstance(v, str))), dark, ramp)[level]
+
+
+def colours_of(document: Mapping[str, Any]) -> dict[str, str]:
+    """The colour on white of each architecture that a document of fits.json compares, in their order."""
+    names = (name for entry in document.get("comparison", ()) for name in entry["architectures"])
+    return {name: colour(name, ()) for name in in_order(names)}
 
 
 def mark(level: Level | None) -> str:

@@ -5,14 +5,15 @@ from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 
+from saescale.scaling.comparison.arms import Arms
 from saescale.scaling.comparison.compare import Comparison
 from saescale.scaling.comparison.equal_nmse import Ratios
-from saescale.scaling.comparison.order import BASELINES
 from saescale.scaling.comparison.scatter import Interval, interval
 from saescale.scaling.figures.axes import count_axis, linear_axis, log_axis, power_axis
 from saescale.scaling.figures.views import Axis, Label, Layer, Line, Points, Rule, View
 from saescale.scaling.figures.views_cells import DEAD_LABEL, N_LABEL, NMSE_LABEL
 from saescale.scaling.laws.estimate import Fit
+from saescale.scaling.order import BASELINES
 from saescale.scaling.tables import number
 from saescale.scaling.words import listed
 from saescale.storage.columns import COLUMNS
@@ -114,8 +115,7 @@ def against_n(comparison: Comparison, k: float, fits: Mapping[tuple[str, float],
         fit = fits.get((name, k))
         if fit is not None and len(own) > 1:
             n = np.geomspace(x[0], x[-1], 40)
-            l0 = np.interp(np.log(n), np.log(x), arms.l0[own])
-            columns = {"n_latents": n, "k": l0}
+            columns = {"n_latents": n, "k": np.interp(np.log(n), np.log(x), _fitted_k(arms, own))}
             line = fit.law.log_value(fit.raw, {c: columns[c] for c in fit.law.columns})
             layers.append(Line(n, np.exp(line), name, "law", f"law of {name}"))
             lawful = True
@@ -287,6 +287,14 @@ def _measured(comparison: Comparison, own: np.ndarray, x: np.ndarray, name: str,
                  for ends in ([f.low for f in found], [f.high for f in found]))  # fmt: skip
     there = len(draws) > 0
     return Points(x, np.exp(log_nmse[own]), name, texts, low if there else None, high if there else None)
+
+
+def _fitted_k(arms: Arms, own: np.ndarray) -> np.ndarray:
+    """What stands for k in the laws of groups [groups]: the measured L0 where k is a target."""
+    if "l0_error" not in arms.table:
+        return arms.k[own]
+    missed = np.array([np.isfinite(arms.table["l0_error"][arms.rows[group]]).all() for group in own])
+    return np.where(missed, arms.l0[own], arms.k[own])
 
 
 def _bar(found: Interval, y: float, level: float | str, text: str, across: bool = True) -> Points:

@@ -13,7 +13,6 @@ import xxhash
 from markupsafe import Markup
 
 from saescale.scaling.comparison.compare import SideBySide, side_by_side
-from saescale.scaling.comparison.order import in_order
 from saescale.scaling.comparison.sentences import limits
 from saescale.scaling.figures.figures import Figure, Part, draw_figures, parts_of
 from saescale.scaling.figures.interactive import theme
@@ -22,6 +21,7 @@ from saescale.scaling.kinds import kind_label
 from saescale.scaling.laws.fit import FORMAT, describe_input, fit_laws
 from saescale.scaling.laws.notes import fit_notes
 from saescale.scaling.laws.settings import FitSettings
+from saescale.scaling.order import in_order
 from saescale.scaling.report import text
 from saescale.scaling.report.evaluations import evaluation_tables
 from saescale.scaling.report.side_by_side import comparison_tables, depth_table, heading, said, summary

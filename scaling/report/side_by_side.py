@@ -28,7 +28,7 @@ def said(comparison: Comparison) -> list[str]:
 
 def comparison_tables(comparison: Comparison) -> list[TextTable]:
     """All of them: one row for each architecture, in the order of what they reach."""
-    found = [_overall(comparison), _at_each(comparison), *_equal_nmse(comparison), _levels(comparison)]
+    found = [overall_table(comparison), _at_each(comparison), *_equal_nmse(comparison), _levels(comparison)]
     return [table for table in found if table is not None and table.rows]
 
 
@@ -55,11 +55,13 @@ def heading(comparison: Comparison) -> str:
     return "Architectures side by side" + (f": {where}" if where else "")
 
 
-def _overall(comparison: Comparison) -> TextTable:
-    """Each architecture in a row: how far above the best, for how much compute, with how many dead latents."""
+def overall_table(comparison: Comparison, one_k: bool = False) -> TextTable:
+    """Each architecture in a row: how far above the best, for how much compute, with how many dead latents. `one_k`: of
+    the ratios of compute those at the k in the middle alone."""
     arms, order = comparison.arms, comparison.order
     names = [*order.architectures, *(name for name in arms.architectures if name not in order.architectures)]
     ks = sorted({r.k for r in comparison.ratios})
+    ks = ks[len(ks) // 2 :][:1] if one_k else ks
     leads = [entry["leader"] for entry in comparison.leaders()]
     medians = {(r.architecture, r.k): r for r in comparison.ratios}
     rows = []
@@ -89,10 +91,10 @@ def _overall(comparison: Comparison) -> TextTable:
 
 def _at_each(comparison: Comparison) -> TextTable | None:
     """nmse at each N and L0; of many those of the largest N."""
-    points = comparison.places.points()[-_MOST_POINTS:]
+    points = list(comparison.places.by_point)[-_MOST_POINTS:]
     if not points:
         return None
-    own = {point: comparison.places.at(*point) for point in points}
+    own = comparison.places.by_point
     rows = []
     for name in comparison.order.architectures:
         row = [name]
@@ -100,7 +102,7 @@ def _at_each(comparison: Comparison) -> TextTable | None:
             place = own[point].get(name)
             row.append("" if place is None else between(comparison.places.nmse(place), 4))
         rows.append(row)
-    left = len(comparison.places.points()) - len(points)
+    left = len(own) - len(points)
     note = "nmse where the measured L0 is k, interpolated between cells of one N where it is not."
     note += f" {left} more pairs of N and L0 are in fits.json." if left else ""
     header = ("architecture", *(f"N = {number(n)}, L0 = {k:g}" for n, k in points))
@@ -116,7 +118,8 @@ def _equal_nmse(comparison: Comparison) -> list[TextTable]:
             continue
         header = ("architecture", "median", *(f"nmse {level.nmse:.3f}" for level in own[0].levels))
         rows = [[r.architecture, _ratio_text(r.median), *(_level_text(level) for level in r.levels)] for r in own]
-        note = f"Training compute as multiples of what {comparison.reference} takes for the same nmse."
+        note = f"Training compute as multiples of what {comparison.reference} takes for the same nmse. "
+        note += "Cells whose L0 is more than 10 % off k have no part."
         found.append(TextTable(f"Compute for equal nmse at k = {k:g}", note, header, rows))
     return found
 

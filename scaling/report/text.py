@@ -103,7 +103,9 @@ def summarise(document: Document, results: Table) -> list[str]:
     if len(kinds := kinds_of_document(document)) > 1:
         fitted = len({kind_label(entry["of"]) for entry in document["fits"] if "of" in entry})
         told = f"Each of {len(kinds)}" if fitted == len(kinds) else f"{fitted or 'None'} of the {len(kinds)}"
-        sentences.append(f"{told} kinds of cells {'has' if fitted in (len(kinds), 0, 1) else 'have'} laws of their own.")
+        sentences.append(
+            f"{told} kinds of cells {'has' if fitted in (len(kinds), 0, 1) else 'have'} laws of their own."
+        )
         return [typeset(sentence) for sentence in sentences]
     n_k = joint(document)
     if n_k is None:

@@ -67,6 +67,7 @@ def known_arms(
                         "architecture": name, "seed": s, "lr": 1e-3, "tokens": TOKENS,
                         "flops": arm.cost * TOKENS * (2.0 * n * D_MODEL + 8 * k * D_MODEL),
                         "nmse": nmse * np.exp(noise * rng.standard_normal()), "l0": arm.l0 * k,
+                        "l0_error": arm.l0 - 1 if arm.l0 != 1 else None,
                         "dead_fraction": arm.dead, "wall_s": 10.0, "status": "done", "levels": None,
                     }  # fmt: skip
                     if name == "hierarchical_topk":

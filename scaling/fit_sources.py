@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from typing import Any
 
+from saescale.scaling.comparison.compare import side_by_side
 from saescale.scaling.laws.fit import fit_laws
 from saescale.scaling.laws.settings import DEFAULT_LAWS, FitSettings
 from saescale.scaling.sources import load_sources
@@ -14,4 +15,6 @@ def fit(*sources: str, laws: Sequence[str] = DEFAULT_LAWS, bootstraps: int = 100
     `laws` are their names, `bootstraps` the fits behind each 95 % interval, `seed` that of the bootstrap. Raises
     SaescaleError for what cannot be read, for an unknown law, and for values that no law can take.
     """
-    return fit_laws(*load_sources(sources), FitSettings(bootstraps, seed=seed, laws=tuple(laws))).document()
+    results, curves = load_sources(sources)
+    fitted = fit_laws(results, curves, FitSettings(bootstraps, seed=seed, laws=tuple(laws)))
+    return fitted.document() | side_by_side(fitted, curves).document()
