@@ -33,7 +33,7 @@ _NAMED = {
     "switch": ("#6b4a10", "#c59a5b", "hexagon"),
     "jumprelu": ("#2f9fe0", "#8fd3ff", "triangle-down"),
     "gated": ("#cf9500", "#ffd166", "pentagon"),
-    "prolu": ("#8a63d2", "#b08cf5", "star"),
+    "prolu": ("#8a63d2", "#d6c4ff", "star"),
     "relu": ("#9c1230", "#f0607a", "triangle-right"),
     "frozen_decoder": ("#2f353b", "#7b8794", "x"),
     "frozen_encoder": ("#7b848d", "#a3adb8", "cross"),
