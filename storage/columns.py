@@ -83,6 +83,8 @@ _COLUMNS = (
            decimals=5),
     Column("train_nmse", _REAL, _CURVES, "Training nmse", unit="nmse"),
     Column("l0", _REAL, _BOTH, "Active latents (L0)", "L0", "l0", "latents", listed=True, decimals=2, panel="Latents"),
+    Column("l0_error", _REAL, _RESULTS, "How far L0 is from its target k, relatively", "L0 off", "l0_error"),
+    Column("levels", _TEXT, _RESULTS, "What each level of k reaches, as JSON"),
     Column("dead_fraction", _REAL, _BOTH, "Dead latents", "dead", "dead", "fraction", listed=True, panel="Latents"),
     Column("dead_fraction_long", _REAL, _BOTH, "Dead latents, long window", unit="fraction", panel="Latents"),
     Column("lr", _REAL, _BOTH, "Learning rate", "lr", "lr", role="spec", listed=True, panel="Throughput"),

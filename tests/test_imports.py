@@ -20,7 +20,7 @@ ROOMS = {
         ("reading",),
         ("tables",),
         ("kinds", "where"),
-        ("repeats",),
+        ("repeats", "levels"),
         ("sources",),
         ("laws",),
         ("comparison",),

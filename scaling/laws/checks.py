@@ -48,13 +48,19 @@ def data_warnings(
                 "is smaller, which flattens the law in N"
             )
     if {"l0", "k"} <= set(results.columns):
-        rows = np.flatnonzero(np.abs(results["l0"] / results["k"] - 1) > _MISSED)
-        if len(rows):
-            cells = listed(f"{size_of(results, int(r))}: L0 {results['l0'][r]:.3g}" for r in rows)
-            warnings.append(
-                f"{len(rows)} cells have another number of active latents than k, by more than {_MISSED:.0%} "
-                f"({cells}): at equal k they are not compared at equal sparsity"
-            )
+        off = np.abs(results["l0"] / results["k"] - 1) > _MISSED
+        target = np.isfinite(results["l0_error"]) if "l0_error" in results else np.zeros(len(results), dtype=bool)
+        for mask, what, so in (
+            (off & target, "miss the k that was their target", "laws in k take their measured L0, others the k"),
+            (off & ~target, "have another number of active latents than k", "they have not the sparsity of their k"),
+        ):
+            if mask.any():
+                rows = np.flatnonzero(mask)
+                cells = listed(f"{size_of(results, int(r))}: L0 {results['l0'][r]:.3g}" for r in rows)
+                warnings.append(
+                    f"{len(rows)} cells {what}, by more than {_MISSED:.0%} ({cells}): {so}, and at equal k they are "
+                    "not compared at equal sparsity"
+                )
     if rises := [step for cells in kinds if "n_latents" in cells for step in _rises(cells)]:
         warnings.append(
             f"nmse does not fall with N in these steps: {listed(rises)}; those cells are undertrained or too noisy for "
@@ -130,7 +136,7 @@ def fit_warnings(fit: Fit) -> list[str]:
             warnings.append("the exponent of n cannot be told from 0")
     if {"n_latents", "k"} <= set(law.columns) and "n_latents" in law.leading:
         flat = []
-        for k in np.unique(fit.columns["k"]):
+        for k in fit.levels("k"):
             exponent = fit.exponent("n_latents", {"k": k})
             if exponent["low"] is None or exponent["high"] is None or exponent["low"] <= 0 <= exponent["high"]:
                 flat.append(f"{k:g}")

@@ -88,6 +88,7 @@ class Fit:
     bounds: tuple[Bound, ...] = ()
     more: Mapping[str, Any] = field(default_factory=dict)  # further keys of its entry in fits.json
     of: Kind = field(default_factory=dict)  # the kind of cells that it describes (kinds.py)
+    asked_k: np.ndarray | None = None  # [points] of cells whose measured L0 stands in place of the k that was asked for
 
     @property
     def rms_log_residual(self) -> float:
@@ -121,6 +122,10 @@ class Fit:
             return self.columns, log_nmse
         _, first, sizes = np.unique(self.kinds, return_index=True, return_counts=True)
         return {c: v[first] for c, v in self.columns.items()}, np.bincount(self.kinds, log_nmse) / sizes
+
+    def levels(self, column: str) -> np.ndarray:
+        """The values of a column at which the points were asked for, each once."""
+        return np.unique(self.asked_k if column == "k" and self.asked_k is not None else self.columns[column])
 
     @property
     def centre(self) -> dict[str, float]:
@@ -177,7 +182,7 @@ class Fit:
         entry["units"] = {coefficient.name: coefficient.unit for coefficient in self.law.coefficients()}
         for column, key in (("k", "exponent_of_n_at_k"), ("d_model", "exponent_of_n_at_d_model")):
             if {"n_latents", column} <= set(self.law.columns) and "n_latents" in self.law.leading:
-                levels = np.unique(self.columns[column])
+                levels = self.levels(column)
                 entry[key] = {f"{value:g}": self.exponent("n_latents", {column: value}) for value in levels}
         entry |= {
             "points": len(self.nmse),

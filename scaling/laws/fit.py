@@ -1,11 +1,14 @@
 """The laws of a sweep: everything that its cells and curves can carry, as the document fits.json."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import numpy as np
+
 from saescale.scaling.kinds import Kind, diverged_rows, kinds_in, said_of_kinds, unlike, with_kinds, without_diverged
 from saescale.scaling.laws.attempt import Skipped
+from saescale.scaling.laws.best import CHOICES, Best, find_best
 from saescale.scaling.laws.checks import data_warnings
 from saescale.scaling.laws.convergence import Convergence, find_convergence
 from saescale.scaling.laws.estimate import Fit
@@ -14,8 +17,11 @@ from saescale.scaling.laws.isoflop import IsoFlop, find_isoflop
 from saescale.scaling.laws.law import Law, forms_of
 from saescale.scaling.laws.over_cells import by_k, fit_cells
 from saescale.scaling.laws.over_compute import find_frontiers, fit_compute, fit_optimum
+from saescale.scaling.laws.rates import Rates, find_rates
 from saescale.scaling.laws.settings import DEFAULT_LAWS, LEAST_BOOTSTRAPS, FitSettings
+from saescale.scaling.levels import with_levels
 from saescale.scaling.tables import Table, check_cells, fingerprint
+from saescale.scaling.words import listed
 
 FORMAT = 1
 METHOD = 4  # of fits and intervals: results of another method are fitted again
@@ -25,8 +31,13 @@ _SETTINGS = FitSettings()
 @dataclass(frozen=True)
 class Laws:
     """All laws of the cells of one kind: of one subject, site and architecture. `of` tells it from the other kinds of
-    its table ({} where there is no other), `curves` are the held-out curves by k."""
+    its table ({} where there is no other), `curves` are the held-out curves by k.
 
+    `cells` are all of them that did not diverge, `results` those that laws in N and k see: of cells that differ in
+    choices of training alone the best (best.py), and levels that were trained with a larger k (levels.py).
+    """
+
+    cells: Table
     results: Table
     fits: tuple[Fit, ...]
     curves: Mapping[float, tuple[Curve, ...]]
@@ -34,6 +45,8 @@ class Laws:
     skipped: tuple[Skipped, ...]
     convergence: Convergence | None = None
     isoflops: tuple[IsoFlop, ...] = ()
+    best: Best | None = None
+    rates: Rates | None = None
     of: Kind = field(default_factory=dict)
 
     def document(self) -> dict[str, Any]:
@@ -44,6 +57,8 @@ class Laws:
             "skipped": [entry.document() for entry in self.skipped],
             "tokens_to_convergence": {**kind, **self.convergence.document()} if self.convergence else None,
             "iso_flop": [{**kind, **view.document()} for view in self.isoflops if view.enough],
+            "best_over": [{**kind, **axis.document()} for axis in self.best.axes] if self.best else [],
+            "rates": [{**kind, **self.rates.document()}] if self.rates else [],
         }
 
 
@@ -98,6 +113,8 @@ class LawsOfKinds:
             "warnings": list(self.warnings),
             "tokens_to_convergence": converged[0] if len(each) == 1 else [found for found in converged if found],
             "iso_flop": [view for part in each for view in part["iso_flop"]],
+            "best_over": [axis for part in each for axis in part["best_over"]],
+            "rates": [rates for part in each for rates in part["rates"]],
         }
 
 
@@ -123,22 +140,24 @@ def fit_laws(
     asked = {law: forms_of(law) for law in _in_order(settings.laws)}
     named = kinds_in(results)
     everything = with_kinds(results, named)
-    alive = ~diverged_rows(everything, settings.keep_diverged)
+    lost = diverged_rows(everything, settings.keep_diverged)
     results = without_diverged(everything, settings.keep_diverged)
     diverged = results.excluded[len(everything.excluded) :]
     if curves is not None and not (len(curves) and {"cell_id", "n_latents", "k"} <= set(results.columns)):
         curves = None
     of_one = {name: forms for name, forms in asked.items() if "d_model" not in forms[0].columns}
-    kinds = [_of_kind(of, results.select(mask[alive]), curves, of_one, settings) for of, mask in named]
+    kinds = [_of_kind(of, everything.select(mask), lost[mask], curves, of_one, settings) for of, mask in named]
     over_subjects: list[Fit | Skipped] = []
     for name in asked.keys() - of_one.keys():
         for of, mask in kinds_in(results, ("architecture",)):
-            over_subjects += _named(fit_cells(asked[name], results.select(mask), settings), of)
+            own = results.select(mask)
+            best = find_best(own, np.zeros(len(own), dtype=bool), asked[name][0].columns)
+            over_subjects += _named(fit_cells(asked[name], own.select(best.rows), settings), of)
     convergences = [laws.convergence for laws in kinds if laws.convergence]
     all_forms = [form for forms in asked.values() for form in forms]
     tables = [laws.results for laws in kinds if len(laws.results)]
     said = [
-        *said_of_kinds(tables, unlike),
+        *said_of_kinds(tables, lambda cells: cells.notes[len(results.notes) :]),
         *diverged,
         *data_warnings(results, tables, convergences, all_forms),
         *_no_intervals(settings),
@@ -148,15 +167,18 @@ def fit_laws(
 
 def _of_kind(
     of: Kind,
-    cells: Table,
+    everything: Table,
+    lost: np.ndarray,
     curves: Table | None,
     asked: Mapping[str, tuple[Law, ...]],
     settings: FitSettings,
 ) -> Laws:
-    """The laws of cells of one kind, which may all have diverged."""
+    """The laws of cells of one kind, of which `lost` (bool [cells]) have diverged."""
+    cells = everything.select(~lost)
     if not len(cells):
         skipped = (Skipped(name, {}, False, "all its cells diverged", of) for name in asked)
-        return Laws(cells, (), {}, (), tuple(skipped), of=of)
+        return Laws(cells, cells, (), {}, (), tuple(skipped), of=of)
+    results, best = _best(everything, lost, ())
     curves_at = None if curves is None else {at["k"]: read_curves(own, curves) for at, own in by_k(cells)}
     found: list[Fit | Skipped] = []
     over = {forms[0].over for forms in asked.values()}
@@ -164,7 +186,8 @@ def _of_kind(
     isoflops = tuple(view for frontier in frontiers if (view := find_isoflop(frontier, cells)))
     for name, forms in asked.items():
         if forms[0].over == "cells":
-            found += fit_cells(forms, cells, settings)
+            table = results if not set(forms[0].columns) & CHOICES else _best(everything, lost, forms[0].columns)[0]
+            found += fit_cells(forms, table, settings)
             continue
         found += [entry._replace(law=name) for entry in no_frontier]
         for frontier in frontiers if forms[0].over == "frontier" else ():
@@ -174,14 +197,28 @@ def _of_kind(
     found = _named(found, of)
     return Laws(
         cells,
+        results,
         tuple(entry for entry in found if isinstance(entry, Fit)),
         curves_at or {},
         tuple(frontiers),
         tuple(entry for entry in found if isinstance(entry, Skipped)),
-        None if curves is None else find_convergence(cells, curves, settings),
+        None if curves is None else find_convergence(results, curves, settings),
         isoflops,
+        best,
+        find_rates(everything, lost),
         of,
     )
+
+
+def _best(everything: Table, lost: np.ndarray, named: Collection[str]) -> tuple[Table, Best]:
+    """The cells that a law sees which names those columns, with their levels, and over what they are the best."""
+    best = find_best(everything, lost, named)
+    kept = with_levels(everything.select(best.rows & ~lost))
+    others = int((~best.rows & ~lost).sum())
+    axes = listed((axis.name for axis in best.axes), ", ")
+    one = [f"{others} cells: others of the same N and k have a lower nmse by their {axes}"] if others else []
+    notes = (*kept.notes, *best.notes(), *unlike(best.apart(kept)))
+    return replace(kept, excluded=(*kept.excluded, *one), notes=notes), best
 
 
 def _named(found: Sequence[Fit | Skipped], of: Kind) -> list[Fit | Skipped]:

@@ -14,6 +14,7 @@ from saescale.scaling.laws.lack_of_fit import kinds_of
 from saescale.scaling.laws.law import SYMBOLS, Law
 from saescale.scaling.laws.leading import far_cells, leading_cells
 from saescale.scaling.laws.settings import FitSettings
+from saescale.scaling.levels import measured_k
 from saescale.scaling.tables import Table, number, size_of
 from saescale.scaling.words import listed
 from saescale.storage.errors import SaescaleError
@@ -28,29 +29,31 @@ def by_k(cells: Table) -> list[tuple[dict[str, float], Table]]:
 
 def fit_cells(forms: tuple[Law, ...], cells: Table, settings: FitSettings) -> list[Fit | Skipped]:
     """All forms of a law, at each k where k is none of its columns; the largest n is held out, and the costliest
-    quarter of cells."""
+    quarter of cells. A law in k takes the measured L0 of cells that had k for a target."""
     try:
         cells.require(forms[0].columns)
     except SaescaleError as error:
         return [Skipped(forms[0].name, {}, False, str(error))]
     found: list[Fit | Skipped] = []
+    measured = "k" in forms[0].columns and (measured_k(cells) != cells["k"]).any()
     for at, own in [({}, cells)] if "k" in forms[0].columns else by_k(cells):
         fit_one = partial(
             fit_law,
-            columns=own.columns,
+            columns=own.columns | ({"k": measured_k(own)} if measured else {}),
             nmse=own["nmse"],
             settings=settings,
             at=at,
             excluded=own.excluded,
             kinds=kinds_of(own, forms[0].columns),
         )
-        check = partial(_checked, cells=own, settings=settings)
+        check = partial(_checked, cells=own, settings=settings, asked_k=own["k"] if measured else None)
         found += fit_forms(forms, at, fit_one, check)
     return found
 
 
-def _checked(fit: Fit, cells: Table, settings: FitSettings) -> Fit:
+def _checked(fit: Fit, cells: Table, settings: FitSettings, asked_k: np.ndarray | None) -> Fit:
     """With what independent cells say besides: hold-outs, the profile of the floor, the law without its last term."""
+    fit = replace(fit, asked_k=asked_k)
     column = "n_latents" if "n_latents" in cells else fit.law.columns[0]
     largest = float(cells[column].max())
     held = cells[column] >= largest
