@@ -26,8 +26,8 @@ _SHOWN = 5  # values of a column in a note
 
 def kinds_in(table: Table, columns: Sequence[str] = _COMPARABLE) -> list[tuple[Kind, np.ndarray]]:
     """The kinds of cells of a table, each with its rows (bool [rows]): what agrees in subject, site, d_model,
-    architecture, store and held-out rows, since one law describes no more. In the order of architectures (order.py), then of names, with layer 2
-    before layer 11. What is not known of a row is taken to be as in most.
+    architecture, store and held-out rows, since one law describes no more. In the order of architectures (order.py),
+    then of names, with layer 2 before layer 11. What is not known of a row is taken to be as in most.
 
     A kind is named by the columns in which kinds differ, and by d_model, store and held-out rows only where
     architecture, subject and site leave two kinds with one name.

@@ -189,7 +189,8 @@ def _show_convergence(found: dict[str, Any] | None) -> None:
     g = found["exponent_of_n"]
     ends = "" if g["low"] is None else f" ({g['low']:.3g} to {g['high']:.3g})"
     console.print(
-        f"{escape(kind)}tokens until nmse is within {found['within']:.0%} of its end grow as n^{g['value']:.3g}{ends}; {counts}",
+        f"{escape(kind)}tokens until nmse is within {found['within']:.0%} of its end "
+        f"grow as n^{g['value']:.3g}{ends}; {counts}",
         highlight=False, soft_wrap=True,
     )  # fmt: skip
 

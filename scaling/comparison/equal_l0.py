@@ -1,4 +1,4 @@
-"""Architectures at equal N and equal L0: who is ahead, by how much, in which order, and who does not beat a baseline."""
+"""Architectures at equal N and equal L0: who is ahead, in which order, and who does not beat a baseline."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -152,7 +152,7 @@ def find_unbeaten(places: Places) -> list[Unbeaten]:
 
 
 def _weights(arms: Arms, own: np.ndarray, k: float) -> np.ndarray | None:
-    """What ln nmse at L0 = k is made of, [groups], from the groups `own` of one architecture and N; None too far out."""
+    """What ln nmse at L0 = k is made of, [groups], from the groups `own` of one architecture and N; None too far."""
     weights = np.zeros(len(arms))
     l0 = arms.l0[own]
     near = own[np.abs(l0 / k - 1) <= _SAME]

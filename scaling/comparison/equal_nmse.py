@@ -22,8 +22,8 @@ Reached = Literal["both", "never", "sooner"]
 
 @dataclass(frozen=True)
 class Envelope:
-    """The lowest nmse of an architecture at one k by training compute. `log_nmse` [groups, grid]: the mean curve of each
-    group over its seeds, infinite where it has none; `groups` are their indices."""
+    """The lowest nmse of an architecture at one k by training compute. `log_nmse` [groups, grid]: the mean curve of
+    each group over its seeds, infinite where it has none; `groups` are their indices."""
 
     architecture: str
     grid: np.ndarray

@@ -1,6 +1,5 @@
 """One training of hierarchical_topk at all its k against TopK cells of each k: the gap, and how it goes with k."""
 
-import json
 from dataclasses import dataclass
 
 import numpy as np
@@ -8,6 +7,7 @@ from scipy.stats import t
 
 from saescale.scaling.comparison.arms import Arms
 from saescale.scaling.comparison.scatter import Interval, interval
+from saescale.scaling.levels import read_levels
 
 ONE_TRAINING, APART = "hierarchical_topk", "topk"
 
@@ -46,7 +46,8 @@ def find_gaps(arms: Arms, draws: np.ndarray) -> Gaps | None:
         return None
     found = []
     for group in arms.at(ONE_TRAINING):
-        levels = [_levels_of(arms.table["levels"][row]) for row in arms.rows[group]]
+        read = (read_levels(str(arms.table["levels"][row])) for row in arms.rows[group])
+        levels = [{float(level["k"]): float(level["nmse"]) for level in own} for own in read]
         for k in sorted(set.intersection(*map(set, levels))) if levels else ():
             other = arms.at(APART, float(arms.n_latents[group]), k)
             if not len(other):
@@ -79,10 +80,3 @@ def _trend(gaps: list[Gap]) -> tuple[float, Interval | None, Interval | None]:
         Interval(mean, mean - at_mid, mean + at_mid).less_one,
         Interval(slope, slope - wide, slope + wide),
     )
-
-
-def _levels_of(text: object) -> dict[float, float]:
-    """nmse by k; {} where the cell has none."""
-    if not isinstance(text, str) or not text:
-        return {}
-    return {float(level["k"]): float(level["nmse"]) for level in json.loads(text)}

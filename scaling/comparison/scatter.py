@@ -3,10 +3,11 @@
 Every interval of a comparison comes from here, and from one thing: the scatter of ln nmse of one cell. Cells of one
 sweep see the same batches and are measured on the same held-out rows, so what those have in common moves all
 architectures alike and is in no difference between them; what is left is the seed. A bootstrap over seeds would need
-many (of two it gives intervals that are too narrow by a third, of one none), and draws of a law's fit hold what its form
-misses, which is no uncertainty of a difference. So the scatter is pooled over the groups of an architecture, where seeds
-repeat, and each group's mean is drawn about what was measured, by Student's t with the degrees of freedom that the scatter
-has. The same draws go through interpolations, envelopes and medians, which need no formula of their own then.
+many (of two it gives intervals that are too narrow by a third, of one none), and draws of a law's fit hold what its
+form misses, which is no uncertainty of a difference. So the scatter is pooled over the groups of an architecture, where
+seeds repeat, and each group's mean is drawn about what was measured, by Student's t with the degrees of freedom that
+the scatter has. The same draws go through interpolations, envelopes and medians, which need no formula of their own
+then.
 """
 
 import math
@@ -107,7 +108,7 @@ def find_scatter(arms: Arms) -> Scatter:
 
 
 def interval(value: float, draws: np.ndarray) -> Interval:
-    """The 95 % interval of `value` from `draws` [draws] of it: as far on the other side as the draws lie on this one."""
+    """The 95 % interval of `value` from `draws` [draws] of it: as far on one side as the draws lie on the other."""
     if not len(draws):
         return Interval(float(value), None, None)
     low, high = np.percentile(draws, _QUANTILES)

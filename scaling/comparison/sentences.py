@@ -44,8 +44,8 @@ def _leader(comparison: Comparison) -> list[str]:
     entry = own[len(own) // 2]
     leader, near = entry["leader"], entry["not_told_apart"]
     sentence = (
-        f"At N = {largest:,.0f} and L0 = {entry['k']:g} {leader} leads of {len(entry['nmse'])} architectures, with nmse "
-        f"{between(entry['nmse'][leader], 4)}"
+        f"At N = {largest:,.0f} and L0 = {entry['k']:g} {leader} leads of {len(entry['nmse'])} architectures, with "
+        f"nmse {between(entry['nmse'][leader], 4)}"
     )
     if near:
         sentence += f"; {_all(near)} {'is' if len(near) == 1 else 'are'} not told apart from it"
@@ -91,7 +91,8 @@ def ratios(comparison: Comparison) -> list[str]:
         return []
     cases = (f"{r.architecture} {between(r.median, 2)}" for r in own if r.median is not None)
     return [
-        f"For equal nmse at k = {k:g}, as multiples of the compute of {comparison.reference}: {listed(cases, ', ', 12)}."
+        f"For equal nmse at k = {k:g}, as multiples of the compute of {comparison.reference}: "
+        f"{listed(cases, ', ', 12)}."
     ]
 
 

@@ -52,7 +52,7 @@ class Figure(NamedTuple):
 
 
 class Part(NamedTuple):
-    """Figures that belong together: of one comparison of architectures, of depth, or of the laws of one kind of cells."""
+    """Figures that belong together: of one comparison of architectures, of depth, or of one kind of cells."""
 
     what: Literal["comparison", "depth", "kind"]
     of: Kind
@@ -61,8 +61,8 @@ class Part(NamedTuple):
 
 def parts_of(fitted: LawsOfKinds, sides: SideBySide, curves: Table | None = None) -> list[Part]:
     """Every figure for which there are data, in the order in which they are read: first what compares kinds of cells,
-    then each kind. Where there are several, each has those of its cells and laws, up to sixteen kinds; what one kind has
-    besides is drawn where it is fitted alone."""
+    then each kind. Where there are several, each has those of its cells and laws, up to sixteen kinds; what one kind
+    has besides is drawn where it is fitted alone."""
     found = [
         Part("comparison", c.arms.of, views_of_comparison(c, _laws_at(fitted, c)))
         for c in sides.comparisons[:_MOST_COMPARISONS]

@@ -88,7 +88,8 @@ def _traces(layer: views.Layer, view: View) -> list[Spec]:
         return [place | {"mode": "lines", "line": line, "opacity": 0.55 if layer.stroke == "curve" else 1} | hover]
     hollow = layer.marker == "open"
     shape = mark(layer.level)
-    marker = {"size": 11 if shape.startswith(("triangle", "star", "cross")) else 8, "symbol": shape, "color": PAGE[0] if hollow else shade,
+    size = 11 if shape.startswith(("triangle", "star", "cross")) else 8  # of one size those look smaller
+    marker = {"size": size, "symbol": shape, "color": PAGE[0] if hollow else shade,
               "line": {"width": 2 if hollow else 1, "color": shade if hollow else PAGE[0]}}  # fmt: skip
     trace = place | {"mode": "markers", "marker": marker, "cliponaxis": False}
     if layer.texts:
@@ -141,7 +142,8 @@ def _layout(view: View) -> Spec:
     widest = max(len(text) for _, text in view.y.ticks)
     return {
         "xaxis": _axis(view.x), "yaxis": _axis(view.y), "height": _HEIGHT,
-        "margin": {"l": max(66, 40 + _LETTER * widest), **_MARGIN, "r": (28 if view.ramp == "name" else 16) + _LETTER * longest},
+        "margin": {"l": max(66, 40 + _LETTER * widest), **_MARGIN,
+                   "r": (28 if view.ramp == "name" else 16) + _LETTER * longest},
         "font": {"family": FONT, "size": 13, "color": INK[0]},
         "paper_bgcolor": PAGE[0], "plot_bgcolor": PAGE[0],
         "hoverlabel": {"bgcolor": PAGE[0], "bordercolor": RULE[0],

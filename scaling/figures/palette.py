@@ -26,14 +26,14 @@ _DARK = (0.60, 0.78)  # lightness of the first and the last k on a dark page
 # (on white, in the dark, mark): no two share a mark, so that they are told apart in grey print too. Baselines are grey.
 # Marks are Plotly's names; paper.py has matplotlib's for them.
 _NAMED = {
-    "topk": ("#1b4f9c", "#6ea3f0", "circle"),
+    "topk": ("#1b4f9c", "#4f86e8", "circle"),
     "batchtopk": ("#c44e00", "#f08a4b", "square"),
     "matryoshka": ("#0a8f6c", "#3fd0a4", "triangle-up"),
     "hierarchical_topk": ("#a8246f", "#ee7fc0", "diamond"),
     "switch": ("#6b4a10", "#c59a5b", "hexagon"),
     "jumprelu": ("#2f9fe0", "#8fd3ff", "triangle-down"),
     "gated": ("#cf9500", "#ffd166", "pentagon"),
-    "prolu": ("#8a63d2", "#d6c4ff", "star"),
+    "prolu": ("#8a63d2", "#c4a6ff", "star"),
     "relu": ("#9c1230", "#f0607a", "triangle-right"),
     "frozen_decoder": ("#2f353b", "#7b8794", "x"),
     "frozen_encoder": ("#7b848d", "#a3adb8", "cross"),
@@ -53,8 +53,8 @@ def colour(level: Level | None, levels: Iterable[Level], dark: bool = False, ram
     """The colour of `level` among all `levels` of a run as #rrggbb; without one that of text.
 
     Values of k go from dark to light, from viridis, which the colour-blind tell apart and which survives grey printing.
-    On a dark page the hue stays and the lightness is raised. Levels of compute have a ramp of their own. The colour of a
-    name follows from the name alone.
+    On a dark page the hue stays and the lightness is raised. Levels of compute have a ramp of their own. The colour of
+    a name follows from the name alone.
     """
     if level is None:
         return SOFT[dark]

@@ -130,7 +130,8 @@ def _draw(axes: Axes, layer: views.Layer, view: View) -> None:
             bars(place, low, high, color=shade, lw=1.2, zorder=2.7)
         shape = _MARKS[mark(layer.level)]
         size = 5.5 if shape in _LARGE else 9.0 if shape == "*" else 7.0
-        axes.plot(layer.x, layer.y, shape, ls="none", ms=size, color=PAGE[0] if hollow else shade, mec=shade if hollow else PAGE[0],
+        axes.plot(layer.x, layer.y, shape, ls="none", ms=size, color=PAGE[0] if hollow else shade,
+                  mec=shade if hollow else PAGE[0],
                   mew=1.3 if hollow else 0.7, clip_on=False, zorder=3)  # fmt: skip
 
 

@@ -51,8 +51,8 @@ class Axis:
 
 @dataclass(frozen=True)
 class Points:
-    """Markers at x, y [points], with bars from `low` to `high` where given, along y, or `across` along x; `texts` say what
-    each one is. An end that is NaN is open: its bar leaves the axes."""
+    """Markers at x, y [points], with bars from `low` to `high` where given, along y, or `across` along x; `texts` say
+    what each one is. An end that is NaN is open: its bar leaves the axes."""
 
     x: np.ndarray
     y: np.ndarray
@@ -113,7 +113,7 @@ Layer = Points | Line | Band | Label | Rule
 @dataclass(frozen=True)
 class View:
     """One figure. `name` is its file's, `title` its heading, `caption` what it shows and how to read it, `key` what
-    its marks mean, in a line; `levels` are all values of k of the run, which fix each one's colour; of names their order."""
+    its marks mean, in a line; `levels` are all values of k of the run, which fix its colour; of names their order."""
 
     name: str
     title: str

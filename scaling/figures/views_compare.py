@@ -5,7 +5,6 @@ from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 
-from saescale.scaling.comparison.arms import Arms
 from saescale.scaling.comparison.compare import Comparison
 from saescale.scaling.comparison.equal_nmse import Ratios
 from saescale.scaling.comparison.scatter import Interval, interval
@@ -13,6 +12,7 @@ from saescale.scaling.figures.axes import count_axis, linear_axis, log_axis, pow
 from saescale.scaling.figures.views import Axis, Label, Layer, Line, Points, Rule, View
 from saescale.scaling.figures.views_cells import DEAD_LABEL, N_LABEL, NMSE_LABEL
 from saescale.scaling.laws.estimate import Fit
+from saescale.scaling.levels import measured_k
 from saescale.scaling.order import BASELINES
 from saescale.scaling.tables import number
 from saescale.scaling.words import listed
@@ -93,9 +93,10 @@ def frontier(comparison: Comparison, n: float) -> View:
     at &= np.isin(arms.architecture, near)
     return View(
         _name(f"frontier-n{number(n)}", comparison), f"nmse against L0 at N = {n:,.0f}",
-        f"What each architecture reaches with so many active latents a token, all with N = {n:,.0f}: lower is better, and "
-        "further left is sparser. L0 is measured on the held-out rows.",
-        f"Points: cells, seeds averaged; dotted lines join those of one architecture. {_interval_key(comparison)}{beyond}",
+        f"What each architecture reaches with so many active latents a token, all with N = {n:,.0f}: lower is better, "
+        "and further left is sparser. L0 is measured on the held-out rows.",
+        f"Points: cells, seeds averaged; dotted lines join those of one architecture. "
+        f"{_interval_key(comparison)}{beyond}",
         log_axis(L0_LABEL, arms.l0[at]), log_axis(NMSE_LABEL, np.exp(arms.log_nmse[at])),
         arms.architectures, tuple(layers), ramp="name",
     )  # fmt: skip
@@ -107,7 +108,7 @@ def against_n(comparison: Comparison, k: float, fits: Mapping[tuple[str, float],
     layers: list[Layer] = []
     at = arms.k == k
     near, beyond = _near(comparison, at)
-    lawful = False
+    lawful, measured = False, measured_k(arms.table)
     for name in near:
         own = arms.at(name, k=k)
         own = own[np.argsort(arms.n_latents[own])]
@@ -115,7 +116,8 @@ def against_n(comparison: Comparison, k: float, fits: Mapping[tuple[str, float],
         fit = fits.get((name, k))
         if fit is not None and len(own) > 1:
             n = np.geomspace(x[0], x[-1], 40)
-            columns = {"n_latents": n, "k": np.interp(np.log(n), np.log(x), _fitted_k(arms, own))}
+            there = [measured[arms.rows[group]].mean() for group in own]
+            columns = {"n_latents": n, "k": np.interp(np.log(n), np.log(x), there)}
             line = fit.law.log_value(fit.raw, {c: columns[c] for c in fit.law.columns})
             layers.append(Line(n, np.exp(line), name, "law", f"law of {name}"))
             lawful = True
@@ -129,8 +131,8 @@ def against_n(comparison: Comparison, k: float, fits: Mapping[tuple[str, float],
     lines = "Lines: the law of each architecture." if lawful else "Dotted lines join the cells of one architecture."
     return View(
         _name(f"by_n-k{number(k)}", comparison), f"nmse against N at k = {k:g}",
-        f"Held-out nmse of each architecture against the number of latents N, with k = {k:g}; its L0 may be off k where "
-        "k is a target (the figures at equal L0 say by how much).",
+        f"Held-out nmse of each architecture against the number of latents N, with k = {k:g}; its L0 may be off k "
+        "where k is a target (the figures at equal L0 say by how much).",
         f"Points: cells, seeds averaged. {lines} {_interval_key(comparison)}{beyond}",
         count_axis(N_LABEL, arms.n_latents[at]), log_axis(NMSE_LABEL, np.exp(arms.log_nmse[at])),
         arms.architectures, tuple(layers), ramp="name",
@@ -155,8 +157,8 @@ def against_compute(comparison: Comparison, k: float) -> View | None:
     ends = [line[1][-1] for line in lines.values()]
     return View(
         _name(f"by_compute-k{number(k)}", comparison), f"nmse against compute at k = {k:g}",
-        "The lowest held-out nmse that an architecture has reached with so much training compute, with whichever of its N "
-        "is the best there: the further left a line lies, the less compute it takes.",
+        "The lowest held-out nmse that an architecture has reached with so much training compute, with whichever of "
+        "its N is the best there: the further left a line lies, the less compute it takes.",
         f"Lines: lower envelopes of the courses of all cells with k = {k:g}; marks at their ends.{beyond}",
         power_axis(C_LABEL, float(flops.min()), float(flops.max())),
         log_axis(NMSE_LABEL, nmse if max(ends) > 0.9 else np.minimum(nmse, 1.0)),
@@ -192,9 +194,9 @@ def compute_ratios(comparison: Comparison) -> View | None:
     low, high = min(min(seen), 0.5), right
     return View(
         _name("compute_ratio", comparison), f"Compute for equal nmse, against {comparison.reference}",
-        f"How many times the training compute of {comparison.reference} each architecture takes to reach the same nmse: "
-        "the median over five levels, from what the smallest N of the reference ends with to the lowest that it reaches, "
-        "as far as both reach them. Left of 1 an architecture is cheaper.",
+        f"How many times the training compute of {comparison.reference} each architecture takes to reach the same "
+        "nmse: the median over five levels, from what the smallest N of the reference ends with to the lowest that it "
+        "reaches, as far as both reach them. Left of 1 an architecture is cheaper.",
         f"Points: one for each k. {_interval_key(comparison)}",
         log_axis(f"Compute over that of {comparison.reference}", np.array([low, high * (high / low) ** 0.25])), axis,
         tuple(ks), tuple(layers), ramp="k",
@@ -218,8 +220,8 @@ def dead(comparison: Comparison) -> View | None:
     shown = [*(100 * arms.dead[np.isfinite(arms.dead)]), 1.0]
     return View(
         _name("dead_by_architecture", comparison), "Dead latents by architecture",
-        "Share of latents that are dead at the end of training. Above about 10 % an architecture works with fewer latents "
-        "than it is compared with.",
+        "Share of latents that are dead at the end of training. Above about 10 % an architecture works with fewer "
+        "latents than it is compared with.",
         "Points: cells, seeds averaged; one for each N and k.",
         linear_axis(f"{DEAD_LABEL} (%)", shown, zero=True), axis, tuple(ks), tuple(layers), ramp="k",
     )  # fmt: skip
@@ -250,7 +252,7 @@ def hierarchy(comparison: Comparison) -> View | None:
         trend = " Line: a power of k through all of them."
     return View(
         _name("hierarchy", comparison), "One training for all k against one for each",
-        "nmse of each level of a hierarchical TopK cell above that of a TopK cell of the same N trained with that k alone.",
+        "nmse of each level of a hierarchical TopK cell above that of a TopK cell of the same N trained with that k.",
         f"Points: levels of cells; those of one k stand side by side by N.{trend} {_interval_key(comparison)}",
         count_axis(COLUMNS["k"].title, ks, room=1.25), linear_axis("nmse above TopK's (%)", seen),
         (name,), tuple(layers), ramp="name",
@@ -287,14 +289,6 @@ def _measured(comparison: Comparison, own: np.ndarray, x: np.ndarray, name: str,
                  for ends in ([f.low for f in found], [f.high for f in found]))  # fmt: skip
     there = len(draws) > 0
     return Points(x, np.exp(log_nmse[own]), name, texts, low if there else None, high if there else None)
-
-
-def _fitted_k(arms: Arms, own: np.ndarray) -> np.ndarray:
-    """What stands for k in the laws of groups [groups]: the measured L0 where k is a target."""
-    if "l0_error" not in arms.table:
-        return arms.k[own]
-    missed = np.array([np.isfinite(arms.table["l0_error"][arms.rows[group]]).all() for group in own])
-    return np.where(missed, arms.l0[own], arms.k[own])
 
 
 def _bar(found: Interval, y: float, level: float | str, text: str, across: bool = True) -> Points:

@@ -57,8 +57,8 @@ def over_layers(found: Sequence[AtDepth], quantity: Quantity) -> View:
     levels: tuple[Level, ...] = tuple(ks) if len(named) == 1 else tuple(named)
     return View(
         f"depth_{quantity}", title + at,
-        f"{axis} in the law of each layer{at}, with 95 % intervals. Exponent and floor of one fit trade off against each "
-        "other: where both move from layer to layer, look whether only one of them has to.",
+        f"{axis} in the law of each layer{at}, with 95 % intervals. Exponent and floor of one fit trade off against "
+        "each other: where both move from layer to layer, look whether only one of them has to.",
         "Points: laws of one layer each. Dotted lines join them.",
         _layers([entry.layer for entry in own]), linear_axis(axis, shown), levels, tuple(layers),
         ramp="k" if len(named) == 1 else "name",

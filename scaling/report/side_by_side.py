@@ -1,4 +1,4 @@
-"""What a report says of kinds of cells side by side: tables of architectures at equal L0 and equal nmse, and of depth."""
+"""What a report says of kinds of cells side by side: tables of architectures at equal L0 and nmse, and of depth."""
 
 from collections.abc import Iterable
 
@@ -81,9 +81,9 @@ def overall_table(comparison: Comparison, one_k: bool = False) -> TextTable:
     best = names[0]
     compute = [f"compute, k = {k:g}" for k in ks]
     note = (
-        f"nmse above that of {best} in per cent, on average over every N and L0 that both have; how often an architecture "
-        f"leads; compute for equal nmse as multiples of that of {comparison.reference}; the largest share of dead latents; "
-        "and how far the measured L0 is off k at most."
+        f"nmse above that of {best} in per cent, on average over every N and L0 that both have; how often an "
+        f"architecture leads; compute for equal nmse as multiples of that of {comparison.reference}; the largest share "
+        "of dead latents; and how far the measured L0 is off k at most."
     )
     header = ("architecture", f"% above {best}", "95 % interval", "leads", *compute, "dead", "L0")
     return TextTable("Architectures at equal N and L0", note, header, rows)

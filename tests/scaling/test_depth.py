@@ -47,4 +47,9 @@ def test_one_layer_has_no_depth() -> None:
 
 
 def test_layers_are_numbers() -> None:
-    assert [layer_of(site) for site in ("resid_post.11", "resid_post.2", "resid_post", "mlp.x")] == [11.0, 2.0, None, None]
+    assert [layer_of(site) for site in ("resid_post.11", "resid_post.2", "resid_post", "mlp.x")] == [
+        11.0,
+        2.0,
+        None,
+        None,
+    ]

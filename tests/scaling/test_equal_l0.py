@@ -1,4 +1,4 @@
-"""Known differences at equal N and L0 come back, with intervals that hold them and an order that says what is not told."""
+"""Known differences at equal N and L0 come back, with intervals that hold them, and an order."""
 
 import numpy as np
 import pytest

@@ -41,8 +41,9 @@ def test_architectures_are_told_apart(dark: bool) -> None:
         assert (lighter + 0.05) / (darker + 0.05) > 2.1, name
     trained = [name for name in KNOWN if name not in BASELINES]
     for first, second in combinations(trained, 2):
-        apart = [np.linalg.norm(lab(np.array(seen) @ linear(shades[first])) - lab(np.array(seen) @ linear(shades[second])))
-                 for seen in (*SEEN.values(), np.eye(3))]  # fmt: skip
+        one, other = linear(shades[first]), linear(shades[second])
+        seen = (*(np.array(matrix) for matrix in SEEN.values()), np.eye(3))
+        apart = [np.linalg.norm(lab(matrix @ one) - lab(matrix @ other)) for matrix in seen]
         assert min(apart) > 5, (first, second)
 
 
