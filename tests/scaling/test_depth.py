@@ -29,11 +29,12 @@ def test_exponent_and_floor_of_each_layer_come_back() -> None:
         (quantity, layer, 16.0, "n") for layer in (2.0, 6.0, 11.0) for quantity in ("exponent", "floor")
     ]
     for entry in found:
-        truth = LAYERS[int(entry.layer)][entry.quantity == "floor"]
+        exponent, floor = LAYERS[int(entry.layer)]
+        truth = -exponent if entry.quantity == "exponent" else floor
         assert entry.value.low is not None
         assert entry.value.high is not None
-        assert entry.value.low - 0.01 <= truth <= entry.value.high + 0.01
-        assert entry.value.value == pytest.approx(truth, rel=0.15)
+        assert entry.value.low - 0.005 <= truth <= entry.value.high + 0.005
+        assert entry.value.value == pytest.approx(truth, rel=0.1)
     # The floor is E of the law, by another way.
     for fit in fitted.fits:
         if fit.law.has_floor:
