@@ -7,14 +7,24 @@ from saescale.scaling.comparison.compare import side_by_side
 from saescale.scaling.laws.fit import fit_laws
 from saescale.scaling.laws.settings import DEFAULT_LAWS, FitSettings
 from saescale.scaling.sources import load_sources
+from saescale.scaling.where import parse_condition
 
 
-def fit(*sources: str, laws: Sequence[str] = DEFAULT_LAWS, bootstraps: int = 1000, seed: int = 0) -> dict[str, Any]:
+def fit(
+    *sources: str,
+    laws: Sequence[str] = DEFAULT_LAWS,
+    bootstraps: int = 1000,
+    seed: int = 0,
+    where: str | Sequence[str] = (),
+) -> dict[str, Any]:
     """The document of fits.json for run directories, CSV or Parquet tables; several are put together.
 
-    `laws` are their names, `bootstraps` the fits behind each 95 % interval, `seed` that of the bootstrap. Raises
-    SaescaleError for what cannot be read, for an unknown law, and for values that no law can take.
+    `laws` are their names, `bootstraps` the fits behind each 95 % interval, `seed` that of the bootstrap, `where` the
+    cells that are fitted, such as "architecture=topk" or ("k>=16", "k<=64"). Cells of several architectures or sites
+    have laws of their own, whose entries say `of` what they are. Raises SaescaleError for what cannot be read, for an
+    unknown law, and for values that no law can take.
     """
-    results, curves = load_sources(sources)
+    conditions = [parse_condition(text) for text in ([where] if isinstance(where, str) else where)]
+    results, curves = load_sources(sources, where=conditions)
     fitted = fit_laws(results, curves, FitSettings(bootstraps, seed=seed, laws=tuple(laws)))
     return fitted.document() | side_by_side(fitted, curves).document()

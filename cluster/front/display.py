@@ -140,9 +140,17 @@ def actor_table(actors: Sequence["ActorRow"]) -> Table:
 def coefficient_table(fits: Mapping[str, Any], laws: Collection[str] | None = None) -> Table:
     """The coefficients of fits.json with their 95 % intervals, of these laws (None: of all)."""
     # Only here: a status needs none of what fits laws.
-    from saescale.scaling.laws.notes import coefficient_rows
+    from saescale.scaling.laws.notes import coefficient_rows, kind_rows
 
     table = Table(box=None, header_style="bold", pad_edge=False)
+    if any(entry.get("of") for entry in fits["fits"]):
+        for name in ("law", "kind of cells", "coefficients, 95 %"):
+            table.add_column(name)
+        before = ""
+        for law, kind, words in kind_rows({"fits": [e for e in fits["fits"] if laws is None or e["law"] in laws]}):
+            table.add_row(escape(law) if law != before else "", escape(kind), words)
+            before = law
+        return table
     for name in ("law", "coefficient", "value", "95 % interval"):
         table.add_column(name, justify="right" if name == "value" else "left")
     previous = ""

@@ -80,17 +80,12 @@ def fit(
             console.print(coefficient_table(document))
         if "predictions" in document:
             _show_predictions(document["predictions"])
-        converged = document["tokens_to_convergence"]
-        for entry in converged if isinstance(converged, list) else [converged]:
-            _show_convergence(entry)
+        for found in _each(document["tokens_to_convergence"]):
+            _show_convergence(found)
+        _show_rates(document)
         _show_side_by_side(sides)
-        show_notes(
-            [
-                *(note for found in sides.comparisons for note in limits(found)),
-                *fit_notes(document),
-                *_comparisons(document, (*asked, "n_k")),
-            ]
-        )
+        limited = (note for found in sides.comparisons for note in limits(found))
+        show_notes([*limited, *fit_notes(document), *_comparisons(document, (*asked, "n_k"))])
     if not document["fits"] and not sides.comparisons:
         named = fitted.results.source
         reason = document["skipped"][0]["reason"].removeprefix(f"{named}: ")
@@ -173,24 +168,47 @@ def _show_predictions(rows: Sequence[dict[str, Any]]) -> None:
     show_notes(list(dict.fromkeys(f"prediction: {words}" for row in rows for words in row["far"])))
 
 
-def _show_convergence(found: dict[str, Any] | None) -> None:
+def _each(found: Any) -> list[dict[str, Any]]:
+    """Of one kind of cells, or of those of several that have a law: the others would be a page of reasons."""
+    if isinstance(found, list):
+        return [entry for entry in found if "reason" not in entry]
+    return [found] if found else []
+
+
+def _kind(found: dict[str, Any]) -> str:
     from saescale.scaling.kinds import kind_label
 
-    if not found:
+    label = kind_label(found.get("of", {}))
+    return f"{label}: " if label else ""
+
+
+def _show_rates(document: dict[str, Any]) -> None:
+    """The law of the best rate of each kind of cells, and whether the rate of small cells does for large ones."""
+    from saescale.scaling.laws.notes import rate_rows
+
+    rows = rate_rows(document)
+    if not rows:
         return
-    of = kind_label(found.get("of", {}))
-    kind = f"{of}: " if of else ""
+    kinds = any(row[0] for row in rows)
+    shown = table(*(("kind of cells",) if kinds else ()), "best rate at k", "~ N^", "~ k^", "smallest N's at largest N")
+    for row in rows:
+        shown.add_row(*(row if kinds else row[1:]))
+    console.print()
+    console.print(shown)
+
+
+def _show_convergence(found: dict[str, Any]) -> None:
     counts = f"{len(found['cells'])} cells converged, {found['unconverged']} did not"
     if early := found["converged_before_first_evaluation"]:
         counts += f", {early} converged before their first evaluation"
     if "reason" in found:
-        say(f"{kind}tokens to convergence: {found['reason']}")
+        say(f"{_kind(found)}tokens to convergence: {found['reason']}")
         return
     g = found["exponent_of_n"]
     ends = "" if g["low"] is None else f" ({g['low']:.3g} to {g['high']:.3g})"
     console.print(
-        f"{escape(kind)}tokens until nmse is within {found['within']:.0%} of its end "
-        f"grow as n^{g['value']:.3g}{ends}; {counts}",
+        f"{_kind(found)}tokens until nmse is within {found['within']:.0%} of its end grow as "
+        f"n^{g['value']:.3g}{ends}; {counts}",
         highlight=False, soft_wrap=True,
     )  # fmt: skip
 

@@ -89,7 +89,8 @@ def sweep(
         began = time.monotonic()
         outcome = run_sweep(loaded, shown, address, FitSettings(bootstraps), extend is not None, retry_failed)
     _summary(outcome, time.monotonic() - began)
-    say(f"\nNext: {command('fit', loaded.out, '--law', 'n_k')}")
+    law = next((entry["law"] for entry in outcome.fits["fits"]), None)
+    say(f"\nNext: {command('fit', loaded.out, '--law', law) if law else command('status', loaded.out)}")
 
 
 def report(

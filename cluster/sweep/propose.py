@@ -10,6 +10,7 @@ import numpy as np
 from saescale.cluster.sweep.proposal import Prior, Proposal, ProposedCell, Request
 from saescale.cluster.sweep.spec import NO_STORE, SweepSpec, parse_recorded, parse_spec
 from saescale.scaling.kinds import kind_label, largest_kind, without_diverged
+from saescale.scaling.laws.best import find_best
 from saescale.scaling.laws.estimate import Fit, fit_law
 from saescale.scaling.laws.forms.n_k import GPT4, N_K
 from saescale.scaling.laws.lack_of_fit import kinds_of
@@ -77,6 +78,7 @@ def _prior(request: Request) -> tuple[Prior, dict[str, Any], int]:
         return prior, base, request.d_model
     results, curves = load_sources([request.source])
     of, results = largest_kind(without_diverged(results))
+    results = results.select(find_best(results, np.zeros(len(results), dtype=bool)).rows)
     results.require(("n_latents", "k"))
     try:
         fit = fit_law(

@@ -1,5 +1,7 @@
 """Figures of the cells themselves: nmse against N, what the law leaves over, dead latents."""
 
+from collections.abc import Sequence
+
 import numpy as np
 
 from saescale.scaling.figures.axes import count_axis, linear_axis, log_axis
@@ -8,6 +10,7 @@ from saescale.scaling.laws.estimate import Fit
 from saescale.scaling.laws.fit import Laws
 from saescale.scaling.laws.forms.n import N_FLOOR
 from saescale.scaling.laws.forms.n_k import N_K
+from saescale.scaling.levels import measured_k
 from saescale.scaling.tables import Table, number
 from saescale.storage.columns import COLUMNS
 
@@ -75,7 +78,8 @@ def residuals(laws: Laws) -> View | None:
         own, fit = results["k"] == k, joint or at_k.get(k)
         if fit is None:
             continue
-        predicted = fit.predict({c: results[c][own] for c in fit.law.columns}).value
+        at = {"n_latents": results["n_latents"], "k": measured_k(results)}
+        predicted = fit.predict({c: at[c][own] for c in fit.law.columns}).value
         left = 100 * (results["nmse"][own] / predicted - 1)
         # Side by side, else the k of one N would cover each other.
         x = results["n_latents"][own] * 1.035 ** (i - (len(ks) - 1) / 2)
@@ -164,6 +168,11 @@ def dead_over_training(laws: Laws, curves: Table | None) -> View | None:
 def ks_of(laws: Laws) -> list[float]:
     """Every k of the cells, each once, the smallest first."""
     return [float(k) for k in np.unique(laws.results["k"])]
+
+
+def nearest_k(ks: Sequence[float], value: float) -> float:
+    """The k that a measured number of active latents was meant to be, by ratio."""
+    return min(ks, key=lambda k: abs(np.log(k / value)))
 
 
 def joint_fit(laws: Laws) -> Fit | None:

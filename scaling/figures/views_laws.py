@@ -7,7 +7,7 @@ import numpy as np
 
 from saescale.scaling.figures.axes import count_axis, linear_axis, log_axis, power_axis
 from saescale.scaling.figures.views import Band, Label, Layer, Line, Marker, Points, Rule, View, how_thinned, thinned
-from saescale.scaling.figures.views_cells import N_LABEL, NMSE_LABEL, joint_fit, ks_of, one_form
+from saescale.scaling.figures.views_cells import N_LABEL, NMSE_LABEL, joint_fit, ks_of, nearest_k, one_form
 from saescale.scaling.laws.estimate import Fit
 from saescale.scaling.laws.fit import Laws
 from saescale.scaling.laws.forms.c import C_FLOOR
@@ -157,7 +157,8 @@ def holdout(laws: Laws) -> View | None:
     for fit in found:
         rows: Any = (fit.holdout or {})["predictions"]
         for k in ks_of(laws):
-            own = [row for row in rows if row.get("k", fit.at.get("k")) == k]
+            # A measured L0 stands in place of k where k was a target.
+            own = [row for row in rows if nearest_k(ks_of(laws), row.get("k", fit.at.get("k"))) == k]
             if not own:
                 continue
             measured, predicted, low, high = (_column(own, name) for name in ("measured", "predicted", "low", "high"))

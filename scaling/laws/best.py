@@ -40,11 +40,10 @@ class Winner(NamedTuple):
 
 
 class Axis(NamedTuple):
-    """A choice of training of which several were tried on cells that are equal otherwise. `most`: how many at once."""
+    """A choice of training of which several were tried on cells that are equal otherwise."""
 
     name: str
     winners: tuple[Winner, ...]
-    most: int
 
     def document(self) -> dict[str, Any]:
         """As in fits.json."""
@@ -54,11 +53,12 @@ class Axis(NamedTuple):
 
 class Best(NamedTuple):
     """The cells (their rows, bool [rows]) of the best choice at each N and k, and the axes over which they are it.
-    `chance`: by how much of nmse the best may be low by chance; None where no seeds repeat."""
+    `chance`: by how much of nmse the best of `most` may be low by chance; None where no seeds repeat."""
 
     rows: np.ndarray
     axes: tuple[Axis, ...]
     chance: float | None
+    most: int = 1
 
     def apart(self, table: Table) -> Table:
         """The table without what these axes are: what is left differs for another reason than the choice of them."""
@@ -74,9 +74,12 @@ class Best(NamedTuple):
         """What won, and where a winner is the last that was tried."""
         if not self.axes:
             return []
-        most = max(axis.most for axis in self.axes)
-        chance = "" if self.chance is None else f"; the best of {most} is low by chance by up to {self.chance:.2%}"
-        said = [f"laws of cells take the best {axis.name} at each N and k: {_who_won(axis)}" for axis in self.axes]
+        chance = "" if self.chance is None else f"; the best of {self.most} is low by chance by up to {self.chance:.2%}"
+        said = [
+            f"laws of cells take the best {axis.name} at each N and k, those of compute the lowest of all curves: "
+            + _who_won(axis)
+            for axis in self.axes
+        ]
         said[-1] += chance
         for axis in self.axes:
             for edge in ("smallest", "largest"):
@@ -135,7 +138,8 @@ def find_best(cells: Table, lost: np.ndarray, named: Collection[str] = ()) -> Be
             best[group] = i
     chosen = np.array([best[int(group)] for group in groups])
     axes = [_axis(cells, name, choices[name], levels[name], groups, pair, best) for name in choices]
-    return Best(pair == chosen, tuple(filter(None, axes)), _chance(cells, lost, pair, pairs[:, 0]))
+    chance = _chance(cells, lost, pair, pairs[:, 0])
+    return Best(pair == chosen, tuple(filter(None, axes)), chance, int(np.bincount(pairs[:, 0]).max()))
 
 
 def _axis(
@@ -149,13 +153,11 @@ def _axis(
 ) -> Axis | None:
     """What won at each N and k where several values were tried; None where at none."""
     winners: list[Winner] = []
-    most = 0
     for group, won in best.items():
         own = groups == group
         if len(tried := np.unique(levels[own])) < 2:
             continue
         row = int(np.flatnonzero(pair == won)[0])
-        most = max(most, len(tried))
         edge = ""
         if values.dtype.kind == "f":
             edge = {tried[0]: "smallest", tried[-1]: "largest"}.get(levels[row], "")
@@ -163,7 +165,7 @@ def _axis(
                 edge = ""  # nothing lies below
         size = [float(cells[c][row]) if c in cells else None for c in ("n_latents", "k")]
         winners.append(Winner(size[0], size[1], values[row].item(), edge))
-    return Axis(name.removeprefix(SETTING), tuple(sorted(winners, key=_size)), most) if winners else None
+    return Axis(name.removeprefix(SETTING), tuple(sorted(winners, key=_size))) if winners else None
 
 
 def _chance(cells: Table, lost: np.ndarray, pair: np.ndarray, groups: np.ndarray) -> float | None:

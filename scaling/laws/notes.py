@@ -52,12 +52,20 @@ def of_kind(document: Entry, of: Kind) -> dict[str, Any]:
 
 def fit_notes(document: Entry) -> list[str]:
     """What must be said beside the coefficients of a fits.json document: laws that were not fitted, warnings about the
-    cells and about each fit. What holds for several kinds, k or laws is said once and names them; of notes that differ
-    only in their numbers from kind to kind the first two."""
+    cells, about each fit and about best rates.
+
+    What holds for several kinds, k or laws is said once and names them; of notes that differ only in their numbers from
+    kind to kind the first two.
+    """
     kinds = len(kinds_of_document(document))
     skipped = _said_once([(entry, entry["reason"]) for entry in document["skipped"]], kinds)
     warned = _said_once([(entry, warning) for entry in document["fits"] for warning in entry["warnings"]], kinds)
-    return [*(f"not fitted: {note}" for note in skipped), *document["warnings"], *warned]
+    of_rates: dict[str, list[str]] = {}
+    for rates in document.get("rates", ()):
+        for text in rates["warnings"]:
+            of_rates.setdefault(text, []).append(kind_label(rates.get("of", {})))
+    rated = [(f"{listed(names, ', ')}: " if any(names) else "") + text for text, names in of_rates.items()]
+    return [*(f"not fitted: {note}" for note in skipped), *document["warnings"], *warned, *rated]
 
 
 def coefficient_rows(document: Entry) -> list[CoefficientRow]:
@@ -70,6 +78,46 @@ def coefficient_rows(document: Entry) -> list[CoefficientRow]:
             named |= {f"exponent of n at {symbol} = {level}": v for level, v in entry.get(key, {}).items()}
         rows += [CoefficientRow(label, name, v["value"], v["low"], v["high"], kind) for name, v in named.items()]
     return rows
+
+
+def kind_rows(document: Entry) -> list[tuple[str, str, str]]:
+    """(law, kind of cells, coefficients in words) of each fit of a document of several kinds, so that kinds of one law
+    and k stand below each other. Of a law in n and k exponents of n at the ends and the middle of k stand for all."""
+    rows: dict[str, list[tuple[str, str, str]]] = {}
+    for entry in document["fits"]:
+        named = {f"{name} = ": value for name, value in entry["coefficients"].items()}
+        if exponents := entry.get("exponent_of_n_at_k"):
+            ks = list(exponents)
+            shown = dict.fromkeys((ks[0], ks[len(ks) // 2], ks[-1]))
+            named = {f"at k = {k} n^": exponents[k] for k in shown}
+        label = _label(entry["law"], [entry["at"]], entry["floor"])
+        words = ", ".join(f"{name}{with_ends(value)}" for name, value in named.items())
+        rows.setdefault(label, []).append((label, kind_label(entry.get("of", {})), words))
+    return [row for own in rows.values() for row in own]
+
+
+def rate_rows(document: Entry) -> list[tuple[str, str, str, str, str]]:
+    """(kind of cells, k, exponent of N, exponent of k, what the smallest N's best rate costs at the largest N) of each
+    law of the best rate, the one over all k with "all"; and of each k that has no law but two minima."""
+    rows = []
+    for rates in document.get("rates", ()):
+        kind, costs = kind_label(rates.get("of", {})), {entry.get("k"): entry for entry in rates["transfer"]}
+        of_k = {law["at"].get("k"): law["coefficients"] for law in rates["laws"] if law["law"] == "lr_n"}
+        for k in dict.fromkeys((*of_k, *costs)):
+            cost = costs.get(k, {}).get("nmse_higher_by")
+            words = "not known" if cost is None else f"nmse {cost:.2%} higher"
+            g = with_ends(of_k[k]["g"]) if k in of_k else ""
+            rows.append((kind, "" if k is None else f"{k:g}", g, "", words if k in costs else ""))
+        for law in (law for law in rates["laws"] if law["law"] == "lr_n_k"):
+            g, h = (with_ends(law["coefficients"][name]) for name in ("g", "h"))
+            rows.append((kind, "all", g, h, ""))
+    return rows
+
+
+def with_ends(value: Mapping[str, float | None]) -> str:
+    """A value with its interval, such as "-0.163 (-0.18 to -0.15)"."""
+    low, high = value["low"], value["high"]
+    return f"{value['value']:.3g}" + ("" if low is None or high is None else f" ({low:.3g} to {high:.3g})")
 
 
 def _said_once(notes: Sequence[tuple[Entry, str]], kinds: int) -> list[str]:

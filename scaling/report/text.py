@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from saescale.scaling.kinds import kind_label
-from saescale.scaling.laws.notes import kinds_of_document, law_label
+from saescale.scaling.laws.notes import kinds_of_document, law_label, rate_rows
 from saescale.scaling.tables import Table
 from saescale.storage.columns import COLUMNS, columns_of
 
@@ -181,6 +181,14 @@ def law_tables(document: Document) -> list[TextTable]:
         ]  # fmt: skip
         header = (*kind, *held, *symbols, "points", "rms residual", "held-out error")
         found.append(TextTable(f"Law {name}", "", header, rows))
+    if rates := rate_rows(document):
+        note = (
+            "lr* is the minimum of a well through ln nmse over ln lr; at the right, what the best rate of the smallest "
+        )
+        note += "N costs at the largest."
+        header = ("kind", "k", "exponent of N", "exponent of k", "smallest N's rate at the largest")
+        own = rates if any(row[0] for row in rates) else [row[1:] for row in rates]
+        found.append(TextTable("Best learning rate", note, header[-len(own[0]) :], own))
     return found
 
 

@@ -7,6 +7,8 @@ from typing import Any
 import numpy as np
 import pytest
 
+from saescale.scaling.figures.figures import views_of
+from saescale.scaling.figures.views import Points
 from saescale.scaling.laws.fit import fit_laws
 from saescale.scaling.laws.forms.n_k import GPT4, N_K
 from saescale.scaling.laws.settings import FitSettings
@@ -70,6 +72,9 @@ def test_laws_take_the_measured_l0_of_a_target(cells: Callable[..., Rows]) -> No
     assert {fit.at["k"] for fit in at_k} == set(KS)
     (note,) = [text for text in laws.warnings if "active latents" in text or "target" in text]
     assert "miss the k that was their target, by more than 10%" in note
+    points = {view.name: [p for p in view.layers if isinstance(p, Points)] for view in views_of(laws.largest)}
+    assert max(np.abs(layer.y).max() for layer in points["residuals"]) < 0.1  # per cent
+    assert {layer.k for layer in points["holdout"]} == set(KS)
     exact = fit_laws(
         Table.from_rows([row | {"l0_error": None} for row in rows]), settings=FitSettings(0, laws=("n_k",))
     )

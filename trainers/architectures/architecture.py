@@ -7,7 +7,7 @@ is the same for all of them. What a file must give is the dense reference, from 
 """
 
 from collections.abc import Mapping
-from typing import Any, NamedTuple, Protocol
+from typing import Any, ClassVar, NamedTuple, Protocol
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field
@@ -21,6 +21,7 @@ from saescale.trainers.mesh.mesh import Mesh
 from saescale.trainers.precision import Precision
 from saescale.trainers.preprocess import Centre
 
+_FIRST = 0.02  # share of the learning rate at which a warm-up begins
 ACTIVE_ABOVE = 1e-3  # a latent counts as active on a token when its activation exceeds this
 
 Params = Mapping[str, Tensor]
@@ -33,9 +34,22 @@ class Settings(BaseModel):
 
     k: int = Field(gt=0)  # active latents per token: exact, or the target of their mean number
 
+    @property
+    def k_is_target(self) -> bool:
+        """Whether k is what the mean number of active latents should come to, from which it may be off; else exact."""
+        return False
+
+    def levels(self) -> list[int]:
+        """The sparsities that one training serves, k the last: of each nmse is measured at its end. None but k: []."""
+        return []
+
     def pairs_per_token(self, n_latents: int) -> int:
         """Latents that the losses are expected to decode for a token while none is dead, for plans (Cell.flops)."""
         return self.k
+
+    def rate(self, progress: float) -> float:
+        """Share of the learning rate after that share of training."""
+        return 1.0
 
     def check(self, n_latents: int) -> None:
         """Raises ValueError, in one line, where an SAE of that many latents cannot have these settings."""
@@ -44,8 +58,28 @@ class Settings(BaseModel):
 class PenaltySettings(Settings):
     """Of an architecture whose number of active latents follows from the weight of a penalty."""
 
+    start: ClassVar[float] = 5e-2  # where the search for the coefficient begins
+
     # None: found while it trains, so that k latents are active on average (trainers/training/controller.py).
     coefficient: float | None = Field(default=None, gt=0)
+    # Share of training in which the learning rate rises to its value. Adam's first steps move all latents by a whole
+    # rate in one direction, and those that a penalty's architecture loses so do not come back.
+    warmup: float = Field(default=0.1, ge=0, lt=1)
+
+    @property
+    def k_is_target(self) -> bool:
+        return self.coefficient is None
+
+    def check(self, n_latents: int) -> None:
+        # Half of the latents are active at the start, and without a penalty about as many stay so.
+        if self.coefficient is None and self.k > n_latents / 2:
+            raise ValueError(
+                f"k={self.k} is out of reach: with no penalty at all about half of n_latents={n_latents} are active; "
+                "lower k, take more latents, or give a coefficient"
+            )
+
+    def rate(self, progress: float) -> float:
+        return min(1.0, (progress + _FIRST * self.warmup) / self.warmup) if self.warmup else 1.0
 
 
 class Shape(NamedTuple):
@@ -59,6 +93,7 @@ class Parameter(NamedTuple):
     data: Tensor  # float32
     unit_rows: bool = False  # of a matrix: the gradient is projected off its rows, and they are brought to norm 1 again
     betas: tuple[float, float] = (0.9, 0.999)
+    rate: float = 1.0  # share of the cell's learning rate
     trained: bool = True  # False: it stays as it is, unless `Losses.measured` gives it another value; no average
 
 

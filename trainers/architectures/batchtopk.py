@@ -15,7 +15,9 @@ from saescale.trainers.preprocess import Centre
 
 
 class Settings(topk.Settings):
-    pass
+    @property
+    def k_is_target(self) -> bool:
+        return True
 
 
 def parameters(shape: Shape, settings: Settings, centre: Centre, seed: int) -> dict[str, Parameter]:

@@ -24,8 +24,6 @@ from saescale.trainers.architectures.architecture import (
 )
 from saescale.trainers.preprocess import Centre
 
-_BETAS = (0.0, 0.999)
-
 
 class Settings(architecture.PenaltySettings):
     def pairs_per_token(self, n_latents: int) -> int:
@@ -33,10 +31,10 @@ class Settings(architecture.PenaltySettings):
 
 
 def parameters(shape: Shape, settings: Settings, centre: Centre, seed: int) -> dict[str, Parameter]:
-    tied = parts.tied_parameters(shape, centre, seed, torch.relu)
+    tied = parts.tied_parameters(shape, centre, seed, torch.relu, parts.GATE_RATE)
     tied["b_gate"] = tied.pop("b_enc")
-    zeros = {name: Parameter(torch.zeros(shape.n_latents)) for name in ("r_mag", "b_mag")}
-    return {name: parameter._replace(betas=_BETAS) for name, parameter in (tied | zeros).items()}
+    zeros = {name: Parameter(torch.zeros(shape.n_latents), rate=parts.GATE_RATE) for name in ("r_mag", "b_mag")}
+    return tied | zeros
 
 
 def forward(params: Params, x: Tensor, settings: Settings) -> Forward:

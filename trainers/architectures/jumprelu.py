@@ -23,15 +23,18 @@ from saescale.trainers.architectures.architecture import Forward, Losses, Parame
 from saescale.trainers.preprocess import Centre
 
 
-class Settings(architecture.Settings):
+class Settings(architecture.PenaltySettings):
+    start = 1.0
     l0_weight: float = Field(default=1.0, gt=0)
     bandwidth: float = Field(default=0.03, gt=0)  # of pre-activations, whose inputs have unit norm
     threshold: float = Field(default=0.03, gt=0)  # at the start
 
 
 def parameters(shape: Shape, settings: Settings, centre: Centre, seed: int) -> dict[str, Parameter]:
-    tied = parts.tied_parameters(shape, centre, seed, torch.relu)
-    return tied | {"threshold": Parameter(torch.full((shape.n_latents,), settings.threshold))}
+    tied = parts.tied_parameters(shape, centre, seed, torch.relu, parts.GATE_RATE)
+    return tied | {
+        "threshold": Parameter(torch.full((shape.n_latents,), settings.threshold), rate=0.3 * parts.GATE_RATE)
+    }
 
 
 def forward(params: Params, x: Tensor, settings: Settings) -> Forward:
@@ -44,7 +47,7 @@ def losses(params: Params, forward: Forward, target: Tensor, settings: Settings,
     main = parts.normalised(forward.x_hat, target, state.variance)
     threshold = params["threshold"].relu()
     counted = _Count.apply(forward.pre_activations, threshold, settings.bandwidth)
-    penalty = (counted.sum(dim=1).mean() / settings.k - 1).square()
+    penalty = (state.coefficient * counted.sum(dim=1).mean() / settings.k - 1).square()
     return Losses(main, main + settings.l0_weight * penalty, {"penalty": penalty})
 
 

@@ -25,7 +25,7 @@ class Settings(architecture.PenaltySettings):
 
 
 def parameters(shape: Shape, settings: Settings, centre: Centre, seed: int) -> dict[str, Parameter]:
-    return parts.tied_parameters(shape, centre, seed, torch.relu)
+    return parts.tied_parameters(shape, centre, seed, torch.relu, parts.GATE_RATE)
 
 
 def forward(params: Params, x: Tensor, settings: Settings) -> Forward:

@@ -224,13 +224,13 @@ def _compared(fits: Mapping[str, Any]) -> Iterator[Compared]:
 
 
 def _named(fits: Mapping[str, Any]) -> Iterator[tuple[str, Mapping[str, Any]]]:
-    """(name, fit): the law's name with what is held fixed and whether it has a floor, such as "n-k8-floor", after
-    the kind of cells where there are several: "gated-n-k8"."""
+    """(name, fit): the law's name with what is held fixed, whether it has a floor, and its kind of cells where there
+    are several, such as "n-k8-floor-gated"."""
     seen: Counter[str] = Counter()
     for fit in fits.get("fits", []):
-        kind = "".join(f"{value}-" for value in (fit.get("of") or {}).values())
-        law = kind + fit["law"] + "".join(f"-{column}{value:g}" for column, value in (fit.get("at") or {}).items())
+        law = fit["law"] + "".join(f"-{column}{value:g}" for column, value in (fit.get("at") or {}).items())
         law += "-floor" if fit.get("floor") else ""
+        law += "".join(f"-{value}" for value in (fit.get("of") or {}).values())
         seen[law] += 1
         yield (law if seen[law] == 1 else f"{law}-{seen[law]}"), fit
 

@@ -32,13 +32,14 @@ class TrainingCell:
         self.sae = SAE(cell.architecture, shape, settings, params, cell.precision)
         self.optimiser = Adam(self.sae.params, parameters, cell.lr, cell.ema)
         self.dead = DeadLatents(cell.n_latents, device)
-        self.controller = Controller(settings, cell.steps)
+        self.controller = Controller(settings, cell.steps, cell.ema)
         self.device_kind = device_kind(device)
         self.step = 0
         self.wall_s = 0.0  # spent in this cell's own steps; on a GPU, which works on, an estimate
         self.worked = Worked()
         self.loss = float("nan")  # of its last step
         self.curve: list[CurveRow] = []
+        self.levels: list[dict[str, float]] | None = None  # nmse and l0 at each of Settings.levels, when it has ended
         self.error: str | None = None
         self._train_sum, self._train_steps = 0.0, 0
         self._batch: Batch | None = None  # the last one, of an architecture that is calibrated on it
@@ -63,9 +64,8 @@ class TrainingCell:
         has not been told yet, which it would have to wait for, the next loss shows it."""
         start = time.perf_counter()
         sae = self.sae
-        conditions = Conditions(
-            self.variance, self.cell.dead_after_tokens, self.step / self.cell.steps, self.controller.coefficient
-        )
+        progress = self.step / self.cell.steps
+        conditions = Conditions(self.variance, self.cell.dead_after_tokens, progress, self.controller.coefficient)
         result = sae.step.measure(
             sae.params, sae.operands, batch, sae.settings, conditions, self.dead, sae.mesh
         )  # fmt: skip
@@ -73,15 +73,22 @@ class TrainingCell:
         if not np.isfinite([result.main, *told]).all():
             self.diverge(f"training loss {result.main}")
             return
-        sae.step.update(sae.params, sae.operands, result.gradient, self.optimiser.next(), sae.mesh)
+        updates = self.optimiser.next(sae.settings.rate(progress))
+        sae.step.update(sae.params, sae.operands, result.gradient, updates, sae.mesh)
         self.step += 1
-        self.controller.after(self.step, result.active)
+        self.controller.after(self.step, result.active, self._averaged_l0(batch))
         self.loss = result.main
         self._batch = batch if hasattr(sae.architecture, "calibrated") else None
         self.worked = self.worked.plus(result.worked)
         self._train_sum += result.main
         self._train_steps += 1
         self.wall_s += time.perf_counter() - start
+
+    def _averaged_l0(self, batch: Batch) -> float | None:
+        """Active latents of a token of `batch` with averaged weights, where the controller wants to know."""
+        if not self.controller.measures(self.step):
+            return None
+        return float(self.averaged().reconstruct(batch).active) / len(batch.x)
 
     def averaged(self) -> SAE:
         """A copy of the SAE with the average of its weights, which is what is evaluated and kept."""
