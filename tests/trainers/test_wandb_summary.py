@@ -138,9 +138,9 @@ def test_architectures_have_the_colours_of_the_figures(
     server: WandbServer, figures: dict[str, bytes], tmp_path: Path
 ) -> None:
     """As groups, and each run by itself; and their comparison is a table."""
-    rows = RESULTS.to_pylist()
+    rows = [entry | {"architecture": "topk"} for entry in RESULTS.to_pylist()]
     rows += [entry | {"cell_id": f"{entry['cell_id']}-relu", "architecture": "relu"} for entry in rows]
-    results = pa.Table.from_pylist(rows, schema=RESULTS.schema)
+    results = pa.Table.from_pylist(rows)
     value = {"value": 0.4, "low": 0.3, "high": None, "l0": 8.0}
     point = {"n_latents": 512.0, "k": 8.0, "leader": "topk", "not_told_apart": [], "nmse": {"topk": value}}
     fits = FITS | {
