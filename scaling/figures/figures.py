@@ -35,7 +35,7 @@ NAMES = (
     "compute_optimal", "dead_fraction", "dead_over_training", "order", "frontier", "by_n", "by_compute",
     "compute_ratio", "dead_by_architecture", "hierarchy", "depth_exponent", "depth_floor",
 )  # fmt: skip
-_MOST_KINDS, _MOST_COMPARISONS = 16, 4
+MOST_KINDS, MOST_COMPARISONS = 16, 4
 _KINDS = ("png", "pdf", "svg", "json")
 
 
@@ -65,14 +65,14 @@ def parts_of(fitted: LawsOfKinds, sides: SideBySide, curves: Table | None = None
     has besides is drawn where it is fitted alone."""
     found = [
         Part("comparison", c.arms.of, views_of_comparison(c, _laws_at(fitted, c)))
-        for c in sides.comparisons[:_MOST_COMPARISONS]
+        for c in sides.comparisons[:MOST_COMPARISONS]
     ]
     if depth := views_of_depth(sides.depth):
         found.append(Part("depth", {}, depth))
     if len(fitted.kinds) == 1:
         return [*found, Part("kind", {}, views_of(fitted.largest, curves))]
     told = [laws for laws in fitted.kinds if laws.fits or (len(laws.results) and not found)]
-    for laws in told[:_MOST_KINDS]:
+    for laws in told[:MOST_KINDS]:
         label = kind_label(laws.of)
         views = [v for v in (nmse_against_n(laws), nmse_against_compute(laws), residuals(laws)) if v is not None]
         named = [replace(v, name=f"{v.name}-{slug(label)}", title=f"{label}: {v.title}") for v in views]

@@ -32,6 +32,7 @@ def over_layers(found: Sequence[AtDepth], quantity: Quantity) -> View:
             lines.setdefault(entry.k, []).append(entry)
         elif entry.k == middle:
             lines.setdefault(_who(entry, own), []).append(entry)
+    step = float(np.diff(sorted({entry.layer for entry in own})).min())
     layers: list[Layer] = []
     values = [entry.value.value for entries in lines.values() for entry in entries]
     reach = 1.5 * (max(values) - min(values)) or abs(max(values))
@@ -39,7 +40,8 @@ def over_layers(found: Sequence[AtDepth], quantity: Quantity) -> View:
     for i, (level, entries) in enumerate(lines.items()):
         entries.sort(key=lambda entry: entry.layer)
         # Side by side, else the intervals of one layer would cover each other.
-        x = np.array([entry.layer for entry in entries]) + 0.12 * (i - (len(lines) - 1) / 2) / max(len(lines) / 4, 1)
+        aside = 0.12 * step * (i - (len(lines) - 1) / 2) / max(len(lines) / 4, 1)
+        x = np.array([entry.layer for entry in entries]) + aside
         y = np.array([entry.value.value for entry in entries])
         label = f"k = {level:g}" if isinstance(level, float) else level
         low, high = (np.array([np.nan if end is None else end for end in ends])
@@ -60,7 +62,7 @@ def over_layers(found: Sequence[AtDepth], quantity: Quantity) -> View:
         f"{axis} in the law of each layer{at}, with 95 % intervals. Exponent and floor of one fit trade off against "
         "each other: where both move from layer to layer, look whether only one of them has to.",
         "Points: laws of one layer each. Dotted lines join them.",
-        _layers([entry.layer for entry in own]), linear_axis(axis, shown), levels, tuple(layers),
+        _layers([entry.layer for entry in own], step), linear_axis(axis, shown), levels, tuple(layers),
         ramp="k" if len(named) == 1 else "name",
     )  # fmt: skip
 
@@ -71,10 +73,10 @@ def _who(entry: AtDepth, among: Sequence[AtDepth]) -> str:
     return " of ".join(filter(None, (getattr(entry, name) for name in parts)))
 
 
-def _layers(layers: Sequence[float]) -> Axis:
+def _layers(layers: Sequence[float], step: float) -> Axis:
     there = sorted(set(layers))
     ticks = there[:: -(-len(there) // 13)]
-    return Axis("Layer", "linear", there[0] - 0.6, there[-1] + 0.6, tuple((t, f"{t:g}") for t in ticks))
+    return Axis("Layer", "linear", there[0] - 0.6 * step, there[-1] + 0.6 * step, tuple((t, f"{t:g}") for t in ticks))
 
 
 def _ends(entry: AtDepth) -> str:

@@ -14,12 +14,12 @@ from markupsafe import Markup
 
 from saescale.scaling.comparison.compare import SideBySide, side_by_side
 from saescale.scaling.comparison.sentences import limits
-from saescale.scaling.figures.figures import Figure, Part, draw_figures, parts_of
+from saescale.scaling.figures.figures import MOST_KINDS, Figure, Part, draw_figures, parts_of
 from saescale.scaling.figures.interactive import theme
 from saescale.scaling.figures.palette import colour
 from saescale.scaling.kinds import kind_label
 from saescale.scaling.laws.fit import FORMAT, describe_input, fit_laws
-from saescale.scaling.laws.notes import fit_notes
+from saescale.scaling.laws.notes import fit_notes, kinds_of_document
 from saescale.scaling.laws.settings import FitSettings
 from saescale.scaling.order import in_order
 from saescale.scaling.report import text
@@ -140,7 +140,7 @@ def write_report(
     """
     shared = {
         "title": text.title(results),
-        "summary": [*text.summarise(document, results), *summary(sides)],
+        "summary": [*text.summarise(document, results), *summary(sides), *_drawn_of(document, drawn)],
         "notes": [*(note for found in sides.comparisons for note in limits(found)), *fit_notes(document)],
         "fits": document["fits"],
         "formulas": text.formulas(document),
@@ -158,6 +158,12 @@ def write_report(
         urls.append(join(run_url, FILES[kind]))
         write_atomic(urls[-1], page.encode())
     return urls
+
+
+def _drawn_of(document: Mapping[str, Any], drawn: Drawn) -> list[str]:
+    """A sentence where not every kind of cells has figures; nothing else."""
+    kinds, of = len(kinds_of_document(document)), sum(part.what == "kind" for part in drawn.parts)
+    return [f"Figures of their own have the first {of} of {kinds} kinds of cells."] if MOST_KINDS <= of < kinds else []
 
 
 def sections(sides: SideBySide, drawn: Drawn) -> list[Section]:

@@ -9,6 +9,7 @@ from saescale.scaling.comparison.depth import AtDepth
 from saescale.scaling.comparison.equal_nmse import Ratio
 from saescale.scaling.comparison.scatter import Interval
 from saescale.scaling.comparison.sentences import between, hierarchy, outcome, ratios
+from saescale.scaling.figures.figures import MOST_COMPARISONS
 from saescale.scaling.kinds import kind_label
 from saescale.scaling.report.text import TextTable, typeset
 from saescale.scaling.tables import number
@@ -18,7 +19,11 @@ _MOST_POINTS = 12  # of N and L0 in one table
 
 def summary(sides: SideBySide) -> list[str]:
     """What stands on top of a report, of the first comparisons."""
-    return [typeset(sentence) for comparison in sides.comparisons[:4] for sentence in outcome(comparison)]
+    first = sides.comparisons[:MOST_COMPARISONS]
+    sentences = [sentence for comparison in first for sentence in outcome(comparison)]
+    if left := len(sides.comparisons) - len(first):
+        sentences.append(f"{left} more sources on which architectures compare are in fits.json.")
+    return [typeset(sentence) for sentence in sentences]
 
 
 def said(comparison: Comparison) -> list[str]:
