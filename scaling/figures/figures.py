@@ -7,6 +7,7 @@ from typing import Literal, NamedTuple
 
 from saescale.scaling.comparison.compare import Comparison, SideBySide
 from saescale.scaling.figures import paper
+from saescale.scaling.figures.bars import slug
 from saescale.scaling.figures.interactive import Spec, plot
 from saescale.scaling.figures.views import View
 from saescale.scaling.figures.views_cells import (
@@ -18,7 +19,7 @@ from saescale.scaling.figures.views_cells import (
     one_form,
     residuals,
 )
-from saescale.scaling.figures.views_compare import slug, views_of_comparison
+from saescale.scaling.figures.views_compare import views_of_comparison
 from saescale.scaling.figures.views_depth import views_of_depth
 from saescale.scaling.figures.views_laws import compute_optimal, exponents, holdout, isoflop, nmse_against_compute
 from saescale.scaling.figures.views_profile import profile, tradeoff
