@@ -148,11 +148,10 @@ def fit_laws(
     of_one = {name: forms for name, forms in asked.items() if "d_model" not in forms[0].columns}
     kinds = [_of_kind(of, everything.select(mask), lost[mask], curves, of_one, settings) for of, mask in named]
     over_subjects: list[Fit | Skipped] = []
-    for name in asked.keys() - of_one.keys():
-        for of, mask in kinds_in(results, ("architecture",)):
-            own = results.select(mask)
-            best = find_best(own, np.zeros(len(own), dtype=bool), asked[name][0].columns)
-            over_subjects += _named(fit_cells(asked[name], own.select(best.rows), settings), of)
+    for name in (name for name in asked if name not in of_one):
+        for of, mask in kinds_in(everything, ("architecture",)):
+            own, _ = _best(everything.select(mask), lost[mask], asked[name][0].columns)
+            over_subjects += _named(fit_cells(asked[name], own, settings), of)
     convergences = [laws.convergence for laws in kinds if laws.convergence]
     all_forms = [form for forms in asked.values() for form in forms]
     tables = [laws.results for laws in kinds if len(laws.results)]
@@ -217,6 +216,7 @@ def _best(everything: Table, lost: np.ndarray, named: Collection[str]) -> tuple[
     others = int((~best.rows & ~lost).sum())
     axes = listed((axis.name for axis in best.axes), ", ")
     one = [f"{others} cells: others of the same N and k have a lower nmse by their {axes}"] if others else []
+    one += [f"{lost.sum()} cells that diverged"] if lost.any() else []
     notes = (*kept.notes, *best.notes(), *unlike(best.apart(kept)))
     return replace(kept, excluded=(*kept.excluded, *one), notes=notes), best
 

@@ -96,8 +96,8 @@ class Minimum:
         tried = {"rates": np.exp(self.log_lr).tolist(), "diverged": self.diverged}
         if not self.found:
             return at | tried | {"lr": None, "reason": self.reason}
-        ends = {"low": self.low, "high": self.high}
-        ends = {name: float(np.exp(end)) if np.isfinite(end) else None for name, end in ends.items()}
+        logs = {"low": self.low, "high": self.high}
+        ends = {name: float(np.exp(end)) if np.isfinite(end) else None for name, end in logs.items()}
         return at | tried | {"lr": {"value": float(np.exp(self.value)), **ends}, "nmse": float(np.exp(self.lowest))}
 
 
