@@ -65,7 +65,11 @@ def parts_of(fitted: LawsOfKinds, sides: SideBySide, curves: Table | None = None
     then each kind. Where there are several, each has those of its cells and laws, up to sixteen kinds; what one kind
     has besides is drawn where it is fitted alone."""
     found = [
-        Part("comparison", c.arms.of, views_of_comparison(c, _laws_at(fitted, c)))
+        Part(
+            "comparison",
+            c.arms.of,
+            views_of_comparison(c, _laws_at(fitted, c), 4 if len(sides.comparisons) == 1 else 2),
+        )
         for c in sides.comparisons[:MOST_COMPARISONS]
     ]
     if depth := views_of_depth(sides.depth):

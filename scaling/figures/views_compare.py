@@ -19,15 +19,14 @@ from saescale.scaling.words import listed
 from saescale.storage.columns import COLUMNS
 
 C_LABEL, L0_LABEL = COLUMNS["flops"].title, COLUMNS["l0"].title
-_MOST = 4  # figures of one kind: of more N or k the ends and what lies evenly between
 
 
-def views_of_comparison(comparison: Comparison, fits: Mapping[tuple[str, float], Fit]) -> list[View]:
+def views_of_comparison(comparison: Comparison, fits: Mapping[tuple[str, float], Fit], most: int = 4) -> list[View]:
     """Every figure for which there are data, in the order in which they are read; a figure for each N, or each k, of up
-    to four. `fits` are L(N) or L(N, k) of architectures, by (architecture, k)."""
+    to `most`: the ends and what lies evenly between. `fits` are L(N) or L(N, k), by (architecture, k)."""
     arms = comparison.arms
     sizes, ks = (
-        some(v for v in np.unique(values) if len(np.unique(arms.architecture[values == v])) > 1)
+        some((v for v in np.unique(values) if len(np.unique(arms.architecture[values == v])) > 1), most)
         for values in (arms.n_latents, arms.k)
     )
     found = [order(comparison)]
@@ -131,12 +130,12 @@ def against_compute(comparison: Comparison, k: float) -> View | None:
     )  # fmt: skip
 
 
-def some(values: Iterable[float]) -> list[float]:
-    """Up to four: the first, the last, and what lies evenly between."""
+def some(values: Iterable[float], most: int) -> list[float]:
+    """Up to `most`: the first, the last, and what lies evenly between."""
     everything = [float(value) for value in values]
-    if len(everything) <= _MOST:
+    if len(everything) <= most:
         return everything
-    return [everything[int(i)] for i in np.linspace(0, len(everything) - 1, _MOST).round()]
+    return [everything[int(i)] for i in np.linspace(0, len(everything) - 1, most).round()]
 
 
 def _near(comparison: Comparison, at: np.ndarray) -> tuple[list[str], str]:
