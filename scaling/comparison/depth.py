@@ -8,6 +8,7 @@ import numpy as np
 
 from saescale.scaling.comparison.scatter import Interval
 from saescale.scaling.laws.estimate import Fit
+from saescale.scaling.order import in_order
 
 Quantity = Literal["exponent", "floor"]
 _OF = ("architecture", "subject", "site")
@@ -48,7 +49,9 @@ def find_depth(fits: Iterable[Fit]) -> list[AtDepth]:
         architecture, subject, site = (str(fit.of.get(name, "")) for name in _OF)
         if (layer := layer_of(site)) is not None:
             kinds.setdefault((subject, architecture, layer), []).append(fit)
-    for (subject, architecture, layer), own in sorted(kinds.items()):
+    names = in_order(architecture for _, architecture, _ in kinds)
+    for subject, architecture, layer in sorted(kinds, key=lambda kind: (kind[0], names.index(kind[1]), kind[2])):
+        own = kinds[subject, architecture, layer]
         joint = [fit for fit in own if fit.law.name == "n_k"]
         for fit in joint or [fit for fit in own if fit.law.name == "n" and fit.law.has_floor and "k" in fit.at]:
             ks = np.unique(fit.columns["k"]).tolist() if "k" in fit.law.columns else [fit.at["k"]]

@@ -63,7 +63,11 @@ class CellRow(NamedTuple):
 
 def title(results: Table) -> str:
     """The report's, with subject and site where the cells say them."""
-    names = [results[name][0] for name in ("subject", "site") if name in results and results[name].dtype.kind == "U"]
+    names = []
+    for name in ("subject", "site"):
+        if name in results and results[name].dtype.kind == "U":
+            there = sorted({value for value in results[name].tolist() if value})
+            names.append(there[0] if len(there) == 1 else f"{len(there)} {name}s" if there else "")
     return " of ".join(["Scaling of sparse autoencoders", *filter(None, [", ".join(filter(None, names))])])
 
 
@@ -102,10 +106,8 @@ def summarise(document: Document, results: Table) -> list[str]:
     ]
     if len(kinds := kinds_of_document(document)) > 1:
         fitted = len({kind_label(entry["of"]) for entry in document["fits"] if "of" in entry})
-        told = f"Each of {len(kinds)}" if fitted == len(kinds) else f"{fitted or 'None'} of the {len(kinds)}"
-        sentences.append(
-            f"{told} kinds of cells {'has' if fitted in (len(kinds), 0, 1) else 'have'} laws of their own."
-        )
+        told = "Each" if fitted == len(kinds) else str(fitted or "None")
+        sentences.append(f"{told} of the {len(kinds)} kinds of cells got laws of its own.")
         return [typeset(sentence) for sentence in sentences]
     n_k = joint(document)
     if n_k is None:
