@@ -107,9 +107,8 @@ def summarise(document: Document, results: Table) -> list[str]:
     if len(kinds := kinds_of_document(document)) > 1:
         fitted = len({kind_label(entry["of"]) for entry in document["fits"] if "of" in entry})
         told = "Each" if fitted == len(kinds) else str(fitted or "None")
-        sentences.append(
-            f"{told} of the {len(kinds)} kinds of cells got laws of {'their' if 1 < fitted < len(kinds) else 'its'} own."
-        )
+        whose = "their" if 1 < fitted < len(kinds) else "its"
+        sentences.append(f"{told} of the {len(kinds)} kinds of cells got laws of {whose} own.")
         return [typeset(sentence) for sentence in sentences]
     n_k = joint(document)
     if n_k is None:
