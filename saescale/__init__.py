@@ -12,7 +12,7 @@ from operator import attrgetter
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from saescale.scaling.laws.fit_sources import fit
+    from saescale.scaling.fit_sources import fit
     from saescale.scaling.laws.predict import predict
     from saescale.storage.errors import SaescaleError
     from saescale.storage.store import ActivationStore
@@ -27,7 +27,7 @@ __all__ = ["SaescaleError", "fit", "load", "open_run", "open_store", "predict", 
 
 _WHERE = {
     "SaescaleError": ("storage.errors", "SaescaleError"),
-    "fit": ("scaling.laws.fit_sources", "fit"),
+    "fit": ("scaling.fit_sources", "fit"),
     "load": ("trainers.exchange.native", "read"),
     "open_run": ("trainers.exchange.run", "open_run"),
     "open_store": ("storage.store", "ActivationStore.open"),

@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import numpy as np
 
+from saescale.scaling.order import in_order
 from saescale.scaling.tables import KIND, Table, known, shown
 from saescale.scaling.words import listed
 from saescale.storage.columns import COLUMNS, columns_of
@@ -25,8 +26,8 @@ _SHOWN = 5  # values of a column in a note
 
 def kinds_in(table: Table, columns: Sequence[str] = _COMPARABLE) -> list[tuple[Kind, np.ndarray]]:
     """The kinds of cells of a table, each with its rows (bool [rows]): what agrees in subject, site, d_model,
-    architecture, store and held-out rows, since one law describes no more. In the order of their names, with layer 2
-    before layer 11. What is not known of a row is taken to be as in most.
+    architecture, store and held-out rows, since one law describes no more. In the order of architectures (order.py),
+    then of names, with layer 2 before layer 11. What is not known of a row is taken to be as in most.
 
     A kind is named by the columns in which kinds differ, and by d_model, store and held-out rows only where
     architecture, subject and site leave two kinds with one name.
@@ -46,7 +47,13 @@ def kinds_in(table: Table, columns: Sequence[str] = _COMPARABLE) -> list[tuple[K
         mask = kinds == number
         row = int(np.flatnonzero(mask)[0]) if mask.any() else 0
         found.append(({name: filled[name][row].item() for name in names}, mask))
-    return sorted(found, key=lambda entry: [_natural(entry[0][name]) for name in names])
+    architectures = in_order(str(of["architecture"]) for of, _ in found if "architecture" in of)
+
+    def place(entry: tuple[Kind, np.ndarray]) -> list[object]:
+        of = entry[0]
+        return [architectures.index(str(of[n])) if n == "architecture" else _natural(of[n]) for n in names]
+
+    return sorted(found, key=place)
 
 
 def largest_kind(table: Table) -> tuple[Kind, Table]:

@@ -27,7 +27,7 @@ def with_levels(cells: Table) -> Table:
     same = [name for name in (*IDENTITY, "tokens") if name in cells and name not in _TOLD]
     found: dict[tuple[Any, ...], tuple[int, dict[str, Any]]] = {}
     for row in np.argsort(cells["k"], kind="stable").tolist():
-        for level in _read(str(cells["levels"][row])):
+        for level in read_levels(str(cells["levels"][row])):
             if (cells["n_latents"][row].item(), level["k"]) not in trained:
                 cell = (*(str(cells[name][row]) for name in same), level["k"])
                 found.setdefault(cell, (row, level))
@@ -59,7 +59,7 @@ def measured_k(cells: Table) -> np.ndarray:
     return np.where(np.isfinite(cells["l0_error"]) & (cells["l0"] > 0), cells["l0"], cells["k"])
 
 
-def _read(text: str) -> list[dict[str, Any]]:
+def read_levels(text: str) -> list[dict[str, Any]]:
     """The levels of a cell: mappings with k and a positive nmse."""
     try:
         found = json.loads(text) if text else []

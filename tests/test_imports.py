@@ -15,7 +15,7 @@ ROOT = Path(__file__).parents[1]
 ROOMS = {
     "storage": ((),),
     "scaling": (
-        ("compute", "words", "values"),
+        ("compute", "order", "words", "values"),
         ("headers",),
         ("reading",),
         ("tables",),
@@ -23,7 +23,8 @@ ROOMS = {
         ("repeats", "levels"),
         ("sources",),
         ("laws",),
-        ("figures", "planning", "reproduce"),
+        ("comparison",),
+        ("figures", "planning", "reproduce", "fit_sources"),
         ("report",),
     ),
     "trainers": (

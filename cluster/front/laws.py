@@ -2,12 +2,16 @@
 
 import json
 from collections.abc import Sequence
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from rich.markup import escape
 
 from saescale.cluster.front.console import Bootstraps, Json, command, console, say, show_notes, table
 from saescale.storage.errors import SaescaleError
+
+if TYPE_CHECKING:
+    from saescale.scaling.comparison.compare import SideBySide
 
 
 def fit(
@@ -41,6 +45,8 @@ def fit(
     Example: [bold]saescale fit runs/quickstart --law n_k --predict n=16384,k=32[/]
     """
     from saescale.cluster.front.display import coefficient_table
+    from saescale.scaling.comparison.compare import side_by_side
+    from saescale.scaling.comparison.sentences import limits
     from saescale.scaling.laws.fit import fit_laws
     from saescale.scaling.laws.law import load_laws
     from saescale.scaling.laws.notes import fit_notes
@@ -58,8 +64,10 @@ def fit(
     conditions = [parse_condition(text) for text in where or ()]
     if out:
         require_writable(out)
-    fitted = fit_laws(*load_sources(sources, _read_wandb, conditions), settings)
-    document = fitted.document()
+    results, curves = load_sources(sources, _read_wandb, conditions)
+    fitted = fit_laws(results, curves, settings)
+    sides = side_by_side(fitted, curves)
+    document = fitted.document() | sides.document()
     if points and fitted.fits:
         rows = [row for point in points for row in predictions(fitted.fits, point, fitted.results)]
         document["predictions"] = rows
@@ -75,8 +83,10 @@ def fit(
         for found in _each(document["tokens_to_convergence"]):
             _show_convergence(found)
         _show_rates(document)
-        show_notes([*fit_notes(document), *_comparisons(document, (*asked, "n_k"))])
-    if not document["fits"]:
+        _show_side_by_side(sides)
+        limited = (note for found in sides.comparisons for note in limits(found))
+        show_notes([*limited, *fit_notes(document), *_comparisons(document, (*asked, "n_k"))])
+    if not document["fits"] and not sides.comparisons:
         named = fitted.results.source
         reason = document["skipped"][0]["reason"].removeprefix(f"{named}: ")
         raise SaescaleError(f"{named}: no law could be fitted: {reason}")
@@ -121,6 +131,25 @@ def _read_wandb(path: str) -> Any:
     from saescale.cluster.front.wandb_source import read_project
 
     return read_project(path)
+
+
+def _show_side_by_side(sides: "SideBySide") -> None:
+    """Architectures in their order, and laws over depth."""
+    from saescale.scaling.comparison.sentences import hierarchy, outcome
+    from saescale.scaling.report.side_by_side import depth_table, heading, overall_table
+
+    shown = [(heading(found), overall_table(found, one_k=True)) for found in sides.comparisons]
+    if over_depth := depth_table(sides.depth):
+        shown.append((over_depth.title, over_depth))
+    for title, found in shown:
+        lines = table(*found.header)
+        for row in found.rows:
+            lines.add_row(*map(escape, row))
+        say(f"\n{title}\n")
+        console.print(lines)
+    for comparison in sides.comparisons:
+        for sentence in (*outcome(comparison), *hierarchy(comparison)):
+            say(sentence)
 
 
 def _show_predictions(rows: Sequence[dict[str, Any]]) -> None:

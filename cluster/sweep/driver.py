@@ -11,6 +11,7 @@ from saescale.cluster.sweep.ledger import Ledger, open_ledger, recorded_precisio
 from saescale.cluster.sweep.spec import SweepSpec
 from saescale.cluster.sweep.stores import open_stores, verify
 from saescale.cluster.sweep.watcher import SweepDisplay
+from saescale.scaling.figures.palette import colours_of
 from saescale.scaling.laws.settings import FitSettings
 from saescale.scaling.report.report import analyse, is_current
 from saescale.storage.errors import SaescaleError, SaescaleWarning, one_line
@@ -141,7 +142,8 @@ def _analyse(
         folder = wandb_directory(run.url)
         provenance, results = provenance_of(run, ledger.document), run.read_results()
         with waiting("W&B to take the summary"):
-            done = log_summary(spec.wandb, spec.name, provenance, fits, results, figures, folder)
+            colours = colours_of(fits)
+            done = log_summary(spec.wandb, spec.name, provenance, fits, results, figures, folder, colours)
         read = f"W&B: {done.url}" if done.url else how_to_read(done.mode, folder, spec.wandb, spec.name)
         if not done.whole:
             read += "; the summary was not sent whole, run the sweep again to send it"

@@ -1,24 +1,42 @@
 """All figures of a run: which there are, and their files."""
 
 import json
-from collections.abc import Mapping
-from typing import NamedTuple
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Literal, NamedTuple
 
+from saescale.scaling.comparison.compare import Comparison, SideBySide
 from saescale.scaling.figures import paper
+from saescale.scaling.figures.bars import slug
 from saescale.scaling.figures.interactive import Spec, plot
 from saescale.scaling.figures.views import View
-from saescale.scaling.figures.views_cells import dead_fraction, dead_over_training, ks_of, nmse_against_n, residuals
+from saescale.scaling.figures.views_cells import (
+    dead_fraction,
+    dead_over_training,
+    joint_fit,
+    ks_of,
+    nmse_against_n,
+    one_form,
+    residuals,
+)
+from saescale.scaling.figures.views_compare import views_of_comparison
+from saescale.scaling.figures.views_depth import views_of_depth
 from saescale.scaling.figures.views_laws import compute_optimal, exponents, holdout, isoflop, nmse_against_compute
 from saescale.scaling.figures.views_profile import profile, tradeoff
-from saescale.scaling.laws.fit import Laws
+from saescale.scaling.kinds import Kind, kind_label
+from saescale.scaling.laws.estimate import Fit
+from saescale.scaling.laws.fit import Laws, LawsOfKinds
 from saescale.scaling.tables import Table
 from saescale.storage.files import join, list_names, remove, write_atomic
 
-# Every name that a view can have: files of these names that were not drawn are of an earlier analysis.
+# Every name that a view can have, before what it is of ("frontier-n512"): files of these names that were not drawn are
+# of an earlier analysis.
 NAMES = (
     "nmse_against_n", "nmse_against_compute", "exponents", "holdout", "residuals", "profile", "tradeoff", "isoflop",
-    "compute_optimal", "dead_fraction", "dead_over_training",
+    "compute_optimal", "dead_fraction", "dead_over_training", "order", "frontier", "by_n", "by_compute",
+    "compute_ratio", "dead_by_architecture", "hierarchy", "depth_exponent", "depth_floor",
 )  # fmt: skip
+MOST_KINDS, MOST_COMPARISONS = 16, 4
 _KINDS = ("png", "pdf", "svg", "json")
 
 
@@ -34,8 +52,53 @@ class Figure(NamedTuple):
         return {f"{self.view.name}.{kind}": content for kind, content in self.files.items()}
 
 
+class Part(NamedTuple):
+    """Figures that belong together: of one comparison of architectures, of depth, or of one kind of cells."""
+
+    what: Literal["comparison", "depth", "kind"]
+    of: Kind
+    views: Sequence[View]
+
+
+def parts_of(fitted: LawsOfKinds, sides: SideBySide, curves: Table | None = None) -> list[Part]:
+    """Every figure for which there are data, in the order in which they are read: first what compares kinds of cells,
+    then each kind. Where there are several, each has those of its cells and laws, up to sixteen kinds; what one kind
+    has besides is drawn where it is fitted alone."""
+    found = [
+        Part(
+            "comparison",
+            c.arms.of,
+            views_of_comparison(c, _laws_at(fitted, c), 4 if len(sides.comparisons) == 1 else 2),
+        )
+        for c in sides.comparisons[:MOST_COMPARISONS]
+    ]
+    if depth := views_of_depth(sides.depth):
+        found.append(Part("depth", {}, depth))
+    if len(fitted.kinds) == 1:
+        return [*found, Part("kind", {}, views_of(fitted.largest, curves))]
+    told = [laws for laws in fitted.kinds if laws.fits or (len(laws.results) and not found)]
+    for laws in told[:MOST_KINDS]:
+        label = kind_label(laws.of)
+        views = [v for v in (nmse_against_n(laws), nmse_against_compute(laws), residuals(laws)) if v is not None]
+        named = [replace(v, name=f"{v.name}-{slug(label)}", title=f"{label}: {v.title}") for v in views]
+        found.append(Part("kind", laws.of, named))
+    return found
+
+
+def _laws_at(fitted: LawsOfKinds, comparison: Comparison) -> dict[tuple[str, float], Fit]:
+    """L(N, k), or without it L(N), of each architecture of a comparison at each k."""
+    found = {}
+    for laws in fitted.kinds:
+        if any(laws.of.get(name) != value for name, value in comparison.arms.of.items()):
+            continue
+        joint = joint_fit(laws)
+        for k, fit in one_form(laws, "n").items() if joint is None else ((k, joint) for k in ks_of(laws)):
+            found[str(laws.of.get("architecture", "")), k] = fit
+    return found
+
+
 def views_of(laws: Laws, curves: Table | None = None) -> list[View]:
-    """Every figure for which there are data, in the order in which they are read.
+    """Every figure of one kind of cells for which there are data, in the order in which they are read.
 
     `laws.results` has columns n_latents and k; `curves` are those of the run (curves.parquet).
     """
@@ -56,21 +119,23 @@ def views_of(laws: Laws, curves: Table | None = None) -> list[View]:
     return [view for view in found if view is not None]
 
 
-def draw_figures(laws: Laws, folder: str, curves: Table | None = None) -> list[Figure]:
+def draw_figures(parts: Sequence[Part], folder: str) -> list[Figure]:
     """Writes each figure to `folder` (any fsspec URL) as NAME.png, .pdf, .svg and .json (Plotly's, interactive).
 
-    A figure without data (no curves, no dead fraction) is left out, and what an earlier analysis drew of it is removed;
-    other files in `folder` stay. Raises SaescaleError when `folder` cannot be written.
+    What an earlier analysis drew and this one does not is removed; other files in `folder` stay. Raises SaescaleError
+    when `folder` cannot be written.
     """
     drawn = []
-    for view in views_of(laws, curves):
+    for view in (view for part in parts for view in part.views):
         plotly = plot(view)
         interactive = json.dumps(plotly, allow_nan=False).encode()
         figure = Figure(view, plotly, {**paper.draw(view), "json": interactive})
         for name, content in figure.named_files().items():
             write_atomic(join(folder, name), content)
         drawn.append(figure)
-    stale = set(NAMES) - {figure.view.name for figure in drawn}
-    for file in {f"{name}.{kind}" for name in stale for kind in _KINDS} & set(list_names(folder)):
-        remove(join(folder, file))
+    names = {figure.view.name for figure in drawn}
+    for file in list_names(folder):
+        stem, _, kind = file.rpartition(".")
+        if kind in _KINDS and stem.split("-")[0] in NAMES and stem not in names:
+            remove(join(folder, file))
     return drawn

@@ -5,11 +5,14 @@ No import of plotly: nothing here needs its Python side, and it takes half a sec
 
 import math
 import re
+from collections.abc import Iterable
 from typing import Any
 
+import numpy as np
+
 from saescale.scaling.figures import views
-from saescale.scaling.figures.palette import GRID, INK, NEUTRALS, PAGE, RULE, SOFT, colour, translucent
-from saescale.scaling.figures.views import Band, Label, Line, Rule, View, spread
+from saescale.scaling.figures.palette import GRID, INK, NEUTRALS, PAGE, RULE, SOFT, colour, glyph, mark, translucent
+from saescale.scaling.figures.views import Band, Label, Line, Points, Rule, View, spread
 
 Spec = dict[str, Any]
 
@@ -31,27 +34,30 @@ _STROKES: dict[views.Stroke, Spec] = {
 def plot(view: View) -> Spec:
     """The view as Plotly's {"data", "layout"} in the colours of a white page.
 
-    Traces of one k share `legendgroup`, and have it as `meta.k`, so that they are shown and hidden together.
+    Traces of one k, or of one name, share `legendgroup`, and have it as `meta.k` or `meta.name`, so that they are shown
+    and hidden together.
     """
     data: list[Spec] = []
-    named: set[float] = set()
+    named: set[views.Level] = set()
     for layer in view.layers:
         for trace in _traces(layer, view):
-            k = None if isinstance(layer, Rule) else layer.k
-            if view.ramp == "k" and k is not None:
-                trace |= _of_k(k)
-                if isinstance(layer, Line) and k not in named:
-                    named.add(k)
-                    trace |= {"name": f"k = {k:g}", "showlegend": True}
+            level = None if isinstance(layer, Rule) else layer.level
+            if view.ramp != "compute" and level is not None:
+                trace |= _of_level(level)
+                shown = Line | Points if view.ramp == "name" else Line
+                if isinstance(layer, shown) and level not in named:
+                    named.add(level)
+                    trace |= {"name": level if isinstance(level, str) else f"k = {level:g}", "showlegend": True}
             data.append(trace)
     data += _labels(view)
     return {"data": data, "layout": _layout(view)}
 
 
-def theme(ks: tuple[float, ...], others: tuple[View, ...] = ()) -> dict[str, str]:
+def theme(ks: tuple[float, ...], others: Iterable[View] = ()) -> dict[str, str]:
     """What each colour of a light page becomes on a dark one."""
     pairs = dict(NEUTRALS)
-    ramps: list[tuple[tuple[float, ...], views.Ramp]] = [(ks, "k"), *((view.ks, view.ramp) for view in others)]
+    ramps: list[tuple[tuple[views.Level, ...], views.Ramp]] = [(ks, "k")]
+    ramps += [(view.levels, view.ramp) for view in others]
     for values, ramp in ramps:
         for value in values:
             pairs[colour(value, values, ramp=ramp)] = colour(value, values, dark=True, ramp=ramp)
@@ -64,10 +70,10 @@ def _traces(layer: views.Layer, view: View) -> list[Spec]:
     if isinstance(layer, Label):
         return [_text(layer, layer.x, layer.y, "bottom right", view, "\u2002")] if layer.beside else []
     if isinstance(layer, Rule):
-        x = [view.x.low, view.x.high]
-        y = x if layer.y is None else [layer.y, layer.y]
+        x = [view.x.low, view.x.high] if layer.x is None else [layer.x, layer.x]
+        y = [view.y.low, view.y.high] if layer.x is not None else x if layer.y is None else [layer.y, layer.y]
         return [base | {"x": x, "y": y, "mode": "lines", "line": {"color": RULE[0], "width": 1}, "hoverinfo": "skip"}]
-    shade = colour(layer.k, view.ks, ramp=view.ramp)
+    shade = colour(layer.level, view.levels, ramp=view.ramp)
     if isinstance(layer, Band):
         # One outline there and back, which hides and shows as one.
         outline = {"x": [*layer.x.tolist(), *layer.x[::-1].tolist()],
@@ -81,15 +87,21 @@ def _traces(layer: views.Layer, view: View) -> list[Spec]:
             "hovertemplate": f"{_raised(layer.text)}<br>%{{y:.4g}}<extra></extra>"}  # fmt: skip
         return [place | {"mode": "lines", "line": line, "opacity": 0.55 if layer.stroke == "curve" else 1} | hover]
     hollow = layer.marker == "open"
-    marker = {"size": 8, "color": PAGE[0] if hollow else shade,
+    shape = mark(layer.level)
+    size = 11 if shape.startswith(("triangle", "star", "cross")) else 8  # of one size those look smaller
+    marker = {"size": size, "symbol": shape, "color": PAGE[0] if hollow else shade,
               "line": {"width": 2 if hollow else 1, "color": shade if hollow else PAGE[0]}}  # fmt: skip
     trace = place | {"mode": "markers", "marker": marker, "cliponaxis": False}
     if layer.texts:
         trace |= {"text": [_raised(text) for text in layer.texts], "hovertemplate": "%{text}<extra></extra>"}
     if layer.low is not None and layer.high is not None:
-        trace["error_y"] = {
+        middle, axis = (layer.x, view.x) if layer.across else (layer.y, view.y)
+        # An open end lies beyond the axes.
+        low = np.where(np.isnan(layer.low), axis.value(-1.0), layer.low)
+        high = np.where(np.isnan(layer.high), axis.value(2.0), layer.high)
+        trace["error_x" if layer.across else "error_y"] = {
             "type": "data", "symmetric": False, "thickness": 1.5, "width": 0, "color": shade,
-            "array": (layer.high - layer.y).tolist(), "arrayminus": (layer.y - layer.low).tolist(),
+            "array": (high - middle).tolist(), "arrayminus": (middle - low).tolist(),
         }  # fmt: skip
     return [trace]
 
@@ -101,19 +113,23 @@ def _labels(view: View) -> list[Spec]:
     places = spread([view.y.fraction(label.y) for label in labels], gap=18 / height)
     traces = []
     for label, place in zip(labels, places, strict=True):
-        trace = _text(label, view.x.high, view.y.value(place), "middle right", view)
-        if view.ramp == "k" and label.k is not None:
-            trace |= _of_k(label.k)
+        # A name with its mark, since no line leads from a label to what it names.
+        before = f"{glyph(label.level)} " if isinstance(label.level, str) else ""
+        trace = _text(label, view.x.high, view.y.value(place), "middle right", view, before)
+        if view.ramp != "compute" and label.level is not None:
+            trace |= _of_level(label.level)
         traces.append(trace)
     return traces
 
 
-def _of_k(k: float) -> Spec:
-    return {"legendgroup": f"k{k:g}", "meta": {"k": k}}
+def _of_level(level: views.Level) -> Spec:
+    if isinstance(level, str):
+        return {"legendgroup": level, "meta": {"name": level}}
+    return {"legendgroup": f"k{level:g}", "meta": {"k": level}}
 
 
 def _text(label: Label, x: float, y: float, position: str, view: View, before: str = "") -> Spec:
-    font = {"color": colour(label.k, view.ks, ramp=view.ramp), "size": 12}
+    font = {"color": colour(label.level, view.levels, ramp=view.ramp), "size": 12}
     return {
         "type": "scatter", "mode": "text", "x": [x], "y": [y], "text": [before + _raised(label.text)],
         "textfont": font,
@@ -126,12 +142,15 @@ def _layout(view: View) -> Spec:
     widest = max(len(text) for _, text in view.y.ticks)
     return {
         "xaxis": _axis(view.x), "yaxis": _axis(view.y), "height": _HEIGHT,
-        "margin": {"l": max(66, 40 + _LETTER * widest), **_MARGIN, "r": 16 + _LETTER * longest},
+        "margin": {"l": max(66, 40 + _LETTER * widest), **_MARGIN,
+                   "r": (28 if view.ramp == "name" else 16) + _LETTER * longest},
         "font": {"family": FONT, "size": 13, "color": INK[0]},
         "paper_bgcolor": PAGE[0], "plot_bgcolor": PAGE[0],
         "hoverlabel": {"bgcolor": PAGE[0], "bordercolor": RULE[0],
                        "font": {"family": FONT, "size": 12, "color": INK[0]}},
         "hovermode": "closest", "hoverdistance": 12, "dragmode": "zoom",
+        # Names stand beside what they name, and a dozen of them above the axes would cover these.
+        "showlegend": view.ramp != "name",
         "legend": {"orientation": "h", "y": 1.02, "yanchor": "bottom", "groupclick": "togglegroup"},
     }  # fmt: skip
 

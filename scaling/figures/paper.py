@@ -5,13 +5,14 @@ from io import BytesIO
 from typing import Any
 
 import matplotlib
+import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedFormatter, FixedLocator, NullFormatter
 
 from saescale.scaling.figures import views
-from saescale.scaling.figures.palette import GRID, INK, PAGE, RULE, SOFT, colour
+from saescale.scaling.figures.palette import GRID, INK, PAGE, RULE, SOFT, colour, mark
 from saescale.scaling.figures.views import Band, Label, Line, Points, Rule, View, spread
 
 FORMATS = ("png", "pdf", "svg")
@@ -35,6 +36,12 @@ _STYLE: dict[Any, Any] = {
     # The same figure has the same bytes.
     "svg.hashsalt": "saescale",
 }
+_MARKS = {
+    "circle": "o", "square": "s", "triangle-up": "^", "triangle-down": "v", "triangle-left": "<",
+    "triangle-right": ">", "diamond": "D", "diamond-tall": "d", "pentagon": "p", "hexagon": "h", "hexagon2": "H",
+    "star": "*", "x": "X", "cross": "P",
+}  # fmt: skip
+_LARGE = ("o", "s", "D", "X")  # look larger than the others of one size
 _STROKES: dict[views.Stroke, dict[str, Any]] = {
     "law": {"lw": 1.6, "zorder": 2.4},
     "curve": {"lw": 0.7, "alpha": 0.5, "zorder": 2},
@@ -94,18 +101,20 @@ def _fill(figure: Figure, view: View) -> None:
 
 def _draw(axes: Axes, layer: views.Layer, view: View) -> None:
     if isinstance(layer, Rule):
-        if layer.y is None:
+        if layer.x is not None:
+            axes.axvline(layer.x, color=RULE[0], lw=1.0, zorder=1.5)
+        elif layer.y is None:
             axes.axline((view.x.low, view.x.low), (view.x.high, view.x.high), color=RULE[0], lw=1.0, zorder=1.5)
         else:
             axes.axhline(layer.y, color=RULE[0], lw=1.0, zorder=1.5)
         return
     if isinstance(layer, Label):
         if layer.beside:
-            text = _deeper(colour(layer.k, view.ks, ramp=view.ramp))
+            text = _deeper(colour(layer.level, view.levels, ramp=view.ramp))
             axes.annotate(_raised(layer.text), xy=(layer.x, layer.y), xytext=(7, -7), textcoords="offset points",
                           color=text, va="center", ha="left", zorder=3)  # fmt: skip
         return
-    shade = colour(layer.k, view.ks, ramp=view.ramp)
+    shade = colour(layer.level, view.levels, ramp=view.ramp)
     if isinstance(layer, Band):
         axes.fill_between(layer.x, layer.low, layer.high, color=shade, alpha=0.16, lw=0, zorder=1.8)
     elif isinstance(layer, Line):
@@ -113,8 +122,16 @@ def _draw(axes: Axes, layer: views.Layer, view: View) -> None:
     elif isinstance(layer, Points):
         hollow = layer.marker == "open"
         if layer.low is not None and layer.high is not None:
-            axes.vlines(layer.x, layer.low, layer.high, color=shade, lw=1.2, zorder=2.7)
-        axes.plot(layer.x, layer.y, "o", ms=5.5, color=PAGE[0] if hollow else shade, mec=shade if hollow else PAGE[0],
+            axis = view.x if layer.across else view.y
+            # An open end lies beyond the axes.
+            low = np.where(np.isnan(layer.low), axis.value(-1.0), layer.low)
+            high = np.where(np.isnan(layer.high), axis.value(2.0), layer.high)
+            bars, place = (axes.hlines, layer.y) if layer.across else (axes.vlines, layer.x)
+            bars(place, low, high, color=shade, lw=1.2, zorder=2.7)
+        shape = _MARKS[mark(layer.level)]
+        size = 5.5 if shape in _LARGE else 9.0 if shape == "*" else 7.0
+        axes.plot(layer.x, layer.y, shape, ls="none", ms=size, color=PAGE[0] if hollow else shade,
+                  mec=shade if hollow else PAGE[0],
                   mew=1.3 if hollow else 0.7, clip_on=False, zorder=3)  # fmt: skip
 
 
@@ -123,10 +140,10 @@ def _write_labels(axes: Axes, labels: list[Label], view: View) -> None:
     height = axes.get_position().height * _HEIGHT
     places = spread([view.y.fraction(label.y) for label in labels], gap=_TEXT * 1.25 / 72 / height)
     for label, place in zip(labels, places, strict=True):
-        shade = colour(label.k, view.ks, ramp=view.ramp)
+        shade = colour(label.level, view.levels, ramp=view.ramp)
         axes.annotate(
             _raised(label.text), xy=(label.x, label.y), xycoords="data", xytext=(1.03, place),
-            textcoords="axes fraction", color=_deeper(shade) if label.k is not None else SOFT[0], va="center",
+            textcoords="axes fraction", color=_deeper(shade) if label.level is not None else SOFT[0], va="center",
             ha="left", annotation_clip=False,
             arrowprops={"arrowstyle": "-", "color": shade, "lw": 0.7, "shrinkA": 1, "shrinkB": 4, "relpos": (0, 0.5)},
         )  # fmt: skip

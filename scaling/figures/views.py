@@ -16,8 +16,10 @@ Scale = Literal["log", "linear"]
 Stroke = Literal["law", "curve", "frontier", "through", "other", "reference"]
 # open: what stands beside the main points, such as another law's value.
 Marker = Literal["filled", "open"]
-# What colours stand for. Levels of compute have other colours than k, and stand in the layers' `k`.
-Ramp = Literal["k", "compute"]
+# What colours stand for, and what the layers' `level` is then: values of k, of compute (other colours than k has), or
+# names, of architectures or subjects, which have marks of their own besides.
+Ramp = Literal["k", "compute", "name"]
+Level = float | str
 
 
 @dataclass(frozen=True)
@@ -49,15 +51,17 @@ class Axis:
 
 @dataclass(frozen=True)
 class Points:
-    """Markers at x, y [points], with bars from `low` to `high` where given; `texts` say what each one is."""
+    """Markers at x, y [points], with bars from `low` to `high` where given, along y, or `across` along x; `texts` say
+    what each one is. An end that is NaN is open: its bar leaves the axes."""
 
     x: np.ndarray
     y: np.ndarray
-    k: float | None
+    level: Level | None
     texts: Sequence[str] = ()
     low: np.ndarray | None = None
     high: np.ndarray | None = None
     marker: Marker = "filled"
+    across: bool = False
 
 
 @dataclass(frozen=True)
@@ -66,7 +70,7 @@ class Line:
 
     x: np.ndarray
     y: np.ndarray
-    k: float | None
+    level: Level | None
     stroke: Stroke
     text: str = ""
 
@@ -78,28 +82,29 @@ class Band:
     x: np.ndarray
     low: np.ndarray
     high: np.ndarray
-    k: float | None
+    level: Level | None
 
 
 @dataclass(frozen=True)
 class Label:
     """The name of what ends at (x, y) on the right, written beside the axes, or `beside` the place itself.
 
-    `k` None: in the colour of text.
+    `level` None: in the colour of text.
     """
 
     x: float
     y: float
     text: str
-    k: float | None
+    level: Level | None
     beside: bool = False
 
 
 @dataclass(frozen=True)
 class Rule:
-    """A thin line across the axes: at a `y`, or the diagonal y = x where that is None."""
+    """A thin line across the axes: at a `y`, upright at an `x`, or the diagonal y = x where both are None."""
 
     y: float | None
+    x: float | None = None
 
 
 Layer = Points | Line | Band | Label | Rule
@@ -108,7 +113,7 @@ Layer = Points | Line | Band | Label | Rule
 @dataclass(frozen=True)
 class View:
     """One figure. `name` is its file's, `title` its heading, `caption` what it shows and how to read it, `key` what
-    its marks mean, in a line; `ks` are all values of k of the run, which fix each one's colour."""
+    its marks mean, in a line; `levels` are all values of k of the run, which fix its colour; of names their order."""
 
     name: str
     title: str
@@ -116,7 +121,7 @@ class View:
     key: str
     x: Axis
     y: Axis
-    ks: tuple[float, ...]
+    levels: tuple[Level, ...]
     layers: tuple[Layer, ...] = field(repr=False)
     formula: tuple[str, ...] = ()  # lines under the axes on paper: the law, its coefficients
     ramp: Ramp = "k"

@@ -6,7 +6,7 @@
   const narrow = window.matchMedia("(max-width: 36rem)");
   const prefersDark = window.matchMedia("(prefers-color-scheme: dark)");
   const touch = window.matchMedia("(pointer: coarse)");
-  const hidden = new Set(); // values of k that are not shown
+  const hidden = { k: new Set(), name: new Set() }; // values of k, and names, that are not shown
   const isDark = () => (root.dataset.theme || (prefersDark.matches ? "dark" : "light")) === "dark";
 
   // --- figures
@@ -21,7 +21,7 @@
 
   const fitted = (spec) => {
     const { data, layout } = isDark() ? themed(spec) : structuredClone(spec);
-    for (const trace of data) trace.visible = !(trace.meta && hidden.has(trace.meta.k));
+    for (const trace of data) trace.visible = !(trace.meta && (hidden.k.has(trace.meta.k) || hidden.name.has(trace.meta.name)));
     Object.assign(layout, { showlegend: false, uirevision: "kept", autosize: true, dragmode: touch.matches ? false : "zoom" });
     if (narrow.matches) {
       // Names of lines lose what stands in brackets, so that the axes keep their room.
@@ -54,6 +54,7 @@
 
   const draw = () => {
     for (const plot of document.querySelectorAll(".plot")) {
+      if (plot.closest("details:not([open])")) continue; // without a size until it is opened
       const spec = figures[plot.dataset.figure];
       const first = !plot.parentElement.classList.contains("drawn");
       plot.parentElement.classList.add("drawn");
@@ -69,14 +70,16 @@
     }
   };
 
-  // --- k, in all figures and in the table
+  for (const details of document.querySelectorAll("details.part")) details.addEventListener("toggle", draw);
+
+  // --- k and architectures, in all figures and in the table
 
   const chips = [...document.querySelectorAll(".chip")];
   for (const chip of chips) {
     chip.addEventListener("click", () => {
-      const k = Number(chip.dataset.k);
-      if (!hidden.delete(k)) hidden.add(k);
-      chip.setAttribute("aria-pressed", String(!hidden.has(k)));
+      const [values, value] = chip.dataset.k ? [hidden.k, Number(chip.dataset.k)] : [hidden.name, chip.dataset.name];
+      if (!values.delete(value)) values.add(value);
+      chip.setAttribute("aria-pressed", String(!values.has(value)));
       draw();
       filter();
     });
@@ -117,7 +120,7 @@
 
   const filter = () => {
     const terms = input.value.toLowerCase().replace(/\s*(!=|<=|>=|=|<|>)\s*/g, "$1").split(/\s+/).filter(Boolean);
-    for (const row of rows) row.hidden = hidden.has(Number(row.dataset.k)) || !terms.every((term) => holds(row, term));
+    for (const row of rows) row.hidden = hidden.k.has(Number(row.dataset.k)) || hidden.name.has(row.dataset.of) || !terms.every((term) => holds(row, term));
     const shown = rows.filter((row) => !row.hidden).length;
     output.textContent = shown === rows.length ? `${rows.length} cells` : `${shown} of ${rows.length} cells`;
   };

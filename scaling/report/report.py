@@ -12,14 +12,19 @@ import pyarrow as pa
 import xxhash
 from markupsafe import Markup
 
-from saescale.scaling.figures.figures import Figure, draw_figures
+from saescale.scaling.comparison.compare import SideBySide, side_by_side
+from saescale.scaling.comparison.sentences import limits
+from saescale.scaling.figures.figures import MOST_KINDS, Figure, Part, draw_figures, parts_of
 from saescale.scaling.figures.interactive import theme
 from saescale.scaling.figures.palette import colour
+from saescale.scaling.kinds import kind_label
 from saescale.scaling.laws.fit import FORMAT, describe_input, fit_laws
-from saescale.scaling.laws.notes import fit_notes
+from saescale.scaling.laws.notes import fit_notes, kinds_of_document
 from saescale.scaling.laws.settings import FitSettings
+from saescale.scaling.order import in_order
 from saescale.scaling.report import text
 from saescale.scaling.report.evaluations import evaluation_tables
+from saescale.scaling.report.side_by_side import comparison_tables, depth_table, heading, said, summary
 from saescale.scaling.tables import Table, load_curves, load_results
 from saescale.storage.errors import SaescaleError
 from saescale.storage.files import exists, join, write_atomic
@@ -44,6 +49,24 @@ class Analysis(NamedTuple):
         return {name: content for figure in self.figures for name, content in figure.named_files().items()}
 
 
+class Drawn(NamedTuple):
+    """The figures of a run: which belong together, and what was drawn of them."""
+
+    parts: tuple[Part, ...]
+    figures: tuple[Figure, ...]
+
+
+class Section(NamedTuple):
+    """A part of a report: sentences, figures and tables under one heading. `folded`: opened by the reader."""
+
+    id: str
+    title: str
+    sentences: Sequence[str]
+    figures: Sequence[Figure]
+    tables: Sequence[text.TextTable]
+    folded: bool
+
+
 def analyse(
     run: RunDirectory,
     settings: FitSettings = _SETTINGS,
@@ -61,12 +84,15 @@ def analyse(
     results, curves = load_results(run), load_curves(run)
     results.require(("n_latents", "k"))
     fitted = fit_laws(results, curves, settings)
-    document = fitted.document()
-    figures = draw_figures(fitted.largest, join(run.url, "figures"), curves)
+    sides = side_by_side(fitted, curves)
+    document = fitted.document() | sides.document()
+    parts = parts_of(fitted, sides, curves)
+    figures = draw_figures(parts, join(run.url, "figures"))
     written = [kind for kind in FILES if kind == "html" or kind in formats or exists(join(run.url, FILES[kind]))]
     evals = run.read_evals()
     document |= _evaluated(evals)
-    reports = write_report(run.url, document, fitted.results, evals, figures, provenance or {}, written)
+    drawn = Drawn(tuple(parts), tuple(figures))
+    reports = write_report(run.url, document, fitted.results, evals, sides, drawn, provenance or {}, written)
     # Last, so that what fits.json says it was made from holds for the rest too.
     run.write_json("fits.json", document)
     return Analysis(document, tuple(figures), tuple(reports))
@@ -100,7 +126,8 @@ def write_report(
     document: Mapping[str, Any],
     results: Table,
     evals: pa.Table,
-    figures: Sequence[Figure],
+    sides: SideBySide,
+    drawn: Drawn,
     provenance: Mapping[str, Any],
     formats: Sequence[Format] = ("html",),
 ) -> list[str]:
@@ -108,40 +135,79 @@ def write_report(
     and RUN/report.md (which shows the files in RUN/figures), as `formats` say. Returns their URLs.
 
     `document` is that of fits.json, `results` the cells that it describes, with n_latents and k, `evals` what else was
-    measured on them (evals.parquet). Raises SaescaleError
+    measured on them (evals.parquet), `sides` what compares them. Raises SaescaleError
     when a file cannot be written.
     """
     shared = {
         "title": text.title(results),
-        "summary": text.summarise(document, results),
-        "notes": fit_notes(document),
+        "summary": [*text.summarise(document, results), *summary(sides), *_drawn_of(document, drawn)],
+        "notes": [*(note for found in sides.comparisons for note in limits(found)), *fit_notes(document)],
         "fits": document["fits"],
         "formulas": text.formulas(document),
         "tables": text.law_tables(document),
         "evaluations": evaluation_tables(evals, results),
         "common": text.common_columns(results),
         "columns": text.cell_columns(results),
-        "cells": [{"k": k, "cells": cells} for k, cells in text.cell_rows(results)],
+        "cells": text.cell_rows(results),
         "excluded": document["excluded"],
         "provenance": {**text.totals(document, results), **provenance},
     }
     urls = []
     for kind in formats:
-        page = _html(shared, document, results, figures) if kind == "html" else _markdown(shared, figures)
+        page = _html(shared, document, results, sides, drawn) if kind == "html" else _markdown(shared, sides, drawn)
         urls.append(join(run_url, FILES[kind]))
         write_atomic(urls[-1], page.encode())
     return urls
 
 
-def _html(shared: Mapping[str, Any], document: Mapping[str, Any], results: Table, figures: Sequence[Figure]) -> str:
+def _drawn_of(document: Mapping[str, Any], drawn: Drawn) -> list[str]:
+    """A sentence where not every kind of cells has figures; nothing else."""
+    kinds, of = len(kinds_of_document(document)), sum(part.what == "kind" for part in drawn.parts)
+    return [f"Figures of their own have the first {of} of {kinds} kinds of cells."] if MOST_KINDS <= of < kinds else []
+
+
+def sections(sides: SideBySide, drawn: Drawn) -> list[Section]:
+    """What compares kinds of cells, then the figures of each kind: folded where there are several."""
+    figures = {figure.view.name: figure for figure in drawn.figures}
+    compared = {kind_label(c.arms.of): c for c in sides.comparisons}
+    several = sum(part.what == "kind" for part in drawn.parts) > 1 or len(drawn.parts) > 1
+    found = []
+    for i, part in enumerate(drawn.parts):
+        own = [figures[view.name] for view in part.views if view.name in figures]
+        if part.what == "comparison":
+            comparison = compared[kind_label(part.of)]
+            tables = comparison_tables(comparison)
+            found.append(Section(f"side-by-side-{i}", heading(comparison), said(comparison), own, tables, i > 0))
+        elif part.what == "depth":
+            table = depth_table(sides.depth)
+            found.append(Section("depth", "Over depth", (), own, [table] if table else [], False))
+        else:
+            title = kind_label(part.of) or "Figures"
+            found.append(Section(f"kind-{i}", title, (), own, (), several))
+    return found
+
+
+def _html(
+    shared: Mapping[str, Any], document: Mapping[str, Any], results: Table, sides: SideBySide, drawn: Drawn
+) -> str:
     ks = tuple(sorted({float(k) for k in results["k"]}))
-    others = tuple(figure.view for figure in figures if figure.view.ramp != "k")
-    data = {"figures": {figure.view.name: figure.plotly for figure in figures}, "dark": theme(ks, others)}
+    views = [figure.view for figure in drawn.figures]
+    data = {
+        "figures": {figure.view.name: figure.plotly for figure in drawn.figures},
+        "dark": theme(ks, [view for view in views if view.ramp != "k"]),
+    }
+    names = in_order(level for view in views if view.ramp == "name" for level in view.levels if isinstance(level, str))
     return _environment(True).get_template("report.html.j2").render(
         **shared,
         tiles=text.tiles(document, results),
         ks=[{"value": f"{k:g}", "light": colour(k, ks), "dark": colour(k, ks, dark=True)} for k in ks],
-        figures=[{**_words(figure), "svg": base64.b64encode(figure.files["svg"]).decode()} for figure in figures],
+        names=[{"value": name, "light": colour(name, ()), "dark": colour(name, (), dark=True)} for name in names],
+        sections=[
+            section._asdict() | {"figures": [
+                {**_words(figure), "svg": base64.b64encode(figure.files["svg"]).decode()} for figure in section.figures
+            ]}
+            for section in sections(sides, drawn)
+        ],
         # Within <script> "<" could end it; in JSON strings it may be written otherwise.
         data=Markup(json.dumps(data, allow_nan=False).replace("<", "\\u003c")),
         style=Markup(_own("report.css")),
@@ -150,9 +216,13 @@ def _html(shared: Mapping[str, Any], document: Mapping[str, Any], results: Table
     )  # fmt: skip
 
 
-def _markdown(shared: Mapping[str, Any], figures: Sequence[Figure]) -> str:
+def _markdown(shared: Mapping[str, Any], sides: SideBySide, drawn: Drawn) -> str:
     template = _environment(False).get_template("report.md.j2")
-    return template.render(**shared, figures=[_words(figure) for figure in figures])
+    parts = [
+        section._asdict() | {"figures": [_words(figure) for figure in section.figures]}
+        for section in sections(sides, drawn)
+    ]
+    return template.render(**shared, sections=parts)
 
 
 def _words(figure: Figure) -> dict[str, str]:

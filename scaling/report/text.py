@@ -53,9 +53,21 @@ class CellText(NamedTuple):
     value: float | None  # what the column is sorted by; None where it holds text
 
 
+class CellRow(NamedTuple):
+    """A row of the table of cells: what it is hidden by, and the values of the columns of `cell_columns`."""
+
+    k: str
+    name: str  # of its architecture; "" where all have the same
+    cells: list[CellText]
+
+
 def title(results: Table) -> str:
     """The report's, with subject and site where the cells say them."""
-    names = [results[name][0] for name in ("subject", "site") if name in results and results[name].dtype.kind == "U"]
+    names = []
+    for name in ("subject", "site"):
+        if name in results and results[name].dtype.kind == "U":
+            there = sorted({value for value in results[name].tolist() if value})
+            names.append(there[0] if len(there) == 1 else f"{len(there)} {name}s" if there else "")
     return " of ".join(["Scaling of sparse autoencoders", *filter(None, [", ".join(filter(None, names))])])
 
 
@@ -89,11 +101,15 @@ def summarise(document: Document, results: Table) -> list[str]:
     n, k, nmse = results["n_latents"], results["k"], results["nmse"]
     best = int(np.argmin(nmse))
     sentences = [
-        f"{len(results)} cells, N from {n.min():,.0f} to {n.max():,.0f} and k from {k.min():g} to {k.max():g}. "
+        f"{len(results)} cells, {_range(results, 'n_latents', 'N')} and {_range(results, 'k', 'k')}. "
         f"The lowest held-out nmse is {nmse[best]:.4f}, at N = {n[best]:,.0f} and k = {k[best]:g}."
     ]
     if len(kinds := kinds_of_document(document)) > 1:
-        return [typeset(sentence) for sentence in (*sentences, f"{len(kinds)} kinds of cells have laws of their own.")]
+        fitted = len({kind_label(entry["of"]) for entry in document["fits"] if "of" in entry})
+        told = "Each" if fitted == len(kinds) else str(fitted or "None")
+        whose = "their" if 1 < fitted < len(kinds) else "its"
+        sentences.append(f"{told} of the {len(kinds)} kinds of cells got laws of {whose} own.")
+        return [typeset(sentence) for sentence in sentences]
     n_k = joint(document)
     if n_k is None:
         reasons = [s["reason"] for s in document.get("skipped", ()) if s["law"] == "n_k"]
@@ -242,12 +258,17 @@ def common_columns(results: Table) -> str:
     return ", ".join(f"{label} {text}" for label, text in texts.items() if text)
 
 
-def cell_rows(results: Table) -> list[tuple[str, list[CellText]]]:
-    """(k, the cells of the columns of `cell_columns`) of every SAE, by N and k."""
+def cell_rows(results: Table) -> list[CellRow]:
+    """Every SAE, by N and k."""
     order = np.lexsort([results["k"], results["n_latents"]])
     names = _shown(results)
+    of = results["architecture"] if "architecture" in names else np.full(len(results), "")
     return [
-        (f"{results['k'][row]:g}", [CellText(_text(n, results[n][row]), _plain(results[n][row])) for n in names])
+        CellRow(
+            f"{results['k'][row]:g}",
+            str(of[row]),
+            [CellText(_text(n, results[n][row]), _plain(results[n][row])) for n in names],
+        )
         for row in order
     ]
 

@@ -14,7 +14,7 @@ import pytest
 
 from saescale.scaling.figures import paper
 from saescale.scaling.figures.axes import count_axis, linear_axis, log_axis, power_axis
-from saescale.scaling.figures.figures import NAMES, draw_figures, views_of
+from saescale.scaling.figures.figures import NAMES, Part, draw_figures, views_of
 from saescale.scaling.figures.interactive import plot, theme
 from saescale.scaling.figures.palette import colour
 from saescale.scaling.figures.views import Label, Line, Points, View, spread
@@ -42,7 +42,7 @@ def fitted(cells: Callable[..., Rows], curves_of: Callable[..., Rows]) -> tuple[
 
 
 def test_files_of_every_figure(fitted: tuple[Laws, Table], tmp_path: Path) -> None:
-    figures = draw_figures(fitted[0], str(tmp_path), fitted[1])
+    figures = draw_figures([Part("kind", {}, views_of(*fitted))], str(tmp_path))
     names = [figure.view.name for figure in figures]
     assert names[:5] == ["nmse_against_n", "nmse_against_compute", "exponents", "holdout", "residuals"]
     assert {"isoflop", "dead_fraction", "dead_over_training"} <= set(names)
@@ -56,16 +56,12 @@ def test_files_of_every_figure(fitted: tuple[Laws, Table], tmp_path: Path) -> No
         assert len(plotly.graph_objects.Figure(again).data) == len(figure.plotly["data"])
 
 
-def test_figures_of_an_earlier_analysis_go(
-    fitted: tuple[Laws, Table], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    laws, curves = fitted
-    views = views_of(laws, curves)
+def test_figures_of_an_earlier_analysis_go(fitted: tuple[Laws, Table], tmp_path: Path) -> None:
+    views = views_of(*fitted)
     assert {view.name for view in views} <= set(NAMES)
-    monkeypatch.setattr("saescale.scaling.figures.figures.views_of", lambda *_: views[:1])
-    for name in ("isoflop.png", "dead_over_training.json", "mine.png", "isoflop.txt"):
+    for name in ("isoflop.png", "dead_over_training.json", "frontier-n64.pdf", "mine.png", "isoflop.txt"):
         (tmp_path / name).write_text("old")
-    draw_figures(laws, str(tmp_path))
+    draw_figures([Part("kind", {}, views[:1])], str(tmp_path))
     drawn = {f"{views[0].name}.{kind}" for kind in ("png", "pdf", "svg", "json")}
     assert {path.name for path in tmp_path.iterdir()} == drawn | {"mine.png", "isoflop.txt"}
 
@@ -86,14 +82,14 @@ def test_a_figure_shows_the_points_that_its_law_was_fitted_to() -> None:
     # The slices: each filled point is a minimum of the law, at its compute and nmse.
     (document,) = laws.document()["iso_flop"]
     minima = {(m["flops"], m["n_latents"], m["nmse"]) for m in document["minima"]}
-    filled = {(layer.k, x, y) for layer in points("isoflop") for x, y in zip(layer.x, layer.y, strict=True)}
+    filled = {(layer.level, x, y) for layer in points("isoflop") for x, y in zip(layer.x, layer.y, strict=True)}
     assert len(filled) == 6
     assert filled <= minima
     assert {(c, n) for c, n, _ in filled} <= of_fit
     # The open ones are the frontier's envelope, of which the lowest is what law c is fitted to.
     (frontier,) = laws.frontiers
     for layer in points("isoflop", "open"):
-        level = int(np.flatnonzero(frontier.grid == layer.k)[0])
+        level = int(np.flatnonzero(frontier.grid == layer.level)[0])
         lowest = np.exp(frontier.envelope[:, level].min())
         assert layer.y.min() == lowest
         assert layer.x[np.argmin(layer.y)] == frontier.curves[frontier.winner[level]].n_latents
@@ -121,7 +117,7 @@ def test_of_thousands_of_curves_some_hundreds_are_drawn(
     for view in views:
         assert view.caption.endswith("Drawn are 12 of 20 curves, evenly taken by k and N.")
         assert len(curves(view)) == 12
-        assert {line.k for line in curves(view)} == set(KS)
+        assert {line.level for line in curves(view)} == set(KS)
 
 
 def test_the_same_figure_has_the_same_bytes(fitted: tuple[Laws, Table]) -> None:

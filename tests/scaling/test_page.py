@@ -12,8 +12,11 @@ import pytest
 
 from saescale.scaling.laws.settings import FitSettings
 from saescale.scaling.report.report import analyse
+from saescale.storage.columns import RESULTS
 from saescale.storage.rundir import RunDirectory
 from tests.browser import Page, chromium, find_chromium
+from tests.scaling.known_arms import SIZES as SIZES_OF_ARMS
+from tests.scaling.known_arms import Known, known_arms, known_curves
 
 Rows = list[dict[str, Any]]
 SIZES, KS = (512, 1024, 2048, 4096, 8192), (8, 16, 32, 64)
@@ -190,3 +193,55 @@ def test_print(page: Page) -> None:
     )
     assert background(page) == "rgb(255, 255, 255)"
     page.call("Emulation.setEmulatedMedia", media="")
+
+
+@pytest.fixture(scope="module")
+def arms_url(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """Three architectures, of which one is a user's and one a baseline."""
+    rows = known_arms({"topk": Known(), "mine": Known(1.1), "pca": Known(2.0)}, ks=(8, 16))
+    folder = tmp_path_factory.mktemp("arms")
+    run = RunDirectory(str(folder))
+    names = [field.name for field in RESULTS]
+    run.write_results([{name: value for name, value in row.items() if name in names} for row in rows])
+    run.write_curves(pa.Table.from_pylist(known_curves(rows)))
+    with pytest.MonkeyPatch.context() as patch:
+        # For the still pictures, which take most of the time, other tests stand.
+        patch.setattr("saescale.scaling.figures.paper.draw", lambda _: {"png": b"", "pdf": b"", "svg": b"<svg/>"})
+        analyse(run, FitSettings(20), formats=("md",))
+    return f"file://{folder}/report.html"
+
+
+@pytest.mark.parametrize(("width", "dark"), [(1280, False), (420, True)])
+def test_architectures_side_by_side(browser: Page, arms_url: str, width: int, dark: bool) -> None:
+    browser.errors.clear()
+    browser.open(arms_url, width=width, dark=dark)
+    assert browser.errors == []
+    assert browser.run("document.documentElement.scrollWidth") <= width
+    headings = browser.run("[...document.querySelectorAll('h2')].map(h => h.textContent)")
+    assert headings.index("Architectures side by side") < headings.index("Each kind of cells") < headings.index("Laws")
+    summary = browser.run("document.getElementById('summary').textContent").replace("\u00a0", " ")
+    assert "At N = 4,096 and L0 = 16 topk leads" in summary
+    assert "the lowest first: topk < mine < pca" in summary
+    assert "Every trained architecture beats pca" in summary
+    drawn = "[...document.querySelectorAll('.drawn')].map(f => f.id)"
+    assert "frontier-n512" in browser.run(drawn)
+    # What is folded is drawn when it is opened, with a size of its own.
+    assert "nmse_against_n-topk" not in browser.run(drawn)
+    browser.run("document.querySelectorAll('details.part').forEach(d => d.open = true)")
+    wait_for(browser, f"{drawn}.includes('nmse_against_n-mine')")
+    assert browser.run("document.querySelector('[data-figure=\"nmse_against_n-mine\"] .main-svg').clientWidth") > 200
+
+
+def test_a_chip_hides_its_architecture_everywhere(browser: Page, arms_url: str) -> None:
+    browser.open(arms_url)
+    marks = "document.querySelectorAll('#by_n-k8 .point').length"
+    before, rows = browser.run(marks), len(rows_shown(browser))
+    colours = browser.run(
+        "getComputedStyle(document.querySelector('.chip[data-name=topk]'), '::before').backgroundColor"
+    )
+    assert colours == "rgb(27, 79, 156)"
+    browser.run("document.querySelector('.chip[data-name=topk]').click()")
+    assert browser.run(marks) == before - len(SIZES_OF_ARMS)
+    assert len(rows_shown(browser)) == rows * 2 // 3
+    browser.run("document.querySelector('.chip[data-name=topk]').click()")
+    assert browser.run(marks) == before

@@ -10,6 +10,7 @@ from typing import Any
 
 import matplotlib.image
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
@@ -133,6 +134,34 @@ def test_workspace(server: WandbServer, figures: dict[str, bytes], tmp_path: Pat
     assert [v["displayName"] for v in server.views.values()] == ["mine"]
 
 
+def test_architectures_have_the_colours_of_the_figures(
+    server: WandbServer, figures: dict[str, bytes], tmp_path: Path
+) -> None:
+    """As groups, and each run by itself; and their comparison is a table."""
+    rows = [entry | {"architecture": "topk"} for entry in RESULTS.to_pylist()]
+    rows += [entry | {"cell_id": f"{entry['cell_id']}-relu", "architecture": "relu"} for entry in rows]
+    results = pa.Table.from_pylist(rows)
+    value = {"value": 0.4, "low": 0.3, "high": None, "l0": 8.0}
+    point = {"n_latents": 512.0, "k": 8.0, "leader": "topk", "not_told_apart": [], "nmse": {"topk": value}}
+    fits = FITS | {
+        "comparison": [{"of": {"site": "resid_post.2"}, "architectures": ["topk", "relu"], "equal_l0": [point]}]
+    }
+    colours = {"topk": "#1b4f9c", "relu": "#9c1230"}
+    log_summary(ONLINE, "sweep", CONTEXT, fits, results, figures, str(tmp_path), colours)
+    (view,) = server.views.values()
+    (runs,) = json.loads(view["spec"])["section"]["runSets"]
+    assert [key["name"] for key in runs["grouping"]] == ["architecture.value", "k.value", "n_latents.value"]
+    shown = json.loads(view["spec"])["section"]["customRunColors"]
+    for entry in rows:
+        assert shown[wandb_client.run_id(entry["cell_id"], "sweep")] == colours[entry["architecture"]]
+    assert set(colours.values()) == set(shown.values())
+    assert len(shown) == len(rows) + len(colours)
+    logged = {key: entry for line in server.streamed(SUMMARY, "wandb-history.jsonl") for key, entry in line.items()}
+    table = json.loads(server.files[f"{SUMMARY}/{logged['comparison']['path']}"])
+    assert table["columns"] == ["of", "n_latents", "k", "architecture", "nmse", "low", "high", "l0"]
+    assert table["data"] == [["resid_post.2", 512, 8, "topk", 0.4, 0.3, None, 8]]
+
+
 def test_without_the_package_of_workspaces(
     server: WandbServer, figures: dict[str, bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -168,7 +197,7 @@ def test_offline_then_sync(server: WandbServer, figures: dict[str, bytes], tmp_p
         assert server.runs()[run]["groupName"] == "sweep"
         assert server.config(run)["n_latents"] == c.n_latents
         (line,) = server.streamed(run, "wandb-history.jsonl")
-        expected = row(1)._asdict()
+        expected = {name: value for name, value in row(1)._asdict().items() if value is not None}
         assert line["_step"] == expected.pop("step")
         assert expected.pop("coefficient") is None
         assert {name: line[name] for name in expected} == expected

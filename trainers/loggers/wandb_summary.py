@@ -25,8 +25,9 @@ from saescale.trainers.loggers.wandb_client import (
     without_secrets,
 )
 from saescale.trainers.loggers.wandb_settings import Mode, WandbSettings
-from saescale.trainers.loggers.wandb_workspace import save_workspace
+from saescale.trainers.loggers.wandb_workspace import Arms, save_workspace
 
+_NO_COLOURS: Mapping[str, str] = {}
 _FILES = (".pdf", ".svg", ".png")  # figures as the artifact holds them
 
 
@@ -38,6 +39,19 @@ class Coefficient(NamedTuple):
     value: float
     low: float | None
     high: float | None
+
+
+class Compared(NamedTuple):
+    """An architecture at one N and L0: its nmse with its 95 % interval, and the measured L0 of its cells."""
+
+    of: str
+    n_latents: float
+    k: float
+    architecture: str
+    nmse: float
+    low: float | None
+    high: float | None
+    l0: float | None
 
 
 class Logged(NamedTuple):
@@ -57,11 +71,13 @@ def log_summary(
     results: pa.Table,
     figures: Mapping[str, bytes],
     directory: str,
+    colours: Mapping[str, str] = _NO_COLOURS,
 ) -> Logged:
     """The run that holds the outcome of a sweep: coefficients, results, figures, and an artifact of the files.
 
     fits: the document of fits.json. results: the table of results.parquet. figures: files of figures by their names;
     those with Plotly's JSON are interactive, others shown as their PNG, and PDF, SVG and PNG go into the artifact.
+    colours: #rrggbb of each architecture where there are several, in the order of the figures.
     Calling it again (a new analysis, or one that was not logged whole) updates the same run. The URL is that of the
     group and, with wandb-workspaces, of a workspace of its panels. Raises nothing: what could not be sent is one
     warning.
@@ -74,7 +90,7 @@ def log_summary(
         # Errors of cells and sources of fits quote URLs.
         fits = without_secrets(fits)
         results = pa.Table.from_pylist(without_secrets(results.to_pylist()), schema=results.schema)
-        return _log_summary(settings, mode, sweep, context, fits, results, figures, directory)
+        return _log_summary(settings, mode, sweep, context, fits, results, figures, directory, colours)
     except Exception as error:
         warn(f"the summary of {sweep}: {one_line(error)}; the run directory has all of it")
         return Logged(mode, None, False)
@@ -89,6 +105,7 @@ def _log_summary(
     results: pa.Table,
     figures: Mapping[str, bytes],
     directory: str,
+    colours: Mapping[str, str],
 ) -> Logged:
     coefficients = list(_coefficients(fits))
     marks = {
@@ -109,7 +126,7 @@ def _log_summary(
     # Each part on its own: what one of them meets does not keep the others back.
     parts: dict[str, Callable[[], Any]] = {
         "figures": lambda: run.log(shown) if shown else None,
-        "tables": lambda: run.log(_tables(coefficients, results)),
+        "tables": lambda: run.log(_tables(fits, coefficients, results)),
         "coefficients": lambda: run.summary.update(_flat(fits, coefficients) | marks),
         "artifact": lambda: run.log_artifact(_artifact(sweep, fits, results, figures)),
     }
@@ -134,15 +151,19 @@ def _log_summary(
     if mode != "online":
         return Logged(mode, None, not failed)
     # Panels are a help for readers: a server or a machine that cannot make them will not do so the next time either.
-    view = save_workspace(run.entity, settings.project, sweep, list(shown))
+    runs = {run_id(row["cell_id"], sweep): row["architecture"] for row in results.to_pylist()} if colours else {}
+    arms = Arms(colours, {run: name for run, name in runs.items() if name in colours})
+    view = save_workspace(run.entity, settings.project, sweep, list(shown), arms)
     url = group_url(run.entity, settings.project, sweep) + (f" and, as panels, {view}" if view else "")
     return Logged(mode, url, not failed)
 
 
-def _tables(coefficients: Sequence[Coefficient], results: pa.Table) -> dict[str, Any]:
+def _tables(fits: Mapping[str, Any], coefficients: Sequence[Coefficient], results: pa.Table) -> dict[str, Any]:
     wandb = import_wandb()
     rows = [list(row.values()) for row in results.to_pylist()]
-    return {
+    compared = list(_compared(fits))
+    tables = {"comparison": wandb.Table(columns=list(Compared._fields), data=[list(c) for c in compared])}
+    return (tables if compared else {}) | {
         "coefficients": wandb.Table(columns=list(Coefficient._fields), data=[list(c) for c in coefficients]),
         "results": wandb.Table(columns=results.column_names, data=rows, allow_mixed_types=True),
     }
@@ -192,6 +213,17 @@ def _artifact(sweep: str, fits: Mapping[str, Any], results: pa.Table, figures: M
             with artifact.new_file(f"figures/{name}", mode="wb") as file:
                 file.write(content)
     return artifact
+
+
+def _compared(fits: Mapping[str, Any]) -> Iterator[Compared]:
+    """The comparison of architectures at equal N and L0."""
+    for entry in fits.get("comparison", []):
+        of = ", ".join(map(str, entry["of"].values()))
+        for point in entry["equal_l0"]:
+            for name, found in point["nmse"].items():
+                yield Compared(
+                    of, point["n_latents"], point["k"], name, found["value"], found["low"], found["high"], found["l0"]
+                )
 
 
 def _named(fits: Mapping[str, Any]) -> Iterator[tuple[str, Mapping[str, Any]]]:

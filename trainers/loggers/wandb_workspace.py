@@ -4,8 +4,8 @@ Made with wandb-workspaces, an optional package: without it a sweep is logged al
 """
 
 import hashlib
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
 
 from saescale.storage.columns import COLUMNS, columns_of
 from saescale.trainers.loggers.wandb_client import import_wandb, one_line, server, warn
@@ -13,10 +13,21 @@ from saescale.trainers.loggers.wandb_client import import_wandb, one_line, serve
 _MOST_RUNS = 200  # lines in one panel; W&B's own default of 10 would hide most of a grid
 
 
-def save_workspace(entity: str, project: str, sweep: str, figures: Sequence[str]) -> str | None:
+class Arms(NamedTuple):
+    """The architectures of a sweep: `colours` (#rrggbb) in the order of its figures, and the `runs` (ids) of each."""
+
+    colours: Mapping[str, str]
+    runs: Mapping[str, str]
+
+
+_NO_ARMS = Arms({}, {})
+
+
+def save_workspace(entity: str, project: str, sweep: str, figures: Sequence[str], arms: Arms = _NO_ARMS) -> str | None:
     """Makes the view of `sweep` where it is not there yet, and returns its address.
 
-    figures: keys of figures of the summary run. A view that is there stays as it is: its readers may have arranged it.
+    figures: keys of figures of the summary run. arms: what its cells are coloured by, where it has several
+    architectures. A view that is there stays as it is: its readers may have arranged it.
     None, with a warning that says what to do, where wandb-workspaces is not installed or the server refuses. Raises
     nothing.
     """
@@ -31,7 +42,7 @@ def save_workspace(entity: str, project: str, sweep: str, figures: Sequence[str]
         name = hashlib.sha256(f"{project}/{sweep}".encode()).hexdigest()[:11]
         url = f"{server().app_url}/{entity}/{project}?nw={name}"
         if not _exists(ws, url):
-            workspace = describe_workspace(ws, entity, project, sweep, figures)
+            workspace = describe_workspace(ws, entity, project, sweep, figures, arms)
             workspace._internal_name = f"nw-{name}-v"
             workspace.save()
         return url
@@ -40,10 +51,13 @@ def save_workspace(entity: str, project: str, sweep: str, figures: Sequence[str]
         return None
 
 
-def describe_workspace(ws: Any, entity: str, project: str, sweep: str, figures: Sequence[str]) -> Any:
+def describe_workspace(
+    ws: Any, entity: str, project: str, sweep: str, figures: Sequence[str], arms: Arms = _NO_ARMS
+) -> Any:
     """The view as wandb-workspaces' `Workspace`: nmse on logarithmic axes, latents, throughput, and the laws.
 
-    ws: the module wandb_workspaces.workspaces.
+    ws: the module wandb_workspaces.workspaces. Of several architectures each run has the colour that its architecture
+    has in every figure, and so has its group. Panels that W&B sorts, it sorts by name.
     """
     from wandb_workspaces.reports.v2 import LinePlot, MediaBrowser
 
@@ -70,6 +84,10 @@ def describe_workspace(ws: Any, entity: str, project: str, sweep: str, figures: 
     if figures:
         panels = [MediaBrowser(title=key.removeprefix("figures/"), media_keys=[key], num_columns=1) for key in figures]
         sections.insert(0, ws.Section(name="Laws", panels=panels, is_open=True))
+    first = ("architecture",) if arms.colours else ()
+    # Groups have colours since wandb-workspaces 0.4.6 or so; before that the first run's.
+    known = "group_colors" in getattr(ws.RunsetSettings, "__dataclass_fields__", {})
+    of_groups = {"group_colors": dict(arms.colours)} if arms.colours and known else {}
     return ws.Workspace(
         entity=entity,
         project=project,
@@ -78,8 +96,10 @@ def describe_workspace(ws: Any, entity: str, project: str, sweep: str, figures: 
         settings=ws.WorkspaceSettings(x_axis="tokens", max_runs=_MOST_RUNS),
         runset_settings=ws.RunsetSettings(
             filters=ws.And(ws.Metric("Group") == sweep),
-            groupby=[ws.Config("k"), ws.Config("n_latents")],
-            order=[ws.Ordering(ws.Config("n_latents"))],
+            groupby=[ws.Config(name) for name in (*first, "k", "n_latents")],
+            order=[ws.Ordering(ws.Config(name)) for name in (*first, "n_latents")],
+            run_settings={run: ws.RunSettings(color=arms.colours[name]) for run, name in arms.runs.items()},
+            **of_groups,
         ),
     )
 

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from typing import Any
 
+from saescale.scaling.comparison.compare import side_by_side
 from saescale.scaling.laws.fit import fit_laws
 from saescale.scaling.laws.settings import DEFAULT_LAWS, FitSettings
 from saescale.scaling.sources import load_sources
@@ -24,6 +25,6 @@ def fit(
     unknown law, and for values that no law can take.
     """
     conditions = [parse_condition(text) for text in ([where] if isinstance(where, str) else where)]
-    return fit_laws(
-        *load_sources(sources, where=conditions), FitSettings(bootstraps, seed=seed, laws=tuple(laws))
-    ).document()
+    results, curves = load_sources(sources, where=conditions)
+    fitted = fit_laws(results, curves, FitSettings(bootstraps, seed=seed, laws=tuple(laws)))
+    return fitted.document() | side_by_side(fitted, curves).document()

@@ -1,0 +1,129 @@
+"""A comparison in sentences: what stands on top of a report and below the table of `saescale fit`."""
+
+from collections.abc import Iterable, Sequence
+
+from saescale.scaling.comparison.compare import Comparison
+from saescale.scaling.comparison.hierarchy import ONE_TRAINING
+from saescale.scaling.comparison.scatter import Interval
+from saescale.scaling.kinds import kind_label
+from saescale.scaling.order import BASELINES
+from saescale.scaling.tables import number
+from saescale.scaling.words import listed
+
+
+def outcome(comparison: Comparison) -> list[str]:
+    """Who leads, in which order the others follow, and which do not beat a baseline: plain text, a sentence each."""
+    where = kind_label(comparison.arms.of)
+    said = [*_leader(comparison), *_ordered(comparison), *_baselines(comparison)]
+    return [f"{where}: {sentence}" if where else sentence for sentence in said]
+
+
+def limits(comparison: Comparison) -> list[str]:
+    """What limits a comparison: cells that are in none, scatter that is not known."""
+    said = []
+    if comparison.places.left_out:
+        said.append(
+            "not compared at equal L0, since their own is more than 5 % beyond what was measured: "
+            + listed(comparison.places.left_out)
+        )
+    if not comparison.scatter.sd:
+        said.append(f"differences between architectures have no intervals: {comparison.scatter.how}; repeat seeds")
+    elif comparison.scatter.of_surface:
+        said.append("differences between architectures have rough intervals: " + comparison.scatter.how)
+    where = kind_label(comparison.arms.of)
+    return [f"{where}: {text}" if where else text for text in said]
+
+
+def _leader(comparison: Comparison) -> list[str]:
+    """At the largest N and the middle of its L0."""
+    found = comparison.leaders()
+    if not found:
+        return []
+    largest = max(entry["n_latents"] for entry in found)
+    own = [entry for entry in found if entry["n_latents"] == largest]
+    entry = own[len(own) // 2]
+    leader, near = entry["leader"], entry["not_told_apart"]
+    sentence = (
+        f"At N = {largest:,.0f} and L0 = {entry['k']:g} {leader} leads of {len(entry['nmse'])} architectures, with "
+        f"nmse {between(entry['nmse'][leader], 4)}"
+    )
+    if near:
+        sentence += f"; {_all(near)} {'is' if len(near) == 1 else 'are'} not told apart from it"
+    leads = [e["leader"] for e in found]
+    if len(found) > 1:
+        sentence += f". It leads at {leads.count(leader)} of the {len(found)} pairs of N and L0"
+    return [sentence + "."]
+
+
+def _ordered(comparison: Comparison) -> list[str]:
+    words = comparison.order.words
+    if not words:
+        return []
+    signs = ["~ where two neighbours are not told apart"] * (" ~ " in words)
+    signs += ["by their values alone, without intervals"] * ("," in words)
+    meaning = f" ({'; '.join(signs)})" if signs else ""
+    return [f"In order of nmse at equal N and L0, the lowest first{meaning}: {words}."]
+
+
+def _baselines(comparison: Comparison) -> list[str]:
+    there = [name for name in comparison.arms.architectures if name in BASELINES]
+    trained = [name for name in comparison.arms.architectures if name not in BASELINES]
+    if not there or not trained:
+        return []
+    if not comparison.unbeaten:
+        return [f"Every trained architecture beats {_all(there)} at every N and L0 that they share."]
+    cases: dict[tuple[str, str], list[str]] = {}
+    for u in comparison.unbeaten:
+        place = f"N = {number(u.n_latents)}, L0 = {u.k:g} ({100 * u.difference.less_one.value:+.1f} %)"
+        cases.setdefault((u.architecture, u.baseline), []).append(place)
+    said = (f"{name} than {baseline} at {listed(places, ', ', 3)}" for (name, baseline), places in cases.items())
+    return [f"Not better than a baseline: {listed(said)}."]
+
+
+def ratios(comparison: Comparison) -> list[str]:
+    """Compute for equal nmse, for each architecture that gets there at some k, at the k in the middle."""
+    ks = sorted({r.k for r in comparison.ratios})
+    if not ks:
+        return []
+    k = ks[len(ks) // 2]
+    own = [r for r in comparison.ratios if r.k == k and r.median is not None and r.architecture not in BASELINES]
+    if not own:
+        return []
+    cases = (f"{r.architecture} {between(r.median, 2)}" for r in own if r.median is not None)
+    return [
+        f"For equal nmse at k = {k:g}, as multiples of the compute of {comparison.reference}: "
+        f"{listed(cases, ', ', 12)}."
+    ]
+
+
+def hierarchy(comparison: Comparison) -> list[str]:
+    """How far the levels of one training lie above cells trained for each k."""
+    gaps = comparison.gaps
+    if gaps is None:
+        return []
+    worst = max(gaps.gaps, key=lambda gap: gap.gap.value)
+    text = (
+        f"The levels of {ONE_TRAINING} lie up to {100 * worst.gap.value:.1f} % above topk cells of the same N and k "
+        f"(N = {number(worst.n_latents)}, k = {worst.k:g})"
+    )
+    if gaps.at_mid is not None and gaps.slope is not None:
+        text += (
+            f"; by a power of k {between(gaps.at_mid.scaled(100), 1)} % at k = {gaps.k_mid:.3g}, with exponent "
+            f"{between(gaps.slope, 3)}"
+        )
+    return [text + "."]
+
+
+def between(found: Interval, digits: int) -> str:
+    """ "0.30 [0.29, 0.31]", without brackets where there is no interval."""
+    text = f"{found.value:.{digits}f}"
+    if found.low is None and found.high is None:
+        return text
+    low, high = ("open" if end is None else f"{end:.{digits}f}" for end in (found.low, found.high))
+    return f"{text} [{low}, {high}]"
+
+
+def _all(names: Sequence[str] | Iterable[str]) -> str:
+    """ "a, b and c"."""
+    everything = list(names)
+    return " and ".join(filter(None, [", ".join(everything[:-1]), everything[-1]]))
