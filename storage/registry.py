@@ -122,7 +122,7 @@ class Room(NamedTuple):
 
     def _files(self) -> dict[str, Path]:
         # The product's own last: a user's file never takes the place of one of them.
-        found = {}
+        found: dict[str, Path] = {}
         for folder in (*self._own_folders(), None, self._folder()):
             if folder is None:
                 found |= {stem: path for (package, stem), path in _GIVEN.items() if package == self.package}

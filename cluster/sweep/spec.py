@@ -162,7 +162,7 @@ class Grid(_OldNames):
         """All combinations as they are asked for, with what their training has otherwise than the sweep's."""
         lists = (self.n_latents, self.k, self.architecture, self.seed)
         for chosen in itertools.product(*map(several, lists)):
-            yield Combination(*chosen), {}
+            yield Combination._make(chosen), {}
         for cell in self.cells:
             for seed in several(cell.seed):
                 yield Combination(cell.n_latents, cell.k, cell.architecture, seed), cell.train

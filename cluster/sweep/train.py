@@ -4,6 +4,7 @@ import itertools
 import json
 import math
 from collections.abc import Collection, Mapping
+from functools import partial
 from typing import Annotated, Any, Literal, NamedTuple, Self
 
 from pydantic import Field, ValidationError, model_validator
@@ -110,7 +111,7 @@ class Train(Section):
         chosen = [own for own in chosen if own.get("k_aux") != 0 or own.get("auxk_coefficient") == first]
         default = defaults(architecture)
         texts = [_text({name: value for name, value in own.items() if value != default[name]}) for own in chosen]
-        return [Way(*each, own) for each in itertools.product(*map(singles, self._numbers())) for own in texts]
+        return [Way._make((*each, own)) for each in itertools.product(*map(singles, self._numbers())) for own in texts]
 
     def _numbers(self) -> tuple[Any, ...]:
         """The fields of Way that all architectures have."""
@@ -126,14 +127,14 @@ class Train(Section):
 
     def check_laws(self, sizes: Collection[int]) -> None:
         """Raises ValueError where a law gives no number that can be written down at one of the `sizes`."""
-        batches = several(self.batch_tokens)
-        for name, values, at in (
-            ("tokens", itertools.product(singles(self.tokens), batches), _tokens_at),
-            ("lr", ((rate,) for rate in singles(self.lr)), _rate_at),
-        ):
-            for value, n_latents in itertools.product(values, sizes):
+        tokens = [
+            partial(_tokens_at, *each) for each in itertools.product(singles(self.tokens), several(self.batch_tokens))
+        ]
+        rates = [partial(_rate_at, rate) for rate in singles(self.lr)]
+        for name, laws in (("tokens", tokens), ("lr", rates)):
+            for law, n_latents in itertools.product(laws, sizes):
                 try:
-                    found = at(*value, n_latents)
+                    found = float(law(n_latents))
                 except (OverflowError, ValueError):
                     found = math.inf
                 if not 0 < found <= LARGEST:

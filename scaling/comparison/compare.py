@@ -127,7 +127,7 @@ class SideBySide:
 
     def document(self) -> dict[str, Any]:
         """The keys "comparison" and "depth" of fits.json, each where there is something to compare."""
-        parts = {"comparison": self.comparisons, "depth": self.depth}
+        parts: dict[str, tuple[Comparison | AtDepth, ...]] = {"comparison": self.comparisons, "depth": self.depth}
         return {name: [entry.document() for entry in entries] for name, entries in parts.items() if entries}
 
 

@@ -14,9 +14,10 @@ def bar(found: Interval, y: float, level: float | str, text: str, across: bool =
     value, place = np.array([found.value]), np.array([y])
     low, high = (np.array([np.nan if end is None else end]) for end in (found.low, found.high))
     # Without an interval there is no bar; with one that is open at one end, a bar that leaves the axes there.
-    ends = (low, high) if found.low is not None or found.high is not None else (None, None)
+    there = found.low is not None or found.high is not None
     x, y_ = (value, place) if across else (place, value)
-    return Points(x, y_, level, [text.replace("-", "−")], *ends, across=across)
+    texts = [text.replace("-", "−")]
+    return Points(x, y_, level, texts, low if there else None, high if there else None, across=across)
 
 
 def ends_text(found: Interval, form: str) -> str:

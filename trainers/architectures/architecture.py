@@ -7,7 +7,7 @@ is the same for all of them. What a file must give is the dense reference, from 
 """
 
 from collections.abc import Mapping
-from typing import Any, ClassVar, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field
@@ -57,8 +57,6 @@ class Settings(BaseModel):
 
 class PenaltySettings(Settings):
     """Of an architecture whose number of active latents follows from the weight of a penalty."""
-
-    start: ClassVar[float] = 5e-2  # where the search for the coefficient begins
 
     # None: found while it trains, so that k latents are active on average (trainers/training/controller.py).
     coefficient: float | None = Field(default=None, gt=0)

@@ -36,9 +36,7 @@ class JumpReLUStep(PairwiseStep):
         theta, active = params["threshold"].relu(), latents.z > 0
         near = ((selected.z - at(theta, selected)).abs() < width / 2) & (selected.indices >= 0)
 
-        share = conditions.coefficient / settings.k
-        off = share * active.sum() / len(target) - 1
-        by_l0 = 2 * settings.l0_weight * off * share / len(target)
+        by_l0 = conditions.coefficient / settings.k / len(target)
         by_theta = by_latent(G * near, selected, n_latents) * theta
         by_theta = -(by_theta + by_l0 * by_latent(near.to(G.dtype), selected, n_latents)) / width
         dz = G * active
@@ -47,4 +45,4 @@ class JumpReLUStep(PairwiseStep):
             "threshold": by_theta * (params["threshold"] > 0),
         }
         term = Term(latents, dz, scale)
-        return Loss(squared, {"penalty": off.square()}, error, term, term, vectors)
+        return Loss(squared, {"l0": active.sum() / len(target) / settings.k}, error, term, term, vectors)

@@ -21,10 +21,11 @@ from typing import NamedTuple
 
 from saescale.trainers.architectures.architecture import PenaltySettings, Settings
 
+START = 5e-2
 FOUND_AT = 0.9  # share of training in which it is found
 RAMP = 0.2
 MEASURED_EVERY = 8  # steps between two measurements with averaged weights, from the end of the ramp on
-# A coefficient below the floor, times a start, changes nothing that can be seen: a penalty that got there is off.
+# A coefficient below the floor, times the start, changes nothing that can be seen: a penalty that got there is off.
 FLOOR, CEILING = 1e-3, 1e2
 _REACH = 12.0  # how far its logarithm moves in that part by the sum, where L0 is e times too high all the time
 _DAMPING = 0.15  # share of what is off now
@@ -51,8 +52,9 @@ class _State(NamedTuple):
 
 def is_off(settings: Settings, coefficient: float | None) -> bool:
     """Whether the coefficient that was found is that of a penalty which is off: L0 is below k without one."""
-    found = isinstance(settings, PenaltySettings) and settings.coefficient is None and coefficient is not None
-    return found and coefficient < 1.5 * FLOOR * settings.start
+    if not isinstance(settings, PenaltySettings) or settings.coefficient is not None or coefficient is None:
+        return False
+    return coefficient < 1.5 * FLOOR * START
 
 
 class Controller:
@@ -61,9 +63,9 @@ class Controller:
     def __init__(self, settings: Settings, steps: int, ema: float) -> None:
         self._k, self._ema = settings.k, ema
         self._until = max(1, math.ceil(FOUND_AT * steps))
-        given, start = (settings.coefficient, settings.start) if isinstance(settings, PenaltySettings) else (0.0, 1.0)
-        self._bounds = (math.log(start * FLOOR), math.log(start * CEILING))
-        self.state = _State(False, given) if given is not None else _State(True, start, math.log(start))
+        given = settings.coefficient if isinstance(settings, PenaltySettings) else 0.0
+        self._bounds = (math.log(START * FLOOR), math.log(START * CEILING))
+        self.state = _State(False, given) if given is not None else _State(True, START, math.log(START))
 
     @property
     def coefficient(self) -> float:
