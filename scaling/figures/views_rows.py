@@ -66,9 +66,8 @@ def compute_ratios(comparison: Comparison) -> View | None:
         if (found := ratios.median) is None:
             continue
         y = rows[ratios.architecture] + _aside(ks.index(ratios.k), len(ks))
-        both = sum(level.reached == "both" for level in ratios.levels)
         text = (f"{ratios.architecture}, k = {ratios.k:g}<br>{found.value:.2f} times the compute of {ratios.reference}"
-                f"{ends_text(found, '.2f')}<br>median over {both} of {len(ratios.levels)} levels of nmse")  # fmt: skip
+                f"{ends_text(found, '.2f')}<br>median over {len(ratios.levels)} levels of nmse")  # fmt: skip
         layers.append(bar(found, y, ratios.k, text))
         ends = [end for end in (found.low, found.high) if end is not None]
         seen += [found.value, *(min(max(end, found.value / 3), found.value * 3) for end in ends)]
@@ -83,7 +82,7 @@ def compute_ratios(comparison: Comparison) -> View | None:
         file_name("compute_ratio", comparison), f"Compute for equal nmse, against {comparison.reference}",
         f"How many times the training compute of {comparison.reference} each architecture takes to reach the same "
         "nmse: the median over five levels, from what the smallest N of the reference ends with to the lowest that it "
-        "reaches, as far as both reach them. Left of 1 an architecture is cheaper.",
+        "reaches, of which one that is never reached counts as more than any ratio. Left of 1 an architecture is cheaper.",
         f"Points: one for each k. {interval_key(comparison)}",
         log_axis(f"Compute over that of {comparison.reference}", np.array([low, high * (high / low) ** 0.25])), axis,
         tuple(ks), tuple(layers), ramp="k",
@@ -160,7 +159,7 @@ def _aside(i: int, of: int) -> float:
 
 def _why(missing: Sequence[Ratios]) -> str:
     """Why there is no ratio at all."""
-    reached = {level.reached for ratios in missing for level in ratios.levels}
+    reached = {ratios.reached for ratios in missing}
     if reached == {"never"}:
         return "does not get there"
     return "is there before its curves begin" if reached == {"sooner"} else "not told"

@@ -9,7 +9,7 @@ law exact gradients and the same well-conditioned fit (see estimate.py). A new l
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, reduce
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -200,13 +200,14 @@ def log_sum(
     raw: np.ndarray, design: np.ndarray, term_of: np.ndarray, join: float = 1.0
 ) -> tuple[np.ndarray, np.ndarray]:
     """(ln L [..., points], d ln L / d raw [..., points, coefficients]) of L = (sum of terms^join)^(1/join)."""
-    logs = np.stack([raw[..., term_of == j] @ design[:, term_of == j].T for j in range(int(term_of[-1]) + 1)], axis=-1)
-    logs *= join
-    top = logs.max(axis=-1)
-    shares = np.exp(logs - top[..., None])
-    total = shares.sum(axis=-1)
-    shares /= total[..., None]
-    return (top + np.log(total)) / join, shares[..., term_of] * design
+    # Term by term: numpy reduces over an axis of two or three far more slowly.
+    terms = [term_of == j for j in range(int(term_of[-1]) + 1)]
+    logs = [join * (raw[..., own] @ design[:, own].T) for own in terms]
+    top = reduce(np.maximum, logs)
+    shares = [np.exp(own - top) for own in logs]
+    total = reduce(np.add, shares)
+    slopes = np.stack([own / total for own in shares], axis=-1)
+    return (top + np.log(total)) / join, slopes[..., term_of] * design
 
 
 # --- laws by their names
