@@ -147,10 +147,14 @@ def _raised(value: float, drawn: np.ndarray) -> Interval | None:
     if not len(drawn):
         return Interval(float(np.exp(value)), None, None)
     # What a draw does not reach lies beyond all that it does.
-    wide = 1e3
-    found = interval(value, np.clip(np.nan_to_num(drawn, nan=value, posinf=wide, neginf=-wide), -wide, wide))
-    low, high = (None if end is None or abs(end) > wide / 2 else float(np.exp(end)) for end in (found.low, found.high))
-    return Interval(float(np.exp(value)), low, high)
+    drawn = np.where(np.isnan(drawn), value, drawn)
+    low, high = np.percentile(drawn, (2.5, 97.5), method="nearest")
+    if np.isfinite([low, high]).all():
+        return interval(value, drawn[np.isfinite(drawn)]).exp
+    # Where some never get there the ratio may be anything above: no draws on the other side mirror that.
+    ends = min(float(low), value), max(float(high), value)
+    low_end, high_end = (float(np.exp(end)) if np.isfinite(end) else None for end in ends)
+    return Interval(float(np.exp(value)), low_end, high_end)
 
 
 def _log_ratio(own: Envelope, base: Envelope, level: float, shifts: np.ndarray) -> np.ndarray:

@@ -2,6 +2,8 @@
 
 from collections.abc import Iterable, Sequence
 
+import numpy as np
+
 from saescale.scaling.comparison.compare import Comparison
 from saescale.scaling.comparison.hierarchy import ONE_TRAINING
 from saescale.scaling.comparison.scatter import Interval
@@ -30,8 +32,30 @@ def limits(comparison: Comparison) -> list[str]:
         said.append(f"differences between architectures have no intervals: {comparison.scatter.how}; repeat seeds")
     elif comparison.scatter.of_surface:
         said.append("differences between architectures have rough intervals: " + comparison.scatter.how)
+    said += _budgets(comparison)
     where = kind_label(comparison.arms.of)
     return [f"{where}: {text}" if where else text for text in said]
+
+
+def _budgets(comparison: Comparison) -> list[str]:
+    """Where architectures are compared that were trained on other numbers of tokens."""
+    arms = comparison.arms
+    if "tokens" not in arms.table:
+        return []
+    tokens = np.array([arms.table["tokens"][rows].mean() for rows in arms.rows])
+    differing: dict[str, None] = {}
+    for n, k in zip(arms.n_latents.tolist(), arms.k.tolist(), strict=True):
+        own = np.flatnonzero((arms.n_latents == n) & (arms.k == k) & np.isfinite(tokens))
+        # Rounded to batches, some are a little off.
+        if len(own) > 1 and tokens[own].max() > 1.01 * tokens[own].min():
+            least, most = own[np.argmin(tokens[own])], own[np.argmax(tokens[own])]
+            cases = (f"{arms.architecture[i]} on {number(tokens[i])}" for i in (least, most))
+            differing[f"N = {number(n)}, k = {number(k)}: {' and '.join(cases)}"] = None
+    if not differing:
+        return []
+    return [
+        f"architectures were not trained on equally many tokens, which is in their differences ({listed(differing)})"
+    ]
 
 
 def _leader(comparison: Comparison) -> list[str]:

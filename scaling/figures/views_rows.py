@@ -39,7 +39,8 @@ def order(comparison: Comparison) -> View | None:
             f"{name}<br>{above.value:+.1f} % above {best}{ends_text(above, '.1f')}<br>over {points} pairs of N and L0"
         )
         if above.value > widest:
-            layers.append(Label(widest, rows[name], f"{above.value:+.0f} % \u2192", name, beside=True))
+            # Well inside of the axes: a narrow page would cut it off at their end.
+            layers.append(Label(0.6 * widest, rows[name], f"{above.value:+.0f} % \u2192", name, beside=True))
             continue
         layers.append(bar(above, rows[name], name, text))
         seen += [above.value, *(end for end in (above.low, above.high) if end is not None)]
@@ -82,7 +83,7 @@ def compute_ratios(comparison: Comparison) -> View | None:
         file_name("compute_ratio", comparison), f"Compute for equal nmse, against {comparison.reference}",
         f"How many times the training compute of {comparison.reference} each architecture takes to reach the same "
         "nmse: the median over five levels, from what the smallest N of the reference ends with to the lowest that it "
-        "reaches, of which one that is never reached counts as more than any ratio. Left of 1 an architecture is cheaper.",
+        "reaches; one that is never reached counts as more than any ratio. Left of 1 an architecture is cheaper.",
         f"Points: one for each k. {interval_key(comparison)}",
         log_axis(f"Compute over that of {comparison.reference}", np.array([low, high * (high / low) ** 0.25])), axis,
         tuple(ks), tuple(layers), ramp="k",

@@ -79,6 +79,14 @@ def test_sentences_say_who_leads_and_what_limits_it() -> None:
     ].startswith("Worse than a baseline: switch than pca at N = 512, L0 = 8 (+3")
 
 
+def test_unequal_budgets_are_said() -> None:
+    rows = known_arms(THREE, sizes=(512, 1024), ks=(16,))
+    assert not any("tokens" in text for text in limits(compared(rows)))
+    longer = [r | {"tokens": 2 * r["tokens"]} if r["architecture"] == "relu" else r for r in rows]
+    (said,) = (text for text in limits(compared(longer)) if "tokens" in text)
+    assert "N = 512, k = 16: topk on 4e+06 and relu on 8e+06" in said
+
+
 @pytest.mark.parametrize("seed", range(25))
 def test_whatever_cells_there_are(seed: int) -> None:
     """Some cells of a sweep, a few of them odd: everything is made of them, in numbers that JSON has."""
