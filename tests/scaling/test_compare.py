@@ -84,7 +84,7 @@ def test_unequal_budgets_are_said() -> None:
     assert not any("tokens" in text for text in limits(compared(rows)))
     longer = [r | {"tokens": 2 * r["tokens"]} if r["architecture"] == "relu" else r for r in rows]
     (said,) = (text for text in limits(compared(longer)) if "tokens" in text)
-    assert "N = 512, k = 16: topk on 4e+06 and relu on 8e+06" in said
+    assert "N = 512, k = 16: topk on 4000000 and relu on 8000000" in said
 
 
 @pytest.mark.parametrize("seed", range(25))
