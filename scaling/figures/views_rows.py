@@ -9,7 +9,7 @@ from saescale.scaling.comparison.compare import Comparison
 from saescale.scaling.comparison.equal_nmse import Ratios
 from saescale.scaling.figures.axes import count_axis, linear_axis, log_axis
 from saescale.scaling.figures.bars import bar, ends_text, file_name, interval_key
-from saescale.scaling.figures.views import Axis, Label, Layer, Line, Points, Rule, View
+from saescale.scaling.figures.views import Axis, Label, Layer, Line, Points, Rule, View, shortened
 from saescale.scaling.figures.views_cells import DEAD_LABEL
 from saescale.scaling.words import listed
 from saescale.storage.columns import COLUMNS
@@ -149,7 +149,7 @@ def hierarchy(comparison: Comparison) -> View | None:
 def _rows(names: Sequence[str]) -> tuple[Axis, dict[str, float]]:
     """An axis with a row for each name, the first on top, and where each is."""
     places = {name: float(len(names) - 1 - i) for i, name in enumerate(names)}
-    ticks = tuple((place, name) for name, place in reversed(places.items()))
+    ticks = tuple((place, shortened(name)) for name, place in reversed(places.items()))
     return Axis("", "linear", -0.6, len(names) - 0.4, ticks), places
 
 
