@@ -10,6 +10,7 @@ from saescale.scaling.comparison.equal_nmse import Ratio, Ratios, Reached
 from saescale.scaling.comparison.scatter import Interval
 from saescale.scaling.comparison.sentences import between, hierarchy, outcome, ratios
 from saescale.scaling.figures.figures import MOST_COMPARISONS
+from saescale.scaling.figures.views import shortened
 from saescale.scaling.kinds import kind_label
 from saescale.scaling.report.text import TextTable, typeset
 from saescale.scaling.tables import number
@@ -90,7 +91,7 @@ def overall_table(comparison: Comparison, one_k: bool = False) -> TextTable:
         f"architecture leads; compute for equal nmse as multiples of that of {comparison.reference}; the largest share "
         "of dead latents; and how far the measured L0 is off k at most."
     )
-    header = ("architecture", f"% above {best}", "95 % interval", "leads", *compute, "dead", "L0")
+    header = ("architecture", f"% above {shortened(best)}", "95 % interval", "leads", *compute, "dead", "L0")
     return TextTable("Architectures at equal N and L0", note, header, rows)
 
 
