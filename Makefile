@@ -29,7 +29,7 @@ test-all: install
 	$(BIN)/python -m pytest $(PARALLEL) $(ARGS)
 
 bench: install
-	for name in $(or $(BENCH),step auxk pack quality stream growth overhead); do $(BIN)/python -m tests.benchmarks.bench_$$name $(ARGS) || exit; done
+	for name in $(or $(BENCH),step architectures auxk pack quality stream growth overhead); do $(BIN)/python -m tests.benchmarks.bench_$$name $(ARGS) || exit; done
 
 soak: install
 	$(BIN)/python -m tests.benchmarks.soak $(ARGS)

@@ -83,6 +83,9 @@ _COLUMNS = (
            decimals=5),
     Column("train_nmse", _REAL, _CURVES, "Training nmse", unit="nmse"),
     Column("l0", _REAL, _BOTH, "Active latents (L0)", "L0", "l0", "latents", listed=True, decimals=2, panel="Latents"),
+    Column("l0_error", _REAL, _RESULTS, "L0 off its target: (L0 - k) / k", "L0 error", "l0_error", "share of k",
+           listed=True, decimals=3),
+    Column("levels", _TEXT, _RESULTS, "nmse and L0 at each k that one training serves, as JSON"),
     Column("dead_fraction", _REAL, _BOTH, "Dead latents", "dead", "dead", "fraction", listed=True, panel="Latents"),
     Column("dead_fraction_long", _REAL, _BOTH, "Dead latents, long window", unit="fraction", panel="Latents"),
     Column("lr", _REAL, _BOTH, "Learning rate", "lr", "lr", role="spec", listed=True, panel="Throughput"),
@@ -113,6 +116,11 @@ def columns_of(table: TableName) -> tuple[Column, ...]:
 def is_diverged(nmse: float | None) -> bool:
     """Whether a cell with that held-out nmse reconstructs worse than the mean alone, or not at all."""
     return nmse is not None and not nmse <= 1
+
+
+def misses_k(l0_error: float | None) -> bool:
+    """Whether a cell, of which k is the target of its mean L0, ended more than 10 % off it; None: k is exact."""
+    return l0_error is not None and not abs(l0_error) <= 0.1
 
 
 def _schema(table: TableName) -> pa.Schema:

@@ -93,7 +93,7 @@ def cells_lines(cells: Iterable[CellStatus]) -> Iterator[str]:
     """Every cell, a line each. Plain text: a table of rich takes seconds for thousands of rows."""
     rows: list[tuple[str, ...]] = [("cell", "architecture", "status", "step", "nmse", "dead", "seconds", "")]
     rows += [
-        (cell.cell_id, cell.architecture or "", "diverged" if cell.diverged else cell.status, _steps(cell),
+        (cell.cell_id, cell.architecture or "", _word(cell), _steps(cell),
          *map(_number, (cell.nmse, cell.dead_fraction, cell.wall_s)), cell.error or "")
         for cell in cells
     ]  # fmt: skip
@@ -102,6 +102,11 @@ def cells_lines(cells: Iterable[CellStatus]) -> Iterator[str]:
         texts = enumerate(zip(row, widths, strict=True))
         aligned = (text.rjust(width) if 2 < i < 7 else text.ljust(width) for i, (text, width) in texts)
         yield "  ".join(aligned).rstrip()
+
+
+def _word(cell: CellStatus) -> str:
+    """Its status, and where it is done what to hold against it."""
+    return "diverged" if cell.diverged else "missed k" if cell.missed_k else cell.status
 
 
 def jobs_table(jobs: Iterable[JobStatus], now: float) -> Table:
@@ -137,8 +142,9 @@ def _bar(status: SweepStatus, width: int) -> RenderableType:
 
 def _counted(status: SweepStatus) -> list[str]:
     counts = status.counts
-    diverged = f" ({counts.diverged:,} of them diverged)" if counts.diverged else ""
-    said = [f"{counts.done:,} of {counts.cells:,} cells done{diverged}"]
+    of_them = [f"{count:,} of them {what}" for count, what in (
+        (counts.diverged, "diverged"), (counts.missed_k, "missed k")) if count]  # fmt: skip
+    said = [f"{counts.done:,} of {counts.cells:,} cells done" + (f" ({', '.join(of_them)})" if of_them else "")]
     said += [
         f"{count:,} {name}"
         for name, count in (

@@ -5,9 +5,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from saescale.cluster.sweep.spec import SweepSpec
-from saescale.storage.columns import is_diverged
+from saescale.scaling.words import listed
+from saescale.storage.columns import is_diverged, misses_k
 from saescale.storage.errors import SaescaleError
-from saescale.trainers.cell import auto_k_aux, traits_of
+from saescale.trainers.cell import Cell, auto_k_aux, traits_of
 
 
 def cautions(spec: SweepSpec, d_model: int | None) -> list[str]:
@@ -56,6 +57,23 @@ def diverged(results: Sequence[Mapping[str, Any]]) -> list[str]:
     return [
         f"{len(bad)} of {len(results)} cells ended with nmse above 1, worse than the mean alone ({named}{more}): they "
         "diverged, and fits leave them out; try a smaller train.lr"
+    ]
+
+
+def missed(cells: Iterable[Cell], results: Sequence[Mapping[str, Any]]) -> list[str]:
+    """What to say of cells that ended far from their k, of which it is a target."""
+    from saescale.trainers.training.controller import is_off
+
+    settings = {cell.cell_id: cell.whole_settings for cell in cells}
+    bad = [result for result in results if misses_k(result.get("l0_error"))]
+    if not bad:
+        return []
+    off = {row["cell_id"] for row in bad if is_off(settings[row["cell_id"]], row["coefficient"])}
+    named = listed(f"{r['cell_id']}: L0 {r['l0']:.3g}" + " with its penalty off" * (r["cell_id"] in off) for r in bad)
+    why = "; where the penalty is off k is above what it has without one: lower k or train.lr" if off else ""
+    return [
+        f"{len(bad)} of {len(results)} cells ended with L0 more than 10 % off k ({named}): fits take the L0 that was "
+        f"measured{why}"
     ]
 
 

@@ -21,7 +21,7 @@ from saescale.cluster.crew.crew import back_off
 from saescale.cluster.crew.head import node_ids
 from saescale.cluster.crew.train_crew import BACKOFF_S, TrainCrew
 from saescale.cluster.crew.train_worker import Trained, Unfit
-from saescale.cluster.sweep.cautions import diverged
+from saescale.cluster.sweep.cautions import diverged, missed
 from saescale.cluster.sweep.ledger import Ledger
 from saescale.cluster.sweep.packing import cost, split
 from saescale.cluster.sweep.spec import SweepSpec
@@ -189,7 +189,7 @@ class Execution:
         else:
             self._moves()
             self.ledger.record(trained.results)
-            for note in (*trained.notes, *diverged(trained.results)):
+            for note in (*trained.notes, *diverged(trained.results), *missed(pack.cells, trained.results)):
                 self.crew.warn(note)
             self.crew.idle.append(worker)
             left = [cell for cell in pack.cells if cell.cell_id not in self.ledger.results]

@@ -11,7 +11,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
 
 from saescale.storage import checkpoint
-from saescale.storage.columns import is_diverged
+from saescale.storage.columns import is_diverged, misses_k
 from saescale.storage.documents import YAML_LOADER, yaml_reason
 from saescale.storage.errors import Damaged, SaescaleError, SaescaleWarning
 from saescale.storage.lease import Driver, RunningCell, Standing, WaitsFor, read_driver
@@ -49,6 +49,7 @@ class CellStatus(_Document):
     steps: int | None = None
     nmse: float | None = None
     dead_fraction: float | None = None
+    l0_error: float | None = None
     wall_s: float | None = None  # seconds of training
     worker: str | None = None  # HOST/PID
     error: str | None = None
@@ -58,17 +59,24 @@ class CellStatus(_Document):
         """Whether it ended, and reconstructs worse than the mean alone: fits leave it out."""
         return self.status == "done" and is_diverged(self.nmse)
 
+    @property
+    def missed_k(self) -> bool:
+        """Whether it ended with L0 more than 10 % off its target k: fits take the L0 that was measured."""
+        return self.status == "done" and misses_k(self.l0_error)
+
 
 _CELLS = TypeAdapter(list[CellStatus])
-_COLUMNS = ["cell_id", "n_latents", "k", "architecture", "seed", "status", "nmse", "dead_fraction", "wall_s", "error"]
+_COLUMNS = ["cell_id", "n_latents", "k", "architecture", "seed", "status", "nmse", "dead_fraction", "l0_error",
+            "wall_s", "error"]  # fmt: skip
 
 
 class Counts(_Document):
-    """Cells of the sweep, all of them and by status; `diverged` are among those done."""
+    """Cells of the sweep, all of them and by status; `diverged` and `missed_k` are among those done."""
 
     cells: int = 0
     done: int = 0
     diverged: int = 0
+    missed_k: int = 0
     failed: int = 0
     running: int = 0
     started: int = 0
@@ -282,7 +290,8 @@ def _count(cells: list[CellStatus], standing: Standing) -> Counts:
     running = min(statuses.count("running"), len(cells) - done - failed)
     pending = len(cells) - done - failed - running - started
     return Counts(
-        cells=len(cells), done=done, diverged=sum(cell.diverged for cell in cells), failed=failed, running=running,
+        cells=len(cells), done=done, diverged=sum(cell.diverged for cell in cells),
+        missed_k=sum(cell.missed_k for cell in cells), failed=failed, running=running,
         started=started, pending=pending,
     )  # fmt: skip
 

@@ -21,6 +21,7 @@ from importlib.metadata import version
 import torch
 from torch import Tensor
 
+from saescale.trainers.architectures import parts
 from saescale.trainers.architectures.architecture import Batch, find_architecture
 from saescale.trainers.architectures.dense import DenseStep
 from saescale.trainers.cell import Cell, auto_k_aux
@@ -100,11 +101,20 @@ def architecture_step(size: Size, server: Server, name: str, how: str) -> None:
 
 
 def _reach_k(training: TrainingCell, x: Tensor) -> None:
-    """Moves what decides on activity so that k latents of a token are active on average."""
+    """Moves what decides on activity so that k latents of a token are active on average.
+
+    The encoder is scaled as for k active latents: at its start it is for half of them, and pre-activations are so small
+    that all lie within JumpReLU's bandwidth of any threshold.
+    """
     params, k = training.sae.params, training.sae.settings.k
     by_bias, by_threshold = params.get("b_gate", params.get("b_enc")), params.get("threshold")
     if "k_aux" in type(training.sae.settings).model_fields or training.sae.name == "switch":
         return  # it has a k of its own
+    tied = parts.tied_parameters(
+        training.sae.shape, Centre(torch.zeros(training.sae.shape.d_model), 1.0), training.cell.seed,
+        lambda pre: parts.top_k(pre, k).relu(),
+    )  # fmt: skip
+    params["W_enc"].copy_(tied["W_enc"].data)
     pre = (x - params["b_pre"]) @ params["W_enc"].T
     level = float(pre.flatten().topk(k * len(x)).values[-1])
     if by_threshold is not None:

@@ -49,6 +49,29 @@ def _auxk(result: dict[str, Any]) -> str:
     return _markdown(head, rows)
 
 
+def _architectures(result: dict[str, Any]) -> str:
+    """Of each architecture milliseconds, and how many times as fast as the fastest peer."""
+    ways = {
+        "bf16": "saescale, bf16 product", "fp32": "saescale, fp32 product", "dense": "dense reference, fp32",
+        "saelens": "SAELens 6.5", "dictionary_learning": "dictionary_learning 0.1",
+    }  # fmt: skip
+    rows = []
+    for name, measured in result["architectures"].items():
+        found = {}
+        for contender in measured["contenders"]:
+            first, _, last = contender["name"].rpartition("-")
+            found[last if first == name else first] = contender
+        cells = []
+        for way in ways:
+            if (entry := found.get(way)) is None:
+                cells.append("-")
+                continue
+            over = entry["speed_over_fastest_peer"]
+            cells.append(f"{entry['median_ms']:,.0f}" + (f" ({_median(over):.2f}x)" if over else ""))
+        rows.append([name, *cells])
+    return _markdown(["ms a step (speed over the fastest peer)", *ways.values()], rows)
+
+
 def _pack(result: dict[str, Any]) -> str:
     seconds = result["seconds"]
     head = [
@@ -97,7 +120,15 @@ def _median(values: list[float]) -> float:
     return sorted(values)[len(values) // 2]
 
 
-_MAKERS = {"step": _step, "auxk": _auxk, "pack": _pack, "quality": _quality, "soak": _soak, "overhead": _overhead}
+_MAKERS = {
+    "step": _step,
+    "architectures": _architectures,
+    "auxk": _auxk,
+    "pack": _pack,
+    "quality": _quality,
+    "soak": _soak,
+    "overhead": _overhead,
+}
 
 
 if __name__ == "__main__":

@@ -82,7 +82,7 @@ def test_without_a_driver_the_files_of_the_cells_tell(tmp_path: Path, remote: bo
     assert [cell.step for cell in found.cells] == [None, None, 7, None, None, None]
     assert (found.cells[3].nmse, found.cells[4].error) == (0.4, "too hot")
     assert found.counts.model_dump() == {
-        "cells": 6, "done": 2, "diverged": 0, "failed": 2, "running": 0, "started": 1, "pending": 1,
+        "cells": 6, "done": 2, "diverged": 0, "missed_k": 0, "failed": 2, "running": 0, "started": 1, "pending": 1,
     }  # fmt: skip
 
 
@@ -117,7 +117,7 @@ def test_a_live_driver_tells_what_runs(tmp_path: Path) -> None:
     assert found.driver.job == "grid-1a2b3c4d"
     assert statuses(found) == ["done", "failed", "running", "pending"]
     assert found.cells[2].model_dump() == running.model_dump() | {
-        "n_latents": 128, "k": 2, "seed": 0, "status": "running", "wall_s": None, "error": None,
+        "n_latents": 128, "k": 2, "seed": 0, "status": "running", "wall_s": None, "l0_error": None, "error": None,
         "architecture": None,
     }  # fmt: skip
     for said in (

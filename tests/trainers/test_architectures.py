@@ -1,5 +1,7 @@
 """Every architecture: its formulas against loops, its gradients against finite differences, its training."""
 
+import json
+import math
 from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
@@ -25,7 +27,7 @@ from saescale.trainers.architectures.architecture import (
 from saescale.trainers.cell import Cell, EvalSpec
 from saescale.trainers.exchange import native
 from saescale.trainers.preprocess import Centre, normalise, to_tensor
-from saescale.trainers.training.controller import FOUND_AT, Controller
+from saescale.trainers.training.controller import FLOOR, FOUND_AT, Controller, is_off
 from saescale.trainers.training.memory import StreamSize, pack_memory
 from saescale.trainers.training.train import PackJob, train_pack
 from tests.trainers.synthetic import D_MODEL
@@ -129,7 +131,7 @@ def test_jumprelu_widens_its_thresholds_by_the_pairs_near_them() -> None:
     l0 = float((pre > cut).sum()) / len(c.x)
     dz = 2 * (forward.x_hat - c.x).detach() @ c.params["W_dec"].T / c.x.numel() / VARIANCE
     expected = -(dz * near).sum(dim=0) * cut / 0.4
-    expected -= 2 * (l0 / 3 - 1) / 3 * near.double().mean(dim=0) / 0.4
+    expected -= 2 * (COEFFICIENT * l0 / 3 - 1) * COEFFICIENT / 3 * near.double().mean(dim=0) / 0.4
     assert torch.allclose(gradient, torch.where(c.params["threshold"] > 0, expected, 0.0))
 
 
@@ -238,7 +240,7 @@ def test_pca_has_the_components_of_all_tokens_so_far() -> None:
 def test_a_penalty_is_found_held_and_recorded(sparse_store: ActivationStore, make_cell: MakeCell, run_url: str) -> None:
     """Of all with a penalty: L0 near k, a coefficient that stays; a given one is used; the rest have none."""
     penalised = [n for n in ARCHITECTURES.names() if issubclass(find_architecture(n).Settings, PenaltySettings)]
-    assert penalised == ["gated", "prolu", "relu"]
+    assert penalised == ["gated", "jumprelu", "prolu", "relu"]
     shared = {"tokens": 81_920, "lr": 1e-2, "n_latents": 96}
     cells = [make_cell(architecture=name, **shared) for name in penalised]
     given = make_cell(architecture="relu", settings={"coefficient": 0.02}, **shared | {"tokens": 8_192})
@@ -251,28 +253,95 @@ def test_a_penalty_is_found_held_and_recorded(sparse_store: ActivationStore, mak
     for cell in cells:
         row, curve = results[cell.cell_id], run.read_cell_curve(cell.cell_id)
         assert row["l0"] == pytest.approx(cell.k, rel=0.15)
+        assert row["l0_error"] == row["l0"] / cell.k - 1
         held = [point["coefficient"] for point in curve if point["tokens"] >= FOUND_AT * cell.tokens]
         assert len(set(held)) == 1 < len(held)
         assert row["coefficient"] == held[0] not in [point["coefficient"] for point in curve[:3]]
     assert {point["coefficient"] for point in run.read_cell_curve(given.cell_id)} == {0.02}
+    assert results[given.cell_id]["l0_error"] is None  # k is no target there
+
+
+def plant(kind: str) -> Callable[[float], float]:
+    """L0 of the next step at a coefficient: as its power at once, as that with a lag, and never above 60 % of 16."""
+    state = [math.log(128.0)]
+
+    def l0(coefficient: float) -> float:
+        goal = math.log(16 * (0.2 / coefficient) ** 0.7)
+        if kind == "saturating":
+            goal = min(goal, math.log(0.6 * 16))
+        state[0] += (goal - state[0]) * (1.0 if kind == "static" else 0.08)
+        return math.exp(state[0])
+
+    return l0
+
+
+@pytest.mark.parametrize("apart", [1.0, 0.9])
+@pytest.mark.parametrize("kind", ["static", "lagged"])
+def test_the_controller_finds_k(kind: str, apart: float) -> None:
+    """Whatever L0 with averaged weights is beside that of the steps, it is that which ends at k."""
+    controller, l0 = Controller(settings_of("relu", k=16), 400, 0.98), plant(kind)
+    mean = 0.0
+    for step in range(1, 401):
+        active = l0(controller.coefficient)
+        mean = 0.98 * mean + 0.02 * math.log(active)
+        averaged = apart * math.exp(mean / (1 - 0.98**step))
+        controller.after(step, active, averaged if controller.measures(step) else None)
+    assert averaged == pytest.approx(16, rel=0.03)
+
+
+def test_a_penalty_that_is_not_needed_is_off_and_comes_back() -> None:
+    settings = settings_of("relu", k=16)
+    controller, l0 = Controller(settings, 400, 0.98), plant("saturating")
+    for step in range(1, 401):
+        controller.after(step, l0(controller.coefficient))
+    assert is_off(settings, controller.coefficient)
+    assert not is_off(settings_of("relu", coefficient=1e-9), 1e-9)  # that was asked for
+    lowest = settings.start * FLOOR
+    assert controller.coefficient >= 0.99 * lowest
+
+
+def test_a_k_that_no_penalty_reaches_is_refused(make_cell: MakeCell) -> None:
+    with pytest.raises(ValueError, match="k=33 is out of reach: with no penalty at all about half of n_latents=64"):
+        make_cell(architecture="gated", k=33)
+    make_cell(architecture="gated", k=33, settings={"coefficient": 0.1})
 
 
 def test_the_controller_goes_on_where_it_was() -> None:
-    settings = settings_of("relu")
-
-    def l0(coefficient: float) -> float:
-        return 3 * (0.2 / coefficient) ** 0.7
-
-    one, two = Controller(settings, 200), Controller(settings, 200)
+    settings = settings_of("relu", k=16)
+    one, two = Controller(settings, 200, 0.98), Controller(settings, 200, 0.98)
+    plants = plant("lagged"), plant("lagged")
     for step in range(1, 201):
-        one.after(step, l0(one.coefficient))
-        two.after(step, l0(two.coefficient))
-        fresh = Controller(settings, 200)
+        for controller, l0 in zip((one, two), plants, strict=True):
+            active = l0(controller.coefficient)
+            controller.after(step, active, 0.9 * active if controller.measures(step) else None)
+        fresh = Controller(settings, 200, 0.98)
         fresh.restore(two.state._asdict())
         two = fresh
     assert one.state == two.state
     assert not one.state.finding
-    assert l0(one.coefficient) == pytest.approx(3, rel=0.06)
+
+
+def test_a_hierarchical_sae_says_what_it_reaches_at_each_k(
+    sparse_store: ActivationStore, make_cell: MakeCell, run_url: str
+) -> None:
+    cell = make_cell(architecture="hierarchical_topk", k=6, tokens=8_192)
+    job = PackJob(
+        cells=[cell], store=sparse_store.url, run=run_url, sweep="s", threads=1,
+        eval=EvalSpec(tokens=1_024, every_tokens=4_096),
+    )  # fmt: skip
+    row = train_pack(job).results[0]
+    levels = json.loads(row["levels"])
+    assert [level["k"] for level in levels] == [1, 2, 4, 6]
+    assert (levels[-1]["nmse"], levels[-1]["l0"]) == pytest.approx((row["nmse"], row["l0"]))
+
+    params = native.read(RunDirectory(run_url).cell_url(cell.cell_id)).sae.params
+    x = normalise(to_tensor(sparse_store.read_split("heldout", 1_024), sparse_store.dtype)).double()
+    pre = ((x - params["b_pre"]) @ params["W_enc"].double().T + params["b_enc"]).relu()
+    order = pre.argsort(dim=1, descending=True)
+    for level in levels:
+        z = pre.masked_fill(torch.zeros_like(pre, dtype=torch.bool).scatter(1, order[:, level["k"] :], True), 0.0)
+        error = (z @ params["W_dec"].double() + params["b_pre"] - x).square().sum()
+        assert level["nmse"] == pytest.approx(float(error / (x - x.mean(dim=0)).square().sum()), rel=1e-4)
 
 
 @pytest.mark.parametrize("name", [n for n in ARCHITECTURES.names() if n != "topk"])

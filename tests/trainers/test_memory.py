@@ -65,11 +65,31 @@ def test_the_prediction_is_within_15_percent_of_the_peak(store: ActivationStore,
 
 @pytest.mark.skipif(not COUNTABLE, reason="counts memory as Linux does")
 @pytest.mark.slow
-@pytest.mark.parametrize("architecture", ["toy", "hierarchical_topk"])
+@pytest.mark.parametrize("architecture", ["batchtopk", "matryoshka", "hierarchical_topk", "switch"])
+def test_a_sparse_path_takes_no_more_than_predicted(architecture: str, store: ActivationStore, tmp_path: Path) -> None:
+    cells = [
+        cell(store, n_latents, k, tokens=4 * batch, batch_tokens=batch, architecture=architecture, settings={})
+        for n_latents, k, batch in ((128, 4, 512), (8_192, 32, 2_048), (16_384, 8, 512))
+    ]
+    jobs = [
+        PackJob(
+            cells=[one], store=store.url, run=str(tmp_path / str(one.n_latents)), sweep="test", threads=2,
+            eval=EvalSpec(tokens=HELD_OUT, every_tokens=4_096),
+        )
+        for one in cells
+    ]  # fmt: skip
+    peaks = measure(jobs[0], jobs[1:])
+    ratios = [peak / predicted([one]) for peak, one in zip(peaks, cells[1:], strict=True)]
+    assert all(0.5 < ratio <= 1 for ratio in ratios), ratios
+
+
+@pytest.mark.skipif(not COUNTABLE, reason="counts memory as Linux does")
+@pytest.mark.slow
+@pytest.mark.parametrize("architecture", ["toy", "relu"])
 def test_a_dense_path_takes_no_more_than_predicted(
     architecture: str, toy: str, store: ActivationStore, tmp_path: Path
 ) -> None:
-    """Training is the larger part of one of them, evaluation of the other."""
+    """Training is the larger part of one of them, evaluation of the other; relu begins with dense steps."""
     cells = [
         cell(store, n_latents, 4, tokens=4 * batch, batch_tokens=batch, architecture=architecture, settings={})
         for n_latents, batch in ((128, 512), (8_192, 1_024), (16_384, 128))

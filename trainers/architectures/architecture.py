@@ -34,6 +34,15 @@ class Settings(BaseModel):
 
     k: int = Field(gt=0)  # active latents per token: exact, or the target of their mean number
 
+    @property
+    def k_is_target(self) -> bool:
+        """Whether k is what the mean number of active latents should come to, from which it may be off; else exact."""
+        return False
+
+    def levels(self) -> list[int]:
+        """The sparsities that one training serves, k the last: of each nmse is measured at its end. None but k: []."""
+        return []
+
     def pairs_per_token(self, n_latents: int) -> int:
         """Latents that the losses are expected to decode for a token while none is dead, for plans (Cell.flops)."""
         return self.k
@@ -49,13 +58,25 @@ class Settings(BaseModel):
 class PenaltySettings(Settings):
     """Of an architecture whose number of active latents follows from the weight of a penalty."""
 
-    start: ClassVar[float] = 1e-2  # where the search for the coefficient begins
+    start: ClassVar[float] = 5e-2  # where the search for the coefficient begins
 
     # None: found while it trains, so that k latents are active on average (trainers/training/controller.py).
     coefficient: float | None = Field(default=None, gt=0)
     # Share of training in which the learning rate rises to its value. Adam's first steps move all latents by a whole
     # rate in one direction, and those that a penalty's architecture loses so do not come back.
     warmup: float = Field(default=0.1, ge=0, lt=1)
+
+    @property
+    def k_is_target(self) -> bool:
+        return self.coefficient is None
+
+    def check(self, n_latents: int) -> None:
+        # Half of the latents are active at the start, and without a penalty about as many stay so.
+        if self.coefficient is None and self.k > n_latents / 2:
+            raise ValueError(
+                f"k={self.k} is out of reach: with no penalty at all about half of n_latents={n_latents} are active; "
+                "lower k, take more latents, or give a coefficient"
+            )
 
     def rate(self, progress: float) -> float:
         return min(1.0, (progress + _FIRST * self.warmup) / self.warmup) if self.warmup else 1.0
@@ -187,6 +208,8 @@ class Dead(Protocol):
 
 class FastStep(Protocol):
     """The sparse path of an architecture: the same losses and gradients without a tensor [batch, n_latents].
+
+    Where nearly all latents are active it may take the dense way, which is then the faster one.
 
     `params` are float32. `operands` are those of them that `rounded` names, as products take them: bfloat16 copies in
     a bf16 cell, which `update` keeps up to date, else the parameters themselves.

@@ -15,8 +15,10 @@ from saescale.trainers.architectures.batchtopk_sparse import BatchTopKStep
 from saescale.trainers.preprocess import Centre
 
 
-class Settings(topk.Settings):
-    pass
+class Settings(topk.AuxKSettings):
+    @property
+    def k_is_target(self) -> bool:
+        return True
 
 
 def parameters(shape: Shape, settings: Settings, centre: Centre, seed: int) -> dict[str, Parameter]:

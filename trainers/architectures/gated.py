@@ -4,7 +4,8 @@
     z = 1[gate > 0] ReLU(mag),  x_hat = z W_dec + b_pre
 
 The penalty and a reconstruction by ReLU(gate), with the decoder held fast, train the gate, and the magnitudes are not
-shrunk: loss = nmse + coefficient * mean(||ReLU(gate)||_1) + nmse of ReLU(gate) W_dec + b_pre. Adam's betas (0, 0.999).
+shrunk: loss = nmse + coefficient * mean(||ReLU(gate)||_1) + nmse of ReLU(gate) W_dec + b_pre. Betas are those of all
+others: the paper's (0, 0.999) lost 90 % of the latents at rates of 5e-3 and more, where the paper has 3e-4.
 """
 
 import torch

@@ -12,7 +12,7 @@ from saescale.trainers.architectures.architecture import Forward, Losses, Params
 from saescale.trainers.architectures.hierarchical_topk_sparse import HierarchicalTopKStep
 
 
-class Settings(topk.Settings):
+class Settings(topk.AuxKSettings):
     def levels(self) -> list[int]:
         """The sparsities that are trained: k, and powers of two below it."""
         return [2**i for i in range(self.k.bit_length()) if 2**i < self.k] + [self.k]

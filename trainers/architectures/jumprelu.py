@@ -1,9 +1,10 @@
 """The JumpReLU SAE (Rajamanoharan et al. 2024, 2407.14435): each latent has a threshold, and L0 itself is penalised.
 
     z = pre where pre > theta, else 0, with pre = W_enc (x - b_pre) + b_enc;  x_hat = z W_dec + b_pre
-    loss = nmse + l0_weight * (L0 / k - 1)^2, L0 the batch's mean number of active latents
+    loss = nmse + l0_weight * (coefficient * L0 / k - 1)^2, L0 the batch's mean number of active latents
 
-the paper's penalty for comparisons at equal L0, which needs nobody to find its coefficient.
+With the coefficient at 1 that is the paper's penalty for comparisons at equal L0. Reconstruction pulls against it, so
+L0 ends some percent off k, and the coefficient that brings it there is found, near 1.
 
 Neither z nor L0 has a gradient by theta, so both have that of a rectangle of width `bandwidth` about the threshold
 (straight-through): d z / d theta = -theta / bandwidth and d L0 / d theta = -1 / bandwidth where |pre - theta| is less
@@ -33,9 +34,7 @@ class Settings(architecture.PenaltySettings):
 
 def parameters(shape: Shape, settings: Settings, centre: Centre, seed: int) -> dict[str, Parameter]:
     tied = parts.tied_parameters(shape, centre, seed, torch.relu, parts.GATE_RATE)
-    return tied | {
-        "threshold": Parameter(torch.full((shape.n_latents,), settings.threshold), rate=0.3 * parts.GATE_RATE)
-    }
+    return tied | {"threshold": Parameter(torch.full((shape.n_latents,), settings.threshold), rate=parts.GATE_RATE)}
 
 
 def forward(params: Params, x: Tensor, settings: Settings) -> Forward:

@@ -4,7 +4,8 @@
     loss = nmse + coefficient * mean(||z||_1)
 
 Where it jumps there is no gradient by b, so one is made up. With G the gradient by z where z is not 0: the variant
-`relu` passes on dm = db = G, `ste` dm = G + G m and db = G m.
+`relu` passes on dm = db = G, `ste` dm = G + G m and db = G m. Neither opens a gate again that has shut, and W_enc
+brings the mean of G m to 0, so b wanders; it moves at parts.GATE_RATE of the learning rate for that.
 """
 
 from typing import Any, Literal

@@ -69,6 +69,11 @@ class SAE:
         if calibrate is not None:
             calibrate(self.params, self.operands, batch, self.settings)
 
+    def at(self, k: int) -> "SAE":
+        """The same parameters with k latents a token, of an architecture that serves several (Settings.levels)."""
+        settings = self.settings.model_copy(update={"k": k})
+        return SAE(self.name, self.shape, settings, self.params, self.precision, self.mesh)
+
     def like(self, params: Mapping[str, Tensor]) -> "SAE":
         """The same with other parameters."""
         return SAE(self.name, self.shape, self.settings, params, self.precision, self.mesh)

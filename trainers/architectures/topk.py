@@ -31,13 +31,21 @@ MULTI_TOPK_FACTOR = 4
 MULTI_TOPK_WEIGHT = 1 / 8
 
 
-class Settings(architecture.Settings):
+class AuxKSettings(architecture.Settings):
+    """Of all whose dead latents are brought back by AuxK."""
+
     k_aux: int = Field(default=0, ge=0)  # dead latents in the AuxK loss; 0 switches it off
     auxk_coefficient: float = Field(default=1 / 32, ge=0)
-    multi_topk: bool = False  # a second reconstruction, by 4k latents, in the loss
 
     def reconstructions(self, n_latents: int) -> list[tuple[int, float]]:
         """Number of latents and weight of each reconstruction in the loss, the SAE's own first."""
+        return [(self.k, 1.0)]
+
+
+class Settings(AuxKSettings):
+    multi_topk: bool = False  # a second reconstruction, by 4k latents, in the loss
+
+    def reconstructions(self, n_latents: int) -> list[tuple[int, float]]:
         if not self.multi_topk:
             return [(self.k, 1.0)]
         return [(self.k, 1.0), (min(MULTI_TOPK_FACTOR * self.k, n_latents), MULTI_TOPK_WEIGHT)]

@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
 
-from saescale.storage.columns import CurveRow, columns_of, is_diverged
+from saescale.storage.columns import CurveRow, columns_of, is_diverged, misses_k
 from saescale.trainers.cell import Cell
 from saescale.trainers.loggers import wandb_client as client
 from saescale.trainers.loggers.wandb_client import (
@@ -125,7 +125,8 @@ class WandbLogger:
             return
         try:
             ended = {key: result[key] for key in _SUMMARY if key in result}
-            run.summary.update(without_secrets(ended | {"diverged": is_diverged(result.get("nmse"))}))
+            marks = {"diverged": is_diverged(result.get("nmse")), "missed_k": misses_k(result.get("l0_error"))}
+            run.summary.update(without_secrets(ended | marks))
             # Once a run waited in vain for its upload, the others are left to W&B's own end of the process,
             # which ends them all within one FINISH_TIMEOUT instead of one after the other.
             if not self._stuck:

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from saescale.storage.columns import is_diverged
+from saescale.storage.columns import is_diverged, misses_k
 from saescale.trainers.loggers import wandb_client as client
 from saescale.trainers.loggers.wandb_client import (
     group_url,
@@ -91,7 +91,10 @@ def _log_summary(
     directory: str,
 ) -> Logged:
     coefficients = list(_coefficients(fits))
-    diverged = sum(is_diverged(row.get("nmse")) for row in results.to_pylist())
+    marks = {
+        "cells_diverged": sum(is_diverged(row.get("nmse")) for row in results.to_pylist()),
+        "cells_missed_k": sum(misses_k(row.get("l0_error")) for row in results.to_pylist()),
+    }
     run = init(
         settings,
         mode,
@@ -107,7 +110,7 @@ def _log_summary(
     parts: dict[str, Callable[[], Any]] = {
         "figures": lambda: run.log(shown) if shown else None,
         "tables": lambda: run.log(_tables(coefficients, results)),
-        "coefficients": lambda: run.summary.update(_flat(fits, coefficients) | {"cells_diverged": diverged}),
+        "coefficients": lambda: run.summary.update(_flat(fits, coefficients) | marks),
         "artifact": lambda: run.log_artifact(_artifact(sweep, fits, results, figures)),
     }
     failed = []

@@ -3,8 +3,9 @@
 With `coefficient` given there is nothing to find. Else, in the first part of training, its logarithm follows how far
 the logarithm of L0 is from where it should be: the sum of what was off so far and a share of what is off now. L0
 answers late, for biases move by a learning rate a step, so what is off is taken as it will be a little later if it
-goes on as it does. At the end of that part the coefficient stays at its mean over the last tenth, so that what a cell
-ends with was trained by one fixed objective, which any other trainer could be given.
+goes on as it does. At the end of that part the coefficient stays at its mean over the last tenth, and as much higher as
+L0 was too high there, so that what a cell ends with was trained by one fixed objective, which any other trainer could
+be given.
 
 Where L0 should be is a line in its logarithm: it starts at what the first batch has and reaches k after `RAMP` of that
 part. With k from the first step the sum would grow while nothing has had the time to answer, and the penalty that it
@@ -12,7 +13,7 @@ makes then kills latents that k needs later.
 
 L0 is reported of the averaged weights, and that is some percent off that of the steps (their biases jitter, and an
 average is in the middle of it). So every few steps it is measured with the averaged weights too, and compared with what
-the steps had, averaged just as long; steps then aim at as much more or fewer.
+the steps had, averaged just as long; steps then aim at as much more or fewer. FLOPs do not count these forward passes.
 """
 
 import math
@@ -21,12 +22,12 @@ from typing import NamedTuple
 from saescale.trainers.architectures.architecture import PenaltySettings, Settings
 
 FOUND_AT = 0.9  # share of training in which it is found
-RAMP = 0.4
+RAMP = 0.2
 MEASURED_EVERY = 8  # steps between two measurements with averaged weights, from the end of the ramp on
 # A coefficient below the floor, times a start, changes nothing that can be seen: a penalty that got there is off.
-FLOOR, CEILING = 1e-3, 1e4
+FLOOR, CEILING = 1e-3, 1e2
 _REACH = 12.0  # how far its logarithm moves in that part by the sum, where L0 is e times too high all the time
-_DAMPING = 0.5  # share of what is off now
+_DAMPING = 0.15  # share of what is off now
 _AHEAD = 0.1  # how much later, of that part
 _SMOOTH, _SMOOTH_SLOPE = 0.8, 0.9  # decays of the averages over steps of L0 and of its change
 _MOST = 2.0  # log ratio that counts
@@ -44,8 +45,14 @@ class _State(NamedTuple):
     mean: float = 0.0  # of log(L0 / k) over steps, as weights are averaged, not yet corrected for its start at 0
     apart: float = 0.0  # log ratio of L0 with averaged weights to that
     measured: int = 0
-    held: float = 0.0  # sum of logarithms in the last tenth
+    held: float = 0.0  # sum of logarithms in the last tenth, of the coefficient and of what was off
     counted: int = 0
+
+
+def is_off(settings: Settings, coefficient: float | None) -> bool:
+    """Whether the coefficient that was found is that of a penalty which is off: L0 is below k without one."""
+    found = isinstance(settings, PenaltySettings) and settings.coefficient is None and coefficient is not None
+    return found and coefficient < 1.5 * FLOOR * settings.start
 
 
 class Controller:
@@ -61,11 +68,6 @@ class Controller:
     @property
     def coefficient(self) -> float:
         return self.state.coefficient
-
-    @property
-    def at_floor(self) -> bool:
-        """Whether the penalty was found to be as good as off, since L0 is below k without it."""
-        return self.state.counted > 0 and math.log(self.state.coefficient) < self._bounds[0] + 0.1
 
     def measures(self, step: int) -> bool:
         """Whether `after` of that step takes L0 with averaged weights too."""
@@ -93,9 +95,10 @@ class Controller:
         low, high = self._bounds
         total = min(high, max(low, last.sum + later * _REACH / self._until))
         late = step > 0.9 * self._until
-        held, counted = (last.held + total, last.counted + 1) if late else (0.0, 0)
+        held, counted = (last.held + total + ratio - aim, last.counted + 1) if late else (0.0, 0)
         found = step >= self._until
-        coefficient = math.exp(held / counted if found else min(high, max(low, total + _DAMPING * later)))
+        logarithm = held / counted if found else total + _DAMPING * later
+        coefficient = math.exp(min(high, max(low, logarithm)))
         self.state = _State(
             not found, coefficient, total, first, off, slope, mean, apart, measured, held, counted
         )  # fmt: skip

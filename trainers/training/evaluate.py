@@ -1,6 +1,7 @@
 """Held-out nmse of the cells that are due, for all of them from one reading."""
 
 import time
+from functools import partial
 
 import numpy as np
 
@@ -32,6 +33,9 @@ class Evaluator:
         elapsed = max(1e-9, time.monotonic() - then)
         rate = (pack.batches - batches) * due[0].cell.batch_tokens / elapsed
         qualities = self.held_out.evaluate([cell.averaged for cell in due], pack.centre.b_pre, pack.bf16)
+        self._measure_levels(
+            pack, [cell for cell in due if cell.step == cell.cell.steps and cell.sae.settings.levels()]
+        )
         rows = []
         for cell, quality in zip(due, qualities, strict=True):
             if np.isfinite(quality.nmse):
@@ -40,6 +44,13 @@ class Evaluator:
                 cell.diverge(f"held-out nmse {quality.nmse}")
         self._last = (time.monotonic(), pack.batches)
         return rows
+
+    def _measure_levels(self, pack: Pack, ended: list[TrainingCell]) -> None:
+        """With the averaged weights of each, at all sparsities that it serves."""
+        for cell in ended:
+            sae, levels = cell.averaged(), cell.sae.settings.levels()
+            found = self.held_out.evaluate([partial(sae.at, k) for k in levels], pack.centre.b_pre, pack.bf16)
+            cell.levels = [{"k": k, **quality._asdict()} for k, quality in zip(levels, found, strict=True)]
 
     def _due(self, cell: TrainingCell) -> bool:
         """Whether the last step crossed a multiple of `every_tokens` or was the cell's last."""

@@ -1,6 +1,7 @@
 """What a cell leaves in the run directory: its curve as it grows, its weights and its result when it ends."""
 
 import json
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple, Self
 
 from saescale.scaling.compute import Flops
@@ -47,8 +48,9 @@ class Records:
         name = cell.cell.cell_id
         last = cell.curve[-1] if cell.curve else None
         result = result_row(
-            cell.cell, self.provenance, cell.tokens, cell.flops, cell.wall_s, last, cell.error, device=cell.device_kind
-        )
+            cell.cell, self.provenance, cell.tokens, cell.flops, cell.wall_s, last, cell.error, device=cell.device_kind,
+            levels=cell.levels,
+        )  # fmt: skip
         if cell.error is None:
             self.run.require_owner()
             native.write(Trained(cell.averaged(), cell.cell), self.run.weights_url(name))
@@ -66,9 +68,10 @@ def result_row(
     last: CurveRow | None,
     error: str | None,
     device: str | None = None,
+    levels: Sequence[Mapping[str, float]] | None = None,
 ) -> dict[str, Any]:
     """The row of a cell that trained on `tokens` tokens in `wall_s` seconds on a `device` of that kind; `last` is its
-    last evaluation.
+    last evaluation, `levels` that at its end of all sparsities that it serves.
 
     With `error`, which says why the cell failed, it measures nothing.
     """
@@ -82,6 +85,8 @@ def result_row(
         "flops_dense": float(flops.dense),
         "nmse": measured.nmse if measured else None,
         "l0": measured.l0 if measured else None,
+        "l0_error": measured.l0 / cell.k - 1 if measured and cell.whole_settings.k_is_target else None,
+        "levels": json.dumps(levels) if measured and levels else None,
         "dead_fraction": measured.dead_fraction if measured else None,
         "dead_fraction_long": measured.dead_fraction_long if measured else None,
         "coefficient": measured.coefficient if measured else None,

@@ -39,6 +39,7 @@ class TrainingCell:
         self.worked = Worked()
         self.loss = float("nan")  # of its last step
         self.curve: list[CurveRow] = []
+        self.levels: list[dict[str, float]] | None = None  # nmse and l0 at each of Settings.levels, when it has ended
         self.error: str | None = None
         self._train_sum, self._train_steps = 0.0, 0
         self._batch: Batch | None = None  # the last one, of an architecture that is calibrated on it
@@ -63,6 +64,8 @@ class TrainingCell:
         has not been told yet, which it would have to wait for, the next loss shows it."""
         start = time.perf_counter()
         sae = self.sae
+        # Before the step, as what is active in it: of rows that it was just trained on an SAE makes a few percent less.
+        averaged = self._averaged_l0(batch)
         progress = self.step / self.cell.steps
         conditions = Conditions(self.variance, self.cell.dead_after_tokens, progress, self.controller.coefficient)
         result = sae.step.measure(
@@ -75,7 +78,7 @@ class TrainingCell:
         updates = self.optimiser.next(sae.settings.rate(progress))
         sae.step.update(sae.params, sae.operands, result.gradient, updates, sae.mesh)
         self.step += 1
-        self.controller.after(self.step, result.active, self._averaged_l0(batch))
+        self.controller.after(self.step, result.active, averaged)
         self.loss = result.main
         self._batch = batch if hasattr(sae.architecture, "calibrated") else None
         self.worked = self.worked.plus(result.worked)
@@ -85,7 +88,7 @@ class TrainingCell:
 
     def _averaged_l0(self, batch: Batch) -> float | None:
         """Active latents of a token of `batch` with averaged weights, where the controller wants to know."""
-        if not self.controller.measures(self.step):
+        if not self.controller.measures(self.step + 1):
             return None
         return float(self.averaged().reconstruct(batch).active) / len(batch.x)
 
