@@ -54,11 +54,11 @@ class Settings(AuxKSettings):
         return sum(k for k, _ in self.reconstructions(n_latents))
 
 
-def parameters(shape: Shape, settings: Settings, centre: Centre, seed: int) -> dict[str, Parameter]:
+def parameters(shape: Shape, settings: AuxKSettings, centre: Centre, seed: int) -> dict[str, Parameter]:
     return parts.tied_parameters(shape, centre, seed, lambda pre: parts.top_k(pre, settings.k).relu())
 
 
-def forward(params: Params, x: Tensor, settings: Settings) -> Forward:
+def forward(params: Params, x: Tensor, settings: AuxKSettings) -> Forward:
     return _decode(params, parts.encode(params, x), settings.k)
 
 
