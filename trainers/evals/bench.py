@@ -109,7 +109,9 @@ class Bench:
             raise SaescaleError("it measured nothing")
         return rows
 
-    def _prepare(self, name: str, evaluation: Evaluation, source: ActivationStore, subject: Subject | None) -> list[Any]:
+    def _prepare(
+        self, name: str, evaluation: Evaluation, source: ActivationStore, subject: Subject | None
+    ) -> list[Any]:
         if not hasattr(evaluation, "prepare"):
             return []
         key = (name, source.identity)
