@@ -41,10 +41,17 @@ def evaluate(
     require_writable(run)
     names = [name.strip().replace("-", "_") for name in (evals or "").split(",") if name.strip()]
     with display() as shown:
-        done = evaluate_run(run, names, cell or (), progress=shown.evals, trust_remote_code=trust_remote_code)
+        if actors is None and address is None:
+            set_threads(os.cpu_count() or 1)
+            done = evaluate_run(run, names, cell or (), display=shown, trust_remote_code=trust_remote_code)
+        else:
+            from saescale.cluster.crew.evals import evaluate_on_actors
+
+            many = number_of_actors("eval", actors or "auto")
+            done = evaluate_on_actors(run, names, cell or (), many, address, shown, trust_remote_code)
     _show(run, names)
-    show_notes(done.failed)
-    say(f"\n{done.measured} measured, {done.there} were there, {len(done.failed)} failed: {run}/evals.parquet")
+    show_notes(done.why)
+    say(f"\n{done.measured} measured, {done.there} were there, {done.failed} failed: {run}/evals.parquet")
     say(f"Next: {command('report', run)}")
     if done.failed:
         raise typer.Exit(1)

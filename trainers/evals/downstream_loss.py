@@ -142,7 +142,7 @@ def _losses(prepared: Prepared, instead: Callable[[Tensor], Tensor]) -> _Loss:
         if original is None:
             original = logits_from(prepared.subject, ids, prepared.site, part.resid)
         ce.append(_cross_entropy(logits, ids)[part.counted])
-        kl.append(_divergence(original[:, :-1], logits[:, :-1])[part.counted])
+        kl.append(_divergence(original[:, :-1].float(), logits[:, :-1].float())[part.counted])
     return _Loss(np.concatenate(ce), np.concatenate(kl))
 
 
@@ -155,6 +155,8 @@ def _cross_entropy(logits: Tensor, ids: Tensor) -> np.ndarray:
 
 
 def _divergence(original: Tensor, patched: Tensor) -> np.ndarray:
-    """KL(original || patched) of each token, float64 [contexts, tokens]."""
-    p, q = (logits.float().log_softmax(dim=2) for logits in (original, patched))
-    return (p.exp() * (p - q)).sum(dim=2).double().cpu().numpy()
+    """KL(original || patched) of each token, float64 [contexts, tokens]: sum p (logits - logits of the patched one),
+    and the difference of the normalisers."""
+    normaliser = original.logsumexp(dim=2)
+    weighted = (original - normaliser[..., None]).exp_().mul_(original - patched).sum(dim=2)
+    return (weighted - normaliser + patched.logsumexp(dim=2)).double().cpu().numpy()

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from saescale.storage.errors import SaescaleError
-from saescale.storage.rundir import WEIGHTS, RunDirectory
+from saescale.storage.rundir import RunDirectory
 from saescale.trainers.evals.evaluation import EVALUATIONS
 
 
@@ -39,8 +39,7 @@ def plan_evaluations(run: RunDirectory, names: Sequence[str] = (), cells: Sequen
 
 def _cells(run: RunDirectory, wanted: Sequence[str]) -> list[str]:
     """Ids of the finished cells, in the order of the alphabet."""
-    files = run.cell_files()
-    finished = sorted(cell for cell, names in files.items() if {"result.json", WEIGHTS} <= names)
+    finished = run.cells_with_weights()
     if unknown := [cell for cell in wanted if cell not in finished]:
         raise SaescaleError(
             f"{run.url}: there is no finished cell {unknown[0]}; there are {', '.join(finished) or 'none'}"

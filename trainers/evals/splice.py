@@ -1,4 +1,4 @@
-"""Held-out contexts of a store as the subject reads them again, and the rest of the model on another residual stream."""
+"""Held-out contexts of a store as the subject reads them again, and the rest of the model on another stream."""
 
 from collections.abc import Iterator
 from typing import NamedTuple
