@@ -30,8 +30,8 @@ class EvalCrew(Crew[Evaluator]):
     """`actors` processes ("auto": one for each GPU, or for each node where there are none, no more than `pairs`), each
     with one GPU where the cluster has them, else with its share of the CPU cores.
 
-    A context manager that ends what it started. Raises SaescaleError when Ray cannot be reached or has too few GPUs, and
-    when actors die again and again in their start.
+    A context manager that ends what it started. Raises SaescaleError when Ray cannot be reached or has too few GPUs,
+    and when actors die again and again in their start.
     """
 
     words = Words(

@@ -21,8 +21,8 @@ def evaluate_on_actors(
     trust_remote_code: bool = False,
     owner: str | None = None,
 ) -> Evaluated:
-    """What `evaluate_run` does, by `actors` processes ("auto": one for each GPU or node) of the Ray cluster at `address`
-    (default: RAY_ADDRESS, else a local one).
+    """What `evaluate_run` does, by `actors` processes ("auto": one for each GPU or node) of the Ray cluster at
+    `address` (default: RAY_ADDRESS, else a local one).
 
     Run directory and stores have to be in sight of every node. Each process loads the subject and prepares what cells
     share for itself. Raises what `evaluate_run` and `EvalCrew` raise.

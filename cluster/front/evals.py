@@ -1,15 +1,19 @@
 """The command about evaluations: what is measured on trained cells beside nmse."""
 
+import os
 from typing import Annotated
 
 import typer
 
 from saescale.cluster.front.console import (
+    Actors,
+    Address,
     ArchitectureFile,
     TrustRemoteCode,
     command,
     console,
     display,
+    number_of_actors,
     say,
     show_notes,
     table,
@@ -25,16 +29,20 @@ def evaluate(
     cell: Annotated[
         list[str] | None, typer.Option(help="Id of a cell; repeatable (default: all finished cells).")
     ] = None,
+    actors: Actors = None,
     trust_remote_code: TrustRemoteCode = False,
     architecture_file: ArchitectureFile = None,
+    address: Address = None,
 ) -> None:
     """Measures evaluations on the trained cells of a run. Run again, it measures only what is not there yet.
 
-    The rows go into evals.parquet of the run directory.
+    The rows go into evals.parquet of the run directory, each evaluation of each cell when it is done. Without --actors
+    and --address this process does it alone.
 
-    Example: [bold]saescale eval runs/quickstart --evals nmse[/]
+    Example: [bold]saescale eval runs/quickstart --evals core,downstream_loss[/]
     """
     from saescale.storage.writable import require_writable
+    from saescale.trainers.device import set_threads
     from saescale.trainers.evals.run import evaluate_run
 
     use_architectures(architecture_file)

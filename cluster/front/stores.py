@@ -7,12 +7,14 @@ import typer
 from rich.markup import escape
 
 from saescale.cluster.front.console import (
+    Actors,
     Address,
     ArchitectureFile,
     TrustRemoteCode,
     command,
     console,
     display,
+    number_of_actors,
     say,
     say_marked,
     use_architectures,

@@ -182,7 +182,7 @@ class Evals(EvalSpec):
     `eval: [core, downstream_loss]` is short for the latter alone.
     """
 
-    evaluations: list[str] = ["core"]
+    evaluations: list[str] = Field(default=["core"])
 
     @model_validator(mode="before")
     @classmethod
@@ -192,7 +192,7 @@ class Evals(EvalSpec):
     @field_validator("evaluations")
     @classmethod
     def _known(cls, names: list[str], info: ValidationInfo) -> list[str]:
-        if not _is_recorded(info):
+        if not _ran(info):
             for name in names:
                 EVALUATIONS.check(name)
         return list(dict.fromkeys(name.replace("-", "_") for name in names))
