@@ -34,6 +34,5 @@ def evaluate_on_actors(
     missing = Bench(run).in_order(plan.missing)
     recorded = (run.read_spec() or {}).get("resolved", {}).get("architectures", {})
     own = own_files(name for name in recorded if name in ARCHITECTURES.names())
-    display.stage("starting actors")
     with EvalCrew(url, len(missing), actors, address, trust_remote_code, own) as crew:
         return record(run, Plan(missing, plan.there), crew.measure(missing), display, crew.size)

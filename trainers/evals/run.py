@@ -16,9 +16,6 @@ from saescale.trainers.evals.plan import Pair, Plan, plan_evaluations
 class EvalDisplay(Protocol):
     """What shows the progress of evaluations."""
 
-    def stage(self, text: str) -> None:
-        """Something that is worth a line."""
-
     def evals(self, done: int, total: int, what: str, left_s: float | None) -> None:
         """Pairs of cell and evaluation that are done, what is known of their cost, and seconds left where known."""
 
@@ -65,7 +62,6 @@ def record(
 ) -> Evaluated:
     """Writes each of `results`, one for each missing pair of the plan in any order, when it is there."""
     costs, left, failed = Costs(processes), dict.fromkeys(plan.missing), _Failures()
-    told = False
     total = len(left)
     if display is not None:
         display.evals(0, total, f"{plan.missing[0].evaluation} of {plan.missing[0].cell}", None)
@@ -77,11 +73,7 @@ def record(
             failed.add(done.pair, done.error)
         costs.note(done)
         if display is not None:
-            left_s = costs.left_s(left)
-            if left and left_s is not None and not told:
-                told = True
-                display.stage(f"{costs.words()}: {len({pair.cell for pair in left})} more in about {left_s:,.0f} s")
-            display.evals(total - len(left), total, costs.words(), left_s)
+            display.evals(total - len(left), total, costs.words(), costs.left_s(left))
     return Evaluated(total - len(failed), plan.there, len(failed), failed.lines())
 
 

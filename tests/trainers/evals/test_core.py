@@ -7,7 +7,6 @@ import pytest
 import torch
 
 from saescale.storage.errors import SaescaleError
-from saescale.trainers.architectures import find_architecture
 from saescale.trainers.architectures.architecture import Shape
 from saescale.trainers.architectures.sae import SAE
 from saescale.trainers.cell import Cell
@@ -20,7 +19,17 @@ ROWS, D_MODEL, N_LATENTS, K = 2_000, 8, 24, 3
 
 def trained(dead: int = 4) -> Trained:
     """Random weights; the last `dead` latents never fire, the first one always does."""
-    cell = Cell(store="s", d_model=D_MODEL, n_latents=N_LATENTS, k=K, tokens=64, batch_tokens=64, lr=1e-3)
+    cell = Cell(
+        store="s",
+        d_model=D_MODEL,
+        n_latents=N_LATENTS,
+        k=K,
+        tokens=64,
+        batch_tokens=64,
+        lr=1e-3,
+        dead_after_tokens=64,
+        ema=0.9,
+    )
     draw = torch.Generator().manual_seed(0)
     bias = torch.zeros(N_LATENTS)
     bias[0], bias[-dead:] = 50, -50
@@ -29,7 +38,6 @@ def trained(dead: int = 4) -> Trained:
         "W_dec": torch.nn.functional.normalize(torch.randn(N_LATENTS, D_MODEL, generator=draw), dim=1),
         "b_pre": torch.randn(D_MODEL, generator=draw) / 4,
     }  # fmt: skip
-    assert find_architecture("topk").parameters
     return Trained(SAE("topk", Shape(D_MODEL, N_LATENTS), cell.whole_settings, params), cell)
 
 

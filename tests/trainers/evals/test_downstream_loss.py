@@ -45,7 +45,17 @@ def subject(store: ActivationStore) -> Subject:
 @pytest.fixture(scope="module")
 def trained(store: ActivationStore) -> Trained:
     d_model, n_latents = store.d_model, 64
-    cell = Cell(store="s", d_model=d_model, n_latents=n_latents, k=K, tokens=64, batch_tokens=64, lr=1e-3)
+    cell = Cell(
+        store="s",
+        d_model=d_model,
+        n_latents=n_latents,
+        k=K,
+        tokens=64,
+        batch_tokens=64,
+        lr=1e-3,
+        dead_after_tokens=64,
+        ema=0.9,
+    )
     draw = torch.Generator().manual_seed(0)
     W_dec = torch.nn.functional.normalize(torch.randn(n_latents, d_model, generator=draw), dim=1)
     params = {"W_enc": W_dec.clone(), "b_enc": torch.zeros(n_latents), "W_dec": W_dec, "b_pre": torch.zeros(d_model)}
