@@ -98,7 +98,7 @@ def run_sweep(
                 lease = held.enter_context(Lease(run.url, job))
             # Cells of an extension may have their results already.
             ledger.write_spec()
-        evaluate(spec, run, missing_evaluations(spec, run), address, display)
+        evaluate(spec, RunDirectory(run.url, lease.driver if lease else None), address, display)
         fits, wandb = _analyse(spec, ledger, display, settings)
         if lease is not None:
             lease.end("finished")

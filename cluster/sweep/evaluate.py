@@ -5,7 +5,7 @@ import warnings
 
 from saescale.cluster.sweep.spec import SweepSpec
 from saescale.cluster.sweep.watcher import SweepDisplay
-from saescale.storage.errors import SaescaleError, SaescaleWarning
+from saescale.storage.errors import SaescaleError, SaescaleWarning, Superseded
 from saescale.storage.rundir import RunDirectory
 from saescale.trainers.evals.plan import Plan, plan_evaluations
 
@@ -17,27 +17,27 @@ def missing_evaluations(spec: SweepSpec, run: RunDirectory) -> Plan:
     return plan_evaluations(run, spec.eval.evaluations)
 
 
-def evaluate(spec: SweepSpec, run: RunDirectory, plan: Plan, address: str | None, display: SweepDisplay) -> None:
+def evaluate(spec: SweepSpec, run: RunDirectory, address: str | None, display: SweepDisplay) -> None:
     """Measures them: by this process where it is all there is, else by actors on the cluster at `address` (default:
     RAY_ADDRESS) or on this machine's GPUs.
 
-    What cannot be measured is a warning, and does not end the sweep: `saescale eval` says it again.
+    What cannot be measured is a warning, and does not end the sweep: `saescale eval` says it again. Raises Superseded
+    where another driver than the owner of `run` has it.
     """
-    if not plan.missing:
+    if not missing_evaluations(spec, run).missing:
         return
     display.stage(f"evaluating: {', '.join(spec.eval.evaluations)}")
     try:
-        done = _by_hands(spec, run, address, display)
+        why = _measure(spec, run, address, display)
+    except Superseded:
+        raise
     except SaescaleError as error:
-        if run.owner is not None:
-            run.require_owner()  # or it is another driver's affair
-        warnings.warn(f"nothing was evaluated: {error}", SaescaleWarning, stacklevel=2)
-        return
-    for why in done:
-        warnings.warn(why, SaescaleWarning, stacklevel=2)
+        why = (f"the evaluations were not measured: {error}",)
+    for line in why:
+        warnings.warn(line, SaescaleWarning, stacklevel=2)
 
 
-def _by_hands(spec: SweepSpec, run: RunDirectory, address: str | None, display: SweepDisplay) -> tuple[str, ...]:
+def _measure(spec: SweepSpec, run: RunDirectory, address: str | None, display: SweepDisplay) -> tuple[str, ...]:
     """Why some were not measured."""
     # Only here: a sweep that is finished is shown without torch.
     from saescale.cluster.crew.connect import wanted_address
