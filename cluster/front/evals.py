@@ -66,14 +66,20 @@ def evaluate(
 
 
 def _show(run: str, names: list[str]) -> None:
-    """Each metric over the cells: how many have it, and its range. `at`: what of, where it is not the whole cell."""
+    """Each metric over the cells: how many have it, and its range. Of an evaluation that has some for whole cells, those
+    of single latents, labels or positions are only counted."""
     import numpy as np
 
     from saescale.storage.rundir import RunDirectory
 
+    rows = [row for row in RunDirectory(run).read_evals().to_pylist() if not names or row["evaluation"] in names]
+    of_whole_cells = {row["evaluation"] for row in rows if not row["at"]}
     found: dict[tuple[str, str, str], list[float]] = {}
-    for row in RunDirectory(run).read_evals().to_pylist():
-        if not names or row["evaluation"] in names:
+    more = 0
+    for row in rows:
+        if row["at"] and row["evaluation"] in of_whole_cells:
+            more += 1
+        else:
             found.setdefault((row["evaluation"], row["metric"], row["at"] or ""), []).append(row["value"])
     shown = table("evaluation", "metric", "at", "cells", "lowest", "median", "highest")
     for key, values in found.items():
@@ -81,3 +87,5 @@ def _show(run: str, names: list[str]) -> None:
         numbers = (min(present), float(np.median(present)), max(present)) if present else ()
         shown.add_row(*key, str(len(values)), *(f"{number:.4g}" for number in numbers))
     console.print(shown)
+    if more:
+        say(f"{more:,} more rows, of single latents, labels or positions, are in evals.parquet")

@@ -128,6 +128,12 @@ def test_what_fails_for_one_cell_is_a_line_and_the_others_go_on(
     assert "too large for this" in result.output
     assert "ZeroDivisionError: division by zero" in result.output
     assert [row["value"] for row in run.read_evals().to_pylist()] == [32]
+    # A table of whole cells, where an evaluation has them; what else there is is counted.
+    result = CliRunner().invoke(app, ["eval", "run", "--evals", "core"], env={"COLUMNS": "200"})
+    assert result.exit_code == 0
+    assert re.search(r"core +cosine +3 ", result.output)
+    assert "1e-1" not in result.output
+    assert "39 more rows, of single latents, labels or positions" in result.output
     monkeypatch.delenv("FAIL")
     monkeypatch.delenv("BREAK")
     assert evaluate_run("run", ["counted"]) == (2, 1, 0, ())
