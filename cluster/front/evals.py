@@ -66,7 +66,7 @@ def evaluate(
 
 
 def _show(run: str, names: list[str]) -> None:
-    """Each metric over the cells: how many have it, and its range. Of an evaluation that has some for whole cells, those
+    """Each metric over the cells: how many have it, and its range. Where an evaluation has some of whole cells, those
     of single latents, labels or positions are only counted."""
     import numpy as np
 

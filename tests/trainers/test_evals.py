@@ -133,7 +133,7 @@ def test_what_fails_for_one_cell_is_a_line_and_the_others_go_on(
     assert result.exit_code == 0
     assert re.search(r"core +cosine +3 ", result.output)
     assert "1e-1" not in result.output
-    assert "39 more rows, of single latents, labels or positions" in result.output
+    assert "36 more rows, of single latents, labels or positions" in result.output
     monkeypatch.delenv("FAIL")
     monkeypatch.delenv("BREAK")
     assert evaluate_run("run", ["counted"]) == (2, 1, 0, ())
