@@ -158,6 +158,7 @@ class LanguageModel:
         """What a block that is left out has to give, a tensor or a tuple; None where later ones need the earlier ones
         for more than the stream (keys and values that they share)."""
         whole = self.run(ids, [], {site: lambda stream: resid}, logits=True).logits
+        self.run((ids + 1) % self.embedded, [site])  # or what blocks keep from that pass would be taken for this one's
         for how in (Tensor, tuple):
             with suppress(Exception):  # whatever such a model raises, it can be run whole
                 if whole is not None and torch.equal(self._without_blocks(ids, site, resid, how), whole):

@@ -31,7 +31,7 @@ def store(tiny_subject: str, tiny_corpus: str, tmp_path_factory: pytest.TempPath
     harvest(
         HarvestSpec(
             subject=tiny_subject, layer=LAYER, corpus=tiny_corpus, out=out, tokens=1_024, heldout_tokens=512,
-            context_length=LENGTH, shard_rows=256, row_group_rows=64,
+            context_length=LENGTH, shard_rows=256, row_group_rows=64, compute_dtype="float32",
         )
     )  # fmt: skip
     return ActivationStore.open(out)
@@ -39,7 +39,7 @@ def store(tiny_subject: str, tiny_corpus: str, tmp_path_factory: pytest.TempPath
 
 @pytest.fixture(scope="module")
 def subject(store: ActivationStore) -> Subject:
-    return get_subject(store.subject)
+    return get_subject(store.subject, dtype="float32")
 
 
 @pytest.fixture(scope="module")
