@@ -16,7 +16,7 @@ from saescale.scaling.laws.settings import FitSettings
 from saescale.storage.errors import SaescaleError, SaescaleWarning
 from saescale.storage.rundir import RunDirectory
 from saescale.storage.store import ActivationStore
-from saescale.trainers.cell import Cell
+from saescale.trainers.cell import Cell, EvalSpec
 from saescale.trainers.evals.run import evaluate_run
 from saescale.trainers.training.train import PackJob, train_pack
 from tests.cluster.conftest import Recorder
@@ -46,11 +46,13 @@ def run(store: ActivationStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     (tmp_path / "mine" / "evals").mkdir(parents=True)
     (tmp_path / "mine" / "evals" / "fragile.py").write_text(FRAGILE)
     monkeypatch.setenv("SAESCALE_PATH", str(tmp_path / "mine"))
-    shared = {"store": store.identity, "d_model": store.d_model, "tokens": 512, "batch_tokens": 128, "lr": 3e-3, "k": 2,
-              "dead_after_tokens": 512, "ema": 0.9}  # fmt: skip
+    shared = {
+        "store": store.identity, "d_model": store.d_model, "tokens": 512, "batch_tokens": 128, "lr": 3e-3, "k": 2,
+        "dead_after_tokens": 512, "ema": 0.9,
+    }  # fmt: skip
     cells = [Cell.model_validate(shared | {"n_latents": n, "heldout_rows": 512}) for n in SIZES]
     found = RunDirectory(str(tmp_path / "run"))
-    done = train_pack(PackJob(cells=cells, store=store.url, run=found.url, sweep="evals"))
+    done = train_pack(PackJob(cells=cells, store=store.url, run=found.url, sweep="evals", eval=EvalSpec(tokens=512)))
     found.write_spec({"name": "evals", "store": store.url, "resolved": {}})
     found.write_results(done.results)
     return found

@@ -84,12 +84,11 @@ def test_losses_are_those_of_plain_transformers(
     store: ActivationStore, subject: Subject, trained: Trained, tiny_subject: str
 ) -> None:
     model = AutoModelForCausalLM.from_pretrained(tiny_subject.removeprefix("hf:"), dtype=torch.float32).eval()
-    bos = model.config.bos_token_id
     rows = store.heldout(columns=("act", "token", "pos", "doc"))
     # The contexts, found by what stands in the rows alone: each is a chain of tokens that follow each other.
     contexts = [context for part in heldout_contexts(store, subject) for context in part.ids.tolist()]
     assert sum(map(len, contexts)) == len(rows.token) + len(contexts)
-    assert {context[0] for context in contexts} == {bos}
+    assert {context[0] for context in contexts} == {subject.bos_token_id}  # type: ignore[attr-defined]
     assert sorted(token for context in contexts for token in context[1:]) == sorted(rows.token.tolist())
 
     def run(ids: list[int], instead: Any = None) -> torch.Tensor:
