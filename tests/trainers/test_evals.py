@@ -89,6 +89,15 @@ def measured() -> list[int]:
     return [int(line.split()[0]) for line in Path("measured.txt").read_text().splitlines()]
 
 
+def change_toy(monkeypatch: pytest.MonkeyPatch, old: str, new: str) -> None:
+    """Another subject of that name, for this process too."""
+    toy = Path("mine/subjects/toy.py")
+    assert old in toy.read_text()
+    toy.write_text(toy.read_text().replace(old, new))
+    for name in [name for name in sys.modules if name.startswith("saescale_user_toy_")]:
+        monkeypatch.delitem(sys.modules, name)
+
+
 def test_all_are_measured_once(run: RunDirectory, monkeypatch: pytest.MonkeyPatch) -> None:
     loaded: list[str] = []
     whole = module.get_subject
@@ -161,10 +170,7 @@ def test_what_cannot_be_measured_is_one_line(run: RunDirectory, monkeypatch: pyt
     with pytest.raises(SaescaleError, match="no run directory with a finished cell"):
         evaluate_run("store")
     # Other weights under the same name.
-    toy = Path("mine/subjects/toy.py")
-    toy.write_text(toy.read_text().replace('"toy-1"', '"toy-2"'))
-    for name in [name for name in sys.modules if name.startswith("saescale_user_toy_")]:
-        monkeypatch.delitem(sys.modules, name)
+    change_toy(monkeypatch, '"toy-1"', '"toy-2"')
     trusted = evaluate_run("run", ["toy"], trust_remote_code=True)
     assert trusted.failed == 3
     (line,) = trusted.why  # one reason is one line
@@ -197,10 +203,8 @@ def test_what_cells_share_is_made_once(run: RunDirectory) -> None:
     assert Path("prepared.txt").read_text() == "once\nonce\n"
 
 
-def test_labels_that_there_are_not_are_one_line(run: RunDirectory) -> None:
-    for file in ("subjects", "evals"):  # a subject of the same weights that has none
-        path = Path(f"mine/{file}/toy.py")
-        path.write_text(path.read_text().replace('labels = ("ahead",)', "labels = ()"))
+def test_labels_that_there_are_not_are_one_line(run: RunDirectory, monkeypatch: pytest.MonkeyPatch) -> None:
+    change_toy(monkeypatch, 'labels = ("ahead",)', "labels = ()")
     done = evaluate_run("run", ["toy", "counted"])
     assert (done.measured, done.why) == (3, ("toy of 3 cells: the subject toy has no labels",))
 
