@@ -62,7 +62,6 @@ class Prepared(NamedTuple):
     read: list[_Read]
     doc: np.ndarray  # [tokens], of each token that counts
     pos: np.ndarray
-    length: int  # of the longest context
     original: np.ndarray  # cross-entropies, [tokens]
     zero: _Loss
     mean: _Loss
@@ -88,10 +87,7 @@ def prepare(source: Source, subject: Subject | None) -> Prepared:
         raise SaescaleError("no held-out row has a next token in its context")
     pos = np.concatenate([np.nonzero(part.counted)[1] for part in read])
     rows = torch.cat([part.resid[part.contexts.keep.to(part.resid.device)] for part in read]).float()
-    shared = Prepared(
-        subject, source.site, read, doc, pos, max(part.counted.shape[1] for part in read) + 1,
-        np.concatenate(original), *(2 * [_Loss(doc, doc)]),
-    )  # fmt: skip
+    shared = Prepared(subject, source.site, read, doc, pos, np.concatenate(original), *(2 * [_Loss(doc, doc)]))
     zero = _losses(shared, torch.zeros_like)
     mean = _losses(shared, lambda raw: rows.mean(dim=0).expand_as(raw))
     return shared._replace(zero=zero, mean=mean)
@@ -115,11 +111,13 @@ def measure(trained: Trained, source: Source, subject: Subject | None, prepared:
     }
     for name, found in by_document(prepared.doc, columns, statistics).items():
         yield Measurement(name, *found, n=len(prepared.doc), seed=SEED)
-    width = -(-prepared.length // RANGES)
+    begin = int(prepared.pos.min())
+    width = -(-int(prepared.pos.max() + 1 - begin) // RANGES)
     of_position = {"kl": statistics["kl"], "ce_increase": _increase}
-    for number in np.unique(prepared.pos // width):
-        here = prepared.pos // width == number
-        first, last = int(number * width), int(number * width + width - 1)
+    for number in np.unique((prepared.pos - begin) // width):
+        here = (prepared.pos - begin) // width == number
+        first = begin + int(number) * width
+        last = first + width - 1
         at = f"position {first}" if width == 1 else f"positions {first} to {last}"
         own = {name: column[here] for name, column in columns.items()}
         for name, found in by_document(prepared.doc[here], own, of_position).items():
@@ -142,21 +140,27 @@ def _losses(prepared: Prepared, instead: Callable[[Tensor], Tensor]) -> _Loss:
         if original is None:
             original = logits_from(prepared.subject, ids, prepared.site, part.resid)
         ce.append(_cross_entropy(logits, ids)[part.counted])
-        kl.append(_divergence(original[:, :-1].float(), logits[:, :-1].float())[part.counted])
+        kl.append(_divergence(original[:, :-1], logits[:, :-1])[part.counted])
     return _Loss(np.concatenate(ce), np.concatenate(kl))
 
 
 def _cross_entropy(logits: Tensor, ids: Tensor) -> np.ndarray:
     """Of each next token, float64 [contexts, length - 1]."""
-    found = logits[:, :-1].float()
-    target = ids[:, 1:].long().to(found.device)
-    of_next = found.gather(2, target[..., None])[..., 0]
-    return (found.logsumexp(dim=2) - of_next).double().cpu().numpy()
+    # One context at a time here and below: float32 copies of a batch are hundreds of megabytes.
+    found = []
+    for of_context, tokens in zip(logits[:, :-1], ids[:, 1:].long().to(logits.device), strict=True):
+        whole = of_context.float()
+        found.append(whole.logsumexp(dim=1) - whole.gather(1, tokens[:, None])[:, 0])
+    return torch.stack(found).double().cpu().numpy()
 
 
 def _divergence(original: Tensor, patched: Tensor) -> np.ndarray:
     """KL(original || patched) of each token, float64 [contexts, tokens]: sum p (logits - logits of the patched one),
     and the difference of the normalisers."""
-    normaliser = original.logsumexp(dim=2)
-    weighted = (original - normaliser[..., None]).exp_().mul_(original - patched).sum(dim=2)
-    return (weighted - normaliser + patched.logsumexp(dim=2)).double().cpu().numpy()
+    found = []
+    for before, after in zip(original, patched, strict=True):
+        p, q = before.float(), after.float()
+        normaliser = p.logsumexp(dim=1)
+        weighted = ((p - normaliser[:, None]).exp_() * (p - q)).sum(dim=1)
+        found.append(weighted - normaliser + q.logsumexp(dim=1))
+    return torch.stack(found).double().cpu().numpy()

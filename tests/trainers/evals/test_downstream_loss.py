@@ -177,6 +177,6 @@ def test_long_contexts_are_given_in_ranges(
     monkeypatch.setattr(downstream_loss, "RANGES", 5)
     found = measured(store, subject, trained)
     assert [at for metric, at in found if metric == "kl" and at] == [
-        "positions 0 to 3", "positions 4 to 7", "positions 8 to 11", "positions 12 to 15",
+        "positions 1 to 3", "positions 4 to 6", "positions 7 to 9", "positions 10 to 12", "positions 13 to 15",
     ]  # fmt: skip
     assert np.sum([row.n for (metric, at), row in found.items() if metric == "kl" and at]) == found["kl", ""].n
