@@ -103,10 +103,11 @@ def test_a_sweep_ends_with_its_evaluations(
     again = Recorder()
     run_sweep(spec, again, settings=FitSettings(0))
     assert again.evaluated == []
-    # Others may be named later: it stays the same sweep. What cannot be measured ends nothing.
+    # Others may be named later: it stays the same sweep. What cannot be measured ends nothing. By the actors of a cluster.
     document["eval"]["evaluations"] = ["core", "downstream_loss", "nmse"]
     with pytest.warns(SaescaleWarning, match="downstream_loss of 2 cells: unknown subject 'synthetic'"):
-        run_sweep(parse_spec(document, "here"), again, settings=FitSettings(0))
+        run_sweep(parse_spec(document, "here"), again, three_nodes.address, FitSettings(0))
+    assert again.evaluated[-1][:2] == (4, 4)
     assert {row["evaluation"] for row in outcome.run.read_evals().to_pylist()} == {"core", "nmse"}
     with pytest.raises(SaescaleError, match="unknown evaluation 'cor': did you mean core"):
         parse_spec(document | {"eval": ["cor"]}, "here")
