@@ -103,7 +103,7 @@ def test_a_sweep_ends_with_its_evaluations(
     again = Recorder()
     run_sweep(spec, again, settings=FitSettings(0))
     assert again.evaluated == []
-    # Others may be named later: it stays the same sweep. What cannot be measured ends nothing. By the actors of a cluster.
+    # Others may be named later, here on a cluster: it stays the same sweep. What cannot be measured ends nothing.
     document["eval"]["evaluations"] = ["core", "downstream_loss", "nmse"]
     with pytest.warns(SaescaleWarning, match="downstream_loss of 2 cells: unknown subject 'synthetic'"):
         run_sweep(parse_spec(document, "here"), again, three_nodes.address, FitSettings(0))

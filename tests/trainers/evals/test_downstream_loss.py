@@ -1,6 +1,5 @@
 """downstream_loss against plain transformers with a hook on the block, one context at a time."""
 
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -164,9 +163,9 @@ def test_only_so_many_contexts_are_read(
     assert found["kl", ""].n == 5 * (LENGTH - 1)
 
 
-def test_without_logits_it_is_one_line(store: ActivationStore, subject: Subject, tmp_path: Path) -> None:
+def test_without_logits_it_is_one_line(store: ActivationStore, subject: Subject) -> None:
     silent = SimpleNamespace(name="silent", bos_token_id=subject.bos_token_id, eos_token_id=subject.eos_token_id,  # type: ignore[attr-defined]
-                             run=lambda ids, sites, logits: subject.run(ids, sites), tokenize=None)  # fmt: skip
+                             run=lambda ids, sites, logits: subject.run(ids, sites), tokenize=len)  # fmt: skip
     with pytest.raises(SaescaleError, match="silent gives no logits"):
         downstream_loss.prepare(store, silent)  # type: ignore[arg-type]
 
