@@ -22,6 +22,10 @@ if TYPE_CHECKING:
 _TOPK_ONCE = ("k_aux", "auxk_coefficient", "multi_topk")
 
 
+# What names a cell beside axes.
+_NAMED = {"store", "d_model", "n_latents", "k", "architecture", "settings", "seed"}
+
+
 class EvalSpec(BaseModel):
     """When and on what nmse is measured."""
 
@@ -137,6 +141,17 @@ class Cell(BaseModel):
         worked = Worked(tokens, self.whole_settings.pairs_per_token(self.n_latents) * tokens)
         shape = Shape(self.d_model, self.n_latents)
         return find_architecture(self.architecture).flops(shape, self.whole_settings, worked)
+
+
+def axes_of(cells: Iterable[Cell]) -> tuple[str, ...]:
+    """The fields and settings, beside architecture, n_latents, k and seed, in which cells of one architecture and one
+    n_latents over one store differ: what the axes of a sweep are."""
+    values: dict[tuple[Any, ...], dict[str, set[str]]] = {}
+    for cell in cells:
+        seen = values.setdefault((cell.architecture, cell.n_latents, cell.store), {})
+        for name, value in (cell.model_dump(exclude=_NAMED) | cell.whole_settings.model_dump(exclude={"k"})).items():
+            seen.setdefault(name, set()).add(repr(value))
+    return tuple(dict.fromkeys(name for seen in values.values() for name, found in seen.items() if len(found) > 1))
 
 
 def known_architecture(name: str) -> str:

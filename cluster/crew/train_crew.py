@@ -5,7 +5,7 @@ It costs less than a Ray Tune trial or a TorchTrainer for each pack: imports and
 
 import time
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from saescale.cluster.crew.claims import Needs, Resources
@@ -30,8 +30,7 @@ class TrainCrew(Crew[WorkerInfo]):
 
     threads: CPU threads of each worker. One apiece when there are as many workers as cores: two processes of two
     threads on two cores collapse. auto: what `precision: auto` came to, None where the sweep names one; workers whose
-    device is made for another say so. architectures: the user's own, which workers get with their files' text
-    (trainers/architectures/own.py). Raises SaescaleError when Ray cannot be reached or no worker comes up.
+    device is made for another say so. Raises SaescaleError when Ray cannot be reached or no worker comes up.
     """
 
     words = Words(
@@ -41,15 +40,9 @@ class TrainCrew(Crew[WorkerInfo]):
     )
 
     def __init__(
-        self,
-        cells: int,
-        resources: Resources,
-        address: str | None = None,
-        auto: Precision | None = None,
-        architectures: Mapping[str, str] | None = None,
+        self, cells: int, resources: Resources, address: str | None = None, auto: Precision | None = None
     ) -> None:
         self._began, self._once_up, self._auto = time.monotonic(), False, auto
-        self._architectures = dict(architectures or {})
         super().__init__(address)
         self._grows = resources.workers == "auto"
         self._cells = cells
@@ -93,7 +86,7 @@ class TrainCrew(Crew[WorkerInfo]):
     def _create(self) -> tuple[Any, Any]:
         # Four threads: one trains, the others answer state, stop and describe meanwhile.
         options = {"num_cpus": self._cpus, "num_gpus": self._gpus, "max_concurrency": 4}
-        worker = self._actor(Worker, options, self._cpus, self._gpus, self._architectures)
+        worker = self._actor(Worker, options, self._cpus, self._gpus)
         return worker, worker.describe.remote()
 
     def _joined(self, actor: Any, info: WorkerInfo) -> None:

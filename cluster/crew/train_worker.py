@@ -5,7 +5,6 @@ import socket
 import threading
 import time
 import warnings
-from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import ray
@@ -16,7 +15,6 @@ from saescale.storage.errors import SaescaleError, SaescaleWarning
 from saescale.storage.files import exists, join
 from saescale.storage.manifest import MANIFEST
 from saescale.storage.waiting import Wait, waits
-from saescale.trainers.architectures.own import take
 from saescale.trainers.device import default_device, fast_precision
 from saescale.trainers.kernels.choose import KernelKind, kernel_kind
 from saescale.trainers.precision import Precision
@@ -65,12 +63,10 @@ class Unfit(SaescaleError):
 class Worker:
     """Runs in its own process and trains one pack at a time; the other methods answer while it does.
 
-    cpus, gpus: what it claims of its node, and with that its share of the node's memory. architectures: of the user's
-    own, the text of their files.
+    cpus, gpus: what it claims of its node, and with that its share of the node's memory.
     """
 
-    def __init__(self, cpus: float, gpus: float, architectures: Mapping[str, str]) -> None:
-        take(architectures)
+    def __init__(self, cpus: float, gpus: float) -> None:
         self._cpus, self._gpus = cpus, gpus
         self._progress: Progress | None = None
         self._moved = time.monotonic()

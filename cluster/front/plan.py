@@ -105,10 +105,12 @@ def _show(document: dict[str, Any]) -> None:
         numbers = (f"{cell['tokens']:,}", f"{cell['flops']:.3g}", f"{cell['hours']:.3g}")
         shown.add_row(f"{cell['n_latents']:,}", str(cell["k"]), seeds, *numbers)
     console.print(shown)
-    count = sum(len(cell["seeds"]) for cell in document["cells"])
+    stores = document["stores"]
+    count = stores * sum(len(cell["seeds"]) for cell in document["cells"])
+    cells = f"{count} cells over {stores} stores" if stores > 1 else f"{count} cells"
     console.print(
-        f"\n{count} cells in {len(document['packs'])} packs, {document['hours']:.3g} h on one {device['name']} at "
-        f"{device['flops_per_s']:.3g} sparse training FLOP/s, {device['speed_from']}",
+        f"\n{cells} in {stores * len(document['packs'])} packs, {document['hours']:.3g} h on one "
+        f"{device['name']} at {device['flops_per_s']:.3g} sparse training FLOP/s, {device['speed_from']}",
         highlight=False, soft_wrap=True,
     )  # fmt: skip
     rectangle = document["rectangle"]

@@ -11,7 +11,7 @@
 """
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import suppress
 from typing import Any
 
@@ -33,8 +33,9 @@ from saescale.storage import files
 from saescale.storage.errors import SaescaleError, Superseded, Unavailable, one_line
 from saescale.storage.lease import Lease
 from saescale.storage.manifest import MANIFEST
+from saescale.storage.store import ActivationStore
 from saescale.storage.waiting import Wait, hear
-from saescale.trainers.cell import Cell
+from saescale.trainers.cell import Cell, axes_of
 from saescale.trainers.device import OutOfMemory
 from saescale.trainers.training.train import PackJob
 
@@ -63,6 +64,7 @@ class Execution:
     ) -> None:
         self.spec, self.ledger, self.crew, self.needs = spec, ledger, crew, needs
         self.lease, self.display = lease, display
+        self.axes = (*_differ(ledger.stores.values()), *axes_of(ledger.cells))
         newest = {cell_id: found[0] for cell_id, found in steps.items()}
         self.work = Work(ledger.pending, newest)
         self.waiting: list[Pack] = []
@@ -158,6 +160,8 @@ class Execution:
             wandb=self.spec.wandb,
             checkpoint_every_s=self.spec.resources.checkpoint_every_s,
             threads=self.crew.threads,
+            architectures=self.ledger.architectures,
+            axes=self.axes,
             driver=self.lease.driver,
         )
         self.begun += 1
@@ -377,6 +381,12 @@ class Execution:
     def _moves(self) -> None:
         """Something was trained: whatever fails now and then, it is not everything."""
         self.fruitless, self.moved = 0, time.monotonic()
+
+
+def _differ(stores: Collection[ActivationStore]) -> list[str]:
+    """Which of subject and site the stores of a sweep differ in."""
+    told = {"subject": {store.subject for store in stores}, "site": {store.site.name for store in stores}}
+    return [name for name, values in told.items() if len(values) > 1]
 
 
 def _how(reached: int, outage: bool) -> str:

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from saescale.cluster.sweep.axes import has_lists
-from saescale.cluster.sweep.settings import defaults
+from saescale.cluster.sweep.settings import told_apart
 from saescale.cluster.sweep.spec import NO_STORE, Grid, Planned, SweepSpec, named_stores, parse_recorded, parse_spec
 from saescale.cluster.sweep.train import Way
 from saescale.storage import files
@@ -79,26 +79,17 @@ def union(first: SweepSpec, *others: SweepSpec) -> Grid:
 
 def _own(cell: Planned, ways: Sequence[Way]) -> dict[str, Any]:
     """The least that `train` of a cell of the grid has to say for it to be this one; `ways`: those of the sweep."""
-    else_ = [Planned.of(cell.combination, way) for way in ways]
+    given = [Planned.of(cell.combination, way) for way in ways]
 
     def differs(name: str) -> bool:
-        return any(getattr(other, name) != getattr(cell, name) for other in else_)
+        return any(getattr(other, name) != getattr(cell, name) for other in given)
 
     numbers = ("tokens", "batch_tokens", "lr", "ema", "stream_seed")
     own: dict[str, Any] = {name: getattr(cell, name) for name in numbers if differs(name)}
     if differs("dead_after_tokens"):
         own["auxk"] = {"dead_after_tokens": cell.dead_after_tokens}
-    if differs("settings"):
-        default, mine = defaults(cell.architecture), json.loads(cell.settings)
-        theirs = [json.loads(other.settings) for other in else_]
-        names = sorted({*mine, *(name for each in theirs for name in each)})
-        values = {name: mine.get(name, default[name]) for name in names}
-        told = {
-            name: value
-            for name, value in values.items()
-            if any(each.get(name, default[name]) != value for each in theirs)
-        }
-        own["settings"] = {cell.architecture: told}
+    if settings := told_apart(cell.settings, [other.settings for other in given], cell.architecture):
+        own["settings"] = {cell.architecture: settings}
     return own
 
 

@@ -31,31 +31,24 @@ def document_of(
     spec: SweepSpec, stores: Sequence[ActivationStore], precision: Precision, own: Mapping[str, str]
 ) -> dict[str, Any]:
     """What sweep.yaml says: the spec with its defaults, what `auto` came to, the stores in order, the versions, and the
-    digests of the user's `own` files."""
+    digests of the user's `own` files of architectures."""
     sources = [{"fingerprint": s.fingerprint, "subject": s.subject, "site": s.site.name} for s in stores]
     versions = {name: version(name) for name in _PACKAGES}
     resolved = {"precision": precision, "sources": sources, "versions": versions}
-    return spec.model_dump(mode="json") | {
-        "resolved": resolved | ({"architectures": digests(own)} if own else {}),
-    }
+    architectures = {"architectures": digests(own)} if own else {}
+    return spec.model_dump(mode="json") | {"resolved": resolved | architectures}
 
 
 def taken_up(
-    run: RunDirectory,
-    recorded: Mapping[str, Any],
-    spec: SweepSpec,
-    document: Mapping[str, Any],
-    own: Mapping[str, str],
-    extending: bool,
+    run: RunDirectory, recorded: Mapping[str, Any], spec: SweepSpec, document: Mapping[str, Any], extending: bool
 ) -> dict[str, Any]:
     """What sweep.yaml is to say when `spec`, of which it says `document` by itself, goes on in `run`, whose sweep.yaml
     is `recorded`.
 
-    What began the sweep stays as it was written, such as the versions that its first cells were trained with. `own`:
-    architectures of the user's, which have to be those that it began with. `extending`: `spec` may have cells and
-    stores besides. Raises SaescaleError where `run` holds another sweep.
+    What began the sweep stays as it was written, such as the versions that its first cells were trained with.
+    `extending`: `spec` may have cells and stores besides. Raises SaescaleError where `run` holds another sweep.
     """
-    began_with = (recorded.get("resolved") or {}).get("architectures")
+    own, began_with = (of.get("resolved", {}).get("architectures") or {} for of in (document, recorded))
     require_same(began_with, own, run.url)
     here = _Asked(set(spec.planned()), _stores(document))
     same_text = all(recorded.get(key) == document[key] for key in ("grid", "train"))
@@ -79,8 +72,8 @@ def taken_up(
             f"or remove that one{'' if differences else _other_way(run, there, here)}"
         )
     if there.planned != here.planned:
-        both = {"architectures": {**(began_with or {}), **digests(own)}} if own else {}
-        recorded = {**recorded, "grid": document["grid"], "resolved": recorded["resolved"] | both}
+        resolved = {**recorded["resolved"], **({"architectures": {**began_with, **own}} if own else {})}
+        recorded = {**recorded, "grid": document["grid"], "resolved": resolved}
     if there.stores.keys() != here.stores.keys():
         resolved = {**recorded["resolved"], "sources": document["resolved"]["sources"]}
         recorded = {**recorded, "store": document["store"], "resolved": resolved}
@@ -131,7 +124,7 @@ def _changed_store(there: _Asked, here: _Asked) -> str:
     now = {url: key for key, url in here.stores.items() if key not in there.stores}
     changed = [(url, was[url], now[url]) for url in now if url in was]
     if not changed and len(was) == len(now) == len(here.stores) == 1:  # its only one, which may have been moved too
-        changed = [(url, *was.values(), key) for url, key in now.items()]
+        changed = [(url, next(iter(was.values())), key) for url, key in now.items()]
     return "; ".join(f"store_fingerprint is {old} there and {new} here: {url}" for url, old, new in changed)
 
 

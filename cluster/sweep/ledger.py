@@ -275,6 +275,6 @@ def open_ledger(
     own = own_files(spec.grid.architectures)
     document = document_of(spec, stores, precision, own)
     if recorded is not None:
-        document = taken_up(run, recorded, spec, document, own, extending)
+        document = taken_up(run, recorded, spec, document, extending)
     cells = [cell for store in stores for cell in spec.cells(store, precision)]
     return Ledger(run, cells, stores, document, recorded, own)

@@ -1,5 +1,6 @@
 """What is asked of `saescale plan`, and what it proposes, as JSON and as a sweep file."""
 
+import json
 from collections.abc import Mapping, Set
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -43,10 +44,11 @@ class Prior(NamedTuple):
     words: str
     seeds: Mapping[tuple[int, int], Set[int]]
     device: Device
+    cell: Mapping[str, Any] = {}  # what each cell of the plan says besides: architecture, train
 
 
 class ProposedCell(NamedTuple):
-    """A row of the plan; `hours` of all its seeds together."""
+    """A row of the plan; `hours` of all its seeds together, over all stores of the sweep."""
 
     n_latents: int
     k: int
@@ -58,7 +60,7 @@ class ProposedCell(NamedTuple):
 
 @dataclass(frozen=True)
 class Proposal:
-    """The proposal. `packs` are [n_latents, k, seed] of cells that train side by side on one device."""
+    """The proposal. `packs` are [n_latents, k, seed] of cells that train side by side on one device, of each store."""
 
     request: Request
     prior: Prior
@@ -85,12 +87,13 @@ class Proposal:
                 "shared_by_seeds": self.prior.shared,
                 "cells": len(self.prior.cells["k"]),
             },
+            "stores": len(self.spec.stores),
             "cells": [cell._asdict() for cell in self.cells],
             "expected": self._expected(self.design),
             "before": self._expected(self.before),
             "rectangle": self.rectangle
             and {
-                "cells": int(self.rectangle.counts.sum()),
+                "cells": int(self.rectangle.counts.sum()) * len(self.spec.stores),
                 "hours": self.rectangle.hours,
                 "expected": self._expected(self.rectangle),
             },
@@ -107,7 +110,8 @@ class Proposal:
     def yaml(self) -> str:
         """The sweep file."""
         document = self.spec.model_dump(mode="json", exclude={"grid"})
-        cells = sum(len(cell.seeds) for cell in self.cells)
+        cells = sum(len(cell.seeds) for cell in self.cells) * len(self.spec.stores)
+        more = "".join(f", {key}: {json.dumps(value)}" for key, value in self.prior.cell.items())
         lines = [
             f"# {cells} cells that narrow the {self.request.target} the most within {self.request.hours:g} h on one "
             f"{self.request.device.name}.",
@@ -117,6 +121,6 @@ class Proposal:
             yaml_text(document).rstrip(),
             "grid:",
             "  cells:",
-            *(f"  - {{n_latents: {c.n_latents}, k: {c.k}, seed: {list(c.seeds)}}}" for c in self.cells),
+            *(f"  - {{n_latents: {c.n_latents}, k: {c.k}, seed: {list(c.seeds)}{more}}}" for c in self.cells),
         ]
         return "\n".join(lines) + "\n"

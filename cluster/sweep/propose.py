@@ -7,6 +7,7 @@ from typing import Any, NamedTuple, cast
 
 import numpy as np
 
+from saescale.cluster.sweep.best import Best, best_way
 from saescale.cluster.sweep.proposal import Prior, Proposal, ProposedCell, Request
 from saescale.cluster.sweep.spec import NO_STORE, SweepSpec, parse_recorded, parse_spec
 from saescale.scaling.kinds import kind_label, largest_kind, without_diverged
@@ -55,7 +56,7 @@ def make_proposal(request: Request) -> Proposal:
     goal = wanted(cast(Target, request.target), N_K, prior.raw, [k for k in ks if k in cells.k], request.at)
     design = propose(cells, goal, request.hours, prior.cells, request.seeds)
     rectangle = best_rectangle(cells, goal, request.hours, prior.cells, request.seeds)
-    rows, grid = _proposed(cells, design, prior.seeds, base, d_model, prior.device)
+    rows, grid = _proposed(cells, design, prior, base, d_model)
     spec = parse_spec(base | {"grid": {"cells": grid}}, "the plan")
     before = expected(cells, goal, prior.cells) if len(prior.cells["k"]) > len(N_K.names) else None
     packs = _packs(spec, d_model, request.device)
@@ -78,6 +79,9 @@ def _prior(request: Request) -> tuple[Prior, dict[str, Any], int]:
     results, curves = load_sources([request.source])
     of, results = largest_kind(without_diverged(results))
     results.require(("n_latents", "k"))
+    document = sweep_of(request.source)
+    best = best_way(document, request.source, results) if document else None
+    results = results.select(best.rows) if best else results
     try:
         fit = fit_law(
             N_K, results.columns, results["nmse"], FitSettings(_DRAWS * 10), kinds=kinds_of(results, N_K.columns)
@@ -91,6 +95,7 @@ def _prior(request: Request) -> tuple[Prior, dict[str, Any], int]:
     if not 1 <= d_model <= _WIDEST:
         raise SaescaleError(f"{request.source}: d_model is {d_model:g}, which is no width of a subject; correct it")
     kind = f", its cells of {label}," if (label := kind_label(of)) else ""
+    kind += f" {best.words}," if best else ""
     words = f"L(N, k) of {results.source}{kind} and its scatter of {request.noise or fit.noise:.2%} about it"
     shared = 0.0
     if fit.misses and fit.lack:
@@ -100,8 +105,16 @@ def _prior(request: Request) -> tuple[Prior, dict[str, Any], int]:
     prior = Prior(
         np.concatenate([fit.raw[None], _plausible(fit)]), request.noise or fit.noise, shared,
         {"n_latents": results["n_latents"], "k": results["k"]}, words, _seeds_of(request.source), device,
+        _each_cell(results, best),
     )  # fmt: skip
     return prior, _base_of(request.source, results, base), d_model
+
+
+def _each_cell(results: Table, best: Best | None) -> dict[str, Any]:
+    """What the cells of a plan say beside n, k and seed, so that they are like those of a run."""
+    architecture = str(results["architecture"][0]) if "architecture" in results else ""
+    of_kind = {} if architecture in ("", "topk") else {"architecture": architecture}
+    return of_kind | ({"train": best.own} if best else {})
 
 
 def sweep_of(source: str) -> dict[str, Any] | None:
@@ -177,9 +190,10 @@ def _candidates(
     if not len(n):
         raise SaescaleError(f"no cell to add has k <= n: k is {min(ks):g} or more, n at most {sizes.max():g}")
     _require_enough(request, n, k, prior.cells)
-    spec = parse_spec(base | {"grid": {"cells": _grid(n, k, [[0]] * len(n))}}, "the plan")
+    spec = parse_spec(base | {"grid": {"cells": _grid(n, k, [[0]] * len(n), prior)}}, "the plan")
     possible, needs = _cells(spec, d_model), _needs(spec, request.device)
-    hours = np.array([prior.device.hours(cell.flops(cell.tokens).sparse) for cell in possible])
+    # All cells of a sweep are trained over all its stores.
+    hours = len(spec.stores) * np.array([prior.device.hours(cell.flops(cell.tokens).sparse) for cell in possible])
     memory = np.array([needs([cell]) for cell in possible])
     fits = memory <= request.device.memory
     if not fits.any():
@@ -225,39 +239,39 @@ def _require_enough(
 def _proposed(
     cells: Candidates,
     design: Design,
-    used: Mapping[tuple[int, int], Set[int]],
+    prior: Prior,
     base: dict[str, Any],
     d_model: int,
-    device: Device,
 ) -> tuple[tuple[ProposedCell, ...], list[dict[str, Any]]]:
     """The rows of the plan and of the sweep file's grid, with the first seeds that no cell of an n and k has."""
     chosen = np.flatnonzero(design.counts)
-    own = [used.get((int(cells.n_latents[i]), int(cells.k[i])), frozenset()) for i in chosen]
+    own = [prior.seeds.get((int(cells.n_latents[i]), int(cells.k[i])), frozenset()) for i in chosen]
     seeds = [_unused(taken, int(design.counts[i])) for taken, i in zip(own, chosen, strict=True)]
-    grid = _grid(cells.n_latents[chosen], cells.k[chosen], seeds)
+    grid = _grid(cells.n_latents[chosen], cells.k[chosen], seeds, prior)
     spec = parse_spec(base | {"grid": {"cells": grid}}, "the plan")
     sparse = {(c.n_latents, c.k): (c.tokens, float(c.flops(c.tokens).sparse)) for c in _cells(spec, d_model)}
     rows = []
     for cell in grid:
         tokens, flops = sparse[cell["n_latents"], cell["k"]]
-        hours = device.hours(flops) * len(cell["seed"])
+        hours = prior.device.hours(flops) * len(cell["seed"]) * len(spec.stores)
         rows.append(ProposedCell(cell["n_latents"], cell["k"], tuple(cell["seed"]), tokens, flops, hours))
     return tuple(rows), grid
 
 
-def _grid(n: np.ndarray, k: np.ndarray, seeds: Sequence[list[int]]) -> list[dict[str, Any]]:
-    return [{"n_latents": int(a), "k": int(b), "seed": own} for a, b, own in zip(n, k, seeds, strict=True)]
+def _grid(n: np.ndarray, k: np.ndarray, seeds: Sequence[list[int]], prior: Prior) -> list[dict[str, Any]]:
+    cells = zip(n.tolist(), k.tolist(), seeds, strict=True)
+    return [{"n_latents": int(a), "k": int(b), "seed": own, **prior.cell} for a, b, own in cells]
 
 
 class _StoreToCome(NamedTuple):
-    """What `SweepSpec.cells` asks of a store, before there is one."""
+    """A store that is not there yet."""
 
     fingerprint: str
     d_model: int
 
 
 def _cells(spec: SweepSpec, d_model: int) -> list[Any]:
-    return spec.cells(cast(Any, _StoreToCome("planned", d_model)), "bf16")
+    return spec.cells(_StoreToCome("planned", d_model), "bf16")
 
 
 def _needs(spec: SweepSpec, device: Device) -> Callable[[Sequence[Any]], float]:

@@ -6,7 +6,8 @@ A setting goes to every architecture that has one of that name; what stands belo
 alone, and wins. A list is an axis, unless the setting itself takes a list.
 """
 
-from collections.abc import Mapping, Sequence
+import json
+from collections.abc import Iterable, Mapping, Sequence
 from functools import lru_cache
 from typing import Annotated, Any
 
@@ -30,7 +31,10 @@ def resolve_settings(
     names = _names(architecture)
     mine = own.get(architecture, {})
     require_known(mine, names, [architecture])
-    require_known(shared, sorted({name for other in architectures for name in _names(other)}), architectures)
+    there = {name for other in architectures for name in _names(other)}
+    sections = {name for name, value in shared.items() if isinstance(value, Mapping)}
+    require_known(sections, sorted({*there, *architectures}), architectures)
+    require_known(shared.keys() - sections, sorted(there), architectures)
     takers = {
         name: [other for other in architectures if name in _names(other) and name not in own.get(other, {})]
         for name in (*shared, *general)
@@ -51,18 +55,23 @@ def defaults(architecture: str) -> dict[str, Any]:
     return {name: None if fields[name].is_required() else fields[name].get_default() for name in _names(architecture)}
 
 
+def told_apart(settings: str, others: Iterable[str], architecture: str) -> dict[str, Any]:
+    """Those of `settings` (JSON, without defaults, as `others`) that not all of the others have so."""
+    default = defaults(architecture)
+    mine, theirs = {**default, **json.loads(settings)}, [{**default, **json.loads(other)} for other in others]
+    return {name: value for name, value in mine.items() if any(each[name] != value for each in theirs)}
+
+
 def _parted(
     settings: Mapping[str, Any], architectures: Sequence[str]
 ) -> tuple[dict[str, Mapping[str, Any]], dict[str, Any]]:
-    """What is for one architecture alone, by its name, and what is for all."""
+    """What is for one architecture alone, by its name, also where the grid does not have it, and what is for all."""
     own: dict[str, Mapping[str, Any]] = {}
     shared: dict[str, Any] = {}
     for key, value in settings.items():
         name = str(key).replace("-", "_")
-        if isinstance(value, Mapping) and name in architectures:
+        if isinstance(value, Mapping) and name in {*architectures, *ARCHITECTURES.names()}:
             own[name] = value
-        elif isinstance(value, Mapping) and name in ARCHITECTURES.names():
-            raise ValueError(f"{key} is no architecture of this grid, which has {', '.join(architectures)}")
         else:
             shared[str(key)] = value
     return own, shared

@@ -5,7 +5,7 @@ import json
 import math
 from collections.abc import Collection, Iterator, Mapping
 from importlib.metadata import version
-from typing import Annotated, Any, NamedTuple, Self
+from typing import Annotated, Any, NamedTuple, Protocol, Self
 
 from pydantic import (
     AfterValidator,
@@ -28,7 +28,6 @@ from saescale.storage.documents import read_yaml
 from saescale.storage.errors import Damaged, SaescaleError
 from saescale.storage.files import folders_like
 from saescale.storage.secrets import ADVICE, secret_in_url
-from saescale.storage.store import ActivationStore
 from saescale.trainers.architectures import ARCHITECTURES
 from saescale.trainers.architectures.own import kept
 from saescale.trainers.cell import Cell, EvalSpec, auto_k_aux, known_architecture, traits_of, whole_settings
@@ -198,6 +197,15 @@ class Evals(EvalSpec):
         return list(dict.fromkeys(name.replace("-", "_") for name in names))
 
 
+class OfStore(Protocol):
+    """What cells take of a store."""
+
+    @property
+    def fingerprint(self) -> str: ...
+    @property
+    def d_model(self) -> int: ...
+
+
 class SweepSpec(Section):
     """The whole sweep file."""
 
@@ -312,31 +320,31 @@ class SweepSpec(Section):
         """Number of cells: those planned, over each store."""
         return len(self.planned()) * len(self.stores)
 
-    def cells(self, store: ActivationStore, precision: Precision) -> list[Cell]:
+    def cells(self, store: OfStore, precision: Precision) -> list[Cell]:
         """The cells over one store, each once; `precision` is what `train.precision: auto` means here.
 
         An architecture without a fast path works in fp32 whatever is asked for. Raises SaescaleError for a cell that
         cannot be.
         """
-        traits = {name: traits_of(name) for name in self.grid.architectures}
+        return list(dict.fromkeys(self.cell(planned, store, precision) for planned in self.planned()))
+
+    def cell(self, planned: Planned, store: OfStore, precision: Precision) -> Cell:
+        """One of them."""
         wanted = precision if self.train.precision == "auto" else self.train.precision
-        k_aux = auto_k_aux(store.d_model)
-        found: dict[Cell, None] = {}
-        for planned in self.planned():
-            settings = json.loads(planned.settings)
-            try:
-                cell = Cell(
-                    **{name: value for name, value in planned._asdict().items() if name != "settings"},
-                    store=store.fingerprint,
-                    d_model=store.d_model,
-                    settings={name: k_aux if value == "auto" else value for name, value in settings.items()},
-                    heldout_rows=self.eval.tokens,
-                    precision=wanted if traits[planned.architecture].bf16 else "fp32",
-                )
-            except ValidationError as error:
-                raise SaescaleError(f"{planned.name}: {'; '.join(problems(error, Cell, 'it cannot be'))}") from error
-            found[cell] = None
-        return list(found)
+        settings = json.loads(planned.settings)
+        if settings.get("k_aux") == "auto":
+            settings["k_aux"] = auto_k_aux(store.d_model)
+        try:
+            return Cell(
+                **{name: value for name, value in planned._asdict().items() if name != "settings"},
+                store=store.fingerprint,
+                d_model=store.d_model,
+                settings=settings,
+                heldout_rows=self.eval.tokens,
+                precision=wanted if traits_of(planned.architecture).bf16 else "fp32",
+            )
+        except ValidationError as error:
+            raise SaescaleError(f"{planned.name}: {'; '.join(problems(error, Cell, 'it cannot be'))}") from error
 
 
 def _ran(info: ValidationInfo) -> bool:

@@ -4,11 +4,18 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import pyarrow as pa
 import pytest
 import yaml
 
+from saescale.cluster.sweep.spec import SweepSpec
+from saescale.storage.columns import CURVES
 from saescale.storage.lease import Standing
+from saescale.storage.rundir import RunDirectory
 from saescale.storage.store import ActivationStore
+from saescale.trainers.training.train import PackJob, train_pack
+from tests.survival import reached
 from tests.trainers.synthetic import sparse_rows, write_store
 
 NODE: dict[str, Any] = {"num_cpus": 1, "num_gpus": 1, "object_store_memory": 80 * 2**20}  # the GPU is a fake
@@ -63,6 +70,29 @@ def document(store: ActivationStore, tmp_path: Path) -> dict[str, Any]:
         "resources": {"workers": 2, "checkpoint_every_s": 0.2},
         "wandb": {"mode": "off"},
     }
+
+
+@pytest.fixture
+def two_stores(document: dict[str, Any], store: Any, tmp_path: Path) -> list[str]:
+    """The one of `document`, and one of layer 3 that is wider, so that its packs come first; `document` is a sweep
+    over both."""
+    wide = [np.tile(sparse_rows(rows, seed), 2)[:, :48].copy() for rows, seed in ((16_384, 2), (2_048, 3))]
+    document["store"] = [store.url, write_store(str(tmp_path / "wide"), *wide, layer=3)]
+    document["grid"] = {"n_latents": [32, 64], "k": [2, 4]}
+    return document["store"]
+
+
+def trained_alone(spec: SweepSpec) -> dict[str, Any]:
+    """What the cells of `spec` reach (survival.py) where each store's are trained in this process, as one pack."""
+    run, rows = RunDirectory(f"{spec.out}-alone"), []
+    for url in spec.stores:
+        cells = spec.cells(ActivationStore.open(url), "fp32")
+        job = PackJob(cells=cells, store=url, run=run.url, sweep=spec.name, eval=spec.eval, threads=1)
+        rows += train_pack(job).results
+    run.write_results(rows)
+    curves = [point for row in rows for point in run.read_cell_curve(row["cell_id"])]
+    run.write_curves(pa.Table.from_pylist(curves, CURVES))
+    return reached(run)
 
 
 @pytest.fixture

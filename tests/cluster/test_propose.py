@@ -96,6 +96,25 @@ def test_a_plan_goes_on_from_a_run(tmp_path: Path, document: dict[str, Any]) -> 
     assert max(c.n_latents for c in proposal.cells) > 4096
 
 
+def test_a_plan_for_a_run_over_several_stores_counts_the_cells_of_all(
+    tmp_path: Path, document: dict[str, Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = RunDirectory(str(tmp_path / "run"))
+    run.write_results(_cells((512, 1024, 2048, 4096), (8, 16, 32, 64), noise=0.004))
+    found = []
+    for stores in (["a"], ["a", "b", "c"]):
+        run.write_spec(document | {"store": stores, "resolved": {"precision": "fp32"}})
+        found.append(make_proposal(Request(hours=4.0, device=find_device("a100", 1e12), source=run.url)))
+    each = [{(c.n_latents, c.k): c.hours / len(c.seeds) for c in plan.cells} for plan in found]
+    both = each[0].keys() & each[1].keys()
+    assert both
+    assert {cell: each[1][cell] for cell in both} == pytest.approx({cell: 3 * each[0][cell] for cell in both})
+    assert found[1].design.hours <= 4.0
+    plan_command.plan(source=run.url, gpu="a100", flops_per_s=1e12, budget="4h")
+    cells = sum(len(cell.seeds) for cell in found[1].cells)
+    assert f"{3 * cells} cells over 3 stores in" in capsys.readouterr().out
+
+
 def test_a_plan_goes_by_the_speed_and_the_scatter_of_its_run(tmp_path: Path, capsys: Any) -> None:
     """Measured on that kind of device, else assumed, unless a user says it; and no seeds against a lack of fit."""
     rng = np.random.default_rng(0)

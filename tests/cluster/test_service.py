@@ -25,8 +25,10 @@ from saescale.cluster.jobs.service import STOP_WAIT_S
 from saescale.cluster.sweep.extend import extend, read_extension
 from saescale.cluster.sweep.spec import parse_spec
 from saescale.cluster.sweep.status import read_status
+from saescale.storage import registry
 from saescale.storage.errors import SaescaleError
 from saescale.storage.lease import Lease, newest_file
+from saescale.trainers.architectures import ARCHITECTURES
 from tests.cluster.command import ROOT, assert_one_line, environment, saescale, saescale_here
 from tests.cluster.ray_head import Head, ray_head
 from tests.cluster.shadows import cast_shadows
@@ -277,6 +279,7 @@ def test_which_address_counts(monkeypatch: pytest.MonkeyPatch) -> None:
     ("change", "said"),
     [
         ({"store": "stores/x"}, "store: stores/x would be another place on the cluster"),
+        ({"store": ["/shared/x", "stores/x"]}, "store: stores/x would be another place on the cluster"),
         ({"out": "runs/x"}, "out: runs/x would be another place on the cluster"),
         ({"out": "memory://x"}, "out: memory://x would be another place on the cluster"),
         ({"grid": {"n_latents": [0], "k": [1]}}, "grid.n_latents.0"),
@@ -316,6 +319,46 @@ def test_what_goes_to_the_cluster(document: dict[str, Any], tmp_path: Path) -> N
     assert found.stdout.split() == [str(code / "saescale" / "cluster" / "__init__.py"), version("saescale")], (
         found.stderr
     )
+
+
+def test_architectures_of_ones_own_go_along(
+    document: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """That below SAESCALE_PATH, of the sweep, and the one that was given, of its extension; no other file."""
+    monkeypatch.setattr(registry, "_GIVEN", {})
+    monkeypatch.setenv("SAESCALE_PATH", str(tmp_path / "own"))
+    page = (ROOT / "trainers" / "architectures" / "README.md").read_text().split("```python\n")[1].split("```")[0]
+    for name in ("own/architectures/mine.py", "own/architectures/unused.py", "given.py"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(page)
+    ARCHITECTURES.give(str(tmp_path / "given.py"))
+    spec = parse_spec(document | {"grid": document["grid"] | {"architecture": ["topk", "mine"]}}, "here")
+    (tmp_path / "more.yaml").write_text("grid: {n_latents: 64, k: 2, architecture: given}")
+    extension = read_extension(spec, str(tmp_path / "more.yaml"))
+    own = write_sweep(tmp_path / "package", spec, extension)
+    assert sorted(own) == ["architectures/given.py", "architectures/mine.py"]
+    there = {str(path.relative_to(tmp_path / "package")) for path in (tmp_path / "package").rglob("*.*")}
+    assert there == {"sweep.yaml", "extension.yaml", *own}
+    # There the job gives them to its command, in a folder without the user's own.
+    command = ["sweep", "sweep.yaml", "--extend", "extension.yaml"]
+    given = [word for path in own for word in ("--architecture-file", path)]
+    for words, said in (([], "unknown architecture"), (given, "there is no cluster today")):
+        done = subprocess.run(
+            [sys.executable, "-c", _NO_CLUSTER, *command, *words], env=environment(SAESCALE_PATH=""),
+            cwd=tmp_path / "package", capture_output=True, text=True,
+        )  # fmt: skip
+        assert said in done.stderr
+
+
+_NO_CLUSTER = """
+from saescale.cluster import cli
+from saescale.cluster.sweep import driver
+from saescale.storage.errors import SaescaleError
+def run_sweep(*_, **__):
+    raise SaescaleError("there is no cluster today")
+driver.run_sweep = run_sweep
+cli.command()
+"""
 
 
 def test_an_extension_goes_along(document: dict[str, Any], sweep_file: Callable[[Any], str], tmp_path: Path) -> None:

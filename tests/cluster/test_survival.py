@@ -1,6 +1,7 @@
 """Sweeps under kills, on a real three-node cluster: every cell has one result, that of the undisturbed run."""
 
 import contextlib
+import json
 import os
 import random
 import resource
@@ -25,8 +26,8 @@ from saescale.storage import files
 from saescale.storage.errors import SaescaleError, SaescaleWarning
 from saescale.storage.lease import Standing, read_driver
 from saescale.storage.rundir import RunDirectory
-from tests.cluster.command import SAESCALE, environment
-from tests.cluster.conftest import NODE, Recorder
+from tests.cluster.command import SAESCALE, environment, saescale_here
+from tests.cluster.conftest import NODE, Recorder, trained_alone
 from tests.s3_faults import Faults
 from tests.survival import assert_same, reached
 
@@ -184,6 +185,37 @@ def test_drivers_killed_at_random_change_no_result(
     outcome = run_sweep(parse_spec(sweep, "test"), Recorder(), settings=FitSettings(0))
     one_result_each(outcome.run, outcome.cells)
     assert_same(reached(outcome.run), expected)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::saescale.storage.errors.SaescaleWarning")
+def test_a_sweep_over_two_stores_survives_kills_and_has_laws_of_each(
+    three_nodes: Any, document: dict[str, Any], two_stores: list[str]
+) -> None:
+    """A worker is killed, then the sweep is interrupted and resumed; every cell ends as when it is trained alone."""
+    document["grid"] = {"n_latents": [32, 64, 128], "k": [2, 4, 8]}
+    document["train"]["tokens"] = 65_536
+    document["resources"] = {"workers": 2, "checkpoint_every_s": 0.3}
+    killed: list[int] = []
+
+    def disturb(standing: Standing) -> None:
+        if standing.running and not killed:
+            killed.append(int(standing.running[0].worker.split("/")[-1]))
+            os.kill(killed[0], signal.SIGKILL)
+        elif standing.done >= 6:
+            raise KeyboardInterrupt
+
+    spec = parse_spec(document, "test")
+    with pytest.raises(KeyboardInterrupt):
+        run_sweep(spec, Recorder(disturb), settings=FitSettings(0))
+    resumed = run_sweep(spec, Recorder(), settings=FitSettings(0))
+    assert killed
+    assert 0 < resumed.trained < resumed.cells == 18
+    one_result_each(resumed.run, 18)
+    assert_same(reached(resumed.run), trained_alone(spec))
+    fitted = json.loads(saescale_here("fit", spec.out, "--json", "--bootstraps", "40").stdout)
+    sites = [entry["of"]["site"] for entry in fitted["fits"] if entry["law"] == "n_k"]
+    assert sorted(sites) == ["resid_post.0", "resid_post.3"]
 
 
 @pytest.mark.slow

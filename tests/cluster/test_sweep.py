@@ -1,12 +1,12 @@
 """Sweeps on a real three-node Ray cluster: results, kills, resume, the ledger, W&B files."""
 
+import itertools
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import pyarrow as pa
 import pytest
 
 from saescale.cluster.crew import precision as crew_precision
@@ -20,17 +20,15 @@ from saescale.cluster.sweep.status import read_status
 from saescale.cluster.sweep.stores import verify
 from saescale.scaling.laws.settings import FitSettings
 from saescale.scaling.report.report import analyse
-from saescale.storage.columns import CURVES
+from saescale.storage import registry
 from saescale.storage.errors import SaescaleError, SaescaleWarning
 from saescale.storage.lease import Lease, Standing
 from saescale.storage.rundir import RunDirectory
-from saescale.storage.store import ActivationStore
+from saescale.trainers.architectures import ARCHITECTURES
 from saescale.trainers.exchange import native
 from saescale.trainers.precision import Precision, Processor, cpu_precision, this_processor
-from saescale.trainers.training.train import PackJob, train_pack
-from tests.cluster.conftest import Recorder
+from tests.cluster.conftest import Recorder, trained_alone
 from tests.survival import assert_same, reached
-from tests.trainers.synthetic import sparse_rows, write_store
 
 
 @pytest.fixture(scope="module")
@@ -193,16 +191,6 @@ def test_another_sweep_in_the_run_directory_is_refused(warm: None, document: dic
     assert RunDirectory(document["out"]).read_results().to_pylist() == before
 
 
-@pytest.fixture
-def two_stores(document: dict[str, Any], store: Any, tmp_path: Path) -> list[str]:
-    """The one of `document`, and one of layer 3 that is wider, so that its packs come first; `document` is a sweep
-    over both."""
-    wide = [np.tile(sparse_rows(rows, seed), 2)[:, :48].copy() for rows, seed in ((16_384, 2), (2_048, 3))]
-    document["store"] = [store.url, write_store(str(tmp_path / "wide"), *wide, layer=3)]
-    document["grid"] = {"n_latents": [32, 64], "k": [2, 4]}
-    return document["store"]
-
-
 def test_a_sweep_over_two_stores_trains_each_cell_as_by_itself(
     warm: None, document: dict[str, Any], two_stores: list[str]
 ) -> None:
@@ -212,16 +200,7 @@ def test_a_sweep_over_two_stores_trains_each_cell_as_by_itself(
     assert {(row["site"], row["d_model"]) for row in outcome.run.read_results().to_pylist()} == {
         ("resid_post.0", 32), ("resid_post.3", 48),
     }  # fmt: skip
-    alone = RunDirectory(document["out"] + "-alone")
-    rows: list[dict[str, Any]] = []
-    for url in two_stores:
-        cells = spec.cells(ActivationStore.open(url), "fp32")
-        rows += train_pack(
-            PackJob(cells=cells, store=url, run=alone.url, sweep="small", eval=spec.eval, threads=1)
-        ).results
-    alone.write_results(rows)
-    alone.write_curves(pa.Table.from_pylist([p for r in rows for p in alone.read_cell_curve(r["cell_id"])], CURVES))
-    assert_same(reached(outcome.run), reached(alone))
+    assert_same(reached(outcome.run), trained_alone(spec))
 
 
 @pytest.mark.slow  # it ends its workers, twice
@@ -251,6 +230,44 @@ def test_a_store_that_vanishes_does_not_keep_the_others_from_being_trained(
     away.rename(gone)
     again = run_sweep(parse_spec(document, "test"), Recorder(), settings=FitSettings(0))
     assert (again.trained, again.failed) == (4, 0)
+
+
+def test_axes_and_an_architecture_of_ones_own_in_one_sweep(
+    warm: None, document: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rates, AuxK and batches are axes; the workers have the file from the driver alone."""
+    monkeypatch.setattr(registry, "_GIVEN", {})
+    page = (Path(__file__).parents[2] / "trainers" / "architectures" / "README.md").read_text()
+    file = tmp_path / "my-toy.py"
+    file.write_text(page.split("```python\n")[1].split("```")[0])
+    document["grid"] = {"n_latents": 32, "k": 2, "architecture": ["topk", "my_toy"]}
+    document["train"] |= {"tokens": 4_096, "lr": [1e-3, 3e-3], "batch_tokens": [128, 256], "ema": 0.9}
+    document["train"] |= {"auxk": {"k": [0, 8], "dead_after_tokens": 1_024}, "settings": {"my_toy": {"share": 0.2}}}
+    with pytest.raises(SaescaleError, match=r"unknown architecture 'my_toy'.* given with --architecture-file"):
+        parse_spec(document, "test")
+    ARCHITECTURES.give(str(file))
+    outcome = run_sweep(parse_spec(document, "test"), Recorder(), settings=FitSettings(0))
+    rows = outcome.run.read_results().to_pylist()
+    assert {row["status"] for row in rows} == {"done"}
+    there = Counter((row["architecture"], row["lr"], row["batch_tokens"], row["k_aux"]) for row in rows)
+    ways = list(itertools.product([1e-3, 3e-3], [128, 256]))
+    wanted = [("topk", *way, k_aux) for way in ways for k_aux in (0, 8)] + [("my_toy", *way, None) for way in ways]
+    assert there == Counter(wanted)
+    assert (Path(outcome.run.url) / "architectures" / "my_toy.py").read_text() == file.read_text()
+    # What was an axis did something; without a dead latent AuxK does nothing.
+    assert len({row["nmse"] for row in rows if not row["k_aux"]}) == 8
+
+    # Again it is the same sweep, from its own sweep.yaml too; with another file, or without one, it is not.
+    recorded = outcome.run.read_spec()
+    assert recorded is not None
+    assert run_sweep(parse_spec(recorded, "sweep.yaml"), Recorder(), settings=FitSettings(0)).trained == 0
+    file.write_text(file.read_text() + "# changed\n")
+    with pytest.raises(SaescaleError, match=r"file of the architecture my_toy has changed .*architectures/my_toy\.py"):
+        run_sweep(parse_spec(document, "test"), Recorder(), settings=FitSettings(0))
+    monkeypatch.setattr(registry, "_GIVEN", {})
+    with pytest.raises(SaescaleError, match="my_toy is an architecture of your own, whose file is not here: give it"):
+        parse_spec(recorded, "sweep.yaml")
+    assert read_status(outcome.run.url).counts.done == 12
 
 
 def test_a_poisoned_cell_fails_beside_healthy_ones(warm: None, document: dict[str, Any]) -> None:

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 
+from saescale.storage import registry
 from saescale.storage.errors import SaescaleError
 from saescale.storage.registry import Room
 
@@ -47,3 +48,30 @@ def test_what_is_wrong_with_a_file_is_said_instead_of_a_near_name(mine: Path, co
 def test_an_unknown_name_is_answered_with_the_nearest() -> None:
     with pytest.raises(SaescaleError, match=r"unknown evaluation 'nmsee': did you mean nmse\? there are nmse"):
         ROOM.check("nmsee")
+
+
+def test_a_file_that_is_given_is_one_of_the_room(tmp_path: Path, mine: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(registry, "_GIVEN", {})
+    (mine / "my_eval.py").write_text("measure = 'below SAESCALE_PATH'\n")
+    given = tmp_path / "my-eval.py"
+    given.write_text("measure = 'given'\n")
+    assert ROOM.give(str(given)) == "my_eval" == ROOM.give(str(given))
+    assert ROOM.load("my_eval").measure == "given"
+    assert (ROOM.own("my-eval"), ROOM.own("nmse")) == (given, None)
+    (tmp_path / "other").mkdir()
+    for name, content, said in (
+        ("nothing.py", None, "there is no evaluation file at .*nothing.py"),
+        ("other", None, "there is no evaluation file at"),
+        ("nmse.py", "measure = None", "nmse is the name of an evaluation of saescale"),
+        ("other/my_eval.py", "measure = None", "is the evaluation my_eval already"),
+        ("broken.py", "measure = (", "is no Python"),
+        ("else.txt", "measure = None", "is not called as a file of Python"),
+        ("9.py", "measure = None", "is not called as a file of Python"),
+        ("unmarked.py", "measured = None", "defines no `measure` at its top level"),
+    ):
+        if content is not None:
+            (tmp_path / name).write_text(content)
+        with pytest.raises(SaescaleError, match=said) as caught:
+            ROOM.give(str(tmp_path / name))
+        assert "\n" not in str(caught.value)
+    assert {"my_eval", "nmse"} <= set(ROOM.names())

@@ -191,6 +191,9 @@ def test_what_cannot_be_measured_is_one_line(run: RunDirectory, monkeypatch: pyt
     run.write_spec({"name": "evals", "store": "gone", "resolved": {}})
     with pytest.raises(SaescaleError, match="gone is no activation store"):
         evaluate_run("run", ["nmse"])
+    # Of several, each cell is measured on its own, and what is wrong with the others does not matter to it.
+    run.write_spec({"name": "evals", "store": ["other", "gone", "store"], "resolved": {}})
+    assert evaluate_run("run", ["nmse"]) == (3, 0, 0, ())
 
 
 def test_what_cells_share_is_made_once(run: RunDirectory) -> None:

@@ -103,7 +103,7 @@ def test_two_cells_are_two_runs_of_one_group(tmp_path: Path) -> None:
     assert first.record["job_type"] == "cell"
     assert first.record["project"] == "saescale"
     assert (first.record["display_name"], second.record["display_name"]) == ("topk n16 k4", "topk n32 k4 seed 1")
-    assert set(first.record["tags"]) == {"topk", "toy"}
+    assert set(first.record["tags"]) == {"topk", "toy", "resid_post.3"}
     for name in ("nmse", "train_nmse", "l0", "dead_fraction", "dead_fraction_long", "lr", "tokens_per_s"):
         assert first.metrics[name] == "tokens"
     assert first.metrics["tokens"] is None
@@ -114,7 +114,7 @@ def test_two_cells_are_two_runs_of_one_group(tmp_path: Path) -> None:
     defined = cells[0].model_dump(exclude={"settings"}) | cells[0].whole_settings.model_dump()
     assert {name: config[name] for name in defined} == defined
     assert config["cell_id"] == cells[0].cell_id
-    assert config["site"]["layer"] == 3
+    assert config["site"] == "resid_post.3"
     summary = first.overview["summary"]
     assert {name: summary.get(name) for name in DONE} == DONE
     assert summary["diverged"] is False

@@ -20,7 +20,7 @@ from tests.trainers.wandb_server import WandbServer, wandb_server
 
 KEY = "0123456789abcdef" * 2 + "01234567"
 OFFLINE = WandbSettings(mode="offline")
-CONTEXT = {"subject": "toy", "site": {"layer": 3, "hook": "resid_post"}, "store": "s3://me:hush@bucket/store"}
+CONTEXT = {"subject": "toy", "site": "resid_post.3", "store": "s3://me:hush@bucket/store"}
 DONE = {"status": "done", "error": None, "nmse": 0.25, "l0": 4.0, "dead_fraction": 0.5, "dead_fraction_long": 0.125}
 
 

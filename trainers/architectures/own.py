@@ -4,7 +4,6 @@ import tempfile
 from collections.abc import Iterable, Mapping
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
 
 import xxhash
 
@@ -29,11 +28,10 @@ def digests(files: Mapping[str, str]) -> dict[str, str]:
     return {name: xxhash.xxh3_64_hexdigest(text.encode()) for name, text in sorted(files.items())}
 
 
-def require_same(recorded: Any, files: Mapping[str, str], run: str) -> None:
-    """Raises SaescaleError where one of `files` is not what the run `recorded` of it: its cells would not be alike."""
-    there = recorded if isinstance(recorded, Mapping) else {}
-    for name, digest in digests(files).items():
-        if there.get(name, digest) != digest:
+def require_same(recorded: Mapping[str, str], here: Mapping[str, str], run: str) -> None:
+    """Raises SaescaleError where a digest is not the one that the run `recorded`: its cells would not be alike."""
+    for name, digest in here.items():
+        if recorded.get(name, digest) != digest:
             raise SaescaleError(
                 f"the file of the architecture {name} has changed since {run} was begun; give the one that it keeps "
                 f"({kept(run, name)}), or begin in another run directory"
@@ -48,6 +46,8 @@ def kept(run: str, name: str) -> str:
 def take(files: Mapping[str, str]) -> None:
     """Makes files that came from another machine architectures of this process."""
     for name, text in files.items():
+        if name in ARCHITECTURES.names() and own_files([name]) == {name: text}:
+            continue
         path = Path(_folder().name) / digests({name: text})[name] / f"{name}.py"
         path.parent.mkdir(exist_ok=True)
         path.write_text(text, encoding="utf-8")

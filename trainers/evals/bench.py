@@ -11,7 +11,7 @@ from saescale.storage.recorded import recorded_sources
 from saescale.storage.rundir import RunDirectory
 from saescale.storage.store import ActivationStore
 from saescale.trainers.architectures import ARCHITECTURES
-from saescale.trainers.architectures.own import own_files, require_same
+from saescale.trainers.architectures.own import digests, own_files, require_same
 from saescale.trainers.device import default_device
 from saescale.trainers.evals.evaluation import Evaluation, find_evaluation
 from saescale.trainers.evals.plan import Pair
@@ -42,7 +42,8 @@ class Bench:
         self._run, self._cache, self._trusted = run, cache, trust_remote_code
         document = run.read_spec() or {}
         recorded = document.get("resolved", {}).get("architectures", {})
-        require_same(recorded, own_files(name for name in recorded if name in ARCHITECTURES.names()), run.url)
+        own = own_files(name for name in recorded if name in ARCHITECTURES.names())
+        require_same(recorded, digests(own), run.url)
         self._broken: list[str] = []  # why others could not be opened
         self._sources = self._opened(document)
         self._subject: tuple[Manifest, Subject | SaescaleError] | None = None

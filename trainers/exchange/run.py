@@ -1,9 +1,11 @@
 """A run directory as a notebook sees it: its tables, its fits, and its trained SAEs."""
 
+import math
 from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 
+from saescale.storage.columns import RESULTS, columns_of
 from saescale.storage.errors import SaescaleError
 from saescale.storage.rundir import RunDirectory
 
@@ -49,13 +51,18 @@ class Run:
         k: int | None = None,
         architecture: str | None = None,
         seed: int | None = None,
+        **columns: Any,
     ) -> "Trained":
-        """The one finished cell that has what is given. Raises SaescaleError, which lists what there is, where none or
-        several have it."""
-        wanted = {"n_latents": n_latents, "k": k, "architecture": architecture, "seed": seed}
+        """The one finished cell that has what is given; `columns`: others of its columns, such as lr = 1e-3.
+
+        Raises SaescaleError, which lists what there is, where none or several have it.
+        """
+        wanted = {"n_latents": n_latents, "k": k, "architecture": architecture, "seed": seed, **columns}
         wanted = {name: value for name, value in wanted.items() if value is not None}
+        if unknown := [name for name in wanted if name not in RESULTS.names]:
+            raise SaescaleError(f"results have no column {unknown[0]}; there are {', '.join(RESULTS.names)}")
         done = [row for row in self.results.to_pylist() if row["status"] == "done"]
-        found = [row for row in done if all(row[name] == value for name, value in wanted.items())]
+        found = [row for row in done if all(_is(row[name], value) for name, value in wanted.items())]
         if len(found) != 1:
             asked = " and ".join(f"{name} = {value}" for name, value in wanted.items()) or "no more said"
             many = f"{len(found)} finished cells" if found else "no finished cell"
@@ -72,9 +79,16 @@ def open_run(url: str) -> Run:
     return Run(url)
 
 
+def _is(there: Any, wanted: Any) -> bool:
+    """Whether a column has that value; rates follow from laws, and nobody writes all their digits."""
+    return there == wanted or (isinstance(there, float) and math.isclose(there, wanted, rel_tol=1e-3))
+
+
 def _listed(rows: list[dict[str, Any]]) -> str:
-    cells = [
-        f"{row['architecture']} n_latents = {row['n_latents']} k = {row['k']} seed = {row['seed']}" for row in rows
-    ]
+    """The cells by what names them, and by the other columns in which they differ."""
+    names = ["n_latents", "k", "seed"]
+    others = [c.name for c in columns_of("results") if c.role == "spec" and c.name not in (*names, "cell_id")]
+    names += [name for name in others if name != "architecture" and len({row[name] for row in rows}) > 1]
+    cells = [" ".join([row["architecture"], *(f"{name} = {row[name]}" for name in names)]) for row in rows]
     more = f" and {len(cells) - _SHOWN} more" if len(cells) > _SHOWN else ""
     return ", ".join(cells[:_SHOWN]) + more if cells else "none"

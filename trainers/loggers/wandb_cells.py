@@ -32,20 +32,23 @@ __all__ = [
     "Logged", "Mode", "WandbLogger", "WandbSettings", "how_to_read", "log_summary", "resolve_mode", "wandb_directory",
 ]  # fmt: skip
 
+_LONGEST = 128  # W&B's own bound
 _SUMMARY = tuple(column.name for column in columns_of("results") if column.role != "spec")
 
 
 class WandbLogger:
     """The runs of a pack's cells (see `saescale.trainers.loggers.interface.CellLogger`).
 
-    directory: a folder on this machine; W&B keeps its files under `directory`/wandb.
+    directory: a folder on this machine; W&B keeps its files under `directory`/wandb. axes: in what else than
+    architecture, n, k and seed cells of the sweep differ (trainers/cell.py), which their names say.
     A cell that is opened again, also by another process, continues its run: the id follows from the sweep's
     name and the cell. W&B drops points at steps that it already has, which is right, because a cell that
     goes on from a checkpoint repeats exactly the steps it had done since.
     """
 
-    def __init__(self, settings: WandbSettings, sweep: str, directory: str) -> None:
+    def __init__(self, settings: WandbSettings, sweep: str, directory: str, axes: Sequence[str] = ()) -> None:
         self._settings = settings
+        self._axes = axes
         self._sweep = sweep
         self._directory = directory
         self._mode = resolve_mode(settings)
@@ -93,10 +96,10 @@ class WandbLogger:
                 self._mode,
                 self._directory,
                 id=run_id(cell.cell_id, self._sweep),
-                name=f"{cell.architecture} n{cell.n_latents} k{cell.k}" + (f" seed {cell.seed}" if cell.seed else ""),
+                name=_name({"subject": subject, "site": context.get("site"), **fields}, self._axes, cell.cell_id),
                 group=self._sweep,
                 job_type="cell",
-                tags=[tag[:64] for tag in (cell.architecture, subject) if tag],
+                tags=[tag[:64] for tag in (cell.architecture, subject, str(context.get("site", ""))) if tag],
                 config=without_secrets({**shared, **fields, "cell_id": cell.cell_id}),
             )
             run.define_metric("tokens")
@@ -137,3 +140,16 @@ class WandbLogger:
     def _finish_rest(self) -> None:
         for cell_id in list(self._runs):
             self._finish(cell_id, {"status": "interrupted"})
+
+
+def _name(fields: Mapping[str, Any], axes: Sequence[str], cell_id: str) -> str:
+    """What a cell's run is called: unlike cells have unlike names."""
+    said = [f"{fields['architecture']} n{fields['n_latents']} k{fields['k']}"]
+    said += [f"seed {fields['seed']}"] if fields["seed"] else []
+    for axis in axes:
+        value = fields.get(axis)
+        shown = f"{value:.4g}" if isinstance(value, float) else str(value)
+        said += [f"{axis} {shown}"] if axis in fields else []
+    name = " ".join(said)
+    # What is cut off may be what two of them differ in.
+    return name if len(name) <= _LONGEST else f"{name[: _LONGEST - 9]} {cell_id[-8:]}"

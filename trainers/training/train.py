@@ -24,6 +24,7 @@ from saescale.storage.errors import SaescaleError, one_line
 from saescale.storage.rundir import RunDirectory
 from saescale.storage.source import Order, Source
 from saescale.storage.store import ActivationStore
+from saescale.trainers.architectures.own import take
 from saescale.trainers.cell import Cell, EvalSpec
 from saescale.trainers.device import OutOfMemory, default_device, is_out_of_memory, set_threads
 from saescale.trainers.evals.nmse import HeldOut
@@ -49,6 +50,8 @@ class PackJob(BaseModel):
     wandb: WandbSettings = WandbSettings(mode="off")
     checkpoint_every_s: float = Field(default=60.0, gt=0)
     threads: int | None = None  # CPU threads; None leaves torch's own setting
+    architectures: dict[str, str] = {}  # of the user's own: the text of their files, by name
+    axes: tuple[str, ...] = ()  # in what cells of the sweep differ beside architecture, n, k and seed
     driver: str | None = None  # who holds the run (storage/lease.py); None: nobody has to
 
 
@@ -68,6 +71,7 @@ def train_pack(
     than there is, Unavailable where a store does not answer, Superseded where another driver took the run over. A cell
     that fails for a reason of its own, such as a loss that diverges, is no error: its result says `failed`, and why.
     """
+    take(job.architectures)
     try:
         return _train(job, report, should_stop)
     except Exception as error:
@@ -172,4 +176,4 @@ def _context(job: PackJob, source: ActivationStore) -> dict[str, Any]:
 def _logger(job: PackJob) -> CellLogger:
     if resolve_mode(job.wandb) == "off":
         return NoLogger()
-    return WandbLogger(job.wandb, job.sweep, wandb_directory(job.run))
+    return WandbLogger(job.wandb, job.sweep, wandb_directory(job.run), job.axes)
