@@ -95,7 +95,7 @@ def test_where(write: Callable[..., str]) -> None:
     assert several["cells"] == 8
     assert fit(source, *law, "--where", "architecture!=topk", "--where", "K<32")["cells"] == 8
     for condition, said in (
-        ("architecture=gated", "no finished cell with --where architecture=gated; architecture is topk, re|lu x"),
+        ("architecture=gated", "no finished cell with --where architecture=gated; architecture is re|lu x, topk"),
         ("architectur=topk", "no column architectur; did you mean architecture?"),
         ("k=eight", "k holds numbers, not 'eight'"),
         ("architecture>topk", "holds text, which has no order"),
