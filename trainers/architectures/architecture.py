@@ -30,7 +30,7 @@ Params = Mapping[str, Tensor]
 class Settings(BaseModel):
     """What an architecture can be told besides its number of latents; its own file adds fields with defaults."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     k: int = Field(gt=0)  # active latents per token: exact, or the target of their mean number
 
