@@ -131,6 +131,15 @@ class Train(Section):
         """The values of each setting of the architecture that is asked for."""
         return resolve_settings(self.settings, self._general(), architecture, architectures)
 
+    def without_taker(self, architectures: Collection[str]) -> list[str]:
+        """What is asked for that none of the architectures can be told, such as `multi_topk = True`."""
+        asked = {"k_aux": "auxk.k", "auxk_coefficient": "auxk.coefficient", "multi_topk": "multi_topk"}
+        usual = Train(tokens=1, batch_tokens=1)._general()
+        # To have none of it is what those do that have no such setting.
+        told = {name: value for name, value in self._general().items() if value not in (usual[name], 0, False)}
+        there = {name for architecture in architectures for name in defaults(architecture)} if told else set()
+        return [f"train.{asked[name]} = {value}" for name, value in told.items() if name not in there]
+
     def _general(self) -> dict[str, Any]:
         """What other keys say of settings that several architectures have."""
         return {"k_aux": self.auxk.k, "auxk_coefficient": self.auxk.coefficient, "multi_topk": self.multi_topk}
