@@ -31,6 +31,7 @@ from saescale.storage.secrets import ADVICE, secret_in_url
 from saescale.trainers.architectures import ARCHITECTURES
 from saescale.trainers.architectures.own import kept
 from saescale.trainers.cell import Cell, EvalSpec, auto_k_aux, known_architecture, traits_of, whole_settings
+from saescale.trainers.evals.evaluation import EVALUATIONS
 from saescale.trainers.loggers.wandb_cells import WandbSettings
 from saescale.trainers.precision import Precision
 
@@ -189,6 +190,28 @@ class Grid(_OldNames):
         return sorted({*listed, *(cell.architecture for cell in self.cells)})
 
 
+class Evals(EvalSpec):
+    """When nmse is measured, and what is measured on each cell when all are trained (trainers/evals).
+
+    `eval: [core, downstream_loss]` is short for the latter alone.
+    """
+
+    evaluations: list[str] = Field(default=["core"])
+
+    @model_validator(mode="before")
+    @classmethod
+    def _named(cls, fields: Any) -> Any:
+        return {"evaluations": fields} if isinstance(fields, list) else fields
+
+    @field_validator("evaluations")
+    @classmethod
+    def _known(cls, names: list[str], info: ValidationInfo) -> list[str]:
+        if not _ran(info):
+            for name in names:
+                EVALUATIONS.check(name)
+        return list(dict.fromkeys(name.replace("-", "_") for name in names))
+
+
 class OfStore(Protocol):
     """What cells take of a store."""
 
@@ -206,7 +229,7 @@ class SweepSpec(Section):
     out: str  # URL of the run directory
     grid: Grid
     train: Train
-    eval: EvalSpec = EvalSpec()
+    eval: Evals = Evals()
     resources: Resources = Resources()
     wandb: WandbSettings = WandbSettings()
     # What a run's sweep.yaml says besides; allowed here so that it can be swept again as it is, and not used.

@@ -3,7 +3,7 @@
 import itertools
 import json
 import math
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from functools import partial
 from typing import Annotated, Any, Literal, NamedTuple, Self
 
@@ -146,14 +146,15 @@ class Train(Section):
 
     def check_laws(self, sizes: Collection[int]) -> None:
         """Raises ValueError where a law gives no number that can be written down at one of the `sizes`."""
-        tokens = [
-            partial(_tokens_at, *each) for each in itertools.product(singles(self.tokens), several(self.batch_tokens))
+        budgets = itertools.product(singles(self.tokens), several(self.batch_tokens))
+        laws: list[tuple[str, Callable[[int], float]]] = [
+            *(("tokens", partial(_tokens_at, *each)) for each in budgets),
+            *(("lr", partial(_rate_at, rate)) for rate in singles(self.lr)),
         ]
-        rates = [partial(_rate_at, rate) for rate in singles(self.lr)]
-        for name, laws in (("tokens", tokens), ("lr", rates)):
-            for law, n_latents in itertools.product(laws, sizes):
+        for name, law in laws:
+            for n_latents in sizes:
                 try:
-                    found = float(law(n_latents))
+                    found = law(n_latents)
                 except (OverflowError, ValueError):
                     found = math.inf
                 if not 0 < found <= LARGEST:
