@@ -118,11 +118,26 @@ class Planned(NamedTuple):
 
     def check(self) -> None:
         """Raises ValueError, in one line, where its architecture cannot have these settings."""
-        settings = {name: value for name, value in json.loads(self.settings).items() if value != "auto"}
         try:
-            whole_settings(self.architecture, self.k, settings).check(self.n_latents)
+            self._settings().check(self.n_latents)
         except ValueError as error:
             raise ValueError(f"{self.name}: {error}") from error
+
+    def try_out(self) -> None:
+        """Raises ValueError where its architecture is a file of the user's that fails on a few rows."""
+        if ARCHITECTURES.own(self.architecture) is None:
+            return
+        from saescale.trainers.architectures.trial import try_out
+
+        try:
+            try_out(self.architecture, self._settings(), self.n_latents)
+        except SaescaleError as error:
+            raise ValueError(str(error)) from error
+
+    def _settings(self) -> Any:
+        """Those of its architecture; the defaults in place of what depends on the store."""
+        settings = {name: value for name, value in json.loads(self.settings).items() if value != "auto"}
+        return whole_settings(self.architecture, self.k, settings)
 
 
 class Grid(_OldNames):
@@ -269,8 +284,11 @@ class SweepSpec(Section):
     def _cells_can_be(self, info: ValidationInfo) -> Self:
         """Before anything is harvested or trained. Loads architectures, and torch, only where there is need."""
         if not _ran(info) and (self.train.settings or self.grid.architectures != ["topk"]):
-            for cell in self._planned():
+            cells = self._planned()
+            for cell in cells:
                 cell.check()
+            for architecture in self.grid.architectures:
+                min(cell for cell in cells if cell.architecture == architecture).try_out()
         return self
 
     def _parts(self) -> list[tuple[str, Train, list[Combination]]]:
