@@ -5,7 +5,6 @@ from dataclasses import dataclass
 import numpy as np
 
 from saescale.scaling.kinds import Kind, kinds_in
-from saescale.scaling.laws.best import find_best
 from saescale.scaling.order import in_order
 from saescale.scaling.tables import Table, known
 from saescale.storage.columns import COLUMNS
@@ -50,25 +49,14 @@ def find_arms(table: Table) -> list[Arms]:
     """The arms of each subject, site, store ... of a table, where there are at least two architectures; [] without the
     columns. What is not known of a cell is taken to be as in most.
 
-    Of cells that differ in choices of training alone, such as the learning rate, the best at each N and k, as laws take
-    them. A cell without a measured L0 has its k for it.
+    `table` has of cells that differ in choices of training alone, such as the learning rate, the best at each N and k,
+    as laws take them (LawsOfKinds.best). A cell without a measured L0 has its k for it.
     """
     if any(name not in table for name in NEEDED) or table["architecture"].dtype.kind != "U":
         return []
     table = table.select(known(table["architecture"]))
-    found = [_arms(of, _best(table.select(mask))) for of, mask in kinds_in(table, _KIND)]
+    found = [_arms(of, table.select(mask)) for of, mask in kinds_in(table, _KIND)]
     return [arms for arms in found if len(arms.architectures) > 1]
-
-
-def _best(table: Table) -> Table:
-    """The cells of the best choices of training of each architecture."""
-    kept = np.zeros(len(table), dtype=bool)
-    for name in np.unique(table["architecture"]):
-        own = np.flatnonzero(table["architecture"] == name)
-        kept[own[find_best(table.select(table["architecture"] == name), np.zeros(len(own), dtype=bool), ()).rows]] = (
-            True
-        )
-    return table.select(kept)
 
 
 def _arms(of: Kind, table: Table) -> Arms:

@@ -72,6 +72,7 @@ class Comparison:
                     "k": ratios.k,
                     "architecture": ratios.architecture,
                     "median": None if ratios.median is None else ratios.median.document(),
+                    "reached": ratios.reached,
                     "levels": [
                         {"nmse": r.nmse, "reached": r.reached, "ratio": None if r.ratio is None else r.ratio.document()}
                         for r in ratios.levels
@@ -133,7 +134,7 @@ class SideBySide:
 
 def side_by_side(fitted: LawsOfKinds, curves: Table | None = None) -> SideBySide:
     """What the cells and laws of a table say when its kinds are set beside each other; empty for one kind."""
-    return SideBySide(compare(fitted.results, curves), tuple(find_depth(fitted.fits)))
+    return SideBySide(compare(fitted.best, curves), tuple(find_depth(fitted.fits)))
 
 
 def _number(value: float) -> float | None:

@@ -14,18 +14,22 @@ from saescale.scaling.tables import number
 
 _SAME = 0.005  # relative difference of L0 that is none
 _BEYOND = 0.05  # how far beyond what was measured an architecture's own slope, or its nearest cell, still speaks
+# d ln nmse / d ln L0 is not steeper than minus this: 0.24 in the law published for GPT-4 at N = 2^17, up to 0.4 here.
+_STEEPEST = 0.5
 
 
 @dataclass(frozen=True)
 class Place:
     """An architecture at one N and one L0. `weights` [groups]: what its ln nmse is made of, one group or two of them;
-    `l0` is that of its cells with this k (NaN where it has none)."""
+    `l0` is that of its cells with this k (NaN where it has none). `off`: ln of the L0 over k of the one group that
+    stands for it, 0 where ln nmse is interpolated."""
 
     architecture: str
     n_latents: float
     k: float
     weights: np.ndarray
     l0: float
+    off: float
 
 
 @dataclass(frozen=True)
@@ -39,7 +43,7 @@ class Places:
 
     def nmse(self, place: Place) -> Interval:
         """nmse there."""
-        return interval(place.weights @ self.arms.log_nmse, self.draws @ place.weights).exp
+        return self._interval(place.weights, place.off).exp
 
     @cached_property
     def by_point(self) -> dict[tuple[float, float], dict[str, Place]]:
@@ -51,8 +55,7 @@ class Places:
 
     def difference(self, first: Place, second: Place) -> Interval:
         """ln nmse of the first less that of the second: below 0 the first is ahead."""
-        weights = first.weights - second.weights
-        return interval(weights @ self.arms.log_nmse, self.draws @ weights)
+        return self._interval(first.weights - second.weights, first.off - second.off)
 
     def mean_difference(self, first: str, second: str) -> tuple[Interval, int] | None:
         """Over every (N, L0) that both have, and how many these are; it is of these cells. None where they share
@@ -61,7 +64,16 @@ class Places:
         if not shared:
             return None
         weights = np.mean([a.weights - b.weights for a, b in shared], axis=0)
-        return interval(weights @ self.arms.log_nmse, self.draws @ weights), len(shared)
+        return self._interval(weights, float(np.mean([a.off - b.off for a, b in shared]))), len(shared)
+
+    def _interval(self, weights: np.ndarray, off: float) -> Interval:
+        """Of what `weights` [groups] make of ln nmse: as far as seeds move it, and beyond that as far as its being at
+        another L0 than k may."""
+        found = interval(weights @ self.arms.log_nmse, self.draws @ weights)
+        if found.low is None or found.high is None:
+            return found
+        reach = _STEEPEST * off
+        return Interval(found.value, found.low + min(reach, 0.0), found.high + max(reach, 0.0))
 
 
 @dataclass(frozen=True)
@@ -112,7 +124,9 @@ def find_places(arms: Arms, draws: np.ndarray) -> Places:
                 l0 = float(arms.l0[nominal[0]]) if len(nominal) else np.nan
                 weights = _weights(arms, own, float(k))
                 if weights is not None:
-                    found.append(Place(name, float(n), float(k), weights, l0))
+                    used = np.flatnonzero(weights)
+                    off = float(np.log(arms.l0[used[0]] / k)) if len(used) == 1 else 0.0
+                    found.append(Place(name, float(n), float(k), weights, l0, off))
                 elif len(nominal):
                     left_out.append(f"{name} at N = {number(n)}, k = {number(k)}: its L0 is {l0:.3g}")
     return Places(arms, draws, tuple(found), tuple(left_out))

@@ -56,13 +56,15 @@ class Ratio:
 
 @dataclass(frozen=True)
 class Ratios:
-    """Of one architecture at one k, against a reference; `median` over the levels that both reach (None: none)."""
+    """Of one architecture at one k, against a reference. `median`: over all levels, those never reached above and those
+    reached sooner below every ratio; None where it is one of these itself, which `reached` says."""
 
     architecture: str
     reference: str
     k: float
     levels: tuple[Ratio, ...]
     median: Interval | None
+    reached: Reached
 
 
 Lines = Mapping[int, list[tuple[np.ndarray, np.ndarray]]]
@@ -121,32 +123,38 @@ def find_ratios(arms: Arms, envelopes: Mapping[str, Envelope], reference: str, k
     for name, own in envelopes.items():
         if name == reference:
             continue
-        rows, everything = [], []
-        for level in levels:
-            (value,) = _log_ratio(own, base, level, np.zeros((1, len(arms))))
-            if not np.isfinite(value):
-                rows.append(Ratio(float(np.exp(level)), "sooner" if value < 0 else "never", None))
-                continue
-            drawn = _log_ratio(own, base, level, draws - arms.log_nmse)
-            rows.append(Ratio(float(np.exp(level)), "both", _raised(float(value), drawn)))
-            everything.append((float(value), drawn))
-        median = None
-        if everything:
-            value = float(np.median([value for value, _ in everything]))
-            median = _raised(value, np.median([drawn for _, drawn in everything], axis=0))
-        found.append(Ratios(name, reference, k, tuple(rows), median))
+        values = [float(_log_ratio(own, base, level, np.zeros((1, len(arms))))[0]) for level in levels]
+        drawn = [_log_ratio(own, base, level, draws - arms.log_nmse) for level in levels]
+        rows = [
+            Ratio(float(np.exp(level)), _reached(value), _raised(value, by_draw))
+            for level, value, by_draw in zip(levels, values, drawn, strict=True)
+        ]
+        middle = float(np.median(values))
+        median = _raised(middle, np.median(drawn, axis=0))
+        found.append(Ratios(name, reference, k, tuple(rows), median, _reached(middle)))
     return found
 
 
-def _raised(value: float, drawn: np.ndarray) -> Interval:
-    """The interval of a ratio from logarithms; an end that some draws never reach is open (None)."""
+def _reached(value: float) -> Reached:
+    return "both" if np.isfinite(value) else "sooner" if value < 0 else "never"
+
+
+def _raised(value: float, drawn: np.ndarray) -> Interval | None:
+    """The interval of a ratio from logarithms; an end that some draws never reach is open (None). None where there is
+    no ratio."""
+    if not np.isfinite(value):
+        return None
     if not len(drawn):
         return Interval(float(np.exp(value)), None, None)
     # What a draw does not reach lies beyond all that it does.
-    wide = 1e3
-    found = interval(value, np.clip(np.nan_to_num(drawn, nan=value, posinf=wide, neginf=-wide), -wide, wide))
-    low, high = (None if end is None or abs(end) > wide / 2 else float(np.exp(end)) for end in (found.low, found.high))
-    return Interval(float(np.exp(value)), low, high)
+    drawn = np.where(np.isnan(drawn), value, drawn)
+    low, high = np.percentile(drawn, (2.5, 97.5), method="nearest")
+    if np.isfinite([low, high]).all():
+        return interval(value, drawn[np.isfinite(drawn)]).exp
+    # Where some never get there the ratio may be anything above: no draws on the other side mirror that.
+    ends = min(float(low), value), max(float(high), value)
+    low_end, high_end = (float(np.exp(end)) if np.isfinite(end) else None for end in ends)
+    return Interval(float(np.exp(value)), low_end, high_end)
 
 
 def _log_ratio(own: Envelope, base: Envelope, level: float, shifts: np.ndarray) -> np.ndarray:

@@ -2,6 +2,8 @@
 
 from collections.abc import Iterable, Sequence
 
+import numpy as np
+
 from saescale.scaling.comparison.compare import Comparison
 from saescale.scaling.comparison.hierarchy import ONE_TRAINING
 from saescale.scaling.comparison.scatter import Interval
@@ -30,8 +32,30 @@ def limits(comparison: Comparison) -> list[str]:
         said.append(f"differences between architectures have no intervals: {comparison.scatter.how}; repeat seeds")
     elif comparison.scatter.of_surface:
         said.append("differences between architectures have rough intervals: " + comparison.scatter.how)
+    said += _budgets(comparison)
     where = kind_label(comparison.arms.of)
     return [f"{where}: {text}" if where else text for text in said]
+
+
+def _budgets(comparison: Comparison) -> list[str]:
+    """Where architectures are compared that were trained on other numbers of tokens."""
+    arms = comparison.arms
+    if "tokens" not in arms.table:
+        return []
+    tokens = np.array([arms.table["tokens"][rows].mean() for rows in arms.rows])
+    differing: dict[str, None] = {}
+    for n, k in zip(arms.n_latents.tolist(), arms.k.tolist(), strict=True):
+        own = np.flatnonzero((arms.n_latents == n) & (arms.k == k) & np.isfinite(tokens))
+        # Rounded to batches, some are a little off.
+        if len(own) > 1 and tokens[own].max() > 1.01 * tokens[own].min():
+            least, most = own[np.argmin(tokens[own])], own[np.argmax(tokens[own])]
+            cases = (f"{arms.architecture[i]} on {number(tokens[i])}" for i in (least, most))
+            differing[f"N = {number(n)}, k = {number(k)}: {' and '.join(cases)}"] = None
+    if not differing:
+        return []
+    return [
+        f"architectures were not trained on equally many tokens, which is in their differences ({listed(differing)})"
+    ]
 
 
 def _leader(comparison: Comparison) -> list[str]:
@@ -66,18 +90,29 @@ def _ordered(comparison: Comparison) -> list[str]:
 
 
 def _baselines(comparison: Comparison) -> list[str]:
-    there = [name for name in comparison.arms.architectures if name in BASELINES]
-    trained = [name for name in comparison.arms.architectures if name not in BASELINES]
-    if not there or not trained:
+    shared = [own for own in comparison.places.by_point.values() if any(name not in BASELINES for name in own)]
+    there = [name for name in BASELINES if any(name in own for own in shared)]
+    if not there:
         return []
     if not comparison.unbeaten:
-        return [f"Every trained architecture beats {_all(there)} at every N and L0 that they share."]
-    cases: dict[tuple[str, str], list[str]] = {}
-    for u in comparison.unbeaten:
-        place = f"N = {number(u.n_latents)}, L0 = {u.k:g} ({100 * u.difference.less_one.value:+.1f} %)"
-        cases.setdefault((u.architecture, u.baseline), []).append(place)
-    said = (f"{name} than {baseline} at {listed(places, ', ', 3)}" for (name, baseline), places in cases.items())
-    return [f"Not better than a baseline: {listed(said)}."]
+        baselines = _all(name for name in comparison.arms.architectures if name in there)
+        met = {name for own in shared if not own.keys().isdisjoint(there) for name in own}
+        alone = [name for name in comparison.arms.architectures if name not in {*BASELINES, *met}]
+        but = f" {_all(alone)} shared none." if alone else ""
+        return [f"Every trained architecture beats {baselines} at every N and L0 that they share.{but}"]
+    said = []
+    for words, joined, unbeaten in (
+        ("Worse than a baseline", "than", [u for u in comparison.unbeaten if u.difference.value >= 0]),
+        ("Not told apart from a baseline", "from", [u for u in comparison.unbeaten if u.difference.value < 0]),
+    ):
+        cases: dict[tuple[str, str], list[str]] = {}
+        for u in unbeaten:
+            place = f"N = {number(u.n_latents)}, L0 = {u.k:g} ({100 * u.difference.less_one.value:+.1f} %)"
+            cases.setdefault((u.architecture, u.baseline), []).append(place)
+        if cases:
+            each = (f"{name} {joined} {one} at {listed(places, ', ', 3)}" for (name, one), places in cases.items())
+            said.append(f"{words}: {listed(each)}.")
+    return said
 
 
 def ratios(comparison: Comparison) -> list[str]:

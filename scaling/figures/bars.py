@@ -8,6 +8,8 @@ from saescale.scaling.comparison.compare import Comparison
 from saescale.scaling.comparison.scatter import Interval
 from saescale.scaling.figures.views import Points
 
+_LONGEST = 80
+
 
 def bar(found: Interval, y: float, level: float | str, text: str, across: bool = True) -> Points:
     """One value with its interval, in a row at `y`; not `across`: above `y` on the other axis."""
@@ -40,5 +42,5 @@ def file_name(name: str, comparison: Comparison) -> str:
 
 
 def slug(value: object) -> str:
-    """A value as a part of the name of a file."""
-    return re.sub(r"[^\w.]+", "_", f"{value:g}" if isinstance(value, float) else str(value))
+    """A value as a part of the name of a file, which may not be as long as a user's name may."""
+    return re.sub(r"[^\w.]+", "_", f"{value:g}" if isinstance(value, float) else str(value))[:_LONGEST]

@@ -3,6 +3,7 @@
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from itertools import count
 from typing import Literal, NamedTuple
 
 from saescale.scaling.comparison.compare import Comparison, SideBySide
@@ -75,13 +76,28 @@ def parts_of(fitted: LawsOfKinds, sides: SideBySide, curves: Table | None = None
     if depth := views_of_depth(sides.depth):
         found.append(Part("depth", {}, depth))
     if len(fitted.kinds) == 1:
-        return [*found, Part("kind", {}, views_of(fitted.largest, curves))]
+        return _apart([*found, Part("kind", {}, views_of(fitted.largest, curves))])
     told = [laws for laws in fitted.kinds if laws.fits or (len(laws.results) and not found)]
     for laws in told[:MOST_KINDS]:
         label = kind_label(laws.of)
         views = [v for v in (nmse_against_n(laws), nmse_against_compute(laws), residuals(laws)) if v is not None]
         named = [replace(v, name=f"{v.name}-{slug(label)}", title=f"{label}: {v.title}") for v in views]
         found.append(Part("kind", laws.of, named))
+    return _apart(found)
+
+
+def _apart(parts: Sequence[Part]) -> list[Part]:
+    """With a number in the names of views that would lie in one file: those of "my arch" and "my-arch"."""
+    seen: set[str] = set()
+    found = []
+    for part in parts:
+        views = []
+        for view in part.views:
+            names = (view.name if i < 2 else f"{view.name}_{i}" for i in count(1))
+            name = next(name for name in names if name not in seen)
+            seen.add(name)
+            views.append(replace(view, name=name))
+        found.append(part._replace(views=views))
     return found
 
 

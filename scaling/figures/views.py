@@ -4,12 +4,13 @@ A `View` is drawn by paper.py (matplotlib: PNG, PDF, SVG) and by interactive.py 
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 import numpy as np
 
 _CURVES = 300  # at most so many in one figure
+_LONGEST = 28  # letters of a name beside axes
 Scale = Literal["log", "linear"]
 # law: a fitted law; curve: one cell's course; frontier: a lower envelope; through: joins points without a law;
 # other: a second law beside the first; reference: something to compare with.
@@ -128,9 +129,16 @@ class View:
 
     @property
     def labels(self) -> list[Label]:
-        """The labels beside the axes, from the lowest to the highest."""
+        """The labels beside the axes, from the lowest to the highest, short enough to leave these their room."""
         labels = [layer for layer in self.layers if isinstance(layer, Label) and not layer.beside]
+        if self.ramp == "name":
+            labels = [replace(label, text=shortened(label.text)) for label in labels]
         return sorted(labels, key=lambda label: self.y.fraction(label.y))
+
+
+def shortened(name: str) -> str:
+    """A name as it stands beside axes: of a long one, such as a user's architecture may have, its two ends."""
+    return name if len(name) <= _LONGEST else f"{name[: _LONGEST - 13]}\u2026{name[-12:]}"
 
 
 def thinned(count: int) -> list[int]:

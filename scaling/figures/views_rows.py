@@ -9,7 +9,7 @@ from saescale.scaling.comparison.compare import Comparison
 from saescale.scaling.comparison.equal_nmse import Ratios
 from saescale.scaling.figures.axes import count_axis, linear_axis, log_axis
 from saescale.scaling.figures.bars import bar, ends_text, file_name, interval_key
-from saescale.scaling.figures.views import Axis, Label, Layer, Line, Points, Rule, View
+from saescale.scaling.figures.views import Axis, Label, Layer, Line, Points, Rule, View, shortened
 from saescale.scaling.figures.views_cells import DEAD_LABEL
 from saescale.scaling.words import listed
 from saescale.storage.columns import COLUMNS
@@ -39,7 +39,8 @@ def order(comparison: Comparison) -> View | None:
             f"{name}<br>{above.value:+.1f} % above {best}{ends_text(above, '.1f')}<br>over {points} pairs of N and L0"
         )
         if above.value > widest:
-            layers.append(Label(widest, rows[name], f"{above.value:+.0f} % \u2192", name, beside=True))
+            # Well inside of the axes: a narrow page would cut it off at their end.
+            layers.append(Label(0.6 * widest, rows[name], f"{above.value:+.0f} % \u2192", name, beside=True))
             continue
         layers.append(bar(above, rows[name], name, text))
         seen += [above.value, *(end for end in (above.low, above.high) if end is not None)]
@@ -66,9 +67,8 @@ def compute_ratios(comparison: Comparison) -> View | None:
         if (found := ratios.median) is None:
             continue
         y = rows[ratios.architecture] + _aside(ks.index(ratios.k), len(ks))
-        both = sum(level.reached == "both" for level in ratios.levels)
         text = (f"{ratios.architecture}, k = {ratios.k:g}<br>{found.value:.2f} times the compute of {ratios.reference}"
-                f"{ends_text(found, '.2f')}<br>median over {both} of {len(ratios.levels)} levels of nmse")  # fmt: skip
+                f"{ends_text(found, '.2f')}<br>median over {len(ratios.levels)} levels of nmse")  # fmt: skip
         layers.append(bar(found, y, ratios.k, text))
         ends = [end for end in (found.low, found.high) if end is not None]
         seen += [found.value, *(min(max(end, found.value / 3), found.value * 3) for end in ends)]
@@ -83,7 +83,7 @@ def compute_ratios(comparison: Comparison) -> View | None:
         file_name("compute_ratio", comparison), f"Compute for equal nmse, against {comparison.reference}",
         f"How many times the training compute of {comparison.reference} each architecture takes to reach the same "
         "nmse: the median over five levels, from what the smallest N of the reference ends with to the lowest that it "
-        "reaches, as far as both reach them. Left of 1 an architecture is cheaper.",
+        "reaches; one that is never reached counts as more than any ratio. Left of 1 an architecture is cheaper.",
         f"Points: one for each k. {interval_key(comparison)}",
         log_axis(f"Compute over that of {comparison.reference}", np.array([low, high * (high / low) ** 0.25])), axis,
         tuple(ks), tuple(layers), ramp="k",
@@ -149,7 +149,7 @@ def hierarchy(comparison: Comparison) -> View | None:
 def _rows(names: Sequence[str]) -> tuple[Axis, dict[str, float]]:
     """An axis with a row for each name, the first on top, and where each is."""
     places = {name: float(len(names) - 1 - i) for i, name in enumerate(names)}
-    ticks = tuple((place, name) for name, place in reversed(places.items()))
+    ticks = tuple((place, shortened(name)) for name, place in reversed(places.items()))
     return Axis("", "linear", -0.6, len(names) - 0.4, ticks), places
 
 
@@ -160,7 +160,7 @@ def _aside(i: int, of: int) -> float:
 
 def _why(missing: Sequence[Ratios]) -> str:
     """Why there is no ratio at all."""
-    reached = {level.reached for ratios in missing for level in ratios.levels}
+    reached = {ratios.reached for ratios in missing}
     if reached == {"never"}:
         return "does not get there"
     return "is there before its curves begin" if reached == {"sooner"} else "not told"

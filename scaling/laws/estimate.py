@@ -265,7 +265,7 @@ def fit_law(
     shared = kinds if lack and lack.significant else None
     draws, redrawn = np.empty((0, len(law.names))), 0
     if settings.refits:
-        value = problem.log_value(best)[0]
+        value = problem.log_value(best)
         fitted = Fitted(value, log_nmse - value, len(best))
         if lack and shared is not None:
             errors = resampled_errors(lack, fitted.residuals, shared, settings.refits, rng)

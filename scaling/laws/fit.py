@@ -66,6 +66,7 @@ class Laws:
 class LawsOfKinds:
     """The laws of each kind of cells in one table, in the order of their names, with what was left out of all of them.
 
+    `results` are all cells that did not diverge, `best` those of them whose choices of training laws in N and k see.
     `over_subjects` are laws that see cells of several subjects at once, which is none of `kinds`.
     """
 
@@ -74,6 +75,7 @@ class LawsOfKinds:
     kinds: tuple[Laws, ...]
     over_subjects: tuple[Fit | Skipped, ...]
     warnings: tuple[str, ...]
+    best: Table
 
     @property
     def largest(self) -> Laws:
@@ -161,7 +163,11 @@ def fit_laws(
         *data_warnings(results, tables, convergences, all_forms),
         *_no_intervals(settings),
     ]
-    return LawsOfKinds(results, made_from, tuple(kinds), tuple(over_subjects), (*results.notes, *said))
+    chosen = np.zeros(len(everything), dtype=bool)
+    for (_, mask), laws in zip(named, kinds, strict=True):
+        chosen[mask] = laws.best is None or laws.best.rows
+    best = everything.select(chosen & ~lost)
+    return LawsOfKinds(results, made_from, tuple(kinds), tuple(over_subjects), (*results.notes, *said), best)
 
 
 def _of_kind(

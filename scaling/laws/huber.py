@@ -13,7 +13,7 @@ from itertools import combinations
 import numpy as np
 from scipy.optimize import Bounds, minimize
 
-from saescale.scaling.laws.law import log_sum
+from saescale.scaling.laws.law import log_sum, log_total
 
 DELTA = 1e-3
 _STALLED = 1e-7
@@ -43,7 +43,11 @@ class Problem:
         """The indices of the coefficients that are searched."""
         return np.setdiff1d(np.arange(len(self.term_of)), self.amplitudes)
 
-    def log_value(self, raw: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    def log_value(self, raw: np.ndarray) -> np.ndarray:
+        """ln L [..., points] at raw [..., coefficients]."""
+        return log_total(raw, self.design, self.term_of, self.join)
+
+    def slopes(self, raw: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """(ln L [..., points], its derivative [..., points, coefficients]) at raw [..., coefficients]."""
         return log_sum(raw, self.design, self.term_of, self.join)
 
@@ -55,7 +59,7 @@ class Problem:
 def losses(problem: Problem, raw: np.ndarray, log_y: np.ndarray, weights: np.ndarray) -> np.ndarray:
     """The weighted sum of Huber losses of each fit: [fits], for raw [fits, coefficients], log_y and weights
     [fits, points] (or broadcastable)."""
-    residuals = problem.log_value(raw)[0] - log_y
+    residuals = problem.log_value(raw) - log_y
     return (weights * _huber(residuals, problem.delta)).sum(axis=-1)
 
 
@@ -103,7 +107,7 @@ def solve_amplitudes(problem: Problem, raw: np.ndarray, log_y: np.ndarray, weigh
     Log residuals are linearised about `raw`, in which amplitudes (to the power `join`) are linear: non-negative least
     squares with the weights of `_majorant`. An amplitude of zero becomes the lowest that the bounds allow.
     """
-    value, _ = problem.log_value(raw)
+    value = problem.log_value(raw)
     residuals = value - log_y
     logs = [(raw[:, own] @ problem.design[:, own].T) for own in _terms(problem)]
     # Each term's share of the prediction [fits, points, terms]; scaling all shares of a term scales its amplitude.
@@ -121,7 +125,7 @@ def polish(problem: Problem, raw: np.ndarray, log_y: np.ndarray, weights: np.nda
     """One fit [coefficients] brought to its minimum by L-BFGS-B with exact gradients."""
 
     def loss_and_gradient(x: np.ndarray) -> tuple[float, np.ndarray]:
-        value, jacobian = problem.log_value(x)
+        value, jacobian = problem.slopes(x)
         residuals = value - log_y
         slope = weights * np.clip(residuals, -problem.delta, problem.delta)
         # In units of delta^2, or the default tolerances would end the search early.
@@ -151,7 +155,7 @@ def _majorant(problem: Problem, residuals: np.ndarray, weights: np.ndarray) -> n
 def _step(problem: Problem, raw: np.ndarray, log_y: np.ndarray, weights: np.ndarray, damping: np.ndarray) -> np.ndarray:
     """The step of all coefficients [fits, coefficients]. Only exponents are damped: with the amplitudes free to
     follow, that is the step of variable projection with Kaufman's Jacobian."""
-    value, jacobian = problem.log_value(raw)
+    value, jacobian = problem.slopes(raw)
     residuals = value - log_y
     weighted = (jacobian * _majorant(problem, residuals, weights)[..., None]).transpose(0, 2, 1)
     gradient = (weighted @ residuals[..., None])[..., 0]

@@ -41,7 +41,7 @@ class Conditioning:
 
 def condition(law: Law, problem: Problem, centred: np.ndarray, to_raw: np.ndarray) -> Conditioning:
     """Of a fit at `centred` [coefficients], the coordinates of `problem`; `to_raw` takes them to raw ones (law.py)."""
-    _, jacobian = problem.log_value(centred)
+    _, jacobian = problem.slopes(centred)
     raw = to_raw @ centred
     # d ln L / d reported: amplitudes are reported as such unless they are logarithms.
     scale = np.ones(len(raw))
@@ -76,7 +76,7 @@ def bounds_reached(law: Law, problem: Problem, best: np.ndarray, draws: np.ndarr
     both in the coordinates of `problem`. A term that is next to nothing everywhere has no exponent to speak of, nor has
     in the bootstrap any but the first: where a floor is not determined, a warning says that already."""
     best, draws = law.ordered(best), law.ordered(draws)
-    value = problem.log_value(best)[0]
+    value = problem.log_value(best)
     names = [exponent for term in law.terms for exponent in (None, *term.exponents)]
     found = []
     for i in problem.exponents:
@@ -130,11 +130,11 @@ def profile_floor(law: Law, problem: Problem, centred: np.ndarray, log_y: np.nda
     if len(law.terms) < 2 or free < 1:
         return None
     last = problem.amplitudes[-1]
-    residuals = problem.log_value(centred)[0] - log_y
+    residuals = problem.log_value(centred) - log_y
     scale = max(1.4826 * float(np.median(np.abs(residuals))) * np.sqrt(len(log_y) / free), _LEAST_SCALE)
     problem = replace(problem, delta=_ROBUST * scale)
     best, lowest = minimise(problem, centred[None], log_y, np.ones(len(log_y)))
-    slopes = np.clip(problem.log_value(best[0])[0] - log_y, -problem.delta, problem.delta)
+    slopes = np.clip(problem.log_value(best[0]) - log_y, -problem.delta, problem.delta)
     unit = float(slopes @ slopes) / free / max(float(np.mean(np.abs(slopes) < problem.delta)), 0.1)
     limit = float(f_distribution.ppf(0.95, 1, free))
     # From no floor to one as high as the lowest point, then closer where the interval ends.
@@ -147,7 +147,7 @@ def profile_floor(law: Law, problem: Problem, centred: np.ndarray, log_y: np.nda
     fits, loss = _hold(problem, best[0], log_y, floors)
     ratio = np.maximum(2 * (loss - min(lowest[0], loss.min())) / unit, 0.0)
     within = floors[ratio <= limit]
-    rms = np.sqrt(np.mean((problem.log_value(fits)[0] - log_y) ** 2, axis=1))
+    rms = np.sqrt(np.mean((problem.log_value(fits) - log_y) ** 2, axis=1))
     high = None if ratio[-1] <= limit else float(within.max())
     return Profile(floors, fits[:, _lead(law)], rms, ratio, limit, low=float(within.min()), high=high)
 

@@ -9,7 +9,7 @@ law exact gradients and the same well-conditioned fit (see estimate.py). A new l
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, reduce
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -154,7 +154,7 @@ class Law:
     def log_value(self, raw: np.ndarray, columns: Mapping[str, np.ndarray]) -> np.ndarray:
         """ln L, [..., points], for raw coefficients [..., coefficients]."""
         design = self.design({c: np.log(np.asarray(columns[c], dtype=np.float64)) for c in self.columns})
-        return log_sum(raw, design, self.term_of, self.join)[0]
+        return log_total(raw, design, self.term_of, self.join)
 
     def value(self, coefficients: Mapping[str, float], columns: Mapping[str, np.ndarray]) -> np.ndarray:
         """L at the points of `columns` ([points] each) for reported coefficients."""
@@ -200,13 +200,27 @@ def log_sum(
     raw: np.ndarray, design: np.ndarray, term_of: np.ndarray, join: float = 1.0
 ) -> tuple[np.ndarray, np.ndarray]:
     """(ln L [..., points], d ln L / d raw [..., points, coefficients]) of L = (sum of terms^join)^(1/join)."""
-    logs = np.stack([raw[..., term_of == j] @ design[:, term_of == j].T for j in range(int(term_of[-1]) + 1)], axis=-1)
-    logs *= join
-    top = logs.max(axis=-1)
-    shares = np.exp(logs - top[..., None])
-    total = shares.sum(axis=-1)
-    shares /= total[..., None]
-    return (top + np.log(total)) / join, shares[..., term_of] * design
+    top, shares, total = _summed(raw, design, term_of, join)
+    slopes = np.stack([own / total for own in shares], axis=-1)
+    return (top + np.log(total)) / join, slopes[..., term_of] * design
+
+
+def log_total(raw: np.ndarray, design: np.ndarray, term_of: np.ndarray, join: float = 1.0) -> np.ndarray:
+    """ln L [..., points] of `log_sum` alone, to the same bits."""
+    top, _, total = _summed(raw, design, term_of, join)
+    return (top + np.log(total)) / join
+
+
+def _summed(
+    raw: np.ndarray, design: np.ndarray, term_of: np.ndarray, join: float
+) -> tuple[np.ndarray, list[np.ndarray], np.ndarray]:
+    """(logarithm of the largest term, each term over it, their sum), of terms^join; [..., points] each."""
+    # Term by term: numpy reduces over an axis of two or three far more slowly.
+    terms = [term_of == j for j in range(int(term_of[-1]) + 1)]
+    logs = [join * (raw[..., own] @ design[:, own].T) for own in terms]
+    top = reduce(np.maximum, logs)
+    shares = [np.exp(own - top) for own in logs]
+    return top, shares, reduce(np.add, shares)
 
 
 # --- laws by their names

@@ -6,7 +6,7 @@ import numpy as np
 
 from saescale.scaling.comparison.compare import Comparison, SideBySide
 from saescale.scaling.comparison.depth import AtDepth
-from saescale.scaling.comparison.equal_nmse import Ratio
+from saescale.scaling.comparison.equal_nmse import Ratio, Ratios, Reached
 from saescale.scaling.comparison.scatter import Interval
 from saescale.scaling.comparison.sentences import between, hierarchy, outcome, ratios
 from saescale.scaling.figures.figures import MOST_COMPARISONS
@@ -79,7 +79,7 @@ def overall_table(comparison: Comparison, one_k: bool = False) -> TextTable:
         row += [f"{leads.count(name)}"]
         for k in ks:
             one = medians.get((name, k))
-            row.append("1" if name == comparison.reference else "" if one is None else _ratio_text(one.median))
+            row.append("1" if name == comparison.reference else "" if one is None else _ratio_text(one))
         row.append(f"{100 * own[np.isfinite(own)].max():.1f} %" if np.isfinite(own).any() else "")
         row.append(f"{_signed(off[np.argmax(np.abs(off))])} %")
         rows.append([typeset(text) for text in row])
@@ -122,7 +122,7 @@ def _equal_nmse(comparison: Comparison) -> list[TextTable]:
         if all(r.median is None for r in own):
             continue
         header = ("architecture", "median", *(f"nmse {level.nmse:.3f}" for level in own[0].levels))
-        rows = [[r.architecture, _ratio_text(r.median), *(_level_text(level) for level in r.levels)] for r in own]
+        rows = [[r.architecture, _ratio_text(r), *(_level_text(level) for level in r.levels)] for r in own]
         note = f"Training compute as multiples of what {comparison.reference} takes for the same nmse. "
         note += "Cells whose L0 is more than 10 % off k have no part."
         found.append(TextTable(f"Compute for equal nmse at k = {k:g}", note, header, rows))
@@ -156,14 +156,18 @@ def _interval(found: Interval, digits: int) -> str:
     return f"{low} to {high}"
 
 
-def _ratio_text(found: Interval | None) -> str:
-    return "not reached" if found is None else between(found, 2)
+def _ratio_text(found: Ratios) -> str:
+    return _or_why(found.median, found.reached)
 
 
 def _level_text(level: Ratio) -> str:
-    if level.ratio is not None:
-        return between(level.ratio, 2)
-    return "not reached" if level.reached == "never" else "sooner than its curves"
+    return _or_why(level.ratio, level.reached)
+
+
+def _or_why(ratio: Interval | None, reached: Reached) -> str:
+    if ratio is not None:
+        return between(ratio, 2)
+    return "not reached" if reached == "never" else "before its curves begin"
 
 
 def _signed(value: float) -> str:

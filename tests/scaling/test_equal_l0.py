@@ -1,5 +1,7 @@
 """Known differences at equal N and L0 come back, with intervals that hold them, and an order."""
 
+from itertools import combinations
+
 import numpy as np
 import pytest
 
@@ -89,3 +91,25 @@ def test_who_does_not_beat_a_baseline_is_named() -> None:
     by_name = {(u.architecture, u.baseline) for u in found.unbeaten}
     assert by_name == {("switch", "pca"), ("jumprelu", "pca")}
     assert sum(u.architecture == "switch" for u in found.unbeaten) == len(SIZES)
+
+
+def test_intervals_hold_what_a_cell_at_another_l0_may_be_off_by() -> None:
+    """With one k nothing can be interpolated: cells that are 3 % off stand for it, and lie 1 % higher or lower."""
+    truth = {"topk": Known(), "jumprelu": Known(1.01, l0=1.03), "relu": Known(1.03, l0=0.97), "gated": Known(l0=0.97)}
+    held = sides = 0
+    for seed in range(20):
+        places = compared(known_arms(truth, ks=(16,), noise=0.002, seed=seed)).places
+        for own in places.by_point.values():
+            for first, second in combinations(own, 2):
+                found = places.difference(own[first], own[second])
+                assert found.low is not None
+                assert found.high is not None
+                held += found.low <= np.log(truth[first].worse / truth[second].worse) <= found.high
+                sides += 1
+        # What is off by the same is compared as it is.
+        for own in places.by_point.values():
+            found = places.difference(own["gated"], own["relu"])
+            assert found.low is not None
+            assert found.high is not None
+            assert found.high - found.low < 0.02
+    assert held / sides > 0.95

@@ -54,6 +54,19 @@ def test_what_never_gets_there_has_no_ratio() -> None:
     assert other.reference == "beta"
 
 
+def test_what_may_never_get_there_is_open_above() -> None:
+    """An architecture that just reaches a level reaches it in some draws only: then no ratio is too large."""
+    open_above = 0
+    for seed in range(5):
+        found = compared(known_arms({"topk": Known(), "gated": Known(1.03)}, noise=0.02, seed=seed))
+        for level in (level for ratios in found.ratios for level in ratios.levels if level.ratio is not None):
+            low, high = level.ratio.low, level.ratio.high
+            assert low is None or low <= level.ratio.value
+            assert high is None or high >= level.ratio.value
+            open_above += low is not None and high is None
+    assert open_above > 2
+
+
 def test_a_cell_that_misses_its_k_has_no_part() -> None:
     found = compared(known_arms({"topk": Known(), "prolu": Known(0.5, l0=0.8)}))
     assert [list(own) for own in found.envelopes.values()] == [["topk"]] * len(KS)

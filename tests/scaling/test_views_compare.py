@@ -6,18 +6,21 @@ import numpy as np
 import plotly.graph_objects
 import pytest
 
-from saescale.scaling.comparison.compare import Comparison, compare
+from saescale.scaling.comparison.compare import Comparison, compare, side_by_side
 from saescale.scaling.comparison.depth import AtDepth
 from saescale.scaling.comparison.scatter import Interval
 from saescale.scaling.figures import paper
+from saescale.scaling.figures.figures import parts_of
 from saescale.scaling.figures.interactive import plot
 from saescale.scaling.figures.palette import colour
 from saescale.scaling.figures.views import Label, Points, View
 from saescale.scaling.figures.views_compare import some, views_of_comparison
 from saescale.scaling.figures.views_depth import views_of_depth
+from saescale.scaling.laws.fit import fit_laws
+from saescale.scaling.laws.settings import FitSettings
 from saescale.scaling.order import in_order
 from saescale.scaling.tables import Table
-from tests.scaling.known_arms import ALL, KS, SIZES, known_arms, known_curves
+from tests.scaling.known_arms import ALL, KS, SIZES, Known, known_arms, known_curves
 
 _FOUND: list[Comparison] = []
 
@@ -112,3 +115,19 @@ def test_depth_has_a_line_for_each_k_or_each_name() -> None:
     assert named.title.endswith("at k = 32")
     json.dumps(plot(named), allow_nan=False)
     assert views_of_depth([]) == []
+
+
+def test_names_of_users_have_files_of_their_own_and_leave_room() -> None:
+    """Names that differ in what no file's name has, and such as are longer than a figure is wide."""
+    names = ("my arch", "my-arch", "a" * 200 + "1", "a" * 200 + "2")
+    fitted = fit_laws(Table.from_rows(known_arms({n: Known() for n in names}, seeds=(0,))), None, FitSettings(0))
+    views = [view for part in parts_of(fitted, side_by_side(fitted)) for view in part.views]
+    files = [view.name for view in views]
+    assert len(set(files)) == len(files)
+    assert max(map(len, files)) < 200
+    assert sum(name.startswith("residuals-my_arch") for name in files) == 2
+    for view in views:
+        if view.ramp == "name":
+            assert all(
+                len(text) < 40 for text in (*(label.text for label in view.labels), *(t for _, t in view.y.ticks))
+            )
