@@ -240,6 +240,10 @@ class RunDirectory:
         """The ids of the finished cells."""
         return {cell_id for cell_id, names in self.cell_files().items() if "result.json" in names}
 
+    def cells_with_weights(self) -> list[str]:
+        """The ids of the cells that are finished and have an SAE, in the order of the alphabet."""
+        return sorted(cell for cell, names in self.cell_files().items() if {"result.json", WEIGHTS} <= names)
+
     # --- tables and documents of the whole run
 
     def write_results(self, rows: list[dict[str, Any]]) -> None:

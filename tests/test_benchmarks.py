@@ -6,8 +6,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
+from saescale.trainers.preprocess import measure_centre
 from tests.benchmarks import bench_step, harness, readme_tables
+from tests.benchmarks.ours import training_cell
+from tests.benchmarks.protocol import Size, unit_rows
 
 
 def test_bf16_is_left_out_in_words_where_the_cpu_has_no_hardware_for_it(
@@ -37,3 +41,11 @@ def test_bf16_is_left_out_in_words_where_the_cpu_has_no_hardware_for_it(
     table = readme_tables._step(result).splitlines()
     assert f"| saescale, bf16 product | left out: {reason} |" in table
     assert "| saescale, fp32 product | 10 (2.00x) |" in table
+
+
+def test_the_inputs_of_benchmarks_are_not_the_first_weights() -> None:
+    size = Size(64, 256, 128, 4)
+    inputs = torch.cat(unit_rows(size))
+    W_dec = training_cell(size, measure_centre(inputs), "fp32", 8).sae.params["W_dec"]
+    # Six standard deviations of the cosine of two random rows.
+    assert float((inputs @ W_dec.T).abs().max()) < 6 / 16

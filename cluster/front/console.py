@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from saescale.storage.errors import SaescaleWarning
+from saescale.storage.errors import SaescaleError, SaescaleWarning
 from saescale.storage.secrets import hide_secrets
 
 if TYPE_CHECKING:
@@ -33,6 +33,9 @@ if not console.is_terminal:
 ArchitectureFile = Annotated[
     list[str] | None,
     typer.Option(help="A Python file that defines an architecture of your own, called as the file is; repeatable."),
+]
+Actors = Annotated[
+    str | None, typer.Option(help="Ray actors that share the work: a number, or auto (one for each GPU or node).")
 ]
 Address = Annotated[str | None, typer.Option(help="Ray cluster (default: RAY_ADDRESS, else a local one).")]
 Bootstraps = Annotated[int, typer.Option(help="Bootstrap fits behind each interval.", min=0)]
@@ -89,6 +92,15 @@ def show_notes(notes: Sequence[str]) -> None:
     """What must be said beside numbers, a line each."""
     for note in notes:
         console.print(f"[yellow]note:[/] {escape(note)}", highlight=False, soft_wrap=True)
+
+
+def number_of_actors(of: str, given: str) -> int | str:
+    """What --actors of a command says, "auto" or a number. Raises SaescaleError for anything else."""
+    if given == "auto":
+        return given
+    if not given.isascii() or not given.isdigit() or not int(given):
+        raise SaescaleError(f"{of}: --actors must be a number of at least 1, or auto, not {given!r}")
+    return int(given)
 
 
 def use_architectures(paths: Sequence[str] | None) -> None:

@@ -80,9 +80,9 @@ class Display:
         rate = f"{standing.fraction:.0%} of the FLOPs{failed}, {standing.tokens_per_s:,.0f} SAE tokens/s"
         self._show("cells", finished, standing.cells, rate, standing.left_s)
 
-    def evals(self, done: int, total: int, what: str) -> None:
-        """Progress of evaluations: those that are done, and the one that begins."""
-        self._show("evaluations", done, total, what, None)
+    def evals(self, done: int, total: int, what: str, left_s: float | None) -> None:
+        """Progress of evaluations, in pairs of cell and evaluation, and what each costs."""
+        self._show("evaluations", done, total, what, left_s)
 
     def _show(self, kind: str, done: int, total: int, rate: str, left: float | None) -> None:
         if kind != self._kind:

@@ -1,15 +1,19 @@
 """The command about evaluations: what is measured on trained cells beside nmse."""
 
+import os
 from typing import Annotated
 
 import typer
 
 from saescale.cluster.front.console import (
+    Actors,
+    Address,
     ArchitectureFile,
     TrustRemoteCode,
     command,
     console,
     display,
+    number_of_actors,
     say,
     show_notes,
     table,
@@ -25,40 +29,57 @@ def evaluate(
     cell: Annotated[
         list[str] | None, typer.Option(help="Id of a cell; repeatable (default: all finished cells).")
     ] = None,
+    actors: Actors = None,
     trust_remote_code: TrustRemoteCode = False,
     architecture_file: ArchitectureFile = None,
+    address: Address = None,
 ) -> None:
     """Measures evaluations on the trained cells of a run. Run again, it measures only what is not there yet.
 
-    The rows go into evals.parquet of the run directory.
+    The rows go into evals.parquet of the run directory, each evaluation of each cell when it is done. Without --actors
+    and --address this process does it alone.
 
-    Example: [bold]saescale eval runs/quickstart --evals nmse[/]
+    Example: [bold]saescale eval runs/quickstart --evals core,downstream_loss[/]
     """
     from saescale.storage.writable import require_writable
+    from saescale.trainers.device import set_threads
     from saescale.trainers.evals.run import evaluate_run
 
     use_architectures(architecture_file)
     require_writable(run)
     names = [name.strip().replace("-", "_") for name in (evals or "").split(",") if name.strip()]
     with display() as shown:
-        done = evaluate_run(run, names, cell or (), progress=shown.evals, trust_remote_code=trust_remote_code)
+        if actors is None and address is None:
+            set_threads(os.cpu_count() or 1)
+            done = evaluate_run(run, names, cell or (), display=shown, trust_remote_code=trust_remote_code)
+        else:
+            from saescale.cluster.crew.evals import evaluate_on_actors
+
+            many = number_of_actors("eval", actors or "auto")
+            done = evaluate_on_actors(run, names, cell or (), many, address, shown, trust_remote_code)
     _show(run, names)
-    show_notes(done.failed)
-    say(f"\n{done.measured} measured, {done.there} were there, {len(done.failed)} failed: {run}/evals.parquet")
+    show_notes(done.why)
+    say(f"\n{done.measured} measured, {done.there} were there, {done.failed} failed: {run}/evals.parquet")
     say(f"Next: {command('report', run)}")
     if done.failed:
         raise typer.Exit(1)
 
 
 def _show(run: str, names: list[str]) -> None:
-    """Each metric over the cells: how many have it, and its range. `at`: what of, where it is not the whole cell."""
+    """Each metric over the cells: how many have it, and its range. Where an evaluation has some of whole cells, those
+    of single latents, labels or positions are only counted."""
     import numpy as np
 
     from saescale.storage.rundir import RunDirectory
 
+    rows = [row for row in RunDirectory(run).read_evals().to_pylist() if not names or row["evaluation"] in names]
+    of_whole_cells = {row["evaluation"] for row in rows if not row["at"]}
     found: dict[tuple[str, str, str], list[float]] = {}
-    for row in RunDirectory(run).read_evals().to_pylist():
-        if not names or row["evaluation"] in names:
+    more = 0
+    for row in rows:
+        if row["at"] and row["evaluation"] in of_whole_cells:
+            more += 1
+        else:
             found.setdefault((row["evaluation"], row["metric"], row["at"] or ""), []).append(row["value"])
     shown = table("evaluation", "metric", "at", "cells", "lowest", "median", "highest")
     for key, values in found.items():
@@ -66,3 +87,5 @@ def _show(run: str, names: list[str]) -> None:
         numbers = (min(present), float(np.median(present)), max(present)) if present else ()
         shown.add_row(*key, str(len(values)), *(f"{number:.4g}" for number in numbers))
     console.print(shown)
+    if more:
+        say(f"{more:,} more rows, of single latents, labels or positions, are in evals.parquet")

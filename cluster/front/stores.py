@@ -7,12 +7,14 @@ import typer
 from rich.markup import escape
 
 from saescale.cluster.front.console import (
+    Actors,
     Address,
     ArchitectureFile,
     TrustRemoteCode,
     command,
     console,
     display,
+    number_of_actors,
     say,
     say_marked,
     use_architectures,
@@ -58,9 +60,7 @@ def harvest(
         int | None, typer.Option(help="Rows of a Parquet file (default: 32768, in memory at once).")
     ] = None,
     seed: Annotated[int, typer.Option(help="Of the split and the order of documents and rows.")] = 0,
-    actors: Annotated[
-        str | None, typer.Option(help="Ray actors that share the work: a number, or auto (one for each GPU or node).")
-    ] = None,
+    actors: Actors = None,
     revision: Annotated[
         str | None, typer.Option(help="Branch, tag or commit: of hf:<org>/<name>, as @<revision> behind it.")
     ] = None,
@@ -100,7 +100,7 @@ def harvest(
         with display() as shown:
             manifest = run_harvest(spec, shown.harvest)
     else:
-        wanted = _actors(actors or "auto")
+        wanted = number_of_actors("harvest", actors or "auto")
         from saescale.cluster.crew.harvest import harvest_on_actors
 
         with display() as shown:
@@ -128,11 +128,3 @@ def inspect(
     use_architectures(architecture_file)
     for name, value in describe(url, verify).items():
         say_marked(f"[bold]{name:<16}[/]{escape(value)}")
-
-
-def _actors(given: str) -> int | str:
-    if given == "auto":
-        return given
-    if not given.isascii() or not given.isdigit() or not int(given):
-        raise SaescaleError(f"harvest: --actors must be a number of at least 1, or auto, not {given!r}")
-    return int(given)

@@ -48,6 +48,9 @@ def cautions(spec: SweepSpec, d_model: int | None) -> list[str]:
                 f"tokens or fewer and a latent counts as dead after {window:,}: {never}the dead fraction is 0 by "
                 "construction; lower train.auxk.dead_after_tokens"
             )
+    architectures = spec.grid.architectures
+    none = f"{' and '.join(architectures)} {'has' if len(architectures) == 1 else 'have'} nothing of the kind"
+    said += [f"{told} does nothing: {none}" for told in spec.train.without_taker(architectures)]
     for taken in sorted({k for k in k_aux.values() if k}):
         fewer = [cell.n_latents for cell in cells if k_aux[cell] == taken and cell.n_latents < taken]
         there = f"{_cells(fewer, sizes)} have fewer: there it takes all that are dead"

@@ -6,6 +6,7 @@ from contextlib import ExitStack
 from typing import Any, NamedTuple, TypeGuard
 
 from saescale.cluster.sweep.cautions import cautions_of_each
+from saescale.cluster.sweep.evaluate import evaluate, missing_evaluations
 from saescale.cluster.sweep.identity import provenance_of
 from saescale.cluster.sweep.ledger import Ledger, open_ledger, recorded_precision
 from saescale.cluster.sweep.spec import SweepSpec
@@ -94,10 +95,11 @@ def run_sweep(
                     lease.end("lost", str(error))
                     raise
         else:
-            if not _is_concluded(run, settings):
+            if not _is_concluded(run, settings) or missing_evaluations(spec, run).missing:
                 lease = held.enter_context(Lease(run.url, job))
             # Cells of an extension may have their results already.
             ledger.write_spec()
+        evaluate(spec, RunDirectory(run.url, lease.driver if lease else None), address, display)
         fits, wandb = _analyse(spec, ledger, display, settings)
         if lease is not None:
             lease.end("finished")

@@ -95,12 +95,12 @@ class Execution:
                 self.lease.require()
                 if self.unusable and not self._trainable():
                     break
-            if self.unusable:
-                raise self._left_over()
                 if (busy := time.monotonic() - turn) > BUSY_S:
                     # It was this process that did not listen.
                     for running in self.running.values():
                         running.heard += busy
+            if self.unusable:
+                raise self._left_over()
         except BaseException:
             answered = stop(self.running, self.ledger, self.crew, self.lease, self.display)
             if answered and not self.lease.lost:  # else the tables are another driver's

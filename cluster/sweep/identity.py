@@ -113,6 +113,8 @@ def _identity(document: Mapping[str, Any]) -> dict[str, Any]:
     """What makes a sweep this one, beside its cells and how each is trained: all that decides how they are measured."""
     kept = {key: value for key, value in document.items() if key not in (*_FREE, "grid", "train", "resolved")}
     asked, came_to = (document.get(section, {}).get("precision") for section in ("train", "resolved"))
+    if isinstance(of_nmse := kept.get("eval"), Mapping):  # what is measured besides changes no cell
+        kept["eval"] = {key: value for key, value in of_nmse.items() if key != "evaluations"}
     return kept | {"precision": came_to, "train": {"precision": asked}}
 
 

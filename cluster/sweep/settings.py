@@ -33,7 +33,7 @@ def resolve_settings(
     require_known(mine, names, [architecture])
     there = {name for other in architectures for name in _names(other)}
     sections = {name for name, value in shared.items() if isinstance(value, Mapping)}
-    require_known(sections, sorted({*there, *architectures}), architectures)
+    require_known(sections, sorted({*there, *architectures, *ARCHITECTURES.names()}), architectures)
     require_known(shared.keys() - sections, sorted(there), architectures)
     takers = {
         name: [other for other in architectures if name in _names(other) and name not in own.get(other, {})]
@@ -99,7 +99,7 @@ def _values(architecture: str, name: str, value: Any, takers: Sequence[str]) -> 
     if not isinstance(value, list) or _problem(architecture, name, value) is None:
         values = [value]
     elif value:
-        values = several(value)
+        values = value
     else:
         raise ValueError(f"setting {name} of {architecture}: the list is empty")
     for each in values:
@@ -107,18 +107,26 @@ def _values(architecture: str, name: str, value: Any, takers: Sequence[str]) -> 
             others = [other for other in takers if other != architecture and _problem(other, name, each) is None]
             hint = f"; for {others[0]} alone write {{{others[0]}: {{{name}: {each}}}}}" if others else ""
             raise ValueError(f"setting {name} of {architecture}: {problem} (given: {each!r}){hint}")
-    return values
+    # 1, 1.0 and the text that YAML makes of 1e0 are one value.
+    return several([_understood(architecture, name, each) for each in values])
 
 
 def _problem(architecture: str, name: str, value: Any) -> str | None:
     """Why the setting cannot have that value; None where it can."""
-    if name == "k_aux" and value == "auto":  # what it comes to depends on the store
-        return None
     try:
-        _adapter(_model(architecture), name).validate_python(value)
+        _understood(architecture, name, value)
     except ValidationError as error:
         return error.errors()[0]["msg"]
     return None
+
+
+def _understood(architecture: str, name: str, value: Any) -> Any:
+    """As the architecture has it, in JSON. Raises ValidationError; also for true where a number is meant."""
+    if name == "k_aux" and value == "auto":  # what it comes to depends on the store
+        return value
+    adapter = _adapter(_model(architecture), name)
+    taken = adapter.validate_python(value, strict=True if isinstance(value, bool) else None)
+    return adapter.dump_python(taken, mode="json")
 
 
 def _model(architecture: str) -> type[BaseModel]:

@@ -31,6 +31,7 @@ from saescale.storage.secrets import ADVICE, secret_in_url
 from saescale.trainers.architectures import ARCHITECTURES
 from saescale.trainers.architectures.own import kept
 from saescale.trainers.cell import Cell, EvalSpec, auto_k_aux, known_architecture, traits_of, whole_settings
+from saescale.trainers.evals.evaluation import EVALUATIONS
 from saescale.trainers.loggers.wandb_cells import WandbSettings
 from saescale.trainers.precision import Precision
 
@@ -117,11 +118,26 @@ class Planned(NamedTuple):
 
     def check(self) -> None:
         """Raises ValueError, in one line, where its architecture cannot have these settings."""
-        settings = {name: value for name, value in json.loads(self.settings).items() if value != "auto"}
         try:
-            whole_settings(self.architecture, self.k, settings).check(self.n_latents)
+            self._settings().check(self.n_latents)
         except ValueError as error:
             raise ValueError(f"{self.name}: {error}") from error
+
+    def try_out(self) -> None:
+        """Raises ValueError where its architecture is a file of the user's that fails on a few rows."""
+        if ARCHITECTURES.own(self.architecture) is None:
+            return
+        from saescale.trainers.architectures.trial import try_out
+
+        try:
+            try_out(self.architecture, self._settings(), self.n_latents)
+        except SaescaleError as error:
+            raise ValueError(str(error)) from error
+
+    def _settings(self) -> Any:
+        """Those of its architecture; the defaults in place of what depends on the store."""
+        settings = {name: value for name, value in json.loads(self.settings).items() if value != "auto"}
+        return whole_settings(self.architecture, self.k, settings)
 
 
 class Grid(_OldNames):
@@ -174,6 +190,28 @@ class Grid(_OldNames):
         return sorted({*listed, *(cell.architecture for cell in self.cells)})
 
 
+class Evals(EvalSpec):
+    """When nmse is measured, and what is measured on each cell when all are trained (trainers/evals).
+
+    `eval: [core, downstream_loss]` is short for the latter alone.
+    """
+
+    evaluations: list[str] = Field(default=["core"])
+
+    @model_validator(mode="before")
+    @classmethod
+    def _named(cls, fields: Any) -> Any:
+        return {"evaluations": fields} if isinstance(fields, list) else fields
+
+    @field_validator("evaluations")
+    @classmethod
+    def _known(cls, names: list[str], info: ValidationInfo) -> list[str]:
+        if not _ran(info):
+            for name in names:
+                EVALUATIONS.check(name)
+        return list(dict.fromkeys(name.replace("-", "_") for name in names))
+
+
 class OfStore(Protocol):
     """What cells take of a store."""
 
@@ -191,7 +229,7 @@ class SweepSpec(Section):
     out: str  # URL of the run directory
     grid: Grid
     train: Train
-    eval: EvalSpec = EvalSpec()
+    eval: Evals = Evals()
     resources: Resources = Resources()
     wandb: WandbSettings = WandbSettings()
     # What a run's sweep.yaml says besides; allowed here so that it can be swept again as it is, and not used.
@@ -246,8 +284,11 @@ class SweepSpec(Section):
     def _cells_can_be(self, info: ValidationInfo) -> Self:
         """Before anything is harvested or trained. Loads architectures, and torch, only where there is need."""
         if not _ran(info) and (self.train.settings or self.grid.architectures != ["topk"]):
-            for cell in self._planned():
+            cells = self._planned()
+            for cell in cells:
                 cell.check()
+            for architecture in self.grid.architectures:
+                min(cell for cell in cells if cell.architecture == architecture).try_out()
         return self
 
     def _parts(self) -> list[tuple[str, Train, list[Combination]]]:

@@ -3,11 +3,11 @@
 import itertools
 import json
 import math
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from functools import partial
 from typing import Annotated, Any, Literal, NamedTuple, Self
 
-from pydantic import Field, ValidationError, model_validator
+from pydantic import BeforeValidator, Field, ValidationError, model_validator
 
 from saescale.cluster.crew.claims import NotNegative, Positive, Section
 from saescale.cluster.sweep.axes import Axis, count, has_lists, several, singles
@@ -19,8 +19,18 @@ LARGEST = 2**62  # of what is counted, and of seeds: tables hold 64 bits
 
 Count = Annotated[Positive, Field(le=LARGEST)]
 Seed = Annotated[NotNegative, Field(le=LARGEST)]
-Factor = Annotated[float, Field(gt=0, allow_inf_nan=False)]
-Exponent = Annotated[float, Field(allow_inf_nan=False)]
+
+
+def _no_truth_value(given: Any) -> Any:
+    """`true` is no number, though Python has it as 1."""
+    if isinstance(given, bool):
+        raise ValueError("input should be a number, not true or false")
+    return given
+
+
+Real = Annotated[float, BeforeValidator(_no_truth_value), Field(allow_inf_nan=False)]
+Factor = Annotated[Real, Field(gt=0)]
+Exponent = Real
 
 
 class TokenLaw(Section):
@@ -43,7 +53,7 @@ class AuxK(Section):
     """The auxiliary loss that revives dead latents; `k: 0` switches it off."""
 
     k: Axis[NotNegative | Literal["auto"]] = "auto"  # auto: the power of two nearest to d_model / 2
-    coefficient: Axis[Annotated[float, Field(ge=0, allow_inf_nan=False)]] = 1 / 32
+    coefficient: Axis[Annotated[Real, Field(ge=0)]] = 1 / 32
     # Counted for every architecture, also for those that do nothing about dead latents.
     dead_after_tokens: Axis[Count] = 10_000_000
 
@@ -81,7 +91,7 @@ class Train(Section):
     auxk: AuxK = AuxK()
     multi_topk: Axis[bool] = False
     settings: dict[str, Any] = Field(default={})  # of architectures' own; below an architecture's name, of that alone
-    ema: Axis[Annotated[float, Field(ge=0, lt=1)]] = 0.999
+    ema: Axis[Annotated[Real, Field(ge=0, lt=1)]] = 0.999
     precision: Literal["auto"] | Precision = "auto"  # of the encoder product; auto: crew/precision.py
     stream_seed: Axis[Seed] = 0  # of the order of the data
 
@@ -121,20 +131,30 @@ class Train(Section):
         """The values of each setting of the architecture that is asked for."""
         return resolve_settings(self.settings, self._general(), architecture, architectures)
 
+    def without_taker(self, architectures: Collection[str]) -> list[str]:
+        """What is asked for that none of the architectures can be told, such as `multi_topk = True`."""
+        asked = {"k_aux": "auxk.k", "auxk_coefficient": "auxk.coefficient", "multi_topk": "multi_topk"}
+        usual = Train(tokens=1, batch_tokens=1)._general()
+        # To have none of it is what those do that have no such setting.
+        told = {name: value for name, value in self._general().items() if value not in (usual[name], 0, False)}
+        there = {name for architecture in architectures for name in defaults(architecture)} if told else set()
+        return [f"train.{asked[name]} = {value}" for name, value in told.items() if name not in there]
+
     def _general(self) -> dict[str, Any]:
         """What other keys say of settings that several architectures have."""
         return {"k_aux": self.auxk.k, "auxk_coefficient": self.auxk.coefficient, "multi_topk": self.multi_topk}
 
     def check_laws(self, sizes: Collection[int]) -> None:
         """Raises ValueError where a law gives no number that can be written down at one of the `sizes`."""
-        tokens = [
-            partial(_tokens_at, *each) for each in itertools.product(singles(self.tokens), several(self.batch_tokens))
+        budgets = itertools.product(singles(self.tokens), several(self.batch_tokens))
+        laws: list[tuple[str, Callable[[int], float]]] = [
+            *(("tokens", partial(_tokens_at, *each)) for each in budgets),
+            *(("lr", partial(_rate_at, rate)) for rate in singles(self.lr)),
         ]
-        rates = [partial(_rate_at, rate) for rate in singles(self.lr)]
-        for name, laws in (("tokens", tokens), ("lr", rates)):
-            for law, n_latents in itertools.product(laws, sizes):
+        for name, law in laws:
+            for n_latents in sizes:
                 try:
-                    found = float(law(n_latents))
+                    found = law(n_latents)
                 except (OverflowError, ValueError):
                     found = math.inf
                 if not 0 < found <= LARGEST:

@@ -13,3 +13,6 @@ class SweepDisplay(Protocol):
 
     def sweep(self, standing: Standing) -> None:
         """About twice a second while cells are trained."""
+
+    def evals(self, done: int, total: int, what: str, left_s: float | None) -> None:
+        """As evaluations are done (trainers/evals/run.py)."""

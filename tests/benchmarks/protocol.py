@@ -98,7 +98,8 @@ class Server:
 
 def unit_rows(size: Size) -> list[Tensor]:
     """The inputs of every contender: BATCHES of float32 [batch_tokens, d_model], random rows of unit norm."""
-    generator = torch.Generator().manual_seed(0)
+    # No seed of a cell: its first weights are drawn alike, and these would be the rows of its decoder.
+    generator = torch.Generator().manual_seed(2**31)
     drawn = (torch.randn(size.batch_tokens, size.d_model, generator=generator) for _ in range(BATCHES))
     return [x / x.norm(dim=1, keepdim=True) for x in drawn]
 

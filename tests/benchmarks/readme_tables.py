@@ -35,6 +35,20 @@ def _step(result: dict[str, Any]) -> str:
     return _markdown(head, rows)
 
 
+def _auxk(result: dict[str, Any]) -> str:
+    steps = result["steps"]
+    shares = list(dict.fromkeys(step["dead"] for step in steps))
+    columns = list(dict.fromkeys((step["precision"], step["gathered"]) for step in steps))
+    head = ["dead latents", "AuxK's pairs a token"]
+    head += [f"ms, {precision}" + (", by gathered rows" if gathered else "") for precision, gathered in columns]
+    rows = []
+    for share in shares:
+        here = {(step["precision"], step["gathered"]): step for step in steps if step["dead"] == share}
+        cells = [f"{_median(s['seconds']) * 1e3:,.0f} ({s['ratio']:.2f}x)" if s else "" for s in map(here.get, columns)]
+        rows.append([f"{share:.0%}", f"{next(iter(here.values()))['pairs_per_token']:.0f}", *cells])
+    return _markdown(head, rows)
+
+
 def _architectures(result: dict[str, Any]) -> str:
     """Of each architecture milliseconds, and how many times as fast as the fastest peer."""
     ways = {
@@ -109,6 +123,7 @@ def _median(values: list[float]) -> float:
 _MAKERS = {
     "step": _step,
     "architectures": _architectures,
+    "auxk": _auxk,
     "pack": _pack,
     "quality": _quality,
     "soak": _soak,

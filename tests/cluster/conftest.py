@@ -66,7 +66,7 @@ def document(store: ActivationStore, tmp_path: Path) -> dict[str, Any]:
             "ema": 0.9,
             "precision": "fp32",  # so that results do not depend on the processor
         },
-        "eval": {"tokens": 2_048, "every_tokens": 4_096},
+        "eval": {"tokens": 2_048, "every_tokens": 4_096, "evaluations": []},
         "resources": {"workers": 2, "checkpoint_every_s": 0.2},
         "wandb": {"mode": "off"},
     }
@@ -111,6 +111,7 @@ class Recorder:
     def __init__(self, during: Callable[[Standing], None] = lambda progress: None) -> None:
         self.stages: list[str] = []
         self.seen: list[Standing] = []
+        self.evaluated: list[tuple[int, int, float | None]] = []
         self.during = during
 
     def stage(self, text: str) -> None:
@@ -119,3 +120,6 @@ class Recorder:
     def sweep(self, progress: Standing) -> None:
         self.seen.append(progress)
         self.during(progress)
+
+    def evals(self, done: int, total: int, what: str, left_s: float | None) -> None:
+        self.evaluated.append((done, total, left_s))

@@ -131,8 +131,8 @@ def own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str, str],
 
     def write(name: str, field: str) -> None:
         text = (
-            "from typing import Literal\nfrom saescale.trainers.architectures import architecture, topk\n"
-            f"class Settings(architecture.Settings):\n    {field}\n"
+            "from typing import Literal\nfrom saescale.trainers.architectures import topk\n"
+            f"class Settings(topk.Settings):\n    {field}\n"
             "parameters = topk.parameters\nforward = topk.forward\nlosses = topk.losses\nflops = topk.flops\n"
         )
         (tmp_path / "architectures" / f"{name}.py").write_text(text)
@@ -151,11 +151,46 @@ def test_one_name_of_two_meanings_has_to_be_told_apart(own: Callable[[str, str],
 
 
 def test_a_setting_that_is_a_list_is_one_value(own: Callable[[str, str], None]) -> None:
-    own("mine", "levels: list[int] = []")
-    of = {tuple(c.settings["levels"]) for c in cells(asked({"architecture": "mine"}, settings={"levels": [1, 2]}))}
+    own("mine", "widths: list[int] = []")
+    of = {tuple(c.settings["widths"]) for c in cells(asked({"architecture": "mine"}, settings={"widths": [1, 2]}))}
     assert of == {(1, 2)}
-    found = cells(asked({"architecture": "mine"}, settings={"levels": [[1, 2], [3]]}))
-    assert {tuple(c.settings["levels"]) for c in found} == {(1, 2), (3,)}
+    found = cells(asked({"architecture": "mine"}, settings={"widths": [[1, 2], [3]]}))
+    assert {tuple(c.settings["widths"]) for c in found} == {(1, 2), (3,)}
+
+
+def test_one_number_is_one_cell_however_it_is_written() -> None:
+    document = asked({"architecture": "relu"}, settings={"coefficient": [1, 1.0, "1e0"]})
+    assert len(cells(document)) == parse_spec(document, "test").size == 4
+    assert values(cells(document), "coefficient") == {1.0}
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (("def flops", "def flop"), "defines no flops: it has to define Settings, parameters"),
+        (("(architecture.Settings)", "(architecture.BaseModel)"), "has Settings that are no architecture.Settings"),
+        (("share: float", "rate: float = 1.0\n    share: float"), "calls a setting rate, which"),
+        (("    pre = (x", "    1 / 0\n    pre = (x"), "`forward` fails on 2 rows of d_model 8 .* ZeroDivisionError"),
+        (
+            ('latents @ params["decoder"] + params["centre"]', '(latents @ params["decoder"])[:, :3]'),
+            r"`forward` fails .* x_hat are \[2, 3\] where \[2, 8\]",
+        ),
+        (('"bias": P', '"a.bias": P'), "`parameters` fails .* with a dot"),
+        (("import torch", "raise SystemExit(1)"), "fails with SystemExit: 1; correct it"),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:Field name")
+def test_a_file_that_is_no_whole_architecture_is_told_before_training(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, change: tuple[str, str], said: str
+) -> None:
+    page = (Path(__file__).parents[2] / "trainers" / "architectures" / "README.md").read_text()
+    toy = page.split("```python\n")[1].split("```")[0]
+    assert change[0] in toy
+    (tmp_path / "architectures").mkdir()
+    (tmp_path / "architectures" / "broken.py").write_text(toy.replace(*change))
+    monkeypatch.setenv("SAESCALE_PATH", str(tmp_path))
+    with pytest.raises(SaescaleError, match=said):
+        parse_spec(asked({"architecture": "broken"}), "test")
 
 
 SWITCH = {"architecture": ["topk", "switch"]}
@@ -189,6 +224,10 @@ SWITCH = {"architecture": ["topk", "switch"]}
         ({"cells": [{"n_latents": 64, "k": 4, "train": {"lrr": 1}}]}, {},
          "grid.cells, train of n_latents = 64, k = 4: lrr is not a key, did you mean lr?"),
         ({"cells": [{"n_latents": 64, "k": 4, "train": {"tokens": 5_000}}]}, {}, "5000 is not a multiple of"),
+        ({}, {"lr": [True, 1e-3]}, "train.lr.0: input should be a number, not true or false (given: True)"),
+        ({"architecture": "relu"}, {"settings": {"coefficient": True}}, "setting coefficient of relu: Input should be"),
+        ({"architecture": "relu"}, {"settings": {"coefficient": float("inf")}}, "a finite number (given: inf"),
+        ({"architecture": "relu"}, {"settings": {"gatd": {"coefficient": 1}}}, "did you mean gated?"),
     ],
 )  # fmt: skip
 def test_what_cannot_be_is_one_line(grid: dict[str, Any], train: dict[str, Any], said: str) -> None:

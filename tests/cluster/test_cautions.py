@@ -110,7 +110,12 @@ def test_auxk_is_spoken_of_only_where_a_cell_has_it(
     (tmp_path / "architectures" / "toy.py").write_text(page.split("```python\n")[1].split("```")[0])
     monkeypatch.setenv("SAESCALE_PATH", str(tmp_path))
     late = {"auxk": {"k": 48, "dead_after_tokens": 16_384}}
-    for train, grid in ((late, {"architecture": ["toy"]}), ({"auxk": late["auxk"] | {"k": 0}}, {})):
-        (said,) = cautions(parse_spec(changed(document, train, grid), "test"), D_MODEL)
+    for train, grid, more in (
+        (late, {"architecture": ["toy"]}, ["train.auxk.k = 48 does nothing: toy has nothing of the kind"]),
+        ({"auxk": late["auxk"] | {"k": 0}}, {}, []),
+        ({"auxk": late["auxk"] | {"k": 0}}, {"architecture": ["toy"]}, []),
+    ):
+        said, *others = cautions(parse_spec(changed(document, train, grid), "test"), D_MODEL)
         assert "the dead fraction is 0 by construction" in said
         assert "AuxK" not in said
+        assert others == more

@@ -74,7 +74,7 @@ def test_laws_take_the_measured_l0_of_a_target(cells: Callable[..., Rows]) -> No
     assert "miss the k that was their target, by more than 10%" in note
     points = {view.name: [p for p in view.layers if isinstance(p, Points)] for view in views_of(laws.largest)}
     assert max(np.abs(layer.y).max() for layer in points["residuals"]) < 0.1  # per cent
-    assert {layer.k for layer in points["holdout"]} == set(KS)
+    assert {layer.level for layer in points["holdout"]} == set(KS)
     exact = fit_laws(
         Table.from_rows([row | {"l0_error": None} for row in rows]), settings=FitSettings(0, laws=("n_k",))
     )

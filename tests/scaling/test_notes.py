@@ -84,7 +84,7 @@ def test_rows_of_best_rates() -> None:
         for lr in (2.5e-4, 5e-4, 1e-3, 2e-3)
     ]
     document = fit_laws(Table.from_rows(rates), settings=FitSettings(0, laws=("n",))).document()
-    gated, topk = rate_rows(document)
+    topk, gated = rate_rows(document)
     assert gated[:2] == ("gated", "8")
     assert topk[2].startswith("-0.5 (-0.5 to -0.5)")
     assert topk[4] == "nmse 2.43% higher"  # 0.05 (0.5 ln 4)^2

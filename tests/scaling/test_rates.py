@@ -114,7 +114,7 @@ def test_rates_in_the_document() -> None:
         row | {"architecture": "gated"} for row in swept(np.random.default_rng(6), ks=(8,))
     ]
     rows = [{"architecture": "topk"} | row for row in rows]
-    gated, topk = fit_all(Table.from_rows(rows), settings=FitSettings(0, laws=("n",)))["rates"]
+    topk, gated = fit_all(Table.from_rows(rows), settings=FitSettings(0, laws=("n",)))["rates"]
     assert (gated["of"], topk["of"]) == ({"architecture": "gated"}, {"architecture": "topk"})
     assert [law["law"] for law in topk["laws"]] == ["lr_n", "lr_n", "lr_n_k"]
     assert topk["laws"][-1]["coefficients"]["g"]["low"] < G < topk["laws"][-1]["coefficients"]["g"]["high"]

@@ -199,10 +199,10 @@ def test_kinds_of_cells_have_short_names(cells: Callable[..., Rows]) -> None:
     more = rows[0] | {"n_latents": 2048}
     table = Table.from_rows([*rows, more, more | {"architecture": ""}])  # not known: taken for a topk
     kinds = kinds_in(table)
-    labels = ["gated at resid_post.2", "gated at resid_post.11", "topk at resid_post.2", "topk at resid_post.11"]
+    labels = ["topk at resid_post.2", "topk at resid_post.11", "gated at resid_post.2", "gated at resid_post.11"]
     assert [kind_label(of) for of, _ in kinds] == labels
-    assert [int(mask.sum()) for _, mask in kinds] == [2, 2, 2, 4]
-    assert kinds[0][0] == {"architecture": "gated", "site": "resid_post.2"}
+    assert [int(mask.sum()) for _, mask in kinds] == [2, 4, 2, 2]
+    assert kinds[2][0] == {"architecture": "gated", "site": "resid_post.2"}
     of, largest = largest_kind(table)
     assert (kind_label(of), len(largest)) == ("topk at resid_post.11", 4)
     assert [of for of, _ in kinds_in(Table.from_rows(own))] == [{}]

@@ -120,11 +120,12 @@ def test_no_writer_writes_for_a_driver_that_was_superseded(tmp_path: Path) -> No
             lambda: stale.write_results([]),
             lambda: stale.write_curves(CURVES.empty_table()),
             lambda: stale.write_evals("a", "probe_loss", []),
+            lambda: stale.write_architecture("a", ""),
             lambda: stale.write_json("fits.json", {}),
         ):
             with pytest.raises(Superseded, match="taken over by another driver"):
                 write()
         writers = {name for name in vars(RunDirectory) if name.startswith(("write_", "save_", "take_", "tidy_"))}
-        assert len(writers) == 10, "a new writer belongs into this test"
+        assert len(writers) == 11, "a new writer belongs into this test"
         assert sorted(path for path in tmp_path.rglob("*")) == before
         RunDirectory(str(tmp_path)).write_json("fits.json", {})

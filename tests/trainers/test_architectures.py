@@ -27,7 +27,7 @@ from saescale.trainers.architectures.architecture import (
 from saescale.trainers.cell import Cell, EvalSpec
 from saescale.trainers.exchange import native
 from saescale.trainers.preprocess import Centre, normalise, to_tensor
-from saescale.trainers.training.controller import FLOOR, FOUND_AT, Controller, is_off
+from saescale.trainers.training.controller import FLOOR, FOUND_AT, START, Controller, is_off
 from saescale.trainers.training.memory import StreamSize, pack_memory
 from saescale.trainers.training.train import PackJob, train_pack
 from tests.trainers.synthetic import D_MODEL
@@ -128,10 +128,9 @@ def test_jumprelu_widens_its_thresholds_by_the_pairs_near_them() -> None:
     pre, cut = forward.pre_activations.detach(), theta.detach().relu()
     near = (pre - cut).abs() < 0.2
     assert near.any()
-    l0 = float((pre > cut).sum()) / len(c.x)
     dz = 2 * (forward.x_hat - c.x).detach() @ c.params["W_dec"].T / c.x.numel() / VARIANCE
     expected = -(dz * near).sum(dim=0) * cut / 0.4
-    expected -= 2 * (COEFFICIENT * l0 / 3 - 1) * COEFFICIENT / 3 * near.double().mean(dim=0) / 0.4
+    expected -= COEFFICIENT / 3 * near.double().mean(dim=0) / 0.4
     assert torch.allclose(gradient, torch.where(c.params["threshold"] > 0, expected, 0.0))
 
 
@@ -296,7 +295,7 @@ def test_a_penalty_that_is_not_needed_is_off_and_comes_back() -> None:
         controller.after(step, l0(controller.coefficient))
     assert is_off(settings, controller.coefficient)
     assert not is_off(settings_of("relu", coefficient=1e-9), 1e-9)  # that was asked for
-    lowest = settings.start * FLOOR
+    lowest = START * FLOOR
     assert controller.coefficient >= 0.99 * lowest
 
 

@@ -1,11 +1,13 @@
 """Evaluations of a run: each measured once, whatever fails or dies on the way; the commands eval, export and import."""
 
 import os
+import re
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from typer.testing import CliRunner
@@ -15,7 +17,7 @@ from saescale.storage.errors import SaescaleError
 from saescale.storage.rundir import RunDirectory
 from saescale.storage.store import ActivationStore
 from saescale.trainers.cell import Cell, EvalSpec
-from saescale.trainers.evals import run as module
+from saescale.trainers.evals import bench as module
 from saescale.trainers.evals.run import evaluate_run
 from saescale.trainers.harvest.conduct import harvest
 from saescale.trainers.harvest.spec import HarvestSpec
@@ -40,6 +42,22 @@ def measure(trained, source, subject):
     if trained.cell.n_latents == int(os.environ.get("BREAK", 0)):
         return 1 / 0
     yield Measurement("size", float(trained.cell.n_latents), low=1.0, high=2.0, at="all", n=3, seed=4)
+"""
+
+
+SHARED = """
+from saescale.trainers.evals.evaluation import Measurement
+from saescale.storage.errors import SaescaleError
+
+needs = frozenset()
+
+def prepare(source, subject):
+    with open("prepared.txt", "a") as file:
+        print("once", file=file)
+    return 7
+
+def measure(trained, source, subject, prepared):
+    yield Measurement("seven", prepared)
 """
 
 
@@ -71,21 +89,32 @@ def measured() -> list[int]:
     return [int(line.split()[0]) for line in Path("measured.txt").read_text().splitlines()]
 
 
+def change_toy(monkeypatch: pytest.MonkeyPatch, old: str, new: str) -> None:
+    """Another subject of that name, for this process too."""
+    toy = Path("mine/subjects/toy.py")
+    assert old in toy.read_text()
+    toy.write_text(toy.read_text().replace(old, new))
+    for name in [name for name in sys.modules if name.startswith("saescale_user_toy_")]:
+        monkeypatch.delitem(sys.modules, name)
+
+
 def test_all_are_measured_once(run: RunDirectory, monkeypatch: pytest.MonkeyPatch) -> None:
     loaded: list[str] = []
     whole = module.get_subject
     monkeypatch.setattr(module, "get_subject", lambda *a: loaded.append(a[0]) or whole(*a))
-    assert evaluate_run("run", ["counted"]) == (3, 0, ())
+    assert evaluate_run("run", ["counted"]) == (3, 0, 0, ())
     assert loaded == []  # it needs none
     rows = run.read_evals().to_pylist()
     assert sorted(row["value"] for row in rows) == [16, 24, 32]
     kept = {name: rows[0][name] for name in ("evaluation", "metric", "low", "high", "at", "n", "seed")}
     assert kept == {"evaluation": "counted", "metric": "size", "low": 1, "high": 2, "at": "all", "n": 3, "seed": 4}
-    assert evaluate_run("run") == (6, 3, ())  # toy and nmse, on three cells each
+    assert evaluate_run("run", ["toy", "nmse", "downstream_loss", "counted"]) == (9, 3, 0, ())
     assert loaded == ["toy"]
     assert sorted(measured()) == [16, 24, 32]
-    assert {row["evaluation"] for row in run.read_evals().to_pylist()} == {"counted", "nmse", "toy"}
-    assert evaluate_run("run") == (0, 9, ())
+    assert {row["evaluation"] for row in run.read_evals().to_pylist()} == {
+        "counted", "nmse", "toy", "downstream_loss",
+    }  # fmt: skip
+    assert evaluate_run("run", ["toy", "nmse", "downstream_loss", "counted"]) == (0, 12, 0, ())
 
 
 def test_nmse_of_all_held_out_rows_is_a_metric_like_others(run: RunDirectory) -> None:
@@ -108,9 +137,15 @@ def test_what_fails_for_one_cell_is_a_line_and_the_others_go_on(
     assert "too large for this" in result.output
     assert "ZeroDivisionError: division by zero" in result.output
     assert [row["value"] for row in run.read_evals().to_pylist()] == [32]
+    # A table of whole cells, where an evaluation has them; what else there is is counted.
+    result = CliRunner().invoke(app, ["eval", "run", "--evals", "core"], env={"COLUMNS": "200"})
+    assert result.exit_code == 0
+    assert re.search(r"core +cosine +3 ", result.output)
+    assert "1e-1" not in result.output
+    assert "36 more rows, of single latents, labels or positions" in result.output
     monkeypatch.delenv("FAIL")
     monkeypatch.delenv("BREAK")
-    assert evaluate_run("run", ["counted"]) == (2, 1, ())
+    assert evaluate_run("run", ["counted"]) == (2, 1, 0, ())
 
 
 def test_a_killed_call_loses_nothing_that_was_measured(run: RunDirectory) -> None:
@@ -122,7 +157,7 @@ def test_a_killed_call_loses_nothing_that_was_measured(run: RunDirectory) -> Non
             time.sleep(0.1)
         child.send_signal(signal.SIGKILL)
     assert sorted(row["value"] for row in run.read_evals().to_pylist()) == [16, 24]
-    assert evaluate_run("run", ["counted"]) == (1, 2, ())
+    assert evaluate_run("run", ["counted"]) == (1, 2, 0, ())
     assert sorted(measured()) == [16, 24, 32, 32]
     assert run.read_evals().num_rows == 3
 
@@ -135,26 +170,59 @@ def test_what_cannot_be_measured_is_one_line(run: RunDirectory, monkeypatch: pyt
     with pytest.raises(SaescaleError, match="no run directory with a finished cell"):
         evaluate_run("store")
     # Other weights under the same name.
-    toy = Path("mine/subjects/toy.py")
-    toy.write_text(toy.read_text().replace('"toy-1"', '"toy-2"'))
-    for name in [name for name in sys.modules if name.startswith("saescale_user_toy_")]:
-        monkeypatch.delitem(sys.modules, name)
+    change_toy(monkeypatch, '"toy-1"', '"toy-2"')
     trusted = evaluate_run("run", ["toy"], trust_remote_code=True)
-    assert len(trusted.failed) == 3
-    assert all("toy comes with no code of a model that could be trusted" in line for line in trusted.failed)
-    done = evaluate_run("run", ["toy"])
-    assert done.measured == 0
-    assert all("other weights (toy-2) than those that were harvested (toy-1)" in line for line in done.failed)
+    assert trusted.failed == 3
+    (line,) = trusted.why  # one reason is one line
+    assert line.startswith("toy of 3 cells: toy comes with no code of a model that could be trusted")
+    loaded: list[str] = []
+    whole = module.get_subject
+    monkeypatch.setattr(module, "get_subject", lambda *a: loaded.append(a[0]) or whole(*a))
+    done = evaluate_run("run", ["toy", "counted"])  # the others go on
+    assert (done.measured, done.failed, loaded) == (3, 3, ["toy"])
+    (line,) = done.why
+    assert "other weights (toy-2) than those that were harvested (toy-1)" in line
     # Another store than that of the training.
     harvest(HarvestSpec(subject="toy", layer=0, out="other", tokens=2_048, heldout_tokens=1_024, row_group_rows=128))
     run.write_spec({"name": "evals", "store": "other", "resolved": {}})
-    assert all("it was trained on the store" in line for line in evaluate_run("run", ["counted"]).failed)
+    (line,) = evaluate_run("run", ["nmse"]).why
+    assert "it was trained on the store" in line
+    # And none at all.
     run.write_spec({"name": "evals", "store": "gone", "resolved": {}})
     with pytest.raises(SaescaleError, match="gone is no activation store"):
-        evaluate_run("run", ["counted"])
+        evaluate_run("run", ["nmse"])
     # Of several, each cell is measured on its own, and what is wrong with the others does not matter to it.
     run.write_spec({"name": "evals", "store": ["other", "gone", "store"], "resolved": {}})
-    assert evaluate_run("run", ["counted"]) == (3, 0, ())
+    assert evaluate_run("run", ["nmse"]) == (3, 0, 0, ())
+
+
+def test_what_cells_share_is_made_once(run: RunDirectory) -> None:
+    Path("mine/evals/shared.py").write_text(SHARED)
+    Path("mine/evals/broken.py").write_text(SHARED.replace("return 7", "raise SaescaleError('no task fits')"))
+    done = evaluate_run("run", ["shared", "broken"])
+    assert (done.measured, done.failed) == (3, 3)
+    assert done.why == ("broken of 3 cells: no task fits",)
+    assert [row["value"] for row in run.read_evals().to_pylist()] == [7, 7, 7]
+    assert Path("prepared.txt").read_text() == "once\nonce\n"
+
+
+def test_labels_that_there_are_not_are_one_line(run: RunDirectory, monkeypatch: pytest.MonkeyPatch) -> None:
+    change_toy(monkeypatch, 'labels = ("ahead",)', "labels = ()")
+    done = evaluate_run("run", ["toy", "counted"])
+    assert (done.measured, done.why) == (3, ("toy of 3 cells: the subject toy has no labels",))
+
+
+def test_costs_are_told_from_the_first_cell_on(run: RunDirectory) -> None:
+    told: list[tuple[int, int, str, float | None]] = []
+    lines: list[str] = []
+    evaluate_run(
+        "run", ["nmse", "counted"], display=SimpleNamespace(stage=lines.append, evals=lambda *a: told.append(a))
+    )
+    assert [(done, total) for done, total, _, _ in told] == [(done, 6) for done in range(7)]
+    assert [left is None for *_, left in told] == [True, True, False, False, False, False, False]
+    assert told[-1][3] == 0
+    assert told[0][2].startswith("nmse of n16-")
+    assert re.fullmatch(r"nmse 0\.\d s, counted 0\.\d s a cell", told[-1][2])
 
 
 def test_export_and_import_give_the_same_file(run: RunDirectory) -> None:

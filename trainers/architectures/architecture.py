@@ -7,13 +7,16 @@ is the same for all of them. What a file must give is the dense reference, from 
 """
 
 from collections.abc import Mapping
-from typing import Any, NamedTuple, Protocol
+from functools import lru_cache
+from types import ModuleType
+from typing import Any, NamedTuple, Protocol, cast
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
 from saescale.scaling.compute import Flops
+from saescale.storage.errors import SaescaleError
 from saescale.trainers.architectures import ARCHITECTURES
 from saescale.trainers.kernels.choose import KernelKind
 from saescale.trainers.kernels.interface import AdamStep, Moments
@@ -30,7 +33,7 @@ Params = Mapping[str, Tensor]
 class Settings(BaseModel):
     """What an architecture can be told besides its number of latents; its own file adds fields with defaults."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     k: int = Field(gt=0)  # active latents per token: exact, or the target of their mean number
 
@@ -268,9 +271,31 @@ class Architecture(Protocol):
         """Training FLOPs of what steps did, in whole numbers: `sparse` of the ideal sparse way, at most `dense`."""
 
 
+# What a file has to define.
+_PARTS = ("Settings", "parameters", "forward", "losses", "flops")
+
+
 def find_architecture(name: str) -> Architecture:
-    """The architecture of that name. Raises SaescaleError with the nearest name for an unknown one."""
-    return ARCHITECTURES.load(name)
+    """The architecture of that name. Raises SaescaleError with the nearest name for an unknown one, and for a file of
+    the user's that is not whole."""
+    module = ARCHITECTURES.load(name)
+    if (problem := _lacks(module)) is not None:
+        raise SaescaleError(f"{module.__file__} (architecture) {problem}; README.md of trainers/architectures has one")
+    return cast(Architecture, module)
+
+
+@lru_cache(maxsize=1024)
+def _lacks(module: ModuleType) -> str | None:
+    missing = [name for name in _PARTS if not hasattr(module, name)]
+    if missing:
+        return f"defines no {', '.join(missing)}: it has to define {', '.join(_PARTS)}"
+    kind = module.Settings
+    if not (isinstance(kind, type) and issubclass(kind, Settings)):
+        return "has Settings that are no architecture.Settings: derive them from that"
+    taken = [name for name in kind.model_fields if name != "k" and hasattr(Settings, name)]
+    if taken:
+        return f"calls a setting {taken[0]}, which is what architecture.Settings calls something else: rename it"
+    return None
 
 
 def unit_rows(rows: int, columns: int, generator: torch.Generator) -> Tensor:

@@ -6,7 +6,7 @@ An evaluation is a file of this folder that defines `needs` and `measure` at its
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import TYPE_CHECKING, Literal, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol
 
 from saescale.storage.registry import Room
 
@@ -37,12 +37,18 @@ class Evaluation(Protocol):
 
     `needs` says what it cannot do without: the "subject", one with "labels", one that reads "text". Without any of them
     `measure` gets None for the subject.
+
+    It may define `prepare(source, subject) -> Any` besides: what all cells share, such as forward passes of the subject
+    as it is. That is made once in a process, and `measure` gets it as a fourth argument.
     """
 
     needs: frozenset[Need]
 
-    def measure(self, trained: Trained, source: Source, subject: Subject | None) -> Iterable[Measurement]:
-        """On the held-out rows of `source`. Raises SaescaleError for what it cannot be measured on."""
+    def measure(
+        self, trained: Trained, source: Source, subject: Subject | None, *prepared: Any
+    ) -> Iterable[Measurement]:
+        """On the held-out rows of `source`; `trained` lies on this machine's device. Raises SaescaleError for what it
+        cannot be measured on."""
 
 
 def find_evaluation(name: str) -> Evaluation:

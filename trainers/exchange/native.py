@@ -6,6 +6,7 @@ how rows are preprocessed.
 
 import io
 from collections.abc import Mapping
+from itertools import islice
 from typing import Any
 
 import torch
@@ -17,7 +18,9 @@ from saescale.storage import files
 from saescale.storage.checkpoint import read_header
 from saescale.storage.documents import problem_of, read_json
 from saescale.storage.errors import Damaged, SaescaleError
+from saescale.storage.rundir import RunDirectory
 from saescale.trainers.architectures.architecture import Shape, find_architecture
+from saescale.trainers.architectures.own import digests, own_files, require_same
 from saescale.trainers.architectures.sae import SAE
 from saescale.trainers.cell import Cell
 from saescale.trainers.exchange.trained import Trained
@@ -64,6 +67,7 @@ def read(url: str) -> Trained:
     except ValidationError as error:
         newer = "; was it written by a newer saescale?" if error.errors()[0]["type"] == "extra_forbidden" else ""
         raise SaescaleError(f"{where} holds no cell that this version can run ({problem_of(error)}){newer}") from error
+    _require_file(where, cell)
     _require_shapes(where, cell, {name: entry for name, entry in header.items() if name != "__metadata__"})
     shape = Shape(cell.d_model, cell.n_latents)
     return Trained(SAE(cell.architecture, shape, cell.whole_settings, load(data), cell.precision), cell)
@@ -80,26 +84,56 @@ def _require_result(where: str, data: bytes) -> None:
         raise Damaged(f"{where} is damaged: it is not what the cell's result.json was written with", where)
 
 
+def _require_file(where: str, cell: Cell) -> None:
+    """Of a cell of a run: that an architecture of the user's own is the file that it was trained with."""
+    run, inside, _ = where.rpartition("/cells/")
+    if not inside or not (here := digests(own_files([cell.architecture]))):
+        return
+    resolved = (RunDirectory(run).read_spec() or {}).get("resolved")
+    recorded = resolved.get("architectures") if isinstance(resolved, Mapping) else None
+    require_same(recorded if isinstance(recorded, Mapping) else {}, here, run)
+
+
 def _require_shapes(where: str, cell: Cell, entries: Mapping[str, Any]) -> None:
     """Each parameter as the cell has it, before anything of its size is built."""
     found = {name: tuple(entry["shape"]) for name, entry in entries.items()}
-    if {cell.d_model, cell.n_latents} <= {size for shape in found.values() for size in shape}:
-        # A small one has the same parameters: what is as long as it has latents is as long as the cell has.
-        few = next(n for n in (max(16, cell.k), max(16, cell.k) + 1) if n != cell.d_model)
-        centre = Centre(torch.zeros(cell.d_model), 1.0)
-        parameters = find_architecture(cell.architecture).parameters
-        small = parameters(Shape(cell.d_model, few), cell.whole_settings, centre, 0)
-        wanted = {
-            name: tuple(cell.n_latents if size == few else size for size in parameter.data.shape)
-            for name, parameter in small.items()
-        }
-        if found == wanted and all(entry["dtype"] == "F32" for entry in entries.values()):
-            return
+    sizes = {size for shape in found.values() for size in shape}
+    floats = all(entry["dtype"] == "F32" for entry in entries.values())
+    if floats and {cell.d_model, cell.n_latents} <= sizes and found == _shapes(cell):
+        return
     raise Damaged(
         f"{where} is damaged: its tensors are not those of {cell.architecture} with n_latents = {cell.n_latents} and "
         f"d_model = {cell.d_model}, as its header says; {_REMEDY}",
         where,
     )
+
+
+def _shapes(cell: Cell) -> dict[str, tuple[int, ...]]:
+    """Of each parameter, drawn on from those that two small SAEs of the cell's settings have."""
+    settings = cell.whole_settings
+
+    def can_be(n_latents: int) -> bool:
+        try:
+            settings.check(n_latents)
+        except ValueError:
+            return False
+        return True
+
+    def of(n_latents: int) -> dict[str, tuple[int, ...]]:
+        centre, shape = Centre(torch.zeros(cell.d_model), 1.0), Shape(cell.d_model, n_latents)
+        made = find_architecture(cell.architecture).parameters(shape, settings, centre, 0)
+        return {name: tuple(parameter.data.shape) for name, parameter in made.items()}
+
+    small = list(islice(filter(can_be, range(max(16, cell.k), cell.n_latents)), 2))
+    if len(small) < 2:  # it is small itself, or its settings have none that is
+        return of(cell.n_latents)
+    (few, there), (more, then) = ((n_latents, of(n_latents)) for n_latents in small)
+    return {
+        name: tuple(
+            a + (b - a) * (cell.n_latents - few) // (more - few) for a, b in zip(there[name], then[name], strict=True)
+        )
+        for name in there
+    }
 
 
 def _file(url: str) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +47,7 @@ class LanguageModel:
         self.eos_token_id: int | None = tokenizer.eos_token_id
         self.dtype: torch.dtype = model.dtype
         self._absent = tuple(absent)  # weights of the head that its files lack
+        self._left_out: dict[int, type | None] = {}  # how the blocks up to a layer can be left out, once it was tried
         text = text_model(model)
         self.max_positions = max_positions(config, text)
         self._layers = find_blocks(name, text, self.n_layers)
@@ -136,6 +137,51 @@ class LanguageModel:
                 f"{self.name}: the forward pass never reached layer {missing[0]}; the layout is unknown"
             )
         return Run(tuple(resid[layer] for layer in asked), output.logits if logits else None)
+
+    def resume(self, ids: Tensor, site: Site, resid: Tensor) -> Tensor:
+        """The logits of `run` with `resid` in place of the stream at the site, [batch, length, vocabulary].
+
+        Blocks up to the site are left out where the model allows that, which is tried once on the first context. Raises
+        what `run` raises.
+        """
+        if site.layer not in self._left_out:
+            self._left_out[site.layer] = self._how_to_leave_out(ids[:1], site, resid[:1])
+        how = self._left_out[site.layer]
+        if how is None:
+            logits = self.run(ids, [], {site: lambda stream: resid}, logits=True).logits
+            assert logits is not None, "they were asked for"
+            return logits
+        self.check_ids(ids.cpu().numpy())
+        return self._without_blocks(ids, site, resid, how)
+
+    def _how_to_leave_out(self, ids: Tensor, site: Site, resid: Tensor) -> type | None:
+        """What a block that is left out has to give, a tensor or a tuple; None where later ones need the earlier ones
+        for more than the stream (keys and values that they share)."""
+        whole = self.run(ids, [], {site: lambda stream: resid}, logits=True).logits
+        self.run((ids + 1) % self.embedded, [site])  # or what blocks keep from that pass would be taken for this one's
+        for how in (Tensor, tuple):
+            with suppress(Exception):  # whatever such a model raises, it can be run whole
+                if whole is not None and torch.equal(self._without_blocks(ids, site, resid, how), whole):
+                    return how
+        return None
+
+    def _without_blocks(self, ids: Tensor, site: Site, resid: Tensor, how: type) -> Tensor:
+        """A forward pass in which every block up to the site just gives `resid`."""
+        resid = resid.to(self.model.device, self.dtype)
+        blocks = [self._layers[layer] for layer in range(site.layer + 1)]
+        own = [vars(block).get("forward") for block in blocks]
+        try:
+            for block in blocks:
+                block.forward = lambda *_, **__: (resid,) if how is tuple else resid
+            with torch.inference_mode():
+                logits: Tensor = self.model(input_ids=ids.to(self.model.device), use_cache=False).logits
+                return logits
+        finally:
+            for block, forward in zip(blocks, own, strict=True):
+                if forward is None:
+                    del block.forward
+                else:
+                    block.forward = forward
 
     def _check_stream(self, layer: int, stream: Any, ids: Tensor) -> None:
         wanted = [*ids.shape, self.d_model]

@@ -66,7 +66,7 @@ class Subject(Protocol):
     """A frozen model. `fingerprint` identifies its weights whatever the arithmetic, `dtype` is that of its forward
     pass. `labels` are the ground truths that `label` recomputes from ids; a subject without any has none.
 
-    It is one of two kinds besides: it `ReadsText`, or it `Generates`.
+    It is one of two kinds besides: it `ReadsText`, or it `Generates`. It may be one that `Resumes`.
     """
 
     name: str
@@ -86,6 +86,14 @@ class Subject(Protocol):
 
     def label(self, ids: np.ndarray) -> dict[str, np.ndarray]:
         """Every label of `labels` for `ids` [batch, length]: {name: [batch, length, ...]}."""
+
+
+@runtime_checkable
+class Resumes(Protocol):
+    """A subject that can go on from a residual stream without what comes before it."""
+
+    def resume(self, ids: Tensor, site: Site, resid: Tensor) -> Tensor:
+        """Logits [batch, length, vocabulary] of `run` on `ids` with `resid` [batch, length, d_model] at the site."""
 
 
 @runtime_checkable

@@ -106,5 +106,6 @@ class Controller:
         )  # fmt: skip
 
     def restore(self, state: dict[str, float | bool | int]) -> None:
-        """Goes on from `state._asdict()` of another."""
-        self.state = _State(**state)  # type: ignore[arg-type]
+        """Goes on from `state._asdict()` of another; a cell that has nothing to find stays as it begins."""
+        if self.state.finding:
+            self.state = _State(**state)  # type: ignore[arg-type]

@@ -64,6 +64,7 @@ class TrainingCell:
         has not been told yet, which it would have to wait for, the next loss shows it."""
         start = time.perf_counter()
         sae = self.sae
+        self._batch = batch if hasattr(sae.architecture, "calibrated") else None
         # Before the step, as what is active in it: of rows that it was just trained on an SAE makes a few percent less.
         averaged = self._averaged_l0(batch)
         progress = self.step / self.cell.steps
@@ -80,7 +81,6 @@ class TrainingCell:
         self.step += 1
         self.controller.after(self.step, result.active, averaged)
         self.loss = result.main
-        self._batch = batch if hasattr(sae.architecture, "calibrated") else None
         self.worked = self.worked.plus(result.worked)
         self._train_sum += result.main
         self._train_steps += 1
@@ -151,7 +151,7 @@ class TrainingCell:
         self.worked = Worked(**state["worked"])
         self._train_sum, self._train_steps = state["train"]
         self.curve = [CurveRow(**row) for row in state["curve"]]
-        self.controller.restore(state["controller"])
+        self.controller.restore(state.get("controller", {}))
         self.dead.tokens_since.copy_(torch.from_numpy(tensors["dead.tokens_since"]))
         self.optimiser.restore(tensors, self.step)
         self.sae.round()

@@ -104,6 +104,43 @@ def test_the_rest_of_the_model_runs_on_a_patch(subject: LanguageModel) -> None:
         subject.run(ids, [last], {first: lambda x: x[:1]})
 
 
+def test_the_rest_of_the_model_goes_on_from_a_stream(subject: LanguageModel) -> None:
+    ids = torch.randint(2, 512, (3, 12), generator=torch.Generator().manual_seed(2))
+    for layer in range(subject.n_layers):
+        stream = resid_post(subject, ids, layer) * 2
+        whole = subject.run(ids, [], {site(layer): lambda x, stream=stream: stream}, logits=True).logits
+        assert whole is not None
+        before = [block.forward for block in subject._layers]
+        assert torch.equal(subject.resume(ids, site(layer), stream), whole)
+        ran: list[int] = []
+        handles = [
+            part.register_forward_hook(lambda *_, n=n, ran=ran: ran.append(n))
+            for n, block in enumerate(subject._layers)
+            for part in block.children()
+        ]
+        assert torch.equal(subject.resume(ids, site(layer), stream), whole)
+        for handle in handles:
+            handle.remove()
+        assert set(ran) == set(range(layer + 1, subject.n_layers))
+        assert [block.forward for block in subject._layers] == before
+
+
+def test_a_model_whose_blocks_need_each_other_runs_whole(tiny_subject: str) -> None:
+    subject = get_subject(tiny_subject)
+    assert isinstance(subject, LanguageModel)
+    seen: dict[str, torch.Tensor] = {}
+    first, last = subject._layers[0], subject._layers[3]
+    first.self_attn.register_forward_hook(lambda module, inputs, output: seen.update(keys=output[0]))
+    last.self_attn.register_forward_hook(lambda module, inputs, output: (output[0] + seen["keys"], *output[1:]))
+    ids = torch.randint(2, 512, (3, 12), generator=torch.Generator().manual_seed(2))
+    resid = subject.run(ids, [site(1)]).resid[0] * 2
+    whole = subject.run(ids, [], {site(1): lambda x: resid}, logits=True).logits
+    assert whole is not None
+    for _ in range(2):
+        assert torch.equal(subject.resume(ids, site(1), resid), whole)
+    assert subject._left_out == {1: None}
+
+
 def test_nothing_after_the_site_is_computed(tiny_subject: str) -> None:
     subject = get_subject(tiny_subject)
     ran: list[int] = []

@@ -1,0 +1,121 @@
+"""Evaluations on actors and at the end of a sweep: the same rows as in one process, whoever dies on the way."""
+
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner
+
+from saescale.cluster.cli import app
+from saescale.cluster.crew.evals import evaluate_on_actors
+from saescale.cluster.sweep.driver import run_sweep
+from saescale.cluster.sweep.spec import parse_spec
+from saescale.scaling.laws.settings import FitSettings
+from saescale.storage.errors import SaescaleError, SaescaleWarning
+from saescale.storage.rundir import RunDirectory
+from saescale.storage.store import ActivationStore
+from saescale.trainers.cell import Cell, EvalSpec
+from saescale.trainers.evals.run import evaluate_run
+from saescale.trainers.training.train import PackJob, train_pack
+from tests.cluster.conftest import Recorder
+
+SIZES = (16, 24, 32, 40)
+FRAGILE = """
+import os, pathlib, signal
+from saescale.trainers.evals.evaluation import Measurement
+
+needs = frozenset()
+
+def measure(trained, source, subject):
+    folder = pathlib.Path(os.environ["SAESCALE_PATH"])
+    for often, size in ((1, 24), (9, 32)):
+        if trained.cell.n_latents == size:
+            died = len(list(folder.glob(f"died-{size}-*")))
+            if died < often:
+                (folder / f"died-{size}-{died}").touch()
+                os.kill(os.getpid(), signal.SIGKILL)
+    yield Measurement("size", float(trained.cell.n_latents), n=os.getpid())
+"""
+
+
+@pytest.fixture
+def run(store: ActivationStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> RunDirectory:
+    """Four cells, and an evaluation `fragile` that kills its process once at one of them and always at another."""
+    (tmp_path / "mine" / "evals").mkdir(parents=True)
+    (tmp_path / "mine" / "evals" / "fragile.py").write_text(FRAGILE)
+    monkeypatch.setenv("SAESCALE_PATH", str(tmp_path / "mine"))
+    shared = {
+        "store": store.identity, "d_model": store.d_model, "tokens": 512, "batch_tokens": 128, "lr": 3e-3, "k": 2,
+        "dead_after_tokens": 512, "ema": 0.9,
+    }  # fmt: skip
+    cells = [Cell.model_validate(shared | {"n_latents": n, "heldout_rows": 512}) for n in SIZES]
+    found = RunDirectory(str(tmp_path / "run"))
+    done = train_pack(PackJob(cells=cells, store=store.url, run=found.url, sweep="evals", eval=EvalSpec(tokens=512)))
+    found.write_spec({"name": "evals", "store": store.url, "resolved": {}})
+    found.write_results(done.results)
+    return found
+
+
+def rows(run: RunDirectory, evaluation: str) -> list[dict[str, Any]]:
+    found = [row for row in run.read_evals().to_pylist() if row["evaluation"] == evaluation]
+    return sorted(found, key=lambda row: (row["cell_id"], row["metric"], row["at"]))
+
+
+def test_actors_measure_what_one_process_measures(three_nodes: Any, run: RunDirectory, tmp_path: Path) -> None:
+    seen = Recorder()
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always", SaescaleWarning)
+        done = evaluate_on_actors(run.url, ["core", "fragile"], (), 2, None, seen)
+    assert (done.measured, done.there, done.failed) == (7, 0, 1)
+    (why,) = done.why
+    assert why.startswith("fragile of n32-")
+    assert "the process that measured it died 3 times" in why
+    assert sorted(row["value"] for row in rows(run, "fragile")) == [16, 24, 40]
+    assert sum("an actor died at fragile of n24-" in str(warning.message) for warning in told) == 1
+    assert len(list((tmp_path / "mine").glob("died-*"))) == 1 + 3
+    assert seen.evaluated[0] == (0, 8, None)
+    assert [done for done, _, _ in seen.evaluated] == list(range(9))
+    on_actors = rows(run, "core")
+    assert len({row["cell_id"] for row in on_actors}) == len(SIZES)
+    (Path(run.url) / "evals.parquet").unlink()
+    evaluate_run(run.url, ["core"])
+    for there, here in zip(on_actors, rows(run, "core"), strict=True):
+        assert there | {"value": 0, "low": 0, "high": 0} == here | {"value": 0, "low": 0, "high": 0}
+        assert there["value"] == pytest.approx(here["value"], rel=1e-6)
+
+
+def test_a_sweep_ends_with_its_evaluations(
+    three_nodes: Any, document: dict[str, Any], sweep_file: Callable[[dict[str, Any]], str]
+) -> None:
+    document["grid"] = {"n_latents": [32, 64], "k": [2]}
+    del document["eval"]["evaluations"]  # core, where nobody says otherwise
+    spec, first = parse_spec(document, "here"), Recorder()
+    outcome = run_sweep(spec, first, settings=FitSettings(0))
+    assert "evaluating: core" in first.stages
+    assert first.evaluated[-1][:2] == (2, 2)
+    results = {row["cell_id"]: row for row in outcome.run.read_results().to_pylist()}
+    nmse = {row["cell_id"]: row["value"] for row in rows(outcome.run, "core") if row["metric"] == "nmse"}
+    assert nmse.keys() == results.keys()
+    for cell, value in nmse.items():
+        assert value == pytest.approx(results[cell]["nmse"], rel=1e-5)
+    again = Recorder()
+    run_sweep(spec, again, settings=FitSettings(0))
+    assert again.evaluated == []
+    # Others may be named later, here on a cluster: it stays the same sweep. What cannot be measured ends nothing.
+    document["eval"]["evaluations"] = ["core", "downstream_loss", "nmse"]
+    with pytest.warns(SaescaleWarning, match="downstream_loss of 2 cells: unknown subject 'synthetic'"):
+        run_sweep(parse_spec(document, "here"), again, three_nodes.address, FitSettings(0))
+    assert again.evaluated[-1][:2] == (4, 4)
+    assert {row["evaluation"] for row in outcome.run.read_evals().to_pylist()} == {"core", "nmse"}
+    with pytest.raises(SaescaleError, match="unknown evaluation 'cor': did you mean core"):
+        parse_spec(document | {"eval": ["cor"]}, "here")
+    assert parse_spec(document | {"eval": ["core", "downstream-loss"]}, "here").eval.evaluations == [
+        "core", "downstream_loss",
+    ]  # fmt: skip
+
+
+def test_a_number_of_actors_is_one(run: RunDirectory) -> None:
+    result = CliRunner().invoke(app, ["eval", run.url, "--evals", "nmse", "--actors", "none"])
+    assert "eval: --actors must be a number of at least 1, or auto, not 'none'" in str(result.exception)
