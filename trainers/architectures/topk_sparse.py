@@ -285,11 +285,12 @@ def _auxk_bytes(shape: Shape, k_aux: int, batch: int, precision: Precision, kern
     if kernels == "cpu":
         from saescale.trainers.kernels.cpu_dead import BLOCK, GROUP, SLICE  # numba takes most of a second to load
 
-        # The product's columns go before there are gradients, slices of d_model and the sort's counts.
+        # Gradients, slices of d_model and the sort's counts. The product's columns go before, but to an allocator that
+        # keeps blocks of their size.
         group, slices = min(batch, GROUP), 2 * n_latents * SLICE * _FLOAT
         counts = 2 * (group + n_latents) * _FLOAT + 2 * group * n_latents / BLOCK * _FLOAT
         by_pairs = 2 * matrix + slices + group * (d_model + SLICE) * _FLOAT + counts
-        return max(min(KEPT_ENTRIES, batch * n_latents) * width, by_pairs)
+        return min(KEPT_ENTRIES, batch * n_latents) * width + by_pairs
     few = min(FEW_DEAD * k_aux, n_latents)
     dense = 4 * few * d_model * _FLOAT + 4 * min(AUXK_ENTRIES, batch * few) * _FLOAT
     return max(dense, matrix * width / _FLOAT)
