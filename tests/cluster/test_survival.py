@@ -347,7 +347,7 @@ def test_an_object_store_that_fails_dawdles_and_goes_away_changes_no_result(
     def go_away() -> None:
         training.wait()
         with s3_faults.outage():  # longer than reads are tried again for
-            over.wait(20)
+            over.wait(30)
 
     away = threading.Thread(target=go_away)
     away.start()
@@ -355,7 +355,7 @@ def test_an_object_store_that_fails_dawdles_and_goes_away_changes_no_result(
         with s3_faults.injected(rate=0.1) as met, pytest.warns(SaescaleWarning, match="go on when it answers"):
             outcome = run_sweep(
                 parse_spec(sweep, "test"),
-                Recorder(lambda now: training.set() if now.fraction > 0 else None),  # workers have begun by then
+                Recorder(lambda now: training.set() if now.running else None),
                 settings=FitSettings(0),
             )
     finally:
