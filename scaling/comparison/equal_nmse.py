@@ -8,6 +8,7 @@ import numpy as np
 
 from saescale.scaling.comparison.arms import Arms
 from saescale.scaling.comparison.scatter import Interval, interval
+from saescale.scaling.laws.frontier import at_its_k
 from saescale.scaling.tables import Table
 
 _GRID = 160
@@ -71,8 +72,9 @@ Lines = Mapping[int, list[tuple[np.ndarray, np.ndarray]]]
 
 
 def find_lines(arms: Arms, curves: Table | None) -> Lines:
-    """(FLOPs, ln nmse) of every cell of each group that belongs to its k, FLOPs rising: curves without their first 5 %,
-    or without curves the ends of cells. Groups whose L0 is more than 10 % off k have no part."""
+    """(FLOPs, ln nmse) of every cell of each group that belongs to its k, FLOPs rising: curves without their first 5 %
+    and what is not at their k (at_its_k), or without curves the ends of cells. Groups whose L0 is more than 10 % off k
+    have no part."""
     used = np.flatnonzero(np.abs(arms.l0 / arms.k - 1) <= MISSED).tolist()
     table = arms.table
     if curves is None or "cell_id" not in table or not {"cell_id", "flops", "nmse"} <= set(curves.columns):
@@ -81,9 +83,9 @@ def find_lines(arms: Arms, curves: Table | None) -> Lines:
     of_cell = curves.rows_of("cell_id")
     found: dict[int, list[tuple[np.ndarray, np.ndarray]]] = {}
     for group in used:
-        for cell in table["cell_id"][arms.rows[group]].tolist():
-            own = of_cell.get(cell, _NO_ROWS)
-            own = own[usable[own]]
+        for row in np.arange(len(table))[arms.rows[group]].tolist():
+            own = of_cell.get(table["cell_id"][row].item(), _NO_ROWS)
+            own = at_its_k(table, row, curves, own[usable[own]])
             if len(own):
                 flops, first = np.unique(curves["flops"][own], return_index=True)
                 later = flops >= _WARM_UP * flops[-1]

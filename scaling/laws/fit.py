@@ -24,7 +24,7 @@ from saescale.scaling.tables import Table, check_cells, fingerprint
 from saescale.scaling.words import listed
 
 FORMAT = 1
-METHOD = 4  # of fits and intervals: results of another method are fitted again
+METHOD = 5  # of fits and intervals: results of another method are fitted again
 _SETTINGS = FitSettings()
 
 

@@ -18,6 +18,7 @@ from saescale.storage.errors import SaescaleError
 _POINTS = 48
 _WARM_UP = 0.05
 _LEAST_CELLS = 3
+_ABOVE = 0.1
 _NO_ROWS = np.empty(0, dtype=int)
 
 
@@ -62,20 +63,33 @@ class Frontier:
 def read_curves(cells: Table, curves: Table) -> tuple[Curve, ...]:
     """The held-out curves of `cells`, by number of latents; cells with fewer than three evaluations have none.
 
-    Evaluations without a held-out nmse, or before any training, are passed over. Compute is sparse training FLOPs.
+    Evaluations without a held-out nmse, before any training, or with far more latents than k are passed over. Compute
+    is sparse training FLOPs.
     """
     found = []
     usable = np.isfinite(curves["nmse"]) & (curves["nmse"] > 0) & (curves["flops"] > 0)
     of_cell = curves.rows_of("cell_id")
     for row, cell_id in enumerate(cells["cell_id"].tolist()):
         own = of_cell.get(cell_id, _NO_ROWS)
-        own = own[usable[own]]
+        own = at_its_k(cells, row, curves, own[usable[own]])
         if len(own) < 3:
             continue
         flops, first = np.unique(curves["flops"][own], return_index=True)
         log_nmse = np.log(curves["nmse"][own][first])
         found.append(Curve(str(cells["cell_id"][row]), float(cells["n_latents"][row]), flops, log_nmse))
     return tuple(sorted(found, key=lambda c: (c.n_latents, c.cell_id)))
+
+
+def at_its_k(cells: Table, row: int, curves: Table, own: np.ndarray) -> np.ndarray:
+    """Of the rows `own` of a cell's curve those that say what it reaches with k latents: where k is a target, none with
+    an L0 more than 10 % above it.
+
+    Before its penalty has taken hold such a cell has many more active latents, and reconstructs better than it ever
+    will with k.
+    """
+    if not {"l0_error", "k"} <= set(cells.columns) or "l0" not in curves or np.isnan(cells["l0_error"][row]):
+        return own
+    return own[curves["l0"][own] <= (1 + _ABOVE) * cells["k"][row]]
 
 
 def find_frontier(at: Mapping[str, float], curves: tuple[Curve, ...]) -> Frontier:

@@ -100,3 +100,20 @@ def test_frontier_of_ends_keeps_what_no_cheaper_cell_equals() -> None:
     np.testing.assert_allclose(C.to_reported(fit.raw), [5, 0.1], rtol=1e-6)
     assert np.isfinite(fit.draws).all()
     assert fit.excluded == ("1 of 7 points of compute: no better than with less compute",)
+
+
+def test_what_a_penalty_has_not_taken_yet_is_no_point_of_its_k() -> None:
+    """Both cells pass through the same nmse; one has k for a target, which its fourth evaluation is the first to meet."""
+    l0 = [200.0, 100.0, 40.0, 8.7, 7.5, 8.1]
+    curves = Table.from_rows(
+        {"cell_id": name, "flops": 1e9 * (step + 1), "nmse": 0.2 + 0.01 * step, "l0": value}
+        for name in ("gated", "topk")
+        for step, value in enumerate(l0)
+    )
+    cells = Table.from_rows(
+        {"cell_id": name, "n_latents": 512, "k": 8, "nmse": 0.25, "l0_error": off}
+        for name, off in (("gated", 0.01), ("topk", None))
+    )
+    found = {curve.cell_id: curve for curve in read_curves(cells, curves)}
+    assert found["gated"].flops.tolist() == [4e9, 5e9, 6e9]
+    assert len(found["topk"].flops) == 6
