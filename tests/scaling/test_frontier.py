@@ -103,7 +103,7 @@ def test_frontier_of_ends_keeps_what_no_cheaper_cell_equals() -> None:
 
 
 def test_what_a_penalty_has_not_taken_yet_is_no_point_of_its_k() -> None:
-    """Both cells pass through the same nmse; one has k for a target, which its fourth evaluation is the first to meet."""
+    """Both have the same nmse; one has k for a target, which its fourth evaluation is the first to meet."""
     l0 = [200.0, 100.0, 40.0, 8.7, 7.5, 8.1]
     curves = Table.from_rows(
         {"cell_id": name, "flops": 1e9 * (step + 1), "nmse": 0.2 + 0.01 * step, "l0": value}
