@@ -127,22 +127,14 @@ class PairwiseStep(ABC):
                 if operands[name] is not params[name]:
                     operands[name].copy_(params[name])
             return
-        sparse, W_enc = kernels(params["W_enc"].device), params["W_enc"]
-        shift = sparse.latent_sums(gradient.encoder)
+        W_enc = params["W_enc"]
+        shift = kernels(W_enc.device).latent_sums(gradient.encoder)
         # Has to go before W_enc is updated: pre-activations see x - b_pre.
-        dense = {**gradient.vectors, "b_pre": gradient.b_pre - shift @ W_enc}
-        none = torch.zeros(0, dtype=torch.int64, device=W_enc.device), W_enc[:0]
-        for name, pairs, weights, sources, moved in (
-            ("W_dec", gradient.decoder, gradient.decoder.decoder, gradient.errors, None),
-            ("W_enc", gradient.encoder, gradient.encoder.encoder, gradient.x, shift),
-        ):
-            moments, adam, unit_rows = updates[name]
-            summands = Summands(pairs.starts, pairs.rows, weights, sources, moved, gradient.offset, *none)
-            operand = None if operands[name] is params[name] else operands[name]
-            sparse.update_rows(params[name], moments, summands, adam, unit_rows, operand)
-        for name, of_name in dense.items():
-            moments, adam, unit_rows = updates[name]
-            adam_rows(params[name], moments, of_name, adam, unit_rows)
+        vectors = {**gradient.vectors, "b_pre": gradient.b_pre - shift @ W_enc}
+        update_by_pairs(
+            params, operands, updates, gradient.decoder, gradient.encoder, gradient.errors, gradient.x, gradient.offset,
+            shift, vectors,
+        )  # fmt: skip
 
     @torch.no_grad()
     def reconstruct(self, params: Params, operands: Params, batch: Batch, settings: Any, mesh: Mesh) -> Reconstruction:
@@ -186,6 +178,28 @@ class PairwiseStep(ABC):
 
     def _dense(self, params: Params) -> DenseStep:
         return DenseStep(find_architecture(self.name), len(params["W_dec"]))
+
+
+def update_by_pairs(
+    params: Params, operands: Params, updates: Mapping[str, Update], decoder: Pairs, encoder: Pairs, errors: Tensor,
+    x: Tensor, offset: Tensor, shift: Tensor, vectors: Mapping[str, Tensor],
+) -> None:  # fmt: skip
+    """One step of W_dec and W_enc by the sums over pairs, and of the other parameters by their dense gradients.
+
+    `shift` [n_latents] is the gradient by the bias of W_enc (x - b_pre), whose inputs lack `offset` (Summands).
+    """
+    sparse, W_enc = kernels(params["W_enc"].device), params["W_enc"]
+    none = torch.zeros(0, dtype=torch.int64, device=W_enc.device), W_enc[:0]
+    for name, pairs, weights, sources, moved in (
+        ("W_dec", decoder, decoder.decoder, errors, None), ("W_enc", encoder, encoder.encoder, x, shift),
+    ):  # fmt: skip
+        moments, adam, unit_rows = updates[name]
+        summands = Summands(pairs.starts, pairs.rows, weights, sources, moved, offset, *none)
+        operand = None if operands[name] is params[name] else operands[name]
+        sparse.update_rows(params[name], moments, summands, adam, unit_rows, operand)
+    for name, of_name in vectors.items():
+        moments, adam, unit_rows = updates[name]
+        adam_rows(params[name], moments, of_name, adam, unit_rows)
 
 
 def at(vector: Tensor, selected: Selected) -> Tensor:

@@ -17,10 +17,10 @@ from saescale.trainers.architectures.architecture import (
     Update,
     Worked,
 )
+from saescale.trainers.architectures.pairwise import update_by_pairs
 from saescale.trainers.architectures.topk_sparse import active_pairs, encoder_operands, or_nan, target_of
 from saescale.trainers.kernels.choose import KernelKind, kernels
-from saescale.trainers.kernels.eager import adam_rows
-from saescale.trainers.kernels.interface import Pairs, Selected, Summands, Term, product_rows
+from saescale.trainers.kernels.interface import Pairs, Selected, Term, product_rows
 from saescale.trainers.mesh.mesh import Mesh
 from saescale.trainers.precision import Precision
 
@@ -77,21 +77,12 @@ class SwitchStep:
         self, params: Params, operands: Params, gradient: Gradient, updates: Mapping[str, Update], mesh: Mesh
     ) -> None:
         pairs, W_enc = gradient.pairs, params["W_enc"]
-        sparse, none = kernels(W_enc.device), (W_enc.new_zeros(0, dtype=torch.int64), W_enc[:0])
-        b_enc = sparse.latent_sums(pairs)
+        b_enc = kernels(W_enc.device).latent_sums(pairs)
         # Has to go before W_enc is updated: pre-activations see x - b_pre.
         dense = {"b_enc": b_enc, "b_pre": gradient.b_pre - b_enc @ W_enc, **gradient.router}
-        for name, weights, sources, shift in (
-            ("W_dec", pairs.decoder, gradient.error, None),
-            ("W_enc", pairs.encoder, gradient.x, b_enc),
-        ):
-            moments, adam, unit_rows = updates[name]
-            summands = Summands(pairs.starts, pairs.rows, weights, sources, shift, gradient.offset, *none)
-            operand = None if operands[name] is params[name] else operands[name]
-            sparse.update_rows(params[name], moments, summands, adam, unit_rows, operand)
-        for name, of_name in dense.items():
-            moments, adam, unit_rows = updates[name]
-            adam_rows(params[name], moments, of_name, adam, unit_rows)
+        update_by_pairs(
+            params, operands, updates, pairs, pairs, gradient.error, gradient.x, gradient.offset, b_enc, dense
+        )  # fmt: skip
 
     @torch.no_grad()
     def reconstruct(self, params: Params, operands: Params, batch: Batch, settings: Any, mesh: Mesh) -> Reconstruction:
