@@ -344,9 +344,18 @@ def _read_error(url: str, error: Exception, tries: int) -> SaescaleError:
 
 def require_memory(url: str, error: Exception) -> None:
     """Raises MemoryError where that is what `error` of a read says: no file's fault, and others know what to do."""
-    # Arrow's OSError has no number, and its own error of memory is one.
-    if isinstance(error, MemoryError) or (isinstance(error, OSError) and os.strerror(errno.ENOMEM) in str(error)):
+    if lacks_memory(error):
         raise MemoryError(f"{url}: {error}") from error
+
+
+def lacks_memory(error: BaseException) -> bool:
+    """Whether this process got no memory, for a thread's stack maybe, in the words of Python, Arrow or the system."""
+    text = str(error)
+    # Arrow's OSError has no number, and what it says of a thread is an error of no class of its own.
+    of_a_thread = "thread" in text and os.strerror(errno.EAGAIN) in text
+    of_python = isinstance(error, RuntimeError) and text.startswith("can't start new thread")
+    of_the_system = isinstance(error, OSError) and os.strerror(errno.ENOMEM) in text
+    return isinstance(error, MemoryError) or of_the_system or of_a_thread or of_python
 
 
 def _error(url: str, verb: str, error: Exception, tries: int, advice: str) -> SaescaleError:

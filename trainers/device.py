@@ -4,6 +4,7 @@ import numba
 import torch
 
 from saescale.storage.errors import SaescaleError
+from saescale.storage.files import lacks_memory
 from saescale.trainers.precision import Precision, cpu_precision, this_processor
 
 
@@ -17,7 +18,7 @@ _OF_A_GPU = ("CUDA error", "Triton Error [CUDA]", "CUBLAS_STATUS")
 
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether a GPU's or the host's memory was the reason."""
-    if isinstance(error, MemoryError | torch.OutOfMemoryError | OutOfMemory):
+    if isinstance(error, torch.OutOfMemoryError | OutOfMemory) or lacks_memory(error):
         return True
     text = str(error)
     if "can't allocate memory" in text:  # torch's allocator of host memory

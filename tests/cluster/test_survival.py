@@ -254,8 +254,8 @@ def test_a_cell_that_kills_its_workers_fails_alone(
 
 @pytest.mark.slow
 def test_a_pack_too_large_for_memory_is_split(three_nodes: Any, document: dict[str, Any]) -> None:
-    """The process gets room for one of the two cells, each of which holds 134 MB, but not for both."""
-    document["grid"] = {"n_latents": [65_536], "k": [2], "seed": [0, 1]}
+    """The process gets room for one of the two cells, each of which holds 268 MB, but not for both."""
+    document["grid"] = {"n_latents": [131_072], "k": [2], "seed": [0, 1]}
     document["train"] |= {"tokens": 1_024, "auxk": {"k": 0}}
     document["eval"] = {"tokens": 512, "every_tokens": 1_024}
     document["resources"] = {"workers": 1}
@@ -266,7 +266,8 @@ def test_a_pack_too_large_for_memory_is_split(three_nodes: Any, document: dict[s
             super().stage(text)
             if text.startswith("training"):
                 for worker in pool_workers():
-                    room = worker.memory_info().vms + 200 * 2**20
+                    # Threads that start meanwhile take some tens of MB each.
+                    room = worker.memory_info().vms + 400 * 2**20
                     worker.rlimit(psutil.RLIMIT_AS, (room, resource.RLIM_INFINITY))
                     limited.append(worker.pid)
 

@@ -214,7 +214,16 @@ def test_an_unusable_manifest_is_one_clear_line(build_store: BuildStore, tmp_pat
         ActivationStore.open(str(tmp_path))
 
 
-@pytest.mark.parametrize("error", [OSError("Memory mapping file failed: Cannot allocate memory"), MemoryError("no")])
+@pytest.mark.parametrize(
+    "error",
+    [
+        OSError("Memory mapping file failed: Cannot allocate memory"),
+        MemoryError("no"),
+        pa.ArrowException("Unknown error: Failed to launch worker thread: Resource temporarily unavailable"),
+        RuntimeError("can't start new thread"),
+    ],
+    ids=["map", "python", "thread", "python-thread"],
+)
 def test_memory_that_ran_out_is_no_damage(error: Exception, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     store = ActivationStore.open(write_store(str(tmp_path), sparse_rows(2_048, 1), sparse_rows(1_024, 2)))
 

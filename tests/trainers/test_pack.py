@@ -292,7 +292,15 @@ def test_an_error_in_one_cell_fails_that_cell_alone(
     assert results[bad.cell_id]["error"] == "at step 1: ValueError: no such latent"
 
 
-@pytest.mark.parametrize("error", [MemoryError("no room"), RuntimeError("DefaultCPUAllocator: can't allocate memory")])
+@pytest.mark.parametrize(
+    "error",
+    [
+        MemoryError("no room"),
+        RuntimeError("DefaultCPUAllocator: can't allocate memory"),
+        RuntimeError("can't start new thread"),
+    ],
+    ids=["python", "torch", "thread"],
+)
 def test_memory_that_runs_out_is_no_cells_fault(
     sparse_store: ActivationStore,
     make_cell: MakeCell,
