@@ -21,8 +21,8 @@ class Decoder(NamedTuple):
 def linear_decoder(sae: SAE, x: Tensor) -> Decoder:
     """What makes x_hat of the latents of preprocessed rows x [rows, d_model].
 
-    Found by what it does, on the first 256 rows, since parameters may have any names. Raises SaescaleError where latents
-    have signs, and where no matrix and vector of the parameters do it (several decoders, or one that sees x).
+    Found by what it does, on the first 256 rows, since parameters may have any names. Raises SaescaleError where
+    latents have signs, and where no matrix and vector of the parameters do it (several decoders, or one that sees x).
     """
     forward = sae.forward(x[:TRIED_ROWS])
     z, x_hat = forward.latents, forward.x_hat
