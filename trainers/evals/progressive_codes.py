@@ -153,7 +153,7 @@ def _threshold(scores: Tensor, k: int) -> Tensor:
 
 def _error(decoder: Decoder, x: Tensor, ranked: Ranked, counts: Tensor | int) -> np.ndarray:
     """||x - x_hat||^2 by the first `counts` candidates of each row, float64 [rows]."""
-    kept = torch.arange(ranked.scores.shape[1], device=x.device) < counts
+    kept = torch.arange(ranked.scores.shape[1], device=x.device)[None] < counts
     width = max(1, int(kept.sum(dim=1).max()))
     selected = Selected(
         ranked.indices.masked_fill(~kept, -1)[:, :width].contiguous(),
