@@ -68,7 +68,7 @@ def record(
     for done in results:
         del left[done.pair]
         if done.error is None:
-            run.write_evals(*done.pair, done.rows)
+            run.write_evals(*done.pair, done.rows, done.metrics)
         else:
             failed.add(done.pair, done.error)
         costs.note(done)
