@@ -258,8 +258,8 @@ def test_cells_are_compared_with_others_by_so_many_latents(run: RunDirectory, mo
     # What cannot be is said, and the others go on; alone it is an error.
     largest = run.read_results()["cell_id"][2].as_py()
     done = evaluate_run("run", ["looked", "nmse"], cells=[largest])
-    assert done == (1, 0, 0, ("looked: none of run's cells has others that it would be compared with",))
-    with pytest.raises(SaescaleError, match="looked: none of run's cells has others"):
+    assert done == (1, 0, 0, ("looked: run: no cell has others that it would be compared with",))
+    with pytest.raises(SaescaleError, match="looked: run: no cell has others"):
         evaluate_run("run", ["looked"], cells=[largest])
     monkeypatch.setenv("NAMES", "nobody")
     with pytest.raises(SaescaleError, match="`partners` of looked names 'gone' for n16.*, which is no other finished"):
@@ -281,7 +281,10 @@ def test_some_cells_alone(run: RunDirectory) -> None:
     assert evaluate_run("run") == (8, 0, 0, ())
     for arguments, words in (
         (["--where", "n_latent=16"], "there is no column n_latent; did you mean n_latents?"),
-        (["--where", "n_latents=17"], "no finished cell with --where n_latents=17; n_latents is 16, 24 and 32"),
+        (
+            ["--where", "n_latents=17"],
+            "core, downstream_loss, counted: run: no finished cell with --where n_latents=17; n_latents is 16, 24, 32",
+        ),
         (["--where", "n_latents=many"], "n_latents holds numbers, not 'many'"),
         (["--where", "architecture>topk"], "architecture holds text, which has no order"),
         (["--evals", "core", "--latents", "3"], "core looks at all latents"),

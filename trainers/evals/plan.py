@@ -43,22 +43,24 @@ def plan_evaluations(run: RunDirectory, wanted: Sequence[Wanted], cells: Sequenc
         raise SaescaleError(f"{run.url}: there is no finished cell {unknown[0]}; there are {', '.join(finished)}")
     rows, measured = list(finished.values()), _measured(run)
     found: dict[str, list[Pair]] = {}
-    none = []
+    none: dict[str, list[str]] = {}  # the evaluations that no cell can have, by the reason
     for entry in wanted:
         name, asked = entry.evaluation, set(entry.select(rows, run.url))
         pairs = [Pair(cell, name, entry.latents) for cell in cells or finished if cell in asked]
         if not pairs:
-            none.append(f"{name}: {entry.no_cell(rows, run.url)}")
+            none.setdefault(entry.no_cell(rows, run.url), []).append(name)
         elif EVALUATIONS.defines(name, "partners"):
             pairs = [pair._replace(others=_partners(pair, rows, finished)) for pair in pairs]
             pairs = [pair for pair in pairs if pair.others]
             if not pairs:
-                none.append(f"{name}: none of {run.url}'s cells has others that it would be compared with")
+                none.setdefault(f"{run.url}: no cell has others that it would be compared with", []).append(name)
         found[name] = pairs
     order = {cell: place for place, cell in enumerate(cells or finished)}
     all_pairs = sorted((pair for pairs in found.values() for pair in pairs), key=lambda pair: order[pair.cell])
     missing = [pair for pair in all_pairs if not _is_there(pair, measured)]
-    return Plan(missing, len(all_pairs) - len(missing), tuple(none))
+    return Plan(
+        missing, len(all_pairs) - len(missing), tuple(f"{', '.join(names)}: {why}" for why, names in none.items())
+    )
 
 
 def _finished(run: RunDirectory) -> dict[str, dict[str, Any]]:

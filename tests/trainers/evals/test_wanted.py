@@ -79,7 +79,11 @@ def test_what_is_no_entry_is_one_line(entry: Any, said: str) -> None:
 
 
 def test_an_entry_is_written_as_it_was_given(own: None) -> None:
-    for entry in ("core", {"some": {"latents": 32, "where": {"n_latents": [64], "k": 8}}}, {"core": {"where": ["k>4"]}}):
+    for entry in (
+        "core",
+        {"some": {"latents": 32, "where": {"n_latents": [64], "k": 8}}},
+        {"core": {"where": ["k>4"]}},
+    ):
         assert Wanted.of(entry).model_dump() == entry
         assert Wanted.of(Wanted.of(entry).model_dump()) == Wanted.of(entry)
     assert Wanted.of("downstream-loss") == Wanted.of({"downstream_loss": None}) == Wanted.of({"downstream_loss": {}})
