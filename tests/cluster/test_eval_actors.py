@@ -13,7 +13,7 @@ from saescale.cluster.crew.evals import evaluate_on_actors
 from saescale.cluster.sweep.driver import run_sweep
 from saescale.cluster.sweep.spec import parse_spec
 from saescale.scaling.laws.settings import FitSettings
-from saescale.storage.errors import SaescaleError, SaescaleWarning
+from saescale.storage.errors import SaescaleWarning
 from saescale.storage.rundir import RunDirectory
 from saescale.storage.store import ActivationStore
 from saescale.trainers.cell import Cell, EvalSpec
