@@ -262,7 +262,7 @@ def test_cells_are_compared_with_others_by_so_many_latents(run: RunDirectory, mo
     with pytest.raises(SaescaleError, match="looked: run: no cell has others"):
         evaluate_run("run", ["looked"], cells=[largest])
     monkeypatch.setenv("NAMES", "nobody")
-    with pytest.raises(SaescaleError, match="`partners` of looked names 'gone' for n16.*, which is no other finished"):
+    with pytest.raises(SaescaleError, match=r"`partners` of looked names 'gone' for n16.*, which is no other finished"):
         evaluate_run("run", ["looked"])
     monkeypatch.setenv("NAMES", "breaks")
     with pytest.raises(SaescaleError, match="`partners` of looked fails with KeyError: 'size'"):

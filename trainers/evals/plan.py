@@ -67,9 +67,8 @@ def plan_evaluations(run: RunDirectory, wanted: Sequence[Wanted], cells: Sequenc
 def _finished(run: RunDirectory) -> dict[str, dict[str, Any]]:
     """The rows of results.parquet of the cells that have an SAE, by their ids, in the order of the alphabet."""
     rows = {row["cell_id"]: row for row in run.read_results().to_pylist()}
-    finished = {
-        cell: rows.get(cell, dict.fromkeys(RESULTS.names) | {"cell_id": cell}) for cell in run.cells_with_weights()
-    }
+    unknown = dict.fromkeys(RESULTS.names)
+    finished = {cell: rows.get(cell, unknown | {"cell_id": cell}) for cell in run.cells_with_weights()}
     if not finished:
         raise SaescaleError(f"{run.url} is no run directory with a finished cell; run saescale sweep first")
     return finished

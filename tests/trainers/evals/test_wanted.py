@@ -99,7 +99,7 @@ def test_what_a_command_asks_for(own: None, tmp_path: Path) -> None:
     assert names(["all"]) == list(EVALUATIONS.names())
     assert names(["some"], latents=5, where=["k=8"]) == [{"some": {"latents": 5, "where": ["k=8"]}}]
     assert names(["core", "some"], latents=5) == ["core", {"some": {"latents": 5}}]
-    with pytest.raises(SaescaleError, match="core looks at all latents, so there is no number to give; .*some look"):
+    with pytest.raises(SaescaleError, match=r"core looks at all latents, so there is no number to give; .*some look"):
         names(["core", "nmse"], latents=5)
     with pytest.raises(SaescaleError, match="unknown evaluation 'cor': did you mean core"):
         names(["cor"])
@@ -118,7 +118,7 @@ def test_latents_are_drawn_alike_among_those_that_fire() -> None:
     assert (np.diff(some) > 0).all()
     assert (fired[some] > 0).all()
     assert set(some) < set(latents_to_look_at(fired, 50))
-    assert not set(some) == set(latents_to_look_at(fired, 20, seed=1))
+    assert set(some) != set(latents_to_look_at(fired, 20, seed=1))
     assert latents_to_look_at(fired, 1_000).tolist() == np.flatnonzero(fired).tolist()
     assert latents_to_look_at(np.zeros(5, int), 3).tolist() == []
     # Each as often as any other.
