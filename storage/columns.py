@@ -160,10 +160,12 @@ def current_names(names: Iterable[str]) -> list[str]:
 
 
 def conform(table: pa.Table, schema: pa.Schema) -> pa.Table:
-    """The columns of `schema`, from a table of this version or an earlier one: null where it had none.
+    """The columns of `schema`, from a table of this version or an earlier one: null where it had none. The metadata of
+    its own schema stay.
 
     Raises pyarrow.ArrowInvalid (or another ArrowException) for values that the column cannot hold.
     """
+    schema = schema.with_metadata(table.schema.metadata)
     table = table.rename_columns(current_names(table.column_names))
     return pa.table(
         [

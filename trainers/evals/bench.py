@@ -1,9 +1,10 @@
 """What the evaluations of one run share in a process: stores, the subject, what they prepare, the cell at hand."""
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
+from saescale.scaling.metrics import document
 from saescale.storage.errors import SaescaleError, one_line
 from saescale.storage.files import join
 from saescale.storage.manifest import Manifest
@@ -13,7 +14,7 @@ from saescale.storage.store import ActivationStore
 from saescale.trainers.architectures import ARCHITECTURES
 from saescale.trainers.architectures.own import digests, own_files, require_same
 from saescale.trainers.device import default_device
-from saescale.trainers.evals.evaluation import Evaluation, find_evaluation
+from saescale.trainers.evals.evaluation import Evaluation, find_evaluation, metrics_of
 from saescale.trainers.evals.plan import Pair
 from saescale.trainers.exchange.native import read
 from saescale.trainers.exchange.trained import Trained
@@ -28,6 +29,7 @@ class Measured(NamedTuple):
     error: str | None
     seconds: float  # of this cell alone
     shared_s: float  # of what all cells share, where it was made for this one
+    metrics: Mapping[str, Any] = {}  # what the evaluation declares of its metrics, as evals.parquet keeps it
 
 
 class Bench:
@@ -80,15 +82,17 @@ class Bench:
         """Whatever goes wrong is told as its error: a mistake in one, maybe the user's own, must not end the others."""
         began, self._shared_s = time.monotonic(), 0.0
         rows: list[dict[str, Any]] = []
+        metrics: Mapping[str, Any] = {}
         error = None
         try:
             rows = self._rows(pair)
+            metrics = document(pair.evaluation, metrics_of(find_evaluation(pair.evaluation)))
         except SaescaleError as problem:
             error = str(problem)
         except Exception as problem:
             error = f"{type(problem).__name__}: {one_line(problem)}"
         seconds = time.monotonic() - began
-        return Measured(pair, rows, error, seconds - self._shared_s, self._shared_s)
+        return Measured(pair, rows, error, seconds - self._shared_s, self._shared_s, metrics)
 
     def _rows(self, pair: Pair) -> list[dict[str, Any]]:
         evaluation, trained = find_evaluation(pair.evaluation), self._cell(pair.cell)

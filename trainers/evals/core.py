@@ -20,6 +20,7 @@ from collections.abc import Iterator
 import numpy as np
 import torch
 
+from saescale.scaling.metrics import Metric
 from saescale.storage.errors import SaescaleError
 from saescale.storage.source import Source
 from saescale.trainers.architectures.dense import CHUNK_ENTRIES
@@ -31,6 +32,15 @@ from saescale.trainers.preprocess import normalise, to_tensor
 from saescale.trainers.subjects.subject import Subject
 
 needs: frozenset[Need] = frozenset()
+metrics = {
+    "nmse": Metric("lower"),
+    "explained_variance": Metric("higher", limit=1.0),
+    "explained_variance_zero": Metric("higher", limit=1.0),
+    "cosine": Metric("higher", limit=1.0),
+    "dead": Metric("lower", bounded=True),
+    "dense_1": Metric("lower", bounded=True),
+    "dense_10": Metric("lower", bounded=True),
+}
 
 BINS = np.arange(-6.0, 0.5, 0.5)  # edges, log10 of the frequency of activation; rarer ones are in the first bin
 

@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
+from saescale.storage.columns import RESULTS
 from saescale.storage.errors import SaescaleError, one_line
 from saescale.storage.rundir import RunDirectory
 from saescale.trainers.evals.evaluation import EVALUATIONS
@@ -41,30 +42,33 @@ def plan_evaluations(run: RunDirectory, wanted: Sequence[Wanted], cells: Sequenc
     finished = _finished(run)
     if unknown := [cell for cell in cells if cell not in finished]:
         raise SaescaleError(f"{run.url}: there is no finished cell {unknown[0]}; there are {', '.join(finished)}")
-    rows, measured = list(finished.values()), _measured(run)
-    found: dict[str, list[Pair]] = {}
-    none = []
+    order = {cell: place for place, cell in enumerate(cells or finished)}
+    asked = [finished[cell] for cell in order]
+    found: list[Pair] = []
+    none: dict[str, list[str]] = {}  # the evaluations that no cell can have, by the reason
     for entry in wanted:
-        name, asked = entry.evaluation, set(entry.select(rows, run.url))
-        pairs = [Pair(cell, name, entry.latents) for cell in cells or finished if cell in asked]
+        name = entry.evaluation
+        pairs = [Pair(cell, name, entry.latents) for cell in entry.select(asked, run.url)]
         if not pairs:
-            none.append(f"{name}: {entry.no_cell(rows, run.url)}")
+            none.setdefault(entry.no_cell(asked, run.url), []).append(name)
         elif EVALUATIONS.defines(name, "partners"):
-            pairs = [pair._replace(others=_partners(pair, rows, finished)) for pair in pairs]
+            pairs = [pair._replace(others=_partners(pair, finished)) for pair in pairs]
             pairs = [pair for pair in pairs if pair.others]
             if not pairs:
-                none.append(f"{name}: none of {run.url}'s cells has others that it would be compared with")
-        found[name] = pairs
-    order = {cell: place for place, cell in enumerate(cells or finished)}
-    all_pairs = sorted((pair for pairs in found.values() for pair in pairs), key=lambda pair: order[pair.cell])
-    missing = [pair for pair in all_pairs if not _is_there(pair, measured)]
-    return Plan(missing, len(all_pairs) - len(missing), tuple(none))
+                none.setdefault(f"{run.url}: no cell has others that it would be compared with", []).append(name)
+        found += pairs
+    found.sort(key=lambda pair: order[pair.cell])
+    measured = _measured(run)
+    missing = [pair for pair in found if not _is_there(pair, measured)]
+    why = tuple(f"{', '.join(names)}: {reason}" for reason, names in none.items())
+    return Plan(missing, len(found) - len(missing), why)
 
 
 def _finished(run: RunDirectory) -> dict[str, dict[str, Any]]:
     """The rows of results.parquet of the cells that have an SAE, by their ids, in the order of the alphabet."""
     rows = {row["cell_id"]: row for row in run.read_results().to_pylist()}
-    finished = {cell: rows.get(cell, {"cell_id": cell}) for cell in run.cells_with_weights()}
+    unknown = dict.fromkeys(RESULTS.names)
+    finished = {cell: rows.get(cell, unknown | {"cell_id": cell}) for cell in run.cells_with_weights()}
     if not finished:
         raise SaescaleError(f"{run.url} is no run directory with a finished cell; run saescale sweep first")
     return finished
@@ -83,10 +87,10 @@ def _is_there(pair: Pair, measured: Mapping[tuple[str, str], tuple[int | None, s
     return pair.latents in (None, latents) and " ".join(pair.others) == (others or "")
 
 
-def _partners(pair: Pair, rows: list[dict[str, Any]], finished: Mapping[str, dict[str, Any]]) -> tuple[str, ...]:
+def _partners(pair: Pair, finished: Mapping[str, dict[str, Any]]) -> tuple[str, ...]:
     name, cell = pair.evaluation, pair.cell
     try:
-        found = tuple(EVALUATIONS.load(name).partners(cell, rows))
+        found = tuple(EVALUATIONS.load(name).partners(cell, list(finished.values())))
     except SaescaleError:
         raise
     except Exception as error:  # maybe of a user's own

@@ -71,7 +71,7 @@ def record(
     for done in results:
         del left[done.pair]
         if done.error is None:
-            run.write_evals(done.pair.cell, done.pair.evaluation, done.rows)
+            run.write_evals(done.pair.cell, done.pair.evaluation, done.rows, done.metrics)
         else:
             failed.add(done.pair, done.error)
         costs.note(done)
