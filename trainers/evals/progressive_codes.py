@@ -26,6 +26,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from saescale.scaling.metrics import Metric
 from saescale.storage.errors import SaescaleError
 from saescale.storage.source import Source
 from saescale.trainers.architectures.architecture import Forward
@@ -44,6 +45,10 @@ MOST = 4  # times k, and as much below it
 _TOLERANCE = 1e-4  # of the largest activation
 
 needs: frozenset[Need] = frozenset()
+metrics = {
+    "nmse": Metric("lower"),
+    **{f"{way}_{name}": Metric("lower") for way in ("topk", "jumprelu") for name in ("half", "same", "twice", "rise")},
+}
 
 
 class Ranked(NamedTuple):
