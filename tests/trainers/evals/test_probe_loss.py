@@ -53,8 +53,9 @@ def test_newton_finds_the_least_of_every_column(share: float, monkeypatch: pytes
     for column, weight, bias, loss in zip(z, *(t.tolist() for t in found), strict=True):
         (w, b), least = by_scipy(column, truth)
         assert loss == pytest.approx(least, abs=5e-6)
-        assert weight == pytest.approx(w, abs=0.02 + 0.01 * abs(w))
-        assert bias == pytest.approx(b, abs=0.02 + 0.01 * abs(b))
+        # Where a latent separates the task, the loss hardly depends on them.
+        assert weight == pytest.approx(w, abs=0.05 + 0.025 * abs(w))
+        assert bias == pytest.approx(b, abs=0.05 + 0.025 * abs(b))
 
 
 ROWS = 1_600
