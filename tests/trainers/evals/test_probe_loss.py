@@ -12,9 +12,10 @@ from scipy.optimize import minimize
 from saescale.storage.errors import SaescaleError, SaescaleWarning
 from saescale.storage.store import ActivationStore
 from saescale.trainers.architectures.architecture import unit_rows
-from saescale.trainers.evals import probe_loss
+from saescale.trainers.evals import probe_loss, probes
 from saescale.trainers.evals.evaluation import Measurement
-from saescale.trainers.evals.probe_loss import LEAST, RIDGE, Prepared
+from saescale.trainers.evals.probe_loss import LEAST, Group
+from saescale.trainers.evals.probes import RIDGE
 from saescale.trainers.evals.texts import token_texts
 from saescale.trainers.exchange.trained import Trained
 from saescale.trainers.preprocess import normalise
@@ -37,7 +38,7 @@ def by_scipy(z: np.ndarray, truth: np.ndarray) -> tuple[np.ndarray, float]:
 
 @pytest.mark.parametrize("share", [0.5, 0.03])
 def test_newton_finds_the_least_of_every_column(share: float, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(probe_loss, "_BLOCK", 7 * 600)  # in pieces, the last one short
+    monkeypatch.setattr(probes, "_BLOCK", 7 * 600)  # in pieces, the last one short
     rng = np.random.default_rng(0)
     truth = rng.random(600) < share
     z = rng.standard_t(2, size=(20, 600))  # outliers, as of massive tokens
@@ -49,7 +50,7 @@ def test_newton_finds_the_least_of_every_column(share: float, monkeypatch: pytes
     z[6] = np.exp(3 * rng.normal(size=600)) * (1 + truth)
     z = (z - z.mean(axis=1, keepdims=True)) / z.std(axis=1, keepdims=True)
     z[7] = 0  # one that never varies
-    found = probe_loss.fit(torch.from_numpy(z).float(), torch.from_numpy(truth).float())
+    found = probes.fit(torch.from_numpy(z).float(), torch.from_numpy(truth).float())
     for column, weight, bias, loss in zip(z, *(t.tolist() for t in found), strict=True):
         (w, b), least = by_scipy(column, truth)
         assert loss == pytest.approx(least, abs=5e-6)
@@ -66,16 +67,12 @@ def x() -> torch.Tensor:
     return normalise(torch.from_numpy(raw_rows(ROWS, seed=4)))
 
 
-def prepared_of(x: torch.Tensor, tasks: dict[str, np.ndarray]) -> Prepared:
-    doc = np.arange(len(x)) // 20
-    learns = probe_loss._half(doc)
-    chance = np.stack([probe_loss._by_share(truth, learns) for truth in tasks.values()])
-    found = Prepared(x, doc, learns, tasks, chance, chance, {})
-    return found._replace(channels=probe_loss._best(x, found)[0])
+def grouped(x: torch.Tensor, tasks: dict[str, np.ndarray]) -> Group:
+    return probe_loss.group(x, np.arange(len(x)) // 20, tasks)
 
 
-def measured(trained: Trained, prepared: Prepared) -> dict[tuple[str, str], Measurement]:
-    rows = probe_loss.measure(trained, None, None, prepared)  # type: ignore[arg-type]
+def measured(trained: Trained, *groups: Group) -> dict[tuple[str, str], Measurement]:
+    rows = probe_loss.measure(trained, None, None, [*groups])  # type: ignore[arg-type]
     return {(row.metric, row.at): row for row in rows}
 
 
@@ -88,11 +85,11 @@ def test_the_loss_is_that_of_the_planted_latent(architecture: str, x: torch.Tens
     for name, latent, slope in (("sharp", 17, 9), ("blunt", 3, -2), ("none", 0, 0)):
         a = (pre[:, latent] - pre[:, latent].mean()) / pre[:, latent].std()
         tasks[name] = rng.random(ROWS) < 1 / (1 + np.exp(1 - slope * a))
-    prepared = prepared_of(x, tasks)
-    found = measured(trained, prepared)
+    group = grouped(x, tasks)
+    found = measured(trained, group)
     assert found["latent", "sharp"].value in ((17, 16) if architecture == "pca" else (17,))  # both signs are one probe
     assert found["latent", "blunt"].value in ((3, 2) if architecture == "pca" else (3,))
-    learns, total = prepared.learns, 0.0
+    learns, total = group.learns, 0.0
     for name, truth in tasks.items():
         a = pre[:, int(found["latent", name].value)]
         a = (a - a[learns].mean()) / a[learns].std()
@@ -114,47 +111,55 @@ def test_the_loss_is_that_of_the_planted_latent(architecture: str, x: torch.Tens
     assert whole.high is not None
     assert whole.low <= whole.value <= whole.high
     assert whole.n == int((~learns).sum())
+    # Tasks of other rows count as much as these.
+    other = grouped(x[:900], {"other": tasks["sharp"][:900]})
+    both = measured(trained, group, other)
+    assert both["loss", "other"].value == pytest.approx(measured(trained, other)["loss", ""].value)
+    assert both["loss", "blunt"][1:4] == pytest.approx(found["loss", "blunt"][1:4], rel=0.2)
+    assert both["loss", ""].value == pytest.approx((3 * found["loss", ""].value + both["loss", "other"].value) / 4)
 
 
 def test_baselines_are_latents_that_point_there(x: torch.Tensor) -> None:
     rng = np.random.default_rng(2)
-    prepared = prepared_of(x, {"some": rng.random(ROWS) < 1 / (1 + np.exp(-8 * x[:, 2].numpy()))})
+    group = grouped(x, {"some": rng.random(ROWS) < 1 / (1 + np.exp(-8 * x[:, 2].numpy()))})
     trained = a_trained(n_latents=16)
     params = trained.sae.params
     params["b_enc"] += 3  # neither shifts nor scales matter to a probe
     drawn = unit_rows(16, 16, torch.Generator().manual_seed(0))
     for name, directions in (("channels", torch.eye(16)), ("random", drawn)):
         params["W_enc"] = 5 * directions
-        found = measured(trained, prepared)
+        found = measured(trained, group)
         assert found["loss", "some"].value == pytest.approx(found[name, "some"].value, abs=1e-5), name
     assert found["channels", ""].value < found["chance", ""].value
-    assert prepared.random.keys() == {16}
+    assert group.random.keys() == {16}
 
 
-def prepare(store: ActivationStore, subject: Any) -> Prepared:
+def prepare(store: ActivationStore, subject: Any) -> list[Group]:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", SaescaleWarning)
         return probe_loss.prepare(store, subject)
 
 
 def test_tasks_of_text_are_true_of_the_rows_tokens(text_store: ActivationStore, text_subject: Subject) -> None:
-    with pytest.warns(SaescaleWarning, match=r"of 37 tasks are left out.* ends_ing"):
-        prepared = probe_loss.prepare(text_store, text_subject)
+    with pytest.warns(SaescaleWarning, match=r"of 39 tasks are left out.* ends_ing"):
+        group, sentences = probe_loss.prepare(text_store, text_subject)
     rows = text_store.heldout(columns=("act", "token", "pos", "doc"))
     inside = rows.pos < rows.pos.max()  # contexts of 24 tokens, whose last one has no next
-    assert len(prepared.x) == inside.sum() == 1_536 * 23 // 24
+    assert len(group.x) == inside.sum() == 1_536 * 23 // 24
     texts = token_texts(text_subject, rows.token.tolist())
     spelt = [texts[token] for token in rows.token[inside].tolist()]
-    assert prepared.tasks["space"].tolist() == [text.startswith(" ") for text in spelt]
-    assert prepared.tasks["short"].tolist() == [len(text.strip()) == 1 for text in spelt]
-    assert prepared.tasks["early"].tolist() == (rows.pos[inside] <= 6).tolist()  # the first is at 1, behind BOS
-    assert (prepared.doc == rows.doc[inside]).all()
-    assert len(prepared.tasks) >= 20
-    assert not set(prepared.doc[prepared.learns]) & set(prepared.doc[~prepared.learns])
-    assert 0.3 < prepared.learns.mean() < 0.7
-    for truth in prepared.tasks.values():
-        for half in (truth[prepared.learns], truth[~prepared.learns]):
+    assert group.tasks["space"].tolist() == [text.startswith(" ") for text in spelt]
+    assert group.tasks["short"].tolist() == [len(text.strip()) == 1 for text in spelt]
+    assert group.tasks["early"].tolist() == (rows.pos[inside] <= 6).tolist()  # the first is at 1, behind BOS
+    assert (group.doc == rows.doc[inside]).all()
+    assert len(group.tasks) >= 20
+    assert not set(group.doc[group.learns]) & set(group.doc[~group.learns])
+    assert 0.3 < group.learns.mean() < 0.7
+    for truth in group.tasks.values():
+        for half in (truth[group.learns], truth[~group.learns]):
             assert LEAST <= half.sum() <= len(half) - LEAST
+    assert (len(sentences.x), [*sentences.tasks]) == (320, ["plural_subject", "plural_last"])
+    assert set(sentences.doc) == set(range(20))
 
 
 def test_labels_are_tasks_where_there_is_no_text(text_store: ActivationStore, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -165,12 +170,12 @@ def test_labels_are_tasks_where_there_is_no_text(text_store: ActivationStore, mo
     }  # fmt: skip
     monkeypatch.setattr(probe_loss, "heldout_labels", lambda source, subject, rows: labels)
     game = SimpleNamespace(name="game", labels=tuple(labels))
-    prepared = prepare(text_store, game)
+    (group,) = prepare(text_store, game)
     squares = [f"colour[{i},{j}] = {colour}" for i in (0, 1) for j in (0, 1) for colour in (0, 1, 2)]
-    assert list(prepared.tasks) == [*squares, "ahead = True"]
-    assert (prepared.tasks["colour[1,0] = 2"] == (labels["colour"][:, 1, 0] == 2)).all()
+    assert list(group.tasks) == [*squares, "ahead = True"]
+    assert (group.tasks["colour[1,0] = 2"] == (labels["colour"][:, 1, 0] == 2)).all()
     monkeypatch.setattr(probe_loss, "LABEL_TASKS", 5)
-    assert len(prepare(text_store, game).tasks) == 4  # and one that is rare
+    assert len(prepare(text_store, game)[0].tasks) == 4  # and one that is rare
     monkeypatch.setattr(probe_loss, "LEAST", 2_000)
     with pytest.raises(SaescaleError, match="none of its 5 tasks is true and false on 2000 held-out rows"):
         probe_loss.prepare(text_store, game)  # type: ignore[arg-type]
