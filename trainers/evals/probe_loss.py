@@ -27,7 +27,6 @@ functions an iteration, some 6 iterations.
 
 import warnings
 from collections.abc import Callable, Iterator
-from functools import partial
 from typing import NamedTuple
 
 import numpy as np
@@ -42,7 +41,7 @@ from saescale.trainers.architectures.architecture import unit_rows
 from saescale.trainers.architectures.dense import CHUNK_ENTRIES
 from saescale.trainers.evals.agreement import last_activations, sentences
 from saescale.trainers.evals.evaluation import Measurement, Need
-from saescale.trainers.evals.intervals import SEED, Estimate, Sums, by_document
+from saescale.trainers.evals.intervals import SEED, Sums, by_document
 from saescale.trainers.evals.labels import heldout_labels
 from saescale.trainers.evals.probes import fit
 from saescale.trainers.evals.text_tasks import text_tasks
@@ -124,47 +123,52 @@ def group(raw: Tensor, doc: np.ndarray, tasks: dict[str, np.ndarray]) -> Group:
 
 
 def measure(trained: Trained, source: Source, subject: Subject | None, prepared: list[Group]) -> Iterator[Measurement]:
-    n_latents, n = trained.sae.shape.n_latents, sum(int((~each.learns).sum()) for each in prepared)
-    columns, latents, docs, start = {}, {}, [], 0
-    for number, each in enumerate(prepared):
+    latents: dict[str, int] = {}
+    columns: dict[str, np.ndarray] = {}
+    doc, parts = _documents(prepared)
+    for each, part in zip(prepared, parts, strict=True):
         losses, best = _best(_pre_activations(trained, each.x), each)
-        if n_latents not in each.random:
-            directions = unit_rows(n_latents, each.x.shape[1], torch.Generator().manual_seed(SEED))
-            each.random[n_latents] = _best(each.x @ directions.T, each)[0]
-        # Documents of one group have nothing of the others' tasks.
-        here = slice(start, start := start + losses.shape[1])
-        docs.append(np.stack([np.full(losses.shape[1], number), each.doc[~each.learns]]))
-        ways = (
-            ("loss", losses),
-            ("channels", each.channels),
-            ("random", each.random[n_latents]),
-            ("chance", each.chance),
-        )
+        of_ways = {
+            "loss": losses, "channels": each.channels, "random": _random(each, trained.sae.shape.n_latents),
+            "chance": each.chance, "rows": np.ones_like(losses),
+        }  # fmt: skip
         for i, task in enumerate(each.tasks):
-            for way, values in (*ways, ("rows", np.ones_like(losses))):
-                columns[f"{way} {task}"] = column = np.zeros(n)
-                column[here] = values[i]
             latents[task] = int(best[i])
-    doc = np.unique(np.concatenate(docs, axis=1), axis=1, return_inverse=True)[1]
-
-    def mean(way: str, tasks: list[str], sums: Sums) -> np.ndarray:
-        return np.asarray(sum(sums[f"{way} {task}"] / sums[f"rows {task}"] for task in tasks) / len(tasks))
-
-    def estimates(tasks: list[str]) -> dict[str, Estimate]:
-        statistics: dict[str, Callable[[Sums], np.ndarray]] = {
-            way: partial(mean, way, tasks) for way in ("loss", "channels", "random", "chance")
-        }
-        statistics["below_channels"] = lambda sums: mean("channels", tasks, sums) - mean("loss", tasks, sums)
-        return by_document(doc, columns, statistics)
-
-    for name, found in estimates([*latents]).items():
-        yield Measurement(name, *found, n=n, seed=SEED)
+            for way, values in of_ways.items():
+                columns[f"{way} {task}"] = column = np.zeros(len(doc))
+                column[part] = values[i]
+    statistics = {f"{way} ": _mean(way, [*latents]) for way in ("loss", "channels", "random", "chance")}
+    statistics["below_channels "] = lambda sums: statistics["channels "](sums) - statistics["loss "](sums)
+    statistics |= {f"{way} {task}": _mean(way, [task]) for task in latents for way in of_ways if way != "rows"}
+    rows = {task: int((~each.learns).sum()) for each in prepared for task in each.tasks}
+    for name, found in by_document(doc, columns, statistics).items():
+        metric, _, task = name.partition(" ")
+        yield Measurement(metric, *found, at=task, n=rows.get(task, len(doc)), seed=SEED)
     for each in prepared:
         for task, truth in each.tasks.items():
-            for name, found in estimates([task]).items():
-                yield Measurement(name, *found, at=task, n=int((~each.learns).sum()), seed=SEED)
             yield Measurement("latent", latents[task], at=task, n=int(each.learns.sum()), seed=SEED)
             yield Measurement("share", float(truth.mean()), at=task, n=len(truth))
+
+
+def _documents(groups: list[Group]) -> tuple[np.ndarray, list[slice]]:
+    """The document of each row that does not learn, numbered over all groups, and which rows are of each group."""
+    doc, parts = np.zeros(0, np.int64), []
+    for each in groups:
+        own = np.unique(each.doc[~each.learns], return_inverse=True)[1] + doc.max(initial=-1) + 1
+        parts.append(slice(len(doc), len(doc) + len(own)))
+        doc = np.concatenate([doc, own])
+    return doc, parts
+
+
+def _mean(way: str, tasks: list[str]) -> Callable[[Sums], np.ndarray]:
+    return lambda sums: np.asarray(sum(sums[f"{way} {task}"] / sums[f"rows {task}"] for task in tasks) / len(tasks))
+
+
+def _random(group: Group, number: int) -> np.ndarray:
+    if number not in group.random:
+        directions = unit_rows(number, group.x.shape[1], torch.Generator().manual_seed(SEED))
+        group.random[number] = _best(group.x @ directions.T, group)[0]
+    return group.random[number]
 
 
 def _of_text(source: ActivationStore, subject: Subject, number: int) -> tuple[dict[str, np.ndarray], np.ndarray]:
