@@ -57,9 +57,8 @@ class SAE:
 
     def candidates(self, forward: Forward) -> Candidates:
         """What its latents were chosen from in that forward pass, to choose more or fewer of them."""
-        own = getattr(self.architecture, "candidates", None)
-        if own is not None:
-            return own(self.params, forward, self.settings)
+        if hasattr(self.architecture, "candidates"):
+            return self.architecture.candidates(self.params, forward, self.settings)
         return Candidates(forward.pre_activations, forward.pre_activations)
 
     @torch.no_grad()

@@ -37,7 +37,7 @@ from saescale.trainers.subjects.subject import Subject
 ROWS = 4_096
 ITERATIONS, TOLERANCE = 5_000, 1e-6
 _LOOKED_AT = 16  # iterations after which those that are done are left out
-_GRAM_ENTRIES = 2**22  # of the products of active decoder rows that are held at a time
+_ENTRIES = 2**22  # of active decoder rows, or of their products, that are held at a time
 
 needs: frozenset[Need] = frozenset()
 metrics = {
@@ -79,7 +79,8 @@ def _of_rows(trained: Trained, raw: Tensor) -> dict[str, np.ndarray]:
         active = z > 0
         width = max(1, int(active.sum(dim=1).max()))
         own, indices = z.topk(width, dim=1)  # what is not active has 0 and stays so
-        for some in torch.arange(len(rows), device=x.device).split(max(1, _GRAM_ENTRIES // width**2)):
+        each = width * max(width, sae.shape.d_model)
+        for some in torch.arange(len(rows), device=x.device).split(max(1, _ENTRIES // each)):
             best = refine(decoder, rows[some], indices[some], own[some])
             of_each = {
                 "squared": _squared(decoder, rows[some], indices[some], own[some].double()),

@@ -48,7 +48,7 @@ def test_activations_are_the_best_that_there_are(
     architecture: str, act: np.ndarray, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(refinement, "CHUNK_ENTRIES", 130 * 48)  # in pieces, the last ones short
-    monkeypatch.setattr(refinement, "_GRAM_ENTRIES", 7 * 24**2)
+    monkeypatch.setattr(refinement, "_ENTRIES", 7 * 16**2)
     trained = a_trained(architecture, act)
     found, wanted = measured(trained, act), by_hand(trained, act)
     assert found.keys() == wanted.keys()
