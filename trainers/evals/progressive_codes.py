@@ -26,6 +26,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from saescale.scaling.metrics import Metric
 from saescale.storage.errors import SaescaleError
 from saescale.storage.source import Source
 from saescale.trainers.architectures.architecture import Forward
@@ -44,6 +45,10 @@ MOST = 4  # times k, and as much below it
 _TOLERANCE = 1e-4  # of the largest activation
 
 needs: frozenset[Need] = frozenset()
+metrics = {
+    "nmse": Metric("lower"),
+    **{f"{way}_{name}": Metric("lower") for way in ("topk", "jumprelu") for name in ("half", "same", "twice", "rise")},
+}
 
 
 class Ranked(NamedTuple):
@@ -153,7 +158,7 @@ def _threshold(scores: Tensor, k: int) -> Tensor:
 
 def _error(decoder: Decoder, x: Tensor, ranked: Ranked, counts: Tensor | int) -> np.ndarray:
     """||x - x_hat||^2 by the first `counts` candidates of each row, float64 [rows]."""
-    kept = torch.arange(ranked.scores.shape[1], device=x.device) < counts
+    kept = torch.arange(ranked.scores.shape[1], device=x.device)[None] < counts
     width = max(1, int(kept.sum(dim=1).max()))
     selected = Selected(
         ranked.indices.masked_fill(~kept, -1)[:, :width].contiguous(),

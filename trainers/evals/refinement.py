@@ -23,6 +23,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from saescale.scaling.metrics import Metric
 from saescale.storage.errors import SaescaleError
 from saescale.storage.source import Source
 from saescale.trainers.architectures.dense import CHUNK_ENTRIES
@@ -39,6 +40,13 @@ _LOOKED_AT = 16  # iterations after which those that are done are left out
 _GRAM_ENTRIES = 2**22  # of the products of active decoder rows that are held at a time
 
 needs: frozenset[Need] = frozenset()
+metrics = {
+    "nmse": Metric("lower"),
+    "nmse_refined": Metric("lower"),
+    "gain": Metric("lower", bounded=True),
+    "ratio": Metric("lower", limit=1.0),
+    "zeroed": Metric("lower", bounded=True),
+}
 
 _STATISTICS = {
     "nmse": ratio("squared", "variation"),

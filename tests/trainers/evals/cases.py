@@ -56,7 +56,8 @@ def a_trained(
         params |= sae.architecture.losses(params, sae.forward(x), x, cell.whole_settings, state).measured
         sae = sae.like(params)
     if isinstance(cell.whole_settings, PenaltySettings):  # no penalty made latents few: half of them would be active
-        pre = sae.forward(x).pre_activations
-        params["b_gate" if architecture == "gated" else "b_enc"] -= pre.flatten().topk(k * len(x)).values[-1]
+        scores, values = sae.candidates(sae.forward(x))
+        largest = scores[values > 0].topk(k * len(x) + 1).values
+        params["b_gate" if architecture == "gated" else "b_enc"] -= largest[-2:].mean()
         sae = sae.like(params)
     return Trained(sae, cell)
