@@ -61,9 +61,7 @@ class Prepared(NamedTuple):
     site: Site
     places: Places  # of the rows
     raw: Tensor  # [rows, d_model], 16 bits, as stored
-    turn: (
-        np.ndarray
-    )  # int64 [rows]: contexts come in an order that was drawn, and rows of one by lot; -1: no room behind
+    turn: np.ndarray  # int64 [rows], see `first_rows`; -1 where too few tokens follow
     streams: dict[int, Tensor]  # at the site, [length, d_model], of the contexts that were needed so far
     channels: dict[int, np.ndarray]  # sparsities of each at its rows
 
@@ -88,9 +86,9 @@ def prepare(source: Source, subject: Subject | None) -> Prepared:
     mean, everywhere = raw.float().mean(dim=0), np.arange(len(raw))
     for number, channel in enumerate(np.sort(draw.permutation(raw.shape[1])[:CHANNELS]).tolist()):
         rows = first_rows(prepared, everywhere, skip=number)
-        instead = raw[rows].float()
-        instead[:, channel] = mean[channel]
-        prepared.channels[channel] = sparsities(prepared, rows, instead)
+        change = torch.zeros(len(rows), raw.shape[1])
+        change[:, channel] = mean[channel] - raw[rows, channel].float()
+        prepared.channels[channel] = sparsities(prepared, rows, change)
     return prepared
 
 
@@ -103,20 +101,20 @@ def measure(
     # Of all ablations those in one context are run together, so all are listed first.
     of_each: dict[int, int] = {}
     rows: list[int] = []
-    instead: list[Tensor] = []
+    changes: list[Tensor] = []
     for latent in latents_to_look_at(_with_room(active, prepared), latents).tolist():
         where, values = active.of(latent)
         chosen = first_rows(prepared, where)
         raw = prepared.raw[chosen].float()
         norm = (raw - raw.mean(dim=1, keepdim=True)).norm(dim=1, keepdim=True)
         z = torch.from_numpy(values[np.searchsorted(where, chosen)])[:, None]
-        instead.append(raw - z * norm * decoder.W[latent].cpu())
+        changes.append(-z * norm * decoder.W[latent].cpu())
         rows += chosen
         of_each[latent] = len(chosen)
     if not rows:
         raise SaescaleError(f"no latent is active on a held-out row with {POSITIONS - 1} tokens behind it")
     ends = np.cumsum(list(of_each.values()))[:-1]
-    found = dict(zip(of_each, np.split(sparsities(prepared, rows, torch.cat(instead)), ends), strict=True))
+    found = dict(zip(of_each, np.split(sparsities(prepared, rows, torch.cat(changes)), ends), strict=True))
     yield from _summary("sparsity", found)
     for latent, values in found.items():
         if np.isfinite(values).any():
@@ -125,7 +123,10 @@ def measure(
 
 
 def first_rows(prepared: Prepared, rows: np.ndarray, skip: int = 0) -> list[int]:
-    """Of `rows` one of each of the first contexts that have any; `skip`: the order begins so many contexts later."""
+    """Of `rows` one of each of the first contexts that have any; `skip`: the order begins so many contexts later.
+
+    Contexts come in an order that was drawn, the same for all latents and cells, and rows of one by lot.
+    """
     rows = rows[prepared.turn[rows] >= 0]
     rows = rows[np.argsort(prepared.turn[rows])]
     _, firsts = np.unique(prepared.places.context[rows], return_index=True)
@@ -133,9 +134,9 @@ def first_rows(prepared: Prepared, rows: np.ndarray, skip: int = 0) -> list[int]
     return np.roll(of_contexts, -skip)[:CONTEXTS].tolist()
 
 
-def sparsities(prepared: Prepared, rows: list[int], instead: Tensor) -> np.ndarray:
-    """(L1 / L2)^2 / (V T), float64 [rows], of the effect of each `instead` [rows, d_model] in place of a row of the
-    store alone; NaN where it has none at all."""
+def sparsities(prepared: Prepared, rows: list[int], changes: Tensor) -> np.ndarray:
+    """(L1 / L2)^2 / (V T), float64 [rows], of what each of `changes` [rows, d_model], made alone, does to that row of the
+    stream; NaN where that is nothing at all."""
     found = np.full(len(rows), np.nan)
     context, pos = prepared.places.context[rows], prepared.places.pos[rows]
     for number in np.unique(context):
@@ -145,7 +146,7 @@ def sparsities(prepared: Prepared, rows: list[int], instead: Tensor) -> np.ndarr
         at_a_time = max(1, TOKENS_AT_A_TIME // len(ids) - 1)
         for some in np.split(here, range(at_a_time, len(here), at_a_time)):
             patched = stream.repeat(len(some) + 1, 1, 1)  # as it is, and with each ablation: one pass, one rounding
-            patched[torch.arange(1, len(patched)), pos[some]] = instead[some].to(stream)
+            patched[torch.arange(1, len(patched)), pos[some]] += changes[some].to(stream)
             logits = logits_from(prepared.subject, ids.expand(len(patched), -1), prepared.site, patched)
             for place, changed in zip(some, logits[1:], strict=True):
                 after = slice(pos[place], pos[place] + POSITIONS)

@@ -80,8 +80,8 @@ class Prepared(NamedTuple):
 def prepare(source: Source, subject: Subject | None) -> Prepared:
     """Raises SaescaleError where the text has too few words."""
     assert subject is not None, "it is in `needs`"
-    most = source.rows("heldout") if hasattr(source, "rows") else ROWS
-    rows = source.heldout(min(ROWS, most), ("act", "token"))
+    number = len(source.heldout(columns=("token",)).token)
+    rows = source.heldout(min(ROWS, number), ("act", "token"))
     return prepared_of(to_tensor(rows.act, source.dtype), rows.token, token_texts(subject, np.unique(rows.token)))
 
 
@@ -104,15 +104,17 @@ def prepared_of(raw: Tensor, token: np.ndarray, texts: dict[int, str]) -> Prepar
     by_type = counted[np.argsort(token[counted], kind="stable")]
     _, starts, numbers = np.unique(token[by_type], return_index=True, return_counts=True)
     words = by_type[np.arange(len(by_type)) - np.repeat(starts, numbers) < TOKENS]
-    letter = np.array([letters.index(first[number]) for number in token[words].tolist()])
+    of_words = np.array([letters.index(first[number]) for number in token[words].tolist()])
     learns = np.isin(token[words], list(learning))
     x = normalise(raw[words])
     x -= x[learns].mean(dim=0)
-    weights, bias = _probe(x[learns], torch.from_numpy(letter[learns]), len(letters))
+    weights, bias = _probe(x[learns], torch.from_numpy(of_words[learns]), len(letters))
     directions = torch.nn.functional.normalize(weights, dim=1)
-    projection = (x * directions[letter]).sum(dim=1).double().numpy()
-    correct = (x @ weights.T + bias).argmax(dim=1).numpy() == letter
-    return Prepared(raw[words], token[words].astype(np.int64), letter, letters, learns, directions, projection, correct)
+    projection = (x * directions[of_words]).sum(dim=1).double().numpy()
+    correct = (x @ weights.T + bias).argmax(dim=1).numpy() == of_words
+    return Prepared(
+        raw[words], token[words].astype(np.int64), of_words, letters, learns, directions, projection, correct
+    )
 
 
 def measure(trained: Trained, source: Source, subject: Subject | None, prepared: Prepared) -> Iterator[Measurement]:
@@ -241,7 +243,7 @@ def _probe(x: Tensor, letter: Tensor, letters: int) -> tuple[Tensor, Tensor]:
         optimiser.zero_grad()
         cross_entropy = torch.nn.functional.cross_entropy(x / scale @ weights.T + bias, letter)
         total: Tensor = cross_entropy + DECAY * weights.square().sum()
-        total.backward()  # type: ignore[no-untyped-call]
+        total.backward()
         return total
 
     with torch.enable_grad():

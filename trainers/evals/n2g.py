@@ -185,7 +185,7 @@ def activations(trained: Trained, prepared: Prepared, pieces: Sequence[Piece], l
             stream = prepared.subject.run(ids, [prepared.site]).resid[0][:, -1]
             prepared.seen.update(zip(some, stream.clone(), strict=True))
     encoded = trained.encode(torch.stack([prepared.seen[piece] for piece in pieces]))
-    of_pieces = encoded[torch.arange(len(pieces)), torch.tensor(latents, device=encoded.device)]
+    of_pieces = encoded[torch.arange(len(pieces)), torch.tensor(latents)]
     return np.asarray(of_pieces.cpu().numpy())
 
 

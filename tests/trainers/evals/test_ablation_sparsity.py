@@ -40,10 +40,7 @@ def test_the_sparsity_of_effects_that_are_known() -> None:
     unembed[1, [0, 1, 6]] = torch.tensor([1.0, -1.0, 1.0])
     unembed[3] = torch.tensor([5.0, 5, 5, 5, 5, 2, 1])
     prepared = direct(unembed)
-    instead = prepared.raw.clone()
-    for row in range(4):
-        instead[row, row] -= 0.7 * (row + 1)
-    found = sparsities(prepared, [0, 1, 2, 3], instead)
+    found = sparsities(prepared, [0, 1, 2, 3], torch.diag(torch.tensor([-0.7, -1.4, -2.1, -2.8, 0]))[:4])
     numbers = V * POSITIONS
     assert found[0] == pytest.approx(1 / numbers, rel=1e-4)  # one logit at one position, whatever its size
     assert found[1] == pytest.approx(3 / numbers, rel=1e-4)
@@ -64,21 +61,21 @@ def test_ablations_are_those_of_plain_transformers(
     found = {row.at: row for row in rows if row.metric == "sparsity" and row.at}
     assert len(found) == 6
 
-    def logits(ids: np.ndarray, pos: int | None = None, instead: torch.Tensor | None = None) -> torch.Tensor:
+    def logits(ids: np.ndarray, pos: int | None = None, change: torch.Tensor | None = None) -> torch.Tensor:
         def hook(module: Any, inputs: Any, output: Any) -> Any:
             stream = (output[0] if isinstance(output, tuple) else output).clone()
-            stream[0, pos] = instead
+            stream[0, pos] += change
             return (stream, *output[1:]) if isinstance(output, tuple) else stream
 
-        handle = model.model.layers[1].register_forward_hook(hook) if instead is not None else None
+        handle = model.model.layers[1].register_forward_hook(hook) if change is not None else None
         with torch.no_grad():
             result: torch.Tensor = model(torch.from_numpy(ids)[None].long()).logits[0]
         if handle is not None:
             handle.remove()
         return result
 
-    def sparsity(ids: np.ndarray, pos: int, instead: torch.Tensor) -> float:
-        effect = (logits(ids, pos, instead) - logits(ids))[pos : pos + 16].double().numpy()
+    def sparsity(ids: np.ndarray, pos: int, change: torch.Tensor) -> float:
+        effect = (logits(ids, pos, change) - logits(ids))[pos : pos + 16].double().numpy()
         lower = np.sort(effect, axis=1)[:, (effect.shape[1] - 1) // 2]
         effect = (effect - lower[:, None]).ravel()
         return float(np.abs(effect).sum() ** 2 / (effect**2).sum() / len(effect))
@@ -96,13 +93,13 @@ def test_ablations_are_those_of_plain_transformers(
         chosen = ablation_sparsity.first_rows(prepared, np.flatnonzero(active))
         for number in chosen:
             z = pre[number, latent]
-            instead = act[number] - z * norm[number] * params["W_dec"][latent]
+            change = -z * norm[number] * params["W_dec"][latent]
             ids = places.contexts[places.context[number]]
             assert places.pos[number] + 16 <= len(ids)
             contexts.append(int(places.context[number]))
-            values.append(sparsity(ids, int(places.pos[number]), instead))
+            values.append(sparsity(ids, int(places.pos[number]), change))
         assert len(set(contexts)) == len(contexts) == row.n
-        assert row.value == pytest.approx(np.mean(values), rel=2e-2)
+        assert row.value == pytest.approx(np.mean(values), rel=2e-3)
     whole = {row.metric: row for row in rows if not row.at}
     assert whole["sparsity"].value == pytest.approx(np.mean([row.value for row in found.values()]))
     assert whole["sparsity"].low is not None
@@ -114,13 +111,13 @@ def test_ablations_are_those_of_plain_transformers(
     for number, channel in enumerate(prepared.channels):
         of_channel = []
         for row_number in ablation_sparsity.first_rows(prepared, everywhere, skip=number):
-            instead = act[row_number].clone()
-            instead[channel] = mean[channel]
+            change = torch.zeros(len(mean))
+            change[channel] = mean[channel] - act[row_number, channel]
             place = int(places.context[row_number]), int(places.pos[row_number])
-            of_channel.append(sparsity(places.contexts[place[0]], place[1], instead))
+            of_channel.append(sparsity(places.contexts[place[0]], place[1], change))
         wanted.append(np.mean(of_channel))
     assert len(wanted) == 5
-    assert whole["sparsity_channels"].value == pytest.approx(np.mean(wanted), rel=2e-2)
+    assert whole["sparsity_channels"].value == pytest.approx(np.mean(wanted), rel=2e-3)
 
 
 def test_where_no_position_has_enough_behind_it_it_is_one_line(

@@ -172,8 +172,7 @@ def test_too_little_text_and_no_spelling_are_one_line() -> None:
     spelt = {number: texts[number] for number in token[few].tolist()}
     with pytest.raises(SaescaleError, match="fewer than two letters begin 16 words"):
         prepared_of(raw[few], token[few], spelt)
-    source = SimpleNamespace(
-        heldout=lambda rows, columns: SimpleNamespace(act=raw.numpy(), token=token), dtype="float16"
-    )
+    stored = SimpleNamespace(act=raw.numpy(), token=token)
+    source = SimpleNamespace(heldout=lambda rows=None, columns=(): stored, dtype="float16")
     with pytest.raises(SaescaleError, match="mute has no `tokenizer`"):
         absorption.prepare(source, SimpleNamespace(name="mute"))  # type: ignore[arg-type]
