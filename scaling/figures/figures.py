@@ -6,6 +6,8 @@ from dataclasses import replace
 from itertools import count
 from typing import Literal, NamedTuple
 
+import pyarrow as pa
+
 from saescale.scaling.comparison.compare import Comparison, SideBySide
 from saescale.scaling.figures import paper
 from saescale.scaling.figures.bars import slug
@@ -21,6 +23,7 @@ from saescale.scaling.figures.views_cells import (
     residuals,
 )
 from saescale.scaling.figures.views_compare import views_of_comparison
+from saescale.scaling.figures.views_density import energy_by_frequency
 from saescale.scaling.figures.views_depth import views_of_depth
 from saescale.scaling.figures.views_laws import compute_optimal, exponents, holdout, isoflop, nmse_against_compute
 from saescale.scaling.figures.views_profile import profile, tradeoff
@@ -35,7 +38,7 @@ from saescale.storage.files import join, list_names, remove, write_atomic
 NAMES = (
     "nmse_against_n", "nmse_against_compute", "exponents", "holdout", "residuals", "profile", "tradeoff", "isoflop",
     "compute_optimal", "dead_fraction", "dead_over_training", "order", "frontier", "by_n", "by_compute",
-    "compute_ratio", "dead_by_architecture", "hierarchy", "depth_exponent", "depth_floor",
+    "compute_ratio", "dead_by_architecture", "hierarchy", "depth_exponent", "depth_floor", "energy_by_frequency",
 )  # fmt: skip
 MOST_KINDS, MOST_COMPARISONS = 16, 4
 _KINDS = ("png", "pdf", "svg", "json")
@@ -61,7 +64,9 @@ class Part(NamedTuple):
     views: Sequence[View]
 
 
-def parts_of(fitted: LawsOfKinds, sides: SideBySide, curves: Table | None = None) -> list[Part]:
+def parts_of(
+    fitted: LawsOfKinds, sides: SideBySide, curves: Table | None = None, evals: pa.Table | None = None
+) -> list[Part]:
     """Every figure for which there are data, in the order in which they are read: first what compares kinds of cells,
     then each kind. Where there are several, each has those of its cells and laws, up to sixteen kinds; what one kind
     has besides is drawn where it is fitted alone."""
@@ -76,7 +81,7 @@ def parts_of(fitted: LawsOfKinds, sides: SideBySide, curves: Table | None = None
     if depth := views_of_depth(sides.depth):
         found.append(Part("depth", {}, depth))
     if len(fitted.kinds) == 1:
-        return _apart([*found, Part("kind", {}, views_of(fitted.largest, curves))])
+        return _apart([*found, Part("kind", {}, views_of(fitted.largest, curves, evals))])
     told = [laws for laws in fitted.kinds if laws.fits or (len(laws.results) and not found)]
     for laws in told[:MOST_KINDS]:
         label = kind_label(laws.of)
@@ -113,10 +118,11 @@ def _laws_at(fitted: LawsOfKinds, comparison: Comparison) -> dict[tuple[str, flo
     return found
 
 
-def views_of(laws: Laws, curves: Table | None = None) -> list[View]:
+def views_of(laws: Laws, curves: Table | None = None, evals: pa.Table | None = None) -> list[View]:
     """Every figure of one kind of cells for which there are data, in the order in which they are read.
 
-    `laws.results` has columns n_latents and k; `curves` are those of the run (curves.parquet).
+    `laws.results` has columns n_latents and k; `curves` and `evals` are those of the run (curves.parquet,
+    evals.parquet).
     """
     document, ks = laws.document(), tuple(ks_of(laws))
     found = [
@@ -131,6 +137,7 @@ def views_of(laws: Laws, curves: Table | None = None) -> list[View]:
         compute_optimal(laws),
         dead_fraction(laws),
         dead_over_training(laws, curves),
+        energy_by_frequency(laws, evals),
     ]
     return [view for view in found if view is not None]
 

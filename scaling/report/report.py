@@ -86,10 +86,10 @@ def analyse(
     fitted = fit_laws(results, curves, settings)
     sides = side_by_side(fitted, curves)
     document = fitted.document() | sides.document()
-    parts = parts_of(fitted, sides, curves)
+    evals = run.read_evals()
+    parts = parts_of(fitted, sides, curves, evals)
     figures = draw_figures(parts, join(run.url, "figures"))
     written = [kind for kind in FILES if kind == "html" or kind in formats or exists(join(run.url, FILES[kind]))]
-    evals = run.read_evals()
     document |= _evaluated(evals)
     drawn = Drawn(tuple(parts), tuple(figures))
     reports = write_report(run.url, document, fitted.results, evals, sides, drawn, provenance or {}, written)

@@ -104,6 +104,14 @@ class Forward(NamedTuple):
     x_hat: Tensor  # [batch, d_model]
 
 
+class Candidates(NamedTuple):
+    """Each latent as if it were active, [batch, n_latents] both. What is active are latents with the largest scores: a
+    number of them, or those above a threshold; one whose value is not above 0 never is."""
+
+    scores: Tensor
+    values: Tensor  # its z
+
+
 class State(NamedTuple):
     """What the losses of a step depend on beside the batch."""
 
@@ -263,6 +271,9 @@ class Architecture(Protocol):
 
     def calibrated(self, params: Params, x: Tensor, settings: Any) -> Mapping[str, Tensor]:
         """May be left out: averaged parameters, with what is measured with them on the last batch of training."""
+
+    def candidates(self, params: Params, forward: Forward, settings: Any) -> Candidates:
+        """May be left out: of what `forward` gave, where pre-activations are not both scores and values."""
 
     def losses(self, params: Params, forward: Forward, target: Tensor, settings: Any, state: State) -> Losses:
         """Of `forward`; `target` [batch, d_model] is x itself unless the source gives another."""

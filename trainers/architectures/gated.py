@@ -15,6 +15,7 @@ from saescale.scaling.compute import Flops
 from saescale.trainers.architectures import architecture, parts
 from saescale.trainers.architectures.architecture import (
     Auxiliary,
+    Candidates,
     Forward,
     Losses,
     Parameter,
@@ -41,8 +42,17 @@ def parameters(shape: Shape, settings: Settings, centre: Centre, seed: int) -> d
 
 def forward(params: Params, x: Tensor, settings: Settings) -> Forward:
     scores = (x - params["b_pre"]) @ params["W_enc"].T
-    gate, magnitudes = scores + params["b_gate"], scores * params["r_mag"].exp() + params["b_mag"]
-    return parts.decode(params, gate, magnitudes.relu() * (gate > 0))
+    gate = scores + params["b_gate"]
+    return parts.decode(params, gate, _magnitudes(params, scores).relu() * (gate > 0))
+
+
+def _magnitudes(params: Params, scores: Tensor) -> Tensor:
+    return scores * params["r_mag"].exp() + params["b_mag"]
+
+
+def candidates(params: Params, forward: Forward, settings: Settings) -> Candidates:
+    gate = forward.pre_activations
+    return Candidates(gate, _magnitudes(params, gate - params["b_gate"]))
 
 
 def losses(params: Params, forward: Forward, target: Tensor, settings: Settings, state: State) -> Losses:

@@ -21,7 +21,16 @@ from torch import Tensor
 
 from saescale.scaling.compute import Flops
 from saescale.trainers.architectures import architecture, parts
-from saescale.trainers.architectures.architecture import Forward, Losses, Parameter, Params, Shape, State, Worked
+from saescale.trainers.architectures.architecture import (
+    Candidates,
+    Forward,
+    Losses,
+    Parameter,
+    Params,
+    Shape,
+    State,
+    Worked,
+)
 from saescale.trainers.architectures.jumprelu_sparse import JumpReLUStep
 from saescale.trainers.preprocess import Centre
 
@@ -40,6 +49,10 @@ def forward(params: Params, x: Tensor, settings: Settings) -> Forward:
     pre = parts.encode(params, x)
     latents = _Jump.apply(pre, params["threshold"].relu(), settings.bandwidth)
     return parts.decode(params, pre, latents)
+
+
+def candidates(params: Params, forward: Forward, settings: Settings) -> Candidates:
+    return Candidates(forward.pre_activations - params["threshold"].relu(), forward.pre_activations)
 
 
 def losses(params: Params, forward: Forward, target: Tensor, settings: Settings, state: State) -> Losses:

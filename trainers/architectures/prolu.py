@@ -15,7 +15,16 @@ from torch import Tensor
 
 from saescale.scaling.compute import Flops
 from saescale.trainers.architectures import architecture, parts
-from saescale.trainers.architectures.architecture import Forward, Losses, Parameter, Params, Shape, State, Worked
+from saescale.trainers.architectures.architecture import (
+    Candidates,
+    Forward,
+    Losses,
+    Parameter,
+    Params,
+    Shape,
+    State,
+    Worked,
+)
 from saescale.trainers.architectures.relu_sparse import ProLUStep
 from saescale.trainers.preprocess import Centre
 
@@ -34,6 +43,10 @@ def forward(params: Params, x: Tensor, settings: Settings) -> Forward:
     m = (x - params["b_pre"]) @ params["W_enc"].T
     latents = _ProLU.apply(m, params["b_enc"], settings.variant)
     return parts.decode(params, m + params["b_enc"], latents)
+
+
+def candidates(params: Params, forward: Forward, settings: Settings) -> Candidates:
+    return Candidates(forward.pre_activations, forward.pre_activations - params["b_enc"])
 
 
 def losses(params: Params, forward: Forward, target: Tensor, settings: Settings, state: State) -> Losses:

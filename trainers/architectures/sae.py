@@ -9,6 +9,7 @@ from torch import Tensor
 from saescale.trainers.architectures.architecture import (
     Architecture,
     Batch,
+    Candidates,
     FastStep,
     Forward,
     Reconstruction,
@@ -53,6 +54,12 @@ class SAE:
     def forward(self, x: Tensor) -> Forward:
         """The dense reference, in float32 and in one piece: [batch, n_latents] has to fit into memory."""
         return self.architecture.forward(self.params, x, self.settings)
+
+    def candidates(self, forward: Forward) -> Candidates:
+        """What its latents were chosen from in that forward pass, to choose more or fewer of them."""
+        if hasattr(self.architecture, "candidates"):
+            return self.architecture.candidates(self.params, forward, self.settings)
+        return Candidates(forward.pre_activations, forward.pre_activations)
 
     @torch.no_grad()
     def encode(self, x: Tensor) -> Tensor:

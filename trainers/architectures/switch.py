@@ -14,6 +14,7 @@ from torch import Tensor
 from saescale.scaling.compute import Flops
 from saescale.trainers.architectures import architecture, parts
 from saescale.trainers.architectures.architecture import (
+    Candidates,
     Forward,
     Losses,
     Parameter,
@@ -62,12 +63,23 @@ def forward(params: Params, x: Tensor, settings: Settings) -> Forward:
     routed = _router(params, x)
     p, chosen = routed.max(dim=1)
     pre = parts.encode(params, x)
-    expert = torch.arange(pre.shape[1], device=pre.device) // (pre.shape[1] // settings.experts)
-    own = torch.where(expert == chosen[:, None], pre, -torch.inf)
-    best = own.topk(settings.k, dim=-1)
+    best = _own(pre, chosen, settings).topk(settings.k, dim=-1)
     latents = torch.zeros_like(pre).scatter(-1, best.indices, best.values.relu()) * p[:, None]
     # The router's probabilities go along, since the losses balance them.
     return parts.decode(params, torch.cat([pre, routed], dim=1), latents)
+
+
+def _own(pre: Tensor, chosen: Tensor, settings: Settings) -> Tensor:
+    """`pre` [batch, n_latents], -inf for latents of experts other than the token's `chosen` one."""
+    expert = torch.arange(pre.shape[1], device=pre.device) // (pre.shape[1] // settings.experts)
+    return torch.where(expert == chosen[:, None], pre, -torch.inf)
+
+
+def candidates(params: Params, forward: Forward, settings: Settings) -> Candidates:
+    pre, routed = forward.pre_activations.tensor_split([forward.latents.shape[1]], dim=1)
+    p, chosen = routed.max(dim=1)
+    own = _own(pre, chosen, settings) * p[:, None]
+    return Candidates(own, own)
 
 
 def _router(params: Params, x: Tensor) -> Tensor:

@@ -51,3 +51,9 @@ def by_document(
 def ratio(of: str, to: str) -> Callable[[Sums], np.ndarray]:
     """The sum of one column over that of another."""
     return lambda sums: np.asarray(sums[of] / sums[to])
+
+
+def mean_of(values: np.ndarray) -> Estimate:
+    """The mean of `values` [units], each a unit that was drawn (a latent, a task)."""
+    columns = {"value": values, "units": np.ones(len(values))}
+    return by_document(np.arange(len(values)), columns, {"mean": ratio("value", "units")})["mean"]

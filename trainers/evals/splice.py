@@ -11,7 +11,7 @@ from saescale.storage.errors import SaescaleError
 from saescale.storage.manifest import Site
 from saescale.storage.source import Source
 from saescale.storage.store import ActivationStore
-from saescale.trainers.harvest.retrace import heldout_places
+from saescale.trainers.harvest.retrace import Places, heldout_places
 from saescale.trainers.subjects.subject import Resumes, Subject
 
 TOKENS_AT_A_TIME = 1_024  # in a forward pass: logits of a large vocabulary are 256 kB a token
@@ -26,15 +26,21 @@ class Contexts(NamedTuple):
     doc: np.ndarray
 
 
+def places_of(source: Source, subject: Subject, most: int | None = None) -> Places:
+    """Where the first held-out rows stood, `most` of them at most. Raises SaescaleError where rows of the source do not
+    lead back to contexts."""
+    if not isinstance(source, ActivationStore):
+        raise SaescaleError(f"contexts are found again for activation stores, not for {type(source).__name__}")
+    return heldout_places(source, subject, None if most is None else min(most, source.rows("heldout")))
+
+
 def heldout_contexts(source: Source, subject: Subject, rows: int | None = None) -> Iterator[Contexts]:
     """The first held-out contexts that have at least `rows` rows together (None: all), some at a time.
 
     Contexts are whole: every row of them that the store has is kept. Raises SaescaleError where rows of the source do
     not lead back to contexts.
     """
-    if not isinstance(source, ActivationStore):
-        raise SaescaleError(f"contexts are found again for activation stores, not for {type(source).__name__}")
-    places = heldout_places(source, subject)
+    places = places_of(source, subject)
     of_each = np.cumsum(np.bincount(places.context, minlength=len(places.contexts)))
     number = len(of_each) if rows is None else min(len(of_each), int(np.searchsorted(of_each, rows)) + 1)
     doc = source.heldout(columns=("doc",)).doc

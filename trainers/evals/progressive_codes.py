@@ -1,0 +1,169 @@
+"""How an SAE fares with more or fewer latents a token than it was trained for (Gao et al. 2024, section 5.5; paper.md).
+
+Two ways to choose latents of a trained SAE: TopK(k'), the k' of each token with the largest scores, and JumpReLU, all
+whose score exceeds one threshold, which is the same for all tokens and such that k' are active on average over the
+rows. A score is how near a latent is to being active: its pre-activation, or what the architecture has in its place
+(`candidates`). A latent's value is what it would be if it were active; negative ones are 0. TopK overfits its k, and
+Multi-TopK and hierarchical_topk are trained not to.
+
+| metric | what |
+|---|---|
+| `nmse` | by the SAE's own code |
+| `topk`, `jumprelu` | nmse at k' from k / 4 to 4 k (at most N), in steps of a factor of sqrt 2; `at` names it |
+| `topk_half`, `topk_same`, `topk_twice` | those of k / 2, k and 2 k |
+| `topk_rise` | nmse at 4 k over nmse at k: above 1 where more latents make it worse |
+| `jumprelu_half` ... `jumprelu_rise` | the same by a threshold |
+
+A threshold that would have to be below all values that are not negative is left out (relu has nothing beyond its own
+latents). nmse is of preprocessed rows, those that the cell's nmse was measured on; intervals are over documents. Cost:
+one dense forward pass, and a sparse decoding of k' latents a token for each of at most 18 codes.
+"""
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from saescale.scaling.metrics import Metric
+from saescale.storage.errors import SaescaleError
+from saescale.storage.source import Source
+from saescale.trainers.architectures.architecture import Forward
+from saescale.trainers.architectures.dense import CHUNK_ENTRIES
+from saescale.trainers.architectures.sae import SAE
+from saescale.trainers.evals.decoder import Decoder, linear_decoder
+from saescale.trainers.evals.evaluation import Measurement, Need
+from saescale.trainers.evals.intervals import SEED, by_document, ratio
+from saescale.trainers.exchange.trained import Trained
+from saescale.trainers.kernels.choose import kernels
+from saescale.trainers.kernels.interface import Selected
+from saescale.trainers.preprocess import normalise, to_tensor
+from saescale.trainers.subjects.subject import Subject
+
+MOST = 4  # times k, and as much below it
+_TOLERANCE = 1e-4  # of the largest activation
+
+needs: frozenset[Need] = frozenset()
+metrics = {
+    "nmse": Metric("lower"),
+    **{f"{way}_{name}": Metric("lower") for way in ("topk", "jumprelu") for name in ("half", "same", "twice", "rise")},
+}
+
+
+class Ranked(NamedTuple):
+    """The candidates of each row that could be active, the largest score first, [rows, width]; behind them -inf, -1
+    and 0."""
+
+    scores: Tensor  # float32
+    indices: Tensor  # int32
+    values: Tensor  # float32
+
+
+def measure(trained: Trained, source: Source, subject: Subject | None) -> Iterator[Measurement]:
+    rows = source.heldout(trained.cell.heldout_rows, ("act", "doc"))
+    sae, k = trained.sae, trained.cell.k
+    device = next(iter(sae.params.values())).device
+    x = normalise(to_tensor(rows.act, source.dtype).to(device))
+    columns, names = _errors(sae, x, k)
+    columns["variation"] = (x.double() - x.double().mean(dim=0)).square().sum(dim=1).cpu().numpy()
+    if not columns["variation"].sum() > 1e-20 * len(x):
+        raise SaescaleError("the held-out rows are all the same, so nmse has no meaning; harvest again")
+    of_code = by_document(
+        rows.doc, columns, {code: ratio(code, "variation") for code in columns if code != "variation"}
+    )
+    yield Measurement("nmse", *of_code["own"], n=len(x), seed=SEED)
+    for way, at in names:
+        yield Measurement(way, *of_code[_code(way, at)], at=f"k' = {at}", n=len(x), seed=SEED)
+    there = set(names)
+    n_latents, most = sae.shape.n_latents, min(MOST * k, sae.shape.n_latents)
+    for way in ("topk", "jumprelu"):
+        for name, at in (("half", max(1, k // 2)), ("same", k), ("twice", min(2 * k, n_latents))):
+            if (way, at) in there:
+                yield Measurement(f"{way}_{name}", *of_code[_code(way, at)], n=len(x), seed=SEED)
+        if {(way, k), (way, most)} <= there:
+            rise = {"rise": ratio(_code(way, most), _code(way, k))}
+            yield Measurement(f"{way}_rise", *by_document(rows.doc, columns, rise)["rise"], n=len(x), seed=SEED)
+
+
+def _code(way: str, at: int) -> str:
+    return f"{way} {at}"
+
+
+def around(k: int, n_latents: int) -> list[int]:
+    """k' from k / 4 to 4 k, at most N; k / 2, k and 2 k are among them."""
+    found = {min(n_latents, max(1, round(k * 2 ** (half / 2)))) for half in range(-4, 5)}
+    return sorted(found | {max(1, k // 2), k})
+
+
+@torch.no_grad()
+def _errors(sae: SAE, x: Tensor, k: int) -> tuple[dict[str, np.ndarray], list[tuple[str, int]]]:
+    """||x - x_hat||^2 by the SAE's own code and each other one, float64 [rows]; and which those are."""
+    decoder, ks = linear_decoder(sae, x), around(k, sae.shape.n_latents)
+    own, ranked = _ranked(sae, x, min(sae.shape.n_latents, 2 * ks[-1]))
+    columns, names = {"own": own.cpu().numpy()}, []
+    for at in ks:
+        columns[_code("topk", at)] = _error(decoder, x, ranked, at)
+        names.append(("topk", at))
+    for at in ks:
+        threshold, last = _threshold(ranked.scores, at), ranked.scores[:, -1]
+        # Where all that is kept of a row exceeds it, there may be more that does.
+        while (
+            bool(((last > -torch.inf) & (last >= threshold)).any())
+            and (width := ranked.scores.shape[1]) < sae.shape.n_latents
+        ):
+            ranked = _ranked(sae, x, min(sae.shape.n_latents, 2 * width))[1]
+            threshold, last = _threshold(ranked.scores, at), ranked.scores[:, -1]
+        if bool(threshold > -torch.inf):
+            counts = (ranked.scores >= threshold).sum(dim=1, keepdim=True)
+            columns[_code("jumprelu", at)] = _error(decoder, x, ranked, counts)
+            names.append(("jumprelu", at))
+    return columns, names
+
+
+def _ranked(sae: SAE, x: Tensor, width: int) -> tuple[Tensor, Ranked]:
+    """||x - x_hat||^2 by the SAE's own code, float64 [rows], and the `width` best candidates of each row."""
+    own, parts = [], []
+    for rows in x.split(max(1, CHUNK_ENTRIES // sae.shape.n_latents)):
+        forward = sae.forward(rows)
+        own.append((rows - forward.x_hat).double().square().sum(dim=1))
+        scores, values = sae.candidates(forward)
+        _require_values(sae, forward, values)
+        best = scores.masked_fill(~(values > 0), -torch.inf).topk(width, dim=1)
+        none = best.values == -torch.inf
+        parts.append(
+            Ranked(
+                best.values,
+                best.indices.int().masked_fill_(none, -1),
+                values.gather(1, best.indices).masked_fill_(none, 0),
+            )
+        )
+    return torch.cat(own), Ranked(*map(torch.cat, zip(*parts, strict=True)))
+
+
+def _require_values(sae: SAE, forward: Forward, values: Tensor) -> None:
+    latents = forward.latents
+    off = (values - latents).masked_fill(latents == 0, 0).abs()
+    if values.shape != latents.shape or off.max() > _TOLERANCE * latents.abs().max():
+        raise SaescaleError(
+            f"active latents of {sae.name} are not its pre-activations, so it has to define `candidates` as well "
+            "(trainers/architectures/architecture.py)"
+        )
+
+
+def _threshold(scores: Tensor, k: int) -> Tensor:
+    """The k * rows-th largest of all `scores` [rows, width >= k]; -inf where there are not so many."""
+    return scores.flatten().topk(k * len(scores)).values[-1]
+
+
+def _error(decoder: Decoder, x: Tensor, ranked: Ranked, counts: Tensor | int) -> np.ndarray:
+    """||x - x_hat||^2 by the first `counts` candidates of each row, float64 [rows]."""
+    kept = torch.arange(ranked.scores.shape[1], device=x.device)[None] < counts
+    width = max(1, int(kept.sum(dim=1).max()))
+    selected = Selected(
+        ranked.indices.masked_fill(~kept, -1)[:, :width].contiguous(),
+        ranked.values.masked_fill(~kept, 0)[:, :width].contiguous(),
+    )
+    error = torch.empty_like(x)
+    kernels(x.device).decode(x, decoder.b.contiguous(), selected, decoder.W.contiguous(), None, error)
+    return error.double().square().sum(dim=1).cpu().numpy()
