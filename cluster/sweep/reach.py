@@ -40,6 +40,17 @@ class ReachPlan(NamedTuple):
     base: dict[str, Any]
     d_model: int
 
+    @property
+    def spec(self) -> SweepSpec:
+        """The sweep of the cell to train: the surest, or where there is none the best by the law."""
+        return parse_spec(self.base | {"grid": {"cells": [self._cell]}}, "the plan")
+
+    @property
+    def _cell(self) -> dict[str, Any]:
+        way = self.surest or self.best
+        n = way.reached.sure if self.surest else way.reached.n_latents
+        return {"n_latents": n, "k": int(way.reached.k), "seed": 0, **self.prior.cell}
+
     def document(self) -> dict[str, Any]:
         """Everything as JSON."""
         device = self.prior.device
@@ -51,12 +62,8 @@ class ReachPlan(NamedTuple):
         }  # fmt: skip
 
     def yaml(self) -> str:
-        """The sweep file of the cell to train: the surest, or where there is none the best by the law."""
-        way = self.surest or self.best
-        n = (self.surest and way.reached.sure) or way.reached.n_latents
-        cell = {"n_latents": n, "k": int(way.reached.k), "seed": 0, **self.prior.cell}
-        spec = parse_spec(self.base | {"grid": {"cells": [cell]}}, "the plan")
-        document = spec.model_dump(mode="json", exclude={"grid"}) | {"grid": {"cells": [cell]}}
+        """The sweep file."""
+        document = self.spec.model_dump(mode="json", exclude={"grid"}) | {"grid": {"cells": [self._cell]}}
         return f"# The cell of least compute with {self.words}, by {self.prior.words}.\n" + yaml_text(document)
 
 

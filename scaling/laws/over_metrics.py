@@ -193,7 +193,7 @@ def _of_kind(laws: Laws, values: Values | None, metric: Metric, scale: Scale, se
                 skipped.append(Skipped(name, entry.at, entry.law.has_floor, reason, laws.of))
             else:
                 fits.append(replace(entry, of=laws.of))
-    if steps := rises(own):
+    if fits and (steps := rises(own)):
         warnings.append(f"{scale.name} does not get better with N in these steps: {listed(steps)}")
     warnings += _measured_to(scale, kept, distance[usable], fits)
     return replace(found, fits=tuple(fits), skipped=tuple(skipped), warnings=tuple(warnings))
@@ -226,14 +226,17 @@ def _read_off(name: str, values: Values, cells: Table) -> tuple[Metric, list[str
 
 
 def _measured_to(scale: Scale, values: Values, distance: np.ndarray, fits: Sequence[Fit]) -> list[str]:
-    """What the metric's own intervals say beside the scatter of cells about the law."""
+    """What the metric's own intervals say beside the scatter of cells about the law; nothing where its distance is from
+    another metric, whose errors it shares."""
+    if scale.how == "limit" and scale.said != f"{scale.limit:g}":
+        return []
     ends = np.stack([scale.distance(values.low), scale.distance(values.high)])
     with np.errstate(divide="ignore", invalid="ignore"):
         half = np.abs(np.log(ends[1]) - np.log(ends[0])) / 2
     half = half[np.isfinite(half)]
     if not len(half) or not fits:
         return []
-    typical, scatter = float(np.median(half)), min(fit.noise for fit in fits)
+    typical, scatter = float(np.median(half)), float(np.median([fit.noise for fit in fits]))
     if typical < 2 * scatter:
         return []
     return [

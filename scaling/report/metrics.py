@@ -1,13 +1,14 @@
 """What a report says of the metrics of evaluations: where nmse and they disagree, in words, and their laws and values
 over N and k, in tables."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
 from saescale.scaling.comparison.disagree import WITHIN, Cell, Contradiction, Disagreement, Ranked
 from saescale.scaling.kinds import kind_label
-from saescale.scaling.laws.notes import with_ends
+from saescale.scaling.laws.notes import fit_notes, metric_document, with_ends
 from saescale.scaling.laws.over_metrics import MetricLaws
 from saescale.scaling.report.text import TextTable, scientific, typeset
 from saescale.scaling.tables import number
@@ -74,6 +75,12 @@ def _cell(found: Disagreement, cell: Cell) -> str:
     several = "architecture" in cells and len(np.unique(cells["architecture"])) > 1
     name = f"{cells['architecture'][cell.row]}, " if several else ""
     return f"{name}N = {number(cells['n_latents'][cell.row])}, k = {number(cells['k'][cell.row])}"
+
+
+def metric_notes(document: Mapping[str, Any], shown: Sequence[MetricLaws]) -> list[str]:
+    """What must be said of the laws of the metrics that are `shown`, each after its name."""
+    names = dict.fromkeys(own.name for own in shown)
+    return [f"{name}: {note}" for name in names for note in fit_notes(metric_document(document["metrics"], name))]
 
 
 def metric_tables(metrics: Sequence[MetricLaws], shown: Sequence[MetricLaws]) -> list[TextTable]:

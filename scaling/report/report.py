@@ -29,7 +29,7 @@ from saescale.scaling.metrics import declared
 from saescale.scaling.order import in_order
 from saescale.scaling.report import text
 from saescale.scaling.report.evaluations import evaluation_tables
-from saescale.scaling.report.metrics import metric_sentences, metric_tables
+from saescale.scaling.report.metrics import metric_notes, metric_sentences, metric_tables
 from saescale.scaling.report.side_by_side import comparison_tables, depth_table, heading, said, summary
 from saescale.scaling.tables import Table, load_curves, load_results
 from saescale.storage.errors import SaescaleError
@@ -62,6 +62,7 @@ class Drawn(NamedTuple):
     figures: tuple[Figure, ...]
     said_of_metrics: Sequence[str] = ()
     tables_of_metrics: Sequence[text.TextTable] = ()
+    notes_of_metrics: Sequence[str] = ()
 
 
 class Section(NamedTuple):
@@ -105,7 +106,8 @@ def analyse(
     figures = draw_figures(parts, join(run.url, "figures"))
     written = [kind for kind in FILES if kind == "html" or kind in formats or exists(join(run.url, FILES[kind]))]
     document |= _evaluated(evals)
-    drawn = Drawn(tuple(parts), tuple(figures), metric_sentences(disagreements), metric_tables(metrics, shown))
+    of_metrics = metric_sentences(disagreements), metric_tables(metrics, shown), metric_notes(document, shown)
+    drawn = Drawn(tuple(parts), tuple(figures), *of_metrics)
     reports = write_report(run.url, document, fitted.results, evals, sides, drawn, provenance or {}, written)
     # Last, so that what fits.json says it was made from holds for the rest too.
     run.write_json("fits.json", document)
@@ -156,7 +158,11 @@ def write_report(
     shared = {
         "title": text.title(results),
         "summary": [*text.summarise(document, results), *summary(sides), *_drawn_of(document, drawn)],
-        "notes": [*(note for found in sides.comparisons for note in limits(found)), *fit_notes(document)],
+        "notes": [
+            *(note for found in sides.comparisons for note in limits(found)),
+            *fit_notes(document),
+            *drawn.notes_of_metrics,
+        ],
         "fits": document["fits"],
         "formulas": text.formulas(document),
         "tables": text.law_tables(document),

@@ -79,8 +79,9 @@ def log_summary(
     """The run that holds the outcome of a sweep: coefficients, results, figures, and an artifact of the files.
 
     fits: the document of fits.json. results: the table of results.parquet. evals: that of evals.parquet, whose metrics
-    of whole cells stand beside the results, and in the summaries of the cells' own runs. figures: files of figures by their names;
-    those with Plotly's JSON are interactive, others shown as their PNG, and PDF, SVG and PNG go into the artifact.
+    of whole cells stand beside the results, and in the summaries of the cells' own runs. figures: files of figures by
+    their names; those with Plotly's JSON are interactive, others shown as their PNG, and PDF, SVG and PNG go into the
+    artifact.
     colours: #rrggbb of each architecture where there are several, in the order of the figures.
     Calling it again (a new analysis, or one that was not logged whole) updates the same run. The URL is that of the
     group and, with wandb-workspaces, of a workspace of its panels. Raises nothing: what could not be sent is one
