@@ -124,6 +124,9 @@ class Wanted(BaseModel):
         return no_row(Table.from_rows(map(dict, rows), where), self.conditions())
 
 
+Entry = str | Mapping[str, Any] | Wanted  # as it stands in a sweep file, or read already
+
+
 def looks_at_latents(evaluation: str) -> bool:
     """Whether it looks at some latents of a cell, so that their number can be asked for."""
     return EVALUATIONS.defines(evaluation, "latents")
@@ -139,7 +142,7 @@ def each_once(entries: Iterable[Wanted]) -> list[Wanted]:
 
 
 def entries(
-    run: RunDirectory, asked: Sequence[str | Wanted] = (), latents: int | None = None, where: Sequence[str] = ()
+    run: RunDirectory, asked: Sequence[Entry] = (), latents: int | None = None, where: Sequence[str] = ()
 ) -> list[Wanted]:
     """What is asked of a run: evaluations by their names or as entries, or "all"; none: `DEFAULT` and those that the
     sweep file names, with what it says of them.
