@@ -10,6 +10,7 @@ from pydantic import (
     Field,
     SerializerFunctionWrapHandler,
     ValidationError,
+    field_validator,
     model_serializer,
     model_validator,
 )
@@ -31,8 +32,8 @@ class Wanted(BaseModel):
 
         [core, {n2g: {latents: 32, where: {n_latents: [512, 1024], k: 8}}}, {probe_loss: {where: ["k>=16"]}}]
 
-    `where`: columns of results.parquet with a value or a list of values, or conditions as `saescale fit --where` takes
-    them; a cell has to meet all of them.
+    `where`: columns of results.parquet with a value or a list of values, or a condition or a list of them as
+    `saescale fit --where` takes them; a cell has to meet all of them.
     """
 
     model_config = ConfigDict(extra="forbid", hide_input_in_errors=True)
@@ -54,6 +55,11 @@ class Wanted(BaseModel):
                 raise ValueError(f"{name} takes `latents` and `where`, such as {{latents: 32, where: {{k: 8}}}}")
             return {"evaluation": str(name).replace("-", "_"), **(settings or {})}
         return entry
+
+    @field_validator("where", mode="before")
+    @classmethod
+    def _listed(cls, given: Any) -> Any:
+        return [given] if isinstance(given, str) else given or {}
 
     @model_validator(mode="after")
     def _can_be_read(self) -> Self:
