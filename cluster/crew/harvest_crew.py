@@ -215,11 +215,11 @@ class HarvestCrew(Crew[Loaded]):
         self.idle.append(actor)
         if task.round != self._round:
             return {}  # a block that turned out not to be needed
-        if isinstance(result, ShardRecord):
-            self._done += result.shard.rows
-            if result.seconds is not None:
-                did.shards += 1
-                did.rows += result.shard.rows
+        if isinstance(result, Made):
+            self._done += result.rows
+            if result.computed:
+                did.shards += result.computed
+                did.rows += result.rows
                 did.seconds += result.seconds
         return {task.number: result}
 
