@@ -14,7 +14,7 @@ import numpy as np
 
 from saescale.storage import files
 from saescale.storage.errors import SaescaleError
-from saescale.storage.manifest import FORMAT, MANIFEST, Manifest, Split, write_manifest
+from saescale.storage.manifest import FORMAT, MANIFEST, Manifest, Shard, Split, write_manifest
 from saescale.storage.secrets import hide_secrets
 from saescale.storage.store import ActivationStore
 from saescale.storage.writable import require_writable
@@ -188,17 +188,28 @@ def _tidy(spec: HarvestSpec) -> None:
 
 def _manifests(specs: Sequence[HarvestSpec], facts: Facts, longest: int, made: Iterator[Made]) -> list[Manifest]:
     """Of each store, from what all its shards say; none is sealed before all shards of all stores are there."""
-    each_shard = [one.records for one in made]
-    return [_manifest(spec, facts, longest, records) for spec, records in zip(specs, zip(*each_shard), strict=True)]
+    sums = [_Sums(facts.d_model) for _ in specs]
+    for one in made:  # in the order of the shards: sums of floats depend on it
+        for own, record in zip(sums, one.records, strict=True):
+            own.add(record)
+    return [_manifest(spec, facts, longest, own) for spec, own in zip(specs, sums, strict=True)]
 
 
-def _manifest(spec: HarvestSpec, facts: Facts, longest: int, records: Iterable[ShardRecord]) -> Manifest:
-    shards, total, total_square = [], np.zeros(facts.d_model), 0.0
-    for record in records:  # in the order of the shards: sums of floats depend on it
-        shards.append(record.shard)
+class _Sums:
+    """Over the shards of a store."""
+
+    def __init__(self, d_model: int) -> None:
+        self.shards: list[Shard] = []
+        self.total, self.total_square = np.zeros(d_model), 0.0  # of the train rows
+
+    def add(self, record: ShardRecord) -> None:
+        self.shards.append(record.shard)
         if record.shard.split == "train":
-            total += record.total
-            total_square += record.total_square
+            self.total += record.total
+            self.total_square += record.total_square
+
+
+def _manifest(spec: HarvestSpec, facts: Facts, longest: int, sums: _Sums) -> Manifest:
     return Manifest(
         format=FORMAT,
         subject=spec.subject,
@@ -213,9 +224,9 @@ def _manifest(spec: HarvestSpec, facts: Facts, longest: int, records: Iterable[S
         documents_cut=spec.cut_documents,
         seed=spec.seed,
         row_group_rows=spec.row_group_rows,
-        shards=shards,
-        mean=(total / spec.tokens).tolist(),
-        mean_square=total_square / spec.tokens,
+        shards=sums.shards,
+        mean=(sums.total / spec.tokens).tolist(),
+        mean_square=sums.total_square / spec.tokens,
         split_by="content" if facts.reads_text else "subject",
         contexts_cross_documents=facts.reads_text,
         created_with={**facts.created_with, "computed_in": facts.computed_in},

@@ -29,8 +29,8 @@ def each_layer(
     """
     if there := [name for name in (MANIFEST, PLAN) if files.exists(files.join(spec.out, name))]:
         raise SaescaleError(
-            f"{spec.out} is a store itself (it holds {there[0]}); --layers writes a store for each layer into a folder: "
-            "give another one"
+            f"{spec.out} is a store itself (it holds {there[0]}); --layers writes a store for each layer into a "
+            "folder: give another one"
         )
     if isinstance(layers, str):
         trusted = spec.trust_remote_code
@@ -62,7 +62,8 @@ def _named(layers: str) -> list[int] | None:
         match = _PART.fullmatch(part.strip())
         if match is None:
             raise SaescaleError(
-                f"--layers must be numbers and ranges (0-11, or 0,4,8) or {ALL}, not {layers!r}: {part.strip()!r} is none"
+                f"--layers must be numbers and ranges (0-11, or 0,4,8) or {ALL}, not {layers!r}: "
+                f"{part.strip()!r} is none"
             )
         first, last = int(match[1]), int(match[2] or match[1])
         if first > last:

@@ -141,10 +141,8 @@ class Harvester:
             tell(rows, f"keeping {tokens.name}", False)
             return Made(tuple(records[each.layer] for each in self._specs), 0, 0.0)
         acts = _activations(lacking, self._subject, self.facts, contexts, np.argsort(order), tell, tokens.name)
-        for each in lacking:
-            note_plan(
-                each.out, {**job.plan, "layer": each.layer}
-            )  # only now: what fails in the first shard leaves none
+        for each in lacking:  # only now, so that what fails in the first shard leaves empty folders
+            note_plan(each.out, {**job.plan, "layer": each.layer})
         for each in lacking:
             act = acts.pop(each.layer)
             shard = write_shard(

@@ -11,7 +11,7 @@ _BESIDE = 10  # bytes of a row beside its activation: token, pos, doc
 
 
 def check_room(specs: Sequence[HarvestSpec], d_model: int) -> str:
-    """What the stores of `specs` take, in words: bytes on the disk in all, and the shards that a process holds at a time.
+    """What the stores of `specs` take, in words: on the disk in all, and in the memory of a process at a time.
 
     Raises SaescaleError where the disk of a local folder has no room for what is missing of them.
     """
@@ -22,8 +22,8 @@ def check_room(specs: Sequence[HarvestSpec], d_model: int) -> str:
     stores = "1 store" if len(specs) == 1 else f"{len(specs)} stores (layers {_ranges([s.layer for s in specs])})"
     if free is not None and missing > free:
         raise SaescaleError(
-            f"{stores} of {spec.rows:,} rows take {_size(whole)}, of which {_size(missing)} are missing, and the disk of "
-            f"{spec.out} has {_size(free)} free; make room, harvest fewer rows (--tokens) or elsewhere (--out)"
+            f"{stores} of {spec.rows:,} rows take {_size(whole)}, of which {_size(missing)} are missing, and the disk "
+            f"of {spec.out} has {_size(free)} free; make room, harvest fewer rows (--tokens) or elsewhere (--out)"
         )
     held = (len(specs) + 1) * min(spec.shard_rows, spec.rows) * row
     room = "" if free is None else f" ({_size(free)} free)"
