@@ -84,6 +84,7 @@ def _ordered(comparison: Comparison) -> list[str]:
     if not words:
         return []
     signs = ["~ where two neighbours are not told apart"] * (" ~ " in words)
+    signs += ["> where those N and L0 that both have say the contrary of all others"] * (" > " in words)
     signs += ["by their values alone, without intervals"] * ("," in words)
     meaning = f" ({'; '.join(signs)})" if signs else ""
     return [f"In order of nmse at equal N and L0, the lowest first{meaning}: {words}."]

@@ -201,7 +201,8 @@ def _html(
         **shared,
         tiles=text.tiles(document, results),
         ks=[{"value": f"{k:g}", "light": colour(k, ks), "dark": colour(k, ks, dark=True)} for k in ks],
-        names=[{"value": name, "light": colour(name, ()), "dark": colour(name, (), dark=True)} for name in names],
+        names=[{"value": name, "light": colour(name, names), "dark": colour(name, names, dark=True)}
+               for name in names],
         sections=[
             section._asdict() | {"figures": [
                 {**_words(figure), "svg": base64.b64encode(figure.files["svg"]).decode()} for figure in section.figures

@@ -1,7 +1,6 @@
 """Several layers in one pass: each store is the one of a harvest of its layer alone, whatever happened on the way."""
 
 import shutil
-import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -98,7 +97,8 @@ CHILD = """
 import os, signal, sys
 from saescale.trainers.harvest import conduct, make_shard
 from saescale.trainers.harvest.spec import HarvestSpec
-def dying(module, name, at):
+from saescale.trainers.subjects import language_model
+def die(module, name, at):
     whole, calls = getattr(module, name), []
     def call(*given):
         calls.append(given)
@@ -106,34 +106,40 @@ def dying(module, name, at):
             os.kill(os.getpid(), signal.SIGKILL)
         return whole(*given)
     setattr(module, name, call)
-module, name, at = sys.argv[2:]
-dying({"conduct": conduct, "make_shard": make_shard}[module], name, int(at))
-conduct.harvest_layers(HarvestSpec.model_validate_json(sys.argv[1]), "0,2,3")
+for given in sys.argv[1:]:
+    spec, module, name, at = given.split("|")
+    if not (child := os.fork()):
+        die({"conduct": conduct, "make_shard": make_shard}[module], name, int(at))
+        conduct.harvest_layers(HarvestSpec.model_validate_json(spec), "0,2,3")
+        os._exit(0)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
 """
+# Where a harvest is killed: which layers are sealed then, and which passes are left.
+KILLS: dict[str, tuple[str, list[str], dict[tuple[int, ...], list[str]]]] = {
+    "between two notes": ("make_shard|note_plan|2", [], {(0, 2, 3): SHARDS}),
+    # The second shard is there of layer 0 alone.
+    "between two shards": ("make_shard|write_shard|5", [], {(2, 3): SHARDS[1:2], (0, 2, 3): SHARDS[2:]}),
+    "between two seals": ("conduct|write_manifest|2", ["resid_post.0"], {}),
+}
 
 
-@pytest.mark.parametrize(
-    ("where", "sealed", "left"),
-    [
-        (("make_shard", "note_plan", "2"), [], {(0, 2, 3): SHARDS}),
-        # The second shard is there of layer 0 alone.
-        (("make_shard", "write_shard", "5"), [], {(2, 3): SHARDS[1:2], (0, 2, 3): SHARDS[2:]}),
-        (("conduct", "write_manifest", "2"), ["resid_post.0"], {}),
-    ],
-    ids=["between two notes", "between two shards", "between two seals"],
-)
+@pytest.fixture(scope="module")
+def killed(alone: HarvestSpec, tmp_path_factory: pytest.TempPathFactory) -> dict[str, HarvestSpec]:
+    """Harvests that SIGKILL ended, by where."""
+    folder = tmp_path_factory.mktemp("killed")
+    specs = {name: alone.model_copy(update={"out": str(folder / name)}) for name in KILLS}
+    given = [f"{specs[name].model_dump_json()}|{moment}" for name, (moment, _, _) in KILLS.items()]
+    subprocess.run([sys.executable, "-c", CHILD, *given], cwd=REPOSITORY, check=True)
+    return specs
+
+
+@pytest.mark.parametrize("where", KILLS)
 def test_a_killed_harvest_goes_on_with_what_each_layer_lacks(
-    alone: HarvestSpec,
-    spec: HarvestSpec,
-    passes: list[tuple[list[int], str]],
-    where: tuple[str, str, str],
-    sealed: list[str],
-    left: dict[tuple[int, ...], list[str]],
+    alone: HarvestSpec, killed: dict[str, HarvestSpec], passes: list[tuple[list[int], str]], where: str
 ) -> None:
-    command = [sys.executable, "-c", CHILD, spec.model_dump_json(), *where]
-    assert subprocess.run(command, cwd=REPOSITORY, check=False).returncode == -signal.SIGKILL
-    whole = everything(alone.out)
-    there = everything(spec.out)
+    spec, (_, sealed, left) = killed[where], KILLS[where]
+    whole, there = everything(alone.out), everything(spec.out)
+    assert there
     assert {name: whole[name] for name in there} == there
     assert [name.split("/")[0] for name in there if name.endswith("manifest.json")] == sealed
     harvest_layers(spec, LAYERS)
