@@ -2,7 +2,7 @@
 
 import json
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from saescale.cluster.sweep.spec import parse_spec
+from saescale.cluster.sweep.spec import load_spec
 from saescale.cluster.sweep.stores import open_stores
 from saescale.storage.store import ActivationStore
 from tests.cluster.command import assert_one_line, saescale_here
@@ -65,7 +65,7 @@ def test_options_reach_the_notes(tiny_subject: str, tmp_path: Path) -> None:
 
 
 def test_layers_of_one_pass_are_the_stores_of_a_sweep(
-    tiny_subject: str, tiny_corpus: str, tmp_path: Path, document: dict[str, Any]
+    tiny_subject: str, tiny_corpus: str, tmp_path: Path, document: dict[str, Any], sweep_file: Callable[[Any], str]
 ) -> None:
     command = ["harvest", tiny_subject, *SIZES, "--corpus", tiny_corpus, "--out", f"{tmp_path}/tiny", "--layers"]
     done = saescale_here(*command, "all")
@@ -74,7 +74,7 @@ def test_layers_of_one_pass_are_the_stores_of_a_sweep(
     assert "4 stores (layers 0-3) of 768 rows: " in said
     assert f"{tmp_path}/tiny/resid_post.3: 768 rows of {tiny_subject}, resid_post of layer 3, d_model 32" in said
     assert f"A sweep over all of them has `store: {tmp_path}/tiny/resid_post.*`" in said
-    sweep = parse_spec(document | {"store": f"{tmp_path}/tiny/resid_post.*"}, "test")
+    sweep = load_spec(sweep_file(document | {"store": f"{tmp_path}/tiny/resid_post.*"}))
     assert [store.site.layer for store in open_stores(sweep)] == [0, 1, 2, 3]
     # A layer is added without touching the others, whose own command finds them finished.
     assert saescale_here(*command, "2").returncode == 0
