@@ -10,6 +10,7 @@ from typing import Any
 import pyarrow as pa
 import pytest
 
+from saescale.scaling.figures.interactive import FONT
 from saescale.scaling.laws.settings import FitSettings
 from saescale.scaling.report.report import analyse
 from saescale.storage.columns import RESULTS
@@ -131,6 +132,24 @@ def test_sort(page: Page) -> None:
     page.run("document.querySelector('th[data-name=n] button').click()")
     assert [row[0] for row in rows_shown(page)][:: len(KS)] == [f"{n:,}" for n in SIZES]
     assert page.errors == []
+
+
+BEYOND = """[...document.querySelectorAll('.drawn')].flatMap((figure) => {
+  const ends = figure.querySelector('.main-svg').getBoundingClientRect();
+  return [...figure.querySelectorAll('.textpoint text, .xtick text, .ytick text')].filter((text) => {
+    const own = text.getBoundingClientRect();
+    return own.left < ends.left - 0.5 || own.right > ends.right + 0.5;
+  }).map((text) => `${figure.id}: ${text.textContent}`);
+})"""
+
+
+def test_a_phone_cuts_no_name_off_in_a_wide_font(browser: Page, arms_url: str, tmp_path: Path) -> None:
+    page = Path(arms_url.removeprefix("file://")).read_text()
+    assert FONT in page
+    (tmp_path / "wide.html").write_text(page.replace(FONT, "'DejaVu Sans Mono', monospace"))
+    browser.open(f"file://{tmp_path}/wide.html", width=360, touch=True)
+    assert "does not get there" in browser.run("document.getElementById('compute_ratio').textContent")
+    assert browser.run(BEYOND) == []
 
 
 def test_a_chip_hides_its_k_everywhere(page: Page) -> None:
