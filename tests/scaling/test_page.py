@@ -10,7 +10,6 @@ from typing import Any
 import pyarrow as pa
 import pytest
 
-from saescale.scaling.figures.interactive import FONT
 from saescale.scaling.laws.settings import FitSettings
 from saescale.scaling.report.report import analyse
 from saescale.storage.columns import RESULTS
@@ -143,11 +142,11 @@ BEYOND = """[...document.querySelectorAll('.drawn')].flatMap((figure) => {
 })"""
 
 
-def test_a_phone_cuts_no_name_off_in_a_wide_font(browser: Page, arms_url: str, tmp_path: Path) -> None:
+def test_the_smallest_phone_cuts_no_words_off_in_a_wide_font(browser: Page, arms_url: str, tmp_path: Path) -> None:
     page = Path(arms_url.removeprefix("file://")).read_text()
-    assert FONT in page
-    (tmp_path / "wide.html").write_text(page.replace(FONT, "'DejaVu Sans Mono', monospace"))
-    browser.open(f"file://{tmp_path}/wide.html", width=360, touch=True)
+    assert page.count("system-ui,") > 10  # of each figure
+    (tmp_path / "wide.html").write_text(page.replace("system-ui,", "monospace,"))
+    browser.open(f"file://{tmp_path}/wide.html", width=240, touch=True)
     assert "does not get there" in browser.run("document.getElementById('compute_ratio').textContent")
     assert browser.run(BEYOND) == []
 
