@@ -84,7 +84,7 @@ def fit(
             _show_convergence(found)
         _show_rates(document)
         _show_side_by_side(sides)
-        limited = (note for found in sides.comparisons for note in limits(found))
+        limited = limits(sides.comparisons)
         show_notes([*limited, *fit_notes(document), *_comparisons(document, (*asked, "n_k"))])
     if not document["fits"] and not sides.comparisons:
         named = fitted.results.source
@@ -136,6 +136,7 @@ def _read_wandb(path: str) -> Any:
 def _show_side_by_side(sides: "SideBySide") -> None:
     """Architectures in their order, and laws over depth."""
     from saescale.scaling.comparison.sentences import hierarchy, outcome
+    from saescale.scaling.kinds import kind_label
     from saescale.scaling.report.side_by_side import depth_table, heading, overall_table
 
     shown = [(heading(found), overall_table(found, one_k=True)) for found in sides.comparisons]
@@ -148,7 +149,8 @@ def _show_side_by_side(sides: "SideBySide") -> None:
         say(f"\n{title}\n")
         console.print(lines)
     for comparison in sides.comparisons:
-        for sentence in (*outcome(comparison), *hierarchy(comparison)):
+        where = kind_label(comparison.arms.of)
+        for sentence in (*outcome(comparison), *(f"{where}: {s}" if where else s for s in hierarchy(comparison))):
             say(sentence)
 
 

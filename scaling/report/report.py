@@ -141,7 +141,7 @@ def write_report(
     shared = {
         "title": text.title(results),
         "summary": [*text.summarise(document, results), *summary(sides), *_drawn_of(document, drawn)],
-        "notes": [*(note for found in sides.comparisons for note in limits(found)), *fit_notes(document)],
+        "notes": [*limits(sides.comparisons), *fit_notes(document)],
         "fits": document["fits"],
         "formulas": text.formulas(document),
         "tables": text.law_tables(document),
