@@ -1,6 +1,7 @@
-"""Whether a folder can be written to: asked before any work is done for what is to go there."""
+"""Whether a folder can be written to, and how much: asked before any work is done for what is to go there."""
 
 import os
+import shutil
 import tempfile
 import uuid
 
@@ -29,6 +30,15 @@ def require_writable(url: str) -> None:
         raise SaescaleError(
             f"cannot write to {url}{where}: {one_line(error)}; give another folder, or the right to write there"
         ) from error
+
+
+def free_bytes(url: str) -> int | None:
+    """Of the disk on which the folder lies, or would be made; None where nobody can say (object stores)."""
+    path = files.local_path(url)
+    try:
+        return None if path is None else shutil.disk_usage(_nearest(path)).free
+    except OSError:
+        return None
 
 
 def _nearest(path: str) -> str:

@@ -1,6 +1,7 @@
-"""A harvest shared by the actors of a Ray cluster: the same store, whatever their number and whichever died."""
+"""A harvest shared by the actors of a Ray cluster: the same stores, whatever their number and whichever died."""
 
 import uuid
+from collections.abc import Sequence
 from contextlib import suppress
 from typing import NamedTuple
 
@@ -10,35 +11,39 @@ from saescale.storage import files
 from saescale.storage.errors import SaescaleError
 from saescale.storage.manifest import Manifest
 from saescale.storage.secrets import hide_secrets
-from saescale.trainers.harvest.conduct import SPOOL_PREFIX, conduct
+from saescale.trainers.harvest.conduct import SPOOL_PREFIX, conduct, is_sealed
 from saescale.trainers.harvest.spec import HarvestSpec
 from saescale.trainers.subjects.subject import name_for_other_processes
 
 
 class Harvest(NamedTuple):
-    """The manifest of a finished harvest, and what each actor did for it in this call."""
+    """The manifests of a finished harvest, and what each actor did for it in this call."""
 
-    manifest: Manifest
+    manifests: list[Manifest]
     actors: list[ActorRow]
 
 
-def harvest_on_actors(spec: HarvestSpec, actors: int | str, address: str | None, show: ShowHarvest) -> Harvest:
+def harvest_on_actors(
+    specs: Sequence[HarvestSpec], actors: int | str, address: str | None, show: ShowHarvest
+) -> Harvest:
     """A harvest (trainers/harvest/conduct.py) by `actors` processes ("auto": one for each GPU or node) of the Ray
-    cluster at `address` (default: RAY_ADDRESS, else a local one).
+    cluster at `address` (default: RAY_ADDRESS, else a local one). `specs` differ in `layer` and `out` alone.
 
-    All share the documents, then the shards. The store's folder has to be in sight of every node; the corpus only of
-    this one. On machines of one kind the store is the same to the last bit whatever `actors` is, and the one that
+    All share the documents, then the shards. The stores' folders have to be in sight of every node; the corpus only of
+    this one. On machines of one kind a store is the same to the last bit whatever `actors` is, and the one that
     `harvest` writes; another kind may round otherwise. Memory here: less than 100 bytes for each document, no tokens;
-    those lie in a folder of the store's folder until the end. Two calls at a time on one store do no harm, see
-    `conduct`. Raises what `harvest` and `HarvestCrew` raise.
+    those lie in a folder of a store's folder until the end. Two calls at a time do no harm, see `conduct`. Raises what
+    `harvest` and `HarvestCrew` raise.
     """
-    # A folder for this call alone: another one on the same store removes its own, and all of them only when the
-    # store is sealed and nobody needs them any more.
-    spool = files.join(_absolute(spec.out), SPOOL_PREFIX + uuid.uuid4().hex)
+    specs = [_for_other_nodes(spec) for spec in specs]
+    # A folder for this call alone: another one removes its own, and all of them only in stores that are sealed, when
+    # nobody needs them any more.
+    first = next((spec for spec in specs if not is_sealed(spec)), specs[0])
+    spool = files.join(first.out, SPOOL_PREFIX + uuid.uuid4().hex)
     try:
-        with HarvestCrew(_for_other_nodes(spec), spool, actors, address, show) as crew:
-            manifest = conduct(spec, crew, spool, crew.say)
-            return Harvest(manifest, crew.rows())
+        with HarvestCrew(specs[0].rows, spool, actors, address, show) as crew:
+            manifests = conduct(specs, crew, spool, crew.say)
+            return Harvest(manifests, crew.rows())
     finally:
         with suppress(SaescaleError):  # the next harvest of this store that ends well removes it
             files.remove(spool)

@@ -4,7 +4,7 @@ An actor may die at any moment. What it was doing goes to another one, and what 
 """
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import count
 from typing import Any, NamedTuple
@@ -19,7 +19,7 @@ from saescale.storage import files
 from saescale.storage.errors import SaescaleError, Unavailable, one_line
 from saescale.storage.waiting import SAY_AFTER_S, Wait, hear
 from saescale.trainers.harvest.contexts import Block, Counted
-from saescale.trainers.harvest.make_shard import Facts, ShardJob, ShardRecord
+from saescale.trainers.harvest.make_shard import Facts, Made, ShardJob
 from saescale.trainers.harvest.spec import HarvestSpec
 
 MAX_ATTEMPTS = 5  # of a block or shard, and of starting an actor
@@ -56,9 +56,9 @@ class HarvestCrew(Crew[Loaded]):
     """The crew (trainers/harvest/conduct.py) of `actors` processes ("auto": one for each GPU, or for each node where
     there are none), each with one GPU where the cluster has them, else with its share of the CPU cores.
 
-    It joins Ray, or starts one, when the subject is loaded, and is a context manager that ends what it started. Raises
-    SaescaleError when Ray cannot be reached or has too few GPUs, when actors die again and again at one thing or in
-    their start, and whatever SaescaleError an actor raises.
+    `rows` are those of a store. It joins Ray, or starts one, when the subject is loaded, and is a context manager that
+    ends what it started. Raises SaescaleError when Ray cannot be reached or has too few GPUs, when actors die again and
+    again at one thing or in their start, and whatever SaescaleError an actor raises.
     """
 
     words = Words(
@@ -67,11 +67,10 @@ class HarvestCrew(Crew[Loaded]):
         one="an actor",
     )
 
-    def __init__(
-        self, spec: HarvestSpec, spool: str, actors: int | str, address: str | None, show: ShowHarvest
-    ) -> None:
+    def __init__(self, rows: int, spool: str, actors: int | str, address: str | None, show: ShowHarvest) -> None:
         super().__init__(address)
-        self._spec, self._spool, self._wanted = spec, spool, actors
+        self._rows, self._spool, self._wanted = rows, spool, actors
+        self._specs: list[HarvestSpec] = []
         self._progress = show
         self._did: dict[Any, _Actor] = {}  # of each actor that was ever started
         self._running: dict[Any, tuple[Any, _Task]] = {}
@@ -86,10 +85,10 @@ class HarvestCrew(Crew[Loaded]):
 
     # --- what a harvest asks of its crew
 
-    def load(self, computed_in: str) -> Facts:
+    def load(self, specs: Sequence[HarvestSpec], computed_in: str) -> Facts:
         """Starts the actors; returns when one is up, and the others join when they are."""
         self.connect()
-        spec = self._spec
+        self._specs, spec = list(specs), specs[0]
         shards = -(-spec.tokens // spec.shard_rows) - (-spec.heldout_tokens // spec.shard_rows)
         self._shares = share_out(nodes(), self._wanted, shards)
         self.claim = {"CPU": self._shares.cpus, "GPU": float(self._shares.gpus)}
@@ -105,7 +104,7 @@ class HarvestCrew(Crew[Loaded]):
     def tokenize(self, blocks: Iterator[Block]) -> Iterator[Counted]:
         return self._each("tokenize", blocks)
 
-    def make(self, jobs: Iterator[ShardJob]) -> Iterator[ShardRecord]:
+    def make(self, jobs: Iterator[ShardJob]) -> Iterator[Made]:
         self.say("harvesting")
         return self._each("make", jobs)
 
@@ -128,7 +127,7 @@ class HarvestCrew(Crew[Loaded]):
         shares = self._shares
         # Two threads: one works, the other answers state.
         options = {"num_cpus": shares.cpus, "num_gpus": shares.gpus, "max_concurrency": 2}
-        actor = self._actor(HarvestActor, options, self._spec, self._spool, shares.threads)
+        actor = self._actor(HarvestActor, options, self._specs, self._spool, shares.threads)
         self._did[actor] = _Actor(len(self._did) + 1)
         return actor, actor.load.remote(self._computed_in)
 
@@ -215,11 +214,11 @@ class HarvestCrew(Crew[Loaded]):
         self.idle.append(actor)
         if task.round != self._round:
             return {}  # a block that turned out not to be needed
-        if isinstance(result, ShardRecord):
-            self._done += result.shard.rows
-            if result.seconds is not None:
-                did.shards += 1
-                did.rows += result.shard.rows
+        if isinstance(result, Made):
+            self._done += result.rows
+            if result.computed:
+                did.shards += result.computed
+                did.rows += result.rows
                 did.seconds += result.seconds
         return {task.number: result}
 
@@ -273,5 +272,4 @@ class HarvestCrew(Crew[Loaded]):
         super().close()
 
     def _tell(self, running_rows: int, rates: list[float]) -> None:
-        total = self._spec.tokens + self._spec.heldout_tokens
-        self._progress(self._done + running_rows, total, sum(rates), self._stage, rates)
+        self._progress(self._done + running_rows, self._rows, sum(rates), self._stage, rates)

@@ -2,6 +2,7 @@
 
 import os
 import socket
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import ray
@@ -12,7 +13,7 @@ from saescale.storage.waiting import Wait, waits
 from saescale.trainers.device import set_threads
 from saescale.trainers.harvest.conduct import Meter
 from saescale.trainers.harvest.contexts import Block, Counted
-from saescale.trainers.harvest.make_shard import Facts, Harvester, ShardJob, ShardRecord
+from saescale.trainers.harvest.make_shard import Facts, Harvester, Made, ShardJob
 from saescale.trainers.harvest.spec import HarvestSpec
 
 MARKER = "here"  # a file that the driver puts into the spool: a node that lacks it sees another folder
@@ -28,7 +29,8 @@ class Loaded(NamedTuple):
 
 
 class ActorRow(NamedTuple):
-    """What an actor of a harvest computed, and its rows a second meanwhile, reading and writing included."""
+    """What an actor of a harvest computed: shards of all stores, and contexts' rows, each once for all layers, also a
+    second meanwhile, reading and writing included."""
 
     actor: int
     node: str
@@ -50,8 +52,8 @@ class ActorState(NamedTuple):
 class HarvestActor:
     """Runs in a process of its own; `state` answers while it works."""
 
-    def __init__(self, spec: HarvestSpec, spool: str, threads: int) -> None:
-        self._spec, self._spool, self._threads = spec, spool, threads
+    def __init__(self, specs: Sequence[HarvestSpec], spool: str, threads: int) -> None:
+        self._specs, self._spool, self._threads = specs, spool, threads
         self._meter = Meter(total=0)
         self._task, self._before = -1, 0
 
@@ -61,11 +63,11 @@ class HarvestActor:
         set_threads(self._threads)
         if not files.exists(files.join(self._spool, MARKER)):
             raise SaescaleError(
-                f"the node {node} does not see the store's folder {self._spec.out}; "
+                f"the node {node} does not see the store's folder {self._specs[0].out}; "
                 "give a folder that all nodes share, or an object store (s3://...)"
             )
         try:
-            self._harvester = Harvester(self._spec, self._spool, computed_in)
+            self._harvester = Harvester(self._specs, self._spool, computed_in)
         except SaescaleError as error:
             raise SaescaleError(f"on the node {node}: {error}") from error
         return Loaded(node, self._harvester.facts, ray.get_runtime_context().get_node_id(), os.getpid())
@@ -74,7 +76,7 @@ class HarvestActor:
         """`Harvester.tokenize`."""
         return self._harvester.tokenize(block)
 
-    def make(self, task: int, job: ShardJob) -> ShardRecord:
+    def make(self, task: int, job: ShardJob) -> Made:
         """`Harvester.make`."""
         set_threads(self._threads)  # of this thread: Ray has another one for each call that it runs at a time
         self._task, self._before = task, self._meter.done

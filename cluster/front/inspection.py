@@ -1,5 +1,6 @@
 """What lies at a URL, in a few lines: an activation store, a run directory, or one cell's folder."""
 
+from collections.abc import Mapping
 from typing import Any
 
 from saescale.storage.errors import SaescaleError
@@ -58,8 +59,15 @@ def _run(run: RunDirectory) -> dict[str, str]:
         "store": ", ".join(source.words() for source in recorded_sources(spec)),
         "grid": ", ".join(f"{name} {values}" for name, values in grid.items()),
         "cells": ", ".join(f"{statuses.count(s)} {s}" for s in sorted(set(statuses))),
-        "laws": ", ".join(entry["law"] for entry in fits["fits"]) if fits else "not fitted yet",
+        "laws": _laws(fits),
     }
+
+
+def _laws(fits: Mapping[str, Any] | None) -> str:
+    """Each that was fitted, to however many kinds of cells."""
+    if not fits:
+        return "not fitted yet"
+    return ", ".join(dict.fromkeys(entry["law"] for entry in fits["fits"])) or "none could be fitted"
 
 
 def _cell(url: str) -> dict[str, str]:

@@ -104,7 +104,7 @@ def fit(
             _show_convergence(found)
         _show_rates(document)
         _show_side_by_side(sides)
-        limited = (note for found in sides.comparisons for note in limits(found))
+        limited = limits(sides.comparisons)
         show_notes([*limited, *fit_notes(document), *_comparisons(document, (*asked, "n_k"))])
     if of_metrics and not any(found.fits for found in of_metrics):
         named = listed(dict.fromkeys(found.name for found in of_metrics), ", ")
@@ -179,6 +179,7 @@ def _show_metrics(document: dict[str, Any]) -> None:
 def _show_side_by_side(sides: "SideBySide") -> None:
     """Architectures in their order, and laws over depth."""
     from saescale.scaling.comparison.sentences import hierarchy, outcome
+    from saescale.scaling.kinds import kind_label
     from saescale.scaling.report.side_by_side import depth_table, heading, overall_table
 
     shown = [(heading(found), overall_table(found, one_k=True)) for found in sides.comparisons]
@@ -191,7 +192,8 @@ def _show_side_by_side(sides: "SideBySide") -> None:
         say(f"\n{title}\n")
         console.print(lines)
     for comparison in sides.comparisons:
-        for sentence in (*outcome(comparison), *hierarchy(comparison)):
+        where = kind_label(comparison.arms.of)
+        for sentence in (*outcome(comparison), *(f"{where}: {s}" if where else s for s in hierarchy(comparison))):
             say(sentence)
 
 

@@ -14,6 +14,7 @@ from rich.text import Text
 from saescale.cluster.front.console import command
 from saescale.cluster.front.waits import duration, waits_line
 from saescale.cluster.sweep.status import CellStatus, JobStatus, SweepStatus
+from saescale.scaling.order import in_order
 from saescale.storage.columns import is_diverged
 from saescale.storage.waiting import Wait
 
@@ -189,8 +190,9 @@ def _grid(cells: Sequence[CellStatus], sources: _Sources, width: int, max_rows: 
     places: dict[tuple[_Row, int], list[CellStatus]] = defaultdict(list)
     for cell in cells:
         places[_row(cell, sources), cell.k].append(cell)
-    all_rows, ks = sorted({row for row, _ in places}), sorted({k for _, k in places})
-    several = len({architecture for _, architecture, _ in all_rows}) > 1
+    order = in_order(architecture for (_, architecture, _), _ in places)
+    all_rows = sorted({row for row, _ in places}, key=lambda row: (row[0], order.index(row[1]), row[2]))
+    ks, several = sorted({k for _, k in places}), len(order) > 1
     title = "nmse" if len(places) == len(cells) else "best nmse"
     rows = _spread(all_rows, max_rows)
     names = {row: _row_name(row, sources, several) for row in rows}

@@ -41,8 +41,12 @@ CutDocuments = Annotated[
 
 def harvest(
     subject: Annotated[str, typer.Argument(help="smollm2-135m, hf:<org>/<name>, hf:/path/to/folder or your own.")],
-    out: Annotated[str, typer.Option(help="URL of the activation store to write.")],
-    layer: Annotated[int, typer.Option(help="The site is resid_post of this layer, counted from 0.")],
+    out: Annotated[str, typer.Option(help="URL of the activation store to write; of --layers the folder of stores.")],
+    layer: Annotated[int | None, typer.Option(help="The site is resid_post of this layer, counted from 0.")] = None,
+    layers: Annotated[
+        str | None,
+        typer.Option(help="Several layers in one pass, a store for each below --out: 0-11, or 0,4,8, or all."),
+    ] = None,
     corpus: Corpus = None,
     text_column: TextColumn = None,
     cut_documents: CutDocuments = None,
@@ -69,17 +73,22 @@ def harvest(
 ) -> None:
     """Writes the residual stream of a subject, on a text or on sequences of its own, into an activation store.
 
-    Without --actors and --address this process does it alone. The store is the same whatever the number of actors.
+    Without --actors and --address this process does it alone. The store is the same whatever the number of actors, and
+    whether --layer or --layers wrote it: those are stores of the same rows, OUT/resid_post.0 and so on.
 
     Example: [bold]saescale harvest hf:openai-community/gpt2 --layer 8 --corpus 'data/*.jsonl' --out stores/gpt2-l8[/]
+    Example: [bold]saescale harvest hf:openai-community/gpt2 --layers 0-11 --corpus 'data/*.jsonl' --out stores/gpt2[/]
     """
     from pydantic import ValidationError
 
     from saescale.trainers.device import set_threads
-    from saescale.trainers.harvest.conduct import harvest as run_harvest
+    from saescale.trainers.harvest.conduct import harvest_each
+    from saescale.trainers.harvest.layers import each_layer, stores_of_all
     from saescale.trainers.harvest.spec import HarvestSpec
     from saescale.trainers.subjects.subject import at_revision
 
+    if (layer is None) == (layers is None):
+        raise SaescaleError("harvest: give --layer with one layer, or --layers with several (0-11, or 0,4,8, or all)")
     given = {
         "subject": subject, "out": out, "layer": layer, "corpus": corpus, "text_column": text_column, "tokens": tokens,
         "heldout_tokens": heldout_tokens, "context_length": context_length, "cut_documents": cut_documents,
@@ -95,23 +104,26 @@ def harvest(
         message = problem["msg"][0].lower() + problem["msg"][1:]
         raise SaescaleError(f"harvest: {option}: {message} (given: {problem['input']!r})") from error
     crew: list[ActorRow] = []
-    if actors is None and address is None:
-        set_threads(os.cpu_count() or 1)
-        with display() as shown:
-            manifest = run_harvest(spec, shown.harvest)
-    else:
-        wanted = number_of_actors("harvest", actors or "auto")
-        from saescale.cluster.crew.harvest import harvest_on_actors
+    with display() as shown:
+        specs = [spec] if layers is None else each_layer(spec, layers, notify=shown.stage)
+        if actors is None and address is None:
+            set_threads(os.cpu_count() or 1)
+            manifests = harvest_each(specs, shown.harvest)
+        else:
+            from saescale.cluster.crew.harvest import harvest_on_actors
 
-        with display() as shown:
-            manifest, crew = harvest_on_actors(spec, wanted, address, shown.harvest)
+            wanted = number_of_actors("harvest", actors or "auto")
+            manifests, crew = harvest_on_actors(specs, wanted, address, shown.harvest)
     if crew:
         from saescale.cluster.front.display import actor_table
 
         console.print(actor_table(crew))
-    rows, site = sum(shard.rows for shard in manifest.shards), f"{manifest.site.hook} of layer {manifest.site.layer}"
-    say(f"{out}: {rows:,} rows of {manifest.subject}, {site}, d_model {manifest.d_model}")
-    say(f"Next: {command('inspect', out)}")
+    for each, manifest in zip(specs, manifests, strict=True):
+        rows, site = sum(s.rows for s in manifest.shards), f"{manifest.site.hook} of layer {manifest.site.layer}"
+        say(f"{each.out}: {rows:,} rows of {manifest.subject}, {site}, d_model {manifest.d_model}")
+    say(f"Next: {command('inspect', specs[0].out)}")
+    if layers is not None:
+        say(f"A sweep over all of them has `store: {stores_of_all(out)}`")
 
 
 def inspect(

@@ -21,6 +21,7 @@ from saescale.storage.rundir import RunDirectory
 from saescale.storage.store import ActivationStore
 from saescale.trainers.architectures.own import own_files
 from saescale.trainers.cell import Cell
+from saescale.trainers.evals.nmse import HeldOut
 from saescale.trainers.exchange import native
 from saescale.trainers.precision import Precision
 from saescale.trainers.training.results import Provenance, result_row
@@ -94,14 +95,21 @@ class Ledger:
     def _from_files(self, cell: Cell) -> dict[str, Any]:
         """The result of a cell whose result.json is damaged. Raises SaescaleError where its weights are not there, not
         sound or another cell's, or where its curve does not reach its end."""
-        there = native.read(self.run.cell_url(cell.cell_id)).cell
+        trained = native.read(self.run.cell_url(cell.cell_id))
+        there = trained.cell
         points = [row for row in self.run.read_cell_curve(cell.cell_id) if row["step"] == cell.steps]
         if there.cell_id != cell.cell_id or not points:
             raise SaescaleError(f"what else is in {self.run.cell_url(cell.cell_id)} is not of its end")
         last = CurveRow(**{name: points[-1][name] for name in CurveRow._fields})
         # The dense equivalent is that of a plan: what AuxK did is counted in the lost file alone.
         flops = Flops(int(last.flops), cell.flops(cell.tokens).dense)
-        row = result_row(cell, self._provenance(cell), cell.tokens, flops, wall_s=0.0, last=last, error=None)
+        levels = None
+        if trained.sae.settings.levels():  # which no other file has: they are measured again
+            held_out = HeldOut(self.stores[cell.store], self.document["eval"]["tokens"])
+            levels = held_out.levels(trained.sae, trained.origin, trained.sae.precision == "bf16")
+        row = result_row(
+            cell, self._provenance(cell), cell.tokens, flops, wall_s=0.0, last=last, error=None, levels=levels
+        )
         return row | {"wall_s": None}
 
     def _provenance(self, cell: Cell) -> Provenance:

@@ -30,7 +30,11 @@ def resolve_settings(
     own, shared = _parted(settings, architectures)
     names = _names(architecture)
     mine = own.get(architecture, {})
-    require_known(mine, names, [architecture])
+    for other, section in own.items():  # also of one that the grid does not have now: a slip would wait for the day
+        require_known(section, _names(other), [other])
+        if other not in architectures:
+            for name, value in section.items():
+                _values(other, name, value, ())
     there = {name for other in architectures for name in _names(other)}
     sections = {name for name, value in shared.items() if isinstance(value, Mapping)}
     require_known(sections, sorted({*there, *architectures, *ARCHITECTURES.names()}), architectures)

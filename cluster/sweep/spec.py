@@ -29,7 +29,7 @@ from saescale.storage.errors import Damaged, SaescaleError
 from saescale.storage.files import folders_like
 from saescale.storage.secrets import ADVICE, secret_in_url
 from saescale.trainers.architectures import ARCHITECTURES
-from saescale.trainers.architectures.own import kept
+from saescale.trainers.architectures.own import not_here
 from saescale.trainers.cell import Cell, EvalSpec, auto_k_aux, known_architecture, traits_of, whole_settings
 from saescale.trainers.evals.wanted import Wanted, each_once
 from saescale.trainers.loggers.wandb_cells import WandbSettings
@@ -449,10 +449,7 @@ def _require_own(document: Mapping[str, Any], where: str) -> None:
     own = resolved.get("architectures") if isinstance(resolved, Mapping) else None
     for name in own if isinstance(own, Mapping) else ():
         if name not in ARCHITECTURES.names():
-            raise SaescaleError(
-                f"{where}: {name} is an architecture of your own, whose file is not here: give it with "
-                f"--architecture-file (the run keeps a copy, {kept(str(document.get('out')), name)})"
-            )
+            raise SaescaleError(f"{where}: {not_here(str(document.get('out')), name)}")
 
 
 def parse_recorded(document: Mapping[str, Any], where: str) -> SweepSpec:

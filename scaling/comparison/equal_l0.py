@@ -12,6 +12,7 @@ from saescale.scaling.comparison.scatter import Interval, interval
 from saescale.scaling.order import BASELINES, in_order
 from saescale.scaling.tables import number
 
+_SIGNS = {-1: " < ", 0: " ~ ", 1: " > "}  # of neighbours in an order, by the sign of their difference
 _SAME = 0.005  # relative difference of L0 that is none
 _BEYOND = 0.05  # how far beyond what was measured an architecture's own slope, or its nearest cell, still speaks
 # d ln nmse / d ln L0 is not steeper than minus this: 0.24 in the law published for GPT-4 at N = 2^17, up to 0.4 here.
@@ -86,12 +87,13 @@ class Order:
 
     @property
     def words(self) -> str:
-        """ "topk ~ gated < relu": ~ where neighbours are not told apart, a comma where nothing tells."""
+        """ "topk ~ gated < relu": ~ where neighbours are not told apart, > where what both of them have says that the
+        second is ahead, a comma where nothing tells."""
         text = self.architectures[0] if self.architectures else ""
         for first, second in zip(self.architectures, self.architectures[1:], strict=False):
             found = self.pairs.get((first, second))
             known = found is not None and found[0].low is not None
-            text += (", " if not known or found is None else " < " if found[0].sign < 0 else " ~ ") + second
+            text += (", " if not known or found is None else _SIGNS[found[0].sign]) + second
         return text
 
 

@@ -20,8 +20,17 @@ def outcome(comparison: Comparison) -> list[str]:
     return [f"{where}: {sentence}" if where else sentence for sentence in said]
 
 
-def limits(comparison: Comparison) -> list[str]:
-    """What limits a comparison: cells that are in none, scatter that is not known."""
+def limits(comparisons: Iterable[Comparison]) -> list[str]:
+    """What limits comparisons: cells that are in none, scatter that is not known. What holds for several sources is
+    said once."""
+    said: dict[str, list[str]] = {}
+    for comparison in comparisons:
+        for text in _limits(comparison):
+            said.setdefault(text, []).append(kind_label(comparison.arms.of))
+    return [(f"{listed(names, ', ')}: " if any(names) else "") + text for text, names in said.items()]
+
+
+def _limits(comparison: Comparison) -> list[str]:
     said = []
     if comparison.places.left_out:
         said.append(
@@ -32,9 +41,7 @@ def limits(comparison: Comparison) -> list[str]:
         said.append(f"differences between architectures have no intervals: {comparison.scatter.how}; repeat seeds")
     elif comparison.scatter.of_surface:
         said.append("differences between architectures have rough intervals: " + comparison.scatter.how)
-    said += _budgets(comparison)
-    where = kind_label(comparison.arms.of)
-    return [f"{where}: {text}" if where else text for text in said]
+    return said + _budgets(comparison)
 
 
 def _budgets(comparison: Comparison) -> list[str]:
@@ -84,6 +91,7 @@ def _ordered(comparison: Comparison) -> list[str]:
     if not words:
         return []
     signs = ["~ where two neighbours are not told apart"] * (" ~ " in words)
+    signs += ["> where those N and L0 that both have say the contrary of all others"] * (" > " in words)
     signs += ["by their values alone, without intervals"] * ("," in words)
     meaning = f" ({'; '.join(signs)})" if signs else ""
     return [f"In order of nmse at equal N and L0, the lowest first{meaning}: {words}."]

@@ -68,7 +68,10 @@ def theme(ks: tuple[float, ...], others: Iterable[View] = ()) -> dict[str, str]:
 def _traces(layer: views.Layer, view: View) -> list[Spec]:
     base: Spec = {"type": "scatter", "showlegend": False}
     if isinstance(layer, Label):
-        return [_text(layer, layer.x, layer.y, "bottom right", view, "\u2002")] if layer.beside else []
+        if layer.where == "margin":
+            return []
+        position = "middle right" if layer.where == "row" else "bottom right"
+        return [_text(layer, layer.x, layer.y, position, view, "\u2002")]
     if isinstance(layer, Rule):
         x = [view.x.low, view.x.high] if layer.x is None else [layer.x, layer.x]
         y = [view.y.low, view.y.high] if layer.x is not None else x if layer.y is None else [layer.y, layer.y]
@@ -87,7 +90,7 @@ def _traces(layer: views.Layer, view: View) -> list[Spec]:
             "hovertemplate": f"{_raised(layer.text)}<br>%{{y:.4g}}<extra></extra>"}  # fmt: skip
         return [place | {"mode": "lines", "line": line, "opacity": 0.55 if layer.stroke == "curve" else 1} | hover]
     hollow = layer.marker == "open"
-    shape = mark(layer.level)
+    shape = mark(layer.level, view.levels)
     size = 11 if shape.startswith(("triangle", "star", "cross")) else 8  # of one size those look smaller
     marker = {"size": size, "symbol": shape, "color": PAGE[0] if hollow else shade,
               "line": {"width": 2 if hollow else 1, "color": shade if hollow else PAGE[0]}}  # fmt: skip
@@ -114,7 +117,7 @@ def _labels(view: View) -> list[Spec]:
     traces = []
     for label, place in zip(labels, places, strict=True):
         # A name with its mark, since no line leads from a label to what it names.
-        before = f"{glyph(label.level)} " if isinstance(label.level, str) else ""
+        before = f"{glyph(label.level, view.levels)} " if isinstance(label.level, str) else ""
         trace = _text(label, view.x.high, view.y.value(place), "middle right", view, before)
         if view.ramp != "compute" and label.level is not None:
             trace |= _of_level(label.level)

@@ -39,13 +39,14 @@ _NAMED = {
     "frozen_encoder": ("#7b848d", "#a3adb8", "cross"),
     "pca": ("#a9b0b8", "#cfd6dd", "triangle-left"),
 }
-# A user's architecture and a subject take one of each, by a hash of the name: another run gives it the same.
+# A user's architecture and a subject take one of each, by a hash of the name: another run gives it the same, unless
+# there are others beside it that have that one already.
 _OTHERS = (("#0f6f78", "#4fc3cf"), ("#6f7a00", "#c3cf4f"), ("#d1478f", "#ff9ccb"), ("#5a3a2a", "#d0a890"))
-_MARKS = ("diamond-tall", "hexagon2")
+_MARKS = ("diamond-tall", "hexagon2", "star-diamond", "hexagram")
 _GLYPHS = {
     "circle": "●", "square": "■", "triangle-up": "▲", "triangle-down": "▼", "triangle-left": "◀", "triangle-right": "▶",
     "diamond": "◆", "diamond-tall": "♦", "pentagon": "⬟", "hexagon": "⬢", "hexagon2": "⬣", "star": "★",
-    "x": "✖", "cross": "✚",
+    "x": "✖", "cross": "✚", "star-diamond": "✦", "hexagram": "✶",
 }  # fmt: skip
 
 
@@ -54,29 +55,30 @@ def colour(level: Level | None, levels: Iterable[Level], dark: bool = False, ram
 
     Values of k go from dark to light, from viridis, which the colour-blind tell apart and which survives grey printing.
     On a dark page the hue stays and the lightness is raised. Levels of compute have a ramp of their own. The colour of
-    a name follows from the name alone.
+    a name of saescale follows from the name alone, that of another also from those beside it: up to 16 differ in colour
+    or mark.
     """
     if level is None:
         return SOFT[dark]
     if isinstance(level, str):
-        return _named(level)[dark]
+        return _named(level, levels)[dark]
     return _colours(tuple(sorted(v for v in set(levels) if not isinstance(v, str))), dark, ramp)[level]
 
 
 def colours_of(document: Mapping[str, Any]) -> dict[str, str]:
     """The colour on white of each architecture that a document of fits.json compares, in their order."""
-    names = (name for entry in document.get("comparison", ()) for name in entry["architectures"])
-    return {name: colour(name, ()) for name in in_order(names)}
+    names = in_order(name for entry in document.get("comparison", ()) for name in entry["architectures"])
+    return {name: colour(name, names) for name in names}
 
 
-def mark(level: Level | None) -> str:
-    """The mark of points, as Plotly calls it: a name's own, else a circle."""
-    return _named(level)[2] if isinstance(level, str) else "circle"
+def mark(level: Level | None, levels: Iterable[Level] = ()) -> str:
+    """The mark of points, as Plotly calls it: a name's own among all `levels`, else a circle."""
+    return _named(level, levels)[2] if isinstance(level, str) else "circle"
 
 
-def glyph(level: Level) -> str:
+def glyph(level: Level, levels: Iterable[Level] = ()) -> str:
     """The mark as a character, for a label that no line leads to."""
-    return _GLYPHS[mark(level)]
+    return _GLYPHS[mark(level, levels)]
 
 
 def translucent(hexadecimal: str, alpha: float) -> str:
@@ -85,11 +87,26 @@ def translucent(hexadecimal: str, alpha: float) -> str:
     return f"rgba({red},{green},{blue},{alpha:g})"
 
 
-def _named(name: str) -> tuple[str, str, str]:
+def _named(name: str, levels: Iterable[Level]) -> tuple[str, str, str]:
     if name in _NAMED:
         return _NAMED[name]
-    number = int.from_bytes(hashlib.sha256(name.encode()).digest()[:4])
-    return (*_OTHERS[number % len(_OTHERS)], _MARKS[number // len(_OTHERS) % len(_MARKS)])
+    beside = {level for level in levels if isinstance(level, str) and level not in _NAMED}
+    return _others(tuple(sorted({name, *beside})))[name]
+
+
+@cache
+def _others(names: tuple[str, ...]) -> dict[str, tuple[str, str, str]]:
+    """Of names that are not saescale's: each has the place that its hash gives it, or the next one that is free."""
+    pairs = [(*shades, mark) for mark in _MARKS for shades in _OTHERS]
+    taken: set[int] = set()
+    found = {}
+    for name in names:
+        place = int.from_bytes(hashlib.sha256(name.encode()).digest()[:4]) % len(pairs)
+        while place in taken and len(taken) < len(pairs):
+            place = (place + 1) % len(pairs)
+        taken.add(place)
+        found[name] = pairs[place]
+    return found
 
 
 @cache

@@ -36,10 +36,10 @@ _STYLE: dict[Any, Any] = {
     # The same figure has the same bytes.
     "svg.hashsalt": "saescale",
 }
-_MARKS = {
+_MARKS: dict[str, Any] = {
     "circle": "o", "square": "s", "triangle-up": "^", "triangle-down": "v", "triangle-left": "<",
     "triangle-right": ">", "diamond": "D", "diamond-tall": "d", "pentagon": "p", "hexagon": "h", "hexagon2": "H",
-    "star": "*", "x": "X", "cross": "P",
+    "star": "*", "x": "X", "cross": "P", "star-diamond": (4, 1, 0), "hexagram": (6, 1, 0),
 }  # fmt: skip
 _LARGE = ("o", "s", "D", "X")  # look larger than the others of one size
 _STROKES: dict[views.Stroke, dict[str, Any]] = {
@@ -109,9 +109,10 @@ def _draw(axes: Axes, layer: views.Layer, view: View) -> None:
             axes.axhline(layer.y, color=RULE[0], lw=1.0, zorder=1.5)
         return
     if isinstance(layer, Label):
-        if layer.beside:
+        if layer.where != "margin":
             text = _deeper(colour(layer.level, view.levels, ramp=view.ramp))
-            axes.annotate(_raised(layer.text), xy=(layer.x, layer.y), xytext=(7, -7), textcoords="offset points",
+            down = 0 if layer.where == "row" else -7
+            axes.annotate(_raised(layer.text), xy=(layer.x, layer.y), xytext=(7, down), textcoords="offset points",
                           color=text, va="center", ha="left", zorder=3)  # fmt: skip
         return
     shade = colour(layer.level, view.levels, ramp=view.ramp)
@@ -128,7 +129,7 @@ def _draw(axes: Axes, layer: views.Layer, view: View) -> None:
             high = np.where(np.isnan(layer.high), axis.value(2.0), layer.high)
             bars, place = (axes.hlines, layer.y) if layer.across else (axes.vlines, layer.x)
             bars(place, low, high, color=shade, lw=1.2, zorder=2.7)
-        shape = _MARKS[mark(layer.level)]
+        shape = _MARKS[mark(layer.level, view.levels)]
         size = 5.5 if shape in _LARGE else 9.0 if shape == "*" else 7.0
         axes.plot(layer.x, layer.y, shape, ls="none", ms=size, color=PAGE[0] if hollow else shade,
                   mec=shade if hollow else PAGE[0],

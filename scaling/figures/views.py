@@ -88,7 +88,8 @@ class Band:
 
 @dataclass(frozen=True)
 class Label:
-    """The name of what ends at (x, y) on the right, written beside the axes, or `beside` the place itself.
+    """The name of what ends at (x, y) on the right, written beside the axes (margin), below the place itself, or beside
+    it in its row.
 
     `level` None: in the colour of text.
     """
@@ -97,7 +98,7 @@ class Label:
     y: float
     text: str
     level: Level | None
-    beside: bool = False
+    where: Literal["margin", "below", "row"] = "margin"
 
 
 @dataclass(frozen=True)
@@ -130,7 +131,7 @@ class View:
     @property
     def labels(self) -> list[Label]:
         """The labels beside the axes, from the lowest to the highest, short enough to leave these their room."""
-        labels = [layer for layer in self.layers if isinstance(layer, Label) and not layer.beside]
+        labels = [layer for layer in self.layers if isinstance(layer, Label) and layer.where == "margin"]
         if self.ramp == "name":
             labels = [replace(label, text=shortened(label.text)) for label in labels]
         return sorted(labels, key=lambda label: self.y.fraction(label.y))

@@ -166,7 +166,7 @@ def holdout(laws: Laws) -> View | None:
             texts = [f"N = {row['n_latents']:,.0f}, k = {k:g}<br>measured {row['measured']:.4f}<br>predicted "
                      f"{row['predicted']:.4f} ({np.expm1(row['log_error']):+.1%})" for row in own]  # fmt: skip
             layers.append(Points(measured, predicted, k, texts, low if given else None, high if given else None))
-            layers.append(Label(float(measured[-1]), float(predicted[-1]), f"k = {k:g}", k, beside=True))
+            layers.append(Label(float(measured[-1]), float(predicted[-1]), f"k = {k:g}", k, where="below"))
             seen += [*measured, *predicted, *(low if given else ()), *(high if given else ())]
             bounded += len(own) if given else 0
             within += int(((low <= measured) & (measured <= high)).sum()) if given else 0

@@ -41,7 +41,7 @@ def profile(document: Mapping[str, Any], ks: tuple[float, ...]) -> View | None:
         # At the end that rises: where the best floor is the highest possible, only the left one does.
         first, last = np.flatnonzero(kept)[[0, -1]]
         last = last if ratio[last] > 0.1 * _SHOWN else first
-        layers.append(Label(float(floor[last]), float(ratio[last]), _short(name), k, beside=True))
+        layers.append(Label(float(floor[last]), float(ratio[last]), _short(name), k, where="below"))
         floors += floor[kept].tolist()
     return View(
         "profile", "Profile of the floor",
@@ -67,7 +67,7 @@ def tradeoff(document: Mapping[str, Any], ks: tuple[float, ...]) -> View | None:
         best = min(range(len(inside)), key=lambda i: inside[i]["ratio"])
         text = f"{name}<br>floor {floor[best]:.4f}<br>exponent {exponent[best]:.3f}".replace("-", "−")
         layers.append(Points(floor[best : best + 1], exponent[best : best + 1], k, [text]))
-        layers.append(Label(float(floor[-1]), float(exponent[-1]), _short(name), k, beside=True))
+        layers.append(Label(float(floor[-1]), float(exponent[-1]), _short(name), k, where="below"))
         floors += floor.tolist()
         exponents += exponent.tolist()
     if not layers:

@@ -40,7 +40,7 @@ def order(comparison: Comparison) -> View | None:
         )
         if above.value > widest:
             # Well inside of the axes: a narrow page would cut it off at their end.
-            layers.append(Label(0.6 * widest, rows[name], f"{above.value:+.0f} % \u2192", name, beside=True))
+            layers.append(Label(0.6 * widest, rows[name], f"{above.value:+.0f} % \u2192", name, where="row"))
             continue
         layers.append(bar(above, rows[name], name, text))
         seen += [above.value, *(end for end in (above.low, above.high) if end is not None)]
@@ -77,7 +77,7 @@ def compute_ratios(comparison: Comparison) -> View | None:
         if missing := [r for r in comparison.ratios if r.architecture == name and r.median is None]:
             every = len(missing) == len(ks)
             text = _why(missing) + ("" if every else f" at k = {listed((f'{r.k:g}' for r in missing), ', ')}")
-            layers.append(Label(1.0 if every else right, rows[name], text, None, beside=True))
+            layers.append(Label(1.0 if every else right, rows[name], text, None, where="row"))
     low, high = min(min(seen), 0.5), right
     return View(
         file_name("compute_ratio", comparison), f"Compute for equal nmse, against {comparison.reference}",

@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from saescale.scaling.kinds import Kind, kind_label
-from saescale.scaling.words import listed
+from saescale.scaling.words import MOST, listed
 
 Entry = Mapping[str, Any]
 _ALIKE, _LIKEWISE = 4, 2  # of more than four notes that differ in their numbers alone two are written out
@@ -72,7 +72,7 @@ def fit_notes(document: Entry) -> list[str]:
     What holds for several kinds, k or laws is said once and names them; of notes that differ only in their numbers from
     kind to kind the first two.
     """
-    kinds = len(kinds_of_document(document))
+    kinds = [kind_label(of) for of in kinds_of_document(document)]
     skipped = _said_once([(entry, entry["reason"]) for entry in document["skipped"]], kinds)
     warned = _said_once([(entry, warning) for entry in document["fits"] for warning in entry["warnings"]], kinds)
     of_rates: dict[str, list[str]] = {}
@@ -135,7 +135,7 @@ def with_ends(value: Mapping[str, float | None]) -> str:
     return f"{value['value']:.3g}" + ("" if low is None or high is None else f" ({low:.3g} to {high:.3g})")
 
 
-def _said_once(notes: Sequence[tuple[Entry, str]], kinds: int) -> list[str]:
+def _said_once(notes: Sequence[tuple[Entry, str]], kinds: Sequence[str]) -> list[str]:
     """Each text once, after the laws that it concerns; `notes` are (entry of fits or skipped, text)."""
     concerned: dict[str, list[Entry]] = {}
     for entry, text in notes:
@@ -143,7 +143,7 @@ def _said_once(notes: Sequence[tuple[Entry, str]], kinds: int) -> list[str]:
     alike: dict[str, list[str]] = {}
     for text in concerned:
         # Numbers of one kind's fit say the same of all kinds: one line for each of 144 would be read by nobody.
-        alike.setdefault(re.sub(r"[\d.,]*\d[\d.e%+-]*", "#", text) if kinds > 1 else text, []).append(text)
+        alike.setdefault(re.sub(r"[\d.,]*\d[\d.e%+-]*", "#", text) if len(kinds) > 1 else text, []).append(text)
     said = []
     for texts in alike.values():
         shown = texts if len(texts) <= _ALIKE else texts[:_LIKEWISE]
@@ -153,7 +153,7 @@ def _said_once(notes: Sequence[tuple[Entry, str]], kinds: int) -> list[str]:
     return said
 
 
-def _laws(entries: Sequence[Entry], kinds: int) -> str:
+def _laws(entries: Sequence[Entry], kinds: Sequence[str]) -> str:
     """The laws of entries, such as "n at k = 8, 16; c at k = 8, with floor", each with the kinds of cells after it."""
     laws: dict[tuple[str, bool], dict[str, list[Mapping[str, float]]]] = {}
     for entry in entries:
@@ -162,9 +162,24 @@ def _laws(entries: Sequence[Entry], kinds: int) -> str:
     words = []
     for (law, floor), ats in laws.items():
         for label, names in _grouped({kind: _label(law, own, floor) for kind, own in ats.items()}).items():
-            where = f" ({listed(names, ', ')})" if any(names) else ""
-            words.append(label + (" of all kinds" if 1 < kinds == len(names) else where))
+            words.append(label + _of_kinds(names, kinds))
     return "; ".join(words)
+
+
+def _of_kinds(names: Sequence[str], kinds: Sequence[str]) -> str:
+    """Which kinds those are: their names, or where they are many how many, and which few are not among them."""
+    if not any(names):
+        return ""
+    others = [kind for kind in kinds if kind not in names]
+    if not others and len(kinds) > 1:
+        return " of all kinds"
+    if len(names) <= MOST:
+        return f" ({listed(names, ', ')})"
+    return (
+        f" of all kinds but {listed(others, ', ')}"
+        if len(others) <= MOST
+        else f" of {len(names)} of {len(kinds)} kinds"
+    )
 
 
 def _grouped(labels: Mapping[str, str]) -> dict[str, list[str]]:
@@ -178,7 +193,7 @@ def _grouped(labels: Mapping[str, str]) -> dict[str, list[str]]:
 def _label(law: str, ats: Sequence[Mapping[str, float]], floor: bool) -> str:
     """Such as "n at k = 8, 16, with floor" for n with a floor at k = 8 and at k = 16."""
     held = "".join(
-        f" at {column} = {listed(dict.fromkeys(f'{at[column]:g}' for at in ats if column in at), ', ')}"
+        f" at {column} = {listed((f'{level:g}' for level in sorted({at[column] for at in ats if column in at})), ', ')}"
         for column in ats[0]
     )
     return law + held + (", with floor" if floor else "")

@@ -19,6 +19,13 @@
     return Object.fromEntries(Object.entries(value).map(([key, item]) => [key, themed(item)]));
   };
 
+  // Pixels that texts of that size take; letters of a font of the reader's machine may be wider than others'.
+  const pen = document.createElement("canvas").getContext("2d");
+  const widest = (texts, size, layout) => {
+    pen.font = `${size}px ${layout.font.family}`;
+    return Math.ceil(Math.max(0, ...texts.map((text) => pen.measureText(text.replace(/<[^>]*>/g, "")).width)));
+  };
+
   const fitted = (spec) => {
     const { data, layout } = isDark() ? themed(spec) : structuredClone(spec);
     for (const trace of data) trace.visible = !(trace.meta && (hidden.k.has(trace.meta.k) || hidden.name.has(trace.meta.name)));
@@ -27,8 +34,17 @@
       // Names of lines lose what stands in brackets, so that the axes keep their room.
       const labels = data.filter((trace) => trace.mode === "text");
       for (const trace of labels) trace.text = trace.text.map((text) => text.replace(/ \(.*\)$/, ""));
-      const letters = labels.map((trace) => trace.text[0].replace(/<[^>]*>/g, "").length);
-      layout.margin = { ...layout.margin, l: layout.margin.l - 12, r: 14 + 7 * Math.max(0, ...(layout.margin.r > 16 ? letters : [])) };
+      const { range, type } = layout.xaxis;
+      const end = type === "log" ? 10 ** range[1] : range[1];
+      const beside = labels.filter((trace) => trace.textposition === "middle right");
+      const inside = beside.filter((trace) => trace.x[0] < end - 1e-6 * Math.abs(end));
+      // Words in a row may be longer than what is left of it: they end with it.
+      for (const trace of inside) Object.assign(trace, { x: [end], textposition: "middle left" });
+      const outside = layout.margin.r > 16 ? labels.filter((trace) => !inside.includes(trace)) : [];
+      layout.margin = {
+        ...layout.margin, l: Math.max(54, 38 + widest(layout.yaxis.ticktext, 11, layout)),
+        r: 14 + widest(outside.map((trace) => trace.text[0]), 12, layout),
+      };
       layout.height = 360;
       layout.font.size = 11;
       for (const axis of [layout.xaxis, layout.yaxis]) Object.assign(axis.tickfont, { size: 11 });

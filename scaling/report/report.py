@@ -159,7 +159,7 @@ def write_report(
         "title": text.title(results),
         "summary": [*text.summarise(document, results), *summary(sides), *_drawn_of(document, drawn)],
         "notes": [
-            *(note for found in sides.comparisons for note in limits(found)),
+            *limits(sides.comparisons),
             *fit_notes(document),
             *drawn.notes_of_metrics,
         ],
@@ -225,7 +225,8 @@ def _html(
         **shared,
         tiles=text.tiles(document, results),
         ks=[{"value": f"{k:g}", "light": colour(k, ks), "dark": colour(k, ks, dark=True)} for k in ks],
-        names=[{"value": name, "light": colour(name, ()), "dark": colour(name, (), dark=True)} for name in names],
+        names=[{"value": name, "light": colour(name, names), "dark": colour(name, names, dark=True)}
+               for name in names],
         sections=[
             section._asdict() | {"figures": [
                 {**_words(figure), "svg": base64.b64encode(figure.files["svg"]).decode()} for figure in section.figures

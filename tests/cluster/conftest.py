@@ -1,5 +1,6 @@
 """One Ray cluster of three nodes for all tests of this folder, and sweeps small enough to run on it."""
 
+import base64
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,14 @@ from saescale.trainers.training.train import PackJob, train_pack
 from tests.survival import reached
 from tests.trainers.synthetic import sparse_rows, write_store
 
+# A PNG of one white pixel, and what else is made of a figure.
+BLANK = {
+    "png": base64.b64decode(
+        "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAAAAAA6fptVAAAACklEQVR4nGP4DwABAQEANl9ngAAAAABJRU5ErkJggg=="
+    ),
+    "pdf": b"%PDF-1.4",
+    "svg": b"<svg/>",
+}
 NODE: dict[str, Any] = {"num_cpus": 1, "num_gpus": 1, "object_store_memory": 80 * 2**20}  # the GPU is a fake
 
 
@@ -41,6 +50,13 @@ def three_nodes(s3_endpoint: str) -> Iterator[Any]:
     ray.shutdown()
     cluster.shutdown()
     monkeypatch.undo()
+
+
+@pytest.fixture(autouse=True)
+def unpainted(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Sweeps of this process end with blank still pictures: painting them takes longer than training. What they
+    show is held by tests/scaling; a process of its own paints them."""
+    monkeypatch.setattr("saescale.scaling.figures.paper.draw", lambda view: BLANK)
 
 
 @pytest.fixture(scope="session")

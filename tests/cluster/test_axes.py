@@ -228,6 +228,9 @@ SWITCH = {"architecture": ["topk", "switch"]}
         ({"architecture": "relu"}, {"settings": {"coefficient": True}}, "setting coefficient of relu: Input should be"),
         ({"architecture": "relu"}, {"settings": {"coefficient": float("inf")}}, "a finite number (given: inf"),
         ({"architecture": "relu"}, {"settings": {"gatd": {"coefficient": 1}}}, "did you mean gated?"),
+        # Below the name of an architecture that the grid lacks now, too.
+        ({}, {"settings": {"switch": {"expert": 4}}}, "expert is no setting of switch: did you mean experts?"),
+        ({}, {"settings": {"switch": {"experts": [4, 0]}}}, "setting experts of switch: Input should be greater than"),
     ],
 )  # fmt: skip
 def test_what_cannot_be_is_one_line(grid: dict[str, Any], train: dict[str, Any], said: str) -> None:

@@ -194,7 +194,7 @@ def test_fit_report_status_and_inspect(
     three_nodes: Any, document: dict[str, Any], sweep_file: Callable[[Any], str]
 ) -> None:
     out = document["out"]
-    assert saescale_here("sweep", sweep_file(document)).returncode == 0
+    assert saescale_here("sweep", sweep_file(document), "--bootstraps", "20").returncode == 0
     shown = saescale("fit", out, "--law", "n_k", "--json", "--bootstraps", "20")
     fits = json.loads(shown.stdout)
     assert [fit["law"] for fit in fits["fits"]] == ["n_k"]
@@ -218,7 +218,7 @@ def test_fit_report_status_and_inspect(
         result = saescale_here("inspect", url)
         assert result.returncode == 0, result.stderr
         assert said in result.stdout
-    assert "checksums" in saescale("inspect", document["store"], "--verify").stdout
+    assert "checksums" in saescale_here("inspect", document["store"], "--verify").stdout
     assert_one_line(saescale_here("inspect", str(Path(out) / "cells")), "no activation store")
     assert_one_line(saescale_here("fit", str(Path(out) / "nothing.csv")), "nothing.csv")
     for command in ("status", "report"):

@@ -25,12 +25,13 @@ from saescale.storage.rundir import RunDirectory
 from saescale.storage.store import ActivationStore
 from saescale.trainers.architectures.architecture import Shape, find_architecture
 from saescale.trainers.architectures.sae import SAE
-from saescale.trainers.cell import Cell
+from saescale.trainers.cell import Cell, EvalSpec
 from saescale.trainers.exchange import native
 from saescale.trainers.exchange.run import open_run
 from saescale.trainers.exchange.trained import Trained
 from saescale.trainers.preprocess import Centre
 from saescale.trainers.training.results import Provenance, result_row
+from saescale.trainers.training.train import PackJob, train_pack
 from tests.cluster.command import assert_one_line, saescale_here
 from tests.trainers.synthetic import sparse_rows, write_store
 
@@ -274,6 +275,37 @@ def test_a_damaged_result_is_made_again(made: Made) -> None:
     for name in ("nmse", "flops", "flops_dense", "tokens", "settings", "store", "status"):
         assert found[name] == expected[name], name
     assert made.ledger().pending == []
+
+
+def test_the_levels_of_a_damaged_result_are_measured_again(made: Made, tmp_path: Path) -> None:
+    """Of a training that serves several k: no other file has what it reaches at each."""
+    document = made.spec.model_dump(mode="json") | {"out": str(tmp_path / "levels")}
+    document["grid"] = {"n_latents": [64], "k": [8], "architecture": ["hierarchical_topk"]}
+    spec, run = parse_spec(document, "sweep"), RunDirectory(str(tmp_path / "levels"))
+
+    def ledger() -> Ledger:
+        return open_ledger(run, run.read_spec(), spec, [ActivationStore.open(spec.store)], "fp32")
+
+    ledger().begin()
+    (cell,) = ledger().cells
+    train_pack(
+        PackJob(
+            cells=[cell], store=spec.store, run=run.url, sweep="levels", eval=EvalSpec(tokens=64, every_tokens=1_024)
+        )
+    )
+    expected = run.read_cell_result(cell.cell_id)
+    assert expected is not None
+    Path(run.result_url(cell.cell_id)).write_bytes(b"{")
+    (tmp_path / "levels" / "results.parquet").unlink()
+    with pytest.warns(SaescaleWarning, match="is made again from the cell's weights and curve"):
+        again = ledger()
+    again.settle()
+    found = run.read_cell_result(cell.cell_id)
+    assert found is not None
+    before, after = (json.loads(row["levels"]) for row in (expected, found))
+    assert [level["k"] for level in after] == [level["k"] for level in before] == [1, 2, 4, 8]
+    for name in ("nmse", "l0"):
+        assert [level[name] for level in after] == pytest.approx([level[name] for level in before], rel=1e-6)
 
 
 @pytest.mark.parametrize("content", [b"", b"{", b'{"cell_id": "x"'])

@@ -2,7 +2,7 @@
 
 import json
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -10,8 +10,10 @@ from typing import Any
 
 import pytest
 
+from saescale.cluster.sweep.spec import load_spec
+from saescale.cluster.sweep.stores import open_stores
 from saescale.storage.store import ActivationStore
-from tests.cluster.command import saescale_here
+from tests.cluster.command import assert_one_line, saescale_here
 
 SIZES = ["--tokens", "640", "--heldout-tokens", "128", "--context-length", "16"]
 
@@ -60,6 +62,41 @@ def test_options_reach_the_notes(tiny_subject: str, tmp_path: Path) -> None:
     (tmp_path / "store" / "harvest.json").write_text(json.dumps(old))
     again = saescale_here(*command)
     assert "text_column is 'text' there, 'body' here; cut_documents is None there, 60 here" in again.stderr
+
+
+def test_layers_of_one_pass_are_the_stores_of_a_sweep(
+    tiny_subject: str, tiny_corpus: str, tmp_path: Path, document: dict[str, Any], sweep_file: Callable[[Any], str]
+) -> None:
+    command = ["harvest", tiny_subject, *SIZES, "--corpus", tiny_corpus, "--out", f"{tmp_path}/tiny", "--layers"]
+    done = saescale_here(*command, "all")
+    assert done.returncode == 0, done.stderr
+    said = " ".join(done.stdout.split())
+    assert "4 stores (layers 0-3) of 768 rows: " in said
+    assert f"{tmp_path}/tiny/resid_post.3: 768 rows of {tiny_subject}, resid_post of layer 3, d_model 32" in said
+    assert f"A sweep over all of them has `store: {tmp_path}/tiny/resid_post.*`" in said
+    sweep = load_spec(sweep_file(document | {"store": f"{tmp_path}/tiny/resid_post.*"}))
+    assert [store.site.layer for store in open_stores(sweep)] == [0, 1, 2, 3]
+    # A layer is added without touching the others, whose own command finds them finished.
+    assert saescale_here(*command, "2").returncode == 0
+    alone = saescale_here(*command[:-1], "--layer", "2", "--out", f"{tmp_path}/tiny/resid_post.2")
+    assert alone.returncode == 0, alone.stderr
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ([], "give --layer with one layer, or --layers with several"),
+        (["--layer", "1", "--layers", "0-3"], "give --layer with one layer, or --layers with several"),
+        (["--layers", "0-7"], "has no layer 4: its 4 layers are 0 to 3"),
+        (["--layers", "0..3"], "--layers must be numbers and ranges (0-11, or 0,4,8) or all, not '0..3'"),
+    ],
+)
+def test_layers_that_cannot_be_harvested_are_one_line(
+    tiny_subject: str, tiny_corpus: str, tmp_path: Path, given: list[str], said: str
+) -> None:
+    done = saescale_here("harvest", tiny_subject, *SIZES, "--corpus", tiny_corpus, "--out", f"{tmp_path}/tiny", *given)
+    assert_one_line(done, said)
+    assert not (tmp_path / "tiny").exists()
 
 
 def test_a_token_in_the_address_of_a_corpus_is_nowhere_afterwards(

@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 from rich.console import Console
 
+from saescale.cluster.front.inspection import describe
 from saescale.cluster.front.status_view import cells_lines, jobs_table, line, render
 from saescale.cluster.sweep.status import MAX_READ, CellStatus, JobStatus, SweepStatus, read_status, with_job
 from saescale.storage import checkpoint
@@ -202,10 +203,17 @@ def test_diverged_cells_and_architectures_are_told(tmp_path: Path) -> None:
     assert "2 of 3 cells done (1 of them diverged)" in picture
     assert "other" in picture
     assert [words for words in picture.splitlines() if "n=" in words] == [
-        " jumprelu n=64   1e+27", "jumprelu n=128       ·", "     topk n=64  0.5000",
+        "     topk n=64  0.5000", " jumprelu n=64   1e+27", "jumprelu n=128       ·",
     ]  # fmt: skip
     lines = list(cells_lines(found.cells))
     assert lines[2].split()[:3] == ["other", "jumprelu", "diverged"]
+
+
+def test_inspect_names_each_law_once(tmp_path: Path) -> None:
+    run = make_run(str(tmp_path / "run"), ROWS)
+    for laws, said in ((["n_k", "n", "n_k", "n"], "n_k, n"), ([], "none could be fitted")):
+        run.write_json("fits.json", {"format": 1, "fits": [{"law": law} for law in laws]})
+        assert describe(run.url)["laws"] == said
 
 
 def test_the_document_for_programs(tmp_path: Path) -> None:

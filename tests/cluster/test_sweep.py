@@ -25,6 +25,7 @@ from saescale.storage.errors import SaescaleError, SaescaleWarning
 from saescale.storage.lease import Lease, Standing
 from saescale.storage.rundir import RunDirectory
 from saescale.trainers.architectures import ARCHITECTURES
+from saescale.trainers.evals.run import evaluate_run
 from saescale.trainers.exchange import native
 from saescale.trainers.precision import Precision, Processor, cpu_precision, this_processor
 from tests.cluster.conftest import Recorder, trained_alone
@@ -268,6 +269,11 @@ def test_axes_and_an_architecture_of_ones_own_in_one_sweep(
     with pytest.raises(SaescaleError, match="my_toy is an architecture of your own, whose file is not here: give it"):
         parse_spec(recorded, "sweep.yaml")
     assert read_status(outcome.run.url).counts.done == 12
+    # What can be measured without the file is; for all cells that need it there is one line.
+    evaluated = evaluate_run(outcome.run.url, ["nmse"])
+    assert (evaluated.measured, evaluated.failed) == (8, 4)
+    (said,) = evaluated.why
+    assert said.startswith("nmse of 4 cells: my_toy is an architecture of your own, whose file is not here: give it")
 
 
 def test_a_poisoned_cell_fails_beside_healthy_ones(warm: None, document: dict[str, Any]) -> None:

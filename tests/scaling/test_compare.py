@@ -69,10 +69,14 @@ def test_sentences_say_who_leads_and_what_limits_it() -> None:
         "Every trained architecture beats pca at every N and L0 that they share.",
     ]
     few = compared(known_arms({**THREE, "gated": Known(2.0, l0=0.5)}, seeds=(0,), ks=(16,), sizes=(512, 1024)))
-    left, scatter = limits(few)
+    left, scatter = limits([few])
     assert left.startswith("not compared at equal L0")
     assert "gated at N = 512, k = 16: its L0 is 8" in left
     assert "no seed repeats" in scatter
+    # What holds for several sources is said once.
+    rows = [row | {"site": f"resid_post.{n}"} for n in (1, 2) for row in known_arms(THREE, seeds=(0,), ks=(16,))]
+    (scatter,) = limits(compare(Table.from_rows(rows)))
+    assert scatter.startswith("resid_post.1, resid_post.2: differences between architectures have ")
     assert "topk, relu, pca" in outcome(few)[1]
     assert outcome(compared(known_arms({"topk": Known(), "switch": Known(2.0), "pca": Known(1.5)}, ks=(8,))))[
         -1
@@ -81,9 +85,9 @@ def test_sentences_say_who_leads_and_what_limits_it() -> None:
 
 def test_unequal_budgets_are_said() -> None:
     rows = known_arms(THREE, sizes=(512, 1024), ks=(16,))
-    assert not any("tokens" in text for text in limits(compared(rows)))
+    assert not any("tokens" in text for text in limits([compared(rows)]))
     longer = [r | {"tokens": 2 * r["tokens"]} if r["architecture"] == "relu" else r for r in rows]
-    (said,) = (text for text in limits(compared(longer)) if "tokens" in text)
+    (said,) = (text for text in limits([compared(longer)]) if "tokens" in text)
     assert "N = 512, k = 16: topk on 4000000 and relu on 8000000" in said
 
 
@@ -104,7 +108,7 @@ def test_whatever_cells_there_are(seed: int) -> None:
     curves = known_curves([row for row in rows if row["flops"] and rng.random() < 0.9])[:: int(rng.integers(1, 30))]
     for found in compare(Table.from_rows(rows), Table.from_rows(curves) if curves else None):
         json.dumps(found.document(), allow_nan=False)
-        assert [*outcome(found), *limits(found), *ratios(found), *hierarchy(found)]
+        assert [*outcome(found), *limits([found]), *ratios(found), *hierarchy(found)]
         assert comparison_tables(found) or not found.order.architectures
         for view in views_of_comparison(found, {}):
             json.dumps(plot(view), allow_nan=False)

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from saescale.scaling.comparison.compare import Comparison, compare
+from saescale.scaling.comparison.sentences import outcome
 from saescale.scaling.tables import Table
 from tests.scaling.known_arms import KS, SIZES, Known, Rows, known_arms, law
 
@@ -48,6 +49,20 @@ def test_the_order_says_which_are_not_told_apart() -> None:
                      "topk < gated < prolu < relu", "gated < topk < prolu < relu"}  # fmt: skip
     # At 95 % now and then two that are equal are told apart.
     assert any("~" in text for text in words)
+
+
+def test_neighbours_whose_own_cells_say_the_contrary_are_not_called_equal() -> None:
+    """Where two share one point of twelve, the others may order them otherwise."""
+    rows = known_arms({"topk": Known(), "gated": Known(1.3), "relu": Known(2.0)}, noise=0.001)
+    shared = [row for row in rows if (row["n_latents"], row["k"]) == (512, 8)]
+    rows = [row for row in rows if row["architecture"] != "topk" or row in shared or row["k"] == 32]
+    rows = [row for row in rows if row["architecture"] != "gated" or row in shared or row["k"] == 16]
+    for row in shared:
+        row["nmse"] *= 0.5 if row["architecture"] == "gated" else 1.0
+    found = compared(rows)
+    assert found.order.words == "topk > gated < relu"
+    (said,) = [text for text in outcome(found) if text.startswith("In order")]
+    assert "(> where those N and L0 that both have say the contrary of all others): topk > gated < relu." in said
 
 
 def test_an_architecture_that_lacks_the_hard_cells_is_not_ahead_for_it() -> None:

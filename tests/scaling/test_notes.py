@@ -64,6 +64,21 @@ def test_numbers_that_differ_from_kind_to_kind_are_written_twice() -> None:
     ]
 
 
+def test_of_many_kinds_those_are_named_that_are_few() -> None:
+    def entry(i: int, warned: bool, k: int = 8) -> dict[str, Any]:
+        of = {"architecture": f"a{i:02d}"}
+        return {"law": "n", "at": {"k": k}, "floor": False, "of": of, "warnings": ["few starts"] if warned else []}
+
+    def notes(lacking: range) -> list[str]:
+        fits = [entry(i, i not in lacking, k) for i in range(30) for k in ((8, 16) if i % 2 else (16, 8))]
+        return fit_notes({"skipped": [], "warnings": [], "fits": fits})
+
+    assert notes(range(0)) == ["n at k = 8, 16 of all kinds: few starts"]
+    assert notes(range(3, 5)) == ["n at k = 8, 16 of all kinds but a03, a04: few starts"]
+    assert notes(range(10)) == ["n at k = 8, 16 of 20 of 30 kinds: few starts"]
+    assert notes(range(2, 30)) == ["n at k = 8, 16 (a00, a01): few starts"]
+
+
 def test_one_kind_of_a_document() -> None:
     document = fit_laws(Table.from_rows(of_kinds(2, 1)), settings=FitSettings(0, laws=("n",))).document()
     kinds = kinds_of_document(document)

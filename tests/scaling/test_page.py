@@ -133,6 +133,24 @@ def test_sort(page: Page) -> None:
     assert page.errors == []
 
 
+BEYOND = """[...document.querySelectorAll('.drawn')].flatMap((figure) => {
+  const ends = figure.querySelector('.main-svg').getBoundingClientRect();
+  return [...figure.querySelectorAll('.textpoint text, .xtick text, .ytick text')].filter((text) => {
+    const own = text.getBoundingClientRect();
+    return own.left < ends.left - 0.5 || own.right > ends.right + 0.5;
+  }).map((text) => `${figure.id}: ${text.textContent}`);
+})"""
+
+
+def test_the_smallest_phone_cuts_no_words_off_in_a_wide_font(browser: Page, arms_url: str, tmp_path: Path) -> None:
+    page = Path(arms_url.removeprefix("file://")).read_text()
+    assert page.count("system-ui,") > 10  # of each figure
+    (tmp_path / "wide.html").write_text(page.replace("system-ui,", "monospace,"))
+    browser.open(f"file://{tmp_path}/wide.html", width=240, touch=True)
+    assert "does not get there" in browser.run("document.getElementById('compute_ratio').textContent")
+    assert browser.run(BEYOND) == []
+
+
 def test_a_chip_hides_its_k_everywhere(page: Page) -> None:
     points = "document.querySelectorAll('#nmse_against_n .point').length"
     assert page.run(points) == 20

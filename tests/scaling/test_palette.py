@@ -52,7 +52,14 @@ def test_a_name_has_its_colour_from_itself_alone() -> None:
         assert colour(name, ("topk", "mine")) == colour(name, ("relu",), ramp="name") == colour(name, ())
         assert mark(name) in _MARKS
         assert glyph(name)
-    assert len({(colour(f"mine{i}", ()), mark(f"mine{i}")) for i in range(40)}) == 8
+    assert len({(colour(f"mine{i}", ()), mark(f"mine{i}")) for i in range(80)}) == 16
+    # Of those of a user's own, each that is drawn beside others has its own pair as long as there are some.
+    mine = [f"mine{i}" for i in range(16)]
+    assert len({(colour(name, mine), mark(name, mine)) for name in mine}) == 16
+    assert len({(colour(name, mine, dark=True), glyph(name, mine)) for name in mine}) == 16
+    first = [name for name in mine[:9] if colour(name, mine) == colour(name, ()) and mark(name, mine) == mark(name)]
+    assert len(first) >= 4
+    assert {colour(name, [*mine, "one too many"]) for name in mine} == {colour(name, mine) for name in mine}
     # Baselines are grey.
     for name in BASELINES:
         red, green, blue = (int(colour(name, ())[i : i + 2], 16) / 255 for i in (1, 3, 5))

@@ -82,6 +82,12 @@ def test_what_is_drawn_is_what_was_measured(views: dict[str, View], comparison: 
     # Baselines far above all others are named instead of squeezing them.
     assert near == set(ALL) - {"pca", "frozen_encoder", "frozen_decoder"}
     assert "Above the axes: frozen_decoder, frozen_encoder, pca." in views["frontier-n1024"].key
+    # A label in place of a point stands in the row of what it names.
+    place = {name: y for y, name in views["order"].y.ticks}
+    for trace in plot(views["order"])["data"]:
+        if trace.get("mode") == "text":
+            assert trace["textposition"] == "middle right"
+            assert trace["y"][0] in place.values()
     rows = [name for _, name in views["order"].y.ticks][::-1]
     assert rows == list(comparison.order.architectures)
     ratios = {(layer.level, layer.x[0]) for layer in points(views["compute_ratio"])}

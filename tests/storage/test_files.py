@@ -152,10 +152,13 @@ def test_of_those_that_create_a_file_at_a_time_one_succeeds(any_url: str) -> Non
     assert files.list_names(any_url) == ["turn.json"]
 
 
-def test_a_file_that_was_created_is_known_again_when_the_answer_got_lost(s3_url: str, s3_faults: Faults) -> None:
+def test_a_file_that_was_created_is_known_again_when_the_answer_got_lost(
+    s3_url: str, s3_faults: Faults, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The server stores every put; a client that hears nothing asks again, and finds its own."""
+    monkeypatch.setattr(files, "_PAUSES_S", (0.01, 0.02))
     with s3_faults.injected(0.4, slow_s=0):
-        done = [files.create(f"{s3_url}/{number}", b"by me") for number in range(10)]
+        done = [files.create(f"{s3_url}/{number}", b"by me") for number in range(5)]
     assert all(done)
     assert len(s3_faults.met) > 1
 

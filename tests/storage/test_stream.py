@@ -5,6 +5,7 @@ import sys
 import threading
 import time
 import uuid
+import weakref
 from collections.abc import Callable, Iterable, Iterator
 from itertools import chain
 from pathlib import Path
@@ -296,3 +297,29 @@ def test_waiting_is_counted(store: ActivationStore, monkeypatch: pytest.MonkeyPa
         assert stream.wait_seconds == 0
         next(stream)
         assert stream.wait_seconds > 0.05
+
+
+def test_at_most_three_windows_are_in_memory(store: ActivationStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The one that batches are cut from, the next, and one that is read; two while the consumer is slow. So many the
+    planner counts with."""
+    original, windows, at_once = Stream._read_window, list[weakref.ref[np.ndarray]](), list[int]()
+
+    def alive() -> int:
+        return sum(window() is not None for window in windows)
+
+    def read(self: Stream, *args: object) -> np.ndarray:
+        at_once.append(alive() + 1)
+        rows = original(self, *args)
+        windows.append(weakref.ref(rows))
+        return rows
+
+    monkeypatch.setattr(stream_module.Stream, "_read_window", read)
+    with Stream(store, batch_tokens=8, seed=0, mix_row_groups=2, prefetch=1) as stream:
+        for _ in range(50):
+            batch = next(stream)
+            while not stream._ready:  # the thread reads
+                time.sleep(0.001)
+            assert alive() == 2
+            assert len(batch.x) == 8
+    assert len(windows) > 10
+    assert max(at_once) <= 3

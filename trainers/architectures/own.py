@@ -43,6 +43,14 @@ def kept(run: str, name: str) -> str:
     return f"{run.rstrip('/')}/architectures/{name}.py"
 
 
+def not_here(run: str, name: str) -> SaescaleError:
+    """What is said where a run has an architecture whose file this process was not given."""
+    return SaescaleError(
+        f"{name} is an architecture of your own, whose file is not here: give it with --architecture-file (the run "
+        f"keeps a copy, {kept(run, name)})"
+    )
+
+
 def take(files: Mapping[str, str]) -> None:
     """Makes files that came from another machine architectures of this process."""
     for name, text in files.items():

@@ -12,7 +12,7 @@ from saescale.storage.recorded import recorded_sources
 from saescale.storage.rundir import RunDirectory
 from saescale.storage.store import ActivationStore
 from saescale.trainers.architectures import ARCHITECTURES
-from saescale.trainers.architectures.own import digests, own_files, require_same
+from saescale.trainers.architectures.own import digests, not_here, own_files, require_same
 from saescale.trainers.device import default_device
 from saescale.trainers.evals.evaluation import Evaluation, find_evaluation, metrics_of
 from saescale.trainers.evals.plan import Pair
@@ -46,6 +46,10 @@ class Bench:
         recorded = document.get("resolved", {}).get("architectures", {})
         own = own_files(name for name in recorded if name in ARCHITECTURES.names())
         require_same(recorded, digests(own), run.url)
+        self._without: dict[str, str] = {}  # cells whose architecture is a file of the user's that is not here
+        if absent := [name for name in recorded if name not in ARCHITECTURES.names()]:
+            cells = ((row["cell_id"], row["architecture"]) for row in run.read_results().to_pylist())
+            self._without = {cell: name for cell, name in cells if name in absent}
         self._broken: list[str] = []  # why others could not be opened
         self._sources = self._opened(document)
         self._subject: tuple[Manifest, Subject | SaescaleError] | None = None
@@ -166,6 +170,8 @@ class Bench:
         return subject
 
     def _cell(self, cell: str) -> Trained:
+        if name := self._without.get(cell):  # in the same words for all of them, which are one line then
+            raise not_here(self._run.url, name)
         if self._trained is None or self._trained[0] != cell:
             self._trained = cell, self._read(cell)
         return self._trained[1]

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -85,6 +86,12 @@ class HeldOut:
         # chunk would be made anew many times.
         sums = [_sums(make(), preprocessed() if kept is None else kept) for make in saes]
         return [Quality(squared / self._total, active / self.tokens) for squared, active in torch.stack(sums).tolist()]
+
+    def levels(self, sae: SAE, origin: Tensor, bf16: bool = False) -> list[dict[str, float]]:
+        """k, nmse and l0 at each sparsity that the SAE serves (Settings.levels); [] for one that serves one alone."""
+        ks = sae.settings.levels()
+        found = self.evaluate([partial(sae.at, k) for k in ks], origin, bf16)
+        return [{"k": k, **quality._asdict()} for k, quality in zip(ks, found, strict=True)]
 
 
 def rows_at_a_time(rows: int, d_model: int) -> int:

@@ -7,20 +7,22 @@ who makes which shard, and a harvest that died goes on with the shards that are 
 
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Protocol
 
 import numpy as np
 
 from saescale.storage import files
 from saescale.storage.errors import SaescaleError
-from saescale.storage.manifest import FORMAT, MANIFEST, Manifest, Split, write_manifest
+from saescale.storage.manifest import FORMAT, MANIFEST, Manifest, Shard, Split, write_manifest
 from saescale.storage.secrets import hide_secrets
 from saescale.storage.store import ActivationStore
 from saescale.storage.writable import require_writable
 from saescale.trainers.harvest.assignment import Assignment
 from saescale.trainers.harvest.contexts import SPLITS, Block, Counted, draws, text_blocks
-from saescale.trainers.harvest.make_shard import Facts, Harvester, ShardJob, ShardRecord, site_of
+from saescale.trainers.harvest.layers import each_layer
+from saescale.trainers.harvest.make_shard import Facts, Harvester, Made, ShardJob, ShardRecord, site_of
+from saescale.trainers.harvest.room import check_room
 from saescale.trainers.harvest.spec import OWN_SEQUENCES, HarvestSpec, read_plan, refuse_difference
 from saescale.trainers.subjects.subject import surely_reads_text
 from saescale.trainers.subjects.text import TEXT_COLUMN, check_corpus
@@ -35,14 +37,14 @@ class Crew(Protocol):
     """Who does the work of a harvest: this process, or actors of a cluster. Results come in the order of what was
     asked, whoever was faster."""
 
-    def load(self, computed_in: str) -> Facts:
-        """Loads the subject in that arithmetic ("auto": what its device is made for)."""
+    def load(self, specs: Sequence[HarvestSpec], computed_in: str) -> Facts:
+        """Loads the subject in that arithmetic ("auto": what its device is made for), for the stores of `specs`."""
 
     def tokenize(self, blocks: Iterator[Block]) -> Iterator[Counted]:
         """Puts the ids of the blocks, texts or draws, into the spool; the caller may stop at any of them."""
 
-    def make(self, jobs: Iterator[ShardJob]) -> Iterator[ShardRecord]:
-        """Makes the shards that are not there."""
+    def make(self, jobs: Iterator[ShardJob]) -> Iterator[Made]:
+        """Makes the shards that are not there, each in all stores."""
 
 
 def harvest(spec: HarvestSpec, progress: Progress | None = None, cache: str | None = None) -> Manifest:
@@ -51,57 +53,89 @@ def harvest(spec: HarvestSpec, progress: Progress | None = None, cache: str | No
     A finished one is returned at once, without loading the subject. `progress(done_rows, total_rows, tokens_per_s,
     stage)` is called at every batch; the rate counts what this call computed. Memory: one shard; the token ids lie in
     a temporary folder. Raises SaescaleError when the corpus is too short, when `spec.out` holds another harvest or
-    other files, when an activation exceeds float16, and for what subjects, corpora and writing raise.
+    other files, when the disk is too small, when an activation exceeds float16, and for what subjects, corpora and
+    writing raise.
     """
-    meter = Meter(spec.tokens + spec.heldout_tokens, progress)
+    (manifest,) = harvest_each([spec], progress, cache)
+    return manifest
+
+
+def harvest_layers(
+    spec: HarvestSpec, layers: str | Iterable[int], progress: Progress | None = None, cache: str | None = None
+) -> list[Manifest]:
+    """`harvest` of several layers ("0-11", "0,4,8", "all", or numbers) in one pass of the subject: the stores that
+    `each_layer` (layers.py) names, each as its own harvest writes it, to the last byte.
+
+    Memory: a shard of each store. Raises what `harvest` and `each_layer` raise.
+    """
+    meter = Meter(0, progress)
+    return harvest_each(each_layer(spec, layers, cache, meter.say), progress, cache)
+
+
+def harvest_each(
+    specs: Sequence[HarvestSpec], progress: Progress | None = None, cache: str | None = None
+) -> list[Manifest]:
+    """`harvest` of specs that differ in `layer` and `out` alone, in one pass; their manifests."""
+    meter = Meter(specs[0].rows, progress)
     with tempfile.TemporaryDirectory(prefix="saescale-tokens-") as spool:
-        return conduct(spec, _Alone(spec, spool, cache, meter), spool, meter.say)
+        return conduct(specs, _Alone(spool, cache, meter), spool, meter.say)
 
 
-def conduct(spec: HarvestSpec, crew: Crew, spool: str, say: Callable[[str], None]) -> Manifest:
-    """Has `crew` do a harvest whose ids lie in the folder `spool`, and seals the store; its manifest.
+def conduct(specs: Sequence[HarvestSpec], crew: Crew, spool: str, say: Callable[[str], None]) -> list[Manifest]:
+    """Has `crew` do a harvest whose ids lie in the folder `spool`, and seals the stores; their manifests.
 
-    `say` is told what begins. Two calls of one spec at a time do no harm: both write the same bytes, and when one
-    has sealed the store, the other returns that manifest. Raises what `harvest` raises.
+    The stores of `specs`, which differ in `layer` and `out` alone, hold the same rows; those that are sealed already
+    are left as they are. `say` is told what begins. Two calls at a time do no harm: both write the same bytes, and when
+    one has sealed the stores, the other returns those manifests. Raises what `harvest` raises.
     """
-    found = read_plan(spec)
-    if (manifest := _sealed(spec)) is not None:
-        return manifest
-    _check_first(spec)
+    found = [read_plan(spec) for spec in specs]
+    if (manifests := _all_sealed(specs)) is not None:
+        return manifests
+    todo = [spec for spec in specs if not is_sealed(spec)]
+    _check_first(todo)
     try:
-        say(f"loading {spec.subject}")
+        say(f"loading {specs[0].subject}")
         # What `auto` came to when the harvest began: it may go on elsewhere.
-        begun = str(found.get("computed_in", "auto")) if found is not None else "auto"
-        facts = crew.load(begun if spec.compute_dtype == "auto" else spec.compute_dtype)
-        assignment = _assign(spec, facts, crew, say)
+        begun = next((str(plan["computed_in"]) for plan in found if plan and "computed_in" in plan), "auto")
+        facts = crew.load(todo, begun if specs[0].compute_dtype == "auto" else specs[0].compute_dtype)
+        say(check_room(todo, facts.d_model))
+        assignment = _assign(specs[0], facts, crew, say)
         plan = {
             "format": PLAN_FORMAT,
-            **spec.identity(facts.reads_text),
+            **specs[0].identity(facts.reads_text),
             "fingerprint": facts.fingerprint,
             "computed_in": facts.computed_in,
             "tokens_xxh3": assignment.digest(spool),
         }
-        if found is not None:
-            refuse_difference(spec.out, found, plan)
+        for spec, there in zip(specs, found, strict=True):
+            if there is not None:
+                refuse_difference(spec.out, there, {**plan, "layer": spec.layer})
         jobs = (ShardJob(tokens, plan) for tokens in assignment.shards())
-        manifest = _manifest(spec, facts, assignment.longest, crew.make(jobs))
-        write_manifest(spec.out, manifest)
-    except SaescaleError:
+        for spec, manifest in zip(todo, _manifests(todo, facts, assignment.longest, crew.make(jobs)), strict=True):
+            write_manifest(spec.out, manifest)
+    except SaescaleError as error:
         # Another call that had the same to do was faster.
-        if (manifest := _sealed(spec)) is not None:
-            return manifest
+        if (manifests := _all_sealed(specs)) is not None:
+            return manifests
+        if sealed := [spec.out for spec in todo if is_sealed(spec)]:
+            raise SaescaleError(
+                f"another harvest has finished {sealed[0]} meanwhile; run the same command again, which does the rest"
+            ) from error
         raise
-    _tidy(spec)
+    manifests = _all_sealed(specs)
+    assert manifests is not None, "they were sealed just now"
     say("done")
-    return manifest
+    return manifests
 
 
-def _check_first(spec: HarvestSpec) -> None:
+def _check_first(specs: Sequence[HarvestSpec]) -> None:
     """Raises SaescaleError for what shows without the subject, which may be gigabytes away."""
+    spec = specs[0]
     if surely_reads_text(spec.subject):
         spec.check_contexts()
     check_corpus(spec.corpus, spec.text_column)
-    require_writable(spec.out)
+    for each in specs:
+        require_writable(each.out)
 
 
 def _assign(spec: HarvestSpec, facts: Facts, crew: Crew, say: Callable[[str], None]) -> Assignment:
@@ -125,14 +159,23 @@ def _assign(spec: HarvestSpec, facts: Facts, crew: Crew, say: Callable[[str], No
     return assignment
 
 
-def _sealed(spec: HarvestSpec) -> Manifest | None:
-    """The manifest of a finished harvest, its shards checked; None of one that is not."""
-    if not files.exists(files.join(spec.out, MANIFEST)):
+def _all_sealed(specs: Sequence[HarvestSpec]) -> list[Manifest] | None:
+    """The manifests of a finished harvest, its shards checked; None of one that is not."""
+    if not all(is_sealed(spec) for spec in specs):
         return None
-    store = ActivationStore.open(spec.out)
-    store.verify(full=False)
-    _tidy(spec)
-    return store.manifest
+    manifests = []
+    for spec in specs:
+        store = ActivationStore.open(spec.out)
+        store.verify(full=False)
+        manifests.append(store.manifest)
+    for spec in specs:
+        _tidy(spec)
+    return manifests
+
+
+def is_sealed(spec: HarvestSpec) -> bool:
+    """Whether the store is finished."""
+    return files.exists(files.join(spec.out, MANIFEST))
 
 
 def _tidy(spec: HarvestSpec) -> None:
@@ -143,13 +186,30 @@ def _tidy(spec: HarvestSpec) -> None:
     files.remove_partials(spec.out)
 
 
-def _manifest(spec: HarvestSpec, facts: Facts, longest: int, records: Iterator[ShardRecord]) -> Manifest:
-    shards, total, total_square = [], np.zeros(facts.d_model), 0.0
-    for record in records:  # in the order of the shards: sums of floats depend on it
-        shards.append(record.shard)
+def _manifests(specs: Sequence[HarvestSpec], facts: Facts, longest: int, made: Iterator[Made]) -> list[Manifest]:
+    """Of each store, from what all its shards say; none is sealed before all shards of all stores are there."""
+    sums = [_Sums(facts.d_model) for _ in specs]
+    for one in made:  # in the order of the shards: sums of floats depend on it
+        for own, record in zip(sums, one.records, strict=True):
+            own.add(record)
+    return [_manifest(spec, facts, longest, own) for spec, own in zip(specs, sums, strict=True)]
+
+
+class _Sums:
+    """Over the shards of a store."""
+
+    def __init__(self, d_model: int) -> None:
+        self.shards: list[Shard] = []
+        self.total, self.total_square = np.zeros(d_model), 0.0  # of the train rows
+
+    def add(self, record: ShardRecord) -> None:
+        self.shards.append(record.shard)
         if record.shard.split == "train":
-            total += record.total
-            total_square += record.total_square
+            self.total += record.total
+            self.total_square += record.total_square
+
+
+def _manifest(spec: HarvestSpec, facts: Facts, longest: int, sums: _Sums) -> Manifest:
     return Manifest(
         format=FORMAT,
         subject=spec.subject,
@@ -164,9 +224,9 @@ def _manifest(spec: HarvestSpec, facts: Facts, longest: int, records: Iterator[S
         documents_cut=spec.cut_documents,
         seed=spec.seed,
         row_group_rows=spec.row_group_rows,
-        shards=shards,
-        mean=(total / spec.tokens).tolist(),
-        mean_square=total_square / spec.tokens,
+        shards=sums.shards,
+        mean=(sums.total / spec.tokens).tolist(),
+        mean_square=sums.total_square / spec.tokens,
         split_by="content" if facts.reads_text else "subject",
         contexts_cross_documents=facts.reads_text,
         created_with={**facts.created_with, "computed_in": facts.computed_in},
@@ -179,17 +239,17 @@ def _manifest(spec: HarvestSpec, facts: Facts, longest: int, records: Iterator[S
 class _Alone:
     """The crew that this process is by itself."""
 
-    def __init__(self, spec: HarvestSpec, spool: str, cache: str | None, meter: "Meter") -> None:
-        self._spec, self._spool, self._cache, self._meter = spec, spool, cache, meter
+    def __init__(self, spool: str, cache: str | None, meter: "Meter") -> None:
+        self._spool, self._cache, self._meter = spool, cache, meter
 
-    def load(self, computed_in: str) -> Facts:
-        self._harvester = Harvester(self._spec, self._spool, computed_in, self._cache, self._meter.say)
+    def load(self, specs: Sequence[HarvestSpec], computed_in: str) -> Facts:
+        self._harvester = Harvester(specs, self._spool, computed_in, self._cache, self._meter.say)
         return self._harvester.facts
 
     def tokenize(self, blocks: Iterator[Block]) -> Iterator[Counted]:
         return map(self._harvester.tokenize, blocks)
 
-    def make(self, jobs: Iterator[ShardJob]) -> Iterator[ShardRecord]:
+    def make(self, jobs: Iterator[ShardJob]) -> Iterator[Made]:
         return (self._harvester.make(job, self._meter.tell) for job in jobs)
 
 

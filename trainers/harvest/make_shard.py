@@ -1,7 +1,7 @@
 """One process's part in a harvest: it tokenizes or draws blocks and makes shards, any of them, in any order.
 
 A shard is a pure function of the spec, the tokens and the subject, is written whole or not at all, and comes out the
-same wherever it is made.
+same wherever it is made, and whatever other layers are harvested in the same pass.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import importlib.metadata
 import platform
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -25,7 +25,7 @@ from saescale.storage.rows import Rows, find_bad_row, raw_dtype, to_float32, wri
 from saescale.trainers.harvest.assignment import ShardTokens
 from saescale.trainers.harvest.contexts import SPLITS, Batch, Block, Context, Counted, batches
 from saescale.trainers.harvest.spec import HarvestSpec, note_plan
-from saescale.trainers.subjects.subject import Generates, ReadsText, Subject, check_site_before_loading, get_subject
+from saescale.trainers.subjects.subject import Generates, ReadsText, Subject, check_sites_before_loading, get_subject
 
 Tell = Callable[[int, str, bool], None]  # rows that were done, what is being done, whether it took computing
 
@@ -49,48 +49,60 @@ class Facts(NamedTuple):
 
 
 class ShardRecord(NamedTuple):
-    """What the manifest needs of a shard.
-
-    `total` [d_model] and `total_square` are the sums of its rows and of their squared norms in float64; `seconds`
-    the time it took to make, None when it was there.
-    """
+    """What the manifest needs of a shard: `total` [d_model] and `total_square` are the sums of its rows and of their
+    squared norms in float64."""
 
     shard: Shard
     total: np.ndarray
     total_square: float
-    seconds: float | None
+
+
+class Made(NamedTuple):
+    """The same shard of every store: a record for each, in the order of the specs; how many of them were computed, and
+    the seconds that took."""
+
+    records: tuple[ShardRecord, ...]
+    computed: int
+    seconds: float
+
+    @property
+    def rows(self) -> int:
+        return self.records[0].shard.rows
 
 
 class ShardJob(NamedTuple):
-    """A shard to make: its tokens, and the plan (harvest.json) that is written before any shard."""
+    """A shard to make: its tokens, and the plan (harvest.json) that is written before any shard, but for the layer."""
 
     tokens: ShardTokens
     plan: dict[str, Any]
 
 
 class Harvester:
-    """A loaded subject and what it makes for the harvest `spec`; the ids of blocks lie in the folder `spool`.
+    """A loaded subject and what it makes for a harvest: shards of a store for each of `specs`, which differ in `layer`
+    and `out` alone. The ids of blocks lie in the folder `spool`.
 
     `computed_in` is the arithmetic ("auto": its device's). Raises what `get_subject` and `check_site` raise.
     """
 
     def __init__(
         self,
-        spec: HarvestSpec,
+        specs: Sequence[HarvestSpec],
         spool: str,
         computed_in: str,
         cache: str | None = None,
         notify: Callable[[str], None] | None = None,
     ) -> None:
-        self._spec, self._spool = spec, spool
-        trusted = spec.trust_remote_code
-        check_site_before_loading(spec.subject, spec.layer, spec.context_length, cache, notify, trusted)
+        self._specs, self._spool = specs, spool
+        self._spec = spec = specs[0]
+        layers, trusted = [each.layer for each in specs], spec.trust_remote_code
+        check_sites_before_loading(spec.subject, layers, spec.context_length, cache, notify, trusted)
         self._subject: Subject = get_subject(spec.subject, cache, computed_in, notify, trusted)
         subject = self._subject
         prefix, dropped = prefix_of(subject)
         reads_text = not isinstance(subject, Generates)
-        # How long sequences are shows when they are drawn.
-        subject.check_site(spec.layer, len(prefix) + spec.context_length if reads_text else 1)
+        for layer in layers:
+            # How long sequences are shows when they are drawn.
+            subject.check_site(layer, len(prefix) + spec.context_length if reads_text else 1)
         self.facts = Facts(
             fingerprint=subject.fingerprint,
             d_model=subject.d_model,
@@ -100,16 +112,16 @@ class Harvester:
             created_with=_versions(),
             reads_text=reads_text,
         )
-        self._site = site_of(spec, self.facts)
 
     def tokenize(self, block: Block) -> Counted:
         """Puts the ids of a block into the spool."""
         return block.spool(self._spool, self._subject)  # type: ignore[arg-type]  # the kind of block is the subject's
 
-    def make(self, job: ShardJob, tell: Tell) -> ShardRecord:
-        """Writes the shard, or finds it sound as an interrupted harvest wrote it.
+    def make(self, job: ShardJob, tell: Tell) -> Made:
+        """Writes the shard into each store, or finds it sound as an interrupted harvest wrote it. The subject runs once
+        for all stores that lack it.
 
-        Raises SaescaleError when an activation exceeds float16, when a block is missing, when the store is sealed,
+        Raises SaescaleError when an activation exceeds float16, when a block is missing, when a store is sealed,
         and for what subjects and writing raise.
         """
         began = time.monotonic()
@@ -119,18 +131,26 @@ class Harvester:
         rows = len(columns["token"])
         order = mixed(spec.seed, tokens.split, tokens.ordinal, rows)
         columns = {name: column[order] for name, column in columns.items()}
-        kept = _read_kept(spec, tokens, columns, self.facts.d_model)
-        if kept is not None:
-            shard, act = kept
-            tell(len(act), f"keeping {tokens.name}", False)
-        else:
-            act = _activations(spec, self._subject, self._site, contexts, tell, tokens.name)[order]
-            note_plan(spec.out, job.plan)  # only now, so that what fails in the first shard leaves an empty folder
+        records: dict[int, ShardRecord] = {}
+        for each in self._specs:
+            if (kept := _read_kept(each, tokens, columns, self.facts.d_model)) is not None:
+                records[each.layer] = ShardRecord(kept[0], *_moments(kept[1], each.dtype))
+                del kept  # before the next: a shard of each store may be more than there is room for
+        lacking = [each for each in self._specs if each.layer not in records]
+        if not lacking:
+            tell(rows, f"keeping {tokens.name}", False)
+            return Made(tuple(records[each.layer] for each in self._specs), 0, 0.0)
+        acts = _activations(lacking, self._subject, self.facts, contexts, np.argsort(order), tell, tokens.name)
+        for each in lacking:  # only now, so that what fails in the first shard leaves empty folders
+            note_plan(each.out, {**job.plan, "layer": each.layer})
+        for each in lacking:
+            act = acts.pop(each.layer)
             shard = write_shard(
-                spec.out, tokens.name, tokens.split, Rows(act, **columns), spec.dtype, spec.row_group_rows
+                each.out, tokens.name, tokens.split, Rows(act, **columns), each.dtype, each.row_group_rows
             )
-        total, total_square = _moments(act, spec.dtype)
-        return ShardRecord(shard, total, total_square, None if kept else time.monotonic() - began)
+            records[each.layer] = ShardRecord(shard, *_moments(act, each.dtype))
+        made = tuple(records[each.layer] for each in self._specs)
+        return Made(made, len(lacking), time.monotonic() - began)
 
     def _contexts(self, tokens: ShardTokens) -> list[Context]:
         if self.facts.reads_text:
@@ -170,18 +190,27 @@ def _columns(contexts: list[Batch]) -> dict[str, np.ndarray]:
 
 
 def _activations(
-    spec: HarvestSpec, subject: Subject, site: Site, contexts: list[Batch], tell: Tell, name: str
-) -> np.ndarray:
-    """Raw activations [rows, d_model] of the rows of the contexts in their order."""
-    act = np.empty((sum(int(batch.keep.sum()) for batch in contexts), subject.d_model), raw_dtype(spec.dtype))
+    specs: Sequence[HarvestSpec],
+    subject: Subject,
+    facts: Facts,
+    contexts: list[Batch],
+    places: np.ndarray,
+    tell: Tell,
+    name: str,
+) -> dict[int, np.ndarray]:
+    """Raw activations [rows, d_model] at each spec's layer: row i of the contexts, in their order, at `places[i]`."""
+    sites = [site_of(spec, facts) for spec in specs]
+    acts = {spec.layer: np.empty((len(places), facts.d_model), raw_dtype(spec.dtype)) for spec in specs}
     start = 0
     for batch in contexts:
-        (resid,) = subject.run(torch.from_numpy(batch.ids), [site]).resid
-        rows = resid[torch.from_numpy(batch.keep).to(resid.device)]
-        act[start : start + len(rows)] = _raw(rows, spec)
-        start += len(rows)
-        tell(len(rows), f"harvesting {name}", True)
-    return act
+        keep = torch.from_numpy(batch.keep)
+        stop = start + int(batch.keep.sum())
+        run = subject.run(torch.from_numpy(batch.ids), sites)
+        for spec, resid in zip(specs, run.resid, strict=True):
+            acts[spec.layer][places[start:stop]] = _raw(resid[keep.to(resid.device)], spec)
+        tell(stop - start, f"harvesting {name}", True)
+        start = stop
+    return acts
 
 
 def _raw(resid: torch.Tensor, spec: HarvestSpec) -> np.ndarray:

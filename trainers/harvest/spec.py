@@ -80,6 +80,11 @@ class HarvestSpec(BaseModel):
                     f"the nearest are {nearest}"
                 )
 
+    @property
+    def rows(self) -> int:
+        """Of both splits."""
+        return self.tokens + self.heldout_tokens
+
     def refuse_text(self) -> None:
         """Raises SaescaleError where something was given that only subjects that read text can be told."""
         if given := [name for name in OF_TEXT if name in self.model_fields_set]:

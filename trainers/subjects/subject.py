@@ -188,20 +188,41 @@ def get_subject(
     return found.load(rest, Path(cache) if cache else cache_folder(), dtype, notify or _tell_nobody, **more)
 
 
-def check_site_before_loading(
+def check_sites_before_loading(
     name: str,
-    layer: int,
+    layers: Iterable[int],
     length: int,
     cache: str | os.PathLike[str] | None = None,
     notify: Callable[[str], None] | None = None,
     trust_remote_code: bool = False,
 ) -> None:
-    """What `check_site` of the subject raises, as far as that shows without its weights; else what `get_subject`
-    raises."""
+    """What `check_site` of the subject raises for any of the layers, as far as that shows without its weights; else
+    what `get_subject` raises."""
+    if (outline := _outline(name, cache, notify, trust_remote_code)) is not None:
+        for layer in layers:
+            outline.check_site(layer, length)
+
+
+def count_layers(
+    name: str,
+    cache: str | os.PathLike[str] | None = None,
+    notify: Callable[[str], None] | None = None,
+    trust_remote_code: bool = False,
+) -> int:
+    """How many layers the subject has, without its weights where that shows. Raises what `get_subject` raises."""
+    outline = _outline(name, cache, notify, trust_remote_code)
+    known = outline or get_subject(name, cache, notify=notify, trust_remote_code=trust_remote_code)
+    return known.n_layers
+
+
+def _outline(
+    name: str, cache: str | os.PathLike[str] | None, notify: Callable[[str], None] | None, trust_remote_code: bool
+) -> Outline | None:
     found, rest, more = _find(name, trust_remote_code)
-    if hasattr(found, "outline"):
-        outline: Outline = found.outline(rest, Path(cache) if cache else cache_folder(), notify or _tell_nobody, **more)
-        outline.check_site(layer, length)
+    if not hasattr(found, "outline"):
+        return None
+    outline: Outline = found.outline(rest, Path(cache) if cache else cache_folder(), notify or _tell_nobody, **more)
+    return outline
 
 
 def _find(name: str, trust_remote_code: bool) -> tuple[Any, str, dict[str, bool]]:

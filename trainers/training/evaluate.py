@@ -1,7 +1,6 @@
 """Held-out nmse of the cells that are due, for all of them from one reading."""
 
 import time
-from functools import partial
 
 import numpy as np
 
@@ -48,9 +47,7 @@ class Evaluator:
     def _measure_levels(self, pack: Pack, ended: list[TrainingCell]) -> None:
         """With the averaged weights of each, at all sparsities that it serves."""
         for cell in ended:
-            sae, levels = cell.averaged(), cell.sae.settings.levels()
-            found = self.held_out.evaluate([partial(sae.at, k) for k in levels], pack.centre.b_pre, pack.bf16)
-            cell.levels = [{"k": k, **quality._asdict()} for k, quality in zip(levels, found, strict=True)]
+            cell.levels = self.held_out.levels(cell.averaged(), pack.centre.b_pre, pack.bf16)
 
     def _due(self, cell: TrainingCell) -> bool:
         """Whether the last step crossed a multiple of `every_tokens` or was the cell's last."""

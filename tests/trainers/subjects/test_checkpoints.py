@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 from saescale.storage.errors import SaescaleError, SaescaleWarning
 from saescale.storage.manifest import Site
 from saescale.trainers.harvest.spec import HarvestSpec
-from saescale.trainers.subjects.subject import check_site_before_loading, get_subject
+from saescale.trainers.subjects.subject import check_sites_before_loading, get_subject
 
 SITE = Site(layer=1, positions="all")
 Weights = dict[str, torch.Tensor]
@@ -349,14 +349,14 @@ def test_a_file_or_a_folder_with_a_revision_is_refused(whole: Path) -> None:
 
 def test_a_wrong_layer_is_told_before_weights_are_read(folder: Path) -> None:
     (folder / "model.safetensors").unlink()
-    check_site_before_loading(f"hf:{folder}", 1, 64)
+    check_sites_before_loading(f"hf:{folder}", [1], 64)
     with pytest.raises(SaescaleError, match="has no layer 2: its 2 layers are 0 to 1"):
-        check_site_before_loading(f"hf:{folder}", 2, 64)
+        check_sites_before_loading(f"hf:{folder}", [2], 64)
     with pytest.raises(SaescaleError, match="at most 64 tokens, not 65"):
-        check_site_before_loading(f"hf:{folder}", 1, 65)
-    check_site_before_loading("smollm2-135m", 29, 64)
+        check_sites_before_loading(f"hf:{folder}", [1], 65)
+    check_sites_before_loading("smollm2-135m", [29], 64)
     with pytest.raises(SaescaleError, match="smollm2-135m has no layer 30"):
-        check_site_before_loading("smollm2-135m", 30, 64)
+        check_sites_before_loading("smollm2-135m", [30], 64)
 
 
 def test_a_damaged_file_that_no_model_needs_is_nobodys_concern(folder: Path, fingerprint: str) -> None:
@@ -387,8 +387,8 @@ def test_code_of_a_models_own_runs_only_where_it_is_allowed(
     monkeypatch.setattr("builtins.input", lambda *given: pytest.fail("it asks, behind a progress display"))
     assert "code of its own, which runs only where you allow it (read that code, then use --trust" in refused(with_code)
     with pytest.raises(SaescaleError, match="runs only where you allow it"):
-        check_site_before_loading(f"hf:{with_code}", 1, 8)
-    check_site_before_loading(f"hf:{with_code}", 1, 8, trust_remote_code=True)
+        check_sites_before_loading(f"hf:{with_code}", [1], 8)
+    check_sites_before_loading(f"hf:{with_code}", [1], 8, trust_remote_code=True)
     assert get_subject(f"hf:{with_code}", trust_remote_code=True).fingerprint == fingerprint
     spec = HarvestSpec(subject=f"hf:{with_code}", layer=1, out="out", trust_remote_code=True)
     assert pickle.loads(pickle.dumps(spec)).trust_remote_code  # an actor is told

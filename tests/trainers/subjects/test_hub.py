@@ -12,7 +12,7 @@ import pytest
 from transformers import GPT2Config
 
 from saescale.storage.errors import SaescaleError
-from saescale.trainers.subjects.subject import at_revision, check_site_before_loading, check_subject_name, get_subject
+from saescale.trainers.subjects.subject import at_revision, check_sites_before_loading, check_subject_name, get_subject
 
 COMMITS = {"main": "a" * 40, "step1000": "b" * 40}
 
@@ -126,7 +126,7 @@ def test_what_the_cache_holds_needs_no_hub(hub: Hub, monkeypatch: pytest.MonkeyP
 
 def test_a_layer_too_high_costs_no_weights(hub: Hub) -> None:
     with pytest.raises(SaescaleError, match="hf:org/model has no layer 1"):
-        check_site_before_loading("hf:org/model", 1, 8)
+        check_sites_before_loading("hf:org/model", [1], 8)
     assert any(path.endswith("config.json") for path in hub.asked)
     assert not any(path.endswith("model.safetensors") for path in hub.asked)
 
@@ -164,7 +164,7 @@ def test_what_the_hub_refuses_is_one_line(hub: Hub, tmp_path: Path, monkeypatch:
 
 
 def test_without_a_hub_one_look_is_enough(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
-    check_site_before_loading("hf:org/model", 0, 8)  # the small files lie in the cache now
+    check_sites_before_loading("hf:org/model", [0], 8)  # the small files lie in the cache now
     lies_at(monkeypatch, "http://127.0.0.1:9")
     looks: list[object] = []
     connect = socket.create_connection

@@ -12,7 +12,7 @@ from saescale.storage.rows import Rows, write_shard
 from saescale.storage.store import ActivationStore
 from saescale.trainers.evals.labels import heldout_labels
 from saescale.trainers.harvest import conduct
-from saescale.trainers.harvest.conduct import harvest
+from saescale.trainers.harvest.conduct import harvest, harvest_layers
 from saescale.trainers.harvest.contexts import SPLITS, draws
 from saescale.trainers.harvest.make_shard import Harvester
 from saescale.trainers.harvest.retrace import Places, heldout_places
@@ -77,6 +77,13 @@ def test_every_row_is_the_subjects_stream_where_its_sequence_says(rooms: Path, n
     assert np.mean(rows.doc[:-1] == rows.doc[1:]) < 0.2  # and they are mixed
 
 
+def test_all_layers_of_a_subject_that_says_how_many_only_when_it_is_loaded(rooms: Path) -> None:
+    harvest(spec_of("ragged", rooms / "alone"))
+    (manifest,) = harvest_layers(spec_of("ragged", rooms / "all"), "all")
+    assert manifest.site.layer == 0
+    assert contents(str(rooms / "all" / "resid_post.0")) == contents(str(rooms / "alone"))
+
+
 def test_train_and_heldout_share_no_sequence(rooms: Path) -> None:
     subject = get_subject("ragged")
     found = {
@@ -100,7 +107,7 @@ def test_who_draws_which_block_and_when_decides_nothing(rooms: Path, monkeypatch
             wanted = list(islice(blocks, 12))
             done = {}
             for block in reversed(wanted):
-                done[block.block] = Harvester(self._spec, self._spool, "auto").tokenize(block)
+                done[block.block] = Harvester([spec], self._spool, "auto").tokenize(block)
             return (done[block.block] for block in wanted)
 
     monkeypatch.setattr(conduct, "_Alone", Ahead)
