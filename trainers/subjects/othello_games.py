@@ -4,7 +4,9 @@ Every move is drawn uniformly from the legal ones (Li et al. 2023), by a hash of
 game is the same whoever draws it, with how many others at once, on a CPU or a GPU.
 """
 
+from collections.abc import Iterator
 from functools import cache
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -15,6 +17,7 @@ from saescale.trainers.subjects.othello_board import count, play, signed, spread
 
 PAD = 0
 HELDOUT_ONE_IN = 4
+AT_A_TIME = 2_048
 
 
 def random_games(size: int, seed: int, numbers: Tensor) -> Tensor:
@@ -43,10 +46,21 @@ def in_split(tokens: Tensor, split: Split) -> Tensor:
     return ((key >> 33) % HELDOUT_ONE_IN == 0) == (split == "heldout")
 
 
-def games_of_split(size: int, split: Split, seed: int, first: int, number: int, device: str = "cpu") -> Tensor:
-    """Those of the games `first` to `first + number` that belong to the split, as `random_games` gives them."""
-    tokens = random_games(size, seed, torch.arange(first, first + number, device=device))
-    return tokens[in_split(tokens, split)]
+class Drawn(NamedTuple):
+    """Games of one split: their numbers int64 [games], ascending, and tokens as `random_games` gives them."""
+
+    numbers: Tensor
+    tokens: Tensor
+
+
+def games_of_split(size: int, split: Split, seed: int, first: int = 0, device: str = "cpu") -> Iterator[Drawn]:
+    """The games of a split from number `first` on, without end, some thousands at a time."""
+    while True:
+        numbers = torch.arange(first, first + AT_A_TIME, device=device)
+        tokens = random_games(size, seed, numbers)
+        wanted = in_split(tokens, split)
+        yield Drawn(numbers[wanted], tokens[wanted])
+        first += AT_A_TIME
 
 
 def squares_of_tokens(size: int) -> np.ndarray:

@@ -116,6 +116,32 @@ class Generates(Protocol):
         seeds (a hash of the sequence may decide where it belongs)."""
 
 
+NO_TARGET = -100
+
+
+class Lesson(NamedTuple):
+    """What a subject learns from at a step: `ids` and `targets` int64 [batch, length], where NO_TARGET does not count;
+    `next` is the number of the sequence with which the next lesson begins."""
+
+    ids: Tensor
+    targets: Tensor
+    next: int
+
+
+@runtime_checkable
+class Learns(Protocol):
+    """A subject that `saescale subject train` trains: its file defines `Settings`, a pydantic model of what can be
+    chosen, and `blank(settings, seed)`, which gives such a subject with random weights."""
+
+    model: Any  # of transformers: ids in, logits out
+
+    def lessons(self, seed: int, batch: int, first: int) -> Iterator[Lesson]:
+        """Training sequences from number `first` on, without end, a pure function of the arguments."""
+
+    def score(self, sequences: int, seed: int = 0) -> dict[str, float]:
+        """How well it does what it is trained for, on so many held-out sequences."""
+
+
 class SubjectFile(Protocol):
     """What the file of a subject defines at its top level; `load` may take `trust_remote_code` besides, and a file may
     define `outline(rest, cache, notify)`, which gives an `Outline` without the weights."""
