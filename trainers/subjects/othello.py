@@ -82,8 +82,8 @@ class Othello(Transformer):
 
     def score(self, sequences: int, seed: int = 0) -> dict[str, float]:
         """On so many held-out games, over all positions behind which the game goes on: the share of most likely moves
-        that are legal (`legal`: 1 less the error rate of Li et al. 2023), the probability on legal moves (`legal_mass`),
-        the cross-entropy in nats, and the least that there is, of a uniform choice among legal moves."""
+        that are legal (`legal`: 1 less the error rate of Li et al. 2023), the probability on legal moves, the
+        cross-entropy in nats, and the least that there is, of a uniform choice among legal moves."""
         totals, positions = dict.fromkeys(("legal", "legal_mass", "loss", "least_loss"), 0.0), 0
         of_tokens = torch.from_numpy(squares_of_tokens(self.size)[1:])
         for games in _heldout_games(self.size, sequences, seed).split(256):

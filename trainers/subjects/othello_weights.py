@@ -41,9 +41,7 @@ def size_of_board(name: str, model: Any) -> int:
     boards = {size * size - 3: size for size in SIZES}
     if vocabulary not in boards:
         known = ", ".join(f"{tokens} ({size}x{size})" for tokens, size in boards.items())
-        raise SaescaleError(
-            f"{name} has a vocabulary of {vocabulary} tokens; of a board of Othello it would be {known}"
-        )
+        raise SaescaleError(f"{name} has a vocabulary of {vocabulary} tokens; a board of Othello has {known}")
     size = boards[vocabulary]
     contexts = int(model.config.max_position_embeddings)
     if contexts < size * size - 5:

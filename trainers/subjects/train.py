@@ -2,7 +2,7 @@
 
     OUT/config.json, model.safetensors   the model as transformers saves it
     OUT/training.json                    what it was trained with, its scores on the way and at the end
-    OUT/checkpoints/                     from which the same command goes on, with the same bits
+    OUT/checkpoints/                     until it is done: from there the same command goes on, with the same bits
 
 AdamW with a warm-up of 2 % and a cosine to 0. In a notebook or a script:
 
@@ -14,6 +14,7 @@ import difflib
 import json
 import logging
 import math
+import shutil
 import time
 import warnings
 from collections.abc import Callable, Iterator
@@ -32,9 +33,18 @@ from torch.utils.data import DataLoader, IterableDataset
 from saescale.storage import files
 from saescale.storage.documents import read_json
 from saescale.storage.errors import SaescaleError
-from saescale.trainers.subjects.subject import NO_TARGET, SUBJECTS, Learns, Lesson, check_subject_name, get_subject
+from saescale.trainers.subjects.language_model import quiet_transformers
+from saescale.trainers.subjects.subject import (
+    NO_TARGET,
+    SUBJECTS,
+    Learns,
+    Lesson,
+    check_subject_name,
+    get_subject,
+    subject_names,
+)
 
-Progress = Callable[[int, int, float, str], None]  # sequences done, in all, sequences/s, in words how it does
+Progress = Callable[[int, int, float, str], None]  # sequences done, in all, sequences/s (0: not yet), how it does
 
 M = TypeVar("M", bound=BaseModel)
 
@@ -65,9 +75,8 @@ class TrainingSpec(BaseModel):
 
 
 def trainable_names() -> tuple[str, ...]:
-    """The subjects that can be trained. Imports them all."""
-    names = (name for name in SUBJECTS.names() if hasattr(SUBJECTS.load(name), "blank"))
-    return tuple(name.replace("_", "-") for name in names)
+    """The subjects that can be trained."""
+    return tuple(name for name in subject_names() if SUBJECTS.defines(name, "blank"))
 
 
 def train_subject(spec: TrainingSpec, progress: Progress | None = None) -> dict[str, Any]:
@@ -90,7 +99,8 @@ def train_subject(spec: TrainingSpec, progress: Progress | None = None) -> dict[
     except SystemExit as end:  # how Lightning ends when it is interrupted
         raise KeyboardInterrupt from end
     pupil.say(f"scoring on {FINAL_SEQUENCES:,} held-out sequences")
-    pupil.subject.model.to(getattr(torch, spec.dtype)).save_pretrained(out)
+    with quiet_transformers():
+        pupil.subject.model.to(getattr(torch, spec.dtype)).save_pretrained(out)
     # As whoever loads it will have it.
     trained = get_subject(f"{spec.subject}:{out}", dtype="float32")
     assert isinstance(trained, Learns), "what can be trained is one"
@@ -101,15 +111,16 @@ def train_subject(spec: TrainingSpec, progress: Progress | None = None) -> dict[
         "made_with": {name: version(name) for name in ("saescale", "torch", "transformers")},
     }
     files.write_atomic(str(out / TRAINING), _text(record))
+    shutil.rmtree(out / CHECKPOINTS, ignore_errors=True)
     return record
 
 
 def _begin(spec: TrainingSpec) -> tuple[dict[str, Any], Any]:
     """What training.json says from the beginning, and the subject with random weights."""
     check_subject_name(spec.subject)
+    if spec.subject not in trainable_names():
+        raise SaescaleError(f"{spec.subject} cannot be trained; {', '.join(trainable_names())} can")
     file = SUBJECTS.load(spec.subject)
-    if not hasattr(file, "blank"):
-        raise SaescaleError(f"{spec.subject} cannot be trained; there are {', '.join(trainable_names())}")
     settings = validated(file.Settings, spec.settings, f"setting of {spec.subject}")
     training = spec.model_dump(mode="json", exclude={"subject", "out", "settings"})
     return {"subject": spec.subject, "settings": settings.model_dump(mode="json"), **training}, file.blank(
@@ -160,7 +171,12 @@ def _text(record: dict[str, Any]) -> bytes:
 
 def _trainer(spec: TrainingSpec, checkpoints: Path, device: torch.device) -> L.Trainer:
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
-    for text in (".*does not have many workers.*", ".*Checkpoint directory.*", ".*LeafSpec.*"):
+    for text in (
+        ".*does not have many workers.*",
+        ".*Checkpoint directory.*",
+        ".*LeafSpec.*",
+        ".*callbacks used to create.*",
+    ):
         warnings.filterwarnings("ignore", message=text)
     return L.Trainer(
         accelerator="gpu" if device.type == "cuda" else "cpu",
@@ -213,19 +229,18 @@ class _Pupil(L.LightningModule):
 
     def on_train_batch_end(self, outputs: Any, lesson: Lesson, number: int) -> None:
         done, steps = self.global_step, self.spec.steps
-        if self._began is None:
-            self._began = time.monotonic(), done  # the first step warms up and is not timed
         if done * CHECKS // steps > (done - 1) * CHECKS // steps:
             self.model.eval()
             score = self.subject.score(CHECK_SEQUENCES)
             self.model.train()
             self.curve.append({"sequences": done * self.spec.batch, "train_loss": float(outputs["loss"]), **score})
             self._how = ", ".join(f"{name} {value:.3f}" for name, value in score.items())
-        seconds, since = time.monotonic() - self._began[0], done - self._began[1]
-        self._progress(
-            min(done * self.spec.batch, self.spec.sequences), self.spec.sequences,
-            since * self.spec.batch / seconds if since else 0.0, self._how or f"loss {float(outputs['loss']):.3f}",
-        )  # fmt: skip
+        if self._began is None:  # the first step warms up and is not timed
+            self._began = time.monotonic(), done
+            return
+        rate = (done - self._began[1]) * self.spec.batch / (time.monotonic() - self._began[0])
+        words = self._how or f"loss {float(outputs['loss']):.3f}"
+        self._progress(min(done * self.spec.batch, self.spec.sequences), self.spec.sequences, rate, words)
 
     def say(self, stage: str) -> None:
         """What is being done now."""
