@@ -35,9 +35,9 @@ def list_() -> None:
 def train(
     subject: Annotated[str, typer.Argument(help="One that can be trained: saescale subject list.")],
     out: Annotated[str, typer.Option(help="The folder to write; the same command goes on in it.")],
-    sequences: Annotated[int, typer.Option(help="To train on, each of them once.", min=1)] = 120_000,
-    batch: Annotated[int, typer.Option(help="Sequences of a step.", min=1)] = 128,
-    lr: Annotated[float, typer.Option(help="Highest learning rate.")] = 1e-3,
+    sequences: Annotated[int, typer.Option(help="To train on, each of them once.", min=1)] = 131_072,
+    batch: Annotated[int, typer.Option(help="Sequences of a step.", min=1)] = 64,
+    lr: Annotated[float, typer.Option(help="Highest learning rate.")] = 2e-3,
     seed: Annotated[int, typer.Option(help="Of the first weights and the sequences.", min=0)] = 0,
     dtype: Annotated[str, typer.Option(help="Of the weights as written: float32, float16 or bfloat16.")] = "float32",
     set_: Annotated[

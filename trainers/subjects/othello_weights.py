@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from saescale.storage.errors import SaescaleError, one_line
+from saescale.trainers.subjects.checkpoint import Checkpoint
 from saescale.trainers.subjects.language_model import told
 from saescale.trainers.subjects.othello_board import SIZES
 from saescale.trainers.subjects.weights import Weighted, hash_weights, read_config, read_identified
@@ -23,6 +24,9 @@ def read_checkpoint(name: str, path: Path, dtype: torch.dtype) -> tuple[Any, str
     Raises SaescaleError where there is none, or it cannot be read.
     """
     if path.is_dir():
+        checkpoint = Checkpoint(name, path)
+        checkpoint.check_config()
+        checkpoint.check_weights()
         with told(name, f"the model in {path} cannot be read"):
             read_config(path, trust_remote_code=False)
             weighted, fingerprint = read_identified(name, path, dtype)

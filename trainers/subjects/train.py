@@ -62,9 +62,9 @@ class TrainingSpec(BaseModel):
     subject: str
     out: str
     settings: dict[str, Any] = {}
-    sequences: int = Field(120_000, ge=1)
-    batch: int = Field(128, ge=1)
-    lr: float = Field(1e-3, gt=0)
+    sequences: int = Field(131_072, ge=1)
+    batch: int = Field(64, ge=1)
+    lr: float = Field(2e-3, gt=0)
     weight_decay: float = Field(0.01, ge=0)
     seed: int = Field(0, ge=0, lt=2**63)
     dtype: Literal["float32", "float16", "bfloat16"] = "float32"
@@ -171,13 +171,8 @@ def _text(record: dict[str, Any]) -> bytes:
 
 def _trainer(spec: TrainingSpec, checkpoints: Path, device: torch.device) -> L.Trainer:
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
-    for text in (
-        ".*does not have many workers.*",
-        ".*Checkpoint directory.*",
-        ".*LeafSpec.*",
-        ".*callbacks used to create.*",
-    ):
-        warnings.filterwarnings("ignore", message=text)
+    for text in ("does not have many workers", "Checkpoint directory", "LeafSpec", "callbacks used to create"):
+        warnings.filterwarnings("ignore", message=f".*{text}.*")
     return L.Trainer(
         accelerator="gpu" if device.type == "cuda" else "cpu",
         devices=1,
