@@ -31,11 +31,14 @@ from scipy import sparse
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
+from saescale.scaling.metrics import Metric
 from saescale.storage.errors import SaescaleError
 from saescale.storage.source import Source
 from saescale.storage.store import ActivationStore
+from saescale.trainers.evals.core import BIN_NAMES, bin_of
+from saescale.trainers.evals.directions import decoder, over_latents
 from saescale.trainers.evals.evaluation import Measurement, Need
-from saescale.trainers.evals.intervals import SEED, by_document, ratio
+from saescale.trainers.evals.intervals import SEED
 from saescale.trainers.evals.labels import heldout_label_parts
 from saescale.trainers.exchange.trained import Trained
 from saescale.trainers.preprocess import normalise, to_tensor
@@ -44,132 +47,124 @@ from saescale.trainers.subjects.subject import Composed, Subject
 ROWS = 16_384
 FOUND = 0.9
 CHUNK_ROWS = 1_024
-BINS = np.arange(-6.0, 0.5, 0.5)  # edges, log10 of a feature's frequency; rarer ones are in the first bin
 
 needs: frozenset[Need] = frozenset({"subject", "labels"})
+metrics = {
+    name: Metric("higher", bounded=True)
+    for name in (
+        "mcc", "uniqueness", "precision", "recall", "f1", "mmcs", "found", "feature_precision", "feature_recall",
+        "feature_f1",
+    )
+}  # fmt: skip
 
 
 class Truth(NamedTuple):
     raw: Tensor  # [rows, d_model], as the store has them
     directions: Tensor  # float32 [features, d_model], unit rows less their mean
     active: sparse.csr_array  # of features, int32 [rows, features]: 1 where one is active
-    frequency: np.ndarray  # float64 [features]
+    present: np.ndarray  # on how many rows each feature is active, int64 [features]
 
 
 class Recovery(NamedTuple):
-    """What of a truth some latents find. Of latents: float64 [n_latents]; of features, NaN where one is on no row:
-    float64 [features]."""
+    """What some latents find of a truth: float64, [n_latents] or [features] each. `by_activation` is 0 of features that
+    are active on no row."""
 
     mcc: float
     uniqueness: float
-    latents: dict[str, np.ndarray]
-    features: dict[str, np.ndarray]
+    of_latents: dict[str, np.ndarray]
+    by_direction: dict[str, np.ndarray]
+    by_activation: dict[str, np.ndarray]
 
 
 def prepare(source: Source, subject: Subject | None) -> Truth:
     """The features of the held-out rows. Raises SaescaleError where the subject is not made of known ones."""
     if not isinstance(subject, Composed):
-        raise SaescaleError(f"the subject {getattr(subject, 'name', '')} is not composed of known features")
+        name = "" if subject is None else subject.name
+        raise SaescaleError(f"the subject {name} is not composed of known features; `dictionary` is")
     assert isinstance(source, ActivationStore), "labels are of stores"
-    rows = min(ROWS, source.rows("heldout"))
+    rows, features = min(ROWS, source.rows("heldout")), len(subject.directions)
     places = []
     for here, labels in heldout_label_parts(source, subject, rows):
         row, feature = np.nonzero(labels["features"])
         places.append((here[row], feature))
     row, feature = (np.concatenate(each) for each in zip(*places, strict=True))
-    active = sparse.csr_array((np.ones(len(row), np.int32), (row, feature)), (rows, len(subject.directions)))
+    active = sparse.csr_array((np.ones(len(row), np.int32), (row, feature)), (rows, features))
     raw = to_tensor(source.heldout(rows, ("act",)).act, source.dtype)
-    return Truth(raw, normalise(subject.directions), active, _times(active) / rows)
+    return Truth(raw, normalise(subject.directions), active, _times(active))
 
 
 def measure(trained: Trained, source: Source, subject: Subject | None, truth: Truth) -> Iterator[Measurement]:
-    decoder = trained.sae.params.get("W_dec")
-    if decoder is None:
-        raise SaescaleError(f"the architecture {trained.sae.name} has no W_dec, which gives each latent a direction")
-    n_latents, k = len(decoder), trained.cell.k
-    yield from _measurements(compare(decoder, active_on(truth, trained.encode), truth), truth)
-    random = torch.randn(decoder.shape, generator=torch.Generator().manual_seed(SEED)).to(decoder.device)
-    frequent = np.argsort(-truth.frequency, kind="stable")[:n_latents]
-    true = truth.directions[torch.from_numpy(frequent).to(truth.directions.device)]
-    for name, directions in (("random", normalise(random)), ("true", true)):
-        active = active_on(truth, partial(_largest, directions=directions, k=k))
-        yield from _measurements(compare(directions, active, truth), truth, f"_{name}")
+    W_dec, k = decoder(trained), trained.cell.k
+    yield from _measurements(compare(W_dec, active_on(truth, trained.encode), truth), truth)
+    random = torch.randn(W_dec.shape, generator=torch.Generator().manual_seed(SEED)).to(W_dec.device)
+    frequent = torch.from_numpy(np.argsort(-truth.present, kind="stable")[: len(W_dec)])
+    for name, directions in (("random", normalise(random)), ("true", truth.directions[frequent])):
+        active = active_on(truth, partial(largest, directions=directions, k=k))
+        for row in _measurements(compare(directions, active, truth), truth):
+            yield row._replace(metric=f"{row.metric}_{name}")
 
 
 def active_on(truth: Truth, encode: Callable[[Tensor], Tensor]) -> sparse.csr_array:
     """Where latents are active: int32 [rows, n_latents]. `encode` gives them for raw rows."""
     device = truth.directions.device
-    latents = (encode(raw.to(device)) > 0 for raw in truth.raw.split(CHUNK_ROWS))
+    latents = (encode(raw.to(device)) != 0 for raw in truth.raw.split(CHUNK_ROWS))
     return sparse.csr_array(sparse.vstack([sparse.csr_array(some.int().cpu().numpy()) for some in latents]))
 
 
-def compare(decoder: Tensor, active: sparse.csr_array, truth: Truth) -> Recovery:
-    """Latents with rows of `decoder` [n_latents, d_model], `active` on the rows of the truth, against its features."""
-    cosine = (torch.nn.functional.normalize(decoder, dim=1) @ truth.directions.T).abs().cpu().numpy()
-    paired = linear_sum_assignment(cosine, maximize=True)
-    nearest = cosine.argmax(axis=1)
-    fired, present = _times(active), _times(truth.active)
-    both = sparse.csc_array(active.T @ truth.active)  # on how many rows a latent and a feature are active
-    # Only pairs that are ever active together have an F1 above 0: few of all.
-    f1 = both.copy().astype(np.float64)
-    latent, feature = both.indices, np.repeat(np.arange(len(present)), np.diff(both.indptr))
-    f1.data = 2 * both.data / (fired[latent] + present[feature])
-    best = f1.argmax(axis=0)
-    of_latents = _detection(_at(both, np.arange(len(fired)), nearest), fired, present[nearest])
-    of_features = _detection(_at(both, best, np.arange(len(present))), fired[best], present)
-    of_features = {f"feature_{name}": np.where(present > 0, each, np.nan) for name, each in of_features.items()}
-    largest = cosine.max(axis=0).astype(np.float64)
-    return Recovery(
-        float(cosine[paired].mean()),
-        len(np.unique(nearest)) / len(nearest),
-        of_latents,
-        {"mmcs": largest, "found": (largest > FOUND).astype(np.float64), **of_features},
-    )
-
-
-def _measurements(recovery: Recovery, truth: Truth, suffix: str = "") -> Iterator[Measurement]:
-    seed = SEED if suffix == "_random" else None
-    n_latents = len(next(iter(recovery.latents.values())))
-    yield Measurement(f"mcc{suffix}", recovery.mcc, n=min(n_latents, len(truth.frequency)), seed=seed)
-    yield Measurement(f"uniqueness{suffix}", recovery.uniqueness, n=n_latents, seed=seed)
-    for name, values in recovery.latents.items():
-        yield _mean(f"{name}{suffix}", values)
-    for name, values in recovery.features.items():
-        yield _mean(f"{name}{suffix}", values)
-    band = np.digitize(np.log10(truth.frequency.clip(10 ** BINS[0])), BINS[1:-1])
-    for number in np.unique(band):
-        for name, values in recovery.features.items():
-            at = f"frequency 1e{BINS[number]:g} to 1e{BINS[number + 1]:g}"
-            yield _mean(f"{name}{suffix}", values[band == number], at)
-
-
-def _mean(metric: str, values: np.ndarray, at: str = "") -> Measurement:
-    """Over those that have a value, with an interval over them."""
-    there = values[~np.isnan(values)]
-    columns = {"value": there, "one": np.ones(len(there))}
-    found = by_document(np.arange(len(there)), columns, {metric: ratio("value", "one")})[metric]
-    return Measurement(metric, *found, at=at, n=len(there), seed=SEED)
-
-
-def _detection(both: np.ndarray, fired: np.ndarray, present: np.ndarray) -> dict[str, np.ndarray]:
-    """Of detectors that fire on so many rows for what is present on so many; 0 where one never does right."""
-    return {
-        "precision": both / fired.clip(1),
-        "recall": both / present.clip(1),
-        "f1": 2 * both / (fired + present).clip(1),
-    }
-
-
-def _at(matrix: sparse.csc_array, row: np.ndarray, column: np.ndarray) -> np.ndarray:
-    return np.asarray(sparse.csr_array(matrix)[row, column]).astype(np.float64).ravel()
-
-
-def _times(active: sparse.csr_array) -> np.ndarray:
-    return np.bincount(active.indices, minlength=active.shape[1])
-
-
-def _largest(raw: Tensor, directions: Tensor, k: int) -> Tensor:
+def largest(raw: Tensor, directions: Tensor, k: int) -> Tensor:
     """The k largest products of each preprocessed row with the directions, [rows, n_latents]; 0 elsewhere."""
     product = normalise(raw) @ directions.T
     kept = product.topk(min(k, len(directions)), dim=1)
     return torch.zeros_like(product).scatter(1, kept.indices, kept.values)
+
+
+def compare(W_dec: Tensor, active: sparse.csr_array, truth: Truth) -> Recovery:
+    """Latents of directions `W_dec` [n_latents, d_model], `active` on the truth's rows, against its features."""
+    cosine = (torch.nn.functional.normalize(W_dec, dim=1) @ truth.directions.T).abs().cpu().numpy()
+    paired = linear_sum_assignment(cosine, maximize=True)
+    nearest = cosine.argmax(axis=1)
+    fired, present = _times(active), truth.present
+    both = sparse.coo_array(active.T @ truth.active)  # on how many rows a latent and a feature are active
+    # Only pairs that are ever active together have an F1 above 0: few of all.
+    f1 = sparse.csc_array((2 * both.data / (fired[both.row] + present[both.col]), (both.row, both.col)), both.shape)
+    best = np.asarray(f1.argmax(axis=0)).ravel()
+    together = sparse.csr_array(both)
+    closest = cosine.max(axis=0).astype(np.float64)
+    latents, features = np.arange(len(fired)), np.arange(len(present))
+    of_best = _detection(together[best, features], fired[best], present)
+    return Recovery(
+        float(cosine[paired].mean()),
+        len(np.unique(nearest)) / len(nearest),
+        _detection(together[latents, nearest], fired, present[nearest]),
+        {"mmcs": closest, "found": (closest > FOUND).astype(np.float64)},
+        {f"feature_{name}": values for name, values in of_best.items()},
+    )
+
+
+def _detection(both: sparse.sparray | np.ndarray, fired: np.ndarray, present: np.ndarray) -> dict[str, np.ndarray]:
+    """Of detectors that fire on so many rows for what is present on so many, and on how many both."""
+    right = (both.toarray() if sparse.issparse(both) else np.asarray(both)).astype(np.float64).ravel()
+    return {
+        "precision": right / fired.clip(1),
+        "recall": right / present.clip(1),
+        "f1": 2 * right / (fired + present).clip(1),
+    }
+
+
+def _measurements(recovery: Recovery, truth: Truth) -> Iterator[Measurement]:
+    n_latents, features = len(recovery.of_latents["f1"]), len(truth.present)
+    yield Measurement("mcc", recovery.mcc, n=min(n_latents, features))
+    yield Measurement("uniqueness", recovery.uniqueness, n=n_latents)
+    yield from over_latents(recovery.of_latents)
+    there = np.flatnonzero(truth.present)
+    bins = bin_of(truth.present.clip(1) / len(truth.raw))
+    named = [(BIN_NAMES[number], bins == number) for number in np.unique(bins[there])]
+    for at, among in [("", np.ones(features, bool)), *named]:
+        yield from over_latents({name: values[among] for name, values in recovery.by_direction.items()}, at)
+        seen = there[among[there]]
+        yield from over_latents({name: values[seen] for name, values in recovery.by_activation.items()}, at)
+
+
+def _times(active: sparse.csr_array) -> np.ndarray:
+    """On how many rows each is active, int64."""
+    return np.bincount(active.indices, minlength=active.shape[1])

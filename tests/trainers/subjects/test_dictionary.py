@@ -104,7 +104,9 @@ def test_children_fire_only_with_their_parents(exclusive: bool, scaled: bool) ->
 
 
 def test_features_fire_as_often_as_the_spec_says() -> None:
-    subject = dictionary(hierarchy=None, correlations=None, frequencies={"exponent": 0.7, "highest": 0.3, "lowest": 0.01})
+    subject = dictionary(
+        hierarchy=None, correlations=None, frequencies={"exponent": 0.7, "highest": 0.3, "lowest": 0.01}
+    )
     z = features(subject, 400)
     zipf = np.array([rank**-0.7 for rank in range(1, 85)])
     wanted = 0.01 + 0.29 * (zipf - zipf.min()) / (zipf.max() - zipf.min())
@@ -222,7 +224,7 @@ def test_a_wrong_spec_is_one_line(tmp_path: Path, text: str, said: str) -> None:
 
 
 def test_what_else_it_cannot_do_is_one_line(tmp_path: Path) -> None:
-    with pytest.raises(SaescaleError, match="there is no /nowhere/my.yaml; a dictionary is a YAML file"):
+    with pytest.raises(SaescaleError, match=r"there is no /nowhere/my\.yaml; a dictionary is a YAML file"):
         get_subject("dictionary:/nowhere/my.yaml")
     with pytest.raises(SaescaleError, match="computes in float32 alone"):
         get_subject("dictionary", dtype="bfloat16")
