@@ -78,6 +78,8 @@ _COLUMNS = (
     Column("high", _REAL, _EVALS, "Upper end of the 95 % interval", "high"),
     Column("at", _TEXT, _EVALS, "Of what: a latent, a label, a position; empty for the whole cell", "at", role="spec"),
     Column("n", _INT, _EVALS, "Samples", "samples", unit="samples"),
+    Column("latents", _INT, _EVALS, "Latents of the cell that were to be looked at", unit="latents", role="spec"),
+    Column("others", _TEXT, _EVALS, "Cells that the cell was compared with", role="spec"),
     Column("seed", _INT, ("results", "evals"), "Seed", "seed", "seed", role="spec", listed=True),
     Column("nmse", _REAL, _BOTH, "Held-out normalised MSE (nmse)", "nmse", "nmse", "nmse", positive=True, listed=True,
            decimals=5),
@@ -158,10 +160,12 @@ def current_names(names: Iterable[str]) -> list[str]:
 
 
 def conform(table: pa.Table, schema: pa.Schema) -> pa.Table:
-    """The columns of `schema`, from a table of this version or an earlier one: null where it had none.
+    """The columns of `schema`, from a table of this version or an earlier one: null where it had none. The metadata of
+    its own schema stay.
 
     Raises pyarrow.ArrowInvalid (or another ArrowException) for values that the column cannot hold.
     """
+    schema = schema.with_metadata(table.schema.metadata)
     table = table.rename_columns(current_names(table.column_names))
     return pa.table(
         [

@@ -1,5 +1,6 @@
 """The run directory: what a sweep was asked, what each cell reached, tables, fits. Writes are atomic."""
 
+import json
 import re
 import uuid
 import warnings
@@ -36,6 +37,7 @@ _SPEC_REMEDY = "remove it (or move it, if it is your own file) and run the same 
 _NO_SWEEP = "it holds no whole sweep of a run: it was cut short, or is another program's"
 _BEGIN, _END = b"---\n", b"...\n"  # YAML's own marks: a file that has the first is whole if it has the second
 FITS_FORMAT = 1
+METRICS = b"saescale.metrics"  # a key of the metadata of evals.parquet's schema: what evaluations declare of theirs
 _ASKED_AT_A_TIME = 16  # an answer of an object store takes a while
 _OF_TURN = re.compile(r"(?:sae|curve)-turn-(\d+)\.\w+")
 
@@ -278,15 +280,26 @@ class RunDirectory:
         """Whether there is something of a run here that results can be read from."""
         return files.exists(files.join(self.url, "results.parquet")) or bool(self.cells_with_results())
 
-    def write_evals(self, cell_id: str, evaluation: str, rows: list[dict[str, Any]]) -> None:
-        """Puts the rows of one evaluation of one cell into evals.parquet, in place of those that it had there."""
+    def write_evals(
+        self, cell_id: str, evaluation: str, rows: list[dict[str, Any]], metrics: Mapping[str, Any] | None = None
+    ) -> None:
+        """Puts the rows of one evaluation of one cell into evals.parquet, in place of those that it had there.
+
+        `metrics`: what the evaluation declares of its metrics, by `evaluation.metric`, in place of what it declared.
+        """
         there = self.read_evals()
         own = pc.and_(pc.equal(there["cell_id"], cell_id), pc.equal(there["evaluation"], evaluation))
         new = pa.Table.from_pylist([row | {"cell_id": cell_id, "evaluation": evaluation} for row in rows], EVALS)
-        self._write_table("evals.parquet", pa.concat_tables([there.filter(pc.invert(own)), new]))
+        known = json.loads((there.schema.metadata or {}).get(METRICS, b"{}"))
+        known = {name: of for name, of in known.items() if name.partition(".")[0] != evaluation} | dict(metrics or {})
+        table = pa.concat_tables([there.filter(pc.invert(own)).replace_schema_metadata(), new])
+        if known:
+            table = table.replace_schema_metadata({METRICS: json.dumps(known, sort_keys=True).encode()})
+        self._write_table("evals.parquet", table)
 
     def read_evals(self) -> pa.Table:
-        """evals.parquet; no rows when it is missing."""
+        """evals.parquet, with what evaluations declare of their metrics in its schema's metadata; no rows when it is
+        missing."""
         table = self._table("evals.parquet", EVALS, f"remove it and run saescale eval {self.url}, which measures again")
         return EVALS.empty_table() if table is None else table
 

@@ -48,16 +48,18 @@ def test_every_floor_and_room_with_a_door_has_a_page() -> None:
 
 @pytest.mark.parametrize("path", published.PAGES, ids=lambda path: str(path.relative_to(ROOT)))
 def test_pages_say_of_the_published_run_what_its_files_say(path: Path) -> None:
-    assert path.read_text() == published.page(path), "run python -m tests.published"
+    assert path.read_text() == published.PAGES[path].page(path), "run python -m tests.published"
 
 
-def test_the_published_results_are_the_same_in_both_forms_and_end_where_their_curves_do() -> None:
+@pytest.mark.parametrize("data_set", published.DATA_SETS)
+def test_the_published_results_are_the_same_in_both_forms_and_end_where_their_curves_do(data_set: str) -> None:
+    folder = published.DATA_SETS[data_set].folder
     for name in ("results", "curves"):
-        text, table = (load_rows(str(published.DATA / f"{name}.{form}")) for form in ("csv", "parquet"))
+        text, table = (load_rows(str(folder / f"{name}.{form}")) for form in ("csv", "parquet"))
         assert text.columns.keys() == table.columns.keys()
         for column in (name for name in text.columns if name not in ("status", "error")):
             assert [*map(str, text[column])] == [*map(str, table[column])], column
-    results, curves = (pq.read_table(published.DATA / f"{name}.parquet").to_pylist() for name in ("results", "curves"))
+    results, curves = (pq.read_table(folder / f"{name}.parquet").to_pylist() for name in ("results", "curves"))
     for row in results:
         last = max((point for point in curves if point["cell_id"] == row["cell_id"]), key=lambda point: point["step"])
         assert [row[name] for name in ("tokens", "flops", "nmse")] == [last[n] for n in ("tokens", "flops", "nmse")]

@@ -26,7 +26,7 @@ def evaluate(spec: SweepSpec, run: RunDirectory, address: str | None, display: S
     """
     if not missing_evaluations(spec, run).missing:
         return
-    display.stage(f"evaluating: {', '.join(spec.eval.evaluations)}")
+    display.stage(f"evaluating: {', '.join(entry.evaluation for entry in spec.eval.evaluations)}")
     try:
         why = _measure(spec, run, address, display)
     except Superseded:
@@ -44,13 +44,13 @@ def _measure(spec: SweepSpec, run: RunDirectory, address: str | None, display: S
     from saescale.trainers.device import set_threads
     from saescale.trainers.evals.run import evaluate_run
 
-    names = spec.eval.evaluations
+    wanted = spec.eval.evaluations
     if wanted_address(address) is not None or _gpus() > 1:
         from saescale.cluster.crew.evals import evaluate_on_actors
 
-        return evaluate_on_actors(run.url, names, (), "auto", address, display, owner=run.owner).why
+        return evaluate_on_actors(run.url, wanted, (), "auto", address, display, owner=run.owner).why
     set_threads(os.cpu_count() or 1)
-    return evaluate_run(run.url, names, display=display, owner=run.owner).why
+    return evaluate_run(run.url, wanted, display=display, owner=run.owner).why
 
 
 def _gpus() -> int:

@@ -13,7 +13,7 @@ from saescale.cluster.crew.evals import evaluate_on_actors
 from saescale.cluster.sweep.driver import run_sweep
 from saescale.cluster.sweep.spec import parse_spec
 from saescale.scaling.laws.settings import FitSettings
-from saescale.storage.errors import SaescaleError, SaescaleWarning
+from saescale.storage.errors import SaescaleWarning
 from saescale.storage.rundir import RunDirectory
 from saescale.storage.store import ActivationStore
 from saescale.trainers.cell import Cell, EvalSpec
@@ -104,16 +104,12 @@ def test_a_sweep_ends_with_its_evaluations(
     run_sweep(spec, again, settings=FitSettings(0))
     assert again.evaluated == []
     # Others may be named later, here on a cluster: it stays the same sweep. What cannot be measured ends nothing.
-    document["eval"]["evaluations"] = ["core", "downstream_loss", "nmse"]
+    document["eval"]["evaluations"] = ["core", "downstream_loss", {"nmse": {"where": {"n_latents": 64}}}]
     with pytest.warns(SaescaleWarning, match="downstream_loss of 2 cells: unknown subject 'synthetic'"):
         run_sweep(parse_spec(document, "here"), again, three_nodes.address, FitSettings(0))
-    assert again.evaluated[-1][:2] == (4, 4)
+    assert again.evaluated[-1][:2] == (3, 3)
     assert {row["evaluation"] for row in outcome.run.read_evals().to_pylist()} == {"core", "nmse"}
-    with pytest.raises(SaescaleError, match="unknown evaluation 'cor': did you mean core"):
-        parse_spec(document | {"eval": ["cor"]}, "here")
-    assert parse_spec(document | {"eval": ["core", "downstream-loss"]}, "here").eval.evaluations == [
-        "core", "downstream_loss",
-    ]  # fmt: skip
+    assert [results[row["cell_id"]]["n_latents"] for row in rows(outcome.run, "nmse")] == [64, 64]  # nmse and l0
 
 
 def test_a_number_of_actors_is_one(run: RunDirectory) -> None:

@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 from types import SimpleNamespace
 
+import pyarrow.parquet as pq
 import pytest
 from typer.testing import CliRunner
 
@@ -58,6 +59,27 @@ def prepare(source, subject):
 
 def measure(trained, source, subject, prepared):
     yield Measurement("seven", prepared)
+"""
+
+LOOKED = """
+import os
+from saescale.trainers.evals.evaluation import Measurement
+
+needs = frozenset()
+latents = 8
+
+def partners(cell, cells):
+    own = next(row for row in cells if row["cell_id"] == cell)
+    if os.environ.get("NAMES") == "nobody":
+        return ["gone"]
+    if os.environ.get("NAMES") == "breaks":
+        return own["size"]
+    larger = [row["cell_id"] for row in cells if row["n_latents"] > own["n_latents"]]
+    return larger[:int(os.environ.get("MOST", 9))]
+
+def measure(trained, source, subject, latents, others):
+    yield Measurement("looked", latents)
+    yield Measurement("others", sum(other.cell.n_latents for other in others))
 """
 
 
@@ -204,6 +226,83 @@ def test_what_cells_share_is_made_once(run: RunDirectory) -> None:
     assert done.why == ("broken of 3 cells: no task fits",)
     assert [row["value"] for row in run.read_evals().to_pylist()] == [7, 7, 7]
     assert Path("prepared.txt").read_text() == "once\nonce\n"
+
+
+def looked(run: RunDirectory) -> dict[int, dict[str, float]]:
+    """What `looked` measured, by the size of the cell."""
+    sizes = {row["cell_id"]: row["n_latents"] for row in run.read_results().to_pylist()}
+    found: dict[int, dict[str, float]] = {}
+    for row in run.read_evals().to_pylist():
+        if row["evaluation"] == "looked":
+            found.setdefault(sizes[row["cell_id"]], {"latents": row["latents"]})[row["metric"]] = row["value"]
+    return found
+
+
+def test_cells_are_compared_with_others_by_so_many_latents(run: RunDirectory, monkeypatch: pytest.MonkeyPatch) -> None:
+    Path("mine/evals/looked.py").write_text(LOOKED)
+    assert evaluate_run("run", ["looked", "counted"]) == (5, 0, 0, ())  # the largest is compared with none
+    assert looked(run) == {
+        16: {"latents": 8, "looked": 8, "others": 24 + 32}, 24: {"latents": 8, "looked": 8, "others": 32},
+    }  # fmt: skip
+    # Without a number what is there stays; with another one it is measured again, once.
+    few = [{"looked": {"latents": 3}}]
+    assert evaluate_run("run", ["looked"]) == (0, 2, 0, ())
+    assert evaluate_run("run", few) == (2, 0, 0, ())
+    assert evaluate_run("run", few) == evaluate_run("run", ["looked"]) == (0, 2, 0, ())
+    assert {cell: of["looked"] for cell, of in looked(run).items()} == {16: 3, 24: 3}
+    # So are those that are compared with other cells than before.
+    monkeypatch.setenv("MOST", "1")
+    assert evaluate_run("run", few) == (1, 1, 0, ())
+    assert {cell: of["others"] for cell, of in looked(run).items()} == {16: 24, 24: 32}
+    assert {row["others"] for row in run.read_evals().to_pylist() if row["evaluation"] == "counted"} == {None}
+    # What cannot be is said, and the others go on; alone it is an error.
+    largest = run.read_results()["cell_id"][2].as_py()
+    done = evaluate_run("run", ["looked", "nmse"], cells=[largest])
+    assert done == (1, 0, 0, ("looked: run: no cell has others that it would be compared with",))
+    with pytest.raises(SaescaleError, match="looked: run: no cell has others"):
+        evaluate_run("run", ["looked"], cells=[largest])
+    monkeypatch.setenv("NAMES", "nobody")
+    with pytest.raises(SaescaleError, match=r"`partners` of looked names 'gone' for n16.*, which is no other finished"):
+        evaluate_run("run", ["looked"])
+    monkeypatch.setenv("NAMES", "breaks")
+    with pytest.raises(SaescaleError, match="`partners` of looked fails with KeyError: 'size'"):
+        evaluate_run("run", ["looked"])
+
+
+def test_some_cells_alone(run: RunDirectory) -> None:
+    run.write_spec(
+        {"name": "evals", "store": "store", "resolved": {}, "eval": [{"counted": {"where": {"n_latents": [16, 24]}}}]}
+    )
+    asked = CliRunner().invoke(app, ["eval", "run", "--where", "k=2"], env={"COLUMNS": "200"})
+    assert asked.exit_code == 0, asked.output
+    assert "9 measured, 0 were there" in asked.output  # in place of the sweep file's, of which there is one more
+    assert evaluate_run("run") == (0, 8, 0, ())
+    Path("run/evals.parquet").unlink()
+    assert evaluate_run("run") == (8, 0, 0, ())
+    for arguments, words in (
+        (["--where", "n_latent=16"], "there is no column n_latent; did you mean n_latents?"),
+        (
+            ["--where", "n_latents=17"],
+            "core, downstream_loss, counted: run: no finished cell with --where n_latents=17; n_latents is 16, 24, 32",
+        ),
+        (["--where", "n_latents=many"], "n_latents holds numbers, not 'many'"),
+        (["--where", "architecture>topk"], "architecture holds text, which has no order"),
+        (["--evals", "core", "--latents", "3"], "core looks at all latents"),
+    ):
+        result = CliRunner().invoke(app, ["eval", "run", *arguments])
+        assert isinstance(result.exception, SaescaleError)
+        assert words in str(result.exception)
+    # One of them meets no cell: the other goes on.
+    done = evaluate_run("run", [{"counted": {"where": {"n_latents": 17}}}, "nmse"])
+    assert (done.measured, len(done.why)) == (3, 1)
+
+
+def test_a_table_of_an_earlier_version_is_gone_on_with(run: RunDirectory) -> None:
+    evaluate_run("run", ["counted", "core"])
+    now = pq.read_table("run/evals.parquet")
+    pq.write_table(now.drop_columns(["latents", "others"]).replace_schema_metadata(), "run/evals.parquet")
+    assert evaluate_run("run", ["counted", "core", "nmse"]) == (3, 6, 0, ())
+    assert run.read_evals().num_rows == now.num_rows + 6
 
 
 def test_labels_that_there_are_not_are_one_line(run: RunDirectory, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,9 +1,10 @@
 """What the evaluations of one run share in a process: stores, the subject, what they prepare, the cell at hand."""
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
+from saescale.scaling.metrics import document
 from saescale.storage.errors import SaescaleError, one_line
 from saescale.storage.files import join
 from saescale.storage.manifest import Manifest
@@ -13,7 +14,7 @@ from saescale.storage.store import ActivationStore
 from saescale.trainers.architectures import ARCHITECTURES
 from saescale.trainers.architectures.own import digests, own_files, require_same
 from saescale.trainers.device import default_device
-from saescale.trainers.evals.evaluation import Evaluation, find_evaluation
+from saescale.trainers.evals.evaluation import Evaluation, find_evaluation, metrics_of
 from saescale.trainers.evals.plan import Pair
 from saescale.trainers.exchange.native import read
 from saescale.trainers.exchange.trained import Trained
@@ -28,6 +29,7 @@ class Measured(NamedTuple):
     error: str | None
     seconds: float  # of this cell alone
     shared_s: float  # of what all cells share, where it was made for this one
+    metrics: Mapping[str, Any] = {}  # what the evaluation declares of its metrics, as evals.parquet keeps it
 
 
 class Bench:
@@ -80,15 +82,17 @@ class Bench:
         """Whatever goes wrong is told as its error: a mistake in one, maybe the user's own, must not end the others."""
         began, self._shared_s = time.monotonic(), 0.0
         rows: list[dict[str, Any]] = []
+        metrics: Mapping[str, Any] = {}
         error = None
         try:
             rows = self._rows(pair)
+            metrics = document(pair.evaluation, metrics_of(find_evaluation(pair.evaluation)))
         except SaescaleError as problem:
             error = str(problem)
         except Exception as problem:
             error = f"{type(problem).__name__}: {one_line(problem)}"
         seconds = time.monotonic() - began
-        return Measured(pair, rows, error, seconds - self._shared_s, self._shared_s)
+        return Measured(pair, rows, error, seconds - self._shared_s, self._shared_s, metrics)
 
     def _rows(self, pair: Pair) -> list[dict[str, Any]]:
         evaluation, trained = find_evaluation(pair.evaluation), self._cell(pair.cell)
@@ -105,7 +109,15 @@ class Bench:
             prepared = self._prepare(pair.evaluation, evaluation, source, subject)
         finally:
             self._shared_s = time.monotonic() - began
-        rows = [measurement._asdict() for measurement in evaluation.measure(trained, source, subject, *prepared)]
+        asked: dict[str, Any] = {}
+        kept: dict[str, Any] = {}  # of what was asked, in each row
+        if hasattr(evaluation, "latents"):
+            kept["latents"] = asked["latents"] = pair.latents or evaluation.latents
+        if pair.others:
+            asked["others"] = [self._read(other) for other in pair.others]
+            kept["others"] = " ".join(pair.others)
+        found = evaluation.measure(trained, source, subject, *prepared, **asked)
+        rows = [measurement._asdict() | kept for measurement in found]
         if not rows:
             raise SaescaleError("it measured nothing")
         return rows
@@ -155,10 +167,13 @@ class Bench:
 
     def _cell(self, cell: str) -> Trained:
         if self._trained is None or self._trained[0] != cell:
-            found = read(self._run.cell_url(cell))
-            params = {name: tensor.to(default_device()) for name, tensor in found.sae.params.items()}
-            self._trained = cell, found._replace(sae=found.sae.like(params))
+            self._trained = cell, self._read(cell)
         return self._trained[1]
+
+    def _read(self, cell: str) -> Trained:
+        found = read(self._run.cell_url(cell))
+        params = {name: tensor.to(default_device()) for name, tensor in found.sae.params.items()}
+        return found._replace(sae=found.sae.like(params))
 
 
 def _computed_in(manifest: Manifest) -> str:

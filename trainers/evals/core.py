@@ -15,11 +15,13 @@ over d_model that is put back. Cost: one dense forward pass over those rows.
 | `frequency` | share of latents whose frequency of activation lies in a bin of half a decade; `at` names it |
 """
 
+import itertools
 from collections.abc import Iterator
 
 import numpy as np
 import torch
 
+from saescale.scaling.metrics import Metric
 from saescale.storage.errors import SaescaleError
 from saescale.storage.source import Source
 from saescale.trainers.architectures.dense import CHUNK_ENTRIES
@@ -31,8 +33,18 @@ from saescale.trainers.preprocess import normalise, to_tensor
 from saescale.trainers.subjects.subject import Subject
 
 needs: frozenset[Need] = frozenset()
+metrics = {
+    "nmse": Metric("lower"),
+    "explained_variance": Metric("higher", limit=1.0),
+    "explained_variance_zero": Metric("higher", limit=1.0),
+    "cosine": Metric("higher", limit=1.0),
+    "dead": Metric("lower", bounded=True),
+    "dense_1": Metric("lower", bounded=True),
+    "dense_10": Metric("lower", bounded=True),
+}
 
 BINS = np.arange(-6.0, 0.5, 0.5)  # edges, log10 of the frequency of activation; rarer ones are in the first bin
+BIN_NAMES = [f"1e{low:g} to 1e{high:g}" for low, high in itertools.pairwise(BINS)]
 
 _STATISTICS = {
     "nmse": ratio("squared", "variation"),
@@ -55,10 +67,14 @@ def measure(trained: Trained, source: Source, subject: Subject | None) -> Iterat
     yield Measurement("dead", float(np.mean(fired == 0)), n=n)
     for name, share in (("dense_1", 0.01), ("dense_10", 0.1)):
         yield Measurement(name, float(np.mean(frequency > share)), n=n)
-    alive = np.log10(frequency[fired > 0])
-    counts, _ = np.histogram(np.clip(alive, BINS[0], BINS[-1]), BINS)
-    for low, high, count in zip(BINS[:-1], BINS[1:], counts, strict=True):
-        yield Measurement("frequency", count / len(fired), at=f"1e{low:g} to 1e{high:g}", n=n)
+    counts = np.bincount(bin_of(frequency[fired > 0]), minlength=len(BIN_NAMES))
+    for name, count in zip(BIN_NAMES, counts, strict=True):
+        yield Measurement("frequency", count / len(fired), at=name, n=n)
+
+
+def bin_of(frequency: np.ndarray) -> np.ndarray:
+    """In which of `BIN_NAMES` frequencies above 0 lie, int64."""
+    return np.clip(np.digitize(np.log10(frequency), BINS) - 1, 0, len(BIN_NAMES) - 1)
 
 
 @torch.no_grad()

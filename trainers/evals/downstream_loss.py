@@ -24,6 +24,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from saescale.scaling.metrics import Metric
 from saescale.storage.errors import SaescaleError
 from saescale.storage.manifest import Site
 from saescale.storage.source import Source
@@ -38,6 +39,13 @@ KEPT_BYTES = 2**31  # of logits of the model as it is; where they are more, they
 RANGES = 64  # of positions
 
 needs: frozenset[Need] = frozenset({"subject"})
+metrics = {
+    "kl": Metric("lower"),
+    "ce": Metric("lower"),
+    "ce_increase": Metric("lower"),
+    "recovered_zero": Metric("higher", limit=1.0),
+    "recovered_mean": Metric("higher", limit=1.0),
+}
 
 
 class _Read(NamedTuple):

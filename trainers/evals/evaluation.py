@@ -5,12 +5,13 @@ An evaluation is a file of this folder that defines `needs` and `measure` at its
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol
 
 from saescale.storage.registry import Room
 
 if TYPE_CHECKING:
+    from saescale.scaling.metrics import Metric
     from saescale.storage.source import Source
     from saescale.trainers.exchange.trained import Trained
     from saescale.trainers.subjects.subject import Subject
@@ -38,14 +39,22 @@ class Evaluation(Protocol):
     `needs` says what it cannot do without: the "subject", one with "labels", one that reads "text". Without any of them
     `measure` gets None for the subject.
 
-    It may define `prepare(source, subject) -> Any` besides: what all cells share, such as forward passes of the subject
-    as it is. That is made once in a process, and `measure` gets it as a fourth argument.
+    It may define besides:
+
+    `prepare(source, subject) -> Any`: what all cells share, such as forward passes of the subject as it is. That is
+    made once in a process, and `measure` gets it as a fourth argument.
+    `latents`: how many latents of a cell it looks at where nobody asks for another number, which `measure` gets as a
+    keyword of that name; sample.py says which ones.
+    `partners(cell, cells) -> ids`: other finished cells that a cell is compared with, from the rows of results.parquet;
+    `measure` gets them as a keyword `others`, a list of Trained. A cell without any is left out.
+    `metrics`, a Mapping[str, Metric] (scaling/metrics.py): which of its metrics of whole cells are better low or high,
+    which lie in [0, 1], and what they would be of an SAE that loses nothing, for laws, plans and reports.
     """
 
     needs: frozenset[Need]
 
     def measure(
-        self, trained: Trained, source: Source, subject: Subject | None, *prepared: Any
+        self, trained: Trained, source: Source, subject: Subject | None, *prepared: Any, **asked: Any
     ) -> Iterable[Measurement]:
         """On the held-out rows of `source`; `trained` lies on this machine's device. Raises SaescaleError for what it
         cannot be measured on."""
@@ -54,3 +63,9 @@ class Evaluation(Protocol):
 def find_evaluation(name: str) -> Evaluation:
     """The evaluation of that name. Raises SaescaleError with the nearest name for an unknown one."""
     return EVALUATIONS.load(name)
+
+
+def metrics_of(evaluation: Evaluation) -> Mapping[str, Metric]:
+    """What an evaluation declares of its metrics; nothing where it declares none."""
+    found: Mapping[str, Metric] = getattr(evaluation, "metrics", {})
+    return found

@@ -7,6 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from saescale.scaling.metrics import Metric
 from saescale.storage.errors import SaescaleError
 from saescale.storage.source import Source
 from saescale.trainers.architectures.architecture import Batch
@@ -20,6 +21,7 @@ CHUNK_ROWS = 8_192  # preprocessed and encoded at a time
 KEPT_BYTES = 2**28  # of preprocessed rows, which all cells of an evaluation then share
 
 needs: frozenset[Need] = frozenset()
+metrics = {"nmse": Metric("lower")}
 
 
 def measure(trained: Trained, source: Source, subject: Subject | None) -> Iterator[Measurement]:

@@ -66,7 +66,7 @@ class Subject(Protocol):
     """A frozen model. `fingerprint` identifies its weights whatever the arithmetic, `dtype` is that of its forward
     pass. `labels` are the ground truths that `label` recomputes from ids; a subject without any has none.
 
-    It is one of two kinds besides: it `ReadsText`, or it `Generates`. It may be one that `Resumes`.
+    It is one of two kinds besides: it `ReadsText`, or it `Generates`. It may be one that `Resumes`, or is `Composed`.
     """
 
     name: str
@@ -140,6 +140,14 @@ class Learns(Protocol):
 
     def score(self, sequences: int, seed: int = 0) -> dict[str, float]:
         """How well it does what it is trained for, on so many held-out sequences."""
+
+
+@runtime_checkable
+class Composed(Protocol):
+    """A subject whose activations are sums of known features, which its label `features` says: the magnitude of each,
+    0 where it is not active, float32 [batch, length, features]."""
+
+    directions: Tensor  # float32 [features, d_model], unit rows
 
 
 class SubjectFile(Protocol):
@@ -248,7 +256,7 @@ def _tell_nobody(stage: str) -> None:
 def name_for_other_processes(name: str) -> str:
     """The name with a relative path behind its colon made absolute, so that it means the same in every process."""
     file, _, rest = name.partition(":")
-    if not rest.startswith((".", "~")):
+    if not rest.startswith((".", "~")) and (rest.startswith("/") or Path(rest).suffix not in (".yaml", ".yml")):
         return name
     return f"{file}:{Path(rest).expanduser().absolute()}"
 
