@@ -111,12 +111,6 @@ class Room(NamedTuple):
         said = ast.get_docstring(ast.parse(self._files()[_stem(name)].read_bytes())) or ""
         return " ".join(said.partition("\n\n")[0].split())
 
-    def defines(self, name: str, what: str) -> bool:
-        """Whether its file defines `what` at its top level. Imports nothing."""
-        self.check(name)
-        path = self._files()[_stem(name)]
-        return what in _defined(str(path), path.stat().st_mtime_ns)
-
     def load(self, name: str) -> ModuleType:
         """The module of that name. Raises SaescaleError for an unknown one, and for a file of the user's that fails."""
         if (known := _OWN.get((self.package, _stem(name)))) is not None:

@@ -48,10 +48,10 @@ def train(
 
     Example: [bold]saescale subject train othello --out subjects/mine --set board=8 --set n_layers=8[/]
     """
-    from saescale.trainers.subjects.train import TrainingSpec, train_subject, validated
+    from saescale.trainers.subjects.train import TrainingSpec, checked, train_subject
 
     given = {"subject": subject, "out": out, "settings": _settings(set_ or []), "sequences": sequences, "batch": batch}
-    spec = validated(TrainingSpec, given | {"lr": lr, "seed": seed, "dtype": dtype}, "option of subject train")
+    spec = checked(TrainingSpec, given | {"lr": lr, "seed": seed, "dtype": dtype}, "subject train")
     with display() as shown:
         record = train_subject(spec, shown.training)
     say(f"{out}: {_scores(record['score'])}")

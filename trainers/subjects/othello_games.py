@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from saescale.storage.manifest import Split
+from saescale.trainers.subjects.hashed import hashed
 from saescale.trainers.subjects.othello_board import count, play, signed, spread, start
 
 PAD = 0
@@ -24,14 +25,14 @@ def random_games(size: int, seed: int, numbers: Tensor) -> Tensor:
     """The tokens of the games of these `numbers`, int64 [games, moves that fit on the board], PAD behind the last move
     of a game that ends with empty squares."""
     position = start(size, len(numbers), numbers.device)
-    key = _mixed(_mixed(torch.full_like(numbers, seed)) ^ numbers)
+    key = hashed(torch.full_like(numbers, seed), numbers)
     table = _tokens(size).to(numbers.device)
     tokens = torch.full((len(numbers), size * size - 4), PAD, device=numbers.device)
     for number in range(tokens.shape[1]):
         choices = count(position.legal)
         if not choices.any():
             break
-        draw = (_mixed(key + number) >> 33) & 0x7FFFFFFF
+        draw = (hashed(key, torch.tensor(number)) >> 33) & 0x7FFFFFFF
         move = _nth(position.legal, draw % choices.clamp_min(1))
         tokens[:, number] = table[count(move - 1)]
         position = play(size, position, move)
@@ -42,8 +43,8 @@ def in_split(tokens: Tensor, split: Split) -> Tensor:
     """Which games [games] belong to the split: all but their last move, which that leaves no choice of, decide."""
     key = torch.zeros(len(tokens), dtype=torch.int64, device=tokens.device)
     for column in tokens[:, :-1].unbind(dim=1):
-        key = _mixed(key ^ column)
-    return ((key >> 33) % HELDOUT_ONE_IN == 0) == (split == "heldout")
+        key = hashed(key, column)
+    return (((key >> 33) & 0x7FFFFFFF) % HELDOUT_ONE_IN == 0) == (split == "heldout")
 
 
 class Drawn(NamedTuple):
@@ -91,11 +92,3 @@ def _nth(squares: Tensor, n: Tensor) -> Tensor:
     for dropped in range(int(n.max())):
         squares = torch.where(n > dropped, squares & (squares - 1), squares)
     return squares & -squares
-
-
-def _mixed(key: Tensor) -> Tensor:
-    """splitmix64 (Steele et al. 2014), whose products wrap around."""
-    key = key + signed(0x9E3779B97F4A7C15)
-    key = (key ^ ((key >> 30) & 0x3FFFFFFFF)) * signed(0xBF58476D1CE4E5B9)
-    key = (key ^ ((key >> 27) & 0x1FFFFFFFFF)) * signed(0x94D049BB133111EB)
-    return key ^ ((key >> 31) & 0x1FFFFFFFF)

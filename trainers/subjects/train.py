@@ -10,7 +10,6 @@ AdamW with a warm-up of 2 % and a cosine to 0. In a notebook or a script:
     train_subject(TrainingSpec(subject="othello", out="subjects/mine", sequences=20_000))
 """
 
-import difflib
 import json
 import logging
 import math
@@ -33,6 +32,7 @@ from torch.utils.data import DataLoader, IterableDataset
 from saescale.storage import files
 from saescale.storage.documents import read_json
 from saescale.storage.errors import SaescaleError
+from saescale.storage.mistakes import problems
 from saescale.trainers.subjects.language_model import quiet_transformers
 from saescale.trainers.subjects.subject import (
     NO_TARGET,
@@ -121,27 +121,20 @@ def _begin(spec: TrainingSpec) -> tuple[dict[str, Any], Any]:
     if spec.subject not in trainable_names():
         raise SaescaleError(f"{spec.subject} cannot be trained; {', '.join(trainable_names())} can")
     file = SUBJECTS.load(spec.subject)
-    settings = validated(file.Settings, spec.settings, f"setting of {spec.subject}")
+    settings = checked(file.Settings, spec.settings, f"settings of {spec.subject}")
     training = spec.model_dump(mode="json", exclude={"subject", "out", "settings"})
     return {"subject": spec.subject, "settings": settings.model_dump(mode="json"), **training}, file.blank(
         settings, spec.seed
     )
 
 
-def validated(model: type[M], values: dict[str, Any], what: str) -> M:
-    """Raises SaescaleError with the nearest name for a name that the model does not have, and for a wrong value."""
-    for name in values:
-        if name not in model.model_fields:
-            close = difflib.get_close_matches(name, model.model_fields, n=1, cutoff=0.4)
-            hint = f"did you mean {close[0]}? " if close else ""
-            raise SaescaleError(f"unknown {what} {name!r}: {hint}there are {', '.join(model.model_fields)}")
+def checked(model: type[M], values: dict[str, Any], what: str) -> M:
+    """The model of these values. Raises SaescaleError with the nearest name for one that it does not have, and for
+    values that it does not take."""
     try:
         return model.model_validate(values)
     except ValidationError as error:
-        problem = error.errors()[0]
-        message = problem["msg"][0].lower() + problem["msg"][1:]
-        where = ".".join(map(str, problem["loc"]))
-        raise SaescaleError(f"{what}: {where}: {message} (given: {problem['input']!r})") from error
+        raise SaescaleError(f"{what}: {'; '.join(problems(error, model, what))}") from error
 
 
 def _there(out: Path, record: dict[str, Any]) -> dict[str, Any] | None:

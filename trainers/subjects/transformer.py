@@ -79,6 +79,7 @@ class Transformer:
                 if layer == last:
                     raise _Reached
                 if layer not in patches:
+                    resid[layer] = stream.clone()  # or a later block that adds in place would move it
                     return None
                 first = [resid[layer]]
                 return type(output)([*first, *output[1:]]) if isinstance(output, tuple | list) else first[0]

@@ -80,11 +80,11 @@ def test_what_was_killed_goes_on_to_the_same_weights(trained: Path, tmp_path: Pa
     [
         (["smollm2-135m"], "smollm2-135m cannot be trained; othello can"),
         (["othelo"], "did you mean 'othello'?"),
-        (["othello", "--set", "layers=2"], "unknown setting of othello 'layers': did you mean n_layers?"),
-        (["othello", "--set", "board=5"], "setting of othello: board: input should be 4, 6 or 8 (given: 5)"),
+        (["othello", "--set", "layers=2"], "settings of othello: layers is not a key, did you mean n_layers?"),
+        (["othello", "--set", "board=5"], "settings of othello: board: input should be 4, 6 or 8 (given: 5)"),
         (["othello", "--set", "board"], "--set takes name=value"),
         (["othello", "--set", "d_model=30", "--set", "n_heads=4"], "d_model 30 cannot be shared by 4 heads"),
-        (["othello", "--dtype", "float64"], "option of subject train: dtype: input should be 'float32'"),
+        (["othello", "--dtype", "float64"], "subject train: dtype: input should be 'float32'"),
     ],
 )
 def test_what_cannot_be_trained_is_one_line(tmp_path: Path, given: list[str], said: str) -> None:
