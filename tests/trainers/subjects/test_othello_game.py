@@ -116,7 +116,7 @@ def test_no_game_is_in_both_splits() -> None:
     )
     assert not train & heldout
     assert 0.15 < len(heldout) / (len(train) + len(heldout)) < 0.35
-    assert len(train) < 4_000  # so many were drawn more than once
+    assert len(train) < 4_300  # of 4,685: many were drawn more than once
 
 
 @pytest.mark.parametrize("size", board.SIZES)
