@@ -8,6 +8,7 @@ by row.
 |---|---|---|
 | `tile_before`, `tile_after` | [..., squares] int8 | EMPTY, MINE or YOURS: who moves next is "me" |
 | `legal_before`, `legal_after` | [..., squares] bool | where who moves next may play |
+| `changed_before`, `changed_after` | [..., squares] bool | discs of another colour than the one they were laid with |
 | `flipped` | [..., squares] bool | the discs that the token turns over |
 | `stable_du2025_before`, `stable_du2025_after` | [..., squares] bool | discs that are stable by the rule of Du et al. |
 | `stable_strict_before`, `stable_strict_after` | [..., squares] bool | discs that are stable by `strictly_stable` |
@@ -27,16 +28,19 @@ from saescale.trainers.subjects.othello_games import moves_of_tokens
 EMPTY, MINE, YOURS = 0, 1, 2
 TILES = ("empty", "mine", "yours")
 BOARDS = ("before", "after")
-OF_BOARDS = ("tile", "legal", "stable_du2025", "stable_strict")
+OF_BOARDS = ("tile", "legal", "changed", "stable_du2025", "stable_strict")
 LABELS = (*(f"{label}_{board}" for label in OF_BOARDS for board in BOARDS), "flipped", "edge", "corner")
 _AXES = ((0, 1), (1, 0), (1, 1), (1, -1))
 
 
 class Replay(NamedTuple):
-    """The boards before and after each token, and the squares that were played and turned over, [games, length]."""
+    """The boards before and after each token, the discs on them whose colour is not the one that they were laid with,
+    and the squares that were played and turned over, [games, length]."""
 
     before: Position
     after: Position
+    changed_before: Tensor
+    changed_after: Tensor
     move: Tensor
     flipped: Tensor
 
@@ -53,7 +57,7 @@ def replay(size: int, tokens: Tensor) -> Replay:
             f"whose squares are 1 to {len(table) - 1}"
         )
     moves = table.to(tokens.device)[tokens.long()]
-    boards, turned = [start(size, len(tokens), tokens.device)], []
+    boards, turned, changed = [start(size, len(tokens), tokens.device)], [], [torch.zeros_like(moves[:, 0])]
     for number, move in enumerate(moves.unbind(dim=1)):
         wrong = (move & ~boards[-1].legal) != 0
         if wrong.any():
@@ -63,19 +67,23 @@ def replay(size: int, tokens: Tensor) -> Replay:
                 f"{int(tokens[game, number])}) is not legal"
             )
         turned.append(flipped(size, boards[-1], move))
+        changed.append(changed[-1] ^ turned[-1])
         boards.append(play(size, boards[-1], move))
-    columns = [Position(*(torch.stack(sets, dim=1) for sets in zip(*those, strict=True))) for those in
-               (boards[:-1], boards[1:])]  # fmt: skip
-    return Replay(*columns, moves, torch.stack(turned, dim=1))
+    sets = [torch.stack(column, dim=1) for column in zip(*boards, strict=True)]
+    before, after = Position(*(each[:, :-1] for each in sets)), Position(*(each[:, 1:] for each in sets))
+    of_boards = torch.stack(changed, dim=1)
+    return Replay(before, after, of_boards[:, :-1], of_boards[:, 1:], moves, torch.stack(turned, dim=1))
 
 
 def labels_of_tokens(size: int, tokens: np.ndarray) -> dict[str, np.ndarray]:
     """All of LABELS for `tokens` [games, length]. Raises what `replay` raises."""
     played = replay(size, torch.from_numpy(np.asarray(tokens, np.int64)))
     found = {}
-    for name, board in (("before", played.before), ("after", played.after)):
+    boards = (played.before, played.changed_before), (played.after, played.changed_after)
+    for name, (board, changed) in zip(BOARDS, boards, strict=True):
         found[f"tile_{name}"] = tiles(size, board)
         found[f"legal_{name}"] = spread(size, board.legal)
+        found[f"changed_{name}"] = spread(size, changed)
         found[f"stable_du2025_{name}"] = spread(size, stable_du2025(size, board.mine | board.theirs))
         found[f"stable_strict_{name}"] = spread(size, strictly_stable(size, board))
     corner, edge = _corners_and_edges(size)

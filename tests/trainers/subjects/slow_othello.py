@@ -17,6 +17,7 @@ class Board:
         self.disc: dict[Square, str] = {
             (low, high): BLACK, (high, low): BLACK, (low, low): WHITE, (high, high): WHITE,
         }  # fmt: skip
+        self.laid = dict(self.disc)  # what colour a disc had when it was laid
         self.mover = BLACK
         self.on_board = {(row, column): None for row in range(size) for column in range(size)}  # quick to look up
 
@@ -42,13 +43,16 @@ class Board:
         assert square in self.legal(self.mover)
         for other in self.turned(square, self.mover):
             self.disc[other] = self.mover
-        self.disc[square] = self.mover
+        self.disc[square] = self.laid[square] = self.mover
         if self.legal(OTHER[self.mover]) or not self.legal(self.mover):
             self.mover = OTHER[self.mover]
 
     def tiles(self) -> list[int]:
         """0 empty, 1 a disc of who is to move, 2 one of the other."""
         return [0 if s not in self.disc else 1 if self.disc[s] == self.mover else 2 for s in self.squares()]
+
+    def changed(self) -> list[bool]:
+        return [s in self.disc and self.disc[s] != self.laid[s] for s in self.squares()]
 
     def stable_du2025(self) -> list[bool]:
         size, stable = self.size, set()

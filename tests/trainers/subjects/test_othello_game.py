@@ -23,6 +23,7 @@ def slow_labels(size: int, tokens: list[int]) -> dict[str, list[object]]:
         found[f"tile_{when}"].append(slow.tiles())
         legal = slow.legal(slow.mover)
         found[f"legal_{when}"].append([square in legal for square in slow.squares()])
+        found[f"changed_{when}"].append(slow.changed())
         found[f"stable_du2025_{when}"].append(slow.stable_du2025())
         found[f"stable_strict_{when}"].append(slow.stable_strict())
 
