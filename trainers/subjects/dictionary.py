@@ -21,6 +21,7 @@ from saescale.trainers.subjects.dictionary_spec import DictionarySpec, Hierarchy
 from saescale.trainers.subjects.hashed import hashed, normal, uniform
 from saescale.trainers.subjects.subject import Patch, Run, Sequence
 
+NAMES_A_PATH = True
 ROWS = 64  # of a sequence
 _SEED_IDS = 2
 _AT_A_TIME = {"cpu": 2**17, "cuda": 2**24}  # entries of [rows, features]: what a core's cache holds, what fills a GPU

@@ -25,6 +25,7 @@ from saescale.trainers.subjects.subject import NO_TARGET, Lesson, Sequence
 from saescale.trainers.subjects.transformer import Transformer
 from saescale.trainers.subjects.weights import Weighted, hash_weights
 
+NAMES_A_PATH = True
 SHIPPED = "othello-6x6"
 FIRST_MOVE = 4  # before it the board says nearly nothing (Du et al. 2025)
 

@@ -152,7 +152,8 @@ class Composed(Protocol):
 
 class SubjectFile(Protocol):
     """What the file of a subject defines at its top level; `load` may take `trust_remote_code` besides, and a file may
-    define `outline(rest, cache, notify)`, which gives an `Outline` without the weights."""
+    define `outline(rest, cache, notify)`, which gives an `Outline` without the weights. `NAMES_A_PATH = True` says that
+    what follows the colon is a path or URL in any case."""
 
     def load(self, rest: str, cache: Path, dtype: str, notify: Callable[[str], None]) -> Subject:
         """The subject. `rest` is what follows the colon in its name ("" without one), `cache` a folder for downloads,
@@ -256,9 +257,8 @@ def _tell_nobody(stage: str) -> None:
 def name_for_other_processes(name: str) -> str:
     """The name with a relative path behind its colon made absolute, so that it means the same in every process."""
     file, _, rest = name.partition(":")
-    if not rest.startswith((".", "~")) and (rest.startswith("/") or Path(rest).suffix not in (".yaml", ".yml")):
-        return name
-    return f"{file}:{Path(rest).expanduser().absolute()}"
+    local = rest.startswith((".", "~")) or (bool(rest) and "://" not in rest and SUBJECTS.defines(file, "NAMES_A_PATH"))
+    return f"{file}:{Path(rest).expanduser().absolute()}" if local else name
 
 
 def surely_reads_text(name: str) -> bool:
