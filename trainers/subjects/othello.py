@@ -5,6 +5,7 @@ What such a model reads is known to the last disc: every label is recomputed fro
 """
 
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from importlib.resources import as_file, files
 from pathlib import Path
 from typing import Any, Literal
@@ -14,6 +15,7 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
+from saescale.storage.errors import SaescaleError
 from saescale.storage.manifest import Split
 from saescale.trainers.device import default_device
 from saescale.trainers.subjects.language_model import compute_dtype
@@ -111,7 +113,7 @@ def load(rest: str, cache: Path, dtype: str, notify: Callable[[str], None]) -> O
     if rest:
         model, fingerprint = read_checkpoint(name, Path(rest).expanduser(), wanted)
     else:
-        with as_file(files("saescale.shipped") / SHIPPED) as folder:
+        with _shipped() as folder:
             model, fingerprint = read_checkpoint(name, folder, wanted)
     return Othello(name, _frozen(model.to(device)), fingerprint)
 
@@ -120,6 +122,15 @@ def blank(settings: Settings, seed: int) -> Othello:
     """A model to be trained, with random weights in float32, on the device of this machine."""
     model = blank_model(settings.board, settings.n_layers, settings.d_model, settings.n_heads, seed)
     return Othello("othello", model.to(default_device()), "untrained")
+
+
+def _shipped() -> AbstractContextManager[Path]:
+    try:
+        return as_file(files("saescale.shipped") / SHIPPED)
+    except ModuleNotFoundError as error:  # of an editable install that is older than the weights
+        raise SaescaleError(
+            "the weights of othello are not installed; install saescale again (make install)"
+        ) from error
 
 
 def _frozen(model: Any) -> Any:

@@ -1,6 +1,8 @@
 """The subject othello: what it reads, checkpoints in other layouts, and stores that are harvested from it."""
 
+import json
 import math
+from importlib.resources import files
 from itertools import islice
 from pathlib import Path
 
@@ -125,6 +127,18 @@ def test_a_random_one_is_of_the_same_shape_and_always_the_same(folder: Path, sub
     state = torch.random.get_rng_state()
     get_subject(f"othello-random:{folder}")
     assert torch.equal(torch.random.get_rng_state(), state)
+
+
+def test_the_shipped_one_is_the_one_whose_training_is_noted_and_plays_legally() -> None:
+    shipped = files("saescale.shipped") / "othello-6x6"
+    record = json.loads((shipped / "training.json").read_text())
+    assert (shipped / "model.safetensors").stat().st_size < 2_000_000  # type: ignore[attr-defined]
+    subject = get_subject("othello", dtype="float32")
+    assert isinstance(subject, Othello)
+    assert (subject.fingerprint, subject.size, subject.n_layers, subject.d_model) == (record["fingerprint"], 6, 4, 128)
+    assert record["score"]["legal"] > 0.9
+    assert subject.score(200)["legal"] == pytest.approx(record["score"]["legal"], abs=0.02)
+    assert get_subject("othello-random", dtype="float32").score(200)["legal"] < 0.4  # type: ignore[attr-defined]
 
 
 # --- layouts
