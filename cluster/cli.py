@@ -13,7 +13,7 @@ from typing import Annotated
 
 import typer
 
-from saescale.cluster.front import environment, evals, exchange, jobs, laws, plan, stores, sweeps
+from saescale.cluster.front import environment, evals, exchange, jobs, laws, plan, stores, subjects, sweeps
 from saescale.cluster.front.console import ShowsWarnings
 from saescale.cluster.front.supervise import supervise
 from saescale.storage.errors import SaescaleError, one_line
@@ -46,6 +46,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
 }
 for _name, _command in COMMANDS.items():
     app.command(_name)(_command)
+app.add_typer(subjects.app, name="subject")
 
 
 # Those that hold Ray, and that it may end where they stand.

@@ -80,6 +80,14 @@ class Display:
         rate = f"{standing.fraction:.0%} of the FLOPs{failed}, {standing.tokens_per_s:,.0f} SAE tokens/s"
         self._show("cells", finished, standing.cells, rate, standing.left_s)
 
+    def training(self, done: int, total: int, sequences_per_s: float, words: str) -> None:
+        """Progress of the training of a subject: sequences of `total`, and how it does."""
+        if not sequences_per_s:
+            self.stage(words)
+            return
+        left = (total - done) / sequences_per_s
+        self._show("sequences", done, total, f"{sequences_per_s:,.0f} sequences/s, {words}", left)
+
     def evals(self, done: int, total: int, what: str, left_s: float | None) -> None:
         """Progress of evaluations, in pairs of cell and evaluation, and what each costs; first what is predicted."""
         if done == 0:

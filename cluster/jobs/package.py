@@ -11,10 +11,12 @@ from saescale.cluster.sweep.spec import SweepSpec
 from saescale.storage.documents import yaml_text
 from saescale.trainers.architectures.own import own_files
 
-PACKAGES = ("saescale", "saescale.storage", "saescale.scaling", "saescale.trainers", "saescale.cluster")
+PACKAGES = (
+    "saescale", "saescale.storage", "saescale.scaling", "saescale.trainers", "saescale.cluster", "saescale.shipped",
+)  # fmt: skip
 SWEEP, EXTENSION = "sweep.yaml", "extension.yaml"
 _ARCHITECTURES = "architectures"
-_SUFFIXES = (".py", ".j2", ".css", ".js", ".csv", ".md")
+_SUFFIXES = (".py", ".j2", ".css", ".js", ".csv", ".md", ".json", ".safetensors")
 
 
 def write_sweep(folder: Path, spec: SweepSpec, extension: SweepSpec | None = None) -> list[str]:

@@ -21,12 +21,12 @@ from pydantic_core import PydanticCustomError
 
 from saescale.cluster.crew.claims import Resources, Section
 from saescale.cluster.sweep.axes import Axis, has_lists, several
-from saescale.cluster.sweep.mistakes import SECRET, problems
 from saescale.cluster.sweep.train import Count, Seed, Train, Way
 from saescale.storage.columns import OLD_NAMES
 from saescale.storage.documents import read_yaml
 from saescale.storage.errors import Damaged, SaescaleError
 from saescale.storage.files import folders_like
+from saescale.storage.mistakes import SECRET, problems
 from saescale.storage.secrets import ADVICE, secret_in_url
 from saescale.trainers.architectures import ARCHITECTURES
 from saescale.trainers.architectures.own import not_here

@@ -11,8 +11,8 @@ from pydantic import BeforeValidator, Field, ValidationError, model_validator
 
 from saescale.cluster.crew.claims import NotNegative, Positive, Section
 from saescale.cluster.sweep.axes import Axis, count, has_lists, several, singles
-from saescale.cluster.sweep.mistakes import problems
 from saescale.cluster.sweep.settings import defaults, resolve_settings
+from saescale.storage.mistakes import problems
 from saescale.trainers.precision import Precision
 
 LARGEST = 2**62  # of what is counted, and of seeds: tables hold 64 bits

@@ -111,6 +111,13 @@ def _overhead(result: dict[str, Any]) -> str:
     return _markdown([f"six cells, {result['tokens']:,} tokens each", "seconds of training", "ratio"], rows)
 
 
+def _games(result: dict[str, Any]) -> str:
+    boards = result["boards"]
+    head = ["random games a second, so many at once", *(f"{int(n):,}" for n in boards[0]["games_per_s"])]
+    rows = [[f"{b['size']}x{b['size']}", *(f"{rate:,.0f}" for rate in b["games_per_s"].values())] for b in boards]
+    return _markdown(head, rows)
+
+
 def _markdown(head: list[str], rows: list[list[str]]) -> str:
     lines = [head, ["---"] * len(head), *rows]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
@@ -128,6 +135,7 @@ _MAKERS = {
     "quality": _quality,
     "soak": _soak,
     "overhead": _overhead,
+    "games": _games,
 }
 
 

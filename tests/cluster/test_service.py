@@ -313,6 +313,7 @@ def test_what_goes_to_the_cluster(document: dict[str, Any], tmp_path: Path) -> N
     floors = [package.removeprefix("saescale.") for package in PACKAGES[1:]]
     assert {str(path.relative_to(ROOT)) for name in floors for path in (ROOT / name).rglob("*.py")} <= there
     assert {"__init__.py", "scaling/report/report.html.j2", "scaling/data/chinchilla_points.csv"} <= there
+    assert "shipped/othello-6x6/model.safetensors" in there
     asked = "import saescale.cluster as c, importlib.metadata as m; print(c.__file__, m.version('saescale'))"
     command = [sys.executable, "-c", asked]
     found = subprocess.run(command, env=environment(PYTHONPATH=str(code)), cwd="/", capture_output=True, text=True)

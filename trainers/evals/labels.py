@@ -1,5 +1,7 @@
 """The ground truth of the rows of a store, recomputed from what the subject read; a store holds none."""
 
+from collections.abc import Iterator
+
 import numpy as np
 
 from saescale.storage.errors import SaescaleError
@@ -8,24 +10,35 @@ from saescale.storage.store import ActivationStore
 from saescale.trainers.harvest.retrace import heldout_places
 from saescale.trainers.subjects.subject import Subject
 
+POSITIONS = 4_096  # that are labelled at a time: a label may be thousands of numbers
+
 
 def heldout_labels(source: Source, subject: Subject, rows: int | None = None) -> dict[str, np.ndarray]:
     """Every label of the subject at the first `rows` held-out rows (None: all): {name: [rows, ...]}.
 
     Raises SaescaleError where the subject has none, or rows of the source do not lead back to its contexts.
     """
+    parts = list(heldout_label_parts(source, subject, rows))
+    order = np.argsort(np.concatenate([here for here, _ in parts]))
+    return {name: np.concatenate([labels[name] for _, labels in parts])[order] for name in parts[0][1]}
+
+
+def heldout_label_parts(
+    source: Source, subject: Subject, rows: int | None = None
+) -> Iterator[tuple[np.ndarray, dict[str, np.ndarray]]]:
+    """The same some rows at a time, in any order: their numbers [some], and their labels {name: [some, ...]}."""
     if not isinstance(source, ActivationStore):
         raise SaescaleError(f"labels are recomputed for activation stores, not for {type(source).__name__}")
+    if not subject.labels:
+        raise SaescaleError(f"the subject {subject.name} has no labels")
     places = heldout_places(source, subject, rows)
     lengths = np.array([len(ids) for ids in places.contexts])
-    found: dict[str, np.ndarray] = {}
+    order = np.argsort(places.context, kind="stable")
+    ends = np.cumsum(np.bincount(places.context, minlength=len(lengths)))
     for length in np.unique(lengths):
         alike = np.flatnonzero(lengths == length)  # numbers of contexts
-        here = np.flatnonzero(np.isin(places.context, alike))  # rows in them
-        labels = subject.label(np.stack([places.contexts[number] for number in alike]))
-        for name, values in labels.items():
-            of_rows = values[np.searchsorted(alike, places.context[here]), places.pos[here]]
-            found.setdefault(name, np.empty((len(places.context), *of_rows.shape[1:]), of_rows.dtype))[here] = of_rows
-    if not found:
-        raise SaescaleError(f"the subject {subject.name} has no labels")
-    return found
+        for some in np.split(alike, range(step := max(1, POSITIONS // length), len(alike), step)):
+            here = np.concatenate([order[ends[each - 1] if each else 0 : ends[each]] for each in some])
+            labels = subject.label(np.stack([places.contexts[each] for each in some]))
+            context, pos = np.searchsorted(some, places.context[here]), places.pos[here]
+            yield here, {name: values[context, pos] for name, values in labels.items()}

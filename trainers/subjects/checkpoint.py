@@ -35,6 +35,17 @@ class Checkpoint(NamedTuple):
 
     def check_small_files(self) -> None:
         """Raises SaescaleError unless a configuration and a tokenizer are there and no file is a mere pointer."""
+        tokenizers = [name for name in self.check_config() if any(fnmatch(name, pattern) for pattern in TOKENIZERS)]
+        for name in tokenizers:
+            self._refuse_pointer(name)
+        if not tokenizers:
+            raise self.refusal(
+                f"{self.folder} holds no tokenizer (tokenizer.json, tokenizer.model or vocab files); save that of the "
+                "model there: tokenizer.save_pretrained(folder)"
+            )
+
+    def check_config(self) -> list[str]:
+        """The names of all files. Raises SaescaleError unless a configuration of a model is among them."""
         names = self._names()
         if not names:
             raise self.refusal(f"{self.folder} is empty; give the folder that save_pretrained wrote")
@@ -45,14 +56,7 @@ class Checkpoint(NamedTuple):
         config = self._read_json(CONFIG)
         if not isinstance(config.get("model_type"), str) and "auto_map" not in config:
             raise self.refusal(f"{self.folder / CONFIG} names no model_type: it is not a transformers model's")
-        tokenizers = [name for name in names if any(fnmatch(name, pattern) for pattern in TOKENIZERS)]
-        for name in tokenizers:
-            self._refuse_pointer(name)
-        if not tokenizers:
-            raise self.refusal(
-                f"{self.folder} holds no tokenizer (tokenizer.json, tokenizer.model or vocab files); save that of the "
-                "model there: tokenizer.save_pretrained(folder)"
-            )
+        return names
 
     def check_weights(self) -> None:
         """Raises SaescaleError unless all files with weights are there, each as long as its header says."""

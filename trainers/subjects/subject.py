@@ -66,7 +66,7 @@ class Subject(Protocol):
     """A frozen model. `fingerprint` identifies its weights whatever the arithmetic, `dtype` is that of its forward
     pass. `labels` are the ground truths that `label` recomputes from ids; a subject without any has none.
 
-    It is one of two kinds besides: it `ReadsText`, or it `Generates`. It may be one that `Resumes`.
+    It is one of two kinds besides: it `ReadsText`, or it `Generates`. It may be one that `Resumes`, or is `Composed`.
     """
 
     name: str
@@ -116,9 +116,44 @@ class Generates(Protocol):
         seeds (a hash of the sequence may decide where it belongs)."""
 
 
+NO_TARGET = -100
+
+
+class Lesson(NamedTuple):
+    """What a subject learns from at a step: `ids` and `targets` int64 [batch, length], where NO_TARGET does not count;
+    `next` is the number of the sequence with which the next lesson begins."""
+
+    ids: Tensor
+    targets: Tensor
+    next: int
+
+
+@runtime_checkable
+class Learns(Protocol):
+    """A subject that `saescale subject train` trains: its file defines `Settings`, a pydantic model of what can be
+    chosen, and `blank(settings, seed)`, which gives such a subject with random weights."""
+
+    model: Any  # of transformers: ids in, logits out
+
+    def lessons(self, seed: int, batch: int, first: int) -> Iterator[Lesson]:
+        """Training sequences from number `first` on, without end, a pure function of the arguments."""
+
+    def score(self, sequences: int, seed: int = 0) -> dict[str, float]:
+        """How well it does what it is trained for, on so many held-out sequences."""
+
+
+@runtime_checkable
+class Composed(Protocol):
+    """A subject whose activations are sums of known features, which its label `features` says: the magnitude of each,
+    0 where it is not active, float32 [batch, length, features]."""
+
+    directions: Tensor  # float32 [features, d_model], unit rows
+
+
 class SubjectFile(Protocol):
     """What the file of a subject defines at its top level; `load` may take `trust_remote_code` besides, and a file may
-    define `outline(rest, cache, notify)`, which gives an `Outline` without the weights."""
+    define `outline(rest, cache, notify)`, which gives an `Outline` without the weights. `NAMES_A_PATH = True` says that
+    what follows the colon is a path or URL in any case."""
 
     def load(self, rest: str, cache: Path, dtype: str, notify: Callable[[str], None]) -> Subject:
         """The subject. `rest` is what follows the colon in its name ("" without one), `cache` a folder for downloads,
@@ -243,9 +278,8 @@ def _tell_nobody(stage: str) -> None:
 def name_for_other_processes(name: str) -> str:
     """The name with a relative path behind its colon made absolute, so that it means the same in every process."""
     file, _, rest = name.partition(":")
-    if not rest.startswith((".", "~")):
-        return name
-    return f"{file}:{Path(rest).expanduser().absolute()}"
+    local = rest.startswith((".", "~")) or (bool(rest) and "://" not in rest and SUBJECTS.defines(file, "NAMES_A_PATH"))
+    return f"{file}:{Path(rest).expanduser().absolute()}" if local else name
 
 
 def surely_reads_text(name: str) -> bool:

@@ -108,6 +108,19 @@ def read_model(folder: Path, dtype: torch.dtype | str, trust_remote_code: bool) 
     return Weighted(model, absent)
 
 
+def read_identified(
+    subject: str, folder: Path, dtype: torch.dtype, fingerprint: str | None = None, trust_remote_code: bool = False
+) -> tuple[Weighted, str]:
+    """The model in that arithmetic, and what identifies its weights: a hash of them as they are stored, unless
+    `fingerprint` is known. Raises what `read_model` and `hash_weights` raise."""
+    found = read_model(folder, dtype if fingerprint else "auto", trust_remote_code)
+    fingerprint = fingerprint or hash_weights(subject, found)
+    if found.model.dtype != dtype:
+        # Loaded again rather than cast: a cast would round buffers (rotary frequencies) as well.
+        found = read_model(folder, dtype, trust_remote_code)
+    return found, fingerprint
+
+
 def hash_weights(subject: str, weighted: Weighted) -> str:
     """xxh3-128 over names, shapes, types and bytes of all parameters that were read, in the order of their names.
 

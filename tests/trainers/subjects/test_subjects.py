@@ -215,7 +215,14 @@ def test_a_wrong_name_layer_or_context_is_one_line(tiny_subject: str, tmp_path: 
 def test_a_relative_path_means_the_same_in_every_process(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.chdir(tmp_path)
     assert name_for_other_processes("hf:./mine") == f"hf:{tmp_path}/mine"
-    for name in ("hf:openai-community/gpt2", "hf:/models/mine", "smollm2-135m"):
+    assert name_for_other_processes("othello:mine/six") == f"othello:{tmp_path}/mine/six"
+    for name in (
+        "othello",
+        "othello-random:/models/six",
+        "hf:openai-community/gpt2",
+        "hf:/models/mine",
+        "smollm2-135m",
+    ):
         assert name_for_other_processes(name) == name
 
 

@@ -1,4 +1,5 @@
-"""What is wrong with a sweep file, in one phrase for each wrong key: its path, the nearest name, what to write."""
+"""What is wrong with a file that a user wrote, such as a sweep file: one phrase for each wrong key, with its path, the
+nearest name, what to write."""
 
 import difflib
 import re

@@ -1,0 +1,113 @@
+"""The commands about subjects: what there is, what one of them is, and the training of those whose truth is known."""
+
+import json
+from typing import Annotated, Any
+
+import typer
+import yaml
+from rich.markup import escape
+
+from saescale.cluster.front.console import Json, TrustRemoteCode, command, console, display, say, say_marked, table
+from saescale.storage.errors import SaescaleError
+
+app = typer.Typer(no_args_is_help=True, help="List, train and describe subjects, the models that SAEs are trained on.")
+
+
+@app.command("list")
+def list_() -> None:
+    """Says which subjects there are.
+
+    Example: [bold]saescale subject list[/]
+    """
+    from saescale.trainers.subjects.subject import SUBJECTS, subject_names
+    from saescale.trainers.subjects.train import trainable_names
+
+    trainable = trainable_names()
+    shown = table("subject", "trainable", "what")
+    shown.columns[1].justify = shown.columns[2].justify = "left"
+    for name in subject_names():
+        shown.add_row(name, "yes" if name in trainable else "", escape(SUBJECTS.about(name)))
+    console.print(shown)
+    say(f"Next: {command('subject', 'show', 'othello')}")
+
+
+@app.command()
+def train(
+    subject: Annotated[str, typer.Argument(help="One that can be trained: saescale subject list.")],
+    out: Annotated[str, typer.Option(help="The folder to write; the same command goes on in it.")],
+    sequences: Annotated[int, typer.Option(help="To train on, each of them once.", min=1)] = 131_072,
+    batch: Annotated[int, typer.Option(help="Sequences of a step.", min=1)] = 64,
+    lr: Annotated[float, typer.Option(help="Highest learning rate.")] = 2e-3,
+    seed: Annotated[int, typer.Option(help="Of the first weights and the sequences.", min=0)] = 0,
+    dtype: Annotated[str, typer.Option(help="Of the weights as written: float32, float16 or bfloat16.")] = "float32",
+    set_: Annotated[
+        list[str] | None, typer.Option("--set", help="A setting of the subject, as name=value; repeatable.")
+    ] = None,
+) -> None:
+    """Trains a subject on sequences that it makes itself, and scores it on held-out ones.
+
+    Example: [bold]saescale subject train othello --out subjects/mine --set board=8 --set n_layers=8[/]
+    """
+    from saescale.trainers.subjects.train import TrainingSpec, checked, train_subject
+
+    given = {"subject": subject, "out": out, "settings": _settings(set_ or []), "sequences": sequences, "batch": batch}
+    spec = checked(TrainingSpec, given | {"lr": lr, "seed": seed, "dtype": dtype}, "subject train")
+    with display() as shown:
+        record = train_subject(spec, shown.training)
+    say(f"{out}: {_scores(record['score'])}")
+    say(f"Next: {command('harvest', f'{subject}:{out}', '--layer', '0', '--out', 'stores/mine')}")
+
+
+@app.command()
+def show(
+    subject: Annotated[str, typer.Argument(help="Its name, such as othello or othello:subjects/mine.")],
+    sequences: Annotated[int, typer.Option(help="Held-out sequences to score it on, where it has a score.")] = 500,
+    trust_remote_code: TrustRemoteCode = False,
+    json_: Json = False,
+) -> None:
+    """Loads a subject and says what it is, which labels it has, and how well it does what it was trained for.
+
+    Example: [bold]saescale subject show othello[/]
+    """
+    from saescale.trainers.subjects.subject import get_subject
+
+    found = _described(get_subject(subject, trust_remote_code=trust_remote_code), sequences)
+    if json_:
+        print(json.dumps(found, indent=1))
+        return
+    for name, value in found.items():
+        words = _scores(value) if name == "score" else ", ".join(value) if isinstance(value, list) else str(value)
+        say_marked(f"[bold]{name:<16}[/]{escape(words)}")
+
+
+def _described(subject: Any, sequences: int) -> dict[str, Any]:
+    from saescale.trainers.subjects.subject import Generates, Learns
+
+    found: dict[str, Any] = {
+        "subject": subject.name,
+        "weights": subject.fingerprint,
+        "layers": subject.n_layers,
+        "d_model": subject.d_model,
+        "computes in": str(subject.dtype).removeprefix("torch."),
+        "reads": "sequences of its own" if isinstance(subject, Generates) else "text",
+    }
+    if subject.labels:
+        found["labels"] = list(subject.labels)
+    if isinstance(subject, Learns):
+        found["score"] = subject.score(sequences)
+    return found
+
+
+def _settings(given: list[str]) -> dict[str, Any]:
+    """`name=value` words; values as YAML has them. Raises SaescaleError for what is none."""
+    found = {}
+    for each in given:
+        name, equals, value = each.partition("=")
+        if not equals or not name:
+            raise SaescaleError(f"--set takes name=value, such as n_layers=4, not {each!r}")
+        found[name] = yaml.safe_load(value)
+    return found
+
+
+def _scores(score: dict[str, float]) -> str:
+    return ", ".join(f"{name} {value:.4g}" for name, value in score.items())

@@ -1,0 +1,1 @@
+"""Weights of subjects that come with saescale: `saescale.shipped` when it is installed."""

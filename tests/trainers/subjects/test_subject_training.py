@@ -1,0 +1,109 @@
+"""Training of a subject: it learns, goes on after a kill with the same bits, and is loaded from what it wrote."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from saescale.storage.errors import SaescaleError
+from saescale.trainers.subjects.subject import get_subject
+from saescale.trainers.subjects.train import TrainingSpec, train_subject
+from tests.cluster.command import assert_one_line, saescale_here
+
+SMALL = {"board": 4, "n_layers": 2, "d_model": 32, "n_heads": 2}
+
+
+def spec_of(out: Path, **changes: object) -> TrainingSpec:
+    given = {"subject": "othello", "out": str(out), "settings": SMALL, "sequences": 6_400, "batch": 32, "lr": 3e-3}
+    return TrainingSpec.model_validate(given | changes)
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("subjects") / "small"
+    train_subject(spec_of(out))
+    return out
+
+
+def test_it_learns_which_moves_are_legal(trained: Path) -> None:
+    record = json.loads((trained / "training.json").read_text())
+    subject = get_subject(f"othello:{trained}", dtype="float32")
+    untrained = get_subject(f"othello-random:{trained}", dtype="float32")
+    assert record["score"] == subject.score(2_000)  # type: ignore[attr-defined]
+    assert record["fingerprint"] == subject.fingerprint != untrained.fingerprint
+    assert record["score"]["legal"] > untrained.score(500)["legal"] + 0.2  # type: ignore[attr-defined]
+    assert record["score"]["loss"] > record["score"]["least_loss"]
+    assert [point["sequences"] for point in record["curve"]] == [320 * (i + 1) for i in range(20)]
+    assert record["curve"][-1]["loss"] < record["curve"][0]["loss"]
+    assert not (trained / "checkpoints").exists()
+
+
+def test_a_finished_one_is_not_trained_again_and_another_one_is_refused(trained: Path, tmp_path: Path) -> None:
+    before = {path.name: path.read_bytes() for path in trained.iterdir()}
+    assert train_subject(spec_of(trained)) == json.loads(before["training.json"])
+    assert {path.name: path.read_bytes() for path in trained.iterdir()} == before
+    with pytest.raises(SaescaleError, match=r"another training: lr is 0\.003 there, 0\.01 here"):
+        train_subject(spec_of(trained, lr=0.01))
+    (tmp_path / "notes.txt").write_text("mine")
+    with pytest.raises(SaescaleError, match=r"holds other files \(notes.txt\)"):
+        train_subject(spec_of(tmp_path))
+
+
+def test_what_was_killed_goes_on_to_the_same_weights(trained: Path, tmp_path: Path) -> None:
+    code = (
+        "import sys, datetime; from saescale.trainers.subjects import train; "
+        "train.CHECKPOINT_EVERY = datetime.timedelta(seconds=0.3); "
+        f"train.train_subject(train.TrainingSpec.model_validate_json({spec_of(tmp_path / 'a').model_dump_json()!r}))"
+    )
+    process = subprocess.Popen([sys.executable, "-c", code], env=os.environ | {"OMP_NUM_THREADS": "1"})
+    checkpoint = tmp_path / "a" / "checkpoints" / "last.ckpt"
+    until = time.monotonic() + 120
+    while not checkpoint.exists() and process.poll() is None and time.monotonic() < until:
+        time.sleep(0.02)
+    assert process.poll() is None, "it ended before it could be killed"
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert checkpoint.exists()
+    assert not (tmp_path / "a" / "model.safetensors").exists()
+    train_subject(spec_of(tmp_path / "a"))
+    for name in ("model.safetensors", "training.json"):
+        assert (tmp_path / "a" / name).read_bytes() == (trained / name).read_bytes(), name
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        (["smollm2-135m"], "smollm2-135m cannot be trained; othello can"),
+        (["othelo"], "did you mean 'othello'?"),
+        (["othello", "--set", "layers=2"], "settings of othello: layers is not a key, did you mean n_layers?"),
+        (["othello", "--set", "board=5"], "settings of othello: board: input should be 4, 6 or 8 (given: 5)"),
+        (["othello", "--set", "board"], "--set takes name=value"),
+        (["othello", "--set", "d_model=30", "--set", "n_heads=4"], "d_model 30 cannot be shared by 4 heads"),
+        (["othello", "--dtype", "float64"], "subject train: dtype: input should be 'float32'"),
+    ],
+)
+def test_what_cannot_be_trained_is_one_line(tmp_path: Path, given: list[str], said: str) -> None:
+    assert_one_line(saescale_here("subject", "train", *given, "--out", str(tmp_path / "x")), said)
+    assert not (tmp_path / "x").exists()
+
+
+def test_the_commands_say_what_there_is_and_what_was_made(tmp_path: Path) -> None:
+    listed = saescale_here("subject", "list").stdout
+    assert {line.split()[0] for line in listed.splitlines()} >= {"hf", "othello", "othello-random", "smollm2-135m"}
+    settings = [word for name, value in SMALL.items() for word in ("--set", f"{name}={value}")]
+    command = ["subject", "train", "othello", "--out", str(tmp_path / "x"), "--sequences", "64", "--batch", "32"]
+    done = saescale_here(*command, "--dtype", "float16", *settings)
+    assert done.returncode == 0, done.stderr
+    assert "legal 0." in done.stdout
+    assert f"saescale harvest othello:{tmp_path}/x --layer 0" in done.stdout
+    shown = saescale_here("subject", "show", f"othello:{tmp_path}/x", "--sequences", "50", "--json")
+    found = json.loads(shown.stdout)
+    assert (found["layers"], found["d_model"]) == (2, 32)
+    assert "tile_before" in found["labels"]
+    assert 0 < found["score"]["legal"] < 1
+    assert "tile_after" in saescale_here("subject", "show", f"othello:{tmp_path}/x", "--sequences", "50").stdout

@@ -1,0 +1,110 @@
+"""Which truths about the board single latents tell, and how much of the board all of them together.
+
+A property is "this square is mine" or "this square is yours"; only those that occur count. Active is a latent above a
+share tau of its largest activation, tau in {0, 0.1 ... 0.9}, the best tau for each number. Beside the latents stand the
+coordinates of the residual stream ("neurons", positive and negative parts): what needs no SAE; an SAE on a subject with
+random weights is a cell over a store of `othello-random`.
+
+| metric | what |
+|---|---|
+| `tile_pairs` | pairs of a latent and a tile, a square that is mine, yours or empty, with an AUROC above 0.7 |
+| `tiles_told` | share of the tiles that some latent tells so |
+| `stable_pairs` | pairs of a latent and a square whose disc is stable with an AUROC above 0.8; `at`: by which rule |
+| `coverage` | mean over properties of the largest F1 of any latent |
+| `reconstruction` | F1 of all properties on other games: predicted where a latent is active that is a sign |
+| `reconstruction_tau`, `reconstruction_signs` | the best tau, and how many pairs of a latent and a property are signs |
+| `..._neurons` | the same of the coordinates of x |
+
+The first three are of the board before the token (Du et al. 2025), `tile_pairs` for each of the three as well (`at`).
+Coverage and reconstruction are of the board after it (Karvonen et al. 2024, whose coverage divides by 3/2 as many
+properties); a latent is a sign where the property held in 95 % of at least 10 cases on the first half of the games.
+"""
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import numpy as np
+
+from saescale.scaling.metrics import Metric
+from saescale.storage.source import Source
+from saescale.trainers.evals.boards import Boards, heldout_boards
+from saescale.trainers.evals.detectors import (
+    THRESHOLDS,
+    Active,
+    active_of,
+    active_of_neurons,
+    auroc,
+    best_f1,
+    predict_by_union,
+)
+from saescale.trainers.evals.evaluation import Measurement, Need
+from saescale.trainers.evals.intervals import SEED, by_document
+from saescale.trainers.exchange.trained import Trained
+from saescale.trainers.subjects.othello_labels import MINE, TILES, YOURS
+from saescale.trainers.subjects.subject import Subject
+
+needs: frozenset[Need] = frozenset({"labels"})
+metrics = {
+    "tiles_told": Metric("higher", bounded=True),
+    "coverage": Metric("higher", bounded=True),
+    "reconstruction": Metric("higher", bounded=True),
+}
+
+TILE_AUROC, STABLE_AUROC = 0.7, 0.8
+PRECISION, LEAST = 0.95, 10  # of a latent that is a sign of a property
+
+
+class Prepared(NamedTuple):
+    boards: Boards
+    neurons: list[Measurement]
+
+
+def prepare(source: Source, subject: Subject | None) -> Prepared:
+    """Labels, and what the coordinates of the stream tell."""
+    boards = heldout_boards(source, subject)
+    found = recovered(boards, active_of_neurons(boards.act))
+    return Prepared(boards, [each._replace(metric=f"{each.metric}_neurons") for each in found])
+
+
+def measure(trained: Trained, source: Source, subject: Subject | None, prepared: Prepared) -> Iterator[Measurement]:
+    boards = prepared.boards
+    yield from recovered(boards, active_of(trained.encode_sparse(boards.act), trained.cell.n_latents))
+    yield from prepared.neurons
+
+
+def recovered(boards: Boards, active: Active) -> Iterator[Measurement]:
+    """All metrics, of latents or of what takes their place."""
+    n = active.n_rows
+    tiles = boards.labels["tile_before"]
+    told, there = 0, 0
+    pairs = {}
+    for tile, name in enumerate(TILES):
+        above = auroc(active, tiles == tile) > TILE_AUROC
+        pairs[name] = int(above.sum())
+        told += int(above.any(axis=0).sum())
+        there += int((tiles == tile).any(axis=0).sum())
+    yield Measurement("tile_pairs", sum(pairs.values()), n=n)
+    for name, number in pairs.items():
+        yield Measurement("tile_pairs", number, at=name, n=n)
+    yield Measurement("tiles_told", told / there, n=n)
+    for rule in ("du2025", "strict"):
+        stable = auroc(active, boards.labels[f"stable_{rule}_before"]) > STABLE_AUROC
+        yield Measurement("stable_pairs", int(stable.sum()), at=rule, n=n)
+    properties = np.concatenate([boards.labels["tile_after"] == tile for tile in (MINE, YOURS)], axis=1)
+    properties = properties[:, properties.any(axis=0)]
+    yield Measurement("coverage", float(best_f1(active, properties).mean(axis=1).max()), n=n)
+    yield from _reconstruction(boards, active, properties)
+
+
+def _reconstruction(boards: Boards, active: Active, properties: np.ndarray) -> Iterator[Measurement]:
+    union = predict_by_union(active, properties, boards.first, PRECISION, LEAST)
+    truth, doc = properties[~boards.first], boards.doc[~boards.first]
+    sums = [
+        {"both": (said & truth).sum(axis=1), "said": said.sum(axis=1), "true": truth.sum(axis=1)}
+        for said in union.predicted
+    ]  # fmt: skip
+    best = int(np.argmax([2 * each["both"].sum() / max(each["said"].sum() + each["true"].sum(), 1) for each in sums]))
+    f1 = by_document(doc, sums[best], {"f1": lambda of: 2 * of["both"] / (of["said"] + of["true"])})["f1"]
+    yield Measurement("reconstruction", *f1, n=len(doc), seed=SEED)
+    yield Measurement("reconstruction_tau", float(THRESHOLDS[best]), n=len(doc))
+    yield Measurement("reconstruction_signs", int(union.rules[best]), n=int(boards.first.sum()))

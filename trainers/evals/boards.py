@@ -1,0 +1,80 @@
+"""What evaluations of boards of Othello share: held-out rows with the board of each, in two halves by game."""
+
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from saescale.storage.errors import SaescaleError
+from saescale.storage.manifest import Site
+from saescale.storage.source import Source
+from saescale.storage.store import ActivationStore
+from saescale.trainers.evals.labels import heldout_labels
+from saescale.trainers.harvest.retrace import heldout_places
+from saescale.trainers.preprocess import to_tensor
+from saescale.trainers.subjects.othello import Othello
+from saescale.trainers.subjects.subject import Subject
+
+ROWS = 16_384
+
+
+class Boards(NamedTuple):
+    """Rows of a store: activations [rows, d_model] as stored, game of each, labels (othello_labels.py). Something is
+    chosen or fitted on the rows of `first`, bool [rows], and measured on the others, which are of other games."""
+
+    size: int
+    act: Tensor
+    doc: np.ndarray
+    labels: dict[str, np.ndarray]
+    first: np.ndarray
+
+    def regions(self) -> dict[str, np.ndarray]:
+        """Parts of the board, bool [squares]: corners, the rest of the edges, inner squares."""
+        row, column = np.divmod(np.arange(self.size**2), self.size)
+        ends = (row % (self.size - 1) == 0).astype(int) + (column % (self.size - 1) == 0)
+        return {"corner": ends == 2, "edge": ends == 1, "inside": ends == 0}
+
+
+def othello_of(subject: Subject | None) -> Othello:
+    """Raises SaescaleError for a subject without boards."""
+    if not isinstance(subject, Othello):
+        name = "there is none" if subject is None else f"{subject.name} has none"
+        raise SaescaleError(f"boards are measured of the subject othello; {name}")
+    return subject
+
+
+def heldout_boards(source: Source, subject: Subject | None) -> Boards:
+    """The first ROWS held-out rows, or all where there are fewer.
+
+    Raises SaescaleError for a subject without boards, and where the rows are of one game.
+    """
+    othello = othello_of(subject)
+    number = min(ROWS, source.rows("heldout")) if isinstance(source, ActivationStore) else ROWS
+    rows = source.heldout(number, ("act", "doc"))
+    games = np.unique(rows.doc)
+    if len(games) < 2:
+        raise SaescaleError("the held-out rows are of one game; harvest more (--heldout-tokens)")
+    # Games have no order: every other one.
+    first = np.searchsorted(games, rows.doc) % 2 == 0
+    labels = heldout_labels(source, othello, number)
+    return Boards(othello.size, to_tensor(rows.act, source.dtype), rows.doc, labels, first)
+
+
+def streams_of_rows(source: Source, reader: Subject, subject: Subject, rows: int) -> Tensor:
+    """The residual stream of `reader`, a model of the same games as the subject, at the source's site for the first
+    held-out rows, float32 [rows, d_model]."""
+    assert isinstance(source, ActivationStore), "rows of others do not lead back to games"
+    places = heldout_places(source, subject, rows)
+    found = torch.empty(rows, reader.d_model)
+    lengths = np.array([len(ids) for ids in places.contexts])
+    site = Site(layer=source.site.layer, positions=source.site.positions)
+    for length in np.unique(lengths):
+        alike = np.flatnonzero(lengths == length)
+        for some in np.split(alike, range(256, len(alike), 256)):
+            ids = torch.from_numpy(np.stack([places.contexts[context] for context in some]))
+            (stream,) = reader.run(ids, [site]).resid
+            here = np.flatnonzero(np.isin(places.context, some))
+            context, pos = np.searchsorted(some, places.context[here]), places.pos[here]
+            found[torch.from_numpy(here)] = stream.float().cpu()[torch.from_numpy(context), torch.from_numpy(pos)]
+    return found

@@ -1,0 +1,147 @@
+"""`othello`: a transformer that reads random games of Othello on 6x6, whose weights come with saescale; `othello:PATH`:
+one of your own, or a published one on 8x8, as a folder of transformers or a file of TransformerLens.
+
+What such a model reads is known to the last disc: every label is recomputed from the moves.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
+from importlib.resources import as_file, files
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from pydantic import BaseModel, ConfigDict, Field
+from torch import Tensor
+
+from saescale.storage.errors import SaescaleError
+from saescale.storage.manifest import Split
+from saescale.trainers.device import default_device
+from saescale.trainers.subjects.language_model import compute_dtype
+from saescale.trainers.subjects.othello_board import spread
+from saescale.trainers.subjects.othello_games import PAD, games_of_split, squares_of_tokens
+from saescale.trainers.subjects.othello_labels import LABELS, labels_of_tokens, replay
+from saescale.trainers.subjects.othello_weights import blank_model, read_checkpoint, size_of_board
+from saescale.trainers.subjects.subject import NO_TARGET, Lesson, Sequence
+from saescale.trainers.subjects.transformer import Transformer
+from saescale.trainers.subjects.weights import Weighted, hash_weights
+
+NAMES_A_PATH = True
+SHIPPED = "othello-6x6"
+FIRST_MOVE = 4  # before it the board says nearly nothing (Du et al. 2025)
+
+
+class Settings(BaseModel):
+    """What can be chosen of a model that is to be trained."""
+
+    model_config = ConfigDict(extra="forbid")
+    board: Literal[4, 6, 8] = 6
+    n_layers: int = Field(4, ge=1)
+    d_model: int = Field(128, ge=1)
+    n_heads: int = Field(4, ge=1)
+
+
+class Othello(Transformer):
+    """A model of random games on a board of `size`. Its sequences are games without their last move, of which the
+    first four positions are no rows; ids are squares in their order, without the four in the middle, from 1 on."""
+
+    labels = LABELS
+
+    def __init__(self, name: str, model: Any, fingerprint: str) -> None:
+        super().__init__(name, model, fingerprint)
+        self.size = size_of_board(name, model)
+
+    def sequences(self, split: Split, seed: int) -> Iterator[Sequence]:
+        """Random legal games without their last move; what a game is decides its split."""
+        for drawn in games_of_split(self.size, split, seed):
+            for game in drawn.tokens[:, :-1].numpy().astype(np.int32):
+                ids = game[game != PAD]
+                yield Sequence(ids, keep=np.arange(len(ids)) >= FIRST_MOVE)
+
+    def label(self, ids: np.ndarray) -> dict[str, np.ndarray]:
+        """See othello_labels.py. Raises SaescaleError where `ids` are no games on this board."""
+        return labels_of_tokens(self.size, ids)
+
+    def untrained(self, seed: int = 0) -> "Othello":
+        """The same model with random weights, as training begins with them."""
+        config = self.model.config
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            model = type(self.model)(config)
+        fingerprint = hash_weights(self.name, Weighted(model, ()))
+        return Othello(f"{self.name} (untrained)", _frozen(model.to(self.model.device, self.dtype)), fingerprint)
+
+    def lessons(self, seed: int, batch: int, first: int) -> Iterator[Lesson]:
+        """Training games from number `first` on, whole: a move is the target of the one before it."""
+        numbers, tokens = torch.empty(0, dtype=torch.int64), torch.empty(0, self.size**2 - 4, dtype=torch.int64)
+        for drawn in games_of_split(self.size, "train", seed, first):
+            numbers, tokens = torch.cat([numbers, drawn.numbers]), torch.cat([tokens, drawn.tokens])
+            while len(numbers) >= batch:
+                now, numbers = numbers[:batch], numbers[batch:]
+                games, tokens = tokens[:batch], tokens[batch:]
+                targets = games[:, 1:]
+                yield Lesson(games[:, :-1], targets.masked_fill(targets == PAD, NO_TARGET), int(now[-1]) + 1)
+
+    def score(self, sequences: int, seed: int = 0) -> dict[str, float]:
+        """On so many held-out games, over all positions behind which the game goes on: the share of most likely moves
+        that are legal (`legal`: 1 less the error rate of Li et al. 2023), the probability on legal moves, the
+        cross-entropy in nats, and the least that there is, of a uniform choice among legal moves."""
+        totals, positions = dict.fromkeys(("legal", "legal_mass", "loss", "least_loss"), 0.0), 0
+        of_tokens = torch.from_numpy(squares_of_tokens(self.size)[1:])
+        for games in _heldout_games(self.size, sequences, seed).split(256):
+            ids, targets = games[:, :-1], games[:, 1:]
+            logits = self.run(ids, [], logits=True).logits
+            assert logits is not None, "they were asked for"
+            goes_on = targets != PAD
+            squares = spread(self.size, replay(self.size, ids).after.legal)[goes_on]
+            legal = torch.nn.functional.pad(squares[:, of_tokens], (1, 0))  # by token, of which PAD is none
+            log_p = logits.float().cpu().log_softmax(dim=-1)[goes_on]
+            totals["legal"] += float(legal.gather(1, log_p.argmax(dim=1, keepdim=True)).sum())
+            totals["legal_mass"] += float((log_p.exp() * legal).sum())
+            totals["loss"] -= float(log_p.gather(1, targets[goes_on][:, None]).sum())
+            totals["least_loss"] += float(legal.sum(dim=1).double().log().sum())
+            positions += int(goes_on.sum())
+        return {name: total / positions for name, total in totals.items()}
+
+
+def load(rest: str, cache: Path, dtype: str, notify: Callable[[str], None]) -> Othello:
+    """The shipped model, or that at the path `rest`. Raises SaescaleError where there is none that reads games."""
+    device = default_device()
+    wanted = compute_dtype(dtype, device)
+    name = f"othello:{rest}" if rest else "othello"
+    if rest:
+        model, fingerprint = read_checkpoint(name, Path(rest).expanduser(), wanted)
+    else:
+        with _shipped() as folder:
+            model, fingerprint = read_checkpoint(name, folder, wanted)
+    return Othello(name, _frozen(model.to(device)), fingerprint)
+
+
+def blank(settings: Settings, seed: int) -> Othello:
+    """A model to be trained, with random weights in float32, on the device of this machine."""
+    model = blank_model(settings.board, settings.n_layers, settings.d_model, settings.n_heads, seed)
+    return Othello("othello", model.to(default_device()), "untrained")
+
+
+def _shipped() -> AbstractContextManager[Path]:
+    try:
+        return as_file(files("saescale.shipped") / SHIPPED)
+    except ModuleNotFoundError as error:  # of an editable install that is older than the weights
+        raise SaescaleError(
+            "the weights of othello are not installed; install saescale again (make install)"
+        ) from error
+
+
+def _frozen(model: Any) -> Any:
+    return model.eval().requires_grad_(False)
+
+
+def _heldout_games(size: int, number: int, seed: int) -> Tensor:
+    """The first held-out games of a seed, whole, int64 [number, moves]."""
+    found: list[Tensor] = []
+    for drawn in games_of_split(size, "heldout", seed):
+        found.append(drawn.tokens)
+        if sum(map(len, found)) >= number:
+            break
+    return torch.cat(found)[:number]
