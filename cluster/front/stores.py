@@ -40,7 +40,9 @@ CutDocuments = Annotated[
 
 
 def harvest(
-    subject: Annotated[str, typer.Argument(help="smollm2-135m, hf:<org>/<name>, hf:/path/to/folder, dictionary or your own.")],
+    subject: Annotated[
+        str, typer.Argument(help="smollm2-135m, hf:<org>/<name>, hf:/path/to/folder, dictionary or your own.")
+    ],
     out: Annotated[str, typer.Option(help="URL of the activation store to write.")],
     layer: Annotated[int, typer.Option(help="The site is resid_post of this layer, counted from 0.")],
     corpus: Corpus = None,

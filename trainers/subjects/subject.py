@@ -230,7 +230,8 @@ def _tell_nobody(stage: str) -> None:
 def name_for_other_processes(name: str) -> str:
     """The name with a relative path behind its colon made absolute, so that it means the same in every process."""
     file, _, rest = name.partition(":")
-    if not rest.startswith((".", "~")) and (rest.startswith("/") or Path(rest).suffix not in (".yaml", ".yml")):
+    is_spec = Path(rest).suffix in (".yaml", ".yml") and not rest.startswith("/") and "://" not in rest
+    if not (is_spec or rest.startswith((".", "~"))):
         return name
     return f"{file}:{Path(rest).expanduser().absolute()}"
 
