@@ -294,7 +294,7 @@ class RunDirectory:
         known = {name: of for name, of in known.items() if name.partition(".")[0] != evaluation} | dict(metrics or {})
         table = pa.concat_tables([there.filter(pc.invert(own)).replace_schema_metadata(), new])
         if known:
-            table = table.replace_schema_metadata({METRICS: json.dumps(known, sort_keys=True).encode()})
+            table = table.replace_schema_metadata({METRICS: json.dumps(known).encode()})
         self._write_table("evals.parquet", table)
 
     def read_evals(self) -> pa.Table:
