@@ -9,11 +9,13 @@ import time
 from pathlib import Path
 from types import SimpleNamespace
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from typer.testing import CliRunner
 
 from saescale.cluster.cli import app
+from saescale.storage.columns import EVALS
 from saescale.storage.errors import SaescaleError
 from saescale.storage.rundir import RunDirectory
 from saescale.storage.store import ActivationStore
@@ -300,7 +302,7 @@ def test_some_cells_alone(run: RunDirectory) -> None:
 def test_a_table_of_an_earlier_version_is_gone_on_with(run: RunDirectory) -> None:
     evaluate_run("run", ["counted", "core"])
     now = pq.read_table("run/evals.parquet")
-    pq.write_table(now.drop_columns(["latents", "others"]).replace_schema_metadata(), "run/evals.parquet")
+    pq.write_table(now.drop_columns(["latents", "others", "seconds"]).replace_schema_metadata(), "run/evals.parquet")
     assert evaluate_run("run", ["counted", "core", "nmse"]) == (3, 6, 0, ())
     assert run.read_evals().num_rows == now.num_rows + 6
 
@@ -322,6 +324,17 @@ def test_costs_are_told_from_the_first_cell_on(run: RunDirectory) -> None:
     assert told[-1][3] == 0
     assert told[0][2].startswith("nmse of n16-")
     assert re.fullmatch(r"nmse 0\.\d s, counted 0\.\d s a cell", told[-1][2])
+    # Of what the run has rows of, before anything is measured: here as if by a slower machine.
+    slow = {"nmse": 150.0, "counted": 2.0}
+    rows = [row | {"seconds": slow[row["evaluation"]]} for row in run.read_evals().to_pylist()]
+    some = pa.Table.from_pylist([row for row in rows if not row["cell_id"].startswith("n32")], EVALS)
+    pq.write_table(some, "run/evals.parquet")
+    told.clear()
+    evaluate_run("run", ["nmse", "counted", "core"], display=SimpleNamespace(evals=lambda *a: told.append(a)))
+    assert told[0] == (0, 5, "nmse 2.5 min, counted 2.0 s a cell", None)  # of core nothing is known
+    pq.write_table(some, "run/evals.parquet")
+    shown = CliRunner().invoke(app, ["eval", "run", "--evals", "nmse,counted"], env={"COLUMNS": "200"})
+    assert "2 to measure: nmse 2.5 min, counted 2.0 s a cell, about 2 min 32 s for all" in shown.output
 
 
 def test_export_and_import_give_the_same_file(run: RunDirectory) -> None:

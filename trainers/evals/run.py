@@ -9,7 +9,7 @@ from typing import NamedTuple, Protocol
 
 from saescale.storage.rundir import RunDirectory
 from saescale.trainers.evals.bench import Bench, Measured
-from saescale.trainers.evals.costs import Costs
+from saescale.trainers.evals.costs import Costs, earlier_costs
 from saescale.trainers.evals.plan import Pair, Plan, plan_evaluations
 from saescale.trainers.evals.wanted import Wanted, entries
 
@@ -18,7 +18,8 @@ class EvalDisplay(Protocol):
     """What shows the progress of evaluations."""
 
     def evals(self, done: int, total: int, what: str, left_s: float | None) -> None:
-        """Pairs of cell and evaluation that are done, what is known of their cost, and seconds left where known."""
+        """Pairs of cell and evaluation that are done (first none), what is known of their cost, and seconds left where
+        that is known."""
 
 
 class Evaluated(NamedTuple):
@@ -64,14 +65,17 @@ def record(
     run: RunDirectory, plan: Plan, results: Iterable[Measured], display: EvalDisplay | None, processes: int = 1
 ) -> Evaluated:
     """Writes each of `results`, one for each missing pair of the plan in any order, when it is there."""
-    costs, left, failed = Costs(processes), dict.fromkeys(plan.missing), _Failures()
-    total = len(left)
+    left, failed = dict.fromkeys(plan.missing), _Failures()
+    costs = Costs(processes, earlier_costs(run.read_evals(), [pair.evaluation for pair in left]))
+    total, first = len(left), plan.missing[0]
     if display is not None:
-        display.evals(0, total, f"{plan.missing[0].evaluation} of {plan.missing[0].cell}", None)
+        unknown = f"{first.evaluation} of {first.cell} is the first, by which the others are told"
+        display.evals(0, total, costs.words() or unknown, costs.left_s(left))
     for done in results:
         del left[done.pair]
         if done.error is None:
-            run.write_evals(done.pair.cell, done.pair.evaluation, done.rows, done.metrics)
+            rows = [row | {"seconds": round(done.seconds, 3)} for row in done.rows]
+            run.write_evals(done.pair.cell, done.pair.evaluation, rows, done.metrics)
         else:
             failed.add(done.pair, done.error)
         costs.note(done)
