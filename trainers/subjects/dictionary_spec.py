@@ -136,4 +136,4 @@ def read_spec(where: str) -> DictionarySpec:
     try:
         return DictionarySpec.model_validate(found)
     except ValidationError as error:
-        raise SaescaleError(f"{what}: {'; '.join(problems(error, DictionarySpec))}; correct it") from error
+        raise SaescaleError(f"{what}: {'; '.join(problems(error, DictionarySpec, 'the spec'))}; correct it") from error
