@@ -25,6 +25,10 @@ from saescale.trainers.precision import Precision
 from saescale.trainers.preprocess import Centre
 
 _FIRST = 0.02  # share of the learning rate at which a warm-up begins
+# Of the learning rate, for gates where nothing but a penalty holds their number: a whole rate is as large as the
+# pre-activations that it shifts, and a latent whose gate has shut has no gradient to open it.
+_GATE_RATE = 0.1
+FOUND_AT = 0.9  # share of training in which a penalty's coefficient is found; then it is held, and gates rest
 ACTIVE_ABOVE = 1e-3  # a latent counts as active on a token when its activation exceeds this
 
 Params = Mapping[str, Tensor]
@@ -54,6 +58,10 @@ class Settings(BaseModel):
         """Share of the learning rate after that share of training."""
         return 1.0
 
+    def gate_rate(self, progress: float) -> float:
+        """The same of parameters that are gates."""
+        return self.rate(progress)
+
     def check(self, n_latents: int) -> None:
         """Raises ValueError, in one line, where an SAE of that many latents cannot have these settings."""
 
@@ -82,6 +90,11 @@ class PenaltySettings(Settings):
     def rate(self, progress: float) -> float:
         return min(1.0, (progress + _FIRST * self.warmup) / self.warmup) if self.warmup else 1.0
 
+    def gate_rate(self, progress: float) -> float:
+        """Falls in a line until gates rest: some drift the same way at any coefficient (ProLU's), and then no other
+        would hold L0 where it is."""
+        return _GATE_RATE * self.rate(progress) * max(0.0, 1 - progress / FOUND_AT)
+
 
 class Shape(NamedTuple):
     d_model: int
@@ -94,7 +107,7 @@ class Parameter(NamedTuple):
     data: Tensor  # float32
     unit_rows: bool = False  # of a matrix: the gradient is projected off its rows, and they are brought to norm 1 again
     betas: tuple[float, float] = (0.9, 0.999)
-    rate: float = 1.0  # share of the cell's learning rate
+    gate: bool = False  # it says whether a latent is active, and has a rate of its own (Settings.gate_rate)
     trained: bool = True  # False: it stays as it is, unless `Losses.measured` gives it another value; no average
 
 

@@ -33,9 +33,9 @@ class Settings(architecture.PenaltySettings):
 
 
 def parameters(shape: Shape, settings: Settings, centre: Centre, seed: int) -> dict[str, Parameter]:
-    tied = parts.tied_parameters(shape, centre, seed, torch.relu, parts.GATE_RATE)
+    tied = parts.tied_parameters(shape, centre, seed, torch.relu, gates=True)
     tied["b_gate"] = tied.pop("b_enc")
-    zeros = {name: Parameter(torch.zeros(shape.n_latents), rate=parts.GATE_RATE) for name in ("r_mag", "b_mag")}
+    zeros = {name: Parameter(torch.zeros(shape.n_latents), gate=True) for name in ("r_mag", "b_mag")}
     return tied | zeros
 
 

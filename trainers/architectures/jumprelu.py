@@ -32,8 +32,8 @@ class Settings(architecture.PenaltySettings):
 
 
 def parameters(shape: Shape, settings: Settings, centre: Centre, seed: int) -> dict[str, Parameter]:
-    tied = parts.tied_parameters(shape, centre, seed, torch.relu, parts.GATE_RATE)
-    return tied | {"threshold": Parameter(torch.full((shape.n_latents,), settings.threshold), rate=parts.GATE_RATE)}
+    tied = parts.tied_parameters(shape, centre, seed, torch.relu, gates=True)
+    return tied | {"threshold": Parameter(torch.full((shape.n_latents,), settings.threshold), gate=True)}
 
 
 def forward(params: Params, x: Tensor, settings: Settings) -> Forward:

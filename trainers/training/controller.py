@@ -1,11 +1,12 @@
 """Finds the coefficient of a sparsity penalty at which k latents are active on average, and then holds it.
 
 With `coefficient` given there is nothing to find. Else, in the first part of training, its logarithm follows how far
-the logarithm of L0 is from where it should be: the sum of what was off so far and a share of what is off now. L0
-answers late, for biases move by a learning rate a step, so what is off is taken as it will be a little later if it
-goes on as it does. At the end of that part the coefficient stays at its mean over the last tenth, and as much higher as
-L0 was too high there, so that what a cell ends with was trained by one fixed objective, which any other trainer could
-be given.
+the logarithm of L0 is from where it should be: the sum of what was off so far and a share of what is off now. The sum
+has to be quick, since the better a dictionary gets, the less of a penalty it takes. L0 answers late, for biases move
+by a learning rate a step, so what is off is taken as it will be a little later if it goes on as it does. At the end of
+that part the coefficient stays at its mean over the last tenth, and as much higher as L0 was too high there, so that
+what a cell ends with was trained by one fixed objective, which any other trainer could be given. Gates rest by then
+(PenaltySettings.gate_rate), so L0 stays where it was brought.
 
 Where L0 should be is a line in its logarithm: it starts at what the first batch has and reaches k after `RAMP` of that
 part. With k from the first step the sum would grow while nothing has had the time to answer, and the penalty that it
@@ -19,17 +20,16 @@ the steps had, averaged just as long; steps then aim at as much more or fewer. F
 import math
 from typing import NamedTuple
 
-from saescale.trainers.architectures.architecture import PenaltySettings, Settings
+from saescale.trainers.architectures.architecture import FOUND_AT, PenaltySettings, Settings
 
 START = 5e-2
-FOUND_AT = 0.9  # share of training in which it is found
 RAMP = 0.2
 MEASURED_EVERY = 8  # steps between two measurements with averaged weights, from the end of the ramp on
 # A coefficient below the floor, times the start, changes nothing that can be seen: a penalty that got there is off.
 FLOOR, CEILING = 1e-3, 1e2
-_REACH = 12.0  # how far its logarithm moves in that part by the sum, where L0 is e times too high all the time
+_REACH = 30.0  # how far its logarithm moves in that part by the sum, where L0 is e times too high all the time
 _DAMPING = 0.15  # share of what is off now
-_AHEAD = 0.1  # how much later, of that part
+_AHEAD = 0.06  # how much later, of that part
 _SMOOTH, _SMOOTH_SLOPE = 0.8, 0.9  # decays of the averages over steps of L0 and of its change
 _MOST = 2.0  # log ratio that counts
 _APART = 0.5  # log ratio of L0 with averaged weights to that of steps that is believed

@@ -76,7 +76,7 @@ class TrainingCell:
         if not np.isfinite([result.main, *told]).all():
             self.diverge(f"training loss {result.main}")
             return
-        updates = self.optimiser.next(sae.settings.rate(progress))
+        updates = self.optimiser.next(sae.settings.rate(progress), sae.settings.gate_rate(progress))
         sae.step.update(sae.params, sae.operands, result.gradient, updates, sae.mesh)
         self.step += 1
         self.controller.after(self.step, result.active, averaged)
