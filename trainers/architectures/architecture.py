@@ -30,6 +30,11 @@ _FIRST = 0.02  # share of the learning rate at which a warm-up begins
 _GATE_RATE = 0.1
 FOUND_AT = 0.9  # share of training in which a penalty's coefficient is found; then it is held, and gates rest
 ACTIVE_ABOVE = 1e-3  # a latent counts as active on a token when its activation exceeds this
+# Share of all pairs beyond which a step of an architecture with a penalty is dense. A sparse step of relu then takes a
+# third of a dense one's time on a CPU (B 512, d 256, N 2,048, one thread; at 1/64 a fifth, at 1/4 0.6 of it).
+DENSE_ABOVE = 1 / 8
+# Of training, until a penalty has brought L0 below that: 12 to 22 % (N 512 to 2,048, k 8 to 32).
+_DENSE_UNTIL = 0.15
 
 Params = Mapping[str, Tensor]
 
@@ -53,6 +58,10 @@ class Settings(BaseModel):
     def pairs_per_token(self, n_latents: int) -> int:
         """Latents that the losses are expected to decode for a token while none is dead, for plans (Cell.flops)."""
         return self.k
+
+    def dense_share(self, n_latents: int) -> float:
+        """Share of the steps that are expected to be dense, where there is a sparse path, for plans."""
+        return 0.0
 
     def rate(self, progress: float) -> float:
         """Share of the learning rate after that share of training."""
@@ -87,13 +96,16 @@ class PenaltySettings(Settings):
                 "lower k, take more latents, or give a coefficient"
             )
 
+    def dense_share(self, n_latents: int) -> float:
+        return _DENSE_UNTIL if self.k <= DENSE_ABOVE * n_latents else 1.0
+
     def rate(self, progress: float) -> float:
         return min(1.0, (progress + _FIRST * self.warmup) / self.warmup) if self.warmup else 1.0
 
     def gate_rate(self, progress: float) -> float:
-        """Falls in a line until gates rest: some drift the same way at any coefficient (ProLU's), and then no other
-        would hold L0 where it is."""
-        return _GATE_RATE * self.rate(progress) * max(0.0, 1 - progress / FOUND_AT)
+        """Falls in a line over the second half of what the coefficient is found in, until gates rest: some drift the
+        same way at any coefficient (ProLU's), and would leave the L0 at which it is held."""
+        return _GATE_RATE * self.rate(progress) * min(1.0, max(0.0, 2 - 2 * progress / FOUND_AT))
 
 
 class Shape(NamedTuple):
@@ -153,6 +165,7 @@ class Worked(NamedTuple):
     selected: Count = 0  # that were active, of all reconstructions of the main losses
     selected_aux: Count = 0  # that were active in a reconstruction by dead latents
     dead: Count = 0  # dead latents that this chose from, summed over tokens
+    near: Count = 0  # pairs that were not active, but had a part in the gradient of a threshold
 
     def plus(self, other: "Worked") -> "Worked":
         return Worked(*(a + b for a, b in zip(self, other, strict=True)))
@@ -194,6 +207,7 @@ class Step(NamedTuple):
     gradient: Any  # of Losses.total: whatever `FastStep.update` takes
     worked: Worked
     active: float | None = None  # mean number of active latents of a token; needed where the settings are a penalty's
+    dense: bool = False  # whether all of it was done in dense products, and `update` does them too
 
 
 class Update(NamedTuple):
@@ -210,6 +224,7 @@ class Reconstruction(NamedTuple):
     error: Tensor  # target - x_hat, float32 [batch, d_model]
     squared: Tensor  # float64 scalar: ||error||^2 over the batch
     active: Tensor  # int64 scalar: latents with z > 0, over all tokens
+    dense: bool = False  # as in Step
 
 
 class Dead(Protocol):
@@ -281,7 +296,10 @@ class Architecture(Protocol):
         """Of `forward`; `target` [batch, d_model] is x itself unless the source gives another."""
 
     def flops(self, shape: Shape, settings: Any, worked: Worked) -> Flops:
-        """Training FLOPs of what steps did, in whole numbers: `sparse` of the ideal sparse way, at most `dense`."""
+        """Training FLOPs of what steps did, in whole numbers: `sparse` of the ideal sparse way, at most `dense`.
+
+        Steps that were dense (Step.dense) are counted by `dense` of both.
+        """
 
 
 # What a file has to define.

@@ -56,8 +56,9 @@ def losses(params: Params, forward: Forward, target: Tensor, settings: Settings,
 
 
 def flops(shape: Shape, settings: Settings, worked: Worked) -> Flops:
-    """8 d for each pair of either reconstruction, which charges the gate's for a gradient by W_dec that it has not."""
-    return parts.sparse_flops(shape, worked, reconstructions=2)
+    """6 d for each pair of either reconstruction: the gate's has no gradient by W_dec, and of a pair of both there is
+    one row of W_enc to differentiate."""
+    return parts.sparse_flops(shape, worked, reconstructions=2, products=3)
 
 
 step = GatedStep("gated")

@@ -68,6 +68,6 @@ def with_l1(forward: Forward, target: Tensor, state: State) -> Losses:
     return Losses(main, main + state.coefficient * l1, {"l1": l1})
 
 
-def sparse_flops(shape: Shape, worked: Worked, reconstructions: int = 1) -> Flops:
+def sparse_flops(shape: Shape, worked: Worked, reconstructions: int = 1, products: int = 4) -> Flops:
     """2 N d a token for scoring every latent, 8 d for each pair that was decoded (scaling/compute.py)."""
-    return topk_flops(*shape, **worked._asdict(), reconstructions=reconstructions)
+    return topk_flops(*shape, **worked._asdict(), reconstructions=reconstructions, products=products)
