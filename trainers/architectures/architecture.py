@@ -28,7 +28,7 @@ _FIRST = 0.02  # share of the learning rate at which a warm-up begins
 # Of the learning rate, for gates where nothing but a penalty holds their number: a whole rate is as large as the
 # pre-activations that it shifts, and a latent whose gate has shut has no gradient to open it.
 _GATE_RATE = 0.1
-FOUND_AT = 0.9  # share of training in which a penalty's coefficient is found; then it is held, and gates rest
+FOUND_AT = 0.9  # share of training in which a penalty's coefficient is found; then it is held
 ACTIVE_ABOVE = 1e-3  # a latent counts as active on a token when its activation exceeds this
 # Share of all pairs beyond which a step of an architecture with a penalty is dense. A sparse step of relu then takes a
 # third of a dense one's time on a CPU (B 512, d 256, N 2,048, one thread; at 1/64 a fifth, at 1/4 0.6 of it).
@@ -103,9 +103,7 @@ class PenaltySettings(Settings):
         return min(1.0, (progress + _FIRST * self.warmup) / self.warmup) if self.warmup else 1.0
 
     def gate_rate(self, progress: float) -> float:
-        """Falls in a line over the second half of what the coefficient is found in, until gates rest: some drift the
-        same way at any coefficient (ProLU's), and would leave the L0 at which it is held."""
-        return _GATE_RATE * self.rate(progress) * min(1.0, max(0.0, 2 - 2 * progress / FOUND_AT))
+        return _GATE_RATE * self.rate(progress)
 
 
 class Shape(NamedTuple):
