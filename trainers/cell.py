@@ -138,9 +138,11 @@ class Cell(BaseModel):
         """
         from saescale.trainers.architectures.architecture import Shape, Worked, find_architecture
 
-        worked = Worked(tokens, self.whole_settings.pairs_per_token(self.n_latents) * tokens)
-        shape = Shape(self.d_model, self.n_latents)
-        return find_architecture(self.architecture).flops(shape, self.whole_settings, worked)
+        settings, architecture = self.whole_settings, find_architecture(self.architecture)
+        worked = Worked(tokens, settings.pairs_per_token(self.n_latents) * tokens)
+        flops = architecture.flops(Shape(self.d_model, self.n_latents), settings, worked)
+        by_all = settings.dense_share(self.n_latents) if getattr(architecture, "step", None) else 1.0
+        return flops._replace(sparse=round((1 - by_all) * flops.sparse + by_all * flops.dense))
 
 
 def axes_of(cells: Iterable[Cell]) -> tuple[str, ...]:

@@ -1,5 +1,6 @@
 """Every architecture: its formulas against loops, its gradients against finite differences, its training."""
 
+import itertools
 import json
 import math
 from collections.abc import Callable
@@ -15,6 +16,8 @@ from saescale.storage.rundir import RunDirectory
 from saescale.storage.store import ActivationStore
 from saescale.trainers.architectures import ARCHITECTURES, batchtopk, matryoshka, pca, switch
 from saescale.trainers.architectures.architecture import (
+    FOUND_AT,
+    Batch,
     Forward,
     Losses,
     Parameter,
@@ -27,9 +30,10 @@ from saescale.trainers.architectures.architecture import (
 from saescale.trainers.cell import Cell, EvalSpec
 from saescale.trainers.exchange import native
 from saescale.trainers.preprocess import Centre, normalise, to_tensor
-from saescale.trainers.training.controller import FLOOR, FOUND_AT, START, Controller, is_off
+from saescale.trainers.training.controller import FLOOR, START, Controller, is_off
 from saescale.trainers.training.memory import StreamSize, pack_memory
 from saescale.trainers.training.train import PackJob, train_pack
+from saescale.trainers.training.training_cell import TrainingCell
 from tests.trainers.synthetic import D_MODEL
 
 MakeCell = Callable[..., Cell]
@@ -179,14 +183,15 @@ def test_hierarchical_topk_averages_the_errors_of_fewer_latents() -> None:
     c.settings = settings_of("hierarchical_topk", k=6)
     assert c.settings.levels() == [1, 2, 4, 6]
     forward, losses = forward_and_losses("hierarchical_topk", c, c.params)
-    errors = []
+    errors = {}
     for k in (1, 2, 4, 6):
         x_hat = c.params["b_pre"].repeat(len(c.x), 1)
         for row in range(len(c.x)):
             for i in forward.pre_activations[row].argsort(descending=True)[:k].tolist():
                 x_hat[row] += max(0.0, float(forward.pre_activations[row, i])) * c.params["W_dec"][i]
-        errors.append(float((x_hat - c.x).square().mean()) / VARIANCE)
-    assert float(losses.parts["nested"]) == pytest.approx(sum(errors) / 4)
+        errors[k] = float((x_hat - c.x).square().mean()) / VARIANCE
+    of_all = [errors[level] for level in (1, 2, 4, 4, 6, 6)]  # 3 and 5 by the next level
+    assert float(losses.parts["nested"]) == pytest.approx(sum(of_all) / 6)
 
 
 def test_switch_routes_each_token_to_one_expert_and_charges_for_that() -> None:
@@ -261,11 +266,13 @@ def test_a_penalty_is_found_held_and_recorded(sparse_store: ActivationStore, mak
 
 
 def plant(kind: str) -> Callable[[float], float]:
-    """L0 of the next step at a coefficient: as its power at once, as that with a lag, and never above 60 % of 16."""
-    state = [math.log(128.0)]
+    """L0 of the next step at a coefficient: as its power at once, as that with a lag, for which it takes less and less
+    while it is being found, and never above 60 % of 16."""
+    state, steps = [math.log(128.0)], itertools.count()
 
     def l0(coefficient: float) -> float:
-        goal = math.log(16 * (0.2 / coefficient) ** 0.7)
+        needed = 0.2 * math.exp(-min(1.0, next(steps) / 360)) if kind == "falling" else 0.2
+        goal = math.log(16 * (needed / coefficient) ** 0.7)
         if kind == "saturating":
             goal = min(goal, math.log(0.6 * 16))
         state[0] += (goal - state[0]) * (1.0 if kind == "static" else 0.08)
@@ -275,7 +282,7 @@ def plant(kind: str) -> Callable[[float], float]:
 
 
 @pytest.mark.parametrize("apart", [1.0, 0.9])
-@pytest.mark.parametrize("kind", ["static", "lagged"])
+@pytest.mark.parametrize("kind", ["static", "lagged", "falling"])
 def test_the_controller_finds_k(kind: str, apart: float) -> None:
     """Whatever L0 with averaged weights is beside that of the steps, it is that which ends at k."""
     controller, l0 = Controller(settings_of("relu", k=16), 400, 0.98), plant(kind)
@@ -297,6 +304,33 @@ def test_a_penalty_that_is_not_needed_is_off_and_comes_back() -> None:
     assert not is_off(settings_of("relu", coefficient=1e-9), 1e-9)  # that was asked for
     lowest = START * FLOOR
     assert controller.coefficient >= 0.99 * lowest
+
+
+def test_gates_of_prolu_rest_when_the_coefficient_is_held(sparse_store: ActivationStore, make_cell: MakeCell) -> None:
+    cell = make_cell(architecture="prolu", tokens=40 * 256, lr=1e-2)
+    assert cell.steps == 40
+    x = normalise(to_tensor(sparse_store.read_split("heldout", 256), sparse_store.dtype))
+    training = TrainingCell(cell, CENTRE, torch.device("cpu"))
+    moves: dict[str, list[float]] = {"b_enc": [], "W_enc": []}
+    for _ in range(cell.steps):
+        before = {name: training.sae.params[name].clone() for name in moves}
+        training.train_on(Batch.of(x, CENTRE.b_pre, False))
+        for name, made in moves.items():
+            made.append(float((training.sae.params[name] - before[name]).abs().max()))
+    held = round(FOUND_AT * cell.steps)
+    # Adam moves no number by much more than the rate: a tenth of that of the others, less and less, then none.
+    assert max(moves["b_enc"][:held]) < 0.4 * cell.lr
+    assert 0 < max(moves["b_enc"][held - 4 : held]) < 0.3 * max(moves["b_enc"])
+    assert max(moves["b_enc"][held:]) == 0
+    assert min(moves["W_enc"]) > 0
+
+
+def test_the_target_comes_down_from_the_most_that_a_batch_had() -> None:
+    """A first batch may have fewer active latents than the next ones, as JumpReLU's where N is large."""
+    controller = Controller(settings_of("jumprelu", k=16), 400, 0.98)
+    for step in range(1, 21):
+        controller.after(step, 12.0 + 3 * step)
+    assert controller.coefficient < 2.5 * START  # it was 5 times START when the first batch said where the line begins
 
 
 def test_a_k_that_no_penalty_reaches_is_refused(make_cell: MakeCell) -> None:

@@ -169,7 +169,7 @@ def test_losses_gradients_and_counts_equal_the_float64_reference(
         assert float(step.parts[part]) == pytest.approx(float(value.detach()), rel=1e-3, abs=1e-5), part
     pairs = int((forward.latents > 0).sum())
     wanted = (batch, pairs + losses.beside.selected, losses.beside.selected_aux, losses.beside.dead)
-    assert step.worked.read() == wanted
+    assert step.worked.read()[:4] == wanted
     if step.active is not None:
         assert step.active == pytest.approx(pairs / batch)
     assert torch.equal(dead.tokens_since, torch.where(fired(forward.latents), 0, before.tokens_since + batch))

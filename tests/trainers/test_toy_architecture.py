@@ -123,7 +123,7 @@ def test_its_dead_latents_and_losses(toy: str) -> None:
     fired = (latents > 1e-3).any(dim=0)
     assert 0 < int(fired.sum()) < 40
     assert torch.equal(dead.tokens_since, torch.where(fired, 0, 1_030))
-    assert step.worked == (30, int((latents > 0).sum()), 0, 0)
+    assert step.worked == (30, int((latents > 0).sum()), 0, 0, 0)
     assert torch.equal(step.gradient.of_trained["bias"] == -0.5, ~fired)  # dead: no other loss reaches them
     assert step.parts["revival"] == 0.0
 

@@ -25,7 +25,16 @@ from saescale.trainers.precision import Precision
 from saescale.trainers.preprocess import Centre
 
 _FIRST = 0.02  # share of the learning rate at which a warm-up begins
+# Of the learning rate, for gates where nothing but a penalty holds their number: a whole rate is as large as the
+# pre-activations that it shifts, and a latent whose gate has shut has no gradient to open it.
+_GATE_RATE = 0.1
+FOUND_AT = 0.9  # share of training in which a penalty's coefficient is found; then it is held
 ACTIVE_ABOVE = 1e-3  # a latent counts as active on a token when its activation exceeds this
+# Share of all pairs beyond which a step of an architecture with a penalty is dense. A sparse step of relu then takes a
+# third of a dense one's time on a CPU (B 512, d 256, N 2,048, one thread; at 1/64 a fifth, at 1/4 0.6 of it).
+DENSE_ABOVE = 1 / 8
+# Of training, until a penalty has brought L0 below that: 12 to 22 % (N 512 to 2,048, k 8 to 32).
+_DENSE_UNTIL = 0.15
 
 Params = Mapping[str, Tensor]
 
@@ -50,9 +59,17 @@ class Settings(BaseModel):
         """Latents that the losses are expected to decode for a token while none is dead, for plans (Cell.flops)."""
         return self.k
 
+    def dense_share(self, n_latents: int) -> float:
+        """Share of the steps that are expected to be dense, where there is a sparse path, for plans."""
+        return 0.0
+
     def rate(self, progress: float) -> float:
         """Share of the learning rate after that share of training."""
         return 1.0
+
+    def gate_rate(self, progress: float) -> float:
+        """The same of parameters that are gates."""
+        return self.rate(progress)
 
     def check(self, n_latents: int) -> None:
         """Raises ValueError, in one line, where an SAE of that many latents cannot have these settings."""
@@ -79,8 +96,14 @@ class PenaltySettings(Settings):
                 "lower k, take more latents, or give a coefficient"
             )
 
+    def dense_share(self, n_latents: int) -> float:
+        return _DENSE_UNTIL if self.k <= DENSE_ABOVE * n_latents else 1.0
+
     def rate(self, progress: float) -> float:
         return min(1.0, (progress + _FIRST * self.warmup) / self.warmup) if self.warmup else 1.0
+
+    def gate_rate(self, progress: float) -> float:
+        return _GATE_RATE * self.rate(progress)
 
 
 class Shape(NamedTuple):
@@ -94,7 +117,7 @@ class Parameter(NamedTuple):
     data: Tensor  # float32
     unit_rows: bool = False  # of a matrix: the gradient is projected off its rows, and they are brought to norm 1 again
     betas: tuple[float, float] = (0.9, 0.999)
-    rate: float = 1.0  # share of the cell's learning rate
+    gate: bool = False  # it says whether a latent is active, and has a rate of its own (Settings.gate_rate)
     trained: bool = True  # False: it stays as it is, unless `Losses.measured` gives it another value; no average
 
 
@@ -148,6 +171,7 @@ class Worked(NamedTuple):
     selected: Count = 0  # that were active, of all reconstructions of the main losses
     selected_aux: Count = 0  # that were active in a reconstruction by dead latents
     dead: Count = 0  # dead latents that this chose from, summed over tokens
+    near: Count = 0  # pairs that were not active, but had a part in the gradient of a threshold
 
     def plus(self, other: "Worked") -> "Worked":
         return Worked(*(a + b for a, b in zip(self, other, strict=True)))
@@ -189,6 +213,7 @@ class Step(NamedTuple):
     gradient: Any  # of Losses.total: whatever `FastStep.update` takes
     worked: Worked
     active: float | None = None  # mean number of active latents of a token; needed where the settings are a penalty's
+    dense: bool = False  # whether all of it was done in dense products, and `update` does them too
 
 
 class Update(NamedTuple):
@@ -205,6 +230,7 @@ class Reconstruction(NamedTuple):
     error: Tensor  # target - x_hat, float32 [batch, d_model]
     squared: Tensor  # float64 scalar: ||error||^2 over the batch
     active: Tensor  # int64 scalar: latents with z > 0, over all tokens
+    dense: bool = False  # as in Step
 
 
 class Dead(Protocol):
@@ -279,7 +305,10 @@ class Architecture(Protocol):
         """Of `forward`; `target` [batch, d_model] is x itself unless the source gives another."""
 
     def flops(self, shape: Shape, settings: Any, worked: Worked) -> Flops:
-        """Training FLOPs of what steps did, in whole numbers: `sparse` of the ideal sparse way, at most `dense`."""
+        """Training FLOPs of what steps did, in whole numbers: `sparse` of the ideal sparse way, at most `dense`.
+
+        Steps that were dense (Step.dense) are counted by `dense` of both.
+        """
 
 
 # What a file has to define.

@@ -76,7 +76,7 @@ class DenseStep:
         main, *parts, pairs = torch.stack([number.detach().double() for number in told]).tolist()
         worked = Worked(len(x), int(pairs) + beside.selected, beside.selected_aux, beside.dead)
         gradient = DenseGradient(gradients, losses.measured)
-        return Step(main, dict(zip(losses.parts, parts, strict=True)), gradient, worked, pairs / len(x))
+        return Step(main, dict(zip(losses.parts, parts, strict=True)), gradient, worked, pairs / len(x), dense=True)
 
     def update(
         self, params: Params, operands: Params, gradient: DenseGradient, updates: Mapping[str, Update], mesh: Mesh
@@ -103,7 +103,7 @@ class DenseStep:
             forward = self.architecture.forward(params, rows, settings)
             left.sub_(forward.x_hat)
             active += (forward.latents > 0).sum()
-        return Reconstruction(error, error.double().square_().sum(), active)
+        return Reconstruction(error, error.double().square_().sum(), active, dense=True)
 
     def training_bytes(
         self, shape: Shape, settings: Any, batch: int, precision: Precision, kernels: KernelKind

@@ -34,9 +34,9 @@ class Settings(architecture.PenaltySettings):
 
 
 def parameters(shape: Shape, settings: Settings, centre: Centre, seed: int) -> dict[str, Parameter]:
-    tied = parts.tied_parameters(shape, centre, seed, torch.relu, parts.GATE_RATE)
+    tied = parts.tied_parameters(shape, centre, seed, torch.relu, gates=True)
     tied["b_gate"] = tied.pop("b_enc")
-    zeros = {name: Parameter(torch.zeros(shape.n_latents), rate=parts.GATE_RATE) for name in ("r_mag", "b_mag")}
+    zeros = {name: Parameter(torch.zeros(shape.n_latents), gate=True) for name in ("r_mag", "b_mag")}
     return tied | zeros
 
 
@@ -66,8 +66,9 @@ def losses(params: Params, forward: Forward, target: Tensor, settings: Settings,
 
 
 def flops(shape: Shape, settings: Settings, worked: Worked) -> Flops:
-    """8 d for each pair of either reconstruction, which charges the gate's for a gradient by W_dec that it has not."""
-    return parts.sparse_flops(shape, worked, reconstructions=2)
+    """6 d for each pair of either reconstruction: the gate's has no gradient by W_dec, and of a pair of both there is
+    one row of W_enc to differentiate."""
+    return parts.sparse_flops(shape, worked, reconstructions=2, products=3)
 
 
 step = GatedStep("gated")

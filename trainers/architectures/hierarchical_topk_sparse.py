@@ -20,8 +20,7 @@ class HierarchicalTopKStep(TopKStep):
         kept: Kept | None,
     ) -> Chosen:  # fmt: skip
         active = select(params, operands, batch, offset, [settings.k], mesh, kept)[0]
-        levels = settings.levels()
-        return Chosen(active, by_rank(active, levels), [1 / len(levels)] * len(levels))
+        return Chosen(active, by_rank(active, settings.levels()), settings.weights())
 
     def decode(
         self, chosen: Chosen, target: Tensor, offset: Tensor, W_dec: Tensor, scale: float, errors: Tensor

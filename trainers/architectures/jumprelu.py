@@ -34,15 +34,20 @@ from saescale.trainers.architectures.architecture import (
 from saescale.trainers.architectures.jumprelu_sparse import JumpReLUStep
 from saescale.trainers.preprocess import Centre
 
+_START_AT_MOST = 2.0  # standard deviations of pre-activations: some percent of the latents are active then
+
 
 class Settings(architecture.PenaltySettings):
     bandwidth: float = Field(default=0.03, gt=0)  # of pre-activations, whose inputs have unit norm
-    threshold: float = Field(default=0.03, gt=0)  # at the start
+    threshold: float = Field(default=0.03, gt=0)  # at the start; less where so few would reach it that none learns
 
 
 def parameters(shape: Shape, settings: Settings, centre: Centre, seed: int) -> dict[str, Parameter]:
-    tied = parts.tied_parameters(shape, centre, seed, torch.relu, parts.GATE_RATE)
-    return tied | {"threshold": Parameter(torch.full((shape.n_latents,), settings.threshold), rate=parts.GATE_RATE)}
+    tied = parts.tied_parameters(shape, centre, seed, torch.relu, gates=True)
+    # The standard deviation of pre-activations of random directions, which is the smaller the more latents there are.
+    spread = float(tied["W_enc"].data.norm(dim=1).mean()) / shape.d_model**0.5
+    start = min(settings.threshold, _START_AT_MOST * spread)
+    return tied | {"threshold": Parameter(torch.full((shape.n_latents,), start), gate=True)}
 
 
 def forward(params: Params, x: Tensor, settings: Settings) -> Forward:

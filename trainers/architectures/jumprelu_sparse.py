@@ -45,4 +45,5 @@ class JumpReLUStep(PairwiseStep):
             "threshold": by_theta * (params["threshold"] > 0),
         }
         term = Term(latents, dz, scale)
-        return Loss(squared, {"l0": active.sum() / len(target) / settings.k}, error, term, term, vectors)
+        parts = {"l0": active.sum() / len(target) / settings.k}
+        return Loss(squared, parts, error, term, term, vectors, near=(near & ~active).sum())

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from saescale.trainers.architectures.architecture import (
+    DENSE_ABOVE,
     Batch,
     Conditions,
     Dead,
@@ -32,10 +33,6 @@ from saescale.trainers.kernels.interface import Pairs, Selected, Summands, Term
 from saescale.trainers.mesh.mesh import Mesh
 from saescale.trainers.precision import Precision
 
-# Share of all pairs beyond which a step is dense. A sparse step of relu then takes a third of a dense one's time on a
-# CPU (B 512, d 256, N 2,048, one thread; at 1/64 a fifth, at 1/4 0.6 of it).
-DENSE_ABOVE = 1 / 8
-
 
 class Boundary(NamedTuple):
     """What decides on a pair: it is looked at where W_enc (x - b_pre) + bias > threshold, both [n_latents]."""
@@ -54,6 +51,7 @@ class Loss(NamedTuple):
     encoder: Term  # whose dz is the gradient by W_enc (x - b_pre); often the same
     vectors: Mapping[str, Tensor]  # gradients of parameters that have a number for each latent
     more: Tensor | int = 0  # pairs that were decoded beside the SAE's own
+    near: Tensor | int = 0  # Worked.near
 
 
 class Gradient(NamedTuple):
@@ -112,7 +110,7 @@ class PairwiseStep(ABC):
         gradient = Gradient(
             decoder, encoder, loss.error, batch.x, offset, loss.vectors, loss.error.sum(dim=0).mul_(scale),
         )  # fmt: skip
-        worked = Worked(len(batch.x), int(pairs) + loss.more)
+        worked = Worked(len(batch.x), int(pairs) + loss.more, near=loss.near)
         main = squared / elements / conditions.variance
         return Step(main, dict(zip(loss.parts, parts, strict=True)), gradient, worked, pairs / len(batch.x))
 

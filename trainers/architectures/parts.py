@@ -18,13 +18,9 @@ from saescale.trainers.architectures.architecture import (
 )
 from saescale.trainers.preprocess import Centre
 
-# Of the learning rate, for what says whether a latent is active where nothing but a penalty holds their number: a whole
-# rate is as large as the pre-activations that it shifts, and a latent whose gate has shut has no gradient to open it.
-GATE_RATE = 0.1
-
 
 def tied_parameters(
-    shape: Shape, centre: Centre, seed: int, activation: Callable[[Tensor], Tensor], gate_rate: float = 1.0
+    shape: Shape, centre: Centre, seed: int, activation: Callable[[Tensor], Tensor], gates: bool = False
 ) -> dict[str, Parameter]:
     """Random unit decoder rows, tied encoder, b_pre the geometric median of the data.
 
@@ -38,7 +34,7 @@ def tied_parameters(
     norms = (activation(probes @ W.T) @ W).norm(dim=1)
     return {
         "W_enc": Parameter(W / norms.mean()),
-        "b_enc": Parameter(torch.zeros(shape.n_latents), rate=gate_rate),
+        "b_enc": Parameter(torch.zeros(shape.n_latents), gate=gates),
         "W_dec": Parameter(W, unit_rows=True),
         "b_pre": Parameter(centre.b_pre),
     }
@@ -72,6 +68,6 @@ def with_l1(forward: Forward, target: Tensor, state: State) -> Losses:
     return Losses(main, main + state.coefficient * l1, {"l1": l1})
 
 
-def sparse_flops(shape: Shape, worked: Worked, reconstructions: int = 1) -> Flops:
+def sparse_flops(shape: Shape, worked: Worked, reconstructions: int = 1, products: int = 4) -> Flops:
     """2 N d a token for scoring every latent, 8 d for each pair that was decoded (scaling/compute.py)."""
-    return topk_flops(*shape, **worked._asdict(), reconstructions=reconstructions)
+    return topk_flops(*shape, **worked._asdict(), reconstructions=reconstructions, products=products)

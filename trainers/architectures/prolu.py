@@ -4,8 +4,9 @@
     loss = nmse + coefficient * mean(||z||_1)
 
 Where it jumps there is no gradient by b, so one is made up. With G the gradient by z where z is not 0: the variant
-`relu` passes on dm = db = G, `ste` dm = G + G m and db = G m. Neither opens a gate again that has shut, and W_enc
-brings the mean of G m to 0, so b wanders; it moves at parts.GATE_RATE of the learning rate for that.
+`relu` passes on dm = db = G, `ste` dm = G + G m and db = G m. Neither opens a gate again that has shut, and of `ste`
+the mean of db stays above 0, for what is active by mistake is small and has a positive G: gates go on closing at any
+coefficient (with 0.01 L0 fell from 94 to 15 in 500 steps). What holds L0 is that they come to rest.
 """
 
 from typing import Any, Literal
@@ -34,9 +35,13 @@ Variant = Literal["relu", "ste"]
 class Settings(architecture.PenaltySettings):
     variant: Variant = "ste"
 
+    def gate_rate(self, progress: float) -> float:
+        """Falls in a line until gates rest, when the coefficient is held."""
+        return super().gate_rate(progress) * max(0.0, 1 - progress / architecture.FOUND_AT)
+
 
 def parameters(shape: Shape, settings: Settings, centre: Centre, seed: int) -> dict[str, Parameter]:
-    return parts.tied_parameters(shape, centre, seed, torch.relu, parts.GATE_RATE)
+    return parts.tied_parameters(shape, centre, seed, torch.relu, gates=True)
 
 
 def forward(params: Params, x: Tensor, settings: Settings) -> Forward:

@@ -21,7 +21,7 @@ class Settings(architecture.PenaltySettings):
 
 
 def parameters(shape: Shape, settings: Settings, centre: Centre, seed: int) -> dict[str, Parameter]:
-    return parts.tied_parameters(shape, centre, seed, torch.relu, parts.GATE_RATE)
+    return parts.tied_parameters(shape, centre, seed, torch.relu, gates=True)
 
 
 def forward(params: Params, x: Tensor, settings: Settings) -> Forward:

@@ -1,28 +1,28 @@
 """Finds the coefficient of a sparsity penalty at which k latents are active on average, and then holds it.
 
 With `coefficient` given there is nothing to find. Else, in the first part of training, its logarithm follows how far
-the logarithm of L0 is from where it should be: the sum of what was off so far and a share of what is off now. L0
-answers late, for biases move by a learning rate a step, so what is off is taken as it will be a little later if it
-goes on as it does. At the end of that part the coefficient stays at its mean over the last tenth, and as much higher as
-L0 was too high there, so that what a cell ends with was trained by one fixed objective, which any other trainer could
-be given.
+the logarithm of L0 is from where it should be: the sum of what was off so far and a share of what is off now. The sum
+is twice as quick once the first swings are over, for the better a dictionary gets, the less of a penalty it takes. L0
+answers late, since biases move by a learning rate a step, so what is off is taken as it will be a little later if it
+goes on as it does. At the end of that part the coefficient stays at its mean over the last tenth, and as much higher
+as L0 was too high there, so that what a cell ends with was trained by one fixed objective, which any other trainer
+could be given.
 
-Where L0 should be is a line in its logarithm: it starts at what the first batch has and reaches k after `RAMP` of that
+Where L0 should be is a line in its logarithm: it starts at the most that a batch had and reaches k after `RAMP` of that
 part. With k from the first step the sum would grow while nothing has had the time to answer, and the penalty that it
 makes then kills latents that k needs later.
 
 L0 is reported of the averaged weights, and that is some percent off that of the steps (their biases jitter, and an
 average is in the middle of it). So every few steps it is measured with the averaged weights too, and compared with what
-the steps had, averaged just as long; steps then aim at as much more or fewer. FLOPs do not count these forward passes.
+the steps had, averaged just as long; steps then aim at as much more or fewer. FLOPs count these forward passes.
 """
 
 import math
 from typing import NamedTuple
 
-from saescale.trainers.architectures.architecture import PenaltySettings, Settings
+from saescale.trainers.architectures.architecture import FOUND_AT, PenaltySettings, Settings
 
 START = 5e-2
-FOUND_AT = 0.9  # share of training in which it is found
 RAMP = 0.2
 MEASURED_EVERY = 8  # steps between two measurements with averaged weights, from the end of the ramp on
 # A coefficient below the floor, times the start, changes nothing that can be seen: a penalty that got there is off.
@@ -40,7 +40,7 @@ class _State(NamedTuple):
     finding: bool
     coefficient: float  # of the step that comes
     sum: float = 0.0
-    first: float = 0.0  # log of L0 / k in the first batch, at least 0
+    first: float = 0.0  # the highest log of L0 / k in the ramp, at least 0
     off: float = 0.0
     slope: float = 0.0
     mean: float = 0.0  # of log(L0 / k) over steps, as weights are averaged, not yet corrected for its start at 0
@@ -82,7 +82,8 @@ class Controller:
         if not last.finding or active is None:
             return
         ratio = math.log(max(active, 1e-3) / self._k)
-        first = max(0.0, ratio) if step == 1 else last.first
+        ramp = max(0.0, 1 - step / (RAMP * self._until))
+        first = max(last.first, ratio) if ramp else last.first
         mean = self._ema * last.mean + (1 - self._ema) * ratio
         apart, measured = last.apart, last.measured
         if averaged is not None:
@@ -90,12 +91,13 @@ class Controller:
             new = min(_APART, max(-_APART, new))
             smooth = min(_SMOOTH_APART, measured / (measured + 1))
             apart, measured = smooth * apart + (1 - smooth) * new, measured + 1
-        aim = max(0.0, 1 - step / (RAMP * self._until)) * first - apart
+        aim = ramp * first - apart
         off = ratio - aim if step == 1 else _SMOOTH * last.off + (1 - _SMOOTH) * (ratio - aim)
         slope = 0.0 if step == 1 else _SMOOTH_SLOPE * last.slope + (1 - _SMOOTH_SLOPE) * (off - last.off)
         later = min(_MOST, max(-_MOST, off + _AHEAD * self._until * slope))
         low, high = self._bounds
-        total = min(high, max(low, last.sum + later * _REACH / self._until))
+        quicker = min(1.0, max(0.0, 4 * step / self._until - 1))
+        total = min(high, max(low, last.sum + later * _REACH * (1 + quicker) / self._until))
         late = step > 0.9 * self._until
         held, counted = (last.held + total + ratio - aim, last.counted + 1) if late else (0.0, 0)
         found = step >= self._until

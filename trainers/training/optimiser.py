@@ -26,18 +26,19 @@ class Adam:
     ) -> None:
         self.params, self.lr, self.ema = params, lr, ema
         self.steps = 0
-        self._trained = {name: (of.betas, of.rate, of.unit_rows) for name, of in parameters.items() if of.trained}
+        self._trained = {name: (of.betas, of.gate, of.unit_rows) for name, of in parameters.items() if of.trained}
         self.moments = {
             name: Moments(*(torch.zeros_like(params[name]) for _ in Moments._fields)) for name in self._trained
         }
 
-    def next(self, share: float = 1.0) -> dict[str, Update]:
-        """Counts one more step; what each parameter's update takes in it, at that share of the learning rate."""
+    def next(self, share: float = 1.0, of_gates: float = 1.0) -> dict[str, Update]:
+        """Counts one more step; what each parameter's update takes in it, at those shares of the learning rate."""
         self.steps += 1
         updates = {}
-        for name, ((beta1, beta2), rate, unit_rows) in self._trained.items():
+        for name, ((beta1, beta2), gate, unit_rows) in self._trained.items():
             correction1, correction2 = 1 / (1 - beta1**self.steps), 1 / (1 - beta2**self.steps) ** 0.5
-            adam = AdamStep(share * rate * self.lr, beta1, beta2, EPS, correction1, correction2, self.ema)
+            lr = self.lr * (of_gates if gate else share)
+            adam = AdamStep(lr, beta1, beta2, EPS, correction1, correction2, self.ema)
             updates[name] = Update(self.moments[name], adam, unit_rows)
         return updates
 

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from saescale.scaling.compute import Flops
+from saescale.scaling.compute import Flops, forward_flops
 from saescale.storage.columns import CurveRow
 from saescale.trainers.architectures.architecture import Batch, Conditions, Shape, Worked, find_architecture
 from saescale.trainers.architectures.dead import DeadLatents
@@ -36,7 +36,9 @@ class TrainingCell:
         self.device_kind = device_kind(device)
         self.step = 0
         self.wall_s = 0.0  # spent in this cell's own steps; on a GPU, which works on, an estimate
-        self.worked = Worked()
+        self.worked = Worked()  # by steps that took the sparse path
+        self.worked_dense = Worked()  # by those that were dense
+        self.looks = Flops(0, 0)  # of the controller's forward passes with averaged weights
         self.loss = float("nan")  # of its last step
         self.curve: list[CurveRow] = []
         self.levels: list[dict[str, float]] | None = None  # nmse and l0 at each of Settings.levels, when it has ended
@@ -56,8 +58,10 @@ class TrainingCell:
 
     @property
     def flops(self) -> Flops:
-        """Of what its steps did so far."""
-        return self.sae.architecture.flops(self.sae.shape, self.sae.settings, self.worked.read())
+        """Of what its steps did so far, each in the way that it took, and of what the controller looked at."""
+        shape, settings, count = self.sae.shape, self.sae.settings, self.sae.architecture.flops
+        by_pairs, dense = (count(shape, settings, did.read()) for did in (self.worked, self.worked_dense))
+        return by_pairs.plus(Flops(dense.dense, dense.dense)).plus(self.looks)
 
     def train_on(self, batch: Batch) -> None:
         """One step. A loss that is not finite fails the cell, before its weights are touched; of a part that the host
@@ -76,12 +80,15 @@ class TrainingCell:
         if not np.isfinite([result.main, *told]).all():
             self.diverge(f"training loss {result.main}")
             return
-        updates = self.optimiser.next(sae.settings.rate(progress))
+        updates = self.optimiser.next(sae.settings.rate(progress), sae.settings.gate_rate(progress))
         sae.step.update(sae.params, sae.operands, result.gradient, updates, sae.mesh)
         self.step += 1
         self.controller.after(self.step, result.active, averaged)
         self.loss = result.main
-        self.worked = self.worked.plus(result.worked)
+        if result.dense:
+            self.worked_dense = self.worked_dense.plus(result.worked)
+        else:
+            self.worked = self.worked.plus(result.worked)
         self._train_sum += result.main
         self._train_steps += 1
         self.wall_s += time.perf_counter() - start
@@ -90,7 +97,11 @@ class TrainingCell:
         """Active latents of a token of `batch` with averaged weights, where the controller wants to know."""
         if not self.controller.measures(self.step + 1):
             return None
-        return float(self.averaged().reconstruct(batch).active) / len(batch.x)
+        found = self.averaged().reconstruct(batch)
+        active, tokens = int(found.active), len(batch.x)
+        did = forward_flops(*self.sae.shape, tokens=tokens, selected=active)
+        self.looks = self.looks.plus(Flops(did.dense, did.dense) if found.dense else did)
+        return active / tokens
 
     def averaged(self) -> SAE:
         """A copy of the SAE with the average of its weights, which is what is evaluated and kept."""
@@ -140,6 +151,8 @@ class TrainingCell:
             "step": self.step,
             "wall_s": self.wall_s,
             "worked": self.worked.read()._asdict(),
+            "worked_dense": self.worked_dense.read()._asdict(),
+            "looks": self.looks,
             "train": [self._train_sum, self._train_steps],
             "curve": [row._asdict() for row in self.curve],
             "controller": self.controller.state._asdict(),
@@ -148,7 +161,8 @@ class TrainingCell:
     def restore(self, tensors: Mapping[str, np.ndarray], state: Mapping[str, Any]) -> None:
         """Goes back to where `tensors()` and `state()` were taken, to the last bit; KeyError where one is missing."""
         self.step, self.wall_s = state["step"], state["wall_s"]
-        self.worked = Worked(**state["worked"])
+        self.worked, self.worked_dense = Worked(**state["worked"]), Worked(**state.get("worked_dense", {}))
+        self.looks = Flops(*state.get("looks", (0, 0)))
         self._train_sum, self._train_steps = state["train"]
         self.curve = [CurveRow(**row) for row in state["curve"]]
         self.controller.restore(state.get("controller", {}))
