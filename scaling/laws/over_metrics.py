@@ -37,6 +37,7 @@ _ENDS = (".low", ".high")
 _EXPLAINS = 0.5  # the least share of the variance of ln distance that a law must explain
 _UNLIKELY = 0.05
 _FEW = 4  # cells
+_SAME = 1e-3  # of ln distance
 
 
 @dataclass(frozen=True)
@@ -116,10 +117,33 @@ def require_metric(name: str, there: Sequence[str], source: str) -> None:
     raise SaescaleError(f"{source} has no metric {name}{hint} (there are {listed(there, ', ', most=40)})")
 
 
-def fitted_metrics(evals: pa.Table) -> list[str]:
-    """The metrics that an analysis of a run fits: those that their evaluations declare, in their order."""
-    names = set(values_of(evals, evals["cell_id"].unique().to_pylist()))
-    return [name for name in declared(evals) if name in names]
+def distinct_metrics(fitted: LawsOfKinds, evals: pa.Table) -> list[str]:
+    """The metrics that an analysis of a run fits: those that their evaluations declare, in their order, but for what is
+    nmse or one of them again in every kind of cells, on another scale."""
+    of_kinds = [(laws.results["nmse"], metrics_in(laws.results, evals)) for laws in fitted.kinds if len(laws.results)]
+    kept: list[list[np.ndarray]] = [[np.log(nmse) for nmse, _ in of_kinds]]
+    names = []
+    for name, metric in declared(evals).items():
+        if not any(name in values for _, values in of_kinds):
+            continue
+        logs = []
+        for nmse, values in of_kinds:
+            there = values.get(name)
+            distance = (
+                np.full(len(nmse), np.nan) if there is None else _scale(name, metric, values).distance(there.value)
+            )
+            with np.errstate(divide="ignore", invalid="ignore"):
+                logs.append(np.log(distance))
+        if not any(_is_again(logs, others) for others in kept):
+            kept.append(logs)
+            names.append(name)
+    return names
+
+
+def _is_again(logs: Sequence[np.ndarray], others: Sequence[np.ndarray]) -> bool:
+    """Whether logarithms of two distances differ by a constant in each kind of cells, so that one law is the other."""
+    ratios = [first - second for first, second in zip(logs, others, strict=True)]
+    return all(np.isfinite(ratio).all() and np.ptp(ratio) < _SAME for ratio in ratios)
 
 
 def nmse_scatter(fitted: LawsOfKinds) -> float | None:

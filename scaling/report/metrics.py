@@ -107,8 +107,8 @@ def _laws(metrics: Sequence[MetricLaws]) -> TextTable:
     header = ("metric", *(["kind"] if several else []), "what the law is of", "exponent of n at the smallest k",
               "at the largest k", "rms residual", "held-out error")  # fmt: skip
     note = (
-        "L(N, k) of each metric, of how far it is from what an SAE that loses nothing would have. Residuals and errors "
-        "are of its logarithm; coefficients are in fits.json."
+        "L(N, k) of each metric that is not nmse or another one again, of how far it is from what an SAE that loses "
+        "nothing would have. Residuals and errors are of its logarithm; coefficients are in fits.json."
     )
     return TextTable("Laws of metrics", note, header, rows, numbers=False)
 

@@ -8,10 +8,10 @@ import pytest
 
 from saescale.scaling.fit_sources import fit
 from saescale.scaling.laws.fit import LawsOfKinds, fit_laws
-from saescale.scaling.laws.over_metrics import MetricLaws, fit_metrics, fitted_metrics
+from saescale.scaling.laws.over_metrics import MetricLaws, distinct_metrics, fit_metrics
 from saescale.scaling.laws.predict import metric_predictions, predict
 from saescale.scaling.laws.settings import FitSettings
-from saescale.scaling.metrics import Metric, document
+from saescale.scaling.metrics import Metric, declared, document
 from saescale.scaling.sources import load_evals, load_sources
 from saescale.scaling.tables import Table
 from saescale.storage.columns import EVALS
@@ -72,7 +72,6 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> RunDirectory:
 
 def test_each_kind_of_metric_has_its_law(run: RunDirectory) -> None:
     names = [f"sim.{name}" for name in KINDS]
-    assert fitted_metrics(run.read_evals()) == names
     found = laws_of(run, names)
     for name, laws in zip(KINDS, found, strict=True):
         (fitted,) = laws.fits
@@ -94,13 +93,24 @@ def test_each_kind_of_metric_has_its_law(run: RunDirectory) -> None:
         np.testing.assert_allclose(held["measured"], measured, rtol=0.1)
 
 
+def test_an_analysis_fits_what_is_not_another_metric_again(tmp_path: Path) -> None:
+    run = write_run(tmp_path)
+    for row in run.read_results().to_pylist():
+        own = [{"metric": "same", "value": 1 - 3 * row["nmse"]}, {"metric": "other", "value": row["nmse"] * row["k"]}]
+        metrics = {"same": Metric("higher", limit=1.0), "other": Metric("lower")}
+        run.write_evals(row["cell_id"], "core", own, document("core", metrics))
+    results, _ = load_sources([run.url])
+    fitted = fit_laws(results, None, FitSettings(0, laws=("n_k",)))
+    # The five of the simulation are one on five scales.
+    assert distinct_metrics(fitted, run.read_evals()) == ["sim.falling", "core.other"]
+
+
 def test_what_was_not_declared_is_read_off_the_cells(tmp_path: Path) -> None:
     run = write_run(tmp_path, declare=False)
     falling, rising = laws_of(run, ["sim.falling", "sim.rising"], 0)
     assert (falling.metric.better, rising.metric.better) == ("lower", "higher")
     assert (falling.scale.words, rising.scale.words) == ("sim.falling", "1 / sim.rising")
     assert "was not declared: higher is taken for better" in rising.warnings[0]
-    assert fitted_metrics(run.read_evals()) == []
 
 
 def test_the_law_of_a_metric_that_is_nmse_is_that_of_nmse(tmp_path: Path) -> None:
@@ -179,7 +189,7 @@ def test_metrics_of_several_runs_are_put_together(tmp_path: Path) -> None:
     first, second = (write_run(tmp_path / name, seed=i) for i, name in enumerate("ab"))
     evals = load_evals([first.url, second.url, first.url])
     assert evals.num_rows == first.read_evals().num_rows + second.read_evals().num_rows
-    assert fitted_metrics(evals) == [f"sim.{name}" for name in KINDS]
+    assert list(declared(evals)) == [f"sim.{name}" for name in KINDS]
     again = [cell for cell in evals["cell_id"].unique().to_pylist() if " of " in cell]
     assert len(again) == len(SIZES) * len(KS)
 
