@@ -61,7 +61,7 @@ def test_a_planted_disagreement_is_found() -> None:
         "is another: up to compute\u00a0=\u00a04.4 × 10¹² N\u00a0=\u00a01024, k\u00a0=\u00a016 by nmse and "
         "N\u00a0=\u00a02048, k\u00a0=\u00a08 by a.m."
     )
-    assert said[1].endswith("The best cells of each of the 2 groups of equal L0 are the same, or not told apart.")
+    assert said[1].endswith("rank correlation 1.00), and disagree on none by more than cells scatter.")
     document = found.document()
     assert document["equal"][0]["contradictions"][0]["by_metric"] == {
         "cell_id": "4", "n_latents": 2048.0, "k": 8.0, "nmse": 0.25, "value": 0.58,
@@ -72,6 +72,11 @@ def test_what_is_within_the_scatter_of_cells_is_no_disagreement() -> None:
     near = [*CELLS[:4], (2048, 8, 4.0e12, 0.2002, 0.58), CELLS[5]]
     compute = found_in(laws_of(near)).ranked[0]
     assert (compute.pairs, compute.alike, compute.contradictions, compute.other_best) == (3, 2, (), ())
+    assert metric_sentences([found_in(laws_of(near))]) == [
+        "nmse and a.m agree about the best (N, k): they order 2 of 3 pairs of cells of equal compute (within a factor "
+        "of 1.25; rank correlation 0.33) and 6 of 6 pairs of cells of equal L0 (within a factor of 1.1; rank "
+        "correlation 1.00) alike, and the others differ by less than cells scatter."
+    ]
 
 
 def test_a_metric_that_rises_is_ranked_the_other_way_round() -> None:
