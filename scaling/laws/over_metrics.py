@@ -178,7 +178,8 @@ def fit_metrics(
 def _scale(name: str, metric: Metric, values: Mapping[str, Values]) -> Scale:
     """Where its limit is another metric of the evaluation, that is a number of the subject, alike for all its cells."""
     other = values.get(f"{name.rpartition('.')[0]}.{metric.limit}")
-    return scale_of(name, metric, None if other is None else float(np.nanmean(other.value)))
+    there = np.empty(0) if other is None else other.value[np.isfinite(other.value)]
+    return scale_of(name, metric, float(there.mean()) if len(there) else None)
 
 
 def _of_kind(laws: Laws, values: Values | None, metric: Metric, scale: Scale, settings: FitSettings) -> MetricLaws:
