@@ -40,10 +40,17 @@ def parse_condition(text: str) -> Condition:
 
 
 def select_where(table: Table, conditions: Sequence[Condition]) -> Table:
-    """The rows for which all conditions hold; of several on one column with = one is enough.
+    """The rows for which all conditions hold. Raises what `rows_where` raises, and SaescaleError where none is left."""
+    if not (mask := rows_where(table, conditions)).any():
+        raise SaescaleError(no_row(table, conditions))
+    return replace(table.select(mask), excluded=table.excluded)
 
-    Numbers are compared as such, names as text. Raises SaescaleError for a column that is not there, for an order of
-    text, and where no row is left.
+
+def rows_where(table: Table, conditions: Sequence[Condition]) -> np.ndarray:
+    """For which rows all conditions hold, bool [rows]; of several on one column with = one is enough.
+
+    Numbers are compared as such, names as text. Raises SaescaleError for a column that is not there, and for an order
+    of text.
     """
     equal: dict[str, np.ndarray] = {}
     mask = np.ones(len(table), dtype=bool)
@@ -56,12 +63,15 @@ def select_where(table: Table, conditions: Sequence[Condition]) -> Table:
             mask &= holds
     for holds in equal.values():
         mask &= holds
-    if mask.any():
-        return replace(table.select(mask), excluded=table.excluded)
+    return mask
+
+
+def no_row(table: Table, conditions: Sequence[Condition], what: str = "finished cell") -> str:
+    """That the conditions hold for none, and what there is of the first one's column."""
     asked = " ".join(f"--where {condition.text}" for condition in conditions)
     name = _column(table, conditions[0])
     there = listed(map(shown, np.unique(table[name]).tolist()), ", ")
-    raise SaescaleError(f"{table.source}: no finished cell with {asked}; {name} is {there}")
+    return f"{table.source}: no {what} with {asked}; {name} is {there}"
 
 
 def _column(table: Table, condition: Condition) -> str:

@@ -92,6 +92,13 @@ class Room(NamedTuple):
         _GIVEN[self.package, name] = where
         return name
 
+    def defines(self, name: str, what: str) -> bool:
+        """Whether the file of that name defines `what` at its top level. Raises SaescaleError as `check` does, and
+        imports nothing."""
+        self.check(name)
+        path = self._files()[_stem(name)]
+        return what in _defined(str(path), path.stat().st_mtime_ns)
+
     def own(self, name: str) -> Path | None:
         """The user's file of that name; None where it is one of the product's. Raises SaescaleError as `check` does."""
         self.check(name)

@@ -7,13 +7,14 @@ from saescale.storage.rundir import RunDirectory
 from saescale.trainers.architectures import ARCHITECTURES
 from saescale.trainers.architectures.own import own_files
 from saescale.trainers.evals.bench import Bench
-from saescale.trainers.evals.plan import Plan, plan_evaluations
+from saescale.trainers.evals.plan import plan_evaluations
 from saescale.trainers.evals.run import EvalDisplay, Evaluated, record
+from saescale.trainers.evals.wanted import Entry, entries
 
 
 def evaluate_on_actors(
     url: str,
-    names: Sequence[str],
+    wanted: Sequence[Entry],
     cells: Sequence[str],
     actors: int | str,
     address: str | None,
@@ -28,11 +29,12 @@ def evaluate_on_actors(
     share for itself. Raises what `evaluate_run` and `EvalCrew` raise.
     """
     run = RunDirectory(url, owner)
-    plan = plan_evaluations(run, names, cells)
+    plan = plan_evaluations(run, entries(run, wanted), cells)
+    plan.require_some()
     if not plan.missing:
-        return Evaluated(0, plan.there, 0, ())
+        return Evaluated(0, plan.there, 0, plan.none)
     missing = Bench(run).in_order(plan.missing)
     recorded = (run.read_spec() or {}).get("resolved", {}).get("architectures", {})
     own = own_files(name for name in recorded if name in ARCHITECTURES.names())
     with EvalCrew(url, len(missing), actors, address, trust_remote_code, own) as crew:
-        return record(run, Plan(missing, plan.there), crew.measure(missing), display, crew.size)
+        return record(run, plan._replace(missing=missing), crew.measure(missing), display, crew.size)

@@ -81,7 +81,10 @@ class Display:
         self._show("cells", finished, standing.cells, rate, standing.left_s)
 
     def evals(self, done: int, total: int, what: str, left_s: float | None) -> None:
-        """Progress of evaluations, in pairs of cell and evaluation, and what each costs."""
+        """Progress of evaluations, in pairs of cell and evaluation, and what each costs; first what is predicted."""
+        if done == 0:
+            about = "" if left_s is None else f", about {duration(left_s)} for all"
+            self.stage(f"{total:,} to measure: {what}{about}")
         self._show("evaluations", done, total, what, left_s)
 
     def _show(self, kind: str, done: int, total: int, rate: str, left: float | None) -> None:

@@ -24,7 +24,15 @@ from saescale.cluster.front.console import (
 def evaluate(
     run: Annotated[str, typer.Argument(help="URL of a run directory.")],
     evals: Annotated[
-        str | None, typer.Option(help="Evaluations to measure, such as a,b (default: all that there are).")
+        str | None,
+        typer.Option(help="Such as core,n2g, or all (default: core, downstream_loss, and what the sweep file names)."),
+    ] = None,
+    latents: Annotated[
+        int | None, typer.Option(help="How many latents of a cell are looked at by those that look at some.", min=1)
+    ] = None,
+    where: Annotated[
+        list[str] | None,
+        typer.Option(help="Measure these cells alone: n_latents=512, k>=16, architecture=topk; repeatable."),
     ] = None,
     cell: Annotated[
         list[str] | None, typer.Option(help="Id of a cell; repeatable (default: all finished cells).")
@@ -37,27 +45,30 @@ def evaluate(
     """Measures evaluations on the trained cells of a run. Run again, it measures only what is not there yet.
 
     The rows go into evals.parquet of the run directory, each evaluation of each cell when it is done. Without --actors
-    and --address this process does it alone.
+    and --address this process does it alone. Rows of another number of latents than is asked for are measured again.
 
-    Example: [bold]saescale eval runs/quickstart --evals core,downstream_loss[/]
+    Example: [bold]saescale eval runs/quickstart --evals core,downstream_loss --where n_latents=512[/]
     """
+    from saescale.storage.rundir import RunDirectory
     from saescale.storage.writable import require_writable
     from saescale.trainers.device import set_threads
     from saescale.trainers.evals.run import evaluate_run
+    from saescale.trainers.evals.wanted import entries
 
     use_architectures(architecture_file)
     require_writable(run)
     names = [name.strip().replace("-", "_") for name in (evals or "").split(",") if name.strip()]
+    wanted = entries(RunDirectory(run), names, latents, where or ())
     with display() as shown:
         if actors is None and address is None:
             set_threads(os.cpu_count() or 1)
-            done = evaluate_run(run, names, cell or (), display=shown, trust_remote_code=trust_remote_code)
+            done = evaluate_run(run, wanted, cell or (), display=shown, trust_remote_code=trust_remote_code)
         else:
             from saescale.cluster.crew.evals import evaluate_on_actors
 
             many = number_of_actors("eval", actors or "auto")
-            done = evaluate_on_actors(run, names, cell or (), many, address, shown, trust_remote_code)
-    _show(run, names)
+            done = evaluate_on_actors(run, wanted, cell or (), many, address, shown, trust_remote_code)
+    _show(run, [entry.evaluation for entry in wanted])
     show_notes(done.why)
     say(f"\n{done.measured} measured, {done.there} were there, {done.failed} failed: {run}/evals.parquet")
     say(f"Next: {command('report', run)}")
@@ -72,7 +83,7 @@ def _show(run: str, names: list[str]) -> None:
 
     from saescale.storage.rundir import RunDirectory
 
-    rows = [row for row in RunDirectory(run).read_evals().to_pylist() if not names or row["evaluation"] in names]
+    rows = [row for row in RunDirectory(run).read_evals().to_pylist() if row["evaluation"] in names]
     of_whole_cells = {row["evaluation"] for row in rows if not row["at"]}
     found: dict[tuple[str, str, str], list[float]] = {}
     more = 0

@@ -2,6 +2,7 @@
 
 import os
 import warnings
+from collections.abc import Iterable
 
 from saescale.cluster.sweep.spec import SweepSpec
 from saescale.cluster.sweep.watcher import SweepDisplay
@@ -24,17 +25,23 @@ def evaluate(spec: SweepSpec, run: RunDirectory, address: str | None, display: S
     What cannot be measured is a warning, and does not end the sweep: `saescale eval` says it again. Raises Superseded
     where another driver than the owner of `run` has it.
     """
-    if not missing_evaluations(spec, run).missing:
+    plan = missing_evaluations(spec, run)
+    if not plan.missing:
+        _tell(plan.none)
         return
-    display.stage(f"evaluating: {', '.join(spec.eval.evaluations)}")
+    display.stage(f"evaluating: {', '.join(entry.evaluation for entry in spec.eval.evaluations)}")
     try:
         why = _measure(spec, run, address, display)
     except Superseded:
         raise
     except SaescaleError as error:
         why = (f"the evaluations were not measured: {error}",)
-    for line in why:
-        warnings.warn(line, SaescaleWarning, stacklevel=2)
+    _tell(why)
+
+
+def _tell(lines: Iterable[str]) -> None:
+    for line in lines:
+        warnings.warn(line, SaescaleWarning, stacklevel=3)
 
 
 def _measure(spec: SweepSpec, run: RunDirectory, address: str | None, display: SweepDisplay) -> tuple[str, ...]:
@@ -44,13 +51,13 @@ def _measure(spec: SweepSpec, run: RunDirectory, address: str | None, display: S
     from saescale.trainers.device import set_threads
     from saescale.trainers.evals.run import evaluate_run
 
-    names = spec.eval.evaluations
+    wanted = spec.eval.evaluations
     if wanted_address(address) is not None or _gpus() > 1:
         from saescale.cluster.crew.evals import evaluate_on_actors
 
-        return evaluate_on_actors(run.url, names, (), "auto", address, display, owner=run.owner).why
+        return evaluate_on_actors(run.url, wanted, (), "auto", address, display, owner=run.owner).why
     set_threads(os.cpu_count() or 1)
-    return evaluate_run(run.url, names, display=display, owner=run.owner).why
+    return evaluate_run(run.url, wanted, display=display, owner=run.owner).why
 
 
 def _gpus() -> int:

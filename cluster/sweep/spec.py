@@ -31,7 +31,7 @@ from saescale.storage.secrets import ADVICE, secret_in_url
 from saescale.trainers.architectures import ARCHITECTURES
 from saescale.trainers.architectures.own import kept
 from saescale.trainers.cell import Cell, EvalSpec, auto_k_aux, known_architecture, traits_of, whole_settings
-from saescale.trainers.evals.evaluation import EVALUATIONS
+from saescale.trainers.evals.wanted import Wanted, each_once
 from saescale.trainers.loggers.wandb_cells import WandbSettings
 from saescale.trainers.precision import Precision
 
@@ -196,7 +196,7 @@ class Evals(EvalSpec):
     `eval: [core, downstream_loss]` is short for the latter alone.
     """
 
-    evaluations: list[str] = Field(default=["core"])
+    evaluations: list[Wanted] = Field(default=[Wanted(evaluation="core")])
 
     @model_validator(mode="before")
     @classmethod
@@ -205,11 +205,14 @@ class Evals(EvalSpec):
 
     @field_validator("evaluations")
     @classmethod
-    def _known(cls, names: list[str], info: ValidationInfo) -> list[str]:
-        if not _ran(info):
-            for name in names:
-                EVALUATIONS.check(name)
-        return list(dict.fromkeys(name.replace("-", "_") for name in names))
+    def _known(cls, entries: list[Wanted], info: ValidationInfo) -> list[Wanted]:
+        try:
+            if not _ran(info):
+                for entry in entries:
+                    entry.check()
+            return each_once(entries)
+        except SaescaleError as error:
+            raise ValueError(str(error)) from error
 
 
 class OfStore(Protocol):
@@ -289,6 +292,18 @@ class SweepSpec(Section):
                 cell.check()
             for architecture in self.grid.architectures:
                 min(cell for cell in cells if cell.architecture == architecture).try_out()
+        return self
+
+    @model_validator(mode="after")
+    def _evaluations_have_cells(self, info: ValidationInfo) -> Self:
+        """Before anything is trained, as far as the grid alone decides it."""
+        if not _ran(info) and any(entry.where for entry in self.eval.evaluations):
+            rows = [{"cell_id": "", **cell._asdict()} for cell in self._planned()]
+            try:
+                for entry in self.eval.evaluations:
+                    entry.check_cells(rows)
+            except SaescaleError as error:
+                raise ValueError(f"eval.{error}") from error
         return self
 
     def _parts(self) -> list[tuple[str, Train, list[Combination]]]:

@@ -6,6 +6,8 @@ from dataclasses import replace
 from itertools import count
 from typing import Literal, NamedTuple
 
+import pyarrow as pa
+
 from saescale.scaling.comparison.compare import Comparison, SideBySide
 from saescale.scaling.figures import paper
 from saescale.scaling.figures.bars import slug
@@ -21,6 +23,7 @@ from saescale.scaling.figures.views_cells import (
     residuals,
 )
 from saescale.scaling.figures.views_compare import views_of_comparison
+from saescale.scaling.figures.views_density import energy_by_frequency
 from saescale.scaling.figures.views_depth import views_of_depth
 from saescale.scaling.figures.views_laws import compute_optimal, exponents, holdout, isoflop, nmse_against_compute
 from saescale.scaling.figures.views_metrics import leading, metric_against_n, metric_against_nmse
@@ -38,7 +41,7 @@ NAMES = (
     "nmse_against_n", "nmse_against_compute", "exponents", "holdout", "residuals", "profile", "tradeoff", "isoflop",
     "compute_optimal", "dead_fraction", "dead_over_training", "order", "frontier", "by_n", "by_compute",
     "compute_ratio", "dead_by_architecture", "hierarchy", "depth_exponent", "depth_floor",
-    "metric_against_n", "metric_against_nmse",
+    "metric_against_n", "metric_against_nmse", "energy_by_frequency",
 )  # fmt: skip
 MOST_KINDS, MOST_COMPARISONS = 16, 4
 _KINDS = ("png", "pdf", "svg", "json")
@@ -66,7 +69,11 @@ class Part(NamedTuple):
 
 
 def parts_of(
-    fitted: LawsOfKinds, sides: SideBySide, curves: Table | None = None, metrics: Sequence[MetricLaws] = ()
+    fitted: LawsOfKinds,
+    sides: SideBySide,
+    curves: Table | None = None,
+    metrics: Sequence[MetricLaws] = (),
+    evals: pa.Table | None = None,
 ) -> list[Part]:
     """Every figure for which there are data, in the order in which they are read: first what compares kinds of cells,
     then each kind. Where there are several, each has those of its cells and laws, up to sixteen kinds; what one kind
@@ -85,7 +92,7 @@ def parts_of(
     shown = leading(metrics)
     over_n, over_nmse = ([draw(laws) for laws in shown] for draw in (metric_against_n, metric_against_nmse))
     if len(fitted.kinds) == 1:
-        first, *rest = views_of(fitted.largest, curves)
+        first, *rest = views_of(fitted.largest, curves, evals)
         found.append(Part("kind", {}, [first, *over_n, *rest]))
         if metrics:
             found.append(Part("metrics", {}, over_nmse))
@@ -130,10 +137,11 @@ def _laws_at(fitted: LawsOfKinds, comparison: Comparison) -> dict[tuple[str, flo
     return found
 
 
-def views_of(laws: Laws, curves: Table | None = None) -> list[View]:
+def views_of(laws: Laws, curves: Table | None = None, evals: pa.Table | None = None) -> list[View]:
     """Every figure of one kind of cells for which there are data, in the order in which they are read.
 
-    `laws.results` has columns n_latents and k; `curves` are those of the run (curves.parquet).
+    `laws.results` has columns n_latents and k; `curves` and `evals` are those of the run (curves.parquet,
+    evals.parquet).
     """
     document, ks = laws.document(), tuple(ks_of(laws))
     found = [
@@ -148,6 +156,7 @@ def views_of(laws: Laws, curves: Table | None = None) -> list[View]:
         compute_optimal(laws),
         dead_fraction(laws),
         dead_over_training(laws, curves),
+        energy_by_frequency(laws, evals),
     ]
     return [view for view in found if view is not None]
 

@@ -102,7 +102,7 @@ def analyse(
     if metrics:
         document["metrics"] = [laws.document() for laws in metrics]
         document["disagreements"] = [found.document() for found in disagreements]
-    parts = parts_of(fitted, sides, curves, metrics)
+    parts = parts_of(fitted, sides, curves, metrics, evals)
     figures = draw_figures(parts, join(run.url, "figures"))
     written = [kind for kind in FILES if kind == "html" or kind in formats or exists(join(run.url, FILES[kind]))]
     document |= _evaluated(evals)

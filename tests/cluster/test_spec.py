@@ -61,6 +61,12 @@ def changed(document: dict[str, Any], path: str, value: Any) -> dict[str, Any]:
         ("train.tokens", KeyError, "train.tokens is missing"),
         ("store", KeyError, "store is missing"),
         ("wandb.mode", "yes", "wandb.mode: input should be 'auto', 'online', 'offline' or 'off'"),
+        ("eval", ["cor"], "eval.evaluations: unknown evaluation 'cor': did you mean core"),
+        ("eval", ["core", {"core": {"where": {"k": 8}}}], "eval.evaluations: core stands there twice"),
+        ("eval", [{"core": {"latents": 8}}], "eval.evaluations: core looks at all latents"),
+        ("eval", [{"core": {"latent": 8}}], "eval.evaluations.0.latent is not a key, did you mean latents?"),
+        ("eval", [{"core": {"where": {"k": 512}}}], "eval.evaluations: core: no cell of the grid with --where k=512"),
+        ("eval", [{"core": {"where": {"kk": 8}}}], "eval.evaluations: core: --where kk=8: there is no column kk"),
         ("name", "no/slashes", "name: string should match pattern"),
     ],
 )
@@ -72,6 +78,15 @@ def test_mistakes_are_named(document: dict[str, Any], sweep_file: Callable[[Any]
     assert str(caught.value).startswith(f"{url}: ")
     assert said in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def test_evaluations_of_some_cells(document: dict[str, Any], sweep_file: Callable[[Any], str]) -> None:
+    # The store is known only when the sweep runs, so nothing is said against it here.
+    given = ["core", {"nmse": {"where": {"n_latents": [32, 999], "store": "any"}}}, "downstream-loss"]
+    spec = load_spec(sweep_file(changed(document, "eval", given)))
+    written = spec.model_dump(mode="json")
+    assert written["eval"]["evaluations"] == [*given[:2], "downstream_loss"]
+    assert parse_spec(written, "again") == spec
 
 
 def test_an_unquoted_off_is_off(document: dict[str, Any], sweep_file: Callable[[Any], str]) -> None:

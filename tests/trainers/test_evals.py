@@ -9,10 +9,13 @@ import time
 from pathlib import Path
 from types import SimpleNamespace
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from typer.testing import CliRunner
 
 from saescale.cluster.cli import app
+from saescale.storage.columns import EVALS
 from saescale.storage.errors import SaescaleError
 from saescale.storage.rundir import RunDirectory
 from saescale.storage.store import ActivationStore
@@ -58,6 +61,27 @@ def prepare(source, subject):
 
 def measure(trained, source, subject, prepared):
     yield Measurement("seven", prepared)
+"""
+
+LOOKED = """
+import os
+from saescale.trainers.evals.evaluation import Measurement
+
+needs = frozenset()
+latents = 8
+
+def partners(cell, cells):
+    own = next(row for row in cells if row["cell_id"] == cell)
+    if os.environ.get("NAMES") == "nobody":
+        return ["gone"]
+    if os.environ.get("NAMES") == "breaks":
+        return own["size"]
+    larger = [row["cell_id"] for row in cells if row["n_latents"] > own["n_latents"]]
+    return larger[:int(os.environ.get("MOST", 9))]
+
+def measure(trained, source, subject, latents, others):
+    yield Measurement("looked", latents)
+    yield Measurement("others", sum(other.cell.n_latents for other in others))
 """
 
 
@@ -206,6 +230,83 @@ def test_what_cells_share_is_made_once(run: RunDirectory) -> None:
     assert Path("prepared.txt").read_text() == "once\nonce\n"
 
 
+def looked(run: RunDirectory) -> dict[int, dict[str, float]]:
+    """What `looked` measured, by the size of the cell."""
+    sizes = {row["cell_id"]: row["n_latents"] for row in run.read_results().to_pylist()}
+    found: dict[int, dict[str, float]] = {}
+    for row in run.read_evals().to_pylist():
+        if row["evaluation"] == "looked":
+            found.setdefault(sizes[row["cell_id"]], {"latents": row["latents"]})[row["metric"]] = row["value"]
+    return found
+
+
+def test_cells_are_compared_with_others_by_so_many_latents(run: RunDirectory, monkeypatch: pytest.MonkeyPatch) -> None:
+    Path("mine/evals/looked.py").write_text(LOOKED)
+    assert evaluate_run("run", ["looked", "counted"]) == (5, 0, 0, ())  # the largest is compared with none
+    assert looked(run) == {
+        16: {"latents": 8, "looked": 8, "others": 24 + 32}, 24: {"latents": 8, "looked": 8, "others": 32},
+    }  # fmt: skip
+    # Without a number what is there stays; with another one it is measured again, once.
+    few = [{"looked": {"latents": 3}}]
+    assert evaluate_run("run", ["looked"]) == (0, 2, 0, ())
+    assert evaluate_run("run", few) == (2, 0, 0, ())
+    assert evaluate_run("run", few) == evaluate_run("run", ["looked"]) == (0, 2, 0, ())
+    assert {cell: of["looked"] for cell, of in looked(run).items()} == {16: 3, 24: 3}
+    # So are those that are compared with other cells than before.
+    monkeypatch.setenv("MOST", "1")
+    assert evaluate_run("run", few) == (1, 1, 0, ())
+    assert {cell: of["others"] for cell, of in looked(run).items()} == {16: 24, 24: 32}
+    assert {row["others"] for row in run.read_evals().to_pylist() if row["evaluation"] == "counted"} == {None}
+    # What cannot be is said, and the others go on; alone it is an error.
+    largest = run.read_results()["cell_id"][2].as_py()
+    done = evaluate_run("run", ["looked", "nmse"], cells=[largest])
+    assert done == (1, 0, 0, ("looked: run: no cell has others that it would be compared with",))
+    with pytest.raises(SaescaleError, match="looked: run: no cell has others"):
+        evaluate_run("run", ["looked"], cells=[largest])
+    monkeypatch.setenv("NAMES", "nobody")
+    with pytest.raises(SaescaleError, match=r"`partners` of looked names 'gone' for n16.*, which is no other finished"):
+        evaluate_run("run", ["looked"])
+    monkeypatch.setenv("NAMES", "breaks")
+    with pytest.raises(SaescaleError, match="`partners` of looked fails with KeyError: 'size'"):
+        evaluate_run("run", ["looked"])
+
+
+def test_some_cells_alone(run: RunDirectory) -> None:
+    run.write_spec(
+        {"name": "evals", "store": "store", "resolved": {}, "eval": [{"counted": {"where": {"n_latents": [16, 24]}}}]}
+    )
+    asked = CliRunner().invoke(app, ["eval", "run", "--where", "k=2"], env={"COLUMNS": "200"})
+    assert asked.exit_code == 0, asked.output
+    assert "9 measured, 0 were there" in asked.output  # in place of the sweep file's, of which there is one more
+    assert evaluate_run("run") == (0, 8, 0, ())
+    Path("run/evals.parquet").unlink()
+    assert evaluate_run("run") == (8, 0, 0, ())
+    for arguments, words in (
+        (["--where", "n_latent=16"], "there is no column n_latent; did you mean n_latents?"),
+        (
+            ["--where", "n_latents=17"],
+            "core, downstream_loss, counted: run: no finished cell with --where n_latents=17; n_latents is 16, 24, 32",
+        ),
+        (["--where", "n_latents=many"], "n_latents holds numbers, not 'many'"),
+        (["--where", "architecture>topk"], "architecture holds text, which has no order"),
+        (["--evals", "core", "--latents", "3"], "core looks at all latents"),
+    ):
+        result = CliRunner().invoke(app, ["eval", "run", *arguments])
+        assert isinstance(result.exception, SaescaleError)
+        assert words in str(result.exception)
+    # One of them meets no cell: the other goes on.
+    done = evaluate_run("run", [{"counted": {"where": {"n_latents": 17}}}, "nmse"])
+    assert (done.measured, len(done.why)) == (3, 1)
+
+
+def test_a_table_of_an_earlier_version_is_gone_on_with(run: RunDirectory) -> None:
+    evaluate_run("run", ["counted", "core"])
+    now = pq.read_table("run/evals.parquet")
+    pq.write_table(now.drop_columns(["latents", "others", "seconds"]).replace_schema_metadata(), "run/evals.parquet")
+    assert evaluate_run("run", ["counted", "core", "nmse"]) == (3, 6, 0, ())
+    assert run.read_evals().num_rows == now.num_rows + 6
+
+
 def test_labels_that_there_are_not_are_one_line(run: RunDirectory, monkeypatch: pytest.MonkeyPatch) -> None:
     change_toy(monkeypatch, 'labels = ("ahead",)', "labels = ()")
     done = evaluate_run("run", ["toy", "counted"])
@@ -223,6 +324,17 @@ def test_costs_are_told_from_the_first_cell_on(run: RunDirectory) -> None:
     assert told[-1][3] == 0
     assert told[0][2].startswith("nmse of n16-")
     assert re.fullmatch(r"nmse 0\.\d s, counted 0\.\d s a cell", told[-1][2])
+    # Of what the run has rows of, before anything is measured: here as if by a slower machine.
+    slow = {"nmse": 150.0, "counted": 2.0}
+    rows = [row | {"seconds": slow[row["evaluation"]]} for row in run.read_evals().to_pylist()]
+    some = pa.Table.from_pylist([row for row in rows if not row["cell_id"].startswith("n32")], EVALS)
+    pq.write_table(some, "run/evals.parquet")
+    told.clear()
+    evaluate_run("run", ["nmse", "counted", "core"], display=SimpleNamespace(evals=lambda *a: told.append(a)))
+    assert told[0] == (0, 5, "nmse 2.5 min, counted 2.0 s a cell", None)  # of core nothing is known
+    pq.write_table(some, "run/evals.parquet")
+    shown = CliRunner().invoke(app, ["eval", "run", "--evals", "nmse,counted"], env={"COLUMNS": "200"})
+    assert "2 to measure: nmse 2.5 min, counted 2.0 s a cell, about 2 min 32 s for all" in shown.output
 
 
 def test_export_and_import_give_the_same_file(run: RunDirectory) -> None:

@@ -109,7 +109,15 @@ class Bench:
             prepared = self._prepare(pair.evaluation, evaluation, source, subject)
         finally:
             self._shared_s = time.monotonic() - began
-        rows = [measurement._asdict() for measurement in evaluation.measure(trained, source, subject, *prepared)]
+        asked: dict[str, Any] = {}
+        kept: dict[str, Any] = {}  # of what was asked, in each row
+        if hasattr(evaluation, "latents"):
+            kept["latents"] = asked["latents"] = pair.latents or evaluation.latents
+        if pair.others:
+            asked["others"] = [self._read(other) for other in pair.others]
+            kept["others"] = " ".join(pair.others)
+        found = evaluation.measure(trained, source, subject, *prepared, **asked)
+        rows = [measurement._asdict() | kept for measurement in found]
         if not rows:
             raise SaescaleError("it measured nothing")
         return rows
@@ -159,10 +167,13 @@ class Bench:
 
     def _cell(self, cell: str) -> Trained:
         if self._trained is None or self._trained[0] != cell:
-            found = read(self._run.cell_url(cell))
-            params = {name: tensor.to(default_device()) for name, tensor in found.sae.params.items()}
-            self._trained = cell, found._replace(sae=found.sae.like(params))
+            self._trained = cell, self._read(cell)
         return self._trained[1]
+
+    def _read(self, cell: str) -> Trained:
+        found = read(self._run.cell_url(cell))
+        params = {name: tensor.to(default_device()) for name, tensor in found.sae.params.items()}
+        return found._replace(sae=found.sae.like(params))
 
 
 def _computed_in(manifest: Manifest) -> str:

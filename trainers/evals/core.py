@@ -15,6 +15,7 @@ over d_model that is put back. Cost: one dense forward pass over those rows.
 | `frequency` | share of latents whose frequency of activation lies in a bin of half a decade; `at` names it |
 """
 
+import itertools
 from collections.abc import Iterator
 
 import numpy as np
@@ -43,6 +44,7 @@ metrics = {
 }
 
 BINS = np.arange(-6.0, 0.5, 0.5)  # edges, log10 of the frequency of activation; rarer ones are in the first bin
+BIN_NAMES = [f"1e{low:g} to 1e{high:g}" for low, high in itertools.pairwise(BINS)]
 
 _STATISTICS = {
     "nmse": ratio("squared", "variation"),
@@ -65,10 +67,14 @@ def measure(trained: Trained, source: Source, subject: Subject | None) -> Iterat
     yield Measurement("dead", float(np.mean(fired == 0)), n=n)
     for name, share in (("dense_1", 0.01), ("dense_10", 0.1)):
         yield Measurement(name, float(np.mean(frequency > share)), n=n)
-    alive = np.log10(frequency[fired > 0])
-    counts, _ = np.histogram(np.clip(alive, BINS[0], BINS[-1]), BINS)
-    for low, high, count in zip(BINS[:-1], BINS[1:], counts, strict=True):
-        yield Measurement("frequency", count / len(fired), at=f"1e{low:g} to 1e{high:g}", n=n)
+    counts = np.bincount(bin_of(frequency[fired > 0]), minlength=len(BIN_NAMES))
+    for name, count in zip(BIN_NAMES, counts, strict=True):
+        yield Measurement("frequency", count / len(fired), at=name, n=n)
+
+
+def bin_of(frequency: np.ndarray) -> np.ndarray:
+    """In which of `BIN_NAMES` frequencies above 0 lie, int64."""
+    return np.clip(np.digitize(np.log10(frequency), BINS) - 1, 0, len(BIN_NAMES) - 1)
 
 
 @torch.no_grad()

@@ -39,16 +39,22 @@ class Evaluation(Protocol):
     `needs` says what it cannot do without: the "subject", one with "labels", one that reads "text". Without any of them
     `measure` gets None for the subject.
 
-    It may define `prepare(source, subject) -> Any` besides: what all cells share, such as forward passes of the subject
-    as it is. That is made once in a process, and `measure` gets it as a fourth argument. And it may declare `metrics`,
-    a Mapping[str, Metric] (scaling/metrics.py): which of its metrics of whole cells are better low or high, which lie
-    in [0, 1], and what they would be of an SAE that loses nothing, for laws, plans and reports.
+    It may define besides:
+
+    `prepare(source, subject) -> Any`: what all cells share, such as forward passes of the subject as it is. That is
+    made once in a process, and `measure` gets it as a fourth argument.
+    `latents`: how many latents of a cell it looks at where nobody asks for another number, which `measure` gets as a
+    keyword of that name; sample.py says which ones.
+    `partners(cell, cells) -> ids`: other finished cells that a cell is compared with, from the rows of results.parquet;
+    `measure` gets them as a keyword `others`, a list of Trained. A cell without any is left out.
+    `metrics`, a Mapping[str, Metric] (scaling/metrics.py): which of its metrics of whole cells are better low or high,
+    which lie in [0, 1], and what they would be of an SAE that loses nothing, for laws, plans and reports.
     """
 
     needs: frozenset[Need]
 
     def measure(
-        self, trained: Trained, source: Source, subject: Subject | None, *prepared: Any
+        self, trained: Trained, source: Source, subject: Subject | None, *prepared: Any, **asked: Any
     ) -> Iterable[Measurement]:
         """On the held-out rows of `source`; `trained` lies on this machine's device. Raises SaescaleError for what it
         cannot be measured on."""

@@ -9,19 +9,22 @@ from typing import NamedTuple, Protocol
 
 from saescale.storage.rundir import RunDirectory
 from saescale.trainers.evals.bench import Bench, Measured
-from saescale.trainers.evals.costs import Costs
+from saescale.trainers.evals.costs import Costs, earlier_costs
 from saescale.trainers.evals.plan import Pair, Plan, plan_evaluations
+from saescale.trainers.evals.wanted import Entry, entries
 
 
 class EvalDisplay(Protocol):
     """What shows the progress of evaluations."""
 
     def evals(self, done: int, total: int, what: str, left_s: float | None) -> None:
-        """Pairs of cell and evaluation that are done, what is known of their cost, and seconds left where known."""
+        """Pairs of cell and evaluation that are done (first none), what is known of their cost, and seconds left where
+        that is known."""
 
 
 class Evaluated(NamedTuple):
-    """What a call did, in pairs of cell and evaluation; `why` has a line for each reason of failures."""
+    """What a call did, in pairs of cell and evaluation; `why` has a line for each reason of failures, and
+    for each evaluation that no cell can have."""
 
     measured: int
     there: int
@@ -31,50 +34,54 @@ class Evaluated(NamedTuple):
 
 def evaluate_run(
     url: str,
-    names: Sequence[str] = (),
+    wanted: Sequence[Entry] = (),
     cells: Sequence[str] = (),
     cache: str | None = None,
     display: EvalDisplay | None = None,
     trust_remote_code: bool = False,
     owner: str | None = None,
 ) -> Evaluated:
-    """Measures the named evaluations (all that there are where none is named) on the named cells (all finished ones),
-    in this process.
+    """Measures the wanted evaluations (where none is, those of `wanted.py` and the sweep file) of the named cells (all
+    finished ones), in this process.
 
     The source of each cell is the store of sweep.yaml that it was trained on. What fails for a cell is told in `why`,
-    and the others go on. `owner`: the driver on whose behalf rows are written (storage/lease.py); for the others see
-    Bench.
+    and so are evaluations that no cell can have; the others go on. `owner`: the driver on whose behalf rows are written
+    (storage/lease.py); for the others see Bench.
 
-    Raises SaescaleError for an unknown evaluation or cell, and where `url` is no run with a finished cell or none of
-    its stores can be opened.
+    Raises SaescaleError for an unknown evaluation, cell or column, where no cell can have anything of what is wanted,
+    and where `url` is no run with a finished cell or none of its stores can be opened.
     """
     run = RunDirectory(url, owner)
-    plan = plan_evaluations(run, names, cells)
+    plan = plan_evaluations(run, entries(run, wanted), cells)
+    plan.require_some()
     if not plan.missing:
-        return Evaluated(0, plan.there, 0, ())
+        return Evaluated(0, plan.there, 0, plan.none)
     bench = Bench(run, cache, trust_remote_code)
     missing = bench.in_order(plan.missing)
-    return record(run, Plan(missing, plan.there), map(bench.measure, missing), display)
+    return record(run, plan._replace(missing=missing), map(bench.measure, missing), display)
 
 
 def record(
     run: RunDirectory, plan: Plan, results: Iterable[Measured], display: EvalDisplay | None, processes: int = 1
 ) -> Evaluated:
     """Writes each of `results`, one for each missing pair of the plan in any order, when it is there."""
-    costs, left, failed = Costs(processes), dict.fromkeys(plan.missing), _Failures()
-    total = len(left)
+    left, failed = dict.fromkeys(plan.missing), _Failures()
+    costs = Costs(processes, earlier_costs(run.read_evals(), [pair.evaluation for pair in left]))
+    total, first = len(left), plan.missing[0]
     if display is not None:
-        display.evals(0, total, f"{plan.missing[0].evaluation} of {plan.missing[0].cell}", None)
+        unknown = f"{first.evaluation} of {first.cell} is the first, by which the others are told"
+        display.evals(0, total, costs.words() or unknown, costs.left_s(left))
     for done in results:
         del left[done.pair]
         if done.error is None:
-            run.write_evals(*done.pair, done.rows, done.metrics)
+            rows = [row | {"seconds": round(done.seconds, 3)} for row in done.rows]
+            run.write_evals(done.pair.cell, done.pair.evaluation, rows, done.metrics)
         else:
             failed.add(done.pair, done.error)
         costs.note(done)
         if display is not None:
             display.evals(total - len(left), total, costs.words(), costs.left_s(left))
-    return Evaluated(total - len(failed), plan.there, len(failed), failed.lines())
+    return Evaluated(total - len(failed), plan.there, len(failed), (*failed.lines(), *plan.none))
 
 
 class _Failures:

@@ -1,0 +1,90 @@
+"""Decoder directions of cells side by side: which latents of two SAEs write the same thing."""
+
+from collections.abc import Iterator, Mapping
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from saescale.storage.columns import columns_of
+from saescale.storage.errors import SaescaleError
+from saescale.storage.source import Source
+from saescale.trainers.architectures.dense import CHUNK_ENTRIES
+from saescale.trainers.evals.evaluation import Measurement
+from saescale.trainers.evals.intervals import SEED, by_document, ratio
+from saescale.trainers.exchange.trained import Trained
+from saescale.trainers.preprocess import to_tensor
+
+SAME = 0.7  # cosine of decoder directions above which two latents are taken for one
+_SPEC = [column.name for column in columns_of("results") if column.role == "spec"]
+
+
+class Nearest(NamedTuple):
+    """Of each latent of one SAE the nearest of another: its place among that one's directions, and the cosine."""
+
+    place: np.ndarray  # int64 [latents]
+    cosine: np.ndarray  # float64 [latents]
+
+
+def decoder(trained: Trained) -> Tensor:
+    """W_dec, float32 [n_latents, d_model]. Raises SaescaleError for an architecture that has none."""
+    found = trained.sae.params.get("W_dec")
+    if found is None:
+        raise SaescaleError(f"{trained.sae.name} has no W_dec, so its latents have no directions")
+    return found.float()
+
+
+def times_active(trained: Trained, source: Source) -> np.ndarray:
+    """On how many of the cell's held-out rows each latent is active, int64 [n_latents]."""
+    raw = to_tensor(source.heldout(trained.cell.heldout_rows).act, source.dtype)
+    fired = torch.zeros(trained.sae.shape.n_latents, dtype=torch.int64)
+    for chunk in raw.split(max(1, CHUNK_ENTRIES // trained.sae.shape.n_latents)):
+        fired += (trained.encode(chunk) != 0).sum(dim=0).cpu()
+    return fired.numpy()
+
+
+class Directions:
+    """Unit decoder directions of the latents that fire on the held-out rows, float32 [latents, d_model]: dead ones lie
+    where they were drawn, and are nobody's partners. Which ones fire is found once for each cell in a process."""
+
+    def __init__(self, source: Source) -> None:
+        self._source = source
+        self._alive: dict[str, np.ndarray] = {}
+
+    def of(self, trained: Trained) -> Tensor:
+        """Raises SaescaleError where no latent fires."""
+        rows, cell = decoder(trained), trained.cell.cell_id
+        if cell not in self._alive:
+            self._alive[cell] = np.flatnonzero(times_active(trained, self._source))
+        alive = self._alive[cell]
+        if not len(alive):
+            raise SaescaleError(f"no latent of {cell} fires on its held-out rows")
+        return torch.nn.functional.normalize(rows[torch.from_numpy(alive).to(rows.device)], dim=1)
+
+
+def cosines(ours: Tensor, theirs: Tensor) -> Iterator[tuple[int, Tensor]]:
+    """Some rows of ours @ theirs.T at a time: the place of the first, and float32 [some, latents of theirs]."""
+    at_a_time = max(1, CHUNK_ENTRIES // len(theirs))
+    for start in range(0, len(ours), at_a_time):
+        yield start, ours[start : start + at_a_time] @ theirs.T
+
+
+def nearest(ours: Tensor, theirs: Tensor) -> Nearest:
+    """Of each direction of `ours` [latents, d_model] the one of `theirs` with the largest cosine."""
+    found = [of_some.max(dim=1) for _, of_some in cosines(ours, theirs)]
+    place, cosine = torch.cat([part.indices for part in found]), torch.cat([part.values for part in found])
+    return Nearest(place.cpu().numpy(), cosine.double().cpu().numpy())
+
+
+def alike(row: Mapping[str, Any], other: Mapping[str, Any], *but_for: str) -> bool:
+    """Whether two rows of results.parquet are of cells that differ in nothing but `but_for`."""
+    return all(row[name] == other[name] for name in _SPEC if name not in ("cell_id", *but_for))
+
+
+def over_latents(columns: Mapping[str, np.ndarray], at: str = "") -> Iterator[Measurement]:
+    """The mean of each column [latents], with its interval over latents."""
+    n = len(next(iter(columns.values())))
+    means = {name: ratio(name, "latents") for name in columns}
+    for name, found in by_document(np.arange(n), {**columns, "latents": np.ones(n)}, means).items():
+        yield Measurement(name, *found, at=at, n=n, seed=SEED)
