@@ -12,17 +12,18 @@ from saescale.scaling.figures.views_cells import NMSE_LABEL, ks_of, nmse_against
 from saescale.scaling.kinds import kind_label
 from saescale.scaling.laws.over_metrics import MetricLaws
 
-SHOWN = 4  # metrics with figures, of each kind of cells
+SHOWN = 6  # metrics with figures, of each kind of cells
+_FIRST = "downstream_loss"  # what an SAE is for before all else
 
 
 def leading(metrics: Sequence[MetricLaws]) -> list[MetricLaws]:
     """Those that figures and sentences are about: of each evaluation its first metric, for each kind of cells; at most
-    four metrics."""
+    six metrics, that of the downstream loss before the others."""
     there = [laws for laws in metrics if len(laws.cells) > 1]
     names: dict[str, str] = {}
     for laws in there:
         names.setdefault(laws.name.partition(".")[0], laws.name)
-    chosen = list(names.values())[:SHOWN]
+    chosen = [names[evaluation] for evaluation in sorted(names, key=lambda name: name != _FIRST)][:SHOWN]
     return [laws for name in chosen for laws in there if laws.name == name]
 
 
