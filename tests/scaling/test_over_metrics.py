@@ -158,6 +158,15 @@ def test_a_metric_that_no_law_fits_is_one_line(values: Any, reason: str) -> None
     assert "\n" not in skipped.reason
 
 
+def test_laws_of_compute_are_of_the_ends_of_cells(run: RunDirectory) -> None:
+    results, curves = load_sources([run.url])
+    few = FitSettings(0, laws=("c", "n_of_c"))
+    (laws,) = fit_metrics(fit_laws(results, curves, few), run.read_evals(), ["sim.falling"], few)
+    assert {(fit.law.name, fit.at["k"], len(fit.nmse)) for fit in laws.fits} == {("c", k, len(SIZES)) for k in KS}
+    assert laws.fits[0].law.formula == "sim.falling = A C^-a"
+    assert [(entry.law, entry.reason.split(",")[0]) for entry in laws.skipped] == [("n_of_c", "it takes curves")]
+
+
 def test_cells_at_the_limit_are_left_out_and_named() -> None:
     sizes, ks = (c.ravel() for c in np.meshgrid(SIZES, KS, indexing="ij"))
     values = np.array([distance(n, k) for n, k in zip(sizes, ks, strict=True)])
