@@ -18,6 +18,7 @@ from saescale.scaling.tables import Table
 Equal = Literal["compute", "L0"]
 WITHIN: Mapping[Equal, float] = {"compute": 1.25, "L0": 1.1}  # factors up to which two cells count as equal
 _SCATTER = 0.01  # of ln nmse, and of ln distance, where no law says how cells scatter
+_MOST = 2_000  # cells whose pairs are compared; of more as many, evenly taken
 _SURE = 2.0 * np.sqrt(2.0)  # standard deviations of the difference of two cells that scatter
 
 
@@ -112,7 +113,12 @@ def _together(metrics: Sequence[MetricLaws]) -> Table:
         replace(m.cells, columns=m.cells.columns | {"distance": m.cells["nmse"], "nmse": m.nmse}) for m in metrics
     ]
     names = [name for name in tables[0].columns if all(name in table for table in tables)]
-    return Table({name: np.concatenate([table[name] for table in tables]) for name in names}, tables[0].source)
+    cells = Table({name: np.concatenate([table[name] for table in tables]) for name in names}, tables[0].source)
+    if len(cells) <= _MOST:
+        return cells
+    kept = np.zeros(len(cells), dtype=bool)
+    kept[np.linspace(0, len(cells) - 1, _MOST).round().astype(int)] = True
+    return cells.select(kept)
 
 
 def _ranked(equal: Equal, cells: Table, scale: Scale, scatter: tuple[float, float]) -> Ranked | None:

@@ -12,20 +12,19 @@ from saescale.scaling.figures.views_cells import NMSE_LABEL, ks_of, nmse_against
 from saescale.scaling.kinds import kind_label
 from saescale.scaling.laws.over_metrics import MetricLaws
 
-SHOWN = 4  # metrics with figures, of each kind of cells
-_SAME = 1e-3  # spread of ln(distance / nmse) of a metric that is nmse by another name
+SHOWN = 6  # metrics with figures, of each kind of cells
+_FIRST = "downstream_loss"  # what an SAE is for before all else
 
 
 def leading(metrics: Sequence[MetricLaws]) -> list[MetricLaws]:
-    """Those that figures and sentences are about: of each evaluation the first of its metrics that is not nmse again,
-    for each kind of cells; at most four."""
+    """Those that figures and sentences are about: of each evaluation its first metric, for each kind of cells; at most
+    six metrics, that of the downstream loss before the others."""
+    there = [laws for laws in metrics if len(laws.cells) > 1]
     names: dict[str, str] = {}
-    again = {m.name for m in metrics if len(m.cells) > 1 and np.ptp(np.log(m.cells["nmse"] / m.nmse)) < _SAME}
-    for laws in metrics:
-        if laws.name not in again and len(laws.cells) > 1:
-            names.setdefault(laws.name.partition(".")[0], laws.name)
-    chosen = list(names.values())[:SHOWN]
-    return [laws for name in chosen for laws in metrics if laws.name == name and len(laws.cells) > 1]
+    for laws in there:
+        names.setdefault(laws.name.partition(".")[0], laws.name)
+    chosen = [names[evaluation] for evaluation in sorted(names, key=lambda name: name != _FIRST)][:SHOWN]
+    return [laws for name in chosen for laws in there if laws.name == name]
 
 
 def metric_against_n(laws: MetricLaws) -> View:

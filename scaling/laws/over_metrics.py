@@ -24,6 +24,7 @@ from saescale.scaling.laws.estimate import Fit
 from saescale.scaling.laws.fit import Laws, LawsOfKinds
 from saescale.scaling.laws.law import Law, forms_of
 from saescale.scaling.laws.over_cells import fit_cells
+from saescale.scaling.laws.over_compute import find_frontiers, fit_compute
 from saescale.scaling.laws.scales import Scale, scale_of
 from saescale.scaling.laws.settings import FitSettings
 from saescale.scaling.metrics import Metric, Values, declared, values_of
@@ -37,6 +38,7 @@ _ENDS = (".low", ".high")
 _EXPLAINS = 0.5  # the least share of the variance of ln distance that a law must explain
 _UNLIKELY = 0.05
 _FEW = 4  # cells
+_SAME = 1e-3  # of ln distance
 
 
 @dataclass(frozen=True)
@@ -116,10 +118,33 @@ def require_metric(name: str, there: Sequence[str], source: str) -> None:
     raise SaescaleError(f"{source} has no metric {name}{hint} (there are {listed(there, ', ', most=40)})")
 
 
-def fitted_metrics(evals: pa.Table) -> list[str]:
-    """The metrics that an analysis of a run fits: those that their evaluations declare, in their order."""
-    names = set(values_of(evals, evals["cell_id"].unique().to_pylist()))
-    return [name for name in declared(evals) if name in names]
+def distinct_metrics(fitted: LawsOfKinds, evals: pa.Table) -> list[str]:
+    """The metrics that an analysis of a run fits: those that their evaluations declare, in their order, but for what is
+    nmse or one of them again in every kind of cells, on another scale."""
+    of_kinds = [(laws.results["nmse"], metrics_in(laws.results, evals)) for laws in fitted.kinds if len(laws.results)]
+    kept: list[list[np.ndarray]] = [[np.log(nmse) for nmse, _ in of_kinds]]
+    names = []
+    for name, metric in declared(evals).items():
+        if not any(name in values for _, values in of_kinds):
+            continue
+        logs = []
+        for nmse, values in of_kinds:
+            there = values.get(name)
+            distance = (
+                np.full(len(nmse), np.nan) if there is None else _scale(name, metric, values).distance(there.value)
+            )
+            with np.errstate(divide="ignore", invalid="ignore"):
+                logs.append(np.log(distance))
+        if not any(_is_again(logs, others) for others in kept):
+            kept.append(logs)
+            names.append(name)
+    return names
+
+
+def _is_again(logs: Sequence[np.ndarray], others: Sequence[np.ndarray]) -> bool:
+    """Whether logarithms of two distances differ by a constant in each kind of cells, so that one law is the other."""
+    ratios = [first - second for first, second in zip(logs, others, strict=True)]
+    return all(np.isfinite(ratio).all() and np.ptp(ratio) < _SAME for ratio in ratios)
 
 
 def nmse_scatter(fitted: LawsOfKinds) -> float | None:
@@ -130,8 +155,8 @@ def nmse_scatter(fitted: LawsOfKinds) -> float | None:
 def fit_metrics(
     fitted: LawsOfKinds, evals: pa.Table, names: Sequence[str], settings: FitSettings
 ) -> tuple[MetricLaws, ...]:
-    """The laws of the named metrics for each kind of cells that `fitted` has laws of nmse of: of `settings.laws` those
-    over cells. A law that does not explain half of what a metric varies by is skipped, with the reason.
+    """The laws `settings.laws` of the named metrics for each kind of cells that `fitted` has laws of nmse of. One that
+    does not explain half of what a metric varies by is skipped, with the reason.
 
     `evals` is evals.parquet. Raises SaescaleError for a metric that no cell has.
     """
@@ -154,7 +179,8 @@ def fit_metrics(
 def _scale(name: str, metric: Metric, values: Mapping[str, Values]) -> Scale:
     """Where its limit is another metric of the evaluation, that is a number of the subject, alike for all its cells."""
     other = values.get(f"{name.rpartition('.')[0]}.{metric.limit}")
-    return scale_of(name, metric, None if other is None else float(np.nanmean(other.value)))
+    there = np.empty(0) if other is None else other.value[np.isfinite(other.value)]
+    return scale_of(name, metric, float(there.mean()) if len(there) else None)
 
 
 def _of_kind(laws: Laws, values: Values | None, metric: Metric, scale: Scale, settings: FitSettings) -> MetricLaws:
@@ -178,15 +204,14 @@ def _of_kind(laws: Laws, values: Values | None, metric: Metric, scale: Scale, se
     kept = Values(*(column[usable] for column in values))
     nmse = cells["nmse"][usable]
     found = MetricLaws(scale.name, metric, scale, own, kept, nmse, warnings=tuple(warnings), of=laws.of)
-    names = [name for name in settings.laws if forms_of(name)[0].over == "cells"]
+    names = settings.laws
     if len(own) < _FEW or usable.sum() < 0.5 * np.isfinite(values.value).sum():
         few = f"{len(own)} of {len(cells)} cells have a {scale.name} that a power law could follow"
         return replace(found, skipped=tuple(Skipped(name, {}, False, few, laws.of) for name in names))
     fits: list[Fit] = []
     skipped: list[Skipped] = []
     for name in names:
-        forms = tuple(_of_metric(form, scale) for form in forms_of(name))
-        for entry in fit_cells(forms, own, settings):
+        for entry in _fitted(tuple(_of_metric(form, scale) for form in forms_of(name)), own, settings):
             if isinstance(entry, Skipped):
                 skipped.append(entry._replace(of=laws.of))
             elif reason := _explains_nothing(entry):
@@ -197,6 +222,18 @@ def _of_kind(laws: Laws, values: Values | None, metric: Metric, scale: Scale, se
         warnings.append(f"{scale.name} does not get better with N in these steps: {listed(steps)}")
     warnings += _measured_to(scale, kept, distance[usable], fits)
     return replace(found, fits=tuple(fits), skipped=tuple(skipped), warnings=tuple(warnings))
+
+
+def _fitted(forms: tuple[Law, ...], cells: Table, settings: FitSettings) -> list[Fit | Skipped]:
+    """Those over compute from the ends of cells, since nobody measures a metric along a curve."""
+    name, over = forms[0].name, forms[0].over
+    if over == "cells":
+        return fit_cells(forms, cells, settings)
+    if over == "optimum":
+        return [Skipped(name, {}, False, "it takes curves, and metrics are measured at the ends of cells alone")]
+    frontiers, skipped = find_frontiers(cells, None)
+    found = [entry for frontier in frontiers for entry in fit_compute(forms, frontier, settings)]
+    return [*(entry._replace(law=name) for entry in skipped), *found]
 
 
 def _of_metric(law: Law, scale: Scale) -> Law:

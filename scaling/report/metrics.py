@@ -24,36 +24,39 @@ def metric_sentences(disagreements: Sequence[Disagreement]) -> list[str]:
 
 def _said(found: Disagreement) -> list[str]:
     where = f" ({label})" if (label := kind_label(found.of)) else ""
+    names = f"nmse and {found.name}{where}"
+    if not any(ranked.contradictions for ranked in found.ranked):
+        each = [
+            f"{r.alike} of {r.pairs} pairs of cells of equal {r.equal} (within a factor of {WITHIN[r.equal]:g}; rank "
+            f"correlation {r.correlation:.2f})"
+            for r in found.ranked
+        ]
+        others = any(r.alike < r.pairs for r in found.ranked)
+        said = f"{names} agree about the best (N, k): they order {' and '.join(each)} alike"
+        return [said + (", and the others differ by less than cells scatter." if others else ".")]
     said = []
     for ranked in found.ranked:
-        same = f"{ranked.equal} within a factor of {WITHIN[ranked.equal]:g}"
         text = (
-            f"At equal {ranked.equal}{where} nmse and {found.name} order {ranked.alike} of {ranked.pairs} pairs of "
-            f"cells alike ({same}; rank correlation {ranked.correlation:.2f})"
+            f"At equal {ranked.equal} {names} order {ranked.alike} of {ranked.pairs} pairs of cells alike "
+            f"({ranked.equal} within a factor of {WITHIN[ranked.equal]:g}; rank correlation {ranked.correlation:.2f})"
         )
-        if not ranked.contradictions:
-            text += ", and disagree on none by more than cells scatter."
-            said.append(text + _same_best(ranked))
+        count = len(ranked.contradictions)
+        if not count:
+            said.append(f"{text}, and disagree on none by more than cells scatter.")
             continue
         cases = listed((_pair(found, c) for c in ranked.contradictions), "; ", _SHOWN)
-        count = len(ranked.contradictions)
         pairs = "one pair" if count == 1 else f"{count} pairs"
-        text += f". They disagree on {pairs} by more than cells scatter: {cases}."
-        said.append(text + _other_best(found, ranked))
+        said.append(
+            f"{text}. They disagree on {pairs} by more than cells scatter: {cases}.{_other_best(found, ranked)}"
+        )
     return said
 
 
-def _same_best(ranked: Ranked) -> str:
-    groups = len(ranked.best)
-    if not groups:
-        return ""
-    which = "the group" if groups == 1 else f"each of the {groups} groups"
-    return f" The best cells of {which} of equal {ranked.equal} are the same, or not told apart."
-
-
 def _other_best(found: Disagreement, ranked: Ranked) -> str:
+    groups = len(ranked.best)
     if not ranked.other_best:
-        return _same_best(ranked)
+        which = "the group" if groups == 1 else f"each of the {groups} groups"
+        return f" The best cells of {which} of equal {ranked.equal} are the same, or not told apart."
     cases = [
         f"up to {ranked.equal} = {scientific(at, 3)} {_cell(found, a)} by nmse and {_cell(found, b)} by {found.name}"
         for at, a, b in ranked.other_best
@@ -93,22 +96,24 @@ def _laws(metrics: Sequence[MetricLaws]) -> TextTable:
     rows = []
     several = any(own.of for own in metrics)
     for own in metrics:
+        words = own.scale.words.replace(f"{own.name.partition('.')[0]}.", "")
         fit = next((fit for fit in own.fits if fit.law.name == "n_k"), None)
         kind = [kind_label(own.of)] if several else []
         if fit is None:
             reason = own.skipped[0].reason if own.skipped else ""
-            rows.append([own.name, *kind, own.scale.words, f"no law: {reason}" if reason else "", "", "", ""])
+            rows.append([own.name, *kind, words, f"no law: {reason}" if reason else "", "", "", ""])
             continue
         ks = fit.levels("k")
         exponents = [with_ends(fit.exponent("n_latents", {"k": float(k)})) for k in (ks[0], ks[-1])]
         held = fit.holdout
         error = f"{held['rms_log_error']:.2%}" if held else ""
-        rows.append([own.name, *kind, own.scale.words, *map(typeset, exponents), f"{fit.rms_log_residual:.2%}", error])
-    header = ("metric", *(["kind"] if several else []), "what the law is of", "exponent of n at the smallest k",
-              "at the largest k", "rms residual", "held-out error")  # fmt: skip
+        rows.append([own.name, *kind, words, *map(typeset, exponents), f"{fit.rms_log_residual:.2%}", error])
+    header = ("metric", *(["kind"] if several else []), "law of", "n^ at smallest k", "at largest k", "residual",
+              "held out")  # fmt: skip
     note = (
-        "L(N, k) of each metric, of how far it is from what an SAE that loses nothing would have. Residuals and errors "
-        "are of its logarithm; coefficients are in fits.json."
+        "L(N, k) of each metric that is not nmse or another one again, of how far it is from what an SAE that loses "
+        "nothing would have: exponents of n, and the rms of what is left over of its logarithm, in the fit and of the "
+        "largest N when that is held out. Coefficients are in fits.json."
     )
     return TextTable("Laws of metrics", note, header, rows, numbers=False)
 

@@ -23,7 +23,7 @@ from saescale.scaling.figures.views_metrics import leading
 from saescale.scaling.kinds import kind_label
 from saescale.scaling.laws.fit import FORMAT, describe_input, fit_laws
 from saescale.scaling.laws.notes import fit_notes, kinds_of_document
-from saescale.scaling.laws.over_metrics import DEFAULT, fit_metrics, fitted_metrics, nmse_scatter
+from saescale.scaling.laws.over_metrics import DEFAULT, distinct_metrics, fit_metrics, nmse_scatter
 from saescale.scaling.laws.settings import FitSettings
 from saescale.scaling.metrics import declared
 from saescale.scaling.order import in_order
@@ -96,7 +96,7 @@ def analyse(
     sides = side_by_side(fitted, curves)
     document = fitted.document() | sides.document()
     evals = run.read_evals()
-    metrics = fit_metrics(fitted, evals, fitted_metrics(evals), replace(settings, laws=DEFAULT))
+    metrics = fit_metrics(fitted, evals, distinct_metrics(fitted, evals), replace(settings, laws=DEFAULT))
     shown = leading(metrics)
     disagreements = find_disagreements(shown, nmse_scatter(fitted))
     if metrics:

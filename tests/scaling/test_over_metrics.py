@@ -4,20 +4,21 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
 import pytest
 
 from saescale.scaling.fit_sources import fit
 from saescale.scaling.laws.fit import LawsOfKinds, fit_laws
-from saescale.scaling.laws.over_metrics import MetricLaws, fit_metrics, fitted_metrics
+from saescale.scaling.laws.over_metrics import MetricLaws, distinct_metrics, fit_metrics
 from saescale.scaling.laws.predict import metric_predictions, predict
 from saescale.scaling.laws.settings import FitSettings
-from saescale.scaling.metrics import Metric, document
+from saescale.scaling.metrics import Metric, declared, document
 from saescale.scaling.sources import load_evals, load_sources
 from saescale.scaling.tables import Table
+from saescale.storage.columns import EVALS
 from saescale.storage.errors import SaescaleError
 from saescale.storage.rundir import RunDirectory
 
+NOTHING = EVALS.empty_table()
 SIZES, KS = (512, 1024, 2048, 4096, 8192, 16384), (8, 16, 32, 64)
 KINDS = {
     "falling": Metric("lower"),
@@ -52,8 +53,6 @@ def write_run(folder: Path, noise: float = 0.01, seed: int = 0, declare: bool = 
                 measured = 3.2 if name == "original" else value(name, d)
                 evals.append({"cell_id": f"{n}x{k}", "evaluation": "sim", "metric": name, "value": measured, "at": ""})
     run.write_results(rows)
-    for row in evals[:1]:  # the first call declares
-        run.write_evals(row["cell_id"], "other", [row], document("sim", KINDS) if declare else {})
     for row in rows:
         own = [e for e in evals if e["cell_id"] == row["cell_id"]]
         run.write_evals(row["cell_id"], "sim", own, document("sim", KINDS) if declare else {})
@@ -73,7 +72,6 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> RunDirectory:
 
 def test_each_kind_of_metric_has_its_law(run: RunDirectory) -> None:
     names = [f"sim.{name}" for name in KINDS]
-    assert fitted_metrics(run.read_evals()) == names
     found = laws_of(run, names)
     for name, laws in zip(KINDS, found, strict=True):
         (fitted,) = laws.fits
@@ -95,13 +93,24 @@ def test_each_kind_of_metric_has_its_law(run: RunDirectory) -> None:
         np.testing.assert_allclose(held["measured"], measured, rtol=0.1)
 
 
+def test_an_analysis_fits_what_is_not_another_metric_again(tmp_path: Path) -> None:
+    run = write_run(tmp_path)
+    for row in run.read_results().to_pylist():
+        own = [{"metric": "same", "value": 1 - 3 * row["nmse"]}, {"metric": "other", "value": row["nmse"] * row["k"]}]
+        metrics = {"same": Metric("higher", limit=1.0), "other": Metric("lower")}
+        run.write_evals(row["cell_id"], "core", own, document("core", metrics))
+    results, _ = load_sources([run.url])
+    fitted = fit_laws(results, None, FitSettings(0, laws=("n_k",)))
+    # The five of the simulation are one on five scales.
+    assert distinct_metrics(fitted, run.read_evals()) == ["sim.falling", "core.other"]
+
+
 def test_what_was_not_declared_is_read_off_the_cells(tmp_path: Path) -> None:
     run = write_run(tmp_path, declare=False)
     falling, rising = laws_of(run, ["sim.falling", "sim.rising"], 0)
     assert (falling.metric.better, rising.metric.better) == ("lower", "higher")
     assert (falling.scale.words, rising.scale.words) == ("sim.falling", "1 / sim.rising")
     assert "was not declared: higher is taken for better" in rising.warnings[0]
-    assert fitted_metrics(run.read_evals()) == []
 
 
 def test_the_law_of_a_metric_that_is_nmse_is_that_of_nmse(tmp_path: Path) -> None:
@@ -111,27 +120,23 @@ def test_the_law_of_a_metric_that_is_nmse_is_that_of_nmse(tmp_path: Path) -> Non
         values = {"nmse": row["nmse"], "explained": 1 - row["nmse"]}
         own = [{"metric": name, "value": v} for name, v in values.items()]
         run.write_evals(row["cell_id"], "core", own, metrics)
-    found = fit(run.url, laws=("n_k",), bootstraps=60, metric=("core.nmse", "core.explained"))
+    found = fit(run.url, laws=("n_k",), bootstraps=0, metric=("core.nmse", "core.explained"))
     (nmse,) = found["fits"]
     for entry in found["metrics"]:
-        assert entry["fits"][0]["coefficients"] == pytest.approx(nmse["coefficients"], abs=1e-5) or all(
-            of[end] == pytest.approx(nmse["coefficients"][name][end], rel=1e-3, abs=1e-3)
-            for name, of in entry["fits"][0]["coefficients"].items()
-            for end in of
-        )
+        for name, of in entry["fits"][0]["coefficients"].items():
+            assert of["value"] == pytest.approx(nmse["coefficients"][name]["value"], rel=1e-3, abs=1e-3)
     # nmse's own document is as it is without.
-    assert {key: found[key] for key in found if key != "metrics"} == fit(run.url, laws=("n_k",), bootstraps=60)
+    assert {key: found[key] for key in found if key != "metrics"} == fit(run.url, laws=("n_k",), bootstraps=0)
 
 
-def table(values: Any, **more: Any) -> tuple[LawsOfKinds, pa.Table]:
+def fitted_with(values: Any) -> LawsOfKinds:
+    """Cells of a table of one's own, whose column `mine` is a metric."""
     sizes, ks = (c.ravel() for c in np.meshgrid(SIZES, KS, indexing="ij"))
     rows = [
         {"n_latents": n, "k": k, "nmse": 2.0 * n**-0.3 * k**-0.2, "mine": v}
         for n, k, v in zip(sizes.tolist(), ks.tolist(), values, strict=True)
     ]
-    return fit_laws(Table.from_rows(rows), None, FitSettings(0, laws=("n_k",))), pa.table(
-        {"cell_id": pa.array([], pa.string())}
-    )
+    return fit_laws(Table.from_rows(rows), None, FitSettings(0, laws=("n_k",)))
 
 
 @pytest.mark.parametrize(
@@ -145,12 +150,21 @@ def table(values: Any, **more: Any) -> tuple[LawsOfKinds, pa.Table]:
     ids=["noise", "constant", "nothing", "two cells"],
 )
 def test_a_metric_that_no_law_fits_is_one_line(values: Any, reason: str) -> None:
-    fitted, _ = table(values)
-    (laws,) = fit_metrics(fitted, RunDirectory("memory://none").read_evals(), ["mine"], FitSettings(0, laws=("n_k",)))
+    fitted = fitted_with(values)
+    (laws,) = fit_metrics(fitted, NOTHING, ["mine"], FitSettings(0, laws=("n_k",)))
     assert laws.fits == ()
     (skipped,) = laws.skipped
     assert reason in skipped.reason
     assert "\n" not in skipped.reason
+
+
+def test_laws_of_compute_are_of_the_ends_of_cells(run: RunDirectory) -> None:
+    results, curves = load_sources([run.url])
+    few = FitSettings(0, laws=("c", "n_of_c"))
+    (laws,) = fit_metrics(fit_laws(results, curves, few), run.read_evals(), ["sim.falling"], few)
+    assert {(fit.law.name, fit.at["k"], len(fit.nmse)) for fit in laws.fits} == {("c", k, len(SIZES)) for k in KS}
+    assert laws.fits[0].law.formula == "sim.falling = A C^-a"
+    assert [(entry.law, entry.reason.split(",")[0]) for entry in laws.skipped] == [("n_of_c", "it takes curves")]
 
 
 def test_cells_at_the_limit_are_left_out_and_named() -> None:
@@ -158,8 +172,8 @@ def test_cells_at_the_limit_are_left_out_and_named() -> None:
     values = np.array([distance(n, k) for n, k in zip(sizes, ks, strict=True)])
     values[[0, 5]] = 0.0, -0.1
     values[7] = np.nan
-    fitted, _ = table(values)
-    (laws,) = fit_metrics(fitted, RunDirectory("memory://none").read_evals(), ["mine"], FitSettings(0, laws=("n_k",)))
+    fitted = fitted_with(values)
+    (laws,) = fit_metrics(fitted, NOTHING, ["mine"], FitSettings(0, laws=("n_k",)))
     assert len(laws.cells) == 21
     assert len(laws.fits) == 1
     said = "; ".join(laws.warnings)
@@ -184,7 +198,7 @@ def test_metrics_of_several_runs_are_put_together(tmp_path: Path) -> None:
     first, second = (write_run(tmp_path / name, seed=i) for i, name in enumerate("ab"))
     evals = load_evals([first.url, second.url, first.url])
     assert evals.num_rows == first.read_evals().num_rows + second.read_evals().num_rows
-    assert fitted_metrics(evals) == [f"sim.{name}" for name in KINDS]
+    assert list(declared(evals)) == [f"sim.{name}" for name in KINDS]
     again = [cell for cell in evals["cell_id"].unique().to_pylist() if " of " in cell]
     assert len(again) == len(SIZES) * len(KS)
 

@@ -1,5 +1,6 @@
 """What evaluations measured on cells, in the summaries of their runs in Weights & Biases."""
 
+import math
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -30,7 +31,7 @@ def metrics_of_cells(rows: Sequence[Mapping[str, Any]], evals: pa.Table) -> list
     for name, values in values_of(evals, [row["cell_id"] for row in rows]).items():
         for ending, column in zip(("", "/low", "/high"), values, strict=True):
             for metrics, value in zip(found, column.tolist(), strict=True):
-                if value == value:
+                if not math.isnan(value):
                     metrics[f"eval/{name}{ending}"] = value
     return found
 
