@@ -41,13 +41,14 @@ from saescale.trainers.kernels.interface import Selected
 from saescale.trainers.preprocess import normalise, to_tensor
 from saescale.trainers.subjects.subject import Subject
 
+WAYS = "topk", "jumprelu"
 MOST = 4  # times k, and as much below it
 _TOLERANCE = 1e-4  # of the largest activation
 
 needs: frozenset[Need] = frozenset()
 metrics = {
     "nmse": Metric("lower"),
-    **{f"{way}_{name}": Metric("lower") for way in ("topk", "jumprelu") for name in ("half", "same", "twice", "rise")},
+    **{f"{way}_{name}": Metric("lower") for way in WAYS for name in ("half", "same", "twice", "rise")},
 }
 
 
@@ -65,29 +66,23 @@ def measure(trained: Trained, source: Source, subject: Subject | None) -> Iterat
     sae, k = trained.sae, trained.cell.k
     device = next(iter(sae.params.values())).device
     x = normalise(to_tensor(rows.act, source.dtype).to(device))
-    columns, names = _errors(sae, x, k)
-    columns["variation"] = (x.double() - x.double().mean(dim=0)).square().sum(dim=1).cpu().numpy()
-    if not columns["variation"].sum() > 1e-20 * len(x):
+    columns = _errors(sae, x, k)
+    variation = (x.double() - x.double().mean(dim=0)).square().sum(dim=1).cpu().numpy()
+    if not variation.sum() > 1e-20 * len(x):
         raise SaescaleError("the held-out rows are all the same, so nmse has no meaning; harvest again")
-    of_code = by_document(
-        rows.doc, columns, {code: ratio(code, "variation") for code in columns if code != "variation"}
-    )
-    yield Measurement("nmse", *of_code["own"], n=len(x), seed=SEED)
-    for way, at in names:
-        yield Measurement(way, *of_code[_code(way, at)], at=f"k' = {at}", n=len(x), seed=SEED)
-    there = set(names)
-    n_latents, most = sae.shape.n_latents, min(MOST * k, sae.shape.n_latents)
-    for way in ("topk", "jumprelu"):
-        for name, at in (("half", max(1, k // 2)), ("same", k), ("twice", min(2 * k, n_latents))):
-            if (way, at) in there:
-                yield Measurement(f"{way}_{name}", *of_code[_code(way, at)], n=len(x), seed=SEED)
-        if {(way, k), (way, most)} <= there:
-            rise = {"rise": ratio(_code(way, most), _code(way, k))}
-            yield Measurement(f"{way}_rise", *by_document(rows.doc, columns, rise)["rise"], n=len(x), seed=SEED)
-
-
-def _code(way: str, at: int) -> str:
-    return f"{way} {at}"
+    statistics = {code: ratio(code, "variation") for code in columns}
+    most = min(MOST * k, sae.shape.n_latents)
+    for way in WAYS:
+        if {f"{way} {k}", f"{way} {most}"} <= columns.keys():
+            statistics[f"{way}_rise"] = ratio(f"{way} {most}", f"{way} {k}")
+    found = by_document(rows.doc, columns | {"variation": variation}, statistics)
+    for code, estimate in found.items():
+        metric, _, at = code.partition(" ")
+        yield Measurement(metric, *estimate, at=f"k' = {at}" if at else "", n=len(x), seed=SEED)
+    for way in WAYS:
+        for name, at in (("half", max(1, k // 2)), ("same", k), ("twice", min(2 * k, sae.shape.n_latents))):
+            if (code := f"{way} {at}") in found:
+                yield Measurement(f"{way}_{name}", *found[code], n=len(x), seed=SEED)
 
 
 def around(k: int, n_latents: int) -> list[int]:
@@ -97,14 +92,11 @@ def around(k: int, n_latents: int) -> list[int]:
 
 
 @torch.no_grad()
-def _errors(sae: SAE, x: Tensor, k: int) -> tuple[dict[str, np.ndarray], list[tuple[str, int]]]:
-    """||x - x_hat||^2 by the SAE's own code and each other one, float64 [rows]; and which those are."""
+def _errors(sae: SAE, x: Tensor, k: int) -> dict[str, np.ndarray]:
+    """||x - x_hat||^2 of each row, float64 [rows], by the SAE's own code ("nmse") and each other one ("topk 8")."""
     decoder, ks = linear_decoder(sae, x), around(k, sae.shape.n_latents)
     own, ranked = _ranked(sae, x, min(sae.shape.n_latents, 2 * ks[-1]))
-    columns, names = {"own": own.cpu().numpy()}, []
-    for at in ks:
-        columns[_code("topk", at)] = _error(decoder, x, ranked, at)
-        names.append(("topk", at))
+    columns = {"nmse": own.cpu().numpy()} | {f"topk {at}": _error(decoder, x, ranked, at) for at in ks}
     for at in ks:
         threshold, last = _threshold(ranked.scores, at), ranked.scores[:, -1]
         # Where all that is kept of a row exceeds it, there may be more that does.
@@ -116,9 +108,8 @@ def _errors(sae: SAE, x: Tensor, k: int) -> tuple[dict[str, np.ndarray], list[tu
             threshold, last = _threshold(ranked.scores, at), ranked.scores[:, -1]
         if bool(threshold > -torch.inf):
             counts = (ranked.scores >= threshold).sum(dim=1, keepdim=True)
-            columns[_code("jumprelu", at)] = _error(decoder, x, ranked, counts)
-            names.append(("jumprelu", at))
-    return columns, names
+            columns[f"jumprelu {at}"] = _error(decoder, x, ranked, counts)
+    return columns
 
 
 def _ranked(sae: SAE, x: Tensor, width: int) -> tuple[Tensor, Ranked]:
