@@ -74,8 +74,10 @@ class Othello(Transformer):
 
     def lessons(self, seed: int, batch: int, first: int) -> Iterator[Lesson]:
         """Training games from number `first` on, whole: a move is the target of the one before it."""
-        numbers, tokens = torch.empty(0, dtype=torch.int64), torch.empty(0, self.size**2 - 4, dtype=torch.int64)
-        for drawn in games_of_split(self.size, "train", seed, first):
+        device = self.model.device
+        numbers = torch.empty(0, dtype=torch.int64, device=device)
+        tokens = torch.empty(0, self.size**2 - 4, dtype=torch.int64, device=device)
+        for drawn in games_of_split(self.size, "train", seed, first, device):
             numbers, tokens = torch.cat([numbers, drawn.numbers]), torch.cat([tokens, drawn.tokens])
             while len(numbers) >= batch:
                 now, numbers = numbers[:batch], numbers[batch:]
@@ -128,9 +130,7 @@ def _shipped() -> AbstractContextManager[Path]:
     try:
         return as_file(files("saescale.shipped") / SHIPPED)
     except ModuleNotFoundError as error:  # of an editable install that is older than the weights
-        raise SaescaleError(
-            "the weights of othello are not installed; install saescale again (make install)"
-        ) from error
+        raise SaescaleError("the weights of othello are not installed; install saescale again: make install") from error
 
 
 def _frozen(model: Any) -> Any:
