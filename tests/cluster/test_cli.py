@@ -164,7 +164,7 @@ def test_a_driver_that_is_asked_to_end_saves_what_it_has(
 ) -> None:
     """That it goes on to the same results is held by test_survival.py, where drivers get no time to save anything."""
     document["train"]["tokens"] = 2**30  # it will not be done before it is interrupted
-    document["resources"]["checkpoint_every_s"] = 600
+    document["resources"] = {"workers": 1 if end == "ctrl-c" else 2, "checkpoint_every_s": 600}
     process = subprocess.Popen(
         [*SAESCALE, "sweep", sweep_file(document)],
         env=environment(RAY_ADDRESS=three_nodes.address),
@@ -193,7 +193,7 @@ def test_a_driver_that_is_asked_to_end_saves_what_it_has(
 def test_fit_report_status_and_inspect(
     three_nodes: Any, document: dict[str, Any], sweep_file: Callable[[Any], str]
 ) -> None:
-    out = document["out"]
+    out, document["resources"]["workers"] = document["out"], 1
     assert saescale_here("sweep", sweep_file(document), "--bootstraps", "20").returncode == 0
     shown = saescale("fit", out, "--law", "n_k", "--json", "--bootstraps", "20")
     fits = json.loads(shown.stdout)

@@ -7,8 +7,8 @@ who makes which shard, and a harvest that died goes on with the shards that are 
 
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Protocol
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -89,6 +89,7 @@ def conduct(specs: Sequence[HarvestSpec], crew: Crew, spool: str, say: Callable[
     one has sealed the stores, the other returns those manifests. Raises what `harvest` raises.
     """
     found = [read_plan(spec) for spec in specs]
+    _refuse_other_rows(specs, found)
     if (manifests := _all_sealed(specs)) is not None:
         return manifests
     todo = [spec for spec in specs if not is_sealed(spec)]
@@ -126,6 +127,13 @@ def conduct(specs: Sequence[HarvestSpec], crew: Crew, spool: str, say: Callable[
     assert manifests is not None, "they were sealed just now"
     say("done")
     return manifests
+
+
+def _refuse_other_rows(specs: Sequence[HarvestSpec], found: Sequence[Mapping[str, Any] | None]) -> None:
+    """SaescaleError where stores that were begun already, each by itself maybe, do not hold the same rows."""
+    begun = [(spec, plan) for spec, plan in zip(specs, found, strict=True) if plan is not None]
+    for spec, plan in begun[1:]:
+        refuse_difference(spec.out, plan, {**begun[0][1], "layer": spec.layer})
 
 
 def _check_first(specs: Sequence[HarvestSpec]) -> None:

@@ -1,6 +1,7 @@
 """What a harvest is asked for, and the note of it in the store's folder by which an interrupted one goes on."""
 
 import json
+from collections.abc import Mapping
 from typing import Any, Literal, Self
 
 import numpy as np
@@ -145,7 +146,7 @@ def note_plan(url: str, plan: dict[str, Any]) -> None:
         files.write_atomic(files.join(url, PLAN), (json.dumps(plan, indent=1) + "\n").encode())
 
 
-def refuse_difference(url: str, found: dict[str, Any], wanted: dict[str, Any]) -> None:
+def refuse_difference(url: str, found: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
     """SaescaleError that names what differs between the harvest that `url` holds and the wanted one."""
     there = {key: found.get(key, _WITHOUT.get(key)) for key in wanted}
     differing = [

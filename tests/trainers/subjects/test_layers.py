@@ -178,6 +178,10 @@ def test_other_text_than_that_of_a_sealed_layer_is_refused(
     with pytest.raises(SaescaleError, match=r"resid_post.0 holds another harvest: seed is 0 there, 3 here"):
         harvest_layers(own.model_copy(update={"seed": 3}), [0, 1])
     assert not Path(own.out, "resid_post.1").exists()
+    # Nor are two that hold other rows taken for one harvest, though each of them is finished.
+    harvest(own.model_copy(update={"layer": 1, "out": f"{own.out}/resid_post.1"}))
+    with pytest.raises(SaescaleError, match=r"resid_post.1 holds another harvest: tokens_xxh3"):
+        harvest_layers(own, [0, 1])
 
 
 @pytest.mark.parametrize(
