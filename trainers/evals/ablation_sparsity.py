@@ -135,7 +135,7 @@ def first_rows(prepared: Prepared, rows: np.ndarray, skip: int = 0) -> list[int]
 
 
 def sparsities(prepared: Prepared, rows: list[int], changes: Tensor) -> np.ndarray:
-    """(L1 / L2)^2 / (V T), float64 [rows], of what each of `changes` [rows, d_model], made alone, does to that row of the
+    """(L1 / L2)^2 / (V T), float64 [rows], of what each of `changes` [rows, d_model], alone, does to that row of the
     stream; NaN where that is nothing at all."""
     found = np.full(len(rows), np.nan)
     context, pos = prepared.places.context[rows], prepared.places.pos[rows]
