@@ -5,9 +5,11 @@ from typing import Any
 
 from saescale.scaling.comparison.compare import side_by_side
 from saescale.scaling.laws.fit import fit_laws
+from saescale.scaling.laws.over_metrics import fit_metrics, metrics_in, require_metric
 from saescale.scaling.laws.settings import DEFAULT_LAWS, FitSettings
-from saescale.scaling.sources import load_sources
+from saescale.scaling.sources import load_evals, load_sources
 from saescale.scaling.where import parse_condition
+from saescale.storage.columns import EVALS
 
 
 def fit(
@@ -15,16 +17,26 @@ def fit(
     laws: Sequence[str] = DEFAULT_LAWS,
     bootstraps: int = 1000,
     seed: int = 0,
+    metric: str | Sequence[str] = (),
     where: str | Sequence[str] = (),
 ) -> dict[str, Any]:
     """The document of fits.json for run directories, CSV or Parquet tables; several are put together.
 
-    `laws` are their names, `bootstraps` the fits behind each 95 % interval, `seed` that of the bootstrap, `where` the
-    cells that are fitted, such as "architecture=topk" or ("k>=16", "k<=64"). Cells of several architectures or sites
-    have laws of their own, whose entries say `of` what they are. Raises SaescaleError for what cannot be read, for an
-    unknown law, and for values that no law can take.
+    `laws` are their names, `bootstraps` the fits behind each 95 % interval, `seed` that of the bootstrap, `metric` what
+    evaluations measured and laws are fitted to besides nmse, such as "downstream_loss.kl", under `metrics` of the
+    document; `where` the cells that are fitted, such as "architecture=topk" or ("k>=16", "k<=64"). Cells of several
+    architectures or sites have laws of their own, whose entries say `of` what they are. Raises SaescaleError for what
+    cannot be read, for an unknown law or metric, and for values that no law can take.
     """
+    metrics = [metric] if isinstance(metric, str) else metric
     conditions = [parse_condition(text) for text in ([where] if isinstance(where, str) else where)]
     results, curves = load_sources(sources, where=conditions)
-    fitted = fit_laws(results, curves, FitSettings(bootstraps, seed=seed, laws=tuple(laws)))
-    return fitted.document() | side_by_side(fitted, curves).document()
+    settings = FitSettings(bootstraps, seed=seed, laws=tuple(laws))
+    evals = load_evals(sources) if metrics else EVALS.empty_table()
+    for name in metrics:  # before anything is fitted
+        require_metric(name, list(metrics_in(results, evals)), results.source)
+    fitted = fit_laws(results, curves, settings)
+    found = fitted.document() | side_by_side(fitted, curves).document()
+    return found | (
+        {"metrics": [m.document() for m in fit_metrics(fitted, evals, metrics, settings)]} if metrics else {}
+    )

@@ -10,6 +10,7 @@ import numpy as np
 from saescale.scaling.kinds import IDENTITY
 from saescale.scaling.tables import Table
 from saescale.scaling.words import listed
+from saescale.storage.columns import COLUMNS
 
 _TOLD = ("k", "levels")
 
@@ -38,6 +39,8 @@ def with_levels(cells: Table) -> Table:
     for name in ("k", "nmse", "l0"):
         if name in new:
             new[name] = np.array([float(level.get(name, np.nan)) for _, level in found.values()])
+    # What else was measured is of the cell's own k.
+    new |= {name: np.full(len(rows), np.nan) for name in new if name not in COLUMNS and new[name].dtype.kind == "f"}
     if "cell_id" in new:  # its curve is that of another k
         names = zip(new["cell_id"].tolist(), new["k"].tolist(), strict=True)
         new["cell_id"] = np.array([f"{name} at k = {k:g}" for name, k in names])

@@ -18,13 +18,14 @@ class Metric(NamedTuple):
     """What an evaluation declares of a metric of whole cells.
 
     `better`: in which direction. `bounded`: it is a share and lies in [0, 1]. `limit`: what it would be of an SAE that
-    loses nothing, where that is known: 1 of explained variance. Laws are of how far a metric is from there; of one
-    that falls that is 0 unless said otherwise, of a share its other end.
+    loses nothing, where that is known: 1 of explained variance, or the name of another metric of the evaluation, as
+    "ce_original" of the cross-entropy. Laws are of how far a metric is from there (laws/scales.py); of one that falls
+    that is 0 unless said otherwise, of a share its other end.
     """
 
     better: Literal["lower", "higher"]
     bounded: bool = False
-    limit: float | None = None
+    limit: float | str | None = None
 
 
 class Values(NamedTuple):

@@ -1,16 +1,23 @@
 """Where laws take their cells from: run directories, tables and W&B projects, one or several together."""
 
+import json
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
+import pyarrow as pa
 
 from saescale.scaling.kinds import TOLD_APART
+from saescale.scaling.reading import is_table
 from saescale.scaling.repeats import Loaded, once
 from saescale.scaling.tables import Table, check_cells, known, load_curves, load_results, number
 from saescale.scaling.where import Condition, select_where
+from saescale.storage.columns import EVALS
 from saescale.storage.errors import SaescaleError
+from saescale.storage.files import join
+from saescale.storage.rundir import METRICS, RunDirectory
 
 Reader = Callable[[str], Loaded]
 _PREFIX = "wandb:"
@@ -46,6 +53,27 @@ def load_sources(
     if len(loaded) > 1 and curves:
         return results, _stack(curves, "curves of " + ", ".join(sources))
     return results, curves[0] if curves else None
+
+
+def load_evals(sources: Sequence[str]) -> pa.Table:
+    """What was measured on the cells of the run directories among the sources, as one evals.parquet; no rows where
+    nothing was. A cell of a later source that `load_sources` names anew for its id is called so here too.
+    """
+    tables: list[pa.Table] = []
+    known: dict[str, Any] = {}
+    seen: set[str] = set()
+    for source in dict.fromkeys(sources):
+        if source.startswith(_PREFIX) or is_table(source):
+            continue
+        evals = RunDirectory(source).read_evals()
+        known |= json.loads((evals.schema.metadata or {}).get(METRICS, b"{}"))
+        ids = evals["cell_id"].to_pylist()
+        place = join(source, "results.parquet")
+        names = pa.array([f"{cell} of {place}" if cell in seen else cell for cell in ids], pa.string())
+        tables.append(evals.replace_schema_metadata().set_column(0, "cell_id", names))
+        seen |= set(ids)
+    table = pa.concat_tables(tables) if tables else EVALS.empty_table()
+    return table.replace_schema_metadata({METRICS: json.dumps(known).encode()} if known else None)
 
 
 def _load(source: str, wandb: Reader | None) -> Loaded:

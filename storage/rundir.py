@@ -292,9 +292,10 @@ class RunDirectory:
         new = pa.Table.from_pylist([row | {"cell_id": cell_id, "evaluation": evaluation} for row in rows], EVALS)
         known = json.loads((there.schema.metadata or {}).get(METRICS, b"{}"))
         known = {name: of for name, of in known.items() if name.partition(".")[0] != evaluation} | dict(metrics or {})
+        known = {name: known[name] for name in sorted(known, key=lambda name: name.partition(".")[0])}
         table = pa.concat_tables([there.filter(pc.invert(own)).replace_schema_metadata(), new])
         if known:
-            table = table.replace_schema_metadata({METRICS: json.dumps(known, sort_keys=True).encode()})
+            table = table.replace_schema_metadata({METRICS: json.dumps(known).encode()})
         self._write_table("evals.parquet", table)
 
     def read_evals(self) -> pa.Table:

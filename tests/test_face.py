@@ -87,6 +87,22 @@ def test_a_run_gives_its_tables_and_its_saes(run_and_store: tuple[str, str]) -> 
     assert torch.equal(same.encode(act), latents)
 
 
+def test_metrics_stand_beside_the_results_of_their_cells(run_and_store: tuple[str, str], tmp_path: Path) -> None:
+    directory = RunDirectory(str(tmp_path))
+    rows = saescale.open_run(run_and_store[0]).results.to_pylist()
+    directory.write_spec({"name": "face", "resolved": {}})
+    directory.write_results(rows)
+    kl = {"metric": "kl", "value": 0.5, "low": 0.4, "high": 0.6}
+    directory.write_evals(rows[1]["cell_id"], "downstream_loss", [kl, kl | {"at": "position 1", "value": 9.0}])
+    run = saescale.open_run(str(tmp_path))
+    table = run.metrics
+    assert table.column_names[-3:] == [f"downstream_loss.kl{end}" for end in ("", ".low", ".high")]
+    assert table.select(table.column_names[:-3]).equals(run.results)
+    assert [table[name].to_pylist() for name in table.column_names[-3:]] == [
+        [None, value, None] for value in (0.5, 0.4, 0.6)
+    ]
+
+
 @pytest.mark.parametrize(
     ("asked", "said"),
     [

@@ -10,11 +10,13 @@ import pytest
 import torch
 
 from saescale.scaling.laws.settings import FitSettings
+from saescale.scaling.metrics import document
 from saescale.scaling.report.report import analyse
 from saescale.scaling.tables import load_rows
 from saescale.storage.rundir import RunDirectory
 from saescale.storage.store import ActivationStore
 from saescale.trainers.cell import Cell, EvalSpec
+from saescale.trainers.evals import downstream_loss
 from saescale.trainers.training.train import PackJob, train_pack
 from tests import published
 from tests.benchmarks.readme_tables import tables
@@ -93,6 +95,9 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     run = RunDirectory(out)
     run.write_spec({"name": "pages", "store": url, "resolved": {}})
     run.write_results(done.results)
+    for row in done.results:  # as if a language model had been there
+        kl = {"metric": "kl", "value": 3 * row["nmse"] * row["k"] ** -0.1}
+        run.write_evals(row["cell_id"], "downstream_loss", [kl], document("downstream_loss", downstream_loss.metrics))
     analyse(run, FitSettings(bootstraps=0))
     best = min(done.results, key=lambda row: row["nmse"])["cell_id"]
     (folder / "runs/quickstart/cells/CELL").symlink_to(folder / "runs/quickstart/cells" / best)

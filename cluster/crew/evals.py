@@ -9,12 +9,12 @@ from saescale.trainers.architectures.own import own_files
 from saescale.trainers.evals.bench import Bench
 from saescale.trainers.evals.plan import plan_evaluations
 from saescale.trainers.evals.run import EvalDisplay, Evaluated, record
-from saescale.trainers.evals.wanted import Wanted, entries
+from saescale.trainers.evals.wanted import Entry, entries
 
 
 def evaluate_on_actors(
     url: str,
-    wanted: Sequence[str | Wanted],
+    wanted: Sequence[Entry],
     cells: Sequence[str],
     actors: int | str,
     address: str | None,

@@ -26,8 +26,14 @@ def fit(
     law_file: Annotated[
         list[str] | None, typer.Option(help="A Python file that defines `forms`, a law of your own; repeatable.")
     ] = None,
+    metric: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="The laws of what saescale eval measured, such as downstream_loss.kl, in place of nmse; repeatable."
+        ),
+    ] = None,
     predict: Annotated[
-        list[str] | None, typer.Option(help="Predict nmse there, such as n=65536,k=64; repeatable.")
+        list[str] | None, typer.Option(help="Predict nmse, or the metrics, there, such as n=65536,k=64; repeatable.")
     ] = None,
     out: Annotated[str | None, typer.Option(help="Folder for fits.json (default: only shown).")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="The document of fits.json alone on stdout.")] = False,
@@ -43,6 +49,8 @@ def fit(
     """Fits the scaling laws to a run or to a table of results, and predicts cells that were not trained.
 
     Example: [bold]saescale fit runs/quickstart --law n_k --predict n=16384,k=32[/]
+
+    Of a metric: [bold]saescale fit runs/quickstart --metric downstream_loss.kl[/]
     """
     from saescale.cluster.front.display import coefficient_table
     from saescale.scaling.comparison.compare import side_by_side
@@ -50,10 +58,12 @@ def fit(
     from saescale.scaling.laws.fit import fit_laws
     from saescale.scaling.laws.law import load_laws
     from saescale.scaling.laws.notes import fit_notes
-    from saescale.scaling.laws.predict import parse_point, predictions
+    from saescale.scaling.laws.over_metrics import fit_metrics, metrics_in, require_metric
+    from saescale.scaling.laws.predict import metric_predictions, parse_point, predictions
     from saescale.scaling.laws.settings import DEFAULT_LAWS, FitSettings
-    from saescale.scaling.sources import load_sources
+    from saescale.scaling.sources import load_evals, load_sources
     from saescale.scaling.where import parse_condition
+    from saescale.scaling.words import listed
     from saescale.storage.rundir import RunDirectory
     from saescale.storage.writable import require_writable
 
@@ -65,16 +75,26 @@ def fit(
     if out:
         require_writable(out)
     results, curves = load_sources(sources, _read_wandb, conditions)
+    evals = load_evals(sources) if metric else None
+    for name in metric or ():  # before anything is fitted
+        require_metric(name, list(metrics_in(results, evals)), results.source)
     fitted = fit_laws(results, curves, settings)
+    of_metrics = fit_metrics(fitted, evals, metric, settings) if metric else ()
     sides = side_by_side(fitted, curves)
     document = fitted.document() | sides.document()
     if points and fitted.fits:
         rows = [row for point in points for row in predictions(fitted.fits, point, fitted.results)]
         document["predictions"] = rows
+    if of_metrics:
+        document["metrics"] = [found.document() for found in of_metrics]
+    if of_metrics and points and any(found.fits for found in of_metrics):
+        document["predictions"] = [row for point in points for row in metric_predictions(of_metrics, point)]
     if out:
         RunDirectory(out).write_json("fits.json", document)
     if as_json:
         print(json.dumps(document))
+    elif of_metrics:
+        _show_metrics(document)
     else:
         if document["fits"]:
             console.print(coefficient_table(document))
@@ -86,7 +106,11 @@ def fit(
         _show_side_by_side(sides)
         limited = (note for found in sides.comparisons for note in limits(found))
         show_notes([*limited, *fit_notes(document), *_comparisons(document, (*asked, "n_k"))])
-    if not document["fits"] and not sides.comparisons:
+    if of_metrics and not any(found.fits for found in of_metrics):
+        named = listed(dict.fromkeys(found.name for found in of_metrics), ", ")
+        reasons = dict.fromkeys(entry.reason for found in of_metrics for entry in found.skipped)
+        raise SaescaleError(f"{fitted.results.source}: no law of {named} could be fitted: {next(iter(reasons))}")
+    if not of_metrics and not document["fits"] and not sides.comparisons:
         named = fitted.results.source
         reason = document["skipped"][0]["reason"].removeprefix(f"{named}: ")
         raise SaescaleError(f"{named}: no law could be fitted: {reason}")
@@ -131,6 +155,25 @@ def _read_wandb(path: str) -> Any:
     from saescale.cluster.front.wandb_source import read_project
 
     return read_project(path)
+
+
+def _show_metrics(document: dict[str, Any]) -> None:
+    """The laws of each metric, with what must be said of them."""
+    from saescale.cluster.front.display import coefficient_table
+    from saescale.scaling.laws.notes import fit_notes, metric_document
+
+    names = list(dict.fromkeys(entry["metric"] for entry in document["metrics"]))
+    notes = []
+    for name in names:
+        own = metric_document(document["metrics"], name)
+        say(f"{name}, {own['better']} is better; laws are of {own['fitted']}\n")
+        if own["fits"]:
+            console.print(coefficient_table(own))
+        notes += [f"{name}: {note}" if len(names) > 1 else note for note in fit_notes(own)]
+        notes += _comparisons(own, ("n_k",))
+    if "predictions" in document:
+        _show_predictions(document["predictions"])
+    show_notes(notes)
 
 
 def _show_side_by_side(sides: "SideBySide") -> None:

@@ -3,12 +3,16 @@
 import json
 import os
 import shlex
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from saescale.cluster.front.console import ArchitectureFile, Json, command, console, say, table, use_architectures
 from saescale.storage.errors import SaescaleError
+
+if TYPE_CHECKING:
+    from saescale.cluster.sweep.proposal import Proposal
+    from saescale.cluster.sweep.reach import ReachPlan
 
 _MOST = 1e18  # tokens, hours, FLOP/s
 
@@ -37,14 +41,26 @@ def plan(
     seeds: Annotated[int, typer.Option(help="At most so many new cells of one n and k.", min=1)] = 3,
     noise: Annotated[float | None, typer.Option(help="Scatter of ln nmse between cells, if you know it.")] = None,
     flops_per_s: Annotated[float | None, typer.Option(help="Sparse training FLOP/s that the device sustains.")] = None,
+    metric: Annotated[
+        str | None, typer.Option(help="Plan the least compute for a value of this metric, as downstream_loss.ce.")
+    ] = None,
+    within: Annotated[
+        str | None, typer.Option(help="With --metric: how near to what a lossless SAE would have, as 1%.")
+    ] = None,
+    reach: Annotated[float | None, typer.Option(help="With --metric: the value to reach.")] = None,
     architecture_file: ArchitectureFile = None,
     as_json: Json = False,
 ) -> None:
     """Proposes the cells (n, k, tokens, seeds) that narrow an interval the most within a budget.
 
     Example: [bold]saescale plan runs/quickstart --budget 1h --gpu cpu --write more.yaml[/]
+
+    With --metric: which (n, k) is good enough for the least training compute, whatever the budget.
+
+    Example: [bold]saescale plan runs/quickstart --metric downstream_loss.ce --within 1% --gpu cpu[/]
     """
     from saescale.cluster.sweep.propose import Request, make_proposal, sweep_of, write_proposal
+    from saescale.cluster.sweep.reach import make_reach
     from saescale.cluster.sweep.spec import NO_STORE
     from saescale.scaling.laws.predict import parse_point
     from saescale.scaling.planning.devices import find_device
@@ -60,16 +76,24 @@ def plan(
         at=parse_point(at) if at else {}, d_model=d_model, tokens=tokens, n_range=(n_min, n_max), ks=tuple(k or ()),
         noise=noise, seeds=seeds,
     )  # fmt: skip
+    if (within is not None or reach is not None) and metric is None:
+        raise SaescaleError("--within and --reach are of a metric: name it with --metric, such as downstream_loss.ce")
+    if within is not None and reach is not None:
+        raise SaescaleError("--within and --reach say two things to reach: give one of them")
     if write:
         require_writable(os.path.dirname(write) or ".")
-    made = make_proposal(request)
+    made: Proposal | ReachPlan
+    if metric is None:
+        made = make_proposal(request)
+    else:
+        made = make_reach(request, metric, None if within is None else _share(within), reach)
     document = made.document()
     if write:
         write_proposal(made, write)
     if as_json:
         print(json.dumps(document))
         return
-    _show(document)
+    _show(document) if metric is None else _show_reach(document)
     # Cells of a run are added to its sweep: by themselves they would be another sweep in the same directory.
     run = source if source and sweep_of(source) else None
     file = write or "plan.yaml"
@@ -80,6 +104,17 @@ def plan(
         say(f"Next: {next_}{edit}")
     else:
         say(f"Next: the same with --write {shlex.quote(file)}, then {next_}{edit}")
+
+
+def _share(text: str) -> float:
+    """`1%` or `0.01` as 0.01. Raises SaescaleError."""
+    try:
+        found = float(text.removesuffix("%")) / (100 if text.endswith("%") else 1)
+    except ValueError:
+        found = 0.0
+    if not 0 < found < 1:
+        raise SaescaleError(f"--within {text} is no share; write such as 1% or 0.01")
+    return found
 
 
 def _hours(text: str) -> float:
@@ -94,6 +129,27 @@ def _hours(text: str) -> float:
                 return found
             break
     raise SaescaleError(f"--budget {text} is no time; write such as 200h, 90min or 2d")
+
+
+def _show_reach(document: dict[str, Any]) -> None:
+    """What reaches the target at each k, and which of it takes the least compute."""
+    say(f"To have {document['reach']}, by {document['prior']['from']}")
+    shown = table("k", "n", "there", "a new cell, 95 %", "tokens", "FLOPs (sparse)", "hours", "n for 97.5 %", "FLOPs")
+    for way in document["ways"]:
+        if way["n_latents"] is None:
+            shown.add_row(str(way["k"]), "none", *[""] * 7)
+            continue
+        ends = "" if way["low"] is None else f"{way['low']:.4g} to {way['high']:.4g}"
+        sure = ("none", "") if way["sure"] is None else (f"{way['sure']:,}", f"{way['sure_flops']:.3g}")
+        numbers = (f"{way['tokens']:,}", f"{way['flops']:.3g}", f"{way['hours']:.3g}")
+        shown.add_row(str(way["k"]), f"{way['n_latents']:,}", f"{way['value']:.4g}", ends, *numbers, *sure)
+    console.print(shown)
+    best, surest = document["best"], document["surest"]
+    far = f"; n is {best['beyond']:.3g} times the largest that was fitted" if best["beyond"] > 1 else ""
+    say(f"Least compute by the law: n = {best['n_latents']:,}, k = {best['k']}, {best['flops']:.3g} FLOPs{far}")
+    if surest:
+        text = f"n = {surest['sure']:,}, k = {surest['k']}, {surest['sure_flops']:.3g} FLOPs"
+        say(f"So that a new cell reaches it in 97.5 % of cases: {text}")
 
 
 def _show(document: dict[str, Any]) -> None:

@@ -145,11 +145,13 @@ def _analyse(
         provenance, results = provenance_of(run, ledger.document), run.read_results()
         with waiting("W&B to take the summary"):
             colours = colours_of(fits)
-            done = log_summary(spec.wandb, spec.name, provenance, fits, results, figures, folder, colours)
+            done = log_summary(
+                spec.wandb, spec.name, provenance, fits, results, figures, folder, colours, run.read_evals()
+            )
         read = f"W&B: {done.url}" if done.url else how_to_read(done.mode, folder, spec.wandb, spec.name)
         if not done.whole:
             read += "; the summary was not sent whole, run the sweep again to send it"
-        logged = {"made_from": fits["made_from"], "mode": done.mode, "whole": done.whole, "read": read}
+        logged = {"made_from": _made_from(fits), "mode": done.mode, "whole": done.whole, "read": read}
         # Last, so that an interrupted summary is logged again.
         run.write_json(WANDB, logged)
     return fits, logged["read"]
@@ -166,13 +168,19 @@ def _drawn(run: RunDirectory) -> dict[str, bytes]:
     return found
 
 
+def _made_from(fits: dict[str, Any]) -> dict[str, Any]:
+    """What a summary is of: the laws' cells and settings, and the evaluations where there are any."""
+    evaluated = {"evaluations": fits["evaluations"]} if "evaluations" in fits else {}
+    return {**fits["made_from"], **evaluated}
+
+
 def _is_logged(logged: dict[str, Any] | None, fits: dict[str, Any], mode: str) -> TypeGuard[dict[str, Any]]:
     """Whether what WANDB says of an earlier summary leaves nothing to do: it is of these fits and whole, and on the
     server where there is one now."""
     return (
         logged is not None
         and isinstance(logged.get("read"), str)
-        and logged.get("made_from") == fits["made_from"]
+        and logged.get("made_from") == _made_from(fits)
         and logged.get("whole") is True
         and (mode != "online" or logged.get("mode") == "online")
     )

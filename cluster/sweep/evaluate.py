@@ -2,6 +2,7 @@
 
 import os
 import warnings
+from collections.abc import Iterable
 
 from saescale.cluster.sweep.spec import SweepSpec
 from saescale.cluster.sweep.watcher import SweepDisplay
@@ -24,7 +25,9 @@ def evaluate(spec: SweepSpec, run: RunDirectory, address: str | None, display: S
     What cannot be measured is a warning, and does not end the sweep: `saescale eval` says it again. Raises Superseded
     where another driver than the owner of `run` has it.
     """
-    if not missing_evaluations(spec, run).missing:
+    plan = missing_evaluations(spec, run)
+    if not plan.missing:
+        _tell(plan.none)
         return
     display.stage(f"evaluating: {', '.join(entry.evaluation for entry in spec.eval.evaluations)}")
     try:
@@ -33,8 +36,12 @@ def evaluate(spec: SweepSpec, run: RunDirectory, address: str | None, display: S
         raise
     except SaescaleError as error:
         why = (f"the evaluations were not measured: {error}",)
-    for line in why:
-        warnings.warn(line, SaescaleWarning, stacklevel=2)
+    _tell(why)
+
+
+def _tell(lines: Iterable[str]) -> None:
+    for line in lines:
+        warnings.warn(line, SaescaleWarning, stacklevel=3)
 
 
 def _measure(spec: SweepSpec, run: RunDirectory, address: str | None, display: SweepDisplay) -> tuple[str, ...]:

@@ -3,7 +3,7 @@
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence, Set
 from itertools import count, islice
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple, Protocol, cast
 
 import numpy as np
 
@@ -51,8 +51,8 @@ def make_proposal(request: Request) -> Proposal:
         raise SaescaleError(f"unknown target {request.target}; there are {', '.join(TARGETS)}")
     if request.noise is not None and not 0 < request.noise < np.inf:
         raise SaescaleError(f"--noise {request.noise:g} is no scatter; give a number above 0, such as {_NOISE}")
-    prior, base, d_model = _prior(request)
-    sizes, ks = _levels(request, prior.cells, d_model)
+    prior, base, d_model = prior_of(request)
+    sizes, ks = levels_of(request, prior.cells, d_model)
     cells = _candidates(request, prior, base, d_model, sizes, ks)
     goal = wanted(cast(Target, request.target), N_K, prior.raw, [k for k in ks if k in cells.k], request.at)
     design = propose(cells, goal, request.hours, prior.cells, request.seeds)
@@ -64,7 +64,7 @@ def make_proposal(request: Request) -> Proposal:
     return Proposal(request, prior, spec, rows, goal, design, before, rectangle, packs)
 
 
-def _prior(request: Request) -> tuple[Prior, dict[str, Any], int]:
+def prior_of(request: Request) -> tuple[Prior, dict[str, Any], int]:
     """(what is known, the sweep to add to as a mapping without grid, d_model)."""
     none = {"n_latents": np.empty(0), "k": np.empty(0)}
     base: dict[str, Any] = {
@@ -171,7 +171,7 @@ def _plausible(fit: Fit) -> np.ndarray:
     return fit.draws[(slopes < 0).all(axis=0)][:_DRAWS]
 
 
-def _levels(request: Request, cells: Mapping[str, np.ndarray], d_model: int) -> tuple[np.ndarray, list[float]]:
+def levels_of(request: Request, cells: Mapping[str, np.ndarray], d_model: int) -> tuple[np.ndarray, list[float]]:
     """The n and k that cells may have; n doubles from --n-min, the smallest n that is there, or _SMALLEST."""
     there = bool(len(cells["k"]))
     low = request.n_range[0] or (int(cells["n_latents"].min()) if there else _SMALLEST)
@@ -192,8 +192,8 @@ def _candidates(
     if not len(n):
         raise SaescaleError(f"no cell to add has k <= n: k is {min(ks):g} or more, n at most {sizes.max():g}")
     _require_enough(request, n, k, prior.cells)
-    spec = parse_spec(base | {"grid": {"cells": _grid(n, k, [[0]] * len(n), prior)}}, "the plan")
-    possible, needs = _cells(spec, d_model), _needs(spec, request.device)
+    spec = parse_spec(base | {"grid": {"cells": grid_of(n, k, [[0]] * len(n), prior)}}, "the plan")
+    possible, needs = cells_of(spec, d_model), _needs(spec, request.device)
     # All cells of a sweep are trained over all its stores.
     hours = len(spec.stores) * np.array([prior.device.hours(cell.flops(cell.tokens).sparse) for cell in possible])
     memory = np.array([needs([cell]) for cell in possible])
@@ -249,9 +249,9 @@ def _proposed(
     chosen = np.flatnonzero(design.counts)
     own = [prior.seeds.get((int(cells.n_latents[i]), int(cells.k[i])), frozenset()) for i in chosen]
     seeds = [_unused(taken, int(design.counts[i])) for taken, i in zip(own, chosen, strict=True)]
-    grid = _grid(cells.n_latents[chosen], cells.k[chosen], seeds, prior)
+    grid = grid_of(cells.n_latents[chosen], cells.k[chosen], seeds, prior)
     spec = parse_spec(base | {"grid": {"cells": grid}}, "the plan")
-    sparse = {(c.n_latents, c.k): (c.tokens, float(c.flops(c.tokens).sparse)) for c in _cells(spec, d_model)}
+    sparse = {(c.n_latents, c.k): (c.tokens, float(c.flops(c.tokens).sparse)) for c in cells_of(spec, d_model)}
     rows = []
     for cell in grid:
         tokens, flops = sparse[cell["n_latents"], cell["k"]]
@@ -260,7 +260,7 @@ def _proposed(
     return tuple(rows), grid
 
 
-def _grid(n: np.ndarray, k: np.ndarray, seeds: Sequence[list[int]], prior: Prior) -> list[dict[str, Any]]:
+def grid_of(n: np.ndarray, k: np.ndarray, seeds: Sequence[list[int]], prior: Prior) -> list[dict[str, Any]]:
     cells = zip(n.tolist(), k.tolist(), seeds, strict=True)
     return [{"n_latents": int(a), "k": int(b), "seed": own, **prior.cell} for a, b, own in cells]
 
@@ -272,7 +272,7 @@ class _StoreToCome(NamedTuple):
     d_model: int
 
 
-def _cells(spec: SweepSpec, d_model: int) -> list[Any]:
+def cells_of(spec: SweepSpec, d_model: int) -> list[Any]:
     return spec.cells(_StoreToCome("planned", d_model), "bf16")
 
 
@@ -288,10 +288,14 @@ def _needs(spec: SweepSpec, device: Device) -> Callable[[Sequence[Any]], float]:
 def _packs(spec: SweepSpec, d_model: int, device: Device) -> tuple[tuple[tuple[int, int, int], ...], ...]:
     from saescale.cluster.sweep.packing import pack_cells
 
-    packs = pack_cells(_cells(spec, d_model), {}, 1, device.memory, _needs(spec, device))
+    packs = pack_cells(cells_of(spec, d_model), {}, 1, device.memory, _needs(spec, device))
     return tuple(tuple((c.n_latents, c.k, c.seed) for c in pack) for pack in packs)
 
 
-def write_proposal(proposal: Proposal, url: str) -> None:
-    """Writes the sweep file. Raises SaescaleError when it cannot be written."""
+class _Planned(Protocol):
+    def yaml(self) -> str: ...
+
+
+def write_proposal(proposal: _Planned, url: str) -> None:
+    """Writes the sweep file of a plan. Raises SaescaleError when it cannot be written."""
     files.write_atomic(url, proposal.yaml().encode())

@@ -26,10 +26,12 @@ from saescale.scaling.figures.views_compare import views_of_comparison
 from saescale.scaling.figures.views_density import energy_by_frequency
 from saescale.scaling.figures.views_depth import views_of_depth
 from saescale.scaling.figures.views_laws import compute_optimal, exponents, holdout, isoflop, nmse_against_compute
+from saescale.scaling.figures.views_metrics import leading, metric_against_n, metric_against_nmse
 from saescale.scaling.figures.views_profile import profile, tradeoff
 from saescale.scaling.kinds import Kind, kind_label
 from saescale.scaling.laws.estimate import Fit
 from saescale.scaling.laws.fit import Laws, LawsOfKinds
+from saescale.scaling.laws.over_metrics import MetricLaws
 from saescale.scaling.tables import Table
 from saescale.storage.files import join, list_names, remove, write_atomic
 
@@ -38,7 +40,8 @@ from saescale.storage.files import join, list_names, remove, write_atomic
 NAMES = (
     "nmse_against_n", "nmse_against_compute", "exponents", "holdout", "residuals", "profile", "tradeoff", "isoflop",
     "compute_optimal", "dead_fraction", "dead_over_training", "order", "frontier", "by_n", "by_compute",
-    "compute_ratio", "dead_by_architecture", "hierarchy", "depth_exponent", "depth_floor", "energy_by_frequency",
+    "compute_ratio", "dead_by_architecture", "hierarchy", "depth_exponent", "depth_floor",
+    "metric_against_n", "metric_against_nmse", "energy_by_frequency",
 )  # fmt: skip
 MOST_KINDS, MOST_COMPARISONS = 16, 4
 _KINDS = ("png", "pdf", "svg", "json")
@@ -57,19 +60,25 @@ class Figure(NamedTuple):
 
 
 class Part(NamedTuple):
-    """Figures that belong together: of one comparison of architectures, of depth, or of one kind of cells."""
+    """Figures that belong together: of one comparison of architectures, of depth, of metrics of evaluations, or of one
+    kind of cells."""
 
-    what: Literal["comparison", "depth", "kind"]
+    what: Literal["comparison", "depth", "metrics", "kind"]
     of: Kind
     views: Sequence[View]
 
 
 def parts_of(
-    fitted: LawsOfKinds, sides: SideBySide, curves: Table | None = None, evals: pa.Table | None = None
+    fitted: LawsOfKinds,
+    sides: SideBySide,
+    curves: Table | None = None,
+    metrics: Sequence[MetricLaws] = (),
+    evals: pa.Table | None = None,
 ) -> list[Part]:
     """Every figure for which there are data, in the order in which they are read: first what compares kinds of cells,
     then each kind. Where there are several, each has those of its cells and laws, up to sixteen kinds; what one kind
-    has besides is drawn where it is fitted alone."""
+    has besides is drawn where it is fitted alone. Of `metrics` the leading ones have figures: L(N, k) of a metric
+    stands beside that of nmse."""
     found = [
         Part(
             "comparison",
@@ -80,8 +89,18 @@ def parts_of(
     ]
     if depth := views_of_depth(sides.depth):
         found.append(Part("depth", {}, depth))
+    shown = leading(metrics)
+    over_n, over_nmse = ([draw(laws) for laws in shown] for draw in (metric_against_n, metric_against_nmse))
     if len(fitted.kinds) == 1:
-        return _apart([*found, Part("kind", {}, views_of(fitted.largest, curves, evals))])
+        first, *rest = views_of(fitted.largest, curves, evals)
+        found.append(Part("kind", {}, [first, *over_n, *rest]))
+        if metrics:
+            found.append(Part("metrics", {}, over_nmse))
+        return _apart(found)
+    if metrics:
+        of_first = [laws.name == shown[0].name for laws in shown]
+        pairs = [pair for *pair, own in zip(over_n, over_nmse, of_first, strict=True) if own]
+        found.append(Part("metrics", {}, [view for pair in pairs[:MOST_KINDS] for view in pair]))
     told = [laws for laws in fitted.kinds if laws.fits or (len(laws.results) and not found)]
     for laws in told[:MOST_KINDS]:
         label = kind_label(laws.of)

@@ -112,10 +112,11 @@ def _labels(view: View) -> list[Spec]:
     height = _HEIGHT - _MARGIN["t"] - _MARGIN["b"]
     places = spread([view.y.fraction(label.y) for label in labels], gap=18 / height)
     traces = []
+    edge = view.x.value(1 - 1e-9)  # what lies beyond the end of an axis by rounding alone Plotly does not draw
     for label, place in zip(labels, places, strict=True):
         # A name with its mark, since no line leads from a label to what it names.
         before = f"{glyph(label.level)} " if isinstance(label.level, str) else ""
-        trace = _text(label, view.x.high, view.y.value(place), "middle right", view, before)
+        trace = _text(label, edge, view.y.value(place), "middle right", view, before)
         if view.ramp != "compute" and label.level is not None:
             trace |= _of_level(label.level)
         traces.append(trace)

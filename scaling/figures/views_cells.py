@@ -8,7 +8,6 @@ from saescale.scaling.figures.axes import count_axis, linear_axis, log_axis
 from saescale.scaling.figures.views import Band, Label, Layer, Line, Points, Rule, View, how_thinned, thinned
 from saescale.scaling.laws.estimate import Fit
 from saescale.scaling.laws.fit import Laws
-from saescale.scaling.laws.forms.n import N_FLOOR
 from saescale.scaling.laws.forms.n_k import N_K
 from saescale.scaling.levels import measured_k
 from saescale.scaling.tables import Table, number
@@ -17,11 +16,14 @@ from saescale.storage.columns import COLUMNS
 N_LABEL, NMSE_LABEL, DEAD_LABEL = (COLUMNS[name].title for name in ("n_latents", "nmse", "dead_fraction"))
 _BAND = 1.5
 _SYMBOLS = {"beta_k": "β_k", "beta_n": "β_n", "alpha": "α", "gamma": "γ", "zeta": "ζ", "eta": "η"}
-_N_K_FORMULA = "nmse = exp(α + β_k ln k + β_n ln n + γ ln k ln n) + exp(ζ + η ln k)"
+_N_K_FORMULA = "exp(α + β_k ln k + β_n ln n + γ ln k ln n) + exp(ζ + η ln k)"
 
 
-def nmse_against_n(laws: Laws) -> View:
-    """Every cell's held-out nmse, one colour per k, with L(N, k) or, without it, L(N) at each k."""
+def nmse_against_n(laws: Laws, what: str = "nmse", label: str = NMSE_LABEL) -> View:
+    """Every cell's held-out nmse, one colour per k, with L(N, k) or, without it, L(N) at each k.
+
+    `what`: what laws call the column nmse where it holds another quantity, and `label` what its axis does.
+    """
     results, joint, at_k = laws.results, joint_fit(laws), one_form(laws, "n")
     layers: list[Layer] = []
     shown = [results["nmse"]]
@@ -29,7 +31,7 @@ def nmse_against_n(laws: Laws) -> View:
     for k in ks_of(laws):
         own = results["k"] == k
         fit = joint or at_k.get(k)
-        label = f"k = {k:g}"
+        name = f"k = {k:g}"
         if fit is not None:
             columns = {"n_latents": n, "k": np.full_like(n, k)}
             line = fit.predict({c: columns[c] for c in fit.law.columns})
@@ -38,21 +40,21 @@ def nmse_against_n(laws: Laws) -> View:
                 shown += [line.low, line.high]
             layers.append(Line(n, line.value, k, "law", f"law at k = {k:g}"))
             if fit is not joint:
-                label += f" (a = {fit.law.to_reported(fit.raw)[1]:.3f})"
+                name += f" (a = {fit.law.to_reported(fit.raw)[1]:.3f})"
         else:
             order = np.argsort(results["n_latents"][own])
             layers.append(Line(results["n_latents"][own][order], results["nmse"][own][order], k, "through"))
-        layers.append(Points(results["n_latents"][own], results["nmse"][own], k, cell_texts(results, own)))
+        layers.append(Points(results["n_latents"][own], results["nmse"][own], k, cell_texts(results, own, what)))
         last = int(np.argmax(np.where(own, results["n_latents"], -1)))
-        layers.append(Label(float(results["n_latents"][last]), float(results["nmse"][last]), label, k))
+        layers.append(Label(float(results["n_latents"][last]), float(results["nmse"][last]), name, k))
     # Bands may be as wide as they like, but must not squeeze the cells together.
     least, most = results["nmse"].min() / _BAND, results["nmse"].max() * _BAND
     if joint:
-        formula = (_N_K_FORMULA, *_coefficients(joint))
+        formula = (f"{what} = {_N_K_FORMULA}", *_coefficients(joint))
         key = "Points: cells. Lines: the law L(N, k), fitted to all of them at once. Shaded: its 95 % interval."
     elif at_k:
-        floor = " + E" if N_FLOOR in [fit.law for fit in at_k.values()] else ""
-        formula = (f"nmse = A n^−a{floor} at each k",)
+        floor = " + E" if any(fit.law.has_floor for fit in at_k.values()) else ""
+        formula = (f"{what} = A n^−a{floor} at each k",)
         key = "Points: cells. Lines: the law L(N) at each k. Shaded: its 95 % interval."
     else:
         formula = ("No law fitted (the report says why)",)
@@ -61,7 +63,7 @@ def nmse_against_n(laws: Laws) -> View:
         "nmse_against_n", "nmse against the number of latents",
         "Held-out nmse of every cell against the number of latents N, with the fitted law.", key,
         count_axis(N_LABEL, results["n_latents"]),
-        log_axis(NMSE_LABEL, np.clip(np.concatenate(shown), least, most)),
+        log_axis(label, np.clip(np.concatenate(shown), least, most)),
         tuple(ks_of(laws)), tuple(layers), formula,
     )  # fmt: skip
 
@@ -177,7 +179,7 @@ def nearest_k(ks: Sequence[float], value: float) -> float:
 
 def joint_fit(laws: Laws) -> Fit | None:
     """The fit of L(N, k)."""
-    return next((fit for fit in laws.fits if fit.law is N_K), None)
+    return next((fit for fit in laws.fits if fit.law.name == N_K.name), None)
 
 
 def one_form(laws: Laws, name: str) -> dict[float, Fit]:
@@ -192,11 +194,14 @@ def one_form(laws: Laws, name: str) -> dict[float, Fit]:
     return min(complete, key=_held_out_error) if complete else {}
 
 
-def cell_texts(results: Table, own: np.ndarray) -> list[str]:
+def cell_texts(results: Table, own: np.ndarray, what: str = "nmse") -> list[str]:
     """What a reader sees on pointing at a cell; lines apart by <br>."""
     texts = []
     for row in np.flatnonzero(own):
-        lines = [f"N = {results['n_latents'][row]:,.0f}, k = {results['k'][row]:g}", f"nmse {results['nmse'][row]:.4f}"]
+        lines = [
+            f"N = {results['n_latents'][row]:,.0f}, k = {results['k'][row]:g}",
+            f"{what} {results['nmse'][row]:.4f}",
+        ]
         if "dead_fraction" in results:
             lines.append(f"dead {results['dead_fraction'][row]:.2%}")
         if "tokens" in results:

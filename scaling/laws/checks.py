@@ -61,9 +61,9 @@ def data_warnings(
                     f"{len(rows)} cells {what}, by more than {_MISSED:.0%} ({cells}): {so}, and at equal k they are "
                     "not compared at equal sparsity"
                 )
-    if rises := [step for cells in kinds if "n_latents" in cells for step in _rises(cells)]:
+    if steps := [step for cells in kinds if "n_latents" in cells for step in rises(cells)]:
         warnings.append(
-            f"nmse does not fall with N in these steps: {listed(rises)}; those cells are undertrained or too noisy for "
+            f"nmse does not fall with N in these steps: {listed(steps)}; those cells are undertrained or too noisy for "
             "a law"
         )
     warnings += said_of_kinds(kinds, lambda cells: _mixed_tokens(cells, laws))
@@ -130,7 +130,7 @@ def fit_warnings(fit: Fit) -> list[str]:
             "the cells hardly tell the exponents apart (condition number "
             f"{fit.conditioning.projected:.2g}): add values of {', '.join(SYMBOLS.get(c, c) for c in law.columns)}"
         )
-    if law.columns == ("n_latents",) and law.target == "nmse":
+    if law.columns == ("n_latents",) and law.over == "cells":
         low, high = fit.exponent("n_latents", {})["low"], fit.exponent("n_latents", {})["high"]
         if low is None or high is None or low <= 0 <= high:
             warnings.append("the exponent of n cannot be told from 0")
@@ -199,7 +199,7 @@ def _floor_warnings(fit: Fit) -> list[str]:
     if low < np.log(_SMALL_FLOOR):
         warnings.append(
             "the data do not determine the irreducible term: at their centre its interval reaches down to less than "
-            f"{_SMALL_FLOOR:.0%} of nmse"
+            f"{_SMALL_FLOOR:.0%} of {law.target}"
         )
     column = law.columns[0]
     exponent = law.exponent_of(fit.draws, column, centre)
@@ -250,7 +250,7 @@ def _uneven_scatter(fit: Fit) -> list[str]:
     return found
 
 
-def _rises(results: Table) -> list[str]:
+def rises(results: Table) -> list[str]:
     """The steps of N at which nmse, averaged over cells of one size, does not fall, such as "k = 8, N = 512 to 1024".
 
     Not where tokens differ otherwise than by growing with N, which is what L(N, D) is for.

@@ -50,6 +50,21 @@ def of_kind(document: Entry, of: Kind) -> dict[str, Any]:
     return found
 
 
+def metric_document(metrics: Sequence[Entry], name: str) -> dict[str, Any]:
+    """One metric of the `metrics` of a fits.json, all kinds of cells together, as a document of its own."""
+    own = [entry for entry in metrics if entry["metric"] == name]
+    kinds = {
+        text: [kind_label(e.get("of", {})) for e in own if text in e["warnings"]] for e in own for text in e["warnings"]
+    }
+    said = [text if len(labels) == len(own) else f"{listed(labels, ', ')}: {text}" for text, labels in kinds.items()]
+    return {
+        **{key: own[0][key] for key in ("metric", "better", "fitted")},
+        "fits": [fit for entry in own for fit in entry["fits"]],
+        "skipped": [fit for entry in own for fit in entry["skipped"]],
+        "warnings": said,
+    }
+
+
 def fit_notes(document: Entry) -> list[str]:
     """What must be said beside the coefficients of a fits.json document: laws that were not fitted, warnings about the
     cells, about each fit and about best rates.

@@ -90,7 +90,8 @@ def _with_wrong_cells(fit: Fit, cells: Table) -> tuple[Fit, list[int]]:
     led = leading_cells(problem, np.linalg.solve(to_raw, fit.raw), log_nmse).tolist()
     expected = fit.law.log_value(fit.raw, fit.columns)
     far = [row for row in far_cells(log_nmse - expected, len(fit.raw)).tolist() if row not in led]
-    names = [f"{size_of(cells, row)}, nmse {value:.4g}" for row, value in enumerate(fit.nmse)]
+    what = fit.law.target
+    names = [f"{size_of(cells, row)}, {what} {value:.4g}" for row, value in enumerate(fit.nmse)]
     said = []
     if led:
         cases = listed(names[row] for row in led)

@@ -8,6 +8,8 @@ import pyarrow as pa
 
 from saescale.scaling.laws.estimate import Fit
 from saescale.scaling.laws.law import SYMBOLS, find_law, forms_of, law_names
+from saescale.scaling.laws.over_metrics import MetricLaws
+from saescale.scaling.laws.scales import Scale
 from saescale.scaling.tables import Table, number
 from saescale.scaling.words import listed
 from saescale.storage.columns import COLUMNS
@@ -49,7 +51,8 @@ def parse_point(text: str) -> dict[str, float]:
 
 
 def predict(entry: Mapping[str, Any], **columns: float | np.ndarray) -> np.ndarray:
-    """nmse by one entry of fits.json's "fits" at n_latents=..., k=..., flops=... or tokens=... ([points]).
+    """nmse by one entry of fits.json's "fits" at n_latents=..., k=..., flops=... or tokens=... ([points]); a metric by
+    one of the "fits" of its "metrics".
 
     `flops` are sparse training FLOPs and `tokens` training tokens of the whole training, as in
     results.parquet. Raises SaescaleError when a column that the law needs is missing or not positive.
@@ -65,7 +68,8 @@ def predict(entry: Mapping[str, Any], **columns: float | np.ndarray) -> np.ndarr
         if not (points[column] > 0).all():
             raise SaescaleError(f"law {law.name}: {column} must be positive")
     points = dict(zip(points, np.broadcast_arrays(*points.values()), strict=True))
-    return law.value({name: c["value"] for name, c in entry["coefficients"].items()}, points)
+    found = law.value({name: c["value"] for name, c in entry["coefficients"].items()}, points)
+    return Scale(**entry["scale"]).value(found) if "scale" in entry else found
 
 
 def predictions(fits: Sequence[Fit], point: Mapping[str, float], cells: Table) -> list[dict[str, Any]]:
@@ -101,6 +105,20 @@ def predictions(fits: Sequence[Fit], point: Mapping[str, float], cells: Table) -
         over = [law for law in law_names() if set(forms_of(law)[0].columns) | {"k"} == set(point) | {"k"}]
         advice = f"; ask for --law {over[0]}" if over and over[0] not in {fit.law.name for fit in fits} else ""
         raise SaescaleError(f"no fitted law applies at {asked}; there are {there}{advice}")
+    return found
+
+
+def metric_predictions(metrics: Sequence[MetricLaws], point: Mapping[str, float]) -> list[dict[str, Any]]:
+    """The same of laws of metrics, in values of the metric. Raises SaescaleError where no law applies."""
+    found = []
+    for laws in metrics:
+        for row in predictions(laws.fits, point, laws.cells) if laws.fits else ():
+            ends = {}
+            for low, high in (("low", "high"), ("law_low", "law_high")):
+                if row[low] is not None and row[high] is not None:
+                    pair = laws.scale.interval(np.array(row[low]), np.array(row[high]))
+                    ends |= dict(zip((low, high), map(float, pair), strict=True))
+            found.append(row | {"predicts": laws.name, "value": float(laws.scale.value(np.array(row["value"])))} | ends)
     return found
 
 

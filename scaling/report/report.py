@@ -3,6 +3,7 @@
 import base64
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import cache
 from importlib.resources import files
 from typing import Any, Literal, NamedTuple
@@ -13,17 +14,22 @@ import xxhash
 from markupsafe import Markup
 
 from saescale.scaling.comparison.compare import SideBySide, side_by_side
+from saescale.scaling.comparison.disagree import find_disagreements
 from saescale.scaling.comparison.sentences import limits
 from saescale.scaling.figures.figures import MOST_KINDS, Figure, Part, draw_figures, parts_of
 from saescale.scaling.figures.interactive import theme
 from saescale.scaling.figures.palette import colour
+from saescale.scaling.figures.views_metrics import leading
 from saescale.scaling.kinds import kind_label
 from saescale.scaling.laws.fit import FORMAT, describe_input, fit_laws
 from saescale.scaling.laws.notes import fit_notes, kinds_of_document
+from saescale.scaling.laws.over_metrics import DEFAULT, distinct_metrics, fit_metrics, nmse_scatter
 from saescale.scaling.laws.settings import FitSettings
+from saescale.scaling.metrics import declared
 from saescale.scaling.order import in_order
 from saescale.scaling.report import text
 from saescale.scaling.report.evaluations import evaluation_tables
+from saescale.scaling.report.metrics import metric_notes, metric_sentences, metric_tables
 from saescale.scaling.report.side_by_side import comparison_tables, depth_table, heading, said, summary
 from saescale.scaling.tables import Table, load_curves, load_results
 from saescale.storage.errors import SaescaleError
@@ -50,10 +56,13 @@ class Analysis(NamedTuple):
 
 
 class Drawn(NamedTuple):
-    """The figures of a run: which belong together, and what was drawn of them."""
+    """The figures of a run: which belong together, and what was drawn of them; and what is said of its metrics."""
 
     parts: tuple[Part, ...]
     figures: tuple[Figure, ...]
+    said_of_metrics: Sequence[str] = ()
+    tables_of_metrics: Sequence[text.TextTable] = ()
+    notes_of_metrics: Sequence[str] = ()
 
 
 class Section(NamedTuple):
@@ -87,11 +96,18 @@ def analyse(
     sides = side_by_side(fitted, curves)
     document = fitted.document() | sides.document()
     evals = run.read_evals()
-    parts = parts_of(fitted, sides, curves, evals)
+    metrics = fit_metrics(fitted, evals, distinct_metrics(fitted, evals), replace(settings, laws=DEFAULT))
+    shown = leading(metrics)
+    disagreements = find_disagreements(shown, nmse_scatter(fitted))
+    if metrics:
+        document["metrics"] = [laws.document() for laws in metrics]
+        document["disagreements"] = [found.document() for found in disagreements]
+    parts = parts_of(fitted, sides, curves, metrics, evals)
     figures = draw_figures(parts, join(run.url, "figures"))
     written = [kind for kind in FILES if kind == "html" or kind in formats or exists(join(run.url, FILES[kind]))]
     document |= _evaluated(evals)
-    drawn = Drawn(tuple(parts), tuple(figures))
+    of_metrics = metric_sentences(disagreements), metric_tables(metrics, shown), metric_notes(document, shown)
+    drawn = Drawn(tuple(parts), tuple(figures), *of_metrics)
     reports = write_report(run.url, document, fitted.results, evals, sides, drawn, provenance or {}, written)
     # Last, so that what fits.json says it was made from holds for the rest too.
     run.write_json("fits.json", document)
@@ -118,7 +134,8 @@ def is_current(run: RunDirectory, settings: FitSettings = _SETTINGS) -> bool:
 
 def _evaluated(evals: pa.Table) -> dict[str, str]:
     """Which evaluations a report is of, for the document of fits.json; nothing where there are none."""
-    return {_EVALUATED: xxhash.xxh3_128_hexdigest(str(evals.to_pylist()).encode())} if len(evals) else {}
+    content = f"{evals.to_pylist()} {declared(evals)}"
+    return {_EVALUATED: xxhash.xxh3_128_hexdigest(content.encode())} if len(evals) else {}
 
 
 def write_report(
@@ -141,7 +158,11 @@ def write_report(
     shared = {
         "title": text.title(results),
         "summary": [*text.summarise(document, results), *summary(sides), *_drawn_of(document, drawn)],
-        "notes": [*(note for found in sides.comparisons for note in limits(found)), *fit_notes(document)],
+        "notes": [
+            *(note for found in sides.comparisons for note in limits(found)),
+            *fit_notes(document),
+            *drawn.notes_of_metrics,
+        ],
         "fits": document["fits"],
         "formulas": text.formulas(document),
         "tables": text.law_tables(document),
@@ -170,7 +191,7 @@ def sections(sides: SideBySide, drawn: Drawn) -> list[Section]:
     """What compares kinds of cells, then the figures of each kind: folded where there are several."""
     figures = {figure.view.name: figure for figure in drawn.figures}
     compared = {kind_label(c.arms.of): c for c in sides.comparisons}
-    several = sum(part.what == "kind" for part in drawn.parts) > 1 or len(drawn.parts) > 1
+    several = sum(part.what != "metrics" for part in drawn.parts) > 1
     found = []
     for i, part in enumerate(drawn.parts):
         own = [figures[view.name] for view in part.views if view.name in figures]
@@ -181,6 +202,9 @@ def sections(sides: SideBySide, drawn: Drawn) -> list[Section]:
         elif part.what == "depth":
             table = depth_table(sides.depth)
             found.append(Section("depth", "Over depth", (), own, [table] if table else [], False))
+        elif part.what == "metrics":
+            words = drawn.said_of_metrics
+            found.append(Section("metrics", "nmse and other metrics", words, own, drawn.tables_of_metrics, False))
         else:
             title = kind_label(part.of) or "Figures"
             found.append(Section(f"kind-{i}", title, (), own, (), several))

@@ -33,8 +33,12 @@ import os, pathlib, signal
 from saescale.trainers.evals.evaluation import Measurement
 
 needs = frozenset()
+latents = 5
 
-def measure(trained, source, subject):
+def partners(cell, cells):
+    return [row["cell_id"] for row in cells if row["cell_id"] != cell]
+
+def measure(trained, source, subject, latents, others):
     folder = pathlib.Path(os.environ["SAESCALE_PATH"])
     for often, size in ((1, 24), (9, 32)):
         if trained.cell.n_latents == size:
@@ -43,6 +47,7 @@ def measure(trained, source, subject):
                 (folder / f"died-{size}-{died}").touch()
                 os.kill(os.getpid(), signal.SIGKILL)
     yield Measurement("size", float(trained.cell.n_latents), n=os.getpid())
+    yield Measurement("others", float(sum(other.cell.n_latents for other in others)), at=str(latents))
 """
 
 NOTED = """
@@ -87,12 +92,18 @@ def test_actors_measure_what_one_process_measures(three_nodes: Any, run: RunDire
     seen = Recorder()
     with warnings.catch_warnings(record=True) as told:
         warnings.simplefilter("always", SaescaleWarning)
-        done = evaluate_on_actors(run.url, ["core", "fragile"], (), 2, None, seen)
+        done = evaluate_on_actors(run.url, ["core", {"fragile": {"latents": 7}}], (), 2, None, seen)
     assert (done.measured, done.there, done.failed) == (7, 0, 1)
     (why,) = done.why
     assert why.startswith("fragile of n32-")
     assert "the process that measured it died 3 times" in why
-    assert sorted(row["value"] for row in rows(run, "fragile")) == [16, 24, 40]
+    fragile = rows(run, "fragile")
+    assert sorted(row["value"] for row in fragile if row["metric"] == "size") == [16, 24, 40]
+    compared = [row for row in fragile if row["metric"] == "others"]
+    assert {(sum(SIZES) - row["value"], row["at"], row["latents"]) for row in compared} == {
+        (size, "7", 7) for size in (16, 24, 40)
+    }
+    assert all(len(row["others"].split()) == 3 for row in fragile)
     assert sum("an actor died at fragile of n24-" in str(warning.message) for warning in told) == 1
     assert len(list((tmp_path / "mine").glob("died-*"))) == 1 + 3
     assert seen.evaluated[0] == (0, 8, None)

@@ -18,6 +18,7 @@ from saescale.scaling.figures.figures import NAMES, Part, draw_figures, views_of
 from saescale.scaling.figures.interactive import plot, theme
 from saescale.scaling.figures.palette import colour
 from saescale.scaling.figures.views import Label, Line, Points, View, spread
+from saescale.scaling.figures.views_density import energy_by_frequency
 from saescale.scaling.figures.views_laws import compute_optimal
 from saescale.scaling.figures.views_profile import profile, tradeoff
 from saescale.scaling.laws.fit import Laws, fit_laws
@@ -228,3 +229,34 @@ def test_labels_do_not_overlap() -> None:
     assert places == sorted(places)
     assert places[0] >= 0
     assert places[-1] <= 1
+
+
+def test_energy_is_shown_of_the_largest_cells(fitted: tuple[Laws, Table]) -> None:
+    laws, _ = fitted
+    assert energy_by_frequency(laws, None) is None
+    bins = [f"1e{low:g} to 1e{low + 0.5:g}" for low in np.arange(-6, 0, 0.5)]
+
+    def rows(evaluation: str, metric: str, n: float, cell: str) -> Rows:
+        shares = np.exp(-0.5 * (np.arange(12) - 6 - np.log2(n / 512)) ** 2)
+        whole = zip(bins, shares / shares.sum(), strict=True)
+        return [{"cell_id": cell, "evaluation": evaluation, "metric": metric, "at": at, "value": share, "low": None,
+                 "high": share} for at, share in whole]  # fmt: skip
+
+    some = [(float(n), str(cell)) for n, cell in zip(laws.results["n_latents"], laws.results["cell_id"], strict=True)]
+    measured = [row for n, cell in some if n < 8192 for row in rows("density", "energy", n, cell)]
+    of_latents = [row for _, cell in some for row in rows("core", "frequency", 512, cell)]
+    other = {"cell_id": some[0][1], "evaluation": "density", "metric": "energy_10", "at": "", "value": 1.0}
+    view = energy_by_frequency(laws, pa.Table.from_pylist([*measured, *of_latents, other]))
+    assert view is not None
+    lines = [layer for layer in view.layers if isinstance(layer, Line)]
+    assert len([line for line in lines if line.stroke == "curve"]) == 4 * len(KS)
+    thick = {line.level: line for line in lines if line.stroke == "frontier"}
+    assert thick.keys() == set(KS)
+    for k, line in thick.items():
+        assert line.text == f"N = 4,096, k = {k:g}"
+        assert line.y.sum() == pytest.approx(100)
+        assert line.x[np.argmax(line.y)] == pytest.approx(10 ** (-6 + 0.25 + 0.5 * (6 + 3)))
+    assert all(line.x[np.argmax(line.y)] == pytest.approx(10**-2.75) for line in lines if line.stroke == "through")
+    assert paper.draw(view)["png"].startswith(b"\x89PNG")
+    assert len(plotly.graph_objects.Figure(plot(view)).data) > len(lines)
+    assert "energy_by_frequency" in NAMES

@@ -15,6 +15,7 @@ from saescale.scaling.report import text
 from saescale.scaling.report.report import analyse, is_current
 from saescale.scaling.report.text import duration, scientific, typeset
 from saescale.storage.rundir import RunDirectory
+from tests.scaling.test_over_metrics import write_run
 
 Rows = list[dict[str, Any]]
 
@@ -218,3 +219,38 @@ def test_the_evaluations_of_cells(tmp_path: Path, cells: Callable[..., Rows]) ->
     assert "2 more rows, of single latents, labels or positions, are in evals.parquet." in lines
     page = (tmp_path / "report.html").read_text()
     assert page.index('id="evaluations"') < page.index("Evaluation downstream_loss") < page.index('id="cells"')
+
+
+def test_metrics_stand_beside_nmse(tmp_path: Path) -> None:
+    run = write_run(tmp_path, noise=0.004)
+    few = FitSettings(0, laws=("n_k",))
+    made = analyse(run, few, formats=("html", "md"))
+    document = run.read_fits()
+    assert document is not None
+    assert [fit["law"] for fit in document["fits"]] == ["n_k"]
+    assert [(entry["metric"], len(entry["fits"])) for entry in document["metrics"]] == [("sim.falling", 1)]
+    assert [entry["metric"] for entry in document["disagreements"]] == ["sim.falling"]
+    names = [figure.view.name for figure in made.figures]
+    # L(N, k) of the metric next to that of nmse.
+    assert names[:2] == ["nmse_against_n", "metric_against_n-sim.falling"]
+    assert "metric_against_nmse-sim.falling" in names
+    shown = made.figures[1].view
+    assert (shown.y.label, shown.formula[0][:28]) == ("sim.falling", "sim.falling = exp(α + β_k ln")
+    page = html.unescape((tmp_path / "report.html").read_text()).replace("\u00a0", " ")
+    words = "nmse and sim.falling agree about the best (N, k): they order"
+    assert page.index('<section id="metrics">') < page.index(words) < page.index('<section id="laws">')
+    lines = (tmp_path / "report.md").read_text().splitlines()
+    assert any(line.startswith(words) for line in lines)
+    start = lines.index("### sim.falling over N and k")
+    assert next(line for line in lines[start:] if line.startswith("|")) == "| N | k = 8 | k = 16 | k = 32 | k = 64 |"
+    assert is_current(run, few)
+    # Declared otherwise, it is another report.
+    first = run.read_evals().to_pylist()[0]
+    run.write_evals(first["cell_id"], first["evaluation"], run_rows(run, first), {"sim.share": {"better": "higher"}})
+    assert not is_current(run, few)
+
+
+def run_rows(run: RunDirectory, of: dict[str, Any]) -> Rows:
+    """The rows of evals.parquet of one evaluation of one cell."""
+    same = ("cell_id", "evaluation")
+    return [row for row in run.read_evals().to_pylist() if all(row[name] == of[name] for name in same)]

@@ -41,7 +41,7 @@ RANGES = 64  # of positions
 needs: frozenset[Need] = frozenset({"subject"})
 metrics = {
     "kl": Metric("lower"),
-    "ce": Metric("lower"),
+    "ce": Metric("lower", limit="ce_original"),
     "ce_increase": Metric("lower"),
     "recovered_zero": Metric("higher", limit=1.0),
     "recovered_mean": Metric("higher", limit=1.0),

@@ -11,7 +11,7 @@ from saescale.storage.rundir import RunDirectory
 from saescale.trainers.evals.bench import Bench, Measured
 from saescale.trainers.evals.costs import Costs, earlier_costs
 from saescale.trainers.evals.plan import Pair, Plan, plan_evaluations
-from saescale.trainers.evals.wanted import Wanted, entries
+from saescale.trainers.evals.wanted import Entry, entries
 
 
 class EvalDisplay(Protocol):
@@ -34,7 +34,7 @@ class Evaluated(NamedTuple):
 
 def evaluate_run(
     url: str,
-    wanted: Sequence[str | Wanted] = (),
+    wanted: Sequence[Entry] = (),
     cells: Sequence[str] = (),
     cache: str | None = None,
     display: EvalDisplay | None = None,

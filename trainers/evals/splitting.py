@@ -28,11 +28,7 @@ from saescale.trainers.subjects.subject import Subject
 MOST = 8  # children that are told apart
 
 needs: frozenset[Need] = frozenset()
-metrics = {
-    "split": Metric("lower", bounded=True),
-    "kept": Metric("higher", bounded=True),
-    "lost": Metric("lower", bounded=True),
-}
+metrics = {"kept": Metric("higher", bounded=True), "lost": Metric("lower", bounded=True)}
 
 
 def partners(cell: str, cells: Sequence[dict[str, Any]]) -> list[str]:

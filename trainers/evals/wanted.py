@@ -10,6 +10,7 @@ from pydantic import (
     Field,
     SerializerFunctionWrapHandler,
     ValidationError,
+    field_validator,
     model_serializer,
     model_validator,
 )
@@ -31,8 +32,8 @@ class Wanted(BaseModel):
 
         [core, {n2g: {latents: 32, where: {n_latents: [512, 1024], k: 8}}}, {probe_loss: {where: ["k>=16"]}}]
 
-    `where`: columns of results.parquet with a value or a list of values, or conditions as `saescale fit --where` takes
-    them; a cell has to meet all of them.
+    `where`: columns of results.parquet with a value or a list of values, or a condition or a list of them as
+    `saescale fit --where` takes them; a cell has to meet all of them.
     """
 
     model_config = ConfigDict(extra="forbid", hide_input_in_errors=True)
@@ -54,6 +55,11 @@ class Wanted(BaseModel):
                 raise ValueError(f"{name} takes `latents` and `where`, such as {{latents: 32, where: {{k: 8}}}}")
             return {"evaluation": str(name).replace("-", "_"), **(settings or {})}
         return entry
+
+    @field_validator("where", mode="before")
+    @classmethod
+    def _listed(cls, given: Any) -> Any:
+        return [given] if isinstance(given, str) else given or {}
 
     @model_validator(mode="after")
     def _can_be_read(self) -> Self:
@@ -106,6 +112,8 @@ class Wanted(BaseModel):
         Raises SaescaleError for a column that there is not.
         """
         ids = [row["cell_id"] for row in rows]
+        if not self.where:
+            return ids
         holds = rows_where(Table.from_rows(map(dict, rows), where), self.conditions())
         return [cell for cell, held in zip(ids, holds.tolist(), strict=True) if held]
 
@@ -124,6 +132,9 @@ class Wanted(BaseModel):
         return no_row(Table.from_rows(map(dict, rows), where), self.conditions())
 
 
+Entry = str | Mapping[str, Any] | Wanted  # as it stands in a sweep file, or read already
+
+
 def looks_at_latents(evaluation: str) -> bool:
     """Whether it looks at some latents of a cell, so that their number can be asked for."""
     return EVALUATIONS.defines(evaluation, "latents")
@@ -139,7 +150,7 @@ def each_once(entries: Iterable[Wanted]) -> list[Wanted]:
 
 
 def entries(
-    run: RunDirectory, asked: Sequence[str | Wanted] = (), latents: int | None = None, where: Sequence[str] = ()
+    run: RunDirectory, asked: Sequence[Entry] = (), latents: int | None = None, where: Sequence[str] = ()
 ) -> list[Wanted]:
     """What is asked of a run: evaluations by their names or as entries, or "all"; none: `DEFAULT` and those that the
     sweep file names, with what it says of them.

@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 
+from saescale.scaling.metrics import metrics_table
 from saescale.storage.columns import RESULTS, columns_of
 from saescale.storage.errors import SaescaleError
 from saescale.storage.rundir import RunDirectory
@@ -36,6 +37,12 @@ class Run:
     def evals(self) -> pa.Table:
         """What `saescale eval` measured; no rows before that."""
         return self._directory.read_evals()
+
+    @property
+    def metrics(self) -> pa.Table:
+        """The results with each metric of whole cells that was measured: `downstream_loss.kl` with its 95 % interval in
+        `downstream_loss.kl.low` and `.high`; null where a cell has none."""
+        return metrics_table(self.results, self.evals)
 
     @property
     def fits(self) -> dict[str, Any]:

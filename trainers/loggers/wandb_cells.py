@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
 
-from saescale.storage.columns import CurveRow, columns_of, is_diverged, misses_k
+from saescale.storage.columns import CurveRow
 from saescale.trainers.cell import Cell
 from saescale.trainers.loggers import wandb_client as client
 from saescale.trainers.loggers.wandb_client import (
@@ -21,6 +21,7 @@ from saescale.trainers.loggers.wandb_client import (
     warn,
     without_secrets,
 )
+from saescale.trainers.loggers.wandb_evals import outcome_of
 from saescale.trainers.loggers.wandb_settings import Mode, WandbSettings, wandb_directory
 from saescale.trainers.loggers.wandb_summary import Logged, log_summary
 
@@ -33,7 +34,6 @@ __all__ = [
 ]  # fmt: skip
 
 _LONGEST = 128  # W&B's own bound
-_SUMMARY = tuple(column.name for column in columns_of("results") if column.role != "spec")
 
 
 class WandbLogger:
@@ -127,9 +127,7 @@ class WandbLogger:
         if run is None:
             return
         try:
-            ended = {key: result[key] for key in _SUMMARY if key in result}
-            marks = {"diverged": is_diverged(result.get("nmse")), "missed_k": misses_k(result.get("l0_error"))}
-            run.summary.update(without_secrets(ended | marks))
+            run.summary.update(outcome_of(result))
             # Once a run waited in vain for its upload, the others are left to W&B's own end of the process,
             # which ends them all within one FINISH_TIMEOUT instead of one after the other.
             if not self._stuck:

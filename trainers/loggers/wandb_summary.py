@@ -11,7 +11,8 @@ from typing import Any, NamedTuple
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from saescale.storage.columns import is_diverged, misses_k
+from saescale.scaling.metrics import metrics_table
+from saescale.storage.columns import EVALS, is_diverged, misses_k
 from saescale.trainers.loggers import wandb_client as client
 from saescale.trainers.loggers.wandb_client import (
     group_url,
@@ -24,6 +25,7 @@ from saescale.trainers.loggers.wandb_client import (
     warn,
     without_secrets,
 )
+from saescale.trainers.loggers.wandb_evals import log_metrics
 from saescale.trainers.loggers.wandb_settings import Mode, WandbSettings
 from saescale.trainers.loggers.wandb_workspace import Arms, save_workspace
 
@@ -72,11 +74,14 @@ def log_summary(
     figures: Mapping[str, bytes],
     directory: str,
     colours: Mapping[str, str] = _NO_COLOURS,
+    evals: pa.Table | None = None,
 ) -> Logged:
     """The run that holds the outcome of a sweep: coefficients, results, figures, and an artifact of the files.
 
-    fits: the document of fits.json. results: the table of results.parquet. figures: files of figures by their names;
-    those with Plotly's JSON are interactive, others shown as their PNG, and PDF, SVG and PNG go into the artifact.
+    fits: the document of fits.json. results: the table of results.parquet. evals: that of evals.parquet, whose metrics
+    of whole cells stand beside the results, and in the summaries of the cells' own runs. figures: files of figures by
+    their names; those with Plotly's JSON are interactive, others shown as their PNG, and PDF, SVG and PNG go into the
+    artifact.
     colours: #rrggbb of each architecture where there are several, in the order of the figures.
     Calling it again (a new analysis, or one that was not logged whole) updates the same run. The URL is that of the
     group and, with wandb-workspaces, of a workspace of its panels. Raises nothing: what could not be sent is one
@@ -90,7 +95,8 @@ def log_summary(
         # Errors of cells and sources of fits quote URLs.
         fits = without_secrets(fits)
         results = pa.Table.from_pylist(without_secrets(results.to_pylist()), schema=results.schema)
-        return _log_summary(settings, mode, sweep, context, fits, results, figures, directory, colours)
+        evals = EVALS.empty_table() if evals is None else evals
+        return _log_summary(settings, mode, sweep, context, fits, results, evals, figures, directory, colours)
     except Exception as error:
         warn(f"the summary of {sweep}: {one_line(error)}; the run directory has all of it")
         return Logged(mode, None, False)
@@ -103,6 +109,7 @@ def _log_summary(
     context: Mapping[str, Any],
     fits: Mapping[str, Any],
     results: pa.Table,
+    evals: pa.Table,
     figures: Mapping[str, bytes],
     directory: str,
     colours: Mapping[str, str],
@@ -126,7 +133,7 @@ def _log_summary(
     # Each part on its own: what one of them meets does not keep the others back.
     parts: dict[str, Callable[[], Any]] = {
         "figures": lambda: run.log(shown) if shown else None,
-        "tables": lambda: run.log(_tables(fits, coefficients, results)),
+        "tables": lambda: run.log(_tables(fits, coefficients, metrics_table(results, evals))),
         "coefficients": lambda: run.summary.update(_flat(fits, coefficients) | marks),
         "artifact": lambda: run.log_artifact(_artifact(sweep, fits, results, figures)),
     }
@@ -139,6 +146,7 @@ def _log_summary(
     if failed:
         warn(f"of the summary of {sweep} these are not logged: {'; '.join(failed)}; the run directory has all of it")
     sync_dir = run.settings.sync_dir
+    whole = log_metrics(settings, mode, sweep, results, evals, directory) and not failed
     try:
         run.finish(exit_code=1 if failed else 0)
     except Exception as error:
@@ -149,13 +157,13 @@ def _log_summary(
         )
         return Logged(mode, None, False)
     if mode != "online":
-        return Logged(mode, None, not failed)
+        return Logged(mode, None, whole)
     # Panels are a help for readers: a server or a machine that cannot make them will not do so the next time either.
     runs = {run_id(row["cell_id"], sweep): row["architecture"] for row in results.to_pylist()} if colours else {}
     arms = Arms(colours, {run: name for run, name in runs.items() if name in colours})
     view = save_workspace(run.entity, settings.project, sweep, list(shown), arms)
     url = group_url(run.entity, settings.project, sweep) + (f" and, as panels, {view}" if view else "")
-    return Logged(mode, url, not failed)
+    return Logged(mode, url, whole)
 
 
 def _tables(fits: Mapping[str, Any], coefficients: Sequence[Coefficient], results: pa.Table) -> dict[str, Any]:
@@ -228,10 +236,12 @@ def _compared(fits: Mapping[str, Any]) -> Iterator[Compared]:
 
 def _named(fits: Mapping[str, Any]) -> Iterator[tuple[str, Mapping[str, Any]]]:
     """(name, fit): the law's name with what is held fixed, whether it has a floor, and its kind of cells where there
-    are several, such as "n-k8-floor-gated"."""
+    are several, such as "n-k8-floor-gated"; of a metric after its name, "downstream_loss.kl/n_k"."""
     seen: Counter[str] = Counter()
-    for fit in fits.get("fits", []):
-        law = fit["law"] + "".join(f"-{column}{value:g}" for column, value in (fit.get("at") or {}).items())
+    of_metrics = [fit for entry in fits.get("metrics", []) for fit in entry["fits"]]
+    for fit in (*fits.get("fits", []), *of_metrics):
+        law = (f"{fit['metric']}/" if "metric" in fit else "") + fit["law"]
+        law += "".join(f"-{column}{value:g}" for column, value in (fit.get("at") or {}).items())
         law += "-floor" if fit.get("floor") else ""
         law += "".join(f"-{value}" for value in (fit.get("of") or {}).values())
         seen[law] += 1
