@@ -46,7 +46,7 @@ def energy_by_frequency(laws: Laws, evals: pa.Table | None) -> View | None:
         layers += [
             Line(x[there], y[there], k, "frontier", words),
             Points(x[there], y[there], k, texts, low[there], high[there]),
-            Label(float(x[np.argmax(y)]), float(y.max()), f"k = {k:g}", k, beside=True),
+            Label(float(x[np.argmax(y)]), float(y.max()), f"k = {k:g}", k, "below"),
         ]
     return View(
         "energy_by_frequency", "Which latents carry the reconstruction",

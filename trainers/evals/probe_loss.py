@@ -53,6 +53,7 @@ from saescale.trainers.preprocess import normalise, to_tensor
 from saescale.trainers.subjects.subject import ReadsText, Subject
 
 ROWS = 8_192
+DIRECTIONS_SEED = 104_729  # that of no cell, whose first encoder they would be
 LEAST = 20  # rows of a half on which a task is true, and on which it is not
 VALUES, LABEL_TASKS = 8, 64  # of a label that are tasks; tasks of labels
 
@@ -166,7 +167,7 @@ def _mean(way: str, tasks: list[str]) -> Callable[[Sums], np.ndarray]:
 
 def _random(group: Group, number: int) -> np.ndarray:
     if number not in group.random:
-        directions = unit_rows(number, group.x.shape[1], torch.Generator().manual_seed(SEED))
+        directions = unit_rows(number, group.x.shape[1], torch.Generator().manual_seed(DIRECTIONS_SEED))
         group.random[number] = _best(group.x @ directions.T, group)[0]
     return group.random[number]
 

@@ -125,7 +125,7 @@ def test_baselines_are_latents_that_point_there(x: torch.Tensor) -> None:
     trained = a_trained(n_latents=16)
     params = trained.sae.params
     params["b_enc"] += 3  # neither shifts nor scales matter to a probe
-    drawn = unit_rows(16, 16, torch.Generator().manual_seed(0))
+    drawn = unit_rows(16, 16, torch.Generator().manual_seed(probe_loss.DIRECTIONS_SEED))
     for name, directions in (("channels", torch.eye(16)), ("random", drawn)):
         params["W_enc"] = 5 * directions
         found = measured(trained, group)
