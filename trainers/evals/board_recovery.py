@@ -11,6 +11,7 @@ random weights is a cell over a store of `othello-random`.
 | `tiles_told` | share of the tiles that some latent tells so |
 | `stable_pairs` | pairs of a latent and a square whose disc is stable with an AUROC above 0.8; `at`: by which rule |
 | `coverage` | mean over properties of the largest F1 of any latent |
+| `coverage_always` | the same of one latent that is always active: what coverage is read beside |
 | `reconstruction` | F1 of all properties on other games: predicted where a latent is active that is a sign |
 | `reconstruction_tau`, `reconstruction_signs` | the best tau, and how many pairs of a latent and a property are signs |
 | `..._neurons` | the same of the coordinates of x |
@@ -69,6 +70,8 @@ def prepare(source: Source, subject: Subject | None) -> Prepared:
 def measure(trained: Trained, source: Source, subject: Subject | None, prepared: Prepared) -> Iterator[Measurement]:
     boards = prepared.boards
     yield from recovered(boards, active_of(trained.encode_sparse(boards.act), trained.cell.n_latents))
+    share = _properties(boards).mean(axis=0)
+    yield Measurement("coverage_always", float(np.mean(2 * share / (1 + share))), n=len(boards.act))
     yield from prepared.neurons
 
 
@@ -90,10 +93,15 @@ def recovered(boards: Boards, active: Active) -> Iterator[Measurement]:
     for rule in ("du2025", "strict"):
         stable = auroc(active, boards.labels[f"stable_{rule}_before"]) > STABLE_AUROC
         yield Measurement("stable_pairs", int(stable.sum()), at=rule, n=n)
-    properties = np.concatenate([boards.labels["tile_after"] == tile for tile in (MINE, YOURS)], axis=1)
-    properties = properties[:, properties.any(axis=0)]
+    properties = _properties(boards)
     yield Measurement("coverage", float(best_f1(active, properties).mean(axis=1).max()), n=n)
     yield from _reconstruction(boards, active, properties)
+
+
+def _properties(boards: Boards) -> np.ndarray:
+    """Whether each holds, bool [rows, properties]; those that never do are left out."""
+    found = np.concatenate([boards.labels["tile_after"] == tile for tile in (MINE, YOURS)], axis=1)
+    return found[:, found.any(axis=0)]
 
 
 def _reconstruction(boards: Boards, active: Active, properties: np.ndarray) -> Iterator[Measurement]:

@@ -56,7 +56,7 @@ def size_of_board(name: str, model: Any) -> int:
     return size
 
 
-def blank_model(size: int, n_layers: int, d_model: int, n_heads: int, seed: int) -> GPT2LMHeadModel:
+def blank_model(size: int, n_layers: int, d_model: int, n_heads: int, seed: int) -> Any:
     """A GPT-2 with random weights for games on a board of that size, in float32.
 
     Raises SaescaleError where the heads do not share d_model evenly.
@@ -108,7 +108,7 @@ def _state(name: str, path: Path) -> dict[str, Tensor]:
     return state
 
 
-def _from_transformer_lens(name: str, state: dict[str, Tensor]) -> GPT2LMHeadModel:
+def _from_transformer_lens(name: str, state: dict[str, Tensor]) -> Any:
     """The same model as a GPT-2 of transformers, in float32: pre-norm blocks with exact GELU, learned positions."""
     try:
         vocabulary, d_model = state["embed.W_E"].shape
@@ -116,7 +116,7 @@ def _from_transformer_lens(name: str, state: dict[str, Tensor]) -> GPT2LMHeadMod
         n_heads = state["blocks.0.attn.W_Q"].shape[0]
         d_mlp, bias = state["blocks.0.mlp.W_in"].shape[1], state.get("unembed.b_U")
         positions = len(state["pos_embed.W_pos"])
-        model = GPT2LMHeadModel(_config(vocabulary, positions, n_layers, d_model, n_heads, d_mlp))
+        model: Any = GPT2LMHeadModel(_config(vocabulary, positions, n_layers, d_model, n_heads, d_mlp))
         weights = {
             "transformer.wte.weight": state["embed.W_E"],
             "transformer.wpe.weight": state["pos_embed.W_pos"],

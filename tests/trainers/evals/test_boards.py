@@ -167,6 +167,10 @@ def test_a_trained_cell_is_measured_beside_what_needs_no_sae(store: ActivationSt
         assert found[cell, "coverage", ""]["value"] > 0.1
         low, value, high = (found[cell, "reconstruction", ""][name] for name in ("low", "value", "high"))
         assert all(one <= other for one, other in pairwise((low, value, high)))
+    always = found[first, "coverage_always", ""]["value"]
+    boards = heldout_boards(store, get_subject(store.subject))
+    constant = values(list(recovered(boards, planted(np.ones((ROWS, 1), bool)))))
+    assert always == pytest.approx(constant["coverage", ""])
 
 
 def test_a_subject_without_boards_is_one_line(store: ActivationStore) -> None:
