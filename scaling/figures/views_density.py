@@ -3,7 +3,7 @@
 import numpy as np
 import pyarrow as pa
 
-from saescale.scaling.figures.axes import linear_axis, power_axis
+from saescale.scaling.figures.axes import linear_axis, log_axis
 from saescale.scaling.figures.views import Label, Layer, Line, Points, View, how_thinned, thinned
 from saescale.scaling.figures.views_cells import ks_of
 from saescale.scaling.laws.fit import Laws
@@ -20,44 +20,43 @@ def energy_by_frequency(laws: Laws, evals: pa.Table | None) -> View | None:
     if not rows:
         return None
     ids = results["cell_id"]
-    thin: list[Layer] = []
-    thick: list[Layer] = []
-    seen, rarest = [], 1.0
     ordered = sorted(rows, key=lambda row: (results["k"][row], results["n_latents"][row]))
-    for row in (ordered[place] for place in thinned(len(ordered))):
-        x, y = _line(energies[str(ids[row])])
-        thin.append(Line(x, y, float(results["k"][row]), "curve", _words(laws, row)))
-    for k in ks_of(laws):
-        own = [row for row in ordered if results["k"][row] == k]
-        if not own:
-            continue
-        cell = str(ids[own[-1]])
-        bins = energies[cell]
-        x, y = _line(bins)
-        low, high = (
-            np.array([100 * (np.nan if of[end] is None else of[end]) for of in bins.values()]) for end in (1, 2)
-        )
-        texts = [f"{_words(laws, own[-1])}<br>{share:.1f} % of the energy" for share in y]
-        thick += [Line(x, y, k, "frontier", _words(laws, own[-1])), Points(x, y, k, texts, low, high)]
+    largest = {float(results["k"][row]): row for row in ordered}
+    # A bin below the first with half a per cent; what is rarer is nothing that could be seen.
+    everything = [_line(energies[str(ids[row])]) for row in ordered]
+    rarest = min(float(x[y > 0.5].min()) for x, y in everything) / 4
+    layers: list[Layer] = []
+    for place in thinned(len(ordered)):
+        (x, y), row = everything[place], ordered[place]
+        there = x > rarest
+        layers.append(Line(x[there], y[there], float(results["k"][row]), "curve", _words(laws, row)))
+    shown = [y for _, y in everything]
+    for k, row in largest.items():
+        cell, words = str(ids[row]), _words(laws, row)
         if cell in latents:
-            x_latents, of_latents = _line(latents[cell])
-            thick.append(Line(x_latents, of_latents, k, "other", f"latents, {_words(laws, own[-1])}"))
-            seen.append(of_latents)
-            rarest = min(rarest, float(x_latents[of_latents > 0].min(initial=1.0)))
-        peak = int(np.argmax(y))
-        thick.append(Label(float(x[peak]), float(y[peak]), f"k = {k:g}", k, beside=True))
-        seen.append(y)
-        rarest = min(rarest, float(x[y > 0.05].min(initial=1.0)))
+            x, y = _line(latents[cell])
+            layers.append(Line(x[x > rarest], y[x > rarest], k, "through", f"latents, {words}"))
+            shown.append(y)
+        x, y = _line(energies[cell])
+        low, high = (
+            np.array([100 * (np.nan if end is None else end) for end in _ends(energies[cell], i)]) for i in (1, 2)
+        )
+        there = x > rarest
+        texts = [f"{words}<br>{share:.1f} % of the energy" for share in y[there]]
+        layers += [
+            Line(x[there], y[there], k, "frontier", words),
+            Points(x[there], y[there], k, texts, low[there], high[there]),
+            Label(float(x[np.argmax(y)]), float(y.max()), f"k = {k:g}", k, beside=True),
+        ]
     return View(
         "energy_by_frequency", "Which latents carry the reconstruction",
         "Share of the energy of the latents (the sum of their squares, decoder directions of length 1) that comes from "
-        "latents of each frequency of activation, in bins of half a decade. Most latents are rare; what they carry "
-        "together may be little." + how_thinned(len(ordered)),
-        "Thick: the largest cell at each k, with 95 % intervals. Thin: all cells. Dashed: the share of the latents "
+        "latents of each frequency of activation, in bins of half a decade." + how_thinned(len(ordered)),
+        "Thick: the largest cell at each k, with 95 % intervals. Thin: all cells. Dotted: the share of the latents "
         "themselves, of the same largest cells.",
-        power_axis("Frequency of activation (share of held-out tokens)", rarest / 2, 1.0),
-        linear_axis("Share of the energy (%)", np.concatenate(seen), zero=True),
-        tuple(ks_of(laws)), (*thin, *thick),
+        log_axis("Frequency of activation (share of held-out tokens)", np.array([rarest, 1.0])),
+        linear_axis("Share of the energy (%)", np.concatenate(shown), zero=True),
+        tuple(ks_of(laws)), tuple(layers),
     )  # fmt: skip
 
 
@@ -75,6 +74,10 @@ def _line(bins: _Bins) -> tuple[np.ndarray, np.ndarray]:
     """Frequencies in the middle of the bins, and shares in per cent."""
     places = np.array(sorted(bins))
     return 10.0**places, np.array([100 * bins[place][0] for place in places.tolist()])
+
+
+def _ends(bins: _Bins, end: int) -> list[float | None]:
+    return [bins[place][end] for place in sorted(bins)]
 
 
 def _words(laws: Laws, row: int) -> str:

@@ -256,7 +256,7 @@ def test_energy_is_shown_of_the_largest_cells(fitted: tuple[Laws, Table]) -> Non
         assert line.text == f"N = 4,096, k = {k:g}"
         assert line.y.sum() == pytest.approx(100)
         assert line.x[np.argmax(line.y)] == pytest.approx(10 ** (-6 + 0.25 + 0.5 * (6 + 3)))
-    assert all(line.x[np.argmax(line.y)] == pytest.approx(10**-2.75) for line in lines if line.stroke == "other")
+    assert all(line.x[np.argmax(line.y)] == pytest.approx(10**-2.75) for line in lines if line.stroke == "through")
     assert paper.draw(view)["png"].startswith(b"\x89PNG")
     assert len(plotly.graph_objects.Figure(plot(view)).data) > len(lines)
     assert "energy_by_frequency" in NAMES

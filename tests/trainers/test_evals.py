@@ -271,6 +271,18 @@ def test_cells_are_compared_with_others_by_so_many_latents(run: RunDirectory, mo
         evaluate_run("run", ["looked"])
 
 
+def test_cells_that_the_table_does_not_have_yet_are_compared_too(run: RunDirectory) -> None:
+    """As at the end of a sweep, whose driver writes tables now and then."""
+    Path("mine/evals/looked.py").write_text(LOOKED)
+    rows = run.read_results().to_pylist()
+    pending = {"cell_id": rows[2]["cell_id"], "status": "pending", "n_latents": 32}
+    run.write_results([rows[0], pending])
+    assert evaluate_run("run", [{"looked": {"where": "k=2"}}]) == (2, 0, 0, ())
+    assert {row["cell_id"]: len(row["others"].split()) for row in run.read_evals().to_pylist()} == {
+        rows[0]["cell_id"]: 2, rows[1]["cell_id"]: 1,
+    }  # fmt: skip
+
+
 def test_some_cells_alone(run: RunDirectory) -> None:
     run.write_spec(
         {"name": "evals", "store": "store", "resolved": {}, "eval": [{"counted": {"where": {"n_latents": [16, 24]}}}]}

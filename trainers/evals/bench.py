@@ -15,7 +15,7 @@ from saescale.trainers.architectures import ARCHITECTURES
 from saescale.trainers.architectures.own import digests, own_files, require_same
 from saescale.trainers.device import default_device
 from saescale.trainers.evals.evaluation import Evaluation, find_evaluation, metrics_of
-from saescale.trainers.evals.plan import Pair
+from saescale.trainers.evals.plan import Pair, finished_cells
 from saescale.trainers.exchange.native import read
 from saescale.trainers.exchange.trained import Trained
 from saescale.trainers.subjects.subject import ReadsText, Subject, get_subject
@@ -69,7 +69,7 @@ class Bench:
 
     def in_order(self, missing: Sequence[Pair]) -> list[Pair]:
         """By the subjects of the cells' stores, of which one at a time is loaded."""
-        stores = {row["cell_id"]: row["store"] for row in self._run.read_results().to_pylist()}
+        stores = {cell: row["store"] for cell, row in finished_cells(self._run).items()}
         subjects = [source.subject for source in self._sources.values()]
 
         def place(pair: Pair) -> int:

@@ -1,8 +1,8 @@
 """How faithful a cell is and how its latents fire, on the held-out rows that its nmse was measured on.
 
-Everything is of preprocessed rows (preprocess.normalise), as nmse is. SAEBench (core, 2025) has the same metrics of raw
-activations: there explained variance differs, since rows of a large norm count for more, and cosine too, by the mean
-over d_model that is put back. Cost: one dense forward pass over those rows.
+Everything is of preprocessed rows (preprocess.normalise), as nmse is. SAEBench has metrics of the same names of raw
+activations, and another explained variance: README.md says what agrees and what does not. Cost: one dense forward pass
+over those rows.
 
 | metric | what |
 |---|---|

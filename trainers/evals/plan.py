@@ -39,7 +39,7 @@ def plan_evaluations(run: RunDirectory, wanted: Sequence[Wanted], cells: Sequenc
     """
     for entry in wanted:
         entry.check()
-    finished = _finished(run)
+    finished = finished_cells(run)
     if unknown := [cell for cell in cells if cell not in finished]:
         raise SaescaleError(f"{run.url}: there is no finished cell {unknown[0]}; there are {', '.join(finished)}")
     order = {cell: place for place, cell in enumerate(cells or finished)}
@@ -64,11 +64,17 @@ def plan_evaluations(run: RunDirectory, wanted: Sequence[Wanted], cells: Sequenc
     return Plan(missing, len(found) - len(missing), why)
 
 
-def _finished(run: RunDirectory) -> dict[str, dict[str, Any]]:
-    """The rows of results.parquet of the cells that have an SAE, by their ids, in the order of the alphabet."""
-    rows = {row["cell_id"]: row for row in run.read_results().to_pylist()}
-    unknown = dict.fromkeys(RESULTS.names)
-    finished = {cell: rows.get(cell, unknown | {"cell_id": cell}) for cell in run.cells_with_weights()}
+def finished_cells(run: RunDirectory) -> dict[str, dict[str, Any]]:
+    """The rows of results.parquet of the cells that have an SAE, by their ids, in the order of the alphabet.
+
+    While a sweep runs, and at its end, the table may not have its last cells yet: theirs are read from cells/. Raises
+    SaescaleError where there is none.
+    """
+    rows = {row["cell_id"]: row for row in run.read_results().to_pylist() if row["status"] == "done"}
+    finished = {}
+    for cell in run.cells_with_weights():
+        row = rows.get(cell) or run.read_cell_result(cell) or {}
+        finished[cell] = {name: row.get(name) for name in RESULTS.names} | {"cell_id": cell}
     if not finished:
         raise SaescaleError(f"{run.url} is no run directory with a finished cell; run saescale sweep first")
     return finished

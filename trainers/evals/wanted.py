@@ -112,6 +112,8 @@ class Wanted(BaseModel):
         Raises SaescaleError for a column that there is not.
         """
         ids = [row["cell_id"] for row in rows]
+        if not self.where:
+            return ids
         holds = rows_where(Table.from_rows(map(dict, rows), where), self.conditions())
         return [cell for cell, held in zip(ids, holds.tolist(), strict=True) if held]
 
