@@ -14,6 +14,8 @@ import pyarrow.compute as pc
 
 from saescale.storage.rundir import METRICS
 
+Better = Literal["lower", "higher"]
+
 
 class Metric(NamedTuple):
     """What an evaluation declares of a metric of whole cells.
@@ -24,7 +26,7 @@ class Metric(NamedTuple):
     that is 0 unless said otherwise, of a share its other end.
     """
 
-    better: Literal["lower", "higher"]
+    better: Better
     bounded: bool = False
     limit: float | str | None = None
 

@@ -27,7 +27,7 @@ from saescale.scaling.laws.over_cells import fit_cells
 from saescale.scaling.laws.over_compute import find_frontiers, fit_compute
 from saescale.scaling.laws.scales import Scale, scale_of
 from saescale.scaling.laws.settings import FitSettings
-from saescale.scaling.metrics import Measured, Metric, Values, declared, measured, values_of
+from saescale.scaling.metrics import Better, Measured, Metric, Values, declared, measured, values_of
 from saescale.scaling.tables import Table, size_of
 from saescale.scaling.words import listed
 from saescale.storage.columns import COLUMNS
@@ -164,8 +164,8 @@ def fit_metrics(
     found = []
     for name in names:
         require_metric(name, list(everything), fitted.results.source)
-        metric, said = known.get(name), []
-        if metric is None:
+        said: list[str] = []
+        if (metric := known.get(name)) is None:
             metric, said = _read_off(name, everything[name], fitted.results)
         for laws, own in kinds:
             of_kind = _of_kind(laws, own.get(name), metric, _scale(name, metric, own), settings)
@@ -254,7 +254,7 @@ def _read_off(name: str, values: Values, cells: Table) -> tuple[Metric, list[str
     if there.sum() < _FEW or np.ptp(values.value[there]) == 0:
         return Metric("lower"), []
     rank = spearmanr(values.value[there], cells["nmse"][there])
-    better = "lower" if rank.statistic >= 0 else "higher"
+    better: Better = "lower" if rank.statistic >= 0 else "higher"
     told = "" if rank.pvalue < _UNLIKELY else ", though it hardly goes with nmse at all"
     return Metric(better), [f"{name} was not declared: {better} is taken for better, as it goes with nmse{told}"]
 
