@@ -271,7 +271,7 @@ def plant(kind: str) -> Callable[[float], float]:
     state, steps = [math.log(128.0)], itertools.count()
 
     def l0(coefficient: float) -> float:
-        needed = 0.2 * math.exp(-min(1.0, next(steps) / 360)) if kind == "falling" else 0.2
+        needed = 0.2 * math.exp(-0.7 * min(1.0, next(steps) / 360)) if kind == "falling" else 0.2
         goal = math.log(16 * (needed / coefficient) ** 0.7)
         if kind == "saturating":
             goal = min(goal, math.log(0.6 * 16))

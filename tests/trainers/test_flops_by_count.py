@@ -135,7 +135,9 @@ def test_a_cell_counts_the_way_of_each_step_and_what_its_controller_looked_at(mo
     generator = torch.Generator().manual_seed(0)
     directions = torch.randn(6, d_model, generator=generator)
     data = [normalise(torch.rand(batch, 6, generator=generator) @ directions) for _ in range(steps)]
-    real, looks = SAE.reconstruct, []
+    real = SAE.reconstruct
+    looks: list[int] = []
+    ways: set[tuple[bool, bool]] = set()
 
     def reconstruct(self: SAE, batch: Batch) -> Reconstruction:
         found = real(self, batch)
@@ -144,7 +146,7 @@ def test_a_cell_counts_the_way_of_each_step_and_what_its_controller_looked_at(mo
 
     monkeypatch.setattr(SAE, "reconstruct", reconstruct)
     centre = measure_centre(torch.cat(data))
-    training, a_score, ways = TrainingCell(cell, centre, torch.device("cpu")), n_latents * d_model * batch, set()
+    training, a_score = TrainingCell(cell, centre, torch.device("cpu")), n_latents * d_model * batch
     for number, x in enumerate(data):
         if number == steps // 2:
             state, tensors = json.loads(json.dumps(training.state())), training.tensors()
