@@ -3,8 +3,8 @@
 Two ways to choose latents of a trained SAE: TopK(k'), the k' of each token with the largest scores, and JumpReLU, all
 whose score exceeds one threshold, which is the same for all tokens and such that k' are active on average over the
 rows. A score is how near a latent is to being active: its pre-activation, or what the architecture has in its place
-(`candidates`). A latent's value is what it would be if it were active; negative ones are 0. TopK overfits its k, and
-Multi-TopK and hierarchical_topk are trained not to.
+(`candidates`). A latent's value is what it would be if it were active; negative ones are 0. In the paper nmse of
+TopK rises again beyond its k; Multi-TopK and hierarchical_topk are trained for other k' as well.
 
 | metric | what |
 |---|---|

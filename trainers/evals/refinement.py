@@ -82,9 +82,11 @@ def _of_rows(trained: Trained, raw: Tensor) -> dict[str, np.ndarray]:
         each = width * max(width, sae.shape.d_model)
         for some in torch.arange(len(rows), device=x.device).split(max(1, _ENTRIES // each)):
             best = refine(decoder, rows[some], indices[some], own[some])
+            squared = _squared(decoder, rows[some], indices[some], own[some].double())
             of_each = {
-                "squared": _squared(decoder, rows[some], indices[some], own[some].double()),
-                "refined": _squared(decoder, rows[some], indices[some], best),
+                "squared": squared,
+                # The encoder's activations are among those that were asked of.
+                "refined": torch.minimum(squared, _squared(decoder, rows[some], indices[some], best)),
                 "variation": (rows[some].double() - mean).square().sum(dim=1),
                 "activations": own[some].double().sum(dim=1),
                 "refined_activations": best.sum(dim=1),

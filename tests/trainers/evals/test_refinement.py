@@ -58,7 +58,7 @@ def test_activations_are_the_best_that_there_are(
     gain = found["gain"]
     assert gain.low is not None
     assert gain.high is not None
-    assert -1e-6 <= gain.low <= gain.value <= gain.high
+    assert 0 <= gain.low <= gain.value <= gain.high
     if architecture == "pca":  # orthogonal directions are projected on, which is the best already
         assert gain.value == pytest.approx(0, abs=1e-6)
 
