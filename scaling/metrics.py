@@ -5,13 +5,16 @@ metadata of evals.parquet's schema, so that tables can be fitted without the cod
 """
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from saescale.storage.rundir import METRICS
+
+Better = Literal["lower", "higher"]
 
 
 class Metric(NamedTuple):
@@ -23,7 +26,7 @@ class Metric(NamedTuple):
     that is 0 unless said otherwise, of a share its other end.
     """
 
-    better: Literal["lower", "higher"]
+    better: Better
     bounded: bool = False
     limit: float | str | None = None
 
@@ -34,6 +37,11 @@ class Values(NamedTuple):
     value: np.ndarray
     low: np.ndarray
     high: np.ndarray
+
+
+Ends = tuple[float, float, float]
+Measured = Mapping[str, Mapping[str, Ends]]  # by metric and cell: value, low, high
+_NOTHING: Ends = (np.nan, np.nan, np.nan)
 
 
 def declared(evals: pa.Table) -> dict[str, Metric]:
@@ -47,31 +55,32 @@ def document(evaluation: str, metrics: Mapping[str, Metric]) -> dict[str, dict[s
     return {f"{evaluation}.{name}": metric._asdict() for name, metric in metrics.items()}
 
 
-def values_of(evals: pa.Table, cells: Sequence[str]) -> dict[str, Values]:
-    """Every metric that evals.parquet has of whole cells (`at` is empty), for the cells of these ids, in their order.
-
-    Metrics that none of these cells has are left out. Of several rows of one metric and cell the last counts.
-    """
-    places = {cell: place for place, cell in enumerate(cells)}
-    found: dict[str, Values] = {}
-    for entry in _whole(evals):
-        if (place := places.get(entry["cell_id"])) is None or entry["value"] is None:
-            continue
-        name = f"{entry['evaluation']}.{entry['metric']}"
-        columns = found.setdefault(name, Values(*np.full((3, len(cells)), np.nan)))
-        for column, key in zip(columns, Values._fields, strict=True):
-            column[place] = np.nan if entry[key] is None else entry[key]
+def measured(evals: pa.Table) -> Measured:
+    """What evals.parquet has of whole cells (`at` is empty). Of several rows of one metric and cell the last counts."""
+    whole = evals.filter(pc.equal(pc.fill_null(evals["at"], ""), ""))
+    columns = (whole[name].to_pylist() for name in ("cell_id", "evaluation", "metric", "value", "low", "high"))
+    found: dict[str, dict[str, Ends]] = {}
+    for cell, evaluation, metric, *ends in zip(*columns, strict=True):
+        if ends[0] is not None:
+            value, low, high = (np.nan if end is None else end for end in ends)
+            found.setdefault(f"{evaluation}.{metric}", {})[cell] = value, low, high
     return {name: found[name] for name in sorted(found)}
+
+
+def values_of(of: Measured, cells: Sequence[str]) -> dict[str, Values]:
+    """Every metric of the cells of these ids, in their order; those that none of them has are left out."""
+    found = {}
+    for name, by_cell in of.items():
+        rows = [by_cell.get(cell, _NOTHING) for cell in cells]
+        if any(row is not _NOTHING for row in rows):
+            found[name] = Values(*np.array(rows, dtype=np.float64).T)
+    return found
 
 
 def metrics_table(results: pa.Table, evals: pa.Table) -> pa.Table:
     """results.parquet with, for each metric of whole cells, columns `evaluation.metric`, `.low` and `.high` besides;
     null where a cell has none."""
-    for name, values in values_of(evals, results["cell_id"].to_pylist()).items():
+    for name, values in values_of(measured(evals), results["cell_id"].to_pylist()).items():
         for ending, column in zip(("", ".low", ".high"), values, strict=True):
             results = results.append_column(name + ending, pa.array(column, from_pandas=True))
     return results
-
-
-def _whole(evals: pa.Table) -> Iterable[dict[str, Any]]:
-    return (row for row in evals.to_pylist() if not row["at"])

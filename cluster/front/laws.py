@@ -61,6 +61,7 @@ def fit(
     from saescale.scaling.laws.over_metrics import fit_metrics, metrics_in, require_metric
     from saescale.scaling.laws.predict import metric_predictions, parse_point, predictions
     from saescale.scaling.laws.settings import DEFAULT_LAWS, FitSettings
+    from saescale.scaling.metrics import measured
     from saescale.scaling.sources import load_evals, load_sources
     from saescale.scaling.where import parse_condition
     from saescale.scaling.words import listed
@@ -75,9 +76,9 @@ def fit(
     if out:
         require_writable(out)
     results, curves = load_sources(sources, _read_wandb, conditions)
-    evals = load_evals(sources) if metric else None
+    evals = load_evals(sources if metric else ())
     for name in metric or ():  # before anything is fitted
-        require_metric(name, list(metrics_in(results, evals)), results.source)
+        require_metric(name, list(metrics_in(results, measured(evals))), results.source)
     fitted = fit_laws(results, curves, settings)
     of_metrics = fit_metrics(fitted, evals, metric, settings) if metric else ()
     sides = side_by_side(fitted, curves)

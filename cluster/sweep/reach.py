@@ -11,6 +11,7 @@ from saescale.scaling.kinds import largest_kind, without_diverged
 from saescale.scaling.laws.fit import fit_laws
 from saescale.scaling.laws.over_metrics import fit_metrics, metrics_in, require_metric
 from saescale.scaling.laws.settings import FitSettings
+from saescale.scaling.metrics import measured
 from saescale.scaling.planning.reach import Reached, smallest, target_of, target_words
 from saescale.scaling.sources import load_evals, load_sources
 from saescale.storage.documents import yaml_text
@@ -73,7 +74,7 @@ def make_reach(request: Request, metric: str, within: float | None, reach: float
         raise SaescaleError("--metric plans from the cells of a run that saescale eval measured: name the run")
     results, _ = load_sources([request.source])
     evals = load_evals([request.source])
-    require_metric(metric, list(metrics_in(results, evals)), results.source)
+    require_metric(metric, list(metrics_in(results, measured(evals))), results.source)
     prior, base, d_model = prior_of(request)
     _, own = largest_kind(without_diverged(results))
     (laws,) = fit_metrics(

@@ -19,6 +19,7 @@ Equal = Literal["compute", "L0"]
 WITHIN: Mapping[Equal, float] = {"compute": 1.25, "L0": 1.1}  # factors up to which two cells count as equal
 _SCATTER = 0.01  # of ln nmse, and of ln distance, where no law says how cells scatter
 _MOST = 2_000  # cells whose pairs are compared; of more as many, evenly taken
+_LISTED = 50  # contradictions of fits.json, the clearest first
 _SURE = 2.0 * np.sqrt(2.0)  # standard deviations of the difference of two cells that scatter
 
 
@@ -77,8 +78,9 @@ class Disagreement(NamedTuple):
                 {
                     "in": r.equal, "within": WITHIN[r.equal], "pairs": r.pairs, "alike": r.alike,
                     "rank_correlation": r.correlation,
+                    "contradicting": len(r.contradictions),
                     "contradictions": [{"by_nmse": self._cell(c.by_nmse), "by_metric": self._cell(c.by_metric)}
-                                       for c in r.contradictions],
+                                       for c in r.contradictions[:_LISTED]],
                     "best": [{"at": at, "by_nmse": self._cell(a), "by_metric": self._cell(b)} for at, a, b in r.best],
                 } for r in self.ranked
             ],

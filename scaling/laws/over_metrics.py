@@ -27,7 +27,7 @@ from saescale.scaling.laws.over_cells import fit_cells
 from saescale.scaling.laws.over_compute import find_frontiers, fit_compute
 from saescale.scaling.laws.scales import Scale, scale_of
 from saescale.scaling.laws.settings import FitSettings
-from saescale.scaling.metrics import Metric, Values, declared, values_of
+from saescale.scaling.metrics import Better, Measured, Metric, Values, declared, measured, values_of
 from saescale.scaling.tables import Table, size_of
 from saescale.scaling.words import listed
 from saescale.storage.columns import COLUMNS
@@ -92,11 +92,11 @@ class MetricLaws:
         return found
 
 
-def metrics_in(cells: Table, evals: pa.Table) -> dict[str, Values]:
-    """Every metric of these cells: those of evals.parquet, and columns of a table of one's own that saescale has no
-    meaning for."""
+def metrics_in(cells: Table, of: Measured) -> dict[str, Values]:
+    """Every metric of these cells: those that evaluations measured, and columns of a table of one's own that saescale
+    has no meaning for."""
     ids = cells["cell_id"].tolist() if "cell_id" in cells else [""] * len(cells)
-    found = values_of(evals, ids)
+    found = values_of(of, ids)
     for name, column in cells.columns.items():
         if column.dtype.kind != "f" or name in COLUMNS or name in found or name.endswith(_ENDS):
             continue
@@ -121,7 +121,8 @@ def require_metric(name: str, there: Sequence[str], source: str) -> None:
 def distinct_metrics(fitted: LawsOfKinds, evals: pa.Table) -> list[str]:
     """The metrics that an analysis of a run fits: those that their evaluations declare, in their order, but for what is
     nmse or one of them again in every kind of cells, on another scale."""
-    of_kinds = [(laws.results["nmse"], metrics_in(laws.results, evals)) for laws in fitted.kinds if len(laws.results)]
+    of = measured(evals)
+    of_kinds = [(laws.results["nmse"], metrics_in(laws.results, of)) for laws in fitted.kinds if len(laws.results)]
     kept: list[list[np.ndarray]] = [[np.log(nmse) for nmse, _ in of_kinds]]
     names = []
     for name, metric in declared(evals).items():
@@ -129,12 +130,9 @@ def distinct_metrics(fitted: LawsOfKinds, evals: pa.Table) -> list[str]:
             continue
         logs = []
         for nmse, values in of_kinds:
-            there = values.get(name)
-            distance = (
-                np.full(len(nmse), np.nan) if there is None else _scale(name, metric, values).distance(there.value)
-            )
+            there = values.get(name, Values(*np.full((3, len(nmse)), np.nan)))
             with np.errstate(divide="ignore", invalid="ignore"):
-                logs.append(np.log(distance))
+                logs.append(np.log(_scale(name, metric, values).distance(there.value)))
         if not any(_is_again(logs, others) for others in kept):
             kept.append(logs)
             names.append(name)
@@ -160,19 +158,18 @@ def fit_metrics(
 
     `evals` is evals.parquet. Raises SaescaleError for a metric that no cell has.
     """
-    everything = metrics_in(fitted.results, evals)
-    known = declared(evals)
+    known, of = declared(evals), measured(evals)
+    everything = metrics_in(fitted.results, of)
+    kinds = [(laws, metrics_in(laws.results, of)) for laws in fitted.kinds if len(laws.results)]
     found = []
     for name in names:
         require_metric(name, list(everything), fitted.results.source)
-        metric, said = known.get(name), []
-        if metric is None:
+        said: list[str] = []
+        if (metric := known.get(name)) is None:
             metric, said = _read_off(name, everything[name], fitted.results)
-        for laws in fitted.kinds:
-            if len(laws.results):
-                own = metrics_in(laws.results, evals)
-                of_kind = _of_kind(laws, own.get(name), metric, _scale(name, metric, own), settings)
-                found.append(replace(of_kind, warnings=(*said, *of_kind.warnings)))
+        for laws, own in kinds:
+            of_kind = _of_kind(laws, own.get(name), metric, _scale(name, metric, own), settings)
+            found.append(replace(of_kind, warnings=(*said, *of_kind.warnings)))
     return tuple(found)
 
 
@@ -257,7 +254,7 @@ def _read_off(name: str, values: Values, cells: Table) -> tuple[Metric, list[str
     if there.sum() < _FEW or np.ptp(values.value[there]) == 0:
         return Metric("lower"), []
     rank = spearmanr(values.value[there], cells["nmse"][there])
-    better = "lower" if rank.statistic >= 0 else "higher"
+    better: Better = "lower" if rank.statistic >= 0 else "higher"
     told = "" if rank.pvalue < _UNLIKELY else ", though it hardly goes with nmse at all"
     return Metric(better), [f"{name} was not declared: {better} is taken for better, as it goes with nmse{told}"]
 

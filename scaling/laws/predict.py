@@ -113,7 +113,7 @@ def metric_predictions(metrics: Sequence[MetricLaws], point: Mapping[str, float]
     found = []
     for laws in metrics:
         for row in predictions(laws.fits, point, laws.cells) if laws.fits else ():
-            ends = {}
+            ends: dict[str, float] = {}
             for low, high in (("low", "high"), ("law_low", "law_high")):
                 if row[low] is not None and row[high] is not None:
                     pair = laws.scale.interval(np.array(row[low]), np.array(row[high]))

@@ -32,9 +32,9 @@ def _said(found: Disagreement) -> list[str]:
             for r in found.ranked
         ]
         others = any(r.alike < r.pairs for r in found.ranked)
-        said = f"{names} agree about the best (N, k): they order {' and '.join(each)} alike"
-        return [said + (", and the others differ by less than cells scatter." if others else ".")]
-    said = []
+        text = f"{names} agree about the best (N, k): they order {' and '.join(each)} alike"
+        return [text + (", and the others differ by less than cells scatter." if others else ".")]
+    said: list[str] = []
     for ranked in found.ranked:
         text = (
             f"At equal {ranked.equal} {names} order {ranked.alike} of {ranked.pairs} pairs of cells alike "

@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 
-from saescale.scaling.metrics import Metric, declared, document, metrics_table, values_of
+from saescale.scaling.metrics import Metric, declared, document, measured, metrics_table, values_of
 from saescale.storage.rundir import RunDirectory
 from saescale.trainers.evals.evaluation import EVALUATIONS, find_evaluation, metrics_of
 
@@ -38,7 +38,7 @@ def test_values_of_whole_cells_stand_beside_their_cells(tmp_path: Path) -> None:
     run.write_evals("b", "loss", [whole, whole | {"at": "position 1", "value": 9.0}])
     run.write_evals("a", "loss", [{"metric": "ce", "value": 3.0, "at": ""}, {"metric": "none", "value": None}])
     run.write_evals("gone", "loss", [{"metric": "kl", "value": 5.0}])
-    found = values_of(run.read_evals(), ["a", "b"])
+    found = values_of(measured(run.read_evals()), ["a", "b"])
     assert list(found) == ["loss.ce", "loss.kl"]
     np.testing.assert_array_equal(found["loss.kl"], [[np.nan, 1.0], [np.nan, 0.9], [np.nan, 1.2]])
     np.testing.assert_array_equal(found["loss.ce"], [[3.0, np.nan], [np.nan, np.nan], [np.nan, np.nan]])
@@ -46,7 +46,7 @@ def test_values_of_whole_cells_stand_beside_their_cells(tmp_path: Path) -> None:
     assert [(row["n_latents"], row["loss.kl"], row["loss.kl.high"], row["loss.ce"]) for row in table] == [
         (64, None, None, 3.0), (128, 1.0, 1.2, None),
     ]  # fmt: skip
-    assert values_of(run.read_evals(), ["another"]) == {}
+    assert values_of(measured(run.read_evals()), ["another"]) == {}
 
 
 def test_every_evaluation_declares_metrics_that_make_sense() -> None:

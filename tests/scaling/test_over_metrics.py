@@ -102,7 +102,7 @@ def test_an_analysis_fits_what_is_not_another_metric_again(tmp_path: Path) -> No
     results, _ = load_sources([run.url])
     fitted = fit_laws(results, None, FitSettings(0, laws=("n_k",)))
     # The five of the simulation are one on five scales.
-    assert distinct_metrics(fitted, run.read_evals()) == ["sim.falling", "core.other"]
+    assert distinct_metrics(fitted, run.read_evals()) == ["core.other", "sim.falling"]
 
 
 def test_what_was_not_declared_is_read_off_the_cells(tmp_path: Path) -> None:

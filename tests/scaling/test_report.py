@@ -250,6 +250,34 @@ def test_metrics_stand_beside_nmse(tmp_path: Path) -> None:
     assert not is_current(run, few)
 
 
+@pytest.mark.slow
+def test_metrics_of_several_architectures(tmp_path: Path) -> None:
+    run = write_run(tmp_path, noise=0.004)
+    rows, evals = run.read_results().to_pylist(), run.read_evals().to_pylist()
+    # Of equal cells gated has the lower nmse, and topk the better metric.
+    again = [
+        row | {"cell_id": f"g{row['cell_id']}", "architecture": "gated", "nmse": 0.9 * row["nmse"]} for row in rows
+    ]
+    run.write_results([*rows, *again])
+    for row in rows:
+        own = [e for e in evals if (e["cell_id"], e["metric"]) == (row["cell_id"], "falling")]
+        worse = [e | {"value": 1.1 * e["value"]} for e in own]
+        run.write_evals(f"g{row['cell_id']}", "sim", worse, {"sim.falling": {"better": "lower"}})
+    made = analyse(run, FitSettings(0, laws=("n_k",)), formats=("md",))
+    assert [entry["of"] for entry in made.document["metrics"]] == [{"architecture": "topk"}, {"architecture": "gated"}]
+    names = {figure.view.name for figure in made.figures}
+    assert {"metric_against_n-sim.falling-topk", "metric_against_nmse-sim.falling-gated"} <= names
+    (found,) = made.document["disagreements"]
+    at_l0 = next(equal for equal in found["equal"] if equal["in"] == "L0")
+    # Each of the 24 pairs of one N and k, and those of neighbouring N that lie as near.
+    assert len(at_l0["contradictions"]) >= 24
+    assert {pair["by_nmse"]["architecture"] for pair in at_l0["contradictions"]} == {"gated"}
+    page = (tmp_path / "report.md").read_text()
+    assert "## nmse and other metrics" in page
+    assert "nmse prefers gated, N" in page
+    assert "The best cell is another: up to L0\u00a0=" in page
+
+
 def run_rows(run: RunDirectory, of: dict[str, Any]) -> Rows:
     """The rows of evals.parquet of one evaluation of one cell."""
     same = ("cell_id", "evaluation")

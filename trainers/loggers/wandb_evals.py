@@ -7,7 +7,7 @@ from typing import Any
 
 import pyarrow as pa
 
-from saescale.scaling.metrics import values_of
+from saescale.scaling.metrics import measured, values_of
 from saescale.storage.columns import columns_of, is_diverged, misses_k
 from saescale.trainers.loggers.wandb_client import init, one_line, run_id, warn, without_secrets
 from saescale.trainers.loggers.wandb_settings import Mode, WandbSettings
@@ -28,7 +28,7 @@ def metrics_of_cells(rows: Sequence[Mapping[str, Any]], evals: pa.Table) -> list
     """For each row of results.parquet its metrics of whole cells, as "eval/downstream_loss.kl" with "/low" and
     "/high"."""
     found: list[dict[str, float]] = [{} for _ in rows]
-    for name, values in values_of(evals, [row["cell_id"] for row in rows]).items():
+    for name, values in values_of(measured(evals), [row["cell_id"] for row in rows]).items():
         for ending, column in zip(("", "/low", "/high"), values, strict=True):
             for metrics, value in zip(found, column.tolist(), strict=True):
                 if not math.isnan(value):
