@@ -322,7 +322,10 @@ def test_a_table_of_an_earlier_version_is_gone_on_with(run: RunDirectory) -> Non
 def test_labels_that_there_are_not_are_one_line(run: RunDirectory, monkeypatch: pytest.MonkeyPatch) -> None:
     change_toy(monkeypatch, 'labels = ("ahead",)', "labels = ()")
     done = evaluate_run("run", ["toy", "counted"])
-    assert (done.measured, done.why) == (3, ("toy of 3 cells: the subject toy has no labels",))
+    why = ("toy of 3 cells: the subject toy has no labels",)
+    assert done == (3, 0, 0, why)  # nothing that could be mended
+    assert evaluate_run("run", ["toy", "counted"]) == (0, 3, 0, why)
+    assert evaluate_run("run", ["toy"]) == (0, 0, 3, why)  # but then nothing was measured at all
 
 
 def test_costs_are_told_from_the_first_cell_on(run: RunDirectory) -> None:
