@@ -20,7 +20,7 @@ from typing import Any
 
 import numpy as np
 from scipy.optimize import linear_sum_assignment
-from scipy.sparse import bmat, coo_array
+from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 from torch import Tensor
 
@@ -73,13 +73,15 @@ def matched(ours: Tensor, theirs: Tensor) -> np.ndarray:
     """
     rows, columns, values = [], [], []
     for start, some in cosines(ours, theirs):
-        row, column = (some > SAME).nonzero(as_tuple=True)
-        rows.append(row.cpu().numpy() + start)
-        columns.append(column.cpu().numpy())
-        values.append(some[row, column].double().cpu().numpy())
-    pairs = (np.concatenate(values), (np.concatenate(rows), np.concatenate(columns)))
-    near = coo_array(pairs, (len(ours), len(theirs))).tocsr()
-    parts = connected_components(bmat([[None, near], [near.T, None]], format="csr"), directed=False)[1]
+        at, to = (some > SAME).nonzero(as_tuple=True)
+        rows.append(at.cpu().numpy() + start)
+        columns.append(to.cpu().numpy())
+        values.append(some[at, to].double().cpu().numpy())
+    value, pairs = np.concatenate(values), (np.concatenate(rows), np.concatenate(columns))
+    near = coo_array((value, pairs), (len(ours), len(theirs))).tocsr()
+    both = len(ours) + len(theirs)
+    graph = coo_array((value, (pairs[0], len(ours) + pairs[1])), (both, both))
+    parts = connected_components(graph, directed=False)[1]
     here, there = _members(parts[: len(ours)]), _members(parts[len(ours) :])
     has_own = np.zeros(len(ours), dtype=bool)
     for part, row in here.items():
