@@ -33,7 +33,7 @@ from saescale.trainers.architectures.architecture import Forward
 from saescale.trainers.architectures.dense import CHUNK_ENTRIES
 from saescale.trainers.architectures.sae import SAE
 from saescale.trainers.evals.decoder import Decoder, linear_decoder
-from saescale.trainers.evals.evaluation import Measurement, Need, Unsuited
+from saescale.trainers.evals.evaluation import Measurement, Need
 from saescale.trainers.evals.intervals import SEED, by_document, ratio
 from saescale.trainers.evals.nmse import CHUNK_ROWS
 from saescale.trainers.exchange.trained import Trained
@@ -139,7 +139,7 @@ def _require_values(sae: SAE, forward: Forward, values: Tensor) -> None:
     latents = forward.latents
     off = (values - latents).masked_fill(latents == 0, 0).abs()
     if values.shape != latents.shape or off.max() > _TOLERANCE * latents.abs().max():
-        raise Unsuited(
+        raise SaescaleError(
             f"active latents of {sae.name} are not its pre-activations, so it has to define `candidates` as well "
             "(trainers/architectures/architecture.py)"
         )
