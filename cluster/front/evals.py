@@ -94,7 +94,7 @@ def _show(run: str, names: list[str]) -> None:
             found.setdefault((row["evaluation"], row["metric"], row["at"] or ""), []).append(row["value"])
     shown = table("evaluation", "metric", "at", "cells", "lowest", "median", "highest")
     for key, values in found.items():
-        present = [value for value in values if value is not None]
+        present = [value for value in values if value is not None and value == value]  # NaN where it has no meaning
         numbers = (min(present), float(np.median(present)), max(present)) if present else ()
         shown.add_row(*key, str(len(values)), *(f"{number:.4g}" for number in numbers))
     console.print(shown)

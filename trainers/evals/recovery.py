@@ -32,12 +32,11 @@ from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
 from saescale.scaling.metrics import Metric
-from saescale.storage.errors import SaescaleError
 from saescale.storage.source import Source
 from saescale.storage.store import ActivationStore
 from saescale.trainers.evals.core import BIN_NAMES, bin_of
 from saescale.trainers.evals.directions import decoder, over_latents
-from saescale.trainers.evals.evaluation import Measurement, Need
+from saescale.trainers.evals.evaluation import Measurement, Need, Unsuited
 from saescale.trainers.evals.intervals import SEED
 from saescale.trainers.evals.labels import heldout_label_parts
 from saescale.trainers.exchange.trained import Trained
@@ -80,7 +79,7 @@ def prepare(source: Source, subject: Subject | None) -> Truth:
     """The features of the held-out rows. Raises SaescaleError where the subject is not made of known ones."""
     if not isinstance(subject, Composed):
         name = "" if subject is None else subject.name
-        raise SaescaleError(f"the subject {name} is not composed of known features; `dictionary` is")
+        raise Unsuited(f"the subject {name} is not composed of known features; `dictionary` is")
     assert isinstance(source, ActivationStore), "labels are of stores"
     rows, features = min(ROWS, source.rows("heldout")), len(subject.directions)
     places = []
