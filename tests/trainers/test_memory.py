@@ -13,7 +13,7 @@ from saescale.trainers.training.train import PackJob
 from tests.trainers.peak_memory import COUNTABLE, measure
 from tests.trainers.synthetic import write_store
 
-D_MODEL, ROWS, HELD_OUT, ROW_GROUP = 512, 32_768, 8_192, 512
+D_MODEL, ROWS, HELD_OUT, ROW_GROUP = 512, 32_768, 8_192, 4_096
 
 
 @pytest.fixture(scope="module")

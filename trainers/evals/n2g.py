@@ -189,9 +189,9 @@ def activations(trained: Trained, prepared: Prepared, pieces: Sequence[Piece], l
     found = np.empty(len(pieces), np.float32)
     at_a_time = max(1, CHUNK_ENTRIES // trained.sae.shape.n_latents)
     for start in range(0, len(pieces), at_a_time):
-        some = slice(start, start + at_a_time)
-        encoded = trained.encode(torch.stack([prepared.seen[piece] for piece in pieces[some]])).cpu()
-        found[some] = encoded[torch.arange(len(encoded)), torch.tensor(latents[some])].numpy()
+        part = slice(start, start + at_a_time)
+        encoded = trained.encode(torch.stack([prepared.seen[piece] for piece in pieces[part]])).cpu()
+        found[part] = encoded[torch.arange(len(encoded)), torch.tensor(latents[part])].numpy()
     return found
 
 

@@ -187,7 +187,7 @@ def _of_text(source: ActivationStore, subject: Subject, number: int) -> tuple[di
 def _of_labels(source: ActivationStore, subject: Subject, number: int) -> tuple[dict[str, np.ndarray], np.ndarray]:
     if not subject.labels:
         raise Unsuited(f"the subject {subject.name} reads no text and has no labels, so there is no task")
-    tasks = {}
+    tasks: dict[str, np.ndarray] = {}
     for name, values in heldout_labels(source, subject, number).items():
         for place in np.ndindex(values.shape[1:]):
             column = values[(slice(None), *place)]

@@ -83,8 +83,8 @@ def measure(trained: Trained, source: Source, subject: Subject | None) -> Iterat
         metric, _, at = code.partition(" ")
         yield Measurement(metric, *estimate, at=f"k' = {at}" if at else "", n=len(x), seed=SEED)
     for way in WAYS:
-        for name, at in (("half", max(1, k // 2)), ("same", k), ("twice", min(2 * k, sae.shape.n_latents))):
-            if (code := f"{way} {at}") in found:
+        for name, many in (("half", max(1, k // 2)), ("same", k), ("twice", min(2 * k, sae.shape.n_latents))):
+            if (code := f"{way} {many}") in found:
                 yield Measurement(f"{way}_{name}", *found[code], n=len(x), seed=SEED)
 
 

@@ -140,9 +140,9 @@ def compare(W_dec: Tensor, active: sparse.csr_array, truth: Truth) -> Recovery:
     )
 
 
-def _detection(both: sparse.sparray | np.ndarray, fired: np.ndarray, present: np.ndarray) -> dict[str, np.ndarray]:
+def _detection(both: sparse.csr_array | np.ndarray, fired: np.ndarray, present: np.ndarray) -> dict[str, np.ndarray]:
     """Of detectors that fire on so many rows for what is present on so many, and on how many both."""
-    right = (both.toarray() if sparse.issparse(both) else np.asarray(both)).astype(np.float64).ravel()
+    right = (both if isinstance(both, np.ndarray) else both.toarray()).astype(np.float64).ravel()
     return {
         "precision": right / fired.clip(1),
         "recall": right / present.clip(1),
