@@ -1,6 +1,5 @@
 """The command about evaluations: what is measured on trained cells beside nmse."""
 
-import os
 from typing import Annotated
 
 import typer
@@ -51,7 +50,7 @@ def evaluate(
     """
     from saescale.storage.rundir import RunDirectory
     from saescale.storage.writable import require_writable
-    from saescale.trainers.device import set_threads
+    from saescale.trainers.device import set_threads, usable_cores
     from saescale.trainers.evals.run import evaluate_run
     from saescale.trainers.evals.wanted import entries
 
@@ -61,7 +60,7 @@ def evaluate(
     wanted = entries(RunDirectory(run), names, latents, where or ())
     with display() as shown:
         if actors is None and address is None:
-            set_threads(os.cpu_count() or 1)
+            set_threads(usable_cores())
             done = evaluate_run(run, wanted, cell or (), display=shown, trust_remote_code=trust_remote_code)
         else:
             from saescale.cluster.crew.evals import evaluate_on_actors
