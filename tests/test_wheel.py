@@ -17,6 +17,7 @@ def test_an_installed_wheel_has_the_shipped_subjects(tmp_path: Path) -> None:
     subprocess.run([*build, str(ROOT)], check=True, timeout=300)
     (wheel,) = tmp_path.glob("*.whl")
     with zipfile.ZipFile(wheel) as archive:
+        assert "saescale/shipped/synthsaebench-16k.yaml" in archive.namelist()
         archive.extractall(tmp_path / "site")
     code = (
         "import saescale, sys; assert saescale.__file__.startswith(sys.argv[1]), saescale.__file__; "

@@ -61,7 +61,9 @@ def train(
 @app.command()
 def show(
     subject: Annotated[str, typer.Argument(help="Its name, such as othello or othello:subjects/mine.")],
-    sequences: Annotated[int, typer.Option(help="Held-out sequences to score it on, where it has a score.")] = 500,
+    sequences: Annotated[
+        int, typer.Option(help="Held-out sequences to score it on, where it has a score.", min=1)
+    ] = 500,
     trust_remote_code: TrustRemoteCode = False,
     json_: Json = False,
 ) -> None:
@@ -99,13 +101,18 @@ def _described(subject: Any, sequences: int) -> dict[str, Any]:
 
 
 def _settings(given: list[str]) -> dict[str, Any]:
-    """`name=value` words; values as YAML has them. Raises SaescaleError for what is none."""
-    found = {}
+    """`name=value` words; values as YAML has them. Raises SaescaleError for what is none, or given twice."""
+    found: dict[str, Any] = {}
     for each in given:
         name, equals, value = each.partition("=")
         if not equals or not name:
             raise SaescaleError(f"--set takes name=value, such as n_layers=4, not {each!r}")
-        found[name] = yaml.safe_load(value)
+        if name in found:
+            raise SaescaleError(f"--set {name} is given twice; once is enough")
+        try:
+            found[name] = yaml.safe_load(value)
+        except yaml.YAMLError as error:
+            raise SaescaleError(f"--set {each}: {value!r} is no value of YAML; write a number or a word") from error
     return found
 
 

@@ -116,7 +116,9 @@ def test_layers_in_one_pass_are_the_stores_of_one_process_whoever_dies(
         done = harvest_on_actors(again, 2, None, kill)
     assert everything(f"{tmp_path}/all") == everything(f"{tmp_path}/alone")
     assert [manifest.site.layer for manifest in done.manifests] == [0, 1, 3]
-    assert (sum(row.shards for row in done.actors), sum(row.rows for row in done.actors)) == (16, 15_360)
+    # Of its last shard the killed actor may have written one store, or both, and told nobody.
+    assert 14 <= sum(row.shards for row in done.actors) <= 16
+    assert sum(row.rows for row in done.actors) in (13_312, 15_360)
 
 
 def test_one_actor_in_object_storage(three_nodes: Any, spec: HarvestSpec, s3_url: str) -> None:

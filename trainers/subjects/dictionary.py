@@ -47,7 +47,9 @@ class Dictionary:
         chance = _compensated(frequency, spec.hierarchy).to(device)
         self._chance, self._threshold = chance.float(), torch.special.ndtri(chance).float()
         magnitudes = spec.magnitudes
-        self._mean = torch.linspace(magnitudes.first, magnitudes.last, spec.features, device=device)
+        # In float64 and rounded, which hides in what order a processor computes it.
+        means = torch.linspace(magnitudes.first, magnitudes.last, spec.features, dtype=torch.float64)
+        self._mean = means.float().to(device)
         self._spread = (magnitudes.spread + magnitudes.spread_deviation * self._once(_SPREADS, spec.features)).abs()
         if spec.correlations is not None:
             weights = self._once(_WEIGHTS, spec.features * spec.correlations.rank).view(spec.features, -1)

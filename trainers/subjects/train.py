@@ -33,6 +33,7 @@ from saescale.storage import files
 from saescale.storage.documents import read_json
 from saescale.storage.errors import SaescaleError
 from saescale.storage.mistakes import problems
+from saescale.storage.writable import require_writable
 from saescale.trainers.subjects.language_model import quiet_transformers
 from saescale.trainers.subjects.subject import (
     NO_TARGET,
@@ -83,13 +84,14 @@ def train_subject(spec: TrainingSpec, progress: Progress | None = None) -> dict[
     """Trains the subject, or goes on where a killed training stopped; what training.json says. A finished one is
     returned at once.
 
-    Raises SaescaleError for a subject that cannot be trained, settings that it does not have, and a folder that holds
-    another training.
+    Raises SaescaleError for a subject that cannot be trained, settings that it does not have, a folder that holds
+    another training, is no local one or cannot be written to, and where the loss is no number any more.
     """
-    out = Path(spec.out).expanduser().absolute()
+    out = _folder(spec.out)
     record, subject = _begin(spec)
     if (found := _there(out, record)) is not None and "score" in found:
         return found
+    require_writable(str(out))
     files.write_atomic(str(out / TRAINING), _text(record))
     pupil = _Pupil(subject, spec, progress or (lambda done, total, rate, words: None))
     last = out / CHECKPOINTS / "last.ckpt"
@@ -113,6 +115,13 @@ def train_subject(spec: TrainingSpec, progress: Progress | None = None) -> dict[
     files.write_atomic(str(out / TRAINING), _text(record))
     shutil.rmtree(out / CHECKPOINTS, ignore_errors=True)
     return record
+
+
+def _folder(out: str) -> Path:
+    path = files.local_path(out)
+    if path is None:
+        raise SaescaleError(f"--out is {out}; a subject is trained in a folder of this machine, and copied then")
+    return Path(path)
 
 
 def _begin(spec: TrainingSpec) -> tuple[dict[str, Any], Any]:
@@ -173,7 +182,7 @@ def _trainer(spec: TrainingSpec, checkpoints: Path, device: torch.device) -> L.T
         callbacks=[
             ModelCheckpoint(
                 checkpoints, filename="last", train_time_interval=CHECKPOINT_EVERY, save_top_k=1,
-                enable_version_counter=False, save_on_exception=True, save_on_train_epoch_end=True,
+                enable_version_counter=False, save_on_train_epoch_end=True,
             )
         ],
         gradient_clip_val=1.0,
@@ -203,6 +212,7 @@ class _Pupil(L.LightningModule):
         self.model = subject.model.train()
         self.next = 0
         self.curve: list[dict[str, float]] = []
+        self._loss = torch.tensor(math.nan)  # of the last step
         self._began: tuple[float, int] | None = None  # when, and after how many steps
         self._how = ""
 
@@ -212,23 +222,37 @@ class _Pupil(L.LightningModule):
     def training_step(self, lesson: Lesson, number: int) -> Tensor:
         logits = self.model(input_ids=lesson.ids).logits
         loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), lesson.targets.flatten(), ignore_index=NO_TARGET)
-        self.next = int(lesson.next)
+        self.next, self._loss = int(lesson.next), loss.detach()
         return loss
 
     def on_train_batch_end(self, outputs: Any, lesson: Lesson, number: int) -> None:
-        done, steps = self.global_step, self.spec.steps
-        if done * CHECKS // steps > (done - 1) * CHECKS // steps:
-            self.model.eval()
-            score = self.subject.score(CHECK_SEQUENCES)
-            self.model.train()
-            self.curve.append({"sequences": done * self.spec.batch, "train_loss": float(outputs["loss"]), **score})
-            self._how = ", ".join(f"{name} {value:.3f}" for name, value in score.items())
+        self._look()
+        done = self.global_step
         if self._began is None:  # the first step warms up and is not timed
             self._began = time.monotonic(), done
             return
         rate = (done - self._began[1]) * self.spec.batch / (time.monotonic() - self._began[0])
-        words = self._how or f"loss {float(outputs['loss']):.3f}"
+        words = self._how or f"loss {float(self._loss):.3f}"
         self._progress(min(done * self.spec.batch, self.spec.sequences), self.spec.sequences, rate, words)
+
+    def _look(self) -> None:
+        """The point of the curve that is due after this step, once. Raises SaescaleError where training diverged."""
+        done, steps = self.global_step, self.spec.steps
+        sequences = done * self.spec.batch
+        due = done * CHECKS // steps > (done - 1) * CHECKS // steps
+        if not due or (self.curve and self.curve[-1]["sequences"] == sequences):
+            return
+        loss = float(self._loss)
+        if not math.isfinite(loss):
+            raise SaescaleError(
+                f"training diverged: after {sequences:,} sequences the loss is {loss}; train with a lower --lr than "
+                f"{self.spec.lr:g} into another folder"
+            )
+        self.model.eval()
+        score = self.subject.score(CHECK_SEQUENCES)
+        self.model.train()
+        self.curve.append({"sequences": sequences, "train_loss": loss, **score})
+        self._how = ", ".join(f"{name} {value:.3f}" for name, value in score.items())
 
     def say(self, stage: str) -> None:
         """What is being done now."""
@@ -247,6 +271,7 @@ class _Pupil(L.LightningModule):
         return {"optimizer": optimiser, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        self._look()  # Lightning saves before `on_train_batch_end` has its turn
         checkpoint["saescale"] = {"next": self.next, "curve": self.curve}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:

@@ -1,5 +1,8 @@
 """The known dictionary: what its spec says is what its activations are, and every wrong spec is one line."""
 
+import os
+import subprocess
+import sys
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -80,6 +83,27 @@ def test_an_activation_is_the_sum_of_its_features_and_knows_no_other_row() -> No
     assert np.array_equal(again, clean[[7, 3]][:, [0, 1, 40, 9, 2]])
     assert np.array_equal(without.label(some)["features"], z[[7, 3]][:, [0, 1, 40, 9, 2]])
     assert (z[:, 2:] > 0).any(axis=2).all()  # no row of nothing
+
+
+def test_activations_and_labels_are_the_same_bits_without_vector_instructions() -> None:
+    """What this processor computes, and what it does with the instructions alone that all have."""
+    code = (
+        "import numpy as np, sys, torch, xxhash\n"
+        "from tests.trainers.subjects.test_dictionary import SITE, Dictionary, DictionarySpec, drawn\n"
+        "subject = Dictionary('dictionary', DictionarySpec(features=400, noise=0.1), torch.device('cpu'))\n"
+        "ids = drawn(subject, 64)\n"
+        "resid = subject.run(torch.from_numpy(ids), [SITE]).resid[0].numpy()\n"
+        "for each in (resid, subject.label(ids)['features'], subject.directions.numpy()):\n"
+        "    print(xxhash.xxh3_64_hexdigest(np.ascontiguousarray(each).tobytes()))\n"
+    )
+    said = [
+        subprocess.run(
+            [sys.executable, "-c", code], env=os.environ | more, capture_output=True, text=True, check=True
+        ).stdout
+        for more in ({}, {"ATEN_CPU_CAPABILITY": "default"})
+    ]
+    assert said[0] == said[1]
+    assert len(set(said[0].split())) == 3
 
 
 @pytest.mark.parametrize(("exclusive", "scaled"), [(True, False), (False, True)])

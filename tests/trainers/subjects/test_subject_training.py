@@ -1,11 +1,8 @@
 """Training of a subject: it learns, goes on after a kill with the same bits, and is loaded from what it wrote."""
 
 import json
-import os
-import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -54,25 +51,45 @@ def test_a_finished_one_is_not_trained_again_and_another_one_is_refused(trained:
         train_subject(spec_of(tmp_path))
 
 
-def test_what_was_killed_goes_on_to_the_same_weights(trained: Path, tmp_path: Path) -> None:
+# Both in the middle of what Lightning does at step 100, of which a point of the curve is due: when its checkpoint is
+# saved already, and between the gradient of the next step and what follows from it.
+KILLED = """
+own = train._Pupil.on_train_batch_end
+def kill(pupil, *given):
+    if pupil.global_step == 100:
+        os.kill(os.getpid(), 9)
+    own(pupil, *given)
+train._Pupil.on_train_batch_end = kill
+"""
+INTERRUPTED = """
+def interrupt(pupil, optimiser):
+    if pupil.global_step == 100:
+        raise KeyboardInterrupt
+train._Pupil.on_before_optimizer_step = interrupt
+"""
+
+
+@pytest.mark.parametrize("how", [KILLED, INTERRUPTED], ids=["killed", "interrupted"])
+def test_what_was_cut_short_goes_on_to_the_same_weights(trained: Path, tmp_path: Path, how: str) -> None:
     code = (
-        "import sys, datetime; from saescale.trainers.subjects import train; "
-        "train.CHECKPOINT_EVERY = datetime.timedelta(seconds=0.3); "
+        "import os, sys, datetime; from saescale.trainers.subjects import train\n"
+        "train.CHECKPOINT_EVERY = datetime.timedelta(microseconds=1)\n"
+        f"{how}\n"
         f"train.train_subject(train.TrainingSpec.model_validate_json({spec_of(tmp_path / 'a').model_dump_json()!r}))"
     )
-    process = subprocess.Popen([sys.executable, "-c", code], env=os.environ | {"OMP_NUM_THREADS": "1"})
-    checkpoint = tmp_path / "a" / "checkpoints" / "last.ckpt"
-    until = time.monotonic() + 120
-    while not checkpoint.exists() and process.poll() is None and time.monotonic() < until:
-        time.sleep(0.02)
-    assert process.poll() is None, "it ended before it could be killed"
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    assert checkpoint.exists()
+    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=200)
+    assert ended.returncode == -9 if how == KILLED else ended.stderr.endswith("KeyboardInterrupt\n"), ended.stderr
+    assert (tmp_path / "a" / "checkpoints" / "last.ckpt").exists()
     assert not (tmp_path / "a" / "model.safetensors").exists()
     train_subject(spec_of(tmp_path / "a"))
     for name in ("model.safetensors", "training.json"):
         assert (tmp_path / "a" / name).read_bytes() == (trained / name).read_bytes(), name
+
+
+def test_a_training_that_diverges_says_so_and_writes_no_weights(tmp_path: Path) -> None:
+    with pytest.raises(SaescaleError, match=r"training diverged: after \d+ sequences the loss is nan"):
+        train_subject(spec_of(tmp_path / "a", lr=1e30, sequences=640))
+    assert not (tmp_path / "a" / "model.safetensors").exists()
 
 
 @pytest.mark.parametrize(
@@ -83,6 +100,8 @@ def test_what_was_killed_goes_on_to_the_same_weights(trained: Path, tmp_path: Pa
         (["othello", "--set", "layers=2"], "settings of othello: layers is not a key, did you mean n_layers?"),
         (["othello", "--set", "board=5"], "settings of othello: board: input should be 4, 6 or 8 (given: 5)"),
         (["othello", "--set", "board"], "--set takes name=value"),
+        (["othello", "--set", "board=["], "'[' is no value of YAML"),
+        (["othello", "--set", "board=4", "--set", "board=6"], "--set board is given twice"),
         (["othello", "--set", "d_model=30", "--set", "n_heads=4"], "d_model 30 cannot be shared by 4 heads"),
         (["othello", "--dtype", "float64"], "subject train: dtype: input should be 'float32'"),
     ],
@@ -90,6 +109,14 @@ def test_what_was_killed_goes_on_to_the_same_weights(trained: Path, tmp_path: Pa
 def test_what_cannot_be_trained_is_one_line(tmp_path: Path, given: list[str], said: str) -> None:
     assert_one_line(saescale_here("subject", "train", *given, "--out", str(tmp_path / "x")), said)
     assert not (tmp_path / "x").exists()
+
+
+def test_what_is_no_folder_of_this_machine_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(SaescaleError, match=r"--out is memory://x; a subject is trained in a folder of this machine"):
+        train_subject(spec_of(tmp_path, out="memory://x"))
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(SaescaleError, match="cannot write"):
+        train_subject(spec_of(tmp_path / "file" / "below"))
 
 
 def test_the_commands_say_what_there_is_and_what_was_made(tmp_path: Path) -> None:
