@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from numpy.testing import assert_allclose
+from scipy.stats import t
 
 from saescale.storage.columns import RESULTS
 from saescale.storage.errors import SaescaleError
@@ -41,7 +42,8 @@ def test_latents_that_another_seed_finds_are_counted() -> None:
     assert one.low is not None
     assert one.high is not None
     # As wide as the standard error of a mean over 12 says.
-    assert one.high - one.low == pytest.approx(2 * 1.96 * np.std(cosines) / np.sqrt(12), rel=0.15)
+    student = t.interval(0.95, 11, scale=np.std(cosines, ddof=1) / np.sqrt(12))
+    assert one.high - one.low == pytest.approx(student[1] - student[0], rel=0.15)
     # Over several seeds each latent counts by the share of them.
     found = measured(stability, OURS, THEIRS, planted([*E[:12]], seed=2), act=EVERY)
     assert found["matched", ""].value == pytest.approx((9 / 12 + 1) / 2)
