@@ -150,7 +150,7 @@ def test_anchors_are_those_of_random_and_of_true_directions(planted: tuple[Activ
     assert abs(found["mcc"].value - found["mcc_random"].value) < 0.1
     assert found["mcc_random"].value < 0.6
     assert found["mcc_true"].value == pytest.approx(1, abs=1e-5)
-    assert found["feature_f1_true"].value > 0.7 > found["feature_f1_random"].value
+    assert found["feature_f1_true"].value > 0.6 > found["feature_f1_random"].value
 
 
 def test_other_subjects_are_refused() -> None:
