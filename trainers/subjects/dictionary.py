@@ -206,7 +206,9 @@ def _compensated(frequency: Tensor, hierarchy: Hierarchy | None) -> Tensor:
     near where siblings are rare, and at most 1.
     """
     chance = frequency.clone()
-    for parents, children in _generations(hierarchy) if hierarchy else ():
+    if hierarchy is None:
+        return chance
+    for parents, children in _generations(hierarchy):
         family = frequency[children].view(-1, hierarchy.branching) / frequency[parents, None]
         if hierarchy.exclusive:
             family = family * (1 + family.sum(dim=1, keepdim=True) - family)

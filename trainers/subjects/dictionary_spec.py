@@ -28,7 +28,7 @@ class _Part(BaseModel):
 class Frequencies(_Part):
     """Feature r = 1, 2 ... is to fire with a probability that falls as r^-exponent from `highest` to `lowest`."""
 
-    exponent: float = Field(0.5, gt=0)
+    exponent: float = Field(default=0.5, gt=0)
     highest: Probability = 0.25
     lowest: Probability = 0.002
 
@@ -48,10 +48,10 @@ class Hierarchy(_Part):
     """
 
     roots: Count = 16
-    branching: int = Field(4, strict=True, ge=2)
-    depth: int = Field(2, strict=True, ge=1, le=12)
-    exclusive: bool = Field(True, strict=True)
-    scaled: bool = Field(True, strict=True)
+    branching: int = Field(default=4, strict=True, ge=2)
+    depth: int = Field(default=2, strict=True, ge=1, le=12)
+    exclusive: bool = Field(default=True, strict=True)
+    scaled: bool = Field(default=True, strict=True)
 
     def levels(self) -> list[int]:
         """How many features each level has, roots first."""
@@ -62,32 +62,32 @@ class Correlations(_Part):
     """Features fire together by a Gaussian copula: `rank` common factors, with weights normal(0, scale)."""
 
     rank: Count = 8
-    scale: float = Field(0.1, gt=0)
+    scale: float = Field(default=0.1, gt=0)
 
 
 class Magnitudes(_Part):
     """A feature that fires has the magnitude |normal(mean, spread)|: its mean falls in a line from `first`, of the most
     frequent one, to `last`; its spread is |normal(spread, spread_deviation)|, drawn once."""
 
-    first: float = Field(5.0, gt=0)
-    last: float = Field(4.0, gt=0)
-    spread: float = Field(0.5, ge=0)
-    spread_deviation: float = Field(0.5, ge=0)
+    first: float = Field(default=5.0, gt=0)
+    last: float = Field(default=4.0, gt=0)
+    spread: float = Field(default=0.5, ge=0)
+    spread_deviation: float = Field(default=0.5, ge=0)
 
 
 class DictionarySpec(_Part):
     """`features` unit directions in `d_model` dimensions; random ones, or with `coherence` such that no two have a
     larger |cosine|. `noise` is the standard deviation of what is added to every entry of an activation."""
 
-    features: int = Field(1024, strict=True, ge=1, le=2**20)
-    d_model: int = Field(128, strict=True, ge=2, le=2**16)
+    features: int = Field(default=1024, strict=True, ge=1, le=2**20)
+    d_model: int = Field(default=128, strict=True, ge=2, le=2**16)
     frequencies: Frequencies = Frequencies()
     hierarchy: Hierarchy | None = Hierarchy()
     correlations: Correlations | None = Correlations()
     magnitudes: Magnitudes = Magnitudes()
-    coherence: float | None = Field(None, gt=0, lt=1)
-    noise: float = Field(0.0, ge=0)
-    seed: int = Field(0, strict=True, ge=0, lt=2**32)
+    coherence: float | None = Field(default=None, gt=0, lt=1)
+    noise: float = Field(default=0.0, ge=0)
+    seed: int = Field(default=0, strict=True, ge=0, lt=2**32)
 
     @model_validator(mode="after")
     def _check(self) -> Self:
