@@ -1,5 +1,7 @@
 """Which device, precision and number of threads a process trains with."""
 
+import os
+
 import numba
 import torch
 
@@ -50,6 +52,13 @@ def fast_precision(device: torch.device) -> Precision:
     if device.type == "cuda":
         return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
     return cpu_precision(this_processor()) if device.type == "cpu" else "fp32"
+
+
+def usable_cores() -> int:
+    """CPU cores that this process may run on: in a container, or a job of a cluster, maybe few of the machine's."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
 
 
 def set_threads(threads: int) -> None:

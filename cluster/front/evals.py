@@ -1,6 +1,5 @@
 """The command about evaluations: what is measured on trained cells beside nmse."""
 
-import os
 from typing import Annotated
 
 import typer
@@ -51,7 +50,7 @@ def evaluate(
     """
     from saescale.storage.rundir import RunDirectory
     from saescale.storage.writable import require_writable
-    from saescale.trainers.device import set_threads
+    from saescale.trainers.device import set_threads, usable_cores
     from saescale.trainers.evals.run import evaluate_run
     from saescale.trainers.evals.wanted import entries
 
@@ -61,7 +60,7 @@ def evaluate(
     wanted = entries(RunDirectory(run), names, latents, where or ())
     with display() as shown:
         if actors is None and address is None:
-            set_threads(os.cpu_count() or 1)
+            set_threads(usable_cores())
             done = evaluate_run(run, wanted, cell or (), display=shown, trust_remote_code=trust_remote_code)
         else:
             from saescale.cluster.crew.evals import evaluate_on_actors
@@ -94,7 +93,7 @@ def _show(run: str, names: list[str]) -> None:
             found.setdefault((row["evaluation"], row["metric"], row["at"] or ""), []).append(row["value"])
     shown = table("evaluation", "metric", "at", "cells", "lowest", "median", "highest")
     for key, values in found.items():
-        present = [value for value in values if value is not None]
+        present = [value for value in values if value is not None and value == value]  # NaN where it has no meaning
         numbers = (min(present), float(np.median(present)), max(present)) if present else ()
         shown.add_row(*key, str(len(values)), *(f"{number:.4g}" for number in numbers))
     console.print(shown)

@@ -1,7 +1,6 @@
 """`saescale quickstart`: from SmolLM2-135M to a fitted L(N, k) on this machine."""
 
 import gc
-import os
 from typing import NamedTuple
 
 from saescale.cluster.front.display import Display
@@ -9,7 +8,7 @@ from saescale.cluster.front.recipes import RECIPES, TINY, Recipe, settle
 from saescale.cluster.sweep.driver import SweepOutcome, run_sweep
 from saescale.cluster.sweep.spec import SweepSpec, parse_spec
 from saescale.storage.writable import require_writable
-from saescale.trainers.device import set_threads
+from saescale.trainers.device import set_threads, usable_cores
 from saescale.trainers.harvest import conduct as harvesting
 from saescale.trainers.harvest.conduct import HarvestSpec
 
@@ -61,7 +60,7 @@ def run_quickstart(asked: str | None, out: str | None, wandb: str, display: Disp
 
     Raises what `settle`, `harvest` and `run_sweep` raise.
     """
-    set_threads(os.cpu_count() or 1)
+    set_threads(usable_cores())
     require_writable(out or "runs")
     require_writable("stores")
     recipe, url = settle(asked, out, display.stage)

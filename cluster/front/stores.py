@@ -1,6 +1,5 @@
 """The commands about what is streamed: harvest, and inspect, which also says what lies in a run."""
 
-import os
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -83,7 +82,7 @@ def harvest(
     """
     from pydantic import ValidationError
 
-    from saescale.trainers.device import set_threads
+    from saescale.trainers.device import set_threads, usable_cores
     from saescale.trainers.harvest.conduct import harvest_each
     from saescale.trainers.harvest.layers import each_layer, stores_of_all
     from saescale.trainers.harvest.spec import HarvestSpec
@@ -109,7 +108,7 @@ def harvest(
     with display() as shown:
         specs = [spec] if layers is None else each_layer(spec, layers, notify=shown.stage)
         if actors is None and address is None:
-            set_threads(os.cpu_count() or 1)
+            set_threads(usable_cores())
             manifests = harvest_each(specs, shown.harvest)
         else:
             from saescale.cluster.crew.harvest import harvest_on_actors

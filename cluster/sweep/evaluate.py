@@ -1,6 +1,5 @@
 """The evaluations that a sweep file names, measured when all cells are trained and before the report is written."""
 
-import os
 import warnings
 from collections.abc import Iterable
 
@@ -48,7 +47,7 @@ def _measure(spec: SweepSpec, run: RunDirectory, address: str | None, display: S
     """Why some were not measured."""
     # Only here: a sweep that is finished is shown without torch.
     from saescale.cluster.crew.connect import wanted_address
-    from saescale.trainers.device import set_threads
+    from saescale.trainers.device import set_threads, usable_cores
     from saescale.trainers.evals.run import evaluate_run
 
     wanted = spec.eval.evaluations
@@ -56,7 +55,7 @@ def _measure(spec: SweepSpec, run: RunDirectory, address: str | None, display: S
         from saescale.cluster.crew.evals import evaluate_on_actors
 
         return evaluate_on_actors(run.url, wanted, (), "auto", address, display, owner=run.owner).why
-    set_threads(os.cpu_count() or 1)
+    set_threads(usable_cores())
     return evaluate_run(run.url, wanted, display=display, owner=run.owner).why
 
 

@@ -1,12 +1,13 @@
-"""Which precision a device gets: by what it says that it supports, whatever else the machine is doing."""
+"""Which precision a device gets, by what it says it supports, whatever else the machine is doing; and its cores."""
 
+import os
 from pathlib import Path
 
 import pytest
 import torch
 
 from saescale.trainers import precision
-from saescale.trainers.device import fast_precision
+from saescale.trainers.device import fast_precision, usable_cores
 from saescale.trainers.precision import cpu_precision, gpu_precision, read_processor
 
 # Parts of /proc/cpuinfo as Linux writes it on such machines.
@@ -55,3 +56,14 @@ def test_a_machine_that_does_not_tell_gets_fp32(tmp_path: Path, monkeypatch: pyt
 def test_gpus_get_bf16_unless_one_has_to_emulate_it() -> None:
     assert gpu_precision([]) == gpu_precision(["A100", "H100"]) == "bf16"
     assert gpu_precision(["A100", "V100"]) == gpu_precision(["T4"]) == "fp32"
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="cores are not given out on this system")
+def test_cores_are_those_that_this_process_may_run_on() -> None:
+    before = os.sched_getaffinity(0)
+    assert usable_cores() == len(before)
+    os.sched_setaffinity(0, {min(before)})
+    try:
+        assert usable_cores() == 1
+    finally:
+        os.sched_setaffinity(0, before)

@@ -322,7 +322,10 @@ def test_a_table_of_an_earlier_version_is_gone_on_with(run: RunDirectory) -> Non
 def test_labels_that_there_are_not_are_one_line(run: RunDirectory, monkeypatch: pytest.MonkeyPatch) -> None:
     change_toy(monkeypatch, 'labels = ("ahead",)', "labels = ()")
     done = evaluate_run("run", ["toy", "counted"])
-    assert (done.measured, done.why) == (3, ("toy of 3 cells: the subject toy has no labels",))
+    why = ("toy of 3 cells: the subject toy has no labels",)
+    assert done == (3, 0, 0, why)  # nothing that could be mended
+    assert evaluate_run("run", ["toy", "counted"]) == (0, 3, 0, why)
+    assert evaluate_run("run", ["toy"]) == (0, 0, 3, why)  # but then nothing was measured at all
 
 
 def test_costs_are_told_from_the_first_cell_on(run: RunDirectory) -> None:
@@ -336,9 +339,17 @@ def test_costs_are_told_from_the_first_cell_on(run: RunDirectory) -> None:
     assert told[-1][3] == 0
     assert told[0][2].startswith("nmse of n16-")
     assert re.fullmatch(r"nmse 0\.\d s, counted 0\.\d s a cell", told[-1][2])
+    # What cannot be measured at all keeps nobody from knowing.
+    Path("mine/evals/broken.py").write_text(SHARED.replace("return 7", "raise SaescaleError('no task fits')"))
+    told.clear()
+    evaluate_run("run", ["broken", "core"], display=SimpleNamespace(evals=lambda *a: told.append(a)))
+    assert [left is None for *_, left in told] == [True, True, False, False, False, False, False]
+    assert re.fullmatch(r"core 0\.\d s a cell", told[-1][2])
     # Of what the run has rows of, before anything is measured: here as if by a slower machine.
     slow = {"nmse": 150.0, "counted": 2.0}
-    rows = [row | {"seconds": slow[row["evaluation"]]} for row in run.read_evals().to_pylist()]
+    rows = [
+        row | {"seconds": slow[row["evaluation"]]} for row in run.read_evals().to_pylist() if row["evaluation"] in slow
+    ]
     some = pa.Table.from_pylist([row for row in rows if not row["cell_id"].startswith("n32")], EVALS)
     pq.write_table(some, "run/evals.parquet")
     told.clear()

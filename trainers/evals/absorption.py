@@ -164,12 +164,10 @@ def measure(trained: Trained, source: Source, subject: Subject | None, prepared:
 
 def main_latents(active: Firing, prepared: Prepared, letter: int) -> list[int]:
     """Those whose firing tells that letter on the half that learns, the best one first; none where no latent fires."""
-    n_latents, positive = len(active.fired), (prepared.letter == letter)[prepared.learns]
-    latents = np.repeat(np.arange(n_latents), active.fired)
-    learning, own = prepared.learns[active.rows], prepared.letter[active.rows] == letter
-    fired = np.bincount(latents[learning], minlength=n_latents)
-    hits = np.bincount(latents[learning & own], minlength=n_latents)
-    f1 = 2 * hits / np.maximum(fired + positive.sum(), 1)
+    own = prepared.letter == letter
+    positive = own[prepared.learns]
+    hits = active.fired_on(prepared.learns & own)
+    f1 = 2 * hits / np.maximum(active.fired_on(prepared.learns) + positive.sum(), 1)
     candidates = np.argsort(-f1, kind="stable")[:CANDIDATES]
     fires = {
         i: _any(active, [i], len(prepared.learns))[prepared.learns] for i in candidates[f1[candidates] > 0].tolist()
@@ -202,7 +200,7 @@ def absorption(
 
     `towards` float32 [n_latents] is d_i p, `cosine` that of d_i and p.
     """
-    latent = np.repeat(np.arange(len(active.fired)), active.fired)
+    latent = active.latents
     place = np.searchsorted(words, active.rows)
     here = np.isin(active.rows, words)
     latent, place = latent[here], place[here]

@@ -14,7 +14,7 @@ from saescale.storage.store import ActivationStore
 from saescale.trainers.architectures import ARCHITECTURES
 from saescale.trainers.architectures.own import digests, not_here, own_files, require_same
 from saescale.trainers.device import default_device
-from saescale.trainers.evals.evaluation import Evaluation, find_evaluation, metrics_of
+from saescale.trainers.evals.evaluation import Evaluation, Unsuited, find_evaluation, metrics_of
 from saescale.trainers.evals.plan import Pair, finished_cells
 from saescale.trainers.exchange.native import read
 from saescale.trainers.exchange.trained import Trained
@@ -29,6 +29,7 @@ class Measured(NamedTuple):
     error: str | None
     seconds: float  # of this cell alone
     shared_s: float  # of what all cells share, where it was made for this one
+    unsuited: bool = False  # it is not for this kind of subject or SAE
     metrics: Mapping[str, Any] = {}  # what the evaluation declares of its metrics, as evals.parquet keeps it
 
 
@@ -87,16 +88,16 @@ class Bench:
         began, self._shared_s = time.monotonic(), 0.0
         rows: list[dict[str, Any]] = []
         metrics: Mapping[str, Any] = {}
-        error = None
+        error, unsuited = None, False
         try:
             rows = self._rows(pair)
             metrics = document(pair.evaluation, metrics_of(find_evaluation(pair.evaluation)))
         except SaescaleError as problem:
-            error = str(problem)
+            error, unsuited = str(problem), isinstance(problem, Unsuited)
         except Exception as problem:
             error = f"{type(problem).__name__}: {one_line(problem)}"
         seconds = time.monotonic() - began
-        return Measured(pair, rows, error, seconds - self._shared_s, self._shared_s, metrics)
+        return Measured(pair, rows, error, seconds - self._shared_s, self._shared_s, unsuited, metrics)
 
     def _rows(self, pair: Pair) -> list[dict[str, Any]]:
         evaluation, trained = find_evaluation(pair.evaluation), self._cell(pair.cell)
@@ -151,9 +152,9 @@ class Bench:
         if isinstance(subject, SaescaleError):
             raise subject
         if "labels" in evaluation.needs and not subject.labels:
-            raise SaescaleError(f"the subject {subject.name} has no labels")
+            raise Unsuited(f"the subject {subject.name} has no labels")
         if "text" in evaluation.needs and not isinstance(subject, ReadsText):
-            raise SaescaleError(f"the subject {subject.name} reads no text")
+            raise Unsuited(f"the subject {subject.name} reads no text")
         return subject
 
     def _loaded(self, manifest: Manifest) -> Subject | SaescaleError:

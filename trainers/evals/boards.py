@@ -10,6 +10,7 @@ from saescale.storage.errors import SaescaleError
 from saescale.storage.manifest import Site
 from saescale.storage.source import Source
 from saescale.storage.store import ActivationStore
+from saescale.trainers.evals.evaluation import Unsuited
 from saescale.trainers.evals.labels import heldout_labels
 from saescale.trainers.harvest.retrace import heldout_places
 from saescale.trainers.preprocess import to_tensor
@@ -40,7 +41,7 @@ def othello_of(subject: Subject | None) -> Othello:
     """Raises SaescaleError for a subject without boards."""
     if not isinstance(subject, Othello):
         name = "there is none" if subject is None else f"{subject.name} has none"
-        raise SaescaleError(f"boards are measured of the subject othello; {name}")
+        raise Unsuited(f"boards are measured of the subject othello; {name}")
     return subject
 
 

@@ -19,19 +19,20 @@ class Costs:
         self._processes = processes
         self._earlier = dict(earlier or {})
         self._seconds: dict[str, list[float]] = {}  # of each cell, by evaluation
+        self._failed: dict[str, list[float]] = {}
 
     def note(self, done: Measured) -> None:
-        """One that failed at once says nothing of the others."""
-        if done.error is None:
-            self._seconds.setdefault(done.pair.evaluation, []).append(done.seconds)
+        """One that failed says nothing of the others, unless none of that evaluation has done better so far."""
+        of = self._seconds if done.error is None else self._failed
+        of.setdefault(done.pair.evaluation, []).append(done.seconds)
 
     def of_a_cell(self) -> dict[str, float]:
         """Mean seconds of each evaluation that was measured."""
-        return self._earlier | {name: sum(seconds) / len(seconds) for name, seconds in self._seconds.items()}
+        return self._earlier | _means(self._seconds)
 
     def left_s(self, left: Iterable[Pair]) -> float | None:
-        """For those that are left; None while one of their evaluations has not been measured yet."""
-        each = self.of_a_cell()
+        """For those that are left; None while one of their evaluations has not been tried yet."""
+        each = _means(self._failed) | self.of_a_cell()
         names = [pair.evaluation for pair in left]
         return None if set(names) - each.keys() else sum(each[name] for name in names) / self._processes
 
@@ -49,6 +50,10 @@ def earlier_costs(evals: pa.Table, names: Iterable[str]) -> dict[str, float]:
     for (name, _), seconds in of_cells.items():
         if name in found:
             found[name].append(seconds)
+    return _means(found)
+
+
+def _means(found: Mapping[str, list[float]]) -> dict[str, float]:
     return {name: sum(seconds) / len(seconds) for name, seconds in found.items() if seconds}
 
 

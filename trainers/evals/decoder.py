@@ -5,8 +5,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from saescale.storage.errors import SaescaleError
 from saescale.trainers.architectures.sae import SAE
+from saescale.trainers.evals.evaluation import Unsuited
 
 TRIED_ROWS = 256
 _TOLERANCE = 1e-4  # of the largest entry of x_hat, which float32 holds to 1e-6
@@ -27,7 +27,7 @@ def linear_decoder(sae: SAE, x: Tensor) -> Decoder:
     forward = sae.forward(x[:TRIED_ROWS])
     z, x_hat = forward.latents, forward.x_hat
     if bool((z < 0).any()):
-        raise SaescaleError(f"latents of {sae.name} have signs, and what is asked here is of latents that have none")
+        raise Unsuited(f"latents of {sae.name} have signs, and what is asked here is of latents that have none")
     matrices = [p for p in sae.params.values() if p.shape == (sae.shape.n_latents, sae.shape.d_model)]
     vectors = [p for p in sae.params.values() if p.shape == (sae.shape.d_model,)]
     for W in matrices:
@@ -35,4 +35,4 @@ def linear_decoder(sae: SAE, x: Tensor) -> Decoder:
         for b in [*vectors, torch.zeros_like(x_hat[0])]:
             if (decoded + b - x_hat).abs().max() <= _TOLERANCE * x_hat.abs().max():
                 return Decoder(W, b)
-    raise SaescaleError(f"x_hat of {sae.name} is not z W + b with a matrix and a vector of its parameters")
+    raise Unsuited(f"x_hat of {sae.name} is not z W + b with a matrix and a vector of its parameters")

@@ -11,7 +11,7 @@ from saescale.storage.columns import columns_of
 from saescale.storage.errors import SaescaleError
 from saescale.storage.source import Source
 from saescale.trainers.architectures.dense import CHUNK_ENTRIES
-from saescale.trainers.evals.evaluation import Measurement
+from saescale.trainers.evals.evaluation import Measurement, Unsuited
 from saescale.trainers.evals.intervals import SEED, by_document, ratio
 from saescale.trainers.exchange.trained import Trained
 from saescale.trainers.preprocess import to_tensor
@@ -31,7 +31,7 @@ def decoder(trained: Trained) -> Tensor:
     """W_dec, float32 [n_latents, d_model]. Raises SaescaleError for an architecture that has none."""
     found = trained.sae.params.get("W_dec")
     if found is None:
-        raise SaescaleError(f"{trained.sae.name} has no W_dec, so its latents have no directions")
+        raise Unsuited(f"{trained.sae.name} has no W_dec, so its latents have no directions")
     return found.float()
 
 

@@ -28,7 +28,7 @@ from saescale.scaling.metrics import Metric
 from saescale.storage.errors import SaescaleError
 from saescale.storage.manifest import Site
 from saescale.storage.source import Source
-from saescale.trainers.evals.evaluation import Measurement, Need
+from saescale.trainers.evals.evaluation import Measurement, Need, Unsuited
 from saescale.trainers.evals.intervals import SEED, Sums, by_document, ratio
 from saescale.trainers.evals.splice import Contexts, heldout_contexts, logits_from
 from saescale.trainers.exchange.trained import Trained
@@ -83,9 +83,7 @@ def prepare(source: Source, subject: Subject | None) -> Prepared:
     for contexts in heldout_contexts(source, subject, TOKENS):
         run = subject.run(contexts.ids, [source.site], logits=True)
         if run.logits is None:
-            raise SaescaleError(
-                f"the subject {subject.name} gives no logits, so nothing is lost that could be measured"
-            )
+            raise Unsuited(f"the subject {subject.name} gives no logits, so nothing is lost that could be measured")
         counted = contexts.keep[:, :-1].numpy()
         kept += run.logits.nbytes
         read.append(_Read(contexts, run.resid[0], run.logits if kept <= KEPT_BYTES else None, counted))

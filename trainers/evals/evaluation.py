@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol
 
+from saescale.storage.errors import SaescaleError
 from saescale.storage.registry import Room
 
 if TYPE_CHECKING:
@@ -19,6 +20,11 @@ if TYPE_CHECKING:
 EVALUATIONS = Room("saescale.trainers.evals", "evaluation", marker="measure")
 
 Need = Literal["subject", "labels", "text"]
+
+
+class Unsuited(SaescaleError):
+    """An evaluation is not for subjects, or SAEs, of this kind: there is nothing to mend, and it is said without being
+    a failure where anything else is measured."""
 
 
 class Measurement(NamedTuple):
@@ -57,7 +63,7 @@ class Evaluation(Protocol):
         self, trained: Trained, source: Source, subject: Subject | None, *prepared: Any, **asked: Any
     ) -> Iterable[Measurement]:
         """On the held-out rows of `source`; `trained` lies on this machine's device. Raises SaescaleError for what it
-        cannot be measured on."""
+        cannot be measured on, Unsuited where that is for the kind of subject or SAE."""
 
 
 def find_evaluation(name: str) -> Evaluation:

@@ -21,6 +21,15 @@ class Firing(NamedTuple):
         here = slice(self.ends[latent], self.ends[latent + 1])
         return self.rows[here], self.values[here]
 
+    @property
+    def latents(self) -> np.ndarray:
+        """The latent of each pair, int64 [pairs]."""
+        return np.repeat(np.arange(len(self.fired)), self.fired)
+
+    def fired_on(self, kept: np.ndarray) -> np.ndarray:
+        """On how many of the rows of `kept`, bool [rows], each latent is active, int64 [n_latents]."""
+        return np.bincount(self.latents[kept[self.rows]], minlength=len(self.fired))
+
 
 def firing(trained: Trained, raw: Tensor) -> Firing:
     """Of raw rows [rows, d_model]; memory goes with their active latents. Active is what is above 0."""

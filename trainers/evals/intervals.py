@@ -4,6 +4,7 @@ from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
 import numpy as np
+from scipy.stats import norm, t
 
 RESAMPLES, SEED = 1_000, 0
 _AT_A_TIME = 2**22  # counts of documents
@@ -20,7 +21,8 @@ class Estimate(NamedTuple):
 def by_document(
     doc: np.ndarray, columns: Mapping[str, np.ndarray], statistics: Mapping[str, Callable[[Sums], np.ndarray]]
 ) -> dict[str, Estimate]:
-    """Each statistic, a function of the columns' sums over rows, with a percentile bootstrap over documents.
+    """Each statistic, a function of the columns' sums over rows, with a bootstrap over documents: expanded percentile
+    intervals (Hesterberg 2014, arXiv 1411.5279), as plain ones hold the truth too rarely where documents are few.
 
     `doc` [rows] says which document a row is of, `columns` are [rows]; `statistics` get sums of any shape and give that
     shape. 1,000 resamples from seed 0, the same documents for all statistics.
@@ -30,7 +32,9 @@ def by_document(
     sums = np.stack([np.bincount(place, np.asarray(columns[name], np.float64), len(ids)) for name in names])
     rng = np.random.default_rng(SEED)
     drawn: list[np.ndarray] = []  # [columns, resamples] each
+    tail = 0.025
     if len(ids) > 1:
+        tail = _tail(len(ids))
         at_a_time = max(1, _AT_A_TIME // len(ids))
         for start in range(0, RESAMPLES, at_a_time):
             size = min(at_a_time, RESAMPLES - start)
@@ -43,9 +47,15 @@ def by_document(
             value = float(statistic(dict(zip(names, sums.sum(axis=1), strict=True))))
             many = np.asarray(statistic(dict(zip(names, resampled, strict=True))))
             many = many[np.isfinite(many)]
-            low, high = map(float, np.quantile(many, [0.025, 0.975])) if many.size else (None, None)
+            low, high = map(float, np.quantile(many, [tail, 1 - tail])) if many.size else (None, None)
             found[name] = Estimate(value, low, high)
     return found
+
+
+def _tail(units: int) -> float:
+    """The share of resamples beyond either end: that at which a normal mean would have Student's interval, since means
+    of resamples scatter by a factor sqrt((n - 1) / n) too little, and by a normal law."""
+    return float(norm.cdf(-np.sqrt(units / (units - 1)) * t.ppf(0.975, units - 1)))
 
 
 def ratio(of: str, to: str) -> Callable[[Sums], np.ndarray]:

@@ -36,6 +36,7 @@ from saescale.scaling.metrics import Metric
 from saescale.storage.errors import SaescaleError
 from saescale.storage.manifest import Site
 from saescale.storage.source import Source
+from saescale.trainers.architectures.dense import CHUNK_ENTRIES
 from saescale.trainers.evals.evaluation import Measurement, Need
 from saescale.trainers.evals.firing import Firing, firing
 from saescale.trainers.evals.intervals import SEED, mean_of
@@ -105,7 +106,8 @@ def measure(
     trained: Trained, source: Source, subject: Subject | None, prepared: Prepared, latents: int
 ) -> Iterator[Measurement]:
     active = firing(trained, prepared.raw)
-    chosen = latents_to_look_at(_in_both_halves(active, prepared.judges), latents)
+    in_both = np.minimum(active.fired_on(prepared.judges), active.fired_on(~prepared.judges))
+    chosen = latents_to_look_at(in_both, latents)
     if not len(chosen):
         raise SaescaleError("no latent is active in both halves of the held-out documents; harvest more held-out rows")
     examples = _examples(active, chosen, prepared)
@@ -184,9 +186,13 @@ def activations(trained: Trained, prepared: Prepared, pieces: Sequence[Piece], l
             ids = torch.tensor([prepared.prefix + piece for piece in some], dtype=torch.int32)
             stream = prepared.subject.run(ids, [prepared.site]).resid[0][:, -1]
             prepared.seen.update(zip(some, stream.clone(), strict=True))
-    encoded = trained.encode(torch.stack([prepared.seen[piece] for piece in pieces]))
-    of_pieces = encoded[torch.arange(len(pieces)), torch.tensor(latents)]
-    return np.asarray(of_pieces.cpu().numpy())
+    found = np.empty(len(pieces), np.float32)
+    at_a_time = max(1, CHUNK_ENTRIES // trained.sae.shape.n_latents)
+    for start in range(0, len(pieces), at_a_time):
+        part = slice(start, start + at_a_time)
+        encoded = trained.encode(torch.stack([prepared.seen[piece] for piece in pieces[part]])).cpu()
+        found[part] = encoded[torch.arange(len(encoded)), torch.tensor(latents[part])].numpy()
+    return found
 
 
 def matches(patterns: Sequence[Pattern], tails: np.ndarray) -> np.ndarray:
@@ -210,10 +216,3 @@ def _examples(active: Firing, chosen: np.ndarray, prepared: Prepared) -> list[Ex
             tail = prepared.tails[rows[place]]
             found.append(Example(latent, float(values[place]), tuple(tail[tail >= 0].tolist())))
     return found
-
-
-def _in_both_halves(active: Firing, judges: np.ndarray) -> np.ndarray:
-    """On how many rows of the half in which it is rarer each latent is active, int64 [n_latents]."""
-    latents, n = np.repeat(np.arange(len(active.fired)), active.fired), len(active.fired)
-    judged = judges[active.rows]
-    return np.minimum(np.bincount(latents[judged], minlength=n), np.bincount(latents[~judged], minlength=n))

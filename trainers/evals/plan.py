@@ -82,7 +82,8 @@ def finished_cells(run: RunDirectory) -> dict[str, dict[str, Any]]:
 
 def _measured(run: RunDirectory) -> dict[tuple[str, str], tuple[int | None, str | None]]:
     """With how many latents, and compared with which cells, each pair of cell and evaluation was measured."""
-    columns = [run.read_evals()[name].to_pylist() for name in ("cell_id", "evaluation", "latents", "others")]
+    evals = run.read_evals()
+    columns = [evals[name].to_pylist() for name in ("cell_id", "evaluation", "latents", "others")]
     return {(cell, name): (latents, others) for cell, name, latents, others in zip(*columns, strict=True)}
 
 

@@ -40,7 +40,7 @@ from saescale.storage.store import ActivationStore
 from saescale.trainers.architectures.architecture import unit_rows
 from saescale.trainers.architectures.dense import CHUNK_ENTRIES
 from saescale.trainers.evals.agreement import last_activations, sentences
-from saescale.trainers.evals.evaluation import Measurement, Need
+from saescale.trainers.evals.evaluation import Measurement, Need, Unsuited
 from saescale.trainers.evals.intervals import SEED, Sums, by_document
 from saescale.trainers.evals.labels import heldout_labels
 from saescale.trainers.evals.probes import fit
@@ -186,8 +186,8 @@ def _of_text(source: ActivationStore, subject: Subject, number: int) -> tuple[di
 
 def _of_labels(source: ActivationStore, subject: Subject, number: int) -> tuple[dict[str, np.ndarray], np.ndarray]:
     if not subject.labels:
-        raise SaescaleError(f"the subject {subject.name} reads no text and has no labels, so there is no task")
-    tasks = {}
+        raise Unsuited(f"the subject {subject.name} reads no text and has no labels, so there is no task")
+    tasks: dict[str, np.ndarray] = {}
     for name, values in heldout_labels(source, subject, number).items():
         for place in np.ndindex(values.shape[1:]):
             column = values[(slice(None), *place)]
@@ -229,16 +229,23 @@ def _best(values: Tensor, group: Group) -> tuple[np.ndarray, np.ndarray]:
     """Of each task the cross-entropies on rows that do not learn, float64 [tasks, rows], by the best of the columns of
     `values` [rows, columns] on rows that do; and which that is, int64 [tasks]."""
     learns = torch.from_numpy(group.learns).to(values.device)
-    z = values[learns].double()
-    mean, scale = z.mean(dim=0), z.std(dim=0, correction=0)
-    scale = torch.where(scale > 1e-9 * z.abs().amax(dim=0), scale, torch.inf)  # of a column that never varies
-    z = ((z - mean) / scale).float().T.contiguous()
-    losses, columns = [], []
-    for truth in group.tasks.values():
-        probes = fit(z, torch.from_numpy(truth[group.learns]).to(z))
-        best = int(probes.loss.argmin())
-        logits = (values[~learns, best].double() - mean[best]) / scale[best] * probes.weight[best] + probes.bias[best]
-        signs = torch.from_numpy(np.where(truth[~group.learns], -1.0, 1.0)).to(logits)
-        losses.append(torch.nn.functional.softplus(signs * logits).cpu().numpy())
-        columns.append(best)
-    return np.stack(losses), np.array(columns)
+    lowest = np.full(len(group.tasks), np.inf)
+    losses = np.full((len(group.tasks), int((~group.learns).sum())), np.nan)
+    columns = np.zeros(len(group.tasks), np.int64)
+    at_a_time = max(1, CHUNK_ENTRIES // len(values))
+    for start, some in zip(range(0, values.shape[1], at_a_time), values.split(at_a_time, dim=1), strict=True):
+        z = some[learns].double()
+        mean, scale = z.mean(dim=0), z.std(dim=0, correction=0)
+        scale = torch.where(scale > 1e-9 * z.abs().amax(dim=0), scale, torch.inf)  # of a column that never varies
+        z = ((z - mean) / scale).float().T.contiguous()
+        for task, truth in enumerate(group.tasks.values()):
+            probes = fit(z, torch.from_numpy(truth[group.learns]).to(z))
+            best = int(probes.loss.argmin())
+            if not (loss := float(probes.loss[best])) < lowest[task]:
+                continue
+            standard = (some[~learns, best].double() - mean[best]) / scale[best]
+            logits = standard * probes.weight[best] + probes.bias[best]
+            signs = torch.from_numpy(np.where(truth[~group.learns], -1.0, 1.0)).to(logits)
+            lowest[task], columns[task] = loss, start + best
+            losses[task] = torch.nn.functional.softplus(signs * logits).cpu().numpy()
+    return losses, columns

@@ -15,8 +15,8 @@ TopK rises again beyond its k; Multi-TopK and hierarchical_topk are trained for 
 | `jumprelu_half` ... `jumprelu_rise` | the same by a threshold |
 
 A threshold that would have to be below all values that are not negative is left out (relu has nothing beyond its own
-latents). nmse is of preprocessed rows, those that the cell's nmse was measured on; intervals are over documents. Cost:
-one dense forward pass, and a sparse decoding of k' latents a token for each of at most 18 codes.
+latents). nmse is of preprocessed rows, the first 32,768 of those that the cell's nmse was measured on; intervals are
+over documents. Cost: one dense forward pass, and a sparse decoding of k' latents a token for each of at most 18 codes.
 """
 
 from collections.abc import Iterator
@@ -35,6 +35,7 @@ from saescale.trainers.architectures.sae import SAE
 from saescale.trainers.evals.decoder import Decoder, linear_decoder
 from saescale.trainers.evals.evaluation import Measurement, Need
 from saescale.trainers.evals.intervals import SEED, by_document, ratio
+from saescale.trainers.evals.nmse import CHUNK_ROWS
 from saescale.trainers.exchange.trained import Trained
 from saescale.trainers.kernels.choose import kernels
 from saescale.trainers.kernels.interface import Selected
@@ -42,6 +43,7 @@ from saescale.trainers.preprocess import normalise, to_tensor
 from saescale.trainers.subjects.subject import Subject
 
 WAYS = "topk", "jumprelu"
+ROWS = 32_768
 MOST = 4  # times k, and as much below it
 _TOLERANCE = 1e-4  # of the largest activation
 
@@ -65,9 +67,10 @@ def measure(trained: Trained, source: Source, subject: Subject | None) -> Iterat
     rows = source.heldout(trained.cell.heldout_rows, ("act", "doc"))
     sae, k = trained.sae, trained.cell.k
     device = next(iter(sae.params.values())).device
-    x = normalise(to_tensor(rows.act, source.dtype).to(device))
-    columns = _errors(sae, x, k)
-    variation = (x.double() - x.double().mean(dim=0)).square().sum(dim=1).cpu().numpy()
+    x, doc = normalise(to_tensor(rows.act[:ROWS], source.dtype).to(device)), rows.doc[:ROWS]
+    columns, mean = _errors(sae, x, k), x.mean(dim=0, dtype=torch.float64)
+    variations = [(some.double() - mean).square().sum(dim=1) for some in x.split(CHUNK_ROWS)]
+    variation = torch.cat(variations).cpu().numpy()
     if not variation.sum() > 1e-20 * len(x):
         raise SaescaleError("the held-out rows are all the same, so nmse has no meaning; harvest again")
     statistics = {code: ratio(code, "variation") for code in columns}
@@ -75,13 +78,13 @@ def measure(trained: Trained, source: Source, subject: Subject | None) -> Iterat
     for way in WAYS:
         if {f"{way} {k}", f"{way} {most}"} <= columns.keys():
             statistics[f"{way}_rise"] = ratio(f"{way} {most}", f"{way} {k}")
-    found = by_document(rows.doc, columns | {"variation": variation}, statistics)
+    found = by_document(doc, columns | {"variation": variation}, statistics)
     for code, estimate in found.items():
         metric, _, at = code.partition(" ")
         yield Measurement(metric, *estimate, at=f"k' = {at}" if at else "", n=len(x), seed=SEED)
     for way in WAYS:
-        for name, at in (("half", max(1, k // 2)), ("same", k), ("twice", min(2 * k, sae.shape.n_latents))):
-            if (code := f"{way} {at}") in found:
+        for name, many in (("half", max(1, k // 2)), ("same", k), ("twice", min(2 * k, sae.shape.n_latents))):
+            if (code := f"{way} {many}") in found:
                 yield Measurement(f"{way}_{name}", *found[code], n=len(x), seed=SEED)
 
 

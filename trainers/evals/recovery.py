@@ -32,12 +32,11 @@ from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
 from saescale.scaling.metrics import Metric
-from saescale.storage.errors import SaescaleError
 from saescale.storage.source import Source
 from saescale.storage.store import ActivationStore
 from saescale.trainers.evals.core import BIN_NAMES, bin_of
 from saescale.trainers.evals.directions import decoder, over_latents
-from saescale.trainers.evals.evaluation import Measurement, Need
+from saescale.trainers.evals.evaluation import Measurement, Need, Unsuited
 from saescale.trainers.evals.intervals import SEED
 from saescale.trainers.evals.labels import heldout_label_parts
 from saescale.trainers.exchange.trained import Trained
@@ -80,7 +79,7 @@ def prepare(source: Source, subject: Subject | None) -> Truth:
     """The features of the held-out rows. Raises SaescaleError where the subject is not made of known ones."""
     if not isinstance(subject, Composed):
         name = "" if subject is None else subject.name
-        raise SaescaleError(f"the subject {name} is not composed of known features; `dictionary` is")
+        raise Unsuited(f"the subject {name} is not composed of known features; `dictionary` is")
     assert isinstance(source, ActivationStore), "labels are of stores"
     rows, features = min(ROWS, source.rows("heldout")), len(subject.directions)
     places = []
@@ -141,9 +140,9 @@ def compare(W_dec: Tensor, active: sparse.csr_array, truth: Truth) -> Recovery:
     )
 
 
-def _detection(both: sparse.sparray | np.ndarray, fired: np.ndarray, present: np.ndarray) -> dict[str, np.ndarray]:
+def _detection(both: sparse.csr_array | np.ndarray, fired: np.ndarray, present: np.ndarray) -> dict[str, np.ndarray]:
     """Of detectors that fire on so many rows for what is present on so many, and on how many both."""
-    right = (both.toarray() if sparse.issparse(both) else np.asarray(both)).astype(np.float64).ravel()
+    right = (both if isinstance(both, np.ndarray) else both.toarray()).astype(np.float64).ravel()
     return {
         "precision": right / fired.clip(1),
         "recall": right / present.clip(1),

@@ -23,8 +23,8 @@ class EvalDisplay(Protocol):
 
 
 class Evaluated(NamedTuple):
-    """What a call did, in pairs of cell and evaluation; `why` has a line for each reason of failures, and
-    for each evaluation that no cell can have."""
+    """What a call did, in pairs of cell and evaluation; `why` has a line for each reason of failures, and for each
+    evaluation that no cell, or no subject or SAE of that kind, can have: where there is anything else, no failure."""
 
     measured: int
     there: int
@@ -65,7 +65,7 @@ def record(
     run: RunDirectory, plan: Plan, results: Iterable[Measured], display: EvalDisplay | None, processes: int = 1
 ) -> Evaluated:
     """Writes each of `results`, one for each missing pair of the plan in any order, when it is there."""
-    left, failed = dict.fromkeys(plan.missing), _Failures()
+    left, failed, unsuited = dict.fromkeys(plan.missing), _Failures(), _Failures()
     costs = Costs(processes, earlier_costs(run.read_evals(), [pair.evaluation for pair in left]))
     total, first = len(left), plan.missing[0]
     if display is not None:
@@ -77,11 +77,13 @@ def record(
             rows = [row | {"seconds": round(done.seconds, 3)} for row in done.rows]
             run.write_evals(done.pair.cell, done.pair.evaluation, rows, done.metrics)
         else:
-            failed.add(done.pair, done.error)
+            (unsuited if done.unsuited else failed).add(done.pair, done.error)
         costs.note(done)
         if display is not None:
             display.evals(total - len(left), total, costs.words(), costs.left_s(left))
-    return Evaluated(total - len(failed), plan.there, len(failed), (*failed.lines(), *plan.none))
+    measured = total - len(failed) - len(unsuited)
+    failures = len(failed) + (0 if measured or plan.there else len(unsuited))
+    return Evaluated(measured, plan.there, failures, (*failed.lines(), *unsuited.lines(), *plan.none))
 
 
 class _Failures:

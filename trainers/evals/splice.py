@@ -11,6 +11,7 @@ from saescale.storage.errors import SaescaleError
 from saescale.storage.manifest import Site
 from saescale.storage.source import Source
 from saescale.storage.store import ActivationStore
+from saescale.trainers.evals.evaluation import Unsuited
 from saescale.trainers.harvest.retrace import Places, heldout_places
 from saescale.trainers.subjects.subject import Resumes, Subject
 
@@ -67,5 +68,5 @@ def logits_from(subject: Subject, ids: Tensor, site: Site, resid: Tensor) -> Ten
         return subject.resume(ids, site, resid)
     logits = subject.run(ids, [], {site: lambda stream: resid}, logits=True).logits
     if logits is None:
-        raise SaescaleError(f"the subject {subject.name} gives no logits")
+        raise Unsuited(f"the subject {subject.name} gives no logits")
     return logits

@@ -18,5 +18,10 @@ def token_texts(subject: Subject, tokens: Iterable[int]) -> dict[int, str]:
         raise SaescaleError(f"the subject {subject.name} has no `tokenizer` that says what its tokens spell")
     # Behind another token, since many tokenizers drop the space that a text begins with.
     first = tokenizer("a", add_special_tokens=False)["input_ids"][-1:]
-    before = tokenizer.decode(first)
-    return {token: tokenizer.decode([*first, token])[len(before) :] for token in map(int, set(tokens))}
+
+    def spelt(ids: list[int]) -> str:
+        # Some tokenizers are set to take the space before punctuation away.
+        return str(tokenizer.decode(ids, clean_up_tokenization_spaces=False))
+
+    before = len(spelt(first))
+    return {token: spelt([*first, token])[before:] for token in map(int, set(tokens))}

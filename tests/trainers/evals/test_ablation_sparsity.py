@@ -53,6 +53,7 @@ def test_ablations_are_those_of_plain_transformers(
     text_store: ActivationStore, text_subject: Subject, tiny_subject: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(ablation_sparsity, "TOKENS_AT_A_TIME", 60)  # a batch of one context in several passes
+    monkeypatch.setattr(ablation_sparsity, "KEPT_BYTES", 1)  # no stream is kept for the next context
     monkeypatch.setattr(ablation_sparsity, "CHANNELS", 5)
     model = AutoModelForCausalLM.from_pretrained(tiny_subject.removeprefix("hf:"), dtype=torch.float32).eval()
     prepared = prepare(text_store, text_subject)

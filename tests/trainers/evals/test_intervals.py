@@ -12,16 +12,17 @@ def documents(rng: np.random.Generator, number: int = 60) -> tuple[np.ndarray, n
     return doc, rng.normal(size=number)[doc] + rng.normal(size=len(doc))
 
 
-def test_intervals_hold_the_truth_as_often_as_they_say() -> None:
+@pytest.mark.parametrize(("number", "least"), [(60, 0.90), (8, 0.92)])  # plain percentiles of 8 hold it in 88 %
+def test_intervals_hold_the_truth_as_often_as_they_say(number: int, least: float) -> None:
     rng, held = np.random.default_rng(3), 0
     for _ in range(300):
-        doc, values = documents(rng)
+        doc, values = documents(rng, number)
         found = by_document(doc, {"x": values, "n": np.ones(len(doc))}, {"mean": ratio("x", "n")})["mean"]
         assert found.value == pytest.approx(values.mean())
         assert found.low is not None
         assert found.high is not None
         held += found.low <= 0 <= found.high
-    assert 0.90 <= held / 300 <= 0.98  # intervals over rows would hold it in half of the cases
+    assert least <= held / 300 <= 0.98  # intervals over rows would hold it in half of the cases
 
 
 def test_one_document_has_no_interval() -> None:

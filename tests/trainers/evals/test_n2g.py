@@ -63,6 +63,7 @@ def planted() -> Trained:
 @pytest.fixture
 def text(monkeypatch: pytest.MonkeyPatch) -> tuple[SimpleNamespace, LastThree]:
     """Random tokens, five contexts a document."""
+    monkeypatch.setattr(n2g, "CHUNK_ENTRIES", 4 * 7)  # latents of seven pieces at a time
     subject, rng = LastThree(), np.random.default_rng(0)
     ids = rng.integers(6, size=(CONTEXTS, LENGTH)).astype(np.int32)
     ids[:, 0] = 6
