@@ -112,8 +112,8 @@ def test_what_cannot_be_trained_is_one_line(tmp_path: Path, given: list[str], sa
 
 
 def test_what_is_no_folder_of_this_machine_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(SaescaleError, match=r"--out is memory://x; a subject is trained in a folder of this machine"):
-        train_subject(spec_of(tmp_path, out="memory://x"))
+    with pytest.raises(SaescaleError, match="--out is memory://x; a subject is trained in a folder of this machine"):
+        train_subject(spec_of(tmp_path).model_copy(update={"out": "memory://x"}))
     (tmp_path / "file").write_text("mine")
     with pytest.raises(SaescaleError, match="cannot write"):
         train_subject(spec_of(tmp_path / "file" / "below"))
