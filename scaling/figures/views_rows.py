@@ -79,13 +79,14 @@ def compute_ratios(comparison: Comparison) -> View | None:
             text = _why(missing) + ("" if every else f" at k = {listed((f'{r.k:g}' for r in missing), ', ')}")
             layers.append(Label(1.0 if every else right, rows[name], text, None, where="row"))
     low, high = min(min(seen), 0.5), right
+    across = f"Compute over that of {comparison.reference}{_from_the_top(ks)}"
     return View(
         file_name("compute_ratio", comparison), f"Compute for equal nmse, against {comparison.reference}",
         f"How many times the training compute of {comparison.reference} each architecture takes to reach the same "
         "nmse: the median over five levels, from what the smallest N of the reference ends with to the lowest that it "
         "reaches; one that is never reached counts as more than any ratio. Left of 1 an architecture is cheaper.",
         f"Points: one for each k. {interval_key(comparison)}",
-        log_axis(f"Compute over that of {comparison.reference}", np.array([low, high * (high / low) ** 0.25])), axis,
+        log_axis(across, np.array([low, high * (high / low) ** 0.25])), axis,
         tuple(ks), tuple(layers), ramp="k",
     )  # fmt: skip
 
@@ -110,7 +111,7 @@ def dead(comparison: Comparison) -> View | None:
         "Share of latents that are dead at the end of training. Above about 10 % an architecture works with fewer "
         "latents than it is compared with.",
         "Points: cells, seeds averaged; one for each N and k.",
-        linear_axis(f"{DEAD_LABEL} (%)", shown, zero=True), axis, tuple(ks), tuple(layers), ramp="k",
+        linear_axis(f"{DEAD_LABEL} (%){_from_the_top(ks)}", shown, zero=True), axis, tuple(ks), tuple(layers), ramp="k",
     )  # fmt: skip
 
 
@@ -156,6 +157,14 @@ def _rows(names: Sequence[str]) -> tuple[Axis, dict[str, float]]:
 def _aside(i: int, of: int) -> float:
     """Where the i-th of several points of one row stands, from its middle: the first on top."""
     return 0.0 if of < 2 else 0.24 - 0.48 * i / (of - 1)
+
+
+def _from_the_top(ks: Sequence[float]) -> str:
+    """Which k the points of a row are of, in a file without the page around it too."""
+    if len(ks) < 2:
+        return ""
+    named = listed([f"{k:g}" for k in ks], ", ") if len(ks) <= 5 else f"{ks[0]:g} to {ks[-1]:g}"
+    return f"; k = {named} from the top"
 
 
 def _why(missing: Sequence[Ratios]) -> str:
