@@ -7,7 +7,7 @@ On a page each part stands between `<!-- published: NAME -->` and `<!-- end -->`
 here. Whatever stands outside of these parts is written by hand, and has to be read again after a new run.
 """
 
-from tests.published import quickstart
+from tests.published import architectures, quickstart
 
-DATA_SETS = {"quickstart": quickstart.DATA}
+DATA_SETS = {"quickstart": quickstart.DATA, "architectures": architectures.DATA}
 PAGES = {path: data for data in DATA_SETS.values() for path in data.pages}
