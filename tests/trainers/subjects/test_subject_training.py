@@ -3,9 +3,11 @@
 import json
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 
 from saescale.storage.errors import SaescaleError
 from saescale.trainers.subjects.subject import get_subject
@@ -18,6 +20,15 @@ SMALL = {"board": 4, "n_layers": 2, "d_model": 32, "n_heads": 2}
 def spec_of(out: Path, **changes: object) -> TrainingSpec:
     given = {"subject": "othello", "out": str(out), "settings": SMALL, "sequences": 6_400, "batch": 32, "lr": 3e-3}
     return TrainingSpec.model_validate(given | changes)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread() -> Iterator[None]:
+    """Another number of threads gives other last bits, and tests before these may have left any."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")
@@ -72,7 +83,7 @@ train._Pupil.on_before_optimizer_step = interrupt
 @pytest.mark.parametrize("how", [KILLED, INTERRUPTED], ids=["killed", "interrupted"])
 def test_what_was_cut_short_goes_on_to_the_same_weights(trained: Path, tmp_path: Path, how: str) -> None:
     code = (
-        "import os, sys, datetime; from saescale.trainers.subjects import train\n"
+        "import os, sys, datetime, torch; torch.set_num_threads(1); from saescale.trainers.subjects import train\n"
         "train.CHECKPOINT_EVERY = datetime.timedelta(microseconds=1)\n"
         f"{how}\n"
         f"train.train_subject(train.TrainingSpec.model_validate_json({spec_of(tmp_path / 'a').model_dump_json()!r}))"
