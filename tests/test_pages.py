@@ -65,7 +65,9 @@ def test_the_published_results_are_the_same_in_both_forms_and_end_where_their_cu
     for row in results:
         last = max((point for point in curves if point["cell_id"] == row["cell_id"]), key=lambda point: point["step"])
         assert [row[name] for name in ("tokens", "flops", "nmse")] == [last[n] for n in ("tokens", "flops", "nmse")]
-        assert 2 * row["n_latents"] * row["d_model"] * row["tokens"] < row["flops"] < row["flops_dense"]
+        assert 0 < row["flops"] <= row["flops_dense"]
+        if row.get("architecture", "topk") == "topk":  # others score fewer latents, or take dense steps
+            assert 2 * row["n_latents"] * row["d_model"] * row["tokens"] < row["flops"] < row["flops_dense"]
 
 
 def test_the_version_is_that_of_the_newest_changes() -> None:
