@@ -51,16 +51,18 @@ def test_the_prediction_is_within_15_percent_of_the_peak(store: ActivationStore,
     ]  # fmt: skip
     warm_up, *packs = jobs
     expected = [predicted(job.cells) for job in packs]
+    highest = [0.0, 0.0]
+    # On a busy machine the stream may never be as far ahead as it is allowed to be: then it is measured again.
     for _ in range(3):
         for job in (warm_up, *packs):
             shutil.rmtree(job.run, ignore_errors=True)
         peaks = measure(warm_up, packs, stopped=1)  # so that the second has to resume
         stopped, *finished = [peak / prediction for peak, prediction in zip(peaks, expected, strict=True)]
-        assert max(stopped, *finished) <= 1, finished
-        # On a busy machine the stream may never be as far ahead as it is allowed to be: then it is measured again.
-        if min(finished) >= 0.85:
+        assert max(stopped, *finished) <= 1, [stopped, *finished]
+        highest = [max(pair) for pair in zip(highest, finished, strict=True)]
+        if min(highest) >= 0.85:
             return
-    pytest.fail(f"the peaks of three measurements stayed below 0.85 of the predictions: {finished}")
+    pytest.fail(f"the peaks of three measurements stayed below 0.85 of the predictions: {highest}")
 
 
 @pytest.mark.skipif(not COUNTABLE, reason="counts memory as Linux does")

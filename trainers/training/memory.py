@@ -22,7 +22,7 @@ from saescale.trainers.preprocess import SAMPLE_TOKENS, Centre
 
 PROCESS_BYTES = 800 * 2**20  # imports and compiled kernels of a worker, in the host's memory; measured
 _FLOAT = 4
-_ALLOCATOR = 1.1  # freed memory that the allocator keeps, measured
+_ALLOCATOR = 1.15  # freed memory that the allocator keeps: up to 1.10 measured, which differs from run to run
 
 
 class StreamSize(NamedTuple):
