@@ -5,7 +5,7 @@
 Steps with each share of dead latents take turns, from the same weights and on the same random inputs of unit norm; a
 ratio is that of one round. Dead latents are scaled down, so that none is among a token's k largest while half of their
 pre-activations are positive: AuxK finds its k_aux wherever so many are. Seconds are CPU time of the process, which
-a busy machine lengthens less than it does wall time.
+a busy machine lengthens less than it does wall time; with --device cuda they are the wall time of a whole step.
 
 "gathered" is the same step with AuxK by products with the dead rows gathered into a matrix, or as one more term of the
 loss where many are dead, as on devices other than CPUs.
@@ -37,10 +37,11 @@ SCALE = 0.25  # of a dead latent's encoder row: 4.5 standard deviations stay bel
 class Trained:
     """One cell that all turns share, and the weights that each starts from."""
 
-    def __init__(self, precision: Precision, k_aux: int) -> None:
-        self.inputs = unit_rows(SIZE)
-        self.precision, self.centre = precision, measure_centre(torch.cat(self.inputs))
-        self.cell = training_cell(SIZE, self.centre, precision, k_aux)
+    def __init__(self, precision: Precision, k_aux: int, device: torch.device) -> None:
+        rows = unit_rows(SIZE)
+        self.precision, self.centre = precision, measure_centre(torch.cat(rows))
+        self.inputs, self.origin = [x.to(device) for x in rows], self.centre.b_pre.to(device)
+        self.cell = training_cell(SIZE, self.centre, precision, k_aux, str(device))
         self.start = {name: tensor.clone() for name, tensor in self.cell.sae.params.items()}
 
 
@@ -62,15 +63,22 @@ class Dying:
         cell.sae.round()
         cell.dead.tokens_since.zero_()
         cell.dead.tokens_since[self.dead] = 10 * DEAD_AFTER_TOKENS
-        batch = Batch.of(inputs[self.steps % len(inputs)], self.trained.centre.b_pre, self.trained.precision == "bf16")
+        batch = Batch.of(inputs[self.steps % len(inputs)], self.trained.origin, self.trained.precision == "bf16")
         before, self.steps = cell.worked, self.steps + 1
         with mock.patch.object(topk_sparse, "dead_kernels", _none) if self.gathered else nullcontext():
-            began = time.process_time()
+            began = _clock(batch.x.device)
             cell.train_on(batch)
-            seconds = time.process_time() - began
+            seconds = _clock(batch.x.device) - began
         assert cell.worked.dead - before.dead == len(self.dead) * SIZE.batch_tokens
         self.pairs = float(cell.worked.selected_aux - before.selected_aux) / SIZE.batch_tokens
         return seconds
+
+
+def _clock(device: torch.device) -> float:
+    if device.type == "cpu":
+        return time.process_time()
+    torch.cuda.synchronize(device)
+    return time.perf_counter()
 
 
 def _none(*_: object) -> None:
@@ -86,17 +94,21 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=9, help="steps of each that count (default: 9)")
     parser.add_argument("--k-aux", type=int, default=256, help="latents that AuxK takes for a token (default: 256)")
     parser.add_argument("--threads", type=int, default=1, help="default: 1")
+    parser.add_argument("--device", default="cpu", type=torch.device, help="default: cpu")
     parser.add_argument("--out", type=Path, help="JSON file to write (default: tests/benchmarks/results/auxk.json)")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     set_threads(arguments.threads)
-    where, reason = machine(), slow_bf16()
+    where, reason = machine(), slow_bf16() if arguments.device.type == "cpu" else None
+    if arguments.device.type == "cuda":
+        where["gpu"] = torch.cuda.get_device_name(arguments.device)
     results = []
     precisions: list[Precision] = ["fp32"] if reason else ["bf16", "fp32"]
     for precision in precisions:
-        trained = Trained(precision, arguments.k_aux)
+        trained = Trained(precision, arguments.k_aux, arguments.device)
         turns = [Dying(share, trained, False) for share in SHARES]
-        turns += [Dying(share, trained, True) for share in SHARES[1:]]
+        if arguments.device.type == "cpu":
+            turns += [Dying(share, trained, True) for share in SHARES[1:]]
         timings = alternate(turns, arguments.rounds, warmup=2)
         without, rows = timings[turns[0].name], []
         for turn in turns:

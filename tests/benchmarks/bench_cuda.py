@@ -42,6 +42,7 @@ from tests.benchmarks.harness import (
     machine,
     run,
     show_table,
+    size_argument,
     write_result,
 )
 from tests.benchmarks.ours import training_cell
@@ -59,6 +60,11 @@ def main() -> None:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
+    parser.add_argument(
+        "--sizes", nargs="+", type=size_argument, default=SIZES, metavar="B,D,N,K",
+        help=f"batch tokens, d_model, latents, k; default: {' '.join(','.join(map(str, size)) for size in SIZES)}",
+    )  # fmt: skip
+    parser.add_argument("--without-grid", action="store_true", help="only the steps")
     parser.add_argument("--rounds", type=int, default=15, help="steps of each that count (default: 15)")
     parser.add_argument("--out", type=Path, help="JSON file to write (default: tests/benchmarks/results/cuda.json)")
     parser.add_argument("--without-peers", action="store_true", help="only saescale and the floor")
@@ -73,10 +79,14 @@ def main() -> None:
     result = {
         "machine": where,
         "square_bf16_product_flops": peak,
-        "sizes": [_measure(size, device, peak, arguments.rounds, python) for size in SIZES],
-        "grid": _grid(device, peak, arguments.rounds),
+        "grid": None if arguments.without_grid else _grid(device, peak, arguments.rounds),
+        "sizes": [],
     }
-    path = write_result("cuda", result, arguments.out)
+    for size in arguments.sizes:
+        result["sizes"].append(_measure(size, device, peak, arguments.rounds, python))
+        torch.cuda.empty_cache()
+        # Each size as it comes: a device is often lent for minutes.
+        path = write_result("cuda", result, arguments.out)
     console.print(f"{where['gpu']}; wrote {os.path.relpath(path)}")
 
 
@@ -133,6 +143,20 @@ def _peers(size: Size, python: Path | None, stack: ExitStack) -> tuple[list[Cont
     return able, left_out
 
 
+def _that_fit(turns: list[_Turn]) -> tuple[list[_Turn], dict[str, str]]:
+    """Those that can make a step beside each other, and why the others cannot: dense training may need more memory."""
+    able, left_out = [], {}
+    for turn in turns:
+        try:
+            turn.step()
+        except torch.OutOfMemoryError as error:
+            left_out[turn.name] = str(error).split(". ")[0]
+            torch.cuda.empty_cache()
+        else:
+            able.append(turn)
+    return able, left_out
+
+
 def _measure(size: Size, device: torch.device, peak: float, rounds: int, python: Path | None) -> dict[str, Any]:
     ours = choose.kernels(device)
     x = torch.randn(size.batch_tokens, size.d_model, device=device, dtype=torch.bfloat16)
@@ -145,7 +169,9 @@ def _measure(size: Size, device: torch.device, peak: float, rounds: int, python:
         _Turn("bf16 encoder product", partial(torch.mm, x, W.T, out=pre)),
     ]
     with ExitStack() as stack:
+        turns, too_large = _that_fit(turns)
         peers, left_out = _peers(size, python, stack)
+        left_out |= too_large
         timings = alternate([*turns, *peers], rounds, warmup=5)
     batch = size.batch_tokens
     flops = topk_flops(size.d_model, size.n_latents, tokens=batch, selected=size.k * batch).sparse

@@ -31,6 +31,7 @@ from tests.benchmarks.harness import (
     quartiles,
     run,
     show_table,
+    size_argument,
     slow_bf16,
     write_result,
 )
@@ -70,7 +71,7 @@ def _arguments() -> argparse.Namespace:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument(
-        "--sizes", nargs="+", type=_size, default=SIZES, metavar="B,D,N,K",
+        "--sizes", nargs="+", type=size_argument, default=SIZES, metavar="B,D,N,K",
         help=f"batch tokens, d_model, latents, k; default: {' '.join(','.join(map(str, size)) for size in SIZES)}",
     )  # fmt: skip
     parser.add_argument(
@@ -88,16 +89,6 @@ def _arguments() -> argparse.Namespace:
         # Without a warm-up kernels are compiled, and optimisers' memory is taken, within what counts.
         parser.error("--rounds, --warmup and --threads have to be at least 1")
     return arguments
-
-
-def _size(text: str) -> Size:
-    try:
-        size = Size(*map(int, text.split(",")))
-    except (TypeError, ValueError):
-        raise argparse.ArgumentTypeError(f"{text!r} is not B,D,N,K, four whole numbers") from None
-    if min(size) < 1 or size.k > size.n_latents:
-        raise argparse.ArgumentTypeError(f"{text!r}: numbers have to be at least 1, and K at most N")
-    return size
 
 
 def _measure(size: Size, arguments: argparse.Namespace, python: Path) -> dict[str, Any]:

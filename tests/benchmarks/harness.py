@@ -5,6 +5,7 @@ the machine does meets all of them alike, and ratios are taken within a round. A
 ratios of one run are what can be compared.
 """
 
+import argparse
 import json
 import os
 import platform
@@ -133,6 +134,17 @@ class Contender:
         said = "\n".join(self._log.read().splitlines()[-20:])
         reason = "killed, perhaps for want of memory" if status == -9 else f"ended with status {status}"
         return BenchmarkError(f"{self.name}: its process was {reason}. The end of what it printed:\n{said}")
+
+
+def size_argument(text: str) -> Size:
+    """Of a command line: B,D,N,K."""
+    try:
+        size = Size(*map(int, text.split(",")))
+    except (TypeError, ValueError):
+        raise argparse.ArgumentTypeError(f"{text!r} is not B,D,N,K, four whole numbers") from None
+    if min(size) < 1 or size.k > size.n_latents:
+        raise argparse.ArgumentTypeError(f"{text!r}: numbers have to be at least 1, and K at most N")
+    return size
 
 
 class Timing(NamedTuple):

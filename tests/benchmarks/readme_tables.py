@@ -118,6 +118,31 @@ def _games(result: dict[str, Any]) -> str:
     return _markdown(head, rows)
 
 
+def _cuda(result: dict[str, Any]) -> str:
+    """Of each size milliseconds, how many times as fast as the fastest peer, share of the device's rate."""
+    shown = {"saescale bf16": "saescale, bf16 product", "saescale fp32": "saescale, fp32 product",
+             "plain torch bf16": "plain torch in place of the kernels", "sparsify-adam": "sparsify 1.3 (Adam)",
+             "saelens-autocast": "SAELens 6.5 (autocast)", "bf16 encoder product": "bf16 product alone"}  # fmt: skip
+    sizes = result["sizes"]
+    head = ["ms a step (speed over the fastest peer; share of the FLOP/s of a large bf16 product)"]
+    head += [f"B {s['batch_tokens']:,}, d {s['d_model']}, N {s['n_latents']:,}, k {s['k']}" for s in sizes]
+    rows = []
+    for name, label in shown.items():
+        cells = []
+        for size in sizes:
+            entries = {entry["name"]: entry for entry in size["contenders"]}
+            fastest = min((_median(entries[peer]["seconds"]) for peer in entries if "-" in peer), default=None)
+            if name not in entries:
+                cells.append("-")
+                continue
+            seconds, used = _median(entries[name]["seconds"]), entries[name]["utilisation"]
+            about = [f"{fastest / seconds:.2f}x"] if fastest and used else []
+            about += [f"{used:.0%}"] if used else []
+            cells.append(f"{seconds * 1e3:.1f}" + (f" ({'; '.join(about)})" if about else ""))
+        rows.append([label, *cells])
+    return _markdown(head, rows)
+
+
 def _markdown(head: list[str], rows: list[list[str]]) -> str:
     lines = [head, ["---"] * len(head), *rows]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
@@ -136,6 +161,7 @@ _MAKERS = {
     "soak": _soak,
     "overhead": _overhead,
     "games": _games,
+    "cuda": _cuda,
 }
 
 

@@ -601,7 +601,7 @@ def test_training_equals_autograd_and_the_plain_optimiser(
         assert bool(len(result.gradient.aux.latents)) == (auxk == "rows" or name == "cpu")
         assert result.main == pytest.approx(float(losses.main.detach()), rel=1e-4)
         for part in ("multi", "auxk"):
-            assert result.parts[part] == pytest.approx(float(losses.parts[part].detach()), rel=1e-4)
+            assert float(result.parts[part]) == pytest.approx(float(losses.parts[part].detach()), rel=1e-4)
         assert result.worked.selected_aux == losses.beside.selected_aux
         assert result.worked.dead == losses.beside.dead == 8 * 12
         for key, tensor in fast.tensors().items():
