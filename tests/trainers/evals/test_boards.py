@@ -13,7 +13,7 @@ from saescale.storage.rundir import RunDirectory
 from saescale.storage.store import ActivationStore
 from saescale.trainers.cell import Cell, EvalSpec
 from saescale.trainers.evals.board_probe import probe
-from saescale.trainers.evals.board_recovery import recovered
+from saescale.trainers.evals.board_recovery import BESIDE, recovered
 from saescale.trainers.evals.boards import Boards, heldout_boards, streams_of_rows
 from saescale.trainers.evals.detectors import Active
 from saescale.trainers.evals.evaluation import Measurement
@@ -160,7 +160,8 @@ def test_a_trained_cell_is_measured_beside_what_needs_no_sae(store: ActivationSt
         assert found[first, metric, ""]["value"] == found[second, metric, ""]["value"]
     for cell in (first, second):
         shares = [found[cell, name, ""] for name in ("accuracy", "accuracy_x_hat", "tiles_told", "coverage")]
-        shares += [found[cell, f"{name}_neurons", ""] for name in ("coverage", "reconstruction", "tiles_told")]
+        beside = [f"{name}_{other}" for name in ("coverage", "reconstruction", "tiles_told") for other in BESIDE]
+        shares += [found[cell, name, ""] for name in beside]
         assert all(0 <= row["value"] <= 1 and row["n"] > 500 for row in shares)
         majority, x_hat, x = (found[cell, name, ""]["value"] for name in ("majority", "accuracy_x_hat", "accuracy"))
         assert majority - 0.05 < x_hat < x + 0.02
