@@ -63,7 +63,7 @@ def fit(
     from saescale.scaling.laws.predict import metric_predictions, parse_point, predictions
     from saescale.scaling.laws.settings import DEFAULT_LAWS, FitSettings
     from saescale.scaling.metrics import measured
-    from saescale.scaling.report.metrics import peak_sentences
+    from saescale.scaling.report.metrics import peak_documents, peak_sentences
     from saescale.scaling.sources import load_evals, load_sources
     from saescale.scaling.where import parse_condition
     from saescale.scaling.words import listed
@@ -91,7 +91,7 @@ def fit(
     peaks = find_peaks(of_metrics)
     if of_metrics:
         document["metrics"] = [found.document() for found in of_metrics]
-        document["peaks"] = [found.document() for found in peaks]
+        document["peaks"] = peak_documents(peaks)
     if of_metrics and points and any(found.fits for found in of_metrics):
         document["predictions"] = [row for point in points for row in metric_predictions(of_metrics, point)]
     if out:

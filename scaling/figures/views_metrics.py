@@ -16,17 +16,18 @@ from saescale.scaling.laws.over_metrics import MetricLaws
 from saescale.storage.columns import COLUMNS
 
 SHOWN = 6  # metrics with figures, of each kind of cells
-_FIRST = "downstream_loss"  # what an SAE is for before all else
+_FIRST, _LAST = "downstream_loss", "core"  # what an SAE is for before all else; what is mostly nmse again
 
 
 def leading(metrics: Sequence[MetricLaws]) -> list[MetricLaws]:
     """Those that figures and sentences are about: of each evaluation its first metric, for each kind of cells; at most
-    six metrics, that of the downstream loss before the others."""
+    six metrics, that of the downstream loss before the others and core's behind them."""
     there = [laws for laws in metrics if len(laws.cells) > 1]
     names: dict[str, str] = {}
     for laws in there:
         names.setdefault(laws.name.partition(".")[0], laws.name)
-    chosen = [names[evaluation] for evaluation in sorted(names, key=lambda name: name != _FIRST)][:SHOWN]
+    order = sorted(names, key=lambda name: (name == _LAST) - (name == _FIRST))
+    chosen = [names[evaluation] for evaluation in order][:SHOWN]
     return [laws for name in chosen for laws in there if laws.name == name]
 
 

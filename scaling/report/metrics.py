@@ -25,6 +25,11 @@ def peak_sentences(peaks: Sequence[Peaks]) -> list[str]:
     return [typeset(text) for found in peaks if (text := _peaking(found))]
 
 
+def peak_documents(peaks: Sequence[Peaks]) -> list[dict[str, Any]]:
+    """`peaks` of fits.json, each with that sentence as its `words`, "" where it has none."""
+    return [found.document() | {"words": _peaking(found)} for found in peaks]
+
+
 def _peaking(found: Peaks) -> str:
     alone = [best for best in found.found if best.peaks_alone]
     if not alone:

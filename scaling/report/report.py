@@ -30,7 +30,13 @@ from saescale.scaling.metrics import declared
 from saescale.scaling.order import in_order
 from saescale.scaling.report import text
 from saescale.scaling.report.evaluations import evaluation_tables
-from saescale.scaling.report.metrics import metric_notes, metric_sentences, metric_tables, peak_sentences
+from saescale.scaling.report.metrics import (
+    metric_notes,
+    metric_sentences,
+    metric_tables,
+    peak_documents,
+    peak_sentences,
+)
 from saescale.scaling.report.side_by_side import comparison_tables, depth_table, heading, said, summary
 from saescale.scaling.tables import Table, load_curves, load_results
 from saescale.storage.errors import SaescaleError
@@ -103,7 +109,7 @@ def analyse(
     if metrics:
         document["metrics"] = [laws.document() for laws in metrics]
         document["disagreements"] = [found.document() for found in disagreements]
-        document["peaks"] = [found.document() for found in peaks]
+        document["peaks"] = peak_documents(peaks)
     parts = parts_of(fitted, sides, curves, metrics, evals)
     figures = draw_figures(parts, join(run.url, "figures"))
     written = [kind for kind in FILES if kind == "html" or kind in formats or exists(join(run.url, FILES[kind]))]

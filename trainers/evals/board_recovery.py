@@ -79,10 +79,10 @@ def prepare(source: Source, subject: Subject | None) -> Prepared:
 def measure(trained: Trained, source: Source, subject: Subject | None, prepared: Prepared) -> Iterator[Measurement]:
     boards = prepared.boards
     n_latents, d_model = trained.cell.n_latents, trained.cell.d_model
-    yield from recovered(boards, active_of(trained.encode_sparse(boards.act), n_latents))
+    yield from recovered(boards, latents_of(trained, boards))
     random = largest(boards.act, random_directions(n_latents, d_model), trained.cell.k)
     yield from _named("random", boards, active_of(random, n_latents))
-    share = _properties(boards).mean(axis=0)
+    share = _occurring(boards).mean(axis=0)
     yield Measurement("coverage_always", float(np.mean(2 * share / (1 + share))), n=len(boards.act))
     yield from prepared.beside
 
@@ -91,6 +91,11 @@ def _named(name: str, boards: Boards, active: Active) -> Iterator[Measurement]:
     """All metrics of what stands beside latents; what is random is so by the seed of intervals."""
     for each in recovered(boards, active):
         yield each._replace(metric=f"{each.metric}_{name}")
+
+
+def latents_of(trained: Trained, boards: Boards) -> Active:
+    """The active latents of the boards' rows."""
+    return active_of(trained.encode_sparse(boards.act), trained.cell.n_latents)
 
 
 def recovered(boards: Boards, active: Active) -> Iterator[Measurement]:
@@ -111,26 +116,44 @@ def recovered(boards: Boards, active: Active) -> Iterator[Measurement]:
     for rule in ("du2025", "strict"):
         stable = auroc(active, boards.labels[f"stable_{rule}_before"]) > STABLE_AUROC
         yield Measurement("stable_pairs", int(stable.sum()), at=rule, n=n)
-    properties = _properties(boards)
-    yield Measurement("coverage", float(best_f1(active, properties).mean(axis=1).max()), n=n)
-    yield from _reconstruction(boards, active, properties)
+    yield Measurement("coverage", float(best_f1(active, _occurring(boards)).mean(axis=1).max()), n=n)
+    found = reconstruct(boards, active)
+    doc = boards.doc[~boards.first]
+    f1 = by_document(doc, found.sums, {"f1": lambda of: 2 * of["both"] / (of["said"] + of["true"])})["f1"]
+    yield Measurement("reconstruction", *f1, n=len(doc), seed=SEED)
+    yield Measurement("reconstruction_tau", found.tau, n=len(doc))
+    yield Measurement("reconstruction_signs", found.signs, n=int(boards.first.sum()))
 
 
-def _properties(boards: Boards) -> np.ndarray:
-    """Whether each holds, bool [rows, properties]; those that never do are left out."""
-    found = np.concatenate([boards.labels["tile_after"] == tile for tile in (MINE, YOURS)], axis=1)
+def properties(boards: Boards) -> np.ndarray:
+    """Whether each square is mine, then whether each is yours, bool [rows, 2 squares]."""
+    return np.concatenate([boards.labels["tile_after"] == tile for tile in (MINE, YOURS)], axis=1)
+
+
+def _occurring(boards: Boards) -> np.ndarray:
+    """Those that ever hold, bool [rows, properties]."""
+    found = properties(boards)
     return found[:, found.any(axis=0)]
 
 
-def _reconstruction(boards: Boards, active: Active, properties: np.ndarray) -> Iterator[Measurement]:
-    union = predict_by_union(active, properties, boards.first, PRECISION, LEAST)
-    truth, doc = properties[~boards.first], boards.doc[~boards.first]
+class Reconstruction(NamedTuple):
+    """What latents say of the rows of the second half, bool [rows, 2 squares], at the best threshold `tau`, by so many
+    `signs`; `sums` [rows]: how many properties are said rightly ("both"), "said", and "true"."""
+
+    said: np.ndarray
+    tau: float
+    signs: int
+    sums: dict[str, np.ndarray]
+
+
+def reconstruct(boards: Boards, active: Active) -> Reconstruction:
+    """The whole board by the union of latents that are signs of its properties on the first half."""
+    everything = properties(boards)
+    union = predict_by_union(active, everything, boards.first, PRECISION, LEAST)
+    truth = everything[~boards.first]
     sums = [
         {"both": (said & truth).sum(axis=1), "said": said.sum(axis=1), "true": truth.sum(axis=1)}
         for said in union.predicted
     ]  # fmt: skip
     best = int(np.argmax([2 * each["both"].sum() / max(each["said"].sum() + each["true"].sum(), 1) for each in sums]))
-    f1 = by_document(doc, sums[best], {"f1": lambda of: 2 * of["both"] / (of["said"] + of["true"])})["f1"]
-    yield Measurement("reconstruction", *f1, n=len(doc), seed=SEED)
-    yield Measurement("reconstruction_tau", float(THRESHOLDS[best]), n=len(doc))
-    yield Measurement("reconstruction_signs", int(union.rules[best]), n=int(boards.first.sum()))
+    return Reconstruction(union.predicted[best], float(THRESHOLDS[best]), int(union.rules[best]), sums[best])
