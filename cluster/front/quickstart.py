@@ -108,12 +108,16 @@ def run_quickstart(
     return outcome
 
 
-def next_commands(outcome: SweepOutcome) -> list[tuple[tuple[str, ...], str]]:
+def next_commands(outcome: SweepOutcome, subject: str = DEFAULT) -> list[tuple[tuple[str, ...], str]]:
     """The words of three commands of saescale that go on from here, and what each does."""
     finished = [row for row in outcome.run.read_results().to_pylist() if row["status"] == "done"]
     cells = [outcome.run.cell_url(min(finished, key=lambda row: row["nmse"])["cell_id"])] if finished else []
+    law = (("fit", outcome.run.url, "--law", "n"), "one law again, with all coefficients; also of your own CSV")
+    if subject != DEFAULT:
+        of_metric = ("fit", outcome.run.url, "--metric", "board_recovery.coverage")
+        law = (of_metric, "the same of another metric: how well single latents tell the board")
     return [
-        (("fit", outcome.run.url, "--law", "n"), "one law again, with all coefficients; also of your own CSV"),
+        law,
         *((("inspect", url), "the SAE with the lowest nmse") for url in cells),
         (
             ("sweep", f"{outcome.run.url}/sweep.yaml", "--out", "runs/mine"),

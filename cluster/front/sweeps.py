@@ -69,7 +69,7 @@ def quickstart(
         _recovered(outcome)
     console.print("\n[bold]Next[/]")
     program = _program()
-    for words, meaning in next_commands(outcome):
+    for words, meaning in next_commands(outcome, subject):
         say(f"  {shlex.join((program, *words))}\n      {meaning}")
 
 
