@@ -71,8 +71,8 @@ def _grid(rows: Rows) -> str:
     (tokens,) = {int(row["tokens"]) for row in rows}
     return (
         f"What one `saescale sweep deploy/sweeps/othello.yaml` measured: {len(rows)} TopK SAEs, N in {{{sizes}}} "
-        f"x\nk in {{{ks}}} on a model that knows the board and on the same one with random weights, trained on\n{tokens:,} "
-        "tokens each, none of them twice."
+        f"x\nk in {{{ks}}} on a model that knows the board and on the same one with random weights, trained on\n"
+        f"{tokens:,} tokens each, none of them twice."
     )
 
 
