@@ -12,6 +12,17 @@ from saescale.scaling.metrics import Metric, Values
 from saescale.scaling.report.metrics import metric_tables, peak_sentences
 from saescale.scaling.tables import Table
 
+# Of TopK SAEs behind the sixth layer of an OthelloGPT on 8x8 (Karvonen et al. 2024, by the data they saved): k, share of
+# the variance explained, F1 of the reconstructed board, coverage. Of two sizes from k = 110 on.
+PUBLISHED = [
+    (10, 0.7954, 0.6345, 0.0895), (20, 0.8914, 0.8018, 0.1361), (40, 0.9329, 0.8411, 0.268),
+    (60, 0.9502, 0.8523, 0.3616), (80, 0.962, 0.87, 0.415), (110, 0.9702, 0.8185, 0.4644),
+    (110, 0.9726, 0.8696, 0.4581), (150, 0.9801, 0.7887, 0.4943), (150, 0.9808, 0.829, 0.4916),
+    (190, 0.9859, 0.6994, 0.4868), (190, 0.9863, 0.7395, 0.483), (240, 0.9906, 0.6381, 0.4799),
+    (240, 0.9913, 0.6182, 0.4642), (300, 0.9945, 0.4224, 0.4344), (300, 0.9947, 0.4313, 0.4183),
+    (350, 0.9966, 0.2901, 0.3961), (350, 0.997, 0.2836, 0.3809), (390, 0.9976, 0.1829, 0.3594),
+    (390, 0.9981, 0.1927, 0.3537),
+]  # fmt: skip
 SIZES, KS = (128.0, 256.0, 512.0, 1024.0), (4.0, 8.0, 16.0, 32.0, 64.0)
 SHARE = Metric("higher", bounded=True)
 
@@ -122,3 +133,21 @@ def test_too_few_values_of_an_axis_have_no_peak() -> None:
         laws, cells=laws.cells.select(two), nmse=laws.nmse[two], values=Values(*(v[two] for v in laws.values))
     )
     assert {peaks.along for peaks in find_peaks([few])} == {"n_latents"}
+
+
+@pytest.mark.parametrize(("column", "low", "high"), [(2, 60, 110), (3, 80, 190)])
+def test_published_recovery_of_boards_peaks_while_nmse_falls(column: int, low: float, high: float) -> None:
+    rows = [{"cell_id": str(i), "n_latents": 4096.0, "k": float(row[0]), "nmse": 1 - row[1], "m": row[column]}
+            for i, row in enumerate(PUBLISHED)]  # fmt: skip
+    table = Table.from_rows(rows)
+    scale = scale_of("a.m", SHARE)
+    cells = replace(table, columns=table.columns | {"nmse": scale.distance(table["m"])})
+    laws = MetricLaws("a.m", SHARE, scale, cells, Values(table["m"], table["m"], table["m"]), table["nmse"])
+    (best,) = along_k(laws).found
+    assert best.place is not None
+    assert best.peaks_alone
+    assert best.lowest.place == 390
+    assert low <= best.place.value <= high
+    assert best.place.low is not None
+    assert best.place.high is not None
+    assert 20 < best.place.low < best.place.high < 240
