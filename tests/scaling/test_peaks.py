@@ -12,7 +12,7 @@ from saescale.scaling.metrics import Metric, Values
 from saescale.scaling.report.metrics import metric_tables, peak_sentences
 from saescale.scaling.tables import Table
 
-# Of TopK SAEs behind the sixth layer of an OthelloGPT on 8x8 (Karvonen et al. 2024, by the data they saved): k, share of
+# Of TopK SAEs behind the sixth layer of an OthelloGPT on 8x8 (Karvonen et al. 2024, by what they saved): k, share of
 # the variance explained, F1 of the reconstructed board, coverage. Of two sizes from k = 110 on.
 PUBLISHED = [
     (10, 0.7954, 0.6345, 0.0895), (20, 0.8914, 0.8018, 0.1361), (40, 0.9329, 0.8411, 0.268),
