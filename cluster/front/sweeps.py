@@ -167,21 +167,22 @@ def _summary(outcome: "SweepOutcome", wall_s: float) -> None:
 
 
 def _recovered(outcome: "SweepOutcome") -> None:
-    """The law of how much of the board is recovered, where it peaks, and where the picture lies."""
-    from saescale.cluster.front.board_picture import METRIC, PICTURE
+    """The laws of how much of the board is recovered, where it peaks, and where the picture lies."""
+    from saescale.cluster.front.board_picture import METRICS, PICTURE
     from saescale.cluster.front.display import coefficient_table
     from saescale.scaling.laws.notes import metric_document
 
-    own = metric_document(outcome.fits["metrics"], METRIC)
-    say(f"\n{METRIC}, {own['better']} is better; laws are of {own['fitted']}")
-    if own["fits"]:
-        console.print(coefficient_table(own))
-    for entry in own["skipped"]:
-        say(f"no law: {entry['reason']}")
-    for entry in outcome.fits["peaks"]:
-        if entry["metric"] == METRIC and entry["words"]:
-            say(entry["words"])
-    say(f"  boards        {outcome.run.url}/{PICTURE}")
+    for name in METRICS:
+        own = metric_document(outcome.fits["metrics"], name)
+        say(f"\n{name}, {own['better']} is better; laws are of {own['fitted']}")
+        if own["fits"]:
+            console.print(coefficient_table(own))
+        for entry in own["skipped"]:
+            say(f"no law: {entry['reason']}")
+        for entry in outcome.fits["peaks"]:
+            if entry["metric"] == name and entry["words"]:
+                say(entry["words"])
+    say(f"\n  boards        {outcome.run.url}/{PICTURE}")
 
 
 def _laws(outcome: "SweepOutcome") -> None:

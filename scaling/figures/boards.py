@@ -11,40 +11,37 @@ from saescale.scaling.figures.palette import INK, PAGE, RULE, SOFT
 from saescale.scaling.figures.paper import drawn
 
 _SQUARE, _WRONG = "#e9f1ea", "#c44e00"  # a square of the board; a disc that is not so
-_ACROSS = 3  # pairs of boards in a row
+_ACROSS = 2  # positions in a row
 _SIDE, _GAP, _TITLE = 1.62, 0.14, 0.42  # inches
 _RADIUS = 0.38  # of a disc, in squares
-_KEY = (
-    "Left the board, right what the latents say of it. Black: of who moves next; white: of the other; grey: "
-    "both are said.\nRinged: said, and not so. Dots: a disc of that colour of which nothing is said."
-)
 
 
 def draw_boards(
-    size: int, mine: np.ndarray, yours: np.ndarray, said_mine: np.ndarray, said_yours: np.ndarray, titles: Sequence[str]
+    size: int, boards: Sequence[tuple[np.ndarray, np.ndarray]], titles: Sequence[str], key: str
 ) -> dict[str, bytes]:
-    """Bool [positions, size * size] each: where a disc is of who moves next, or of the other, and where that was said.
-    Files by format, as of other figures (paper.py)."""
+    """Of each position several boards beside each other: the true one, and what was said of it. Each is bool
+    [positions, size * size] twice: where a disc is of who moves next, or of the other. `key` says in up to two lines
+    what they are. Files by format, as of other figures (paper.py)."""
     across = min(_ACROSS, len(titles))
     down = -(-len(titles) // across)
-    width, height = across * (2 * _SIDE + 3 * _GAP), down * (_SIDE + _TITLE) + 0.5
+    wide = len(boards) * (_SIDE + _GAP) + _GAP
+    width, height = across * wide, down * (_SIDE + _TITLE) + 0.5
+    truth = boards[0]
 
     def fill(figure: Figure) -> None:
         for place, title in enumerate(titles):
             row, column = divmod(place, across)
-            left = column * (2 * _SIDE + 3 * _GAP) + _GAP
-            bottom = height - (row + 1) * (_SIDE + _TITLE)
-            for side, (black, white) in enumerate(((mine, yours), (said_mine, said_yours))):
+            left, bottom = column * wide + _GAP, height - (row + 1) * (_SIDE + _TITLE)
+            for side, (black, white) in enumerate(boards):
                 box = ((left + side * (_SIDE + _GAP)) / width, bottom / height, _SIDE / width, _SIDE / height)
                 axes = _board(figure, box, size)
                 for square in range(size * size):
-                    _disc(axes, size, square, bool(black[place, square]), bool(white[place, square]))
-                    if side:
-                        of_square = (each[place, square] for each in (mine, yours, said_mine, said_yours))
-                        _mistake(axes, size, square, *map(bool, of_square))
-            figure.text((left + _SIDE + _GAP / 2) / width, (bottom + _SIDE + 0.1) / height, title, ha="center",
-                        fontsize=9, color=INK[0])  # fmt: skip
-        figure.text(_GAP / width, 0.25 / height, _KEY, va="center", fontsize=7.5, color=SOFT[0])
+                    said = bool(black[place, square]), bool(white[place, square])
+                    _disc(axes, size, square, *said)
+                    _mistake(axes, size, square, bool(truth[0][place, square]), bool(truth[1][place, square]), *said)
+            middle = left + (wide - 2 * _GAP) / 2
+            figure.text(middle / width, (bottom + _SIDE + 0.1) / height, title, ha="center", fontsize=9, color=INK[0])
+        figure.text(_GAP / width, 0.25 / height, key, va="center", fontsize=7.5, color=SOFT[0])
 
     return drawn(fill, width, height)
 

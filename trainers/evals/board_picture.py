@@ -1,4 +1,5 @@
-"""Boards as the latents of a cell see them: what board_recovery reconstructs, on some positions of other games."""
+"""Boards as the latents of a cell see them, on some positions of games that nothing was fitted on: what linear probes
+read from x_hat, as board_probe does, and what single latents are signs of, as board_recovery does."""
 
 from typing import NamedTuple
 
@@ -7,23 +8,24 @@ import numpy as np
 from saescale.storage.errors import SaescaleError
 from saescale.storage.rundir import RunDirectory
 from saescale.trainers.evals.bench import Bench
+from saescale.trainers.evals.board_probe import read_boards
 from saescale.trainers.evals.board_recovery import Reconstruction, latents_of, reconstruct
 from saescale.trainers.evals.boards import Boards
-from saescale.trainers.subjects.othello_labels import MINE, TILES, YOURS
+from saescale.trainers.subjects.othello_labels import TILES
 
 _BEGINNING = 4  # discs that lie there before any move
 
 
 class Seen(NamedTuple):
-    """Positions, from early to late ones: `true` int8 [positions, squares], a tile of TILES each; `mine` and `yours`
-    bool [positions, squares], what was reconstructed; `f1` [positions] of both, and `moves` [positions] made so far."""
+    """Positions, from early to late ones, after so many `moves` [positions]: `true` and `probed`, a tile of TILES each
+    [positions, squares]; `mine` and `yours` bool [positions, squares], what latents are signs of."""
 
     size: int
+    moves: np.ndarray
     true: np.ndarray
+    probed: np.ndarray
     mine: np.ndarray
     yours: np.ndarray
-    f1: np.ndarray
-    moves: np.ndarray
 
 
 def boards_of_cell(url: str, number: int) -> Seen:
@@ -34,10 +36,12 @@ def boards_of_cell(url: str, number: int) -> Seen:
     RunDirectory(run).check_cell(cell)
     at_hand = Bench(RunDirectory(run)).lay_out(cell, "board_recovery")
     (prepared,) = at_hand.prepared
-    return seen(prepared.boards, reconstruct(prepared.boards, latents_of(at_hand.trained, prepared.boards)), number)
+    boards, trained = prepared.boards, at_hand.trained
+    probed = read_boards(boards, trained.reconstruct(boards.act).cpu(), ("after",))["after"]
+    return seen(boards, probed, reconstruct(boards, latents_of(trained, boards)), number)
 
 
-def seen(boards: Boards, reconstruction: Reconstruction, number: int) -> Seen:
+def seen(boards: Boards, probed: np.ndarray, reconstruction: Reconstruction, number: int) -> Seen:
     """So many positions of the second half, each of another game, as evenly over the game as there are any."""
     true = boards.labels["tile_after"][~boards.first]
     discs, doc = (true != TILES.index("empty")).sum(axis=1), boards.doc[~boards.first]
@@ -47,7 +51,4 @@ def seen(boards: Boards, reconstruction: Reconstruction, number: int) -> Seen:
         if len(others):
             rows.append(int(others[np.argmin(np.abs(discs[others] - wanted))]))
     mine, yours = np.split(reconstruction.said[rows], 2, axis=1)
-    truth = np.concatenate([true[rows] == MINE, true[rows] == YOURS], axis=1)
-    said = reconstruction.said[rows]
-    f1 = 2 * (said & truth).sum(axis=1) / (said.sum(axis=1) + truth.sum(axis=1))
-    return Seen(boards.size, true[rows], mine, yours, f1, discs[rows] - _BEGINNING)
+    return Seen(boards.size, discs[rows] - _BEGINNING, true[rows], probed[rows], mine, yours)

@@ -14,7 +14,7 @@ from saescale.storage.rundir import RunDirectory
 from saescale.storage.store import ActivationStore
 from saescale.trainers.cell import Cell, EvalSpec
 from saescale.trainers.evals.board_picture import boards_of_cell, seen
-from saescale.trainers.evals.board_probe import probe
+from saescale.trainers.evals.board_probe import probe, read_boards
 from saescale.trainers.evals.board_recovery import BESIDE, reconstruct, recovered
 from saescale.trainers.evals.boards import Boards, heldout_boards, streams_of_rows
 from saescale.trainers.evals.detectors import Active
@@ -190,20 +190,18 @@ def test_a_subject_without_boards_is_one_line(store: ActivationStore) -> None:
 
 def test_boards_are_seen_as_latents_say(boards: Boards) -> None:
     mine, yours = (boards.labels["tile_after"] == tile for tile in (MINE, YOURS))
-    all_of_it = seen(boards, reconstruct(boards, planted(np.concatenate([mine, yours], axis=1))), 5)
-    assert all_of_it.size == 6
-    assert np.array_equal(all_of_it.mine, all_of_it.true == MINE)
-    assert np.array_equal(all_of_it.yours, all_of_it.true == YOURS)
-    assert all_of_it.f1 == pytest.approx(1)
-    assert list(all_of_it.moves) == sorted(all_of_it.moves)
-    assert len(set(all_of_it.moves)) == 5
-    assert np.array_equal(all_of_it.moves, (all_of_it.true != 0).sum(axis=1) - 4)
-    half = seen(boards, reconstruct(boards, planted(mine)), 5)
-    assert np.array_equal(half.true, all_of_it.true)
-    assert (half.f1 < 1).all()
+    after = torch.from_numpy(boards.labels["tile_after"]).long()
+    probed = read_boards(boards, torch.nn.functional.one_hot(after, 3).flatten(1).float())["after"]
+    found = seen(boards, probed, reconstruct(boards, planted(np.concatenate([mine, yours], axis=1))), 5)
+    assert found.size == 6
+    assert np.array_equal(found.mine, found.true == MINE)
+    assert np.array_equal(found.yours, found.true == YOURS)
+    assert np.array_equal(found.probed, found.true)
+    assert list(found.moves) == sorted(set(found.moves))
+    assert np.array_equal(found.moves, (found.true != 0).sum(axis=1) - 4)
     # No two of a game, and none of those in which signs were looked for.
     second = boards.labels["tile_after"][~boards.first]
-    games = [boards.doc[~boards.first][(second == board).all(axis=1)][0] for board in half.true]
+    games = [boards.doc[~boards.first][(second == board).all(axis=1)][0] for board in found.true]
     assert len(set(games)) == 5
 
 
@@ -213,11 +211,10 @@ def test_wrong_discs_are_ringed_and_missing_ones_are_dots() -> None:
     board[0, [7, 8]] = True
 
     def drawn(said: np.ndarray) -> str:
-        return draw_boards(6, board, nothing, said, nothing, ["one"])["svg"].decode()
+        return draw_boards(6, [(board, nothing), (said, nothing)], ["one"], "key")["svg"].decode()
 
     ring, right, wrong = "#c44e00", drawn(board), drawn(np.arange(36)[None] == 0)
     assert ring not in right
     assert wrong.count(ring) == 1
     # Two discs on either board, against two, one and two dots for what is missing.
     assert right.count("fill: #1c2024") + 1 == wrong.count("fill: #1c2024")
-    assert draw_boards(6, board, nothing, board, nothing, ["one"])["png"][:4] == b"\x89PNG"
