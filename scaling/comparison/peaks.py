@@ -5,7 +5,8 @@ Along one axis, at each value of the other, a cubic spline goes through ln dista
 of the axis; the best place is its least value between the neighbours of the best cells. It is a peak where both ends
 of what was tried are worse than the best cells by more than cells scatter. Intervals are of a bootstrap over cells:
 each is drawn about what was measured as far as equal cells scatter, by their seeds where they repeat, else by what a
-surface of third order in ln N and ln k leaves over.
+surface of third order in ln N and ln k leaves over. Over all N (or k) the curves are averaged, and what counts is how
+they differ from each other: a peak that all of them share is seen there though each by itself scatters too much.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -13,6 +14,8 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 from scipy.interpolate import CubicSpline
+from scipy.stats import norm
+from scipy.stats import t as student
 
 from saescale.scaling.comparison.scatter import DRAWS, Interval, about_surface
 from saescale.scaling.kinds import Kind
@@ -35,11 +38,11 @@ class Point(NamedTuple):
 
 
 class Best(NamedTuple):
-    """Where the metric is best along an axis at the value `at` of the other. `best` are the best cells, `lowest` those
-    of the lowest nmse, `first` and `last` the ends of what was tried; `place` is that of the peak, in units of the
-    axis, None where there is none. `nmse_falls`: at every step along the axis."""
+    """Where the metric is best along an axis at the value `at` of the other, None over all of them. `best` are the best
+    cells, `lowest` those of the lowest nmse, `first` and `last` the ends of what was tried; `place` is that of the
+    peak, in units of the axis, None where there is none. `nmse_falls`: at every step along the axis."""
 
-    at: float
+    at: float | None
     best: Point
     lowest: Point
     first: float
@@ -54,14 +57,20 @@ class Best(NamedTuple):
 
 
 class Peaks(NamedTuple):
-    """Of one metric of the cells of one kind along one axis. `power`: the exponent with which the best place goes with
-    the other axis, where three or more have one."""
+    """Of one metric of the cells of one kind along one axis. `overall`: of the mean curve, where three or more can be
+    averaged. `power`: the exponent with which the best place goes with the other axis, where three or more have one."""
 
     name: str
     of: Kind
     along: Along
     found: tuple[Best, ...]
+    overall: Best | None
     power: Interval | None
+
+    @property
+    def alone(self) -> list[Best]:
+        """Where it peaks and nmse is lower elsewhere, first over all."""
+        return [best for best in (self.overall, *self.found) if best is not None and best.peaks_alone]
 
     def document(self) -> dict[str, Any]:
         """An entry of `peaks` of fits.json."""
@@ -74,7 +83,7 @@ class Peaks(NamedTuple):
                     "nmse_falls": b.nmse_falls,
                     "best_cells": {self.along: b.best.place, "value": b.best.value, "nmse": b.best.nmse},
                     "lowest_nmse": {self.along: b.lowest.place, "value": b.lowest.value, "nmse": b.lowest.nmse},
-                } for b in self.found
+                } for b in (*self.found, *([self.overall] if self.overall else []))
             ],
             "power": self.power and self.power.document(),
         }  # fmt: skip
@@ -108,6 +117,7 @@ def _scatter(laws: MetricLaws) -> tuple[float, int]:
 def _along(laws: MetricLaws, along: Along, sd: float, free: int, rng: np.random.Generator) -> Iterator[Peaks]:
     other = "n_latents" if along == "k" else "k"
     rows: list[Best] = []
+    curves: list[dict[float, tuple[float, float]]] = []  # ln distance and ln nmse by place
     places: dict[float, np.ndarray] = {}  # ln of the peak, at each value of the other axis: as measured, then drawn
     # One chance for the scatter, not one for each cell.
     chance = np.sqrt(free / rng.chisquare(free, DRAWS)) if free else np.zeros(DRAWS)
@@ -125,13 +135,41 @@ def _along(laws: MetricLaws, along: Along, sd: float, free: int, rng: np.random.
             drawn = _lowest(x, np.concatenate([log_distance[None], log_distance + noise]))
             place = _interval(drawn, x) if free else Interval(float(np.exp(drawn[0])), None, None)
             places[float(at)] = drawn
-        nmse = np.array([point.nmse for point in points])
-        rows.append(Best(
-            float(at), points[best], points[int(np.argmin(nmse))], points[0].place, points[-1].place,
-            bool((np.diff(nmse) < 0).all()), place,
-        ))  # fmt: skip
+        rows.append(_best(float(at), points, best, place))
+        curves.append({p.place: (y, float(np.log(p.nmse))) for p, y in zip(points, log_distance.tolist(), strict=True)})
     if rows:
-        yield Peaks(laws.name, laws.of, along, tuple(rows), _power(places, free))
+        yield Peaks(laws.name, laws.of, along, tuple(rows), _overall(laws, curves, rng), _power(places, free))
+
+
+def _best(at: float | None, points: Sequence[Point], best: int, place: Interval | None) -> Best:
+    nmse = np.array([point.nmse for point in points])
+    falls = bool((np.diff(nmse) < 0).all())
+    return Best(at, points[best], points[int(np.argmin(nmse))], points[0].place, points[-1].place, falls, place)
+
+
+def _overall(
+    laws: MetricLaws, curves: Sequence[dict[float, tuple[float, float]]], rng: np.random.Generator
+) -> Best | None:
+    """Of the mean of several curves, at the places that all of them have: a peak where both ends are worse than the
+    best by Student's t over the curves; its interval is of a bootstrap over them, expanded as their number asks for."""
+    shared = sorted(set.intersection(*(set(curve) for curve in curves)))
+    n = len(curves)
+    if n < _LEAST or len(shared) < _LEAST:
+        return None
+    y, log_nmse = (np.array([[curve[place][i] for place in shared] for curve in curves]) for i in (0, 1))
+    mean = y.mean(axis=0)
+    best = int(np.argmin(mean))
+    values = laws.scale.value(np.exp(mean)), np.exp(log_nmse.mean(axis=0))
+    points = [Point(*map(float, each)) for each in zip(shared, *values, strict=True)]
+    worse = y[:, [0, -1]] - y[:, [best]]
+    quantile = student.ppf(0.975, n - 1)
+    place = None
+    if (worse.mean(axis=0) > quantile * worse.std(axis=0, ddof=1) / np.sqrt(n)).all():
+        x = np.log(shared)
+        again = y[rng.integers(n, size=(DRAWS, n))].mean(axis=1)
+        tail = 100 * norm.cdf(-np.sqrt(n / (n - 1)) * quantile)
+        place = _interval(_lowest(x, np.concatenate([mean[None], again])), x, (tail, 100 - tail))
+    return _best(None, points, best, place)
 
 
 def _points(laws: MetricLaws, along: Along, own: np.ndarray) -> tuple[list[Point], np.ndarray, np.ndarray]:
@@ -157,9 +195,9 @@ def _lowest(x: np.ndarray, y: np.ndarray) -> np.ndarray:
     return found
 
 
-def _interval(drawn: np.ndarray, x: np.ndarray) -> Interval:
+def _interval(drawn: np.ndarray, x: np.ndarray, quantiles: tuple[float, float] = _QUANTILES) -> Interval:
     """An end that is as far as was tried is open."""
-    low, high = np.percentile(drawn[1:], _QUANTILES)
+    low, high = np.percentile(drawn[1:], quantiles)
     return Interval(
         float(np.exp(drawn[0])),
         float(np.exp(low)) if low > x[0] else None,

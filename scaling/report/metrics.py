@@ -31,7 +31,7 @@ def peak_documents(peaks: Sequence[Peaks]) -> list[dict[str, Any]]:
 
 
 def _peaking(found: Peaks) -> str:
-    alone = [best for best in found.found if best.peaks_alone]
+    alone = found.alone
     if not alone:
         return ""
     where = f" ({label})" if (label := kind_label(found.of)) else ""
@@ -79,7 +79,7 @@ def _other(found: Peaks) -> str:
 
 
 def _at(found: Peaks, best: Best) -> str:
-    return f"at {_other(found)} = {number(best.at)}"
+    return f"over all {_other(found)}" if best.at is None else f"at {_other(found)} = {number(best.at)}"
 
 
 def metric_sentences(disagreements: Sequence[Disagreement]) -> list[str]:
@@ -164,11 +164,11 @@ def _best(peaks: Sequence[Peaks]) -> TextTable:
     several = any(found.of for found in peaks)
     rows = []
     for found in peaks:
-        for best in found.found if found.along == "k" else ():
+        for best in (*found.found, *([found.overall] if found.overall else [])) if found.along == "k" else ():
             kind = [kind_label(found.of)] if several else []
             place = "at an end, or flat" if best.place is None else _interval(best)
             cells = [f"k = {number(p.place)}: {p.value:.3g}, {p.nmse:.3g}" for p in (best.best, best.lowest)]
-            rows.append([found.name, *kind, number(best.at), place, *cells])
+            rows.append([found.name, *kind, "all" if best.at is None else number(best.at), place, *cells])
     header = ("metric", *(["kind"] if several else []), "N", "peak in k", "best cells: metric, nmse",
               "lowest nmse: metric, nmse")  # fmt: skip
     note = (

@@ -117,9 +117,10 @@ def _peaks(fits: Fits) -> str:
     for entry in fits["peaks"]:
         if entry["metric"] in wanted and entry["along"] == "k":
             for best in entry["best"]:
+                n = "all" if best["n_latents"] is None else f"{best['n_latents']:,.0f}"
                 cell, lowest = best["best_cells"], best["lowest_nmse"]
                 lines.append([
-                    entry["of"].get("subject", TRAINED), entry["metric"], f"{best['n_latents']:,.0f}", _place(best),
+                    entry["of"].get("subject", TRAINED), entry["metric"], n, _place(best),
                     f"{cell['value']:.3f} at {cell['k']:g}", f"{lowest['value']:.3f} at {lowest['k']:g}",
                     "yes" if best["nmse_falls"] else "no",
                 ])  # fmt: skip

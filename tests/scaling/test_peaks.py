@@ -110,7 +110,23 @@ def test_the_report_says_so_and_at_which_k() -> None:
     assert f"{first.lowest.value:.3g} at k = 64, nmse {first.lowest.nmse:.3g})" in plain
     assert "The best k goes as N^0." in plain
     (table,) = (table for table in metric_tables([laws], [], peaks) if table.title == "Where metrics are best in k")
-    assert [row[1] for row in table.rows] == ["128", "256", "512", "1024"]
+    assert [row[1] for row in table.rows] == ["128", "256", "512", "1024", "all"]
+
+
+def test_a_peak_that_all_sizes_have_is_seen_over_all_of_them() -> None:
+    """Each by itself scatters too much to be sure of it."""
+
+    def shallow(n: float, k: float) -> float:
+        x = np.log(k / 16)
+        return -1.0 - 0.2 * np.log(n / 256) + 0.1 * x**2
+
+    found = [along_k(laws_of(shallow, seed, sd=0.06)) for seed in range(12)]
+    overall = [peaks.overall for peaks in found if peaks.overall is not None and peaks.overall.place is not None]
+    assert len(overall) >= 8
+    assert sum(holds(best, 16.0) for best in overall) >= len(overall) - 1
+    assert np.mean([best.place is not None for peaks in found for best in peaks.found]) < len(overall) / 12
+    flat = [along_k(laws_of(lambda n, k: 0.0, seed, sd=0.06)).overall for seed in range(40)]
+    assert sum(best is not None and best.place is not None for best in flat) <= 4
 
 
 def test_a_metric_that_falls_peaks_where_it_is_lowest() -> None:
@@ -143,7 +159,9 @@ def test_published_recovery_of_boards_peaks_while_nmse_falls(column: int, low: f
     scale = scale_of("a.m", SHARE)
     cells = replace(table, columns=table.columns | {"nmse": scale.distance(table["m"])})
     laws = MetricLaws("a.m", SHARE, scale, cells, Values(table["m"], table["m"], table["m"]), table["nmse"])
-    (best,) = along_k(laws).found
+    found = along_k(laws)
+    (best,) = found.found
+    assert found.overall is None
     assert best.place is not None
     assert best.peaks_alone
     assert best.lowest.place == 390
