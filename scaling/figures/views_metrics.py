@@ -16,6 +16,7 @@ from saescale.scaling.laws.over_metrics import MetricLaws
 from saescale.storage.columns import COLUMNS
 
 SHOWN = 6  # metrics with figures, of each kind of cells
+_LONGEST = 30  # letters of what an axis says
 _FIRST, _LAST = "downstream_loss", "core"  # what an SAE is for before all else; what is mostly nmse again
 
 
@@ -33,7 +34,7 @@ def leading(metrics: Sequence[MetricLaws]) -> list[MetricLaws]:
 
 def metric_against_n(laws: MetricLaws) -> View:
     """A metric of every cell against N, one colour per k, with its law, as that of nmse is drawn."""
-    view = nmse_against_n(laws.laws, laws.scale.words, laws.scale.words)
+    view = nmse_against_n(laws.laws, _words(laws), _words(laws))
     ks = ks_of(laws.laws)
     beside = [
         each._replace(y=distance) for each in _beside(laws, "n_latents", ks[len(ks) // 2])
@@ -46,7 +47,7 @@ def metric_against_n(laws: MetricLaws) -> View:
         title=_titled(f"{laws.name} against the number of latents", laws),
         caption=f"{_what(laws)} of every cell against the number of latents N, with the fitted law.",
         key=view.key + _key(beside, f"k = {ks[len(ks) // 2]:g}"),
-        y=log_axis(laws.scale.words, shown) if beside else view.y,
+        y=log_axis(_words(laws), shown) if beside else view.y,
         layers=(*_drawn(beside), *view.layers),
     )
 
@@ -160,7 +161,7 @@ def metric_against_nmse(laws: MetricLaws) -> View:
         "not equally good by this metric: the lower line is the better k.",
         "Points: cells. Dotted lines join the cells of one k.",
         log_axis(NMSE_LABEL, laws.nmse),
-        log_axis(laws.scale.words, cells["nmse"]),
+        log_axis(_words(laws), cells["nmse"]),
         tuple(ks_of(laws.laws)),
         tuple(layers),
     )
@@ -169,6 +170,12 @@ def metric_against_nmse(laws: MetricLaws) -> View:
 def _what(laws: MetricLaws) -> str:
     """What the axis shows, at the beginning of a sentence: lower is better on any scale."""
     return laws.name if laws.scale.how == "itself" else f"How far {laws.name} is from its limit ({laws.scale.words})"
+
+
+def _words(laws: MetricLaws) -> str:
+    """What laws are of, short enough for an axis and a formula: the evaluation stands in the figure's name."""
+    words = laws.scale.words
+    return words if len(words) <= _LONGEST else words.replace(f"{laws.name.rpartition('.')[0]}.", "")
 
 
 def _named(name: str, laws: MetricLaws) -> str:
