@@ -111,12 +111,12 @@ def _beside(rows: Rows) -> str:
 
 
 def _peaks(fits: Fits) -> str:
-    """Where each metric is best along k at each N, of either subject."""
+    """Where each metric is best along k, of either subject: over all N, and what peaks at each."""
     wanted = (RECONSTRUCTION, COVERAGE, TOLD, "board_probe.accuracy_x_hat")
     lines = []
     for entry in fits["peaks"]:
         if entry["metric"] in wanted and entry["along"] == "k":
-            for best in entry["best"]:
+            for best in entry["best"] if entry["metric"] == RECONSTRUCTION else entry["best"][-1:]:
                 n = "all" if best["n_latents"] is None else f"{best['n_latents']:,.0f}"
                 cell, lowest = best["best_cells"], best["lowest_nmse"]
                 lines.append([
