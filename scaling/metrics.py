@@ -86,8 +86,9 @@ def values_of(of: Measured, cells: Sequence[str]) -> dict[str, Values]:
 
 def metrics_table(results: pa.Table, evals: pa.Table) -> pa.Table:
     """results.parquet with, for each metric of whole cells, columns `evaluation.metric`, `.low` and `.high` besides;
-    null where a cell has none."""
+    null where a cell has none. What was declared of them is in the metadata of its schema, as in evals.parquet's."""
     for name, values in values_of(measured(evals), results["cell_id"].to_pylist()).items():
         for ending, column in zip(("", ".low", ".high"), values, strict=True):
             results = results.append_column(name + ending, pa.array(column, from_pandas=True))
-    return results
+    said = (evals.schema.metadata or {}).get(METRICS)
+    return results.replace_schema_metadata({METRICS: said} if said else None)
