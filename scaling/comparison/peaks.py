@@ -91,11 +91,12 @@ class Peaks(NamedTuple):
 
 def find_peaks(metrics: Sequence[MetricLaws], seed: int = 0) -> list[Peaks]:
     """Of each metric along k and along N, where there are three values of it; in their order."""
-    found = []
+    found: list[Peaks] = []
+    axes: tuple[Along, ...] = ("k", "n_latents")
     for laws in metrics:
         if len(laws.cells):
             sd, free = _scatter(laws)
-            for along in ("k", "n_latents"):
+            for along in axes:
                 found += _along(laws, along, sd, free, np.random.default_rng(seed))
     return found
 

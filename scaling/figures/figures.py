@@ -100,8 +100,8 @@ def parts_of(
             found.append(Part("metrics", {}, [*over_k, *over_nmse]))
         return _apart(found)
     if metrics:
-        first = list(by_name)[: max(1, MOST_KINDS // len(fitted.kinds))]  # with as many figures as one of many kinds
-        pairs = [pair for *pair, laws in zip(over_n, over_nmse, shown, strict=True) if laws.name in first]
+        whole = list(by_name)[: max(1, MOST_KINDS // len(fitted.kinds))]  # with as many figures as one of many kinds
+        pairs = [pair for *pair, laws in zip(over_n, over_nmse, shown, strict=True) if laws.name in whole]
         found.append(Part("metrics", {}, [*over_k, *(view for pair in pairs[:MOST_KINDS] for view in pair)]))
     told = [laws for laws in fitted.kinds if laws.fits or (len(laws.results) and not found)]
     for laws in told[:MOST_KINDS]:

@@ -60,8 +60,8 @@ def metric_against_k(metrics: Sequence[MetricLaws]) -> View | None:
     if several := len(metrics) > 1:
         sizes = [set(laws.cells["n_latents"].tolist()) for laws in metrics]
         shared = set.intersection(*sizes)
-        for laws, own in zip(metrics, sizes, strict=True):
-            lines[kind_label(laws.of)] = laws, max(shared or own)
+        for laws, there in zip(metrics, sizes, strict=True):
+            lines[kind_label(laws.of)] = laws, max(shared or there)
     else:
         lines = {float(n): (first, float(n)) for n in np.unique(first.cells["n_latents"])}
     layers: list[Layer] = []
