@@ -10,7 +10,7 @@ import numpy as np
 import pyarrow as pa
 
 from saescale.scaling.kinds import TOLD_APART
-from saescale.scaling.reading import is_table
+from saescale.scaling.reading import is_table, read_file
 from saescale.scaling.repeats import Loaded, once
 from saescale.scaling.tables import Table, check_cells, known, load_curves, load_results, number
 from saescale.scaling.where import Condition, select_where
@@ -63,7 +63,10 @@ def load_evals(sources: Sequence[str]) -> pa.Table:
     known: dict[str, Any] = {}
     seen: set[str] = set()
     for source in dict.fromkeys(sources):
-        if source.startswith(_PREFIX) or is_table(source):
+        if source.startswith(_PREFIX):
+            continue
+        if is_table(source):  # whose metrics are columns; of Parquet it may say what was declared of them
+            known |= json.loads((read_file(source).table.schema.metadata or {}).get(METRICS, b"{}"))
             continue
         evals = RunDirectory(source).read_evals()
         known |= json.loads((evals.schema.metadata or {}).get(METRICS, b"{}"))

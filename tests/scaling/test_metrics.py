@@ -4,8 +4,10 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 
 from saescale.scaling.metrics import Metric, declared, document, measured, metrics_table, values_of
+from saescale.scaling.sources import load_evals
 from saescale.storage.rundir import RunDirectory
 from saescale.trainers.evals.evaluation import EVALUATIONS, find_evaluation, metrics_of
 
@@ -47,6 +49,14 @@ def test_values_of_whole_cells_stand_beside_their_cells(tmp_path: Path) -> None:
         (64, None, None, 3.0), (128, 1.0, 1.2, None),
     ]  # fmt: skip
     assert values_of(measured(run.read_evals()), ["another"]) == {}
+
+
+def test_a_table_of_cells_with_their_metrics_keeps_what_was_declared(tmp_path: Path) -> None:
+    run = RunDirectory(str(tmp_path))
+    said = {"f1": Metric("higher", bounded=True, beside=("f1_random",))}
+    run.write_evals("a", "toy", [{"metric": "f1", "value": 0.5}], document("toy", said))
+    pq.write_table(metrics_table(CELLS, run.read_evals()), tmp_path / "cells.parquet")
+    assert declared(load_evals([str(tmp_path / "cells.parquet")])) == {"toy.f1": said["f1"]}
 
 
 def test_every_evaluation_declares_metrics_that_make_sense() -> None:

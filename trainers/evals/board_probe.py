@@ -13,7 +13,7 @@ measured on the other half (Nanda 2023, Du et al. 2025). The board is the one af
 | `majority` | the most frequent of the three on each square, whatever x is |
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -30,7 +30,7 @@ from saescale.trainers.subjects.othello_labels import TILES
 from saescale.trainers.subjects.subject import Subject
 
 needs: frozenset[Need] = frozenset({"labels"})
-metrics = {"accuracy_x_hat": Metric("higher", bounded=True)}
+metrics = {"accuracy_x_hat": Metric("higher", bounded=True, beside=("accuracy", "accuracy_untrained", "majority"))}
 
 RIDGE = 1e-4  # of standardised features, times the number of rows
 
@@ -63,21 +63,28 @@ def measure(trained: Trained, source: Source, subject: Subject | None, prepared:
             yield Measurement(metric, *estimate, at=at, n=n, seed=SEED)
 
 
-def probe(boards: Boards, features: Tensor) -> dict[str, Estimate]:
-    """The accuracy of probes on `features` [rows, any]; without a feature they give the most frequent tile."""
+def read_boards(boards: Boards, features: Tensor, names: Sequence[str] = ("after", "before")) -> dict[str, np.ndarray]:
+    """The tiles that probes on `features` [rows, any] read on the rows of the second half, int64 [rows, squares], of
+    the board after the token and of that before it."""
     first = torch.from_numpy(boards.first)
     x = features.double()
     x = x - x[first].mean(dim=0)
     x = x / x[first].square().mean(dim=0).sqrt().clamp_min(1e-12)
     gram = x[first].T @ x[first] + RIDGE * len(x) * torch.eye(x.shape[1], dtype=torch.float64)
-    columns = {}
-    for board in ("after", "before"):
+    found = {}
+    for board in names:
         truth = torch.from_numpy(boards.labels[f"tile_{board}"]).long()
         wanted = torch.nn.functional.one_hot(truth[first], len(TILES)).double().flatten(1)
         mean = wanted.mean(dim=0)
         weights = torch.linalg.solve(gram, x[first].T @ (wanted - mean))
-        guess = (x[~first] @ weights + mean).unflatten(1, (-1, len(TILES))).argmax(dim=2)
-        columns[board] = (guess == truth[~first]).numpy()
+        found[board] = (x[~first] @ weights + mean).unflatten(1, (-1, len(TILES))).argmax(dim=2).numpy()
+    return found
+
+
+def probe(boards: Boards, features: Tensor) -> dict[str, Estimate]:
+    """The accuracy of probes on `features` [rows, any]; without a feature they give the most frequent tile."""
+    found = read_boards(boards, features)
+    columns = {board: tiles == boards.labels[f"tile_{board}"][~boards.first] for board, tiles in found.items()}
     right, changed = columns["after"], boards.labels["changed_after"][~boards.first]
     parts = {"": (right, np.ones_like(right)), "before": (columns["before"], np.ones_like(right))}
     parts["changed"] = (right & changed, changed)

@@ -1,0 +1,54 @@
+"""Boards as the latents of a cell see them, on some positions of games that nothing was fitted on: what linear probes
+read from x_hat, as board_probe does, and what single latents are signs of, as board_recovery does."""
+
+from typing import NamedTuple
+
+import numpy as np
+
+from saescale.storage.errors import SaescaleError
+from saescale.storage.rundir import RunDirectory
+from saescale.trainers.evals.bench import Bench
+from saescale.trainers.evals.board_probe import read_boards
+from saescale.trainers.evals.board_recovery import Reconstruction, latents_of, reconstruct
+from saescale.trainers.evals.boards import Boards
+from saescale.trainers.subjects.othello_labels import TILES
+
+_BEGINNING = 4  # discs that lie there before any move
+
+
+class Seen(NamedTuple):
+    """Positions, from early to late ones, after so many `moves` [positions]: `true` and `probed`, a tile of TILES each
+    [positions, squares]; `mine` and `yours` bool [positions, squares], what latents are signs of."""
+
+    size: int
+    moves: np.ndarray
+    true: np.ndarray
+    probed: np.ndarray
+    mine: np.ndarray
+    yours: np.ndarray
+
+
+def boards_of_cell(url: str, number: int) -> Seen:
+    """Of a cell's folder, RUN/cells/CELL. Raises SaescaleError where that is none, and of subjects without boards."""
+    run, cells, cell = url.rstrip("/").rpartition("/cells/")
+    if not cells:
+        raise SaescaleError(f"{url} is no cell of a run; give RUN/cells/CELL")
+    RunDirectory(run).check_cell(cell)
+    at_hand = Bench(RunDirectory(run)).lay_out(cell, "board_recovery")
+    (prepared,) = at_hand.prepared
+    boards, trained = prepared.boards, at_hand.trained
+    probed = read_boards(boards, trained.reconstruct(boards.act).cpu(), ("after",))["after"]
+    return seen(boards, probed, reconstruct(boards, latents_of(trained, boards)), number)
+
+
+def seen(boards: Boards, probed: np.ndarray, reconstruction: Reconstruction, number: int) -> Seen:
+    """So many positions of the second half, each of another game, as evenly over the game as there are any."""
+    true = boards.labels["tile_after"][~boards.first]
+    discs, doc = (true != TILES.index("empty")).sum(axis=1), boards.doc[~boards.first]
+    rows: list[int] = []
+    for wanted in np.linspace(discs.min(), discs.max(), number + 2)[1:-1]:
+        others = np.flatnonzero(~np.isin(doc, doc[rows]))
+        if len(others):
+            rows.append(int(others[np.argmin(np.abs(discs[others] - wanted))]))
+    mine, yours = np.split(reconstruction.said[rows], 2, axis=1)
+    return Seen(boards.size, discs[rows] - _BEGINNING, true[rows], probed[rows], mine, yours)
