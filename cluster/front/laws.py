@@ -1,5 +1,6 @@
 """The commands about laws: fit, reproduce. Each imports what it needs when it runs."""
 
+import functools
 import json
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Annotated, Any
@@ -11,6 +12,7 @@ from saescale.cluster.front.console import Bootstraps, Json, command, console, s
 from saescale.storage.errors import SaescaleError
 
 if TYPE_CHECKING:
+    from saescale.cluster.front.wandb_source import Project
     from saescale.scaling.comparison.compare import SideBySide
 
 
@@ -75,8 +77,9 @@ def fit(
     conditions = [parse_condition(text) for text in where or ()]
     if out:
         require_writable(out)
-    results, curves = load_sources(sources, _read_wandb, conditions)
-    evals = load_evals(sources if metric else ())
+    project = functools.cache(_read_wandb)  # cells and metrics are asked for one after the other
+    results, curves = load_sources(sources, lambda path: project(path)[:2], conditions)
+    evals = load_evals(sources if metric else (), lambda path: project(path).evals)
     for name in metric or ():  # before anything is fitted
         require_metric(name, list(metrics_in(results, measured(evals))), results.source)
     fitted = fit_laws(results, curves, settings)
@@ -152,7 +155,7 @@ def reproduce(
         raise typer.Exit(1)
 
 
-def _read_wandb(path: str) -> Any:
+def _read_wandb(path: str) -> "Project":
     from saescale.cluster.front.wandb_source import read_project
 
     return read_project(path)
