@@ -51,7 +51,8 @@ def test_newton_finds_the_least_of_every_column(share: float, monkeypatch: pytes
     z = (z - z.mean(axis=1, keepdims=True)) / z.std(axis=1, keepdims=True)
     z[7] = 0  # one that never varies
     found = probes.fit(torch.from_numpy(z).float(), torch.from_numpy(truth).float())
-    for column, weight, bias, loss in zip(z, *(t.tolist() for t in found), strict=True):
+    for column, weight, bias, loss, least_found in zip(z, *(t.tolist() for t in found), strict=True):
+        assert least_found
         (w, b), least = by_scipy(column, truth)
         assert loss == pytest.approx(least, abs=5e-6)
         # Where a latent separates the task, the loss hardly depends on them.
