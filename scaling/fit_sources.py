@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from saescale.scaling.comparison.compare import side_by_side
+from saescale.scaling.comparison.peaks import find_peaks
 from saescale.scaling.laws.fit import fit_laws
 from saescale.scaling.laws.over_metrics import fit_metrics, metrics_in, require_metric
 from saescale.scaling.laws.settings import DEFAULT_LAWS, FitSettings
@@ -38,6 +39,6 @@ def fit(
         require_metric(name, list(metrics_in(results, measured(evals))), results.source)
     fitted = fit_laws(results, curves, settings)
     found = fitted.document() | side_by_side(fitted, curves).document()
-    return found | (
-        {"metrics": [m.document() for m in fit_metrics(fitted, evals, metrics, settings)]} if metrics else {}
-    )
+    of_metrics = fit_metrics(fitted, evals, metrics, settings) if metrics else ()
+    peaks = [peaks.document() for peaks in find_peaks(of_metrics)]
+    return found | ({"metrics": [m.document() for m in of_metrics], "peaks": peaks} if metrics else {})

@@ -23,12 +23,14 @@ class Metric(NamedTuple):
     `better`: in which direction. `bounded`: it is a share and lies in [0, 1]. `limit`: what it would be of an SAE that
     loses nothing, where that is known: 1 of explained variance, or the name of another metric of the evaluation, as
     "ce_original" of the cross-entropy. Laws are of how far a metric is from there (laws/scales.py); of one that falls
-    that is 0 unless said otherwise, of a share its other end.
+    that is 0 unless said otherwise, of a share its other end. `beside`: other metrics of the evaluation that it is read
+    beside, such as the same of random latents.
     """
 
     better: Better
     bounded: bool = False
     limit: float | str | None = None
+    beside: tuple[str, ...] = ()
 
 
 class Values(NamedTuple):
@@ -47,7 +49,12 @@ _NOTHING: Ends = (np.nan, np.nan, np.nan)
 def declared(evals: pa.Table) -> dict[str, Metric]:
     """What the metrics of evals.parquet were declared as, by `evaluation.metric`; what was not is left out."""
     found = json.loads((evals.schema.metadata or {}).get(METRICS, b"{}"))
-    return {name: Metric(**{key: of[key] for key in Metric._fields if key in of}) for name, of in found.items()}
+    return {name: _read(of) for name, of in found.items()}
+
+
+def _read(of: Mapping[str, Any]) -> Metric:
+    given = {key: of[key] for key in Metric._fields if key in of}
+    return Metric(**given | {"beside": tuple(of.get("beside", ()))})
 
 
 def document(evaluation: str, metrics: Mapping[str, Metric]) -> dict[str, dict[str, Any]]:

@@ -56,6 +56,7 @@ def fit(
     """
     from saescale.cluster.front.display import coefficient_table
     from saescale.scaling.comparison.compare import side_by_side
+    from saescale.scaling.comparison.peaks import find_peaks
     from saescale.scaling.comparison.sentences import limits
     from saescale.scaling.laws.fit import fit_laws
     from saescale.scaling.laws.law import load_laws
@@ -64,6 +65,7 @@ def fit(
     from saescale.scaling.laws.predict import metric_predictions, parse_point, predictions
     from saescale.scaling.laws.settings import DEFAULT_LAWS, FitSettings
     from saescale.scaling.metrics import measured
+    from saescale.scaling.report.metrics import peak_documents, peak_sentences
     from saescale.scaling.sources import load_evals, load_sources
     from saescale.scaling.where import parse_condition
     from saescale.scaling.words import listed
@@ -89,8 +91,10 @@ def fit(
     if points and fitted.fits:
         rows = [row for point in points for row in predictions(fitted.fits, point, fitted.results)]
         document["predictions"] = rows
+    peaks = find_peaks(of_metrics)
     if of_metrics:
         document["metrics"] = [found.document() for found in of_metrics]
+        document["peaks"] = peak_documents(peaks)
     if of_metrics and points and any(found.fits for found in of_metrics):
         document["predictions"] = [row for point in points for row in metric_predictions(of_metrics, point)]
     if out:
@@ -99,6 +103,8 @@ def fit(
         print(json.dumps(document))
     elif of_metrics:
         _show_metrics(document)
+        for sentence in peak_sentences(peaks):
+            say(sentence)
     else:
         if document["fits"]:
             console.print(coefficient_table(document))

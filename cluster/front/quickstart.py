@@ -1,10 +1,12 @@
-"""`saescale quickstart`: from SmolLM2-135M to a fitted L(N, k) on this machine."""
+"""`saescale quickstart`: from a subject to fitted laws on this machine: L(N, k) of SmolLM2-135M, and of a board of
+Othello how much is recovered."""
 
 import gc
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+from saescale.cluster.front.board_picture import draw_best_boards
 from saescale.cluster.front.display import Display
-from saescale.cluster.front.recipes import RECIPES, TINY, Recipe, settle
+from saescale.cluster.front.recipes import DEFAULT, RECIPES, TINY, Recipe, named, settle
 from saescale.cluster.sweep.driver import SweepOutcome, run_sweep
 from saescale.cluster.sweep.spec import SweepSpec, parse_spec
 from saescale.storage.writable import require_writable
@@ -28,9 +30,6 @@ def quickstart_steps(recipe: Recipe, out: str | None, wandb: str) -> Steps:
     """
     of_size = "" if recipe.name == "full" else f"-{recipe.name}"
     store = f"stores/smollm2-135m-l22{of_size}"
-    sizes = {"tokens": recipe.rows, "heldout_tokens": recipe.heldout}
-    if recipe == TINY:
-        sizes |= {"shard_rows": 4_096, "row_group_rows": 512}
     sweep = {
         "name": f"quickstart{of_size}",
         "store": store,
@@ -46,8 +45,41 @@ def quickstart_steps(recipe: Recipe, out: str | None, wandb: str) -> Steps:
         "eval": {"tokens": recipe.heldout, "every_tokens": recipe.every_tokens},
         "wandb": {"mode": wandb},
     }
-    harvest = HarvestSpec.model_validate({"subject": "smollm2-135m", "layer": 22, "out": store, **sizes})
-    return Steps(harvest, parse_spec(sweep, "the quickstart"))
+    return _steps(recipe, {"subject": DEFAULT, "layer": 22, "out": store}, sweep)
+
+
+def othello_steps(recipe: Recipe, out: str | None, wandb: str) -> Steps:
+    """The same on the third layer of the small model of Othello, which knows the board best with the fourth; trained as
+    deploy/sweeps/othello.yaml says, whose learning rates were tried."""
+    name = named("othello", recipe)
+    store = f"stores/othello-l2{'-tiny' if recipe.name == 'tiny' else ''}"
+    sweep = {
+        "name": name,
+        "store": store,
+        "out": out or f"runs/{name}",
+        "grid": {"n_latents": list(recipe.n_latents), "k": list(recipe.k)},
+        "train": {
+            "tokens": recipe.tokens,
+            "batch_tokens": recipe.batch_tokens,
+            "lr": {"at": 512, "value": 4e-3, "exponent": -0.5},
+            "auxk": {"dead_after_tokens": recipe.dead_after_tokens},
+            "ema": recipe.ema,
+        },
+        "eval": {
+            "tokens": min(recipe.heldout, 16_384),
+            "every_tokens": recipe.every_tokens,
+            "evaluations": ["core", "board_probe", "board_recovery"],
+        },
+        "wandb": {"mode": wandb},
+    }
+    return _steps(recipe, {"subject": "othello", "layer": 2, "out": store, "batch_contexts": 256}, sweep)
+
+
+def _steps(recipe: Recipe, harvest: dict[str, Any], sweep: dict[str, Any]) -> Steps:
+    sizes = {"tokens": recipe.rows, "heldout_tokens": recipe.heldout}
+    if recipe.name == TINY.name:
+        sizes |= {"shard_rows": 4_096, "row_group_rows": 512}
+    return Steps(HarvestSpec.model_validate(harvest | sizes), parse_spec(sweep, "the quickstart"))
 
 
 def full_sweep() -> SweepSpec:
@@ -55,7 +87,9 @@ def full_sweep() -> SweepSpec:
     return quickstart_steps(RECIPES[0], None, "off").sweep
 
 
-def run_quickstart(asked: str | None, out: str | None, wandb: str, display: Display) -> SweepOutcome:
+def run_quickstart(
+    asked: str | None, out: str | None, wandb: str, display: Display, subject: str = DEFAULT
+) -> SweepOutcome:
     """Harvests what is missing, trains what is missing, fits, by the recipe that is asked for or fits this machine.
 
     Raises what `settle`, `harvest` and `run_sweep` raise.
@@ -63,19 +97,27 @@ def run_quickstart(asked: str | None, out: str | None, wandb: str, display: Disp
     set_threads(usable_cores())
     require_writable(out or "runs")
     require_writable("stores")
-    recipe, url = settle(asked, out, display.stage)
-    todo = quickstart_steps(recipe, url, wandb)
+    recipe, url = settle(asked, out, display.stage, subject)
+    todo = (quickstart_steps if subject == DEFAULT else othello_steps)(recipe, url, wandb)
     harvesting.harvest(todo.harvest, display.harvest)
     gc.collect()  # the subject is not needed any more, and the workers need its memory
-    return run_sweep(todo.sweep, display)
+    outcome = run_sweep(todo.sweep, display)
+    if subject != DEFAULT:
+        display.stage("drawing boards as latents see them")
+        draw_best_boards(outcome.run)
+    return outcome
 
 
-def next_commands(outcome: SweepOutcome) -> list[tuple[tuple[str, ...], str]]:
+def next_commands(outcome: SweepOutcome, subject: str = DEFAULT) -> list[tuple[tuple[str, ...], str]]:
     """The words of three commands of saescale that go on from here, and what each does."""
     finished = [row for row in outcome.run.read_results().to_pylist() if row["status"] == "done"]
     cells = [outcome.run.cell_url(min(finished, key=lambda row: row["nmse"])["cell_id"])] if finished else []
+    law = (("fit", outcome.run.url, "--law", "n"), "one law again, with all coefficients; also of your own CSV")
+    if subject != DEFAULT:
+        of_metric = ("fit", outcome.run.url, "--metric", "board_recovery.coverage")
+        law = (of_metric, "the same of another metric: how well single latents tell the board")
     return [
-        (("fit", outcome.run.url, "--law", "n"), "one law again, with all coefficients; also of your own CSV"),
+        law,
         *((("inspect", url), "the SAE with the lowest nmse") for url in cells),
         (
             ("sweep", f"{outcome.run.url}/sweep.yaml", "--out", "runs/mine"),

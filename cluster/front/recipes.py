@@ -1,10 +1,10 @@
-"""The sizes of the quickstart, and which of them this machine finishes within a quarter of an hour.
+"""The sizes of the quickstart of each subject, and which of them this machine finishes within a quarter of an hour.
 
 A timing may choose the recipe, since the recipe is stated and recorded; what it never chooses is the precision.
 """
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from saescale.storage.errors import SaescaleError
@@ -42,6 +42,16 @@ RECIPES = (
     Recipe("small", 49_152, 4_096, 196_608, (256, 512, 1_024, 2_048), _KS, 512, 16_384, 0.98, 16_384),
 )
 TINY = Recipe("tiny", 4_096, 1_024, 16_384, (256, 512), (8, 16), 256, 4_096, 0.9, 4_096)
+_BOARD_KS = (4, 8, 16, 32, 64)
+OF_SUBJECT: Mapping[str, Sequence[Recipe]] = {
+    "smollm2-135m": (*RECIPES, TINY),
+    # One pass each: games have no end. Small enough for any two cores, so nothing is timed.
+    "othello": (
+        Recipe("full", 1_048_576, 32_768, 1_048_576, (128, 256, 512, 1_024), _BOARD_KS, 512, 65_536, 0.99, 131_072),
+        Recipe("tiny", 16_384, 2_048, 16_384, (64, 128), (8, 16), 256, 4_096, 0.9, 8_192),
+    ),
+}
+DEFAULT = "smollm2-135m"
 
 
 class Speed(NamedTuple):
@@ -119,31 +129,50 @@ def why(recipe: Recipe, speed: Speed) -> str:
     return f"{chosen}, about {own:.0f} min ({did}; --recipe full would take about {full:.0f} min{slow})"
 
 
-def find_recipe(name: str) -> Recipe:
+def find_recipe(name: str, subject: str = DEFAULT) -> Recipe:
     """Raises SaescaleError for a name that there is not."""
-    known = {recipe.name: recipe for recipe in (*RECIPES, TINY)}
+    known = {recipe.name: recipe for recipe in OF_SUBJECT[subject]}
     if name not in known:
         raise SaescaleError(f"--recipe {name}: there are {', '.join(known)}")
     return known[name]
 
 
-def recorded_recipe(run: RunDirectory) -> Recipe | None:
-    """What a run directory was begun with; runs of saescale 0.1.0, which wrote no note, had the full recipe."""
+def recorded_recipe(run: RunDirectory) -> tuple[str, Recipe] | None:
+    """The subject and what a run directory was begun with; runs of saescale 0.1.0, which wrote no note, had the full
+    recipe."""
     note = run.read_json(NOTE, remedy="restore it, or begin in another run directory (--out)")
     if note is not None and isinstance(note.get("recipe"), str):
-        return find_recipe(note["recipe"])
-    return RECIPES[0] if run.read_spec() is not None else None
+        subject = note.get("subject", DEFAULT)
+        return subject, find_recipe(note["recipe"], subject)
+    return (DEFAULT, RECIPES[0]) if run.read_spec() is not None else None
 
 
-def settle(asked: str | None, out: str | None, say: Callable[[str], None]) -> tuple[Recipe, str]:
+def named(subject: str, recipe: Recipe | str | None) -> str:
+    """What a quickstart is called where it has the default run directory."""
+    name = recipe.name if isinstance(recipe, Recipe) else recipe
+    return "-".join(["quickstart", *([subject] if subject != DEFAULT else []), *(["tiny"] if name == "tiny" else [])])
+
+
+def settle(
+    asked: str | None, out: str | None, say: Callable[[str], None], subject: str = DEFAULT
+) -> tuple[Recipe, str]:
     """The recipe and its run directory: as asked, or as the run directory was begun, or what this machine can do,
     which is written down at once. `say` is told which and why, in one line.
 
-    Raises SaescaleError where the run directory was begun with another recipe than the one that is asked for.
+    Raises SaescaleError for a subject that has no quickstart, and where the run directory was begun with another
+    recipe or subject than the one that is asked for.
     """
-    url = out or ("runs/quickstart-tiny" if asked == TINY.name else "runs/quickstart")
-    wanted, run = find_recipe(asked) if asked else None, RunDirectory(url)
-    there = recorded_recipe(run)
+    if subject not in OF_SUBJECT:
+        raise SaescaleError(f"--subject {subject}: there is a quickstart of {' and '.join(OF_SUBJECT)}")
+    url = out or f"runs/{named(subject, asked)}"
+    wanted, run = find_recipe(asked, subject) if asked else None, RunDirectory(url)
+    begun = recorded_recipe(run)
+    if begun and begun[0] != subject:
+        raise SaescaleError(
+            f"{url} was begun with the subject {begun[0]}, not {subject}; give this one another run directory (--out), "
+            "or remove that one"
+        )
+    there = begun[1] if begun else None
     if there and wanted and there != wanted:
         raise SaescaleError(
             f"{url} was begun with the recipe {there.name}, not {wanted.name}; give this one another run directory "
@@ -156,12 +185,15 @@ def settle(asked: str | None, out: str | None, say: Callable[[str], None]) -> tu
     elif wanted:
         recipe = wanted
         say(f"recipe {recipe.name}, as asked for")
+    elif subject != DEFAULT:
+        recipe = OF_SUBJECT[subject][0]
+        say(f"recipe {recipe.name}: {recipe.cells} cells of {recipe.tokens:,} tokens")
     else:
         speed = measure_speed()
         recipe, note = choose(speed), speed._asdict()
         say(why(recipe, speed))
     if not there:
-        run.write_json(NOTE, {"recipe": recipe.name, **note})
+        run.write_json(NOTE, {"recipe": recipe.name, **({"subject": subject} if subject != DEFAULT else {}), **note})
     return recipe, url
 
 

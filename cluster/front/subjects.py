@@ -82,6 +82,28 @@ def show(
         say_marked(f"[bold]{name:<16}[/]{escape(words)}")
 
 
+@app.command()
+def boards(
+    cell: Annotated[str, typer.Argument(help="A cell of a run on othello: RUN/cells/CELL.")],
+    out: Annotated[str, typer.Option(help="The picture to write: .png, .svg or .pdf.")] = "boards.png",
+    number: Annotated[int, typer.Option(help="Positions, each of another game.", min=1, max=24)] = 6,
+) -> None:
+    """Draws boards as the latents of a cell see them, beside the true ones.
+
+    Example: [bold]saescale subject boards runs/othello/cells/n512-k8-s0-1a2b3c4d --out boards.png[/]
+    """
+    from saescale.cluster.front.board_picture import draw_boards_of
+    from saescale.storage.files import write_atomic
+    from saescale.storage.writable import require_writable
+
+    kind = out.rpartition(".")[2]
+    if kind not in ("png", "svg", "pdf"):
+        raise SaescaleError(f"--out {out}: a picture ends in .png, .svg or .pdf")
+    require_writable(out.rpartition("/")[0] or ".")
+    write_atomic(out, draw_boards_of(cell, number)[kind])
+    say(f"wrote {out}")
+
+
 def _described(subject: Any, sequences: int) -> dict[str, Any]:
     from saescale.trainers.subjects.subject import Generates, Learns
 

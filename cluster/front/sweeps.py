@@ -42,14 +42,20 @@ def quickstart(
         str | None,
         typer.Option(help="full, large, medium, small, tiny (default: what 15 minutes allow here)."),
     ] = None,
+    subject: Annotated[
+        str, typer.Option(help="smollm2-135m, or othello: how much of a board that is known is recovered.")
+    ] = "smollm2-135m",
     out: Annotated[str | None, typer.Option(help="Run directory (default: runs/quickstart).")] = None,
     wandb: Wandb = "auto",
 ) -> None:
     """From SmolLM2-135M to a fitted L(N, k): harvest, 16 or 20 cells, laws, report.
 
-    It times this machine for a few seconds, and says which recipe it takes. Run again, it goes on where it was.
+    It times this machine for a few seconds, and says which recipe it takes. Run again, it goes on where it was. Of
+    othello there are full and tiny; its weights come with saescale, and it ends with a picture of boards as latents
+    see them.
 
     Example: [bold]saescale quickstart --tiny[/]
+    Example: [bold]saescale quickstart --subject othello[/]
     """
     from saescale.cluster.front.quickstart import next_commands, run_quickstart
 
@@ -57,11 +63,13 @@ def quickstart(
         raise SaescaleError(f"--tiny is a recipe, and --recipe {recipe} another: give one of them")
     with display() as shown:
         began = time.monotonic()
-        outcome = run_quickstart("tiny" if tiny else recipe, out, wandb, shown)
+        outcome = run_quickstart("tiny" if tiny else recipe, out, wandb, shown, subject)
     _summary(outcome, time.monotonic() - began)
+    if subject == "othello":
+        _recovered(outcome)
     console.print("\n[bold]Next[/]")
     program = _program()
-    for words, meaning in next_commands(outcome):
+    for words, meaning in next_commands(outcome, subject):
         say(f"  {shlex.join((program, *words))}\n      {meaning}")
 
 
@@ -156,6 +164,24 @@ def _summary(outcome: "SweepOutcome", wall_s: float) -> None:
         say(f"  {name:<13} {place}")
     if outcome.wandb:
         say(f"  {outcome.wandb}")
+
+
+def _recovered(outcome: "SweepOutcome") -> None:
+    """The law of how much of the board is recovered, where it peaks, and where the picture lies."""
+    from saescale.cluster.front.board_picture import METRIC, PICTURE
+    from saescale.cluster.front.display import coefficient_table
+    from saescale.scaling.laws.notes import metric_document
+
+    own = metric_document(outcome.fits["metrics"], METRIC)
+    say(f"\n{METRIC}, {own['better']} is better; laws are of {own['fitted']}")
+    if own["fits"]:
+        console.print(coefficient_table(own))
+    for entry in own["skipped"]:
+        say(f"no law: {entry['reason']}")
+    for entry in outcome.fits["peaks"]:
+        if entry["metric"] == METRIC and entry["words"]:
+            say(entry["words"])
+    say(f"  boards        {outcome.run.url}/{PICTURE}")
 
 
 def _laws(outcome: "SweepOutcome") -> None:

@@ -138,19 +138,22 @@ def _of_seeds(arms: Arms, name: str) -> tuple[float, int]:
 
 
 def _of_surface(arms: Arms, name: str) -> tuple[float, int]:
-    """(sum of squares, degrees of freedom) about a surface of second order, of first where a column has two values."""
+    """(sum of squares, degrees of freedom) about a surface of second order."""
     own = arms.at(name)
-    x, y = np.log(arms.n_latents[own]), np.log(arms.l0[own])
-    terms = [np.ones(len(own))]
-    varied = [v for v, given in ((x, arms.n_latents[own]), (y, arms.k[own])) if len(np.unique(given)) > 1]
-    counts = [len(np.unique(given)) for given in (arms.n_latents[own], arms.k[own]) if len(np.unique(given)) > 1]
-    terms += varied
-    terms += [v**2 for v, count in zip(varied, counts, strict=True) if count > 2]
-    if len(varied) == 2:
-        terms.append(x * y)
-    design = np.stack(terms, axis=1)
-    free = len(own) - np.linalg.matrix_rank(design)
+    return about_surface(arms.n_latents[own], arms.l0[own], arms.log_nmse[own], 2, arms.k[own])
+
+
+def about_surface(
+    n_latents: np.ndarray, k: np.ndarray, values: np.ndarray, order: int, levels: np.ndarray | None = None
+) -> tuple[float, int]:
+    """(sum of squares, degrees of freedom) of `values` [cells] about a polynomial of that order in ln N and ln k, of a
+    lower one in what has as few values; `levels` [cells] are k where `k` is what was measured of it."""
+    x, y = np.log(n_latents), np.log(k)
+    most = [len(np.unique(given)) - 1 for given in (n_latents, k if levels is None else levels)]
+    powers = [(i, j) for i in range(order + 1) for j in range(order + 1 - i) if i <= most[0] and j <= most[1]]
+    design = np.stack([(x - x.mean()) ** i * (y - y.mean()) ** j for i, j in powers], axis=1)
+    free = len(values) - np.linalg.matrix_rank(design)
     if free < 1:
         return 0.0, 0
-    left = arms.log_nmse[own] - design @ np.linalg.lstsq(design, arms.log_nmse[own], rcond=None)[0]
+    left = values - design @ np.linalg.lstsq(design, values, rcond=None)[0]
     return float((left**2).sum()), int(free)

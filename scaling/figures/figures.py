@@ -26,7 +26,7 @@ from saescale.scaling.figures.views_compare import views_of_comparison
 from saescale.scaling.figures.views_density import energy_by_frequency
 from saescale.scaling.figures.views_depth import views_of_depth
 from saescale.scaling.figures.views_laws import compute_optimal, exponents, holdout, isoflop, nmse_against_compute
-from saescale.scaling.figures.views_metrics import leading, metric_against_n, metric_against_nmse
+from saescale.scaling.figures.views_metrics import leading, metric_against_k, metric_against_n, metric_against_nmse
 from saescale.scaling.figures.views_profile import profile, tradeoff
 from saescale.scaling.kinds import Kind, kind_label
 from saescale.scaling.laws.estimate import Fit
@@ -41,7 +41,7 @@ NAMES = (
     "nmse_against_n", "nmse_against_compute", "exponents", "holdout", "residuals", "profile", "tradeoff", "isoflop",
     "compute_optimal", "dead_fraction", "dead_over_training", "order", "frontier", "by_n", "by_compute",
     "compute_ratio", "dead_by_architecture", "hierarchy", "depth_exponent", "depth_floor",
-    "metric_against_n", "metric_against_nmse", "energy_by_frequency",
+    "metric_against_n", "metric_against_k", "metric_against_nmse", "energy_by_frequency",
 )  # fmt: skip
 MOST_KINDS, MOST_COMPARISONS = 16, 4
 _KINDS = ("png", "pdf", "svg", "json")
@@ -91,16 +91,18 @@ def parts_of(
         found.append(Part("depth", {}, depth))
     shown = leading(metrics)
     over_n, over_nmse = ([draw(laws) for laws in shown] for draw in (metric_against_n, metric_against_nmse))
+    by_name = {laws.name: [other for other in shown if other.name == laws.name] for laws in shown}
+    over_k = [view for own in by_name.values() if (view := metric_against_k(own)) is not None]
     if len(fitted.kinds) == 1:
         first, *rest = views_of(fitted.largest, curves, evals)
         found.append(Part("kind", {}, [first, *over_n, *rest]))
         if metrics:
-            found.append(Part("metrics", {}, over_nmse))
+            found.append(Part("metrics", {}, [*over_k, *over_nmse]))
         return _apart(found)
     if metrics:
-        of_first = [laws.name == shown[0].name for laws in shown]
-        pairs = [pair for *pair, own in zip(over_n, over_nmse, of_first, strict=True) if own]
-        found.append(Part("metrics", {}, [view for pair in pairs[:MOST_KINDS] for view in pair]))
+        first = list(by_name)[: max(1, MOST_KINDS // len(fitted.kinds))]  # with as many figures as one of many kinds
+        pairs = [pair for *pair, laws in zip(over_n, over_nmse, shown, strict=True) if laws.name in first]
+        found.append(Part("metrics", {}, [*over_k, *(view for pair in pairs[:MOST_KINDS] for view in pair)]))
     told = [laws for laws in fitted.kinds if laws.fits or (len(laws.results) and not found)]
     for laws in told[:MOST_KINDS]:
         label = kind_label(laws.of)

@@ -1,6 +1,7 @@
 """Views drawn for paper: PNG to look at, PDF and SVG to set. matplotlib's Agg, no display."""
 
 import re
+from collections.abc import Callable
 from io import BytesIO
 from typing import Any
 
@@ -54,24 +55,29 @@ _STROKES: dict[views.Stroke, dict[str, Any]] = {
 
 def draw(view: View) -> dict[str, bytes]:
     """The view as a file of each of FORMATS, by format. Deterministic for one version of matplotlib."""
+    return drawn(lambda figure: _fill(figure, view))
+
+
+def drawn(fill: Callable[[Figure], None], width: float = _WIDTH, height: float = _HEIGHT) -> dict[str, bytes]:
+    """What `fill` draws on an empty figure of that size (inches), in saescale's style, as `draw` gives a view."""
     with matplotlib.rc_context():
         matplotlib.rcdefaults()  # without what the user's matplotlibrc says
         matplotlib.rcParams.update(_STYLE)
-        figure = Figure(figsize=(_WIDTH, _HEIGHT))
+        figure = Figure(figsize=(width, height))
         FigureCanvasAgg(figure)
-        _fill(figure, view)
+        fill(figure)
         # Dates and versions would make other bytes of the same picture.
         metadata: dict[str, dict[str, Any]] = {
             "png": {"Software": "saescale"},
             "pdf": {"CreationDate": None, "Creator": "saescale", "Producer": None},
             "svg": {"Date": None, "Creator": "saescale"},
         }
-        drawn = {}
+        files = {}
         for kind in FORMATS:
             buffer = BytesIO()
             figure.savefig(buffer, format=kind, metadata=metadata[kind])
-            drawn[kind] = buffer.getvalue()
-    return drawn
+            files[kind] = buffer.getvalue()
+    return files
 
 
 def _fill(figure: Figure, view: View) -> None:

@@ -17,7 +17,7 @@ Scale = Literal["log", "linear"]
 Stroke = Literal["law", "curve", "frontier", "through", "other", "reference"]
 # open: what stands beside the main points, such as another law's value.
 Marker = Literal["filled", "open"]
-# What colours stand for, and what the layers' `level` is then: values of k, of compute (other colours than k has), or
+# What colours stand for, and what the layers' `level` is then: values of k, of compute or N (other colours than k), or
 # names, of architectures or subjects, which have marks of their own besides.
 Ramp = Literal["k", "compute", "name"]
 Level = float | str

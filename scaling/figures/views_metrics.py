@@ -1,41 +1,141 @@
-"""Figures of metrics of evaluations: each against N with its law, as nmse is, and against nmse."""
+"""Figures of metrics of evaluations: each against N with its law, as nmse is, against k, and against nmse; beside it
+what it is read beside, such as the same of random latents."""
 
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import NamedTuple
 
 import numpy as np
 
-from saescale.scaling.figures.axes import log_axis
+from saescale.scaling.figures.axes import count_axis, linear_axis, log_axis
 from saescale.scaling.figures.bars import slug
-from saescale.scaling.figures.views import Label, Layer, Line, Points, View
+from saescale.scaling.figures.views import Label, Layer, Level, Line, Points, View
 from saescale.scaling.figures.views_cells import NMSE_LABEL, ks_of, nmse_against_n
 from saescale.scaling.kinds import kind_label
 from saescale.scaling.laws.over_metrics import MetricLaws
+from saescale.storage.columns import COLUMNS
 
 SHOWN = 6  # metrics with figures, of each kind of cells
-_FIRST = "downstream_loss"  # what an SAE is for before all else
+_FIRST, _LAST = "downstream_loss", "core"  # what an SAE is for before all else; what is mostly nmse again
 
 
 def leading(metrics: Sequence[MetricLaws]) -> list[MetricLaws]:
     """Those that figures and sentences are about: of each evaluation its first metric, for each kind of cells; at most
-    six metrics, that of the downstream loss before the others."""
+    six metrics, that of the downstream loss before the others and core's behind them."""
     there = [laws for laws in metrics if len(laws.cells) > 1]
     names: dict[str, str] = {}
     for laws in there:
         names.setdefault(laws.name.partition(".")[0], laws.name)
-    chosen = [names[evaluation] for evaluation in sorted(names, key=lambda name: name != _FIRST)][:SHOWN]
+    order = sorted(names, key=lambda name: (name == _LAST) - (name == _FIRST))
+    chosen = [names[evaluation] for evaluation in order][:SHOWN]
     return [laws for name in chosen for laws in there if laws.name == name]
 
 
 def metric_against_n(laws: MetricLaws) -> View:
     """A metric of every cell against N, one colour per k, with its law, as that of nmse is drawn."""
     view = nmse_against_n(laws.laws, laws.scale.words, laws.scale.words)
+    ks = ks_of(laws.laws)
+    beside = [
+        each._replace(y=distance) for each in _beside(laws, "n_latents", ks[len(ks) // 2])
+        if (np.isfinite(distance := laws.scale.distance(each.y)) & (distance > 0)).all()
+    ]  # fmt: skip
+    shown = np.concatenate([[view.y.low, view.y.high], *(each.y for each in beside)])
     return replace(
         view,
         name=_named("metric_against_n", laws),
         title=_titled(f"{laws.name} against the number of latents", laws),
         caption=f"{_what(laws)} of every cell against the number of latents N, with the fitted law.",
+        key=view.key + _key(beside, f"k = {ks[len(ks) // 2]:g}"),
+        y=log_axis(laws.scale.words, shown) if beside else view.y,
+        layers=(*_drawn(beside), *view.layers),
     )
+
+
+def metric_against_k(metrics: Sequence[MetricLaws]) -> View | None:
+    """One metric of every cell against k: of one kind of cells a line for each N, of several the largest N that all of
+    them have, a line for each kind. None where no line has two k."""
+    first = metrics[0]
+    lines: dict[Level, tuple[MetricLaws, float]] = {}
+    if several := len(metrics) > 1:
+        sizes = [set(laws.cells["n_latents"].tolist()) for laws in metrics]
+        shared = set.intersection(*sizes)
+        for laws, own in zip(metrics, sizes, strict=True):
+            lines[kind_label(laws.of)] = laws, max(shared or own)
+    else:
+        lines = {float(n): (first, float(n)) for n in np.unique(first.cells["n_latents"])}
+    layers: list[Layer] = []
+    values, ks = [], []
+    for level, (laws, n) in lines.items():
+        own = np.flatnonzero(laws.cells["n_latents"] == n)
+        own = own[np.argsort(laws.cells["k"][own], kind="stable")]
+        x, y = laws.cells["k"][own], laws.values.value[own]
+        places = np.unique(x)
+        means = np.array([y[x == place].mean() for place in places])
+        name = str(level) if several else f"N = {n:,.0f}"
+        texts = [f"{name}, k = {k:g}<br>{laws.name} {v:.4g}<br>nmse {laws.nmse[row]:.4f}"
+                 for k, v, row in zip(x, y, own, strict=True)]  # fmt: skip
+        layers.append(Line(places, means, level, "through", name))
+        layers.append(Points(x, y, level, texts, *_ends(laws, own)))
+        layers.append(Label(float(places[-1]), float(means[-1]), name, level))
+        values += [y, *(end for end in _ends(laws, own) if end is not None)]
+        ks.append(x)
+    if max(len(np.unique(x)) for x in ks) < 2:
+        return None
+    largest = max(lines.values(), key=lambda line: line[1])[1]
+    beside = _beside(first, "k", largest)
+    values += [each.y for each in beside]
+    what = f"at N = {largest:,.0f}" if several else "of every cell"
+    return View(
+        f"metric_against_k-{slug(first.name)}" if several else _named("metric_against_k", first),
+        f"{first.name} against k" if several else _titled(f"{first.name} against k", first),
+        f"{first.name} {what} against k, the number of active latents; {first.metric.better} is better. Where it turns "
+        "while nmse falls, more active latents reconstruct more and tell less.",
+        "Points: cells, with the 95 % interval of each where it has one; dotted lines join them."
+        + _key(beside, f"N = {largest:,.0f}"),
+        count_axis(COLUMNS["k"].title, np.concatenate(ks)),
+        linear_axis(first.name, np.concatenate(values)),
+        tuple(lines), (*_drawn(beside), *layers), ramp="name" if several else "compute",
+    )  # fmt: skip
+
+
+class _Curve(NamedTuple):
+    """What a metric is read beside, along N or k."""
+
+    name: str
+    x: np.ndarray
+    y: np.ndarray
+
+
+def _beside(laws: MetricLaws, along: str, at: float) -> list[_Curve]:
+    """At the value `at` of the other axis, or over all of it where that has none."""
+    cells, own = laws.cells, laws.name.rpartition(".")[2]
+    here = cells["k" if along == "n_latents" else "n_latents"] == at
+    here = here if here.any() else np.ones(len(cells), dtype=bool)
+    found = []
+    for name, values in laws.beside.items():
+        usable = here & np.isfinite(values)
+        places = np.unique(cells[along][usable])
+        if len(places):
+            means = np.array([values[usable & (cells[along] == place)].mean() for place in places])
+            found.append(_Curve(name.removeprefix(f"{own}_"), places, means))
+    return found
+
+
+def _drawn(beside: Sequence[_Curve]) -> list[Layer]:
+    lines = [Line(each.x, each.y, None, "reference", each.name) for each in beside]
+    return [*lines, *(Label(float(each.x[-1]), float(each.y[-1]), each.name, None) for each in beside)]
+
+
+def _key(beside: Sequence[_Curve], at: str) -> str:
+    return (
+        f" Dashed: {', '.join(each.name for each in beside)} (at {at} where that makes a difference)." if beside else ""
+    )
+
+
+def _ends(laws: MetricLaws, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray] | tuple[None, None]:
+    """The metric's own intervals, where every one of these cells has one."""
+    low, high = laws.values.low[rows], laws.values.high[rows]
+    return (low, high) if np.isfinite(low).all() and np.isfinite(high).all() else (None, None)
 
 
 def metric_against_nmse(laws: MetricLaws) -> View:

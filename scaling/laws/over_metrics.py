@@ -44,7 +44,8 @@ _SAME = 1e-3  # of ln distance
 @dataclass(frozen=True)
 class MetricLaws:
     """The laws of one metric of the cells of one kind (`of`). `cells` are those that have it, their column nmse is the
-    metric's distance on `scale`, and `nmse` [cells] their own; `values` [cells] are those of the metric itself."""
+    metric's distance on `scale`, and `nmse` [cells] their own; `values` [cells] are those of the metric itself, and
+    `beside` [cells] of what it is read beside, by name; NaN where a cell has none."""
 
     name: str
     metric: Metric
@@ -56,6 +57,7 @@ class MetricLaws:
     skipped: tuple[Skipped, ...] = ()
     warnings: tuple[str, ...] = ()
     of: Kind = field(default_factory=dict)
+    beside: Mapping[str, np.ndarray] = field(default_factory=dict)
 
     @property
     def laws(self) -> Laws:
@@ -168,7 +170,7 @@ def fit_metrics(
         if (metric := known.get(name)) is None:
             metric, said = _read_off(name, everything[name], fitted.results)
         for laws, own in kinds:
-            of_kind = _of_kind(laws, own.get(name), metric, _scale(name, metric, own), settings)
+            of_kind = _of_kind(laws, own, metric, _scale(name, metric, own), settings)
             found.append(replace(of_kind, warnings=(*said, *of_kind.warnings)))
     return tuple(found)
 
@@ -180,9 +182,11 @@ def _scale(name: str, metric: Metric, values: Mapping[str, Values]) -> Scale:
     return scale_of(name, metric, float(there.mean()) if len(there) else None)
 
 
-def _of_kind(laws: Laws, values: Values | None, metric: Metric, scale: Scale, settings: FitSettings) -> MetricLaws:
+def _of_kind(
+    laws: Laws, of_cells: Mapping[str, Values], metric: Metric, scale: Scale, settings: FitSettings
+) -> MetricLaws:
     cells = laws.results
-    values = Values(*np.full((3, len(cells)), np.nan)) if values is None else values
+    values = of_cells.get(scale.name, Values(*np.full((3, len(cells)), np.nan)))
     distance = scale.distance(values.value)
     usable = np.isfinite(distance) & (distance > 0)
     at_limit = np.isfinite(values.value) & ~usable
@@ -200,7 +204,10 @@ def _of_kind(laws: Laws, values: Values | None, metric: Metric, scale: Scale, se
     own = replace(own, columns=own.columns | {"nmse": distance[usable]})
     kept = Values(*(column[usable] for column in values))
     nmse = cells["nmse"][usable]
-    found = MetricLaws(scale.name, metric, scale, own, kept, nmse, warnings=tuple(warnings), of=laws.of)
+    evaluation = scale.name.rpartition(".")[0]
+    others = {name: of_cells.get(f"{evaluation}.{name}") for name in metric.beside}
+    beside = {name: other.value[usable] for name, other in others.items() if other is not None}
+    found = MetricLaws(scale.name, metric, scale, own, kept, nmse, (), (), tuple(warnings), laws.of, beside)
     names = settings.laws
     if len(own) < _FEW or usable.sum() < 0.5 * np.isfinite(values.value).sum():
         few = f"{len(own)} of {len(cells)} cells have a {scale.name} that a power law could follow"

@@ -1,5 +1,5 @@
-"""What a report says of the metrics of evaluations: where nmse and they disagree, in words, and their laws and values
-over N and k, in tables."""
+"""What a report says of the metrics of evaluations: where they peak while nmse falls and where nmse and they disagree,
+in words, and their laws and values over N and k, in tables."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -7,6 +7,8 @@ from typing import Any
 import numpy as np
 
 from saescale.scaling.comparison.disagree import WITHIN, Cell, Contradiction, Disagreement, Ranked
+from saescale.scaling.comparison.peaks import Along, Best, Peaks
+from saescale.scaling.comparison.sentences import between
 from saescale.scaling.kinds import kind_label
 from saescale.scaling.laws.notes import fit_notes, metric_document, with_ends
 from saescale.scaling.laws.over_metrics import MetricLaws
@@ -14,7 +16,70 @@ from saescale.scaling.report.text import TextTable, scientific, typeset
 from saescale.scaling.tables import number
 from saescale.scaling.words import listed
 
-_SHOWN = 3  # pairs of cells that a sentence names
+_SHOWN = 3  # pairs of cells, or peaks, that a sentence names
+_SYMBOLS: Mapping[Along, str] = {"k": "k", "n_latents": "N"}
+
+
+def peak_sentences(peaks: Sequence[Peaks]) -> list[str]:
+    """For each metric that peaks along k or N where nmse does not: at which k or N, and what is lost beyond."""
+    return [typeset(text) for found in peaks if (text := _peaking(found))]
+
+
+def peak_documents(peaks: Sequence[Peaks]) -> list[dict[str, Any]]:
+    """`peaks` of fits.json, each with that sentence as its `words`, "" where it has none."""
+    return [found.document() | {"words": _peaking(found)} for found in peaks]
+
+
+def _peaking(found: Peaks) -> str:
+    alone = [best for best in found.found if best.peaks_alone]
+    if not alone:
+        return ""
+    where = f" ({label})" if (label := kind_label(found.of)) else ""
+    axis = _SYMBOLS[found.along]
+    falls = f"falls with {axis} at every step" if all(best.nmse_falls for best in alone) else "is lowest elsewhere"
+    cases = listed((_peak(found, best) for best in alone), "; ", _SHOWN)
+    text = f"{found.name}{where} peaks in {axis} while nmse {falls}: {cases}."
+    if rest := [best for best in found.found if best.place is None]:
+        text += f" No peak within what was tried {listed((_no_peak(found, best) for best in rest), '; ', _SHOWN)}."
+    if found.power is not None:
+        text += f" The best {axis} goes as {_other(found)}^{between(found.power, 2)}."
+    return text
+
+
+def _peak(found: Peaks, best: Best) -> str:
+    """Such as "at N = 512 at k = 8.4 [7.1, 9.9] (mcc 0.87 at k = 8, and 0.77 at k = 32, where nmse is lowest)"."""
+    assert best.place is not None
+    axis, name = _SYMBOLS[found.along], found.name.rpartition(".")[2]
+    lowest = best.lowest
+    return (
+        f"{_at(found, best)} at {axis} = {_interval(best)} ({name} {best.best.value:.3g} at {axis} = "
+        f"{number(best.best.place)}, nmse {best.best.nmse:.3g}; {lowest.value:.3g} at {axis} = {number(lowest.place)}, "
+        f"nmse {lowest.nmse:.3g})"
+    )
+
+
+def _no_peak(found: Peaks, best: Best) -> str:
+    axis = _SYMBOLS[found.along]
+    return f"{_at(found, best)}, where {axis} = {number(best.best.place)} is best or not told apart from it"
+
+
+def _interval(best: Best) -> str:
+    """The place of a peak; an end that is beyond what was tried is named as that."""
+    place = best.place
+    assert place is not None
+    if place.low is None and place.high is None:
+        return f"{place.value:.3g}"
+    low = f"below {best.first:g}" if place.low is None else f"{place.low:.3g}"
+    high = f"above {best.last:g}" if place.high is None else f"{place.high:.3g}"
+    return f"{place.value:.3g} [{low}, {high}]"
+
+
+def _other(found: Peaks) -> str:
+    return "N" if found.along == "k" else "k"
+
+
+def _at(found: Peaks, best: Best) -> str:
+    return f"at {_other(found)} = {number(best.at)}"
 
 
 def metric_sentences(disagreements: Sequence[Disagreement]) -> list[str]:
@@ -86,10 +151,31 @@ def metric_notes(document: Mapping[str, Any], shown: Sequence[MetricLaws]) -> li
     return [f"{name}: {note}" for name in names for note in fit_notes(metric_document(document["metrics"], name))]
 
 
-def metric_tables(metrics: Sequence[MetricLaws], shown: Sequence[MetricLaws]) -> list[TextTable]:
-    """The laws of all metrics in one table, then the values of those that are `shown` over N and k."""
-    laws = _laws(metrics)
-    return [*([laws] if laws.rows else []), *(_over_n_and_k(own) for own in shown)]
+def metric_tables(
+    metrics: Sequence[MetricLaws], shown: Sequence[MetricLaws], peaks: Sequence[Peaks] = ()
+) -> list[TextTable]:
+    """The laws of all metrics in one table, where they are best along k, then the values of those that are `shown` over
+    N and k."""
+    some = _laws(metrics), _best(peaks)
+    return [*(table for table in some if table.rows), *(_over_n_and_k(own) for own in shown)]
+
+
+def _best(peaks: Sequence[Peaks]) -> TextTable:
+    several = any(found.of for found in peaks)
+    rows = []
+    for found in peaks:
+        for best in found.found if found.along == "k" else ():
+            kind = [kind_label(found.of)] if several else []
+            place = "at an end, or flat" if best.place is None else _interval(best)
+            cells = [f"k = {number(p.place)}: {p.value:.3g}, {p.nmse:.3g}" for p in (best.best, best.lowest)]
+            rows.append([found.name, *kind, number(best.at), place, *cells])
+    header = ("metric", *(["kind"] if several else []), "N", "peak in k", "best cells: metric, nmse",
+              "lowest nmse: metric, nmse")  # fmt: skip
+    note = (
+        "Along k at each N. A peak is a place from which a metric gets worse to both sides by more than cells scatter; "
+        "95 % intervals from a bootstrap over cells."
+    )
+    return TextTable("Where metrics are best in k", note, header, rows, numbers=False)
 
 
 def _laws(metrics: Sequence[MetricLaws]) -> TextTable:

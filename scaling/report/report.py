@@ -15,6 +15,7 @@ from markupsafe import Markup
 
 from saescale.scaling.comparison.compare import SideBySide, side_by_side
 from saescale.scaling.comparison.disagree import find_disagreements
+from saescale.scaling.comparison.peaks import find_peaks
 from saescale.scaling.comparison.sentences import limits
 from saescale.scaling.figures.figures import MOST_KINDS, Figure, Part, draw_figures, parts_of
 from saescale.scaling.figures.interactive import theme
@@ -29,7 +30,13 @@ from saescale.scaling.metrics import declared
 from saescale.scaling.order import in_order
 from saescale.scaling.report import text
 from saescale.scaling.report.evaluations import evaluation_tables
-from saescale.scaling.report.metrics import metric_notes, metric_sentences, metric_tables
+from saescale.scaling.report.metrics import (
+    metric_notes,
+    metric_sentences,
+    metric_tables,
+    peak_documents,
+    peak_sentences,
+)
 from saescale.scaling.report.side_by_side import comparison_tables, depth_table, heading, said, summary
 from saescale.scaling.tables import Table, load_curves, load_results
 from saescale.storage.errors import SaescaleError
@@ -98,15 +105,17 @@ def analyse(
     evals = run.read_evals()
     metrics = fit_metrics(fitted, evals, distinct_metrics(fitted, evals), replace(settings, laws=DEFAULT))
     shown = leading(metrics)
-    disagreements = find_disagreements(shown, nmse_scatter(fitted))
+    disagreements, peaks = find_disagreements(shown, nmse_scatter(fitted)), find_peaks(metrics)
     if metrics:
         document["metrics"] = [laws.document() for laws in metrics]
         document["disagreements"] = [found.document() for found in disagreements]
+        document["peaks"] = peak_documents(peaks)
     parts = parts_of(fitted, sides, curves, metrics, evals)
     figures = draw_figures(parts, join(run.url, "figures"))
     written = [kind for kind in FILES if kind == "html" or kind in formats or exists(join(run.url, FILES[kind]))]
     document |= _evaluated(evals)
-    of_metrics = metric_sentences(disagreements), metric_tables(metrics, shown), metric_notes(document, shown)
+    said_of_metrics = [*peak_sentences(peaks), *metric_sentences(disagreements)]
+    of_metrics = said_of_metrics, metric_tables(metrics, shown, peaks), metric_notes(document, shown)
     drawn = Drawn(tuple(parts), tuple(figures), *of_metrics)
     reports = write_report(run.url, document, fitted.results, evals, sides, drawn, provenance or {}, written)
     # Last, so that what fits.json says it was made from holds for the rest too.

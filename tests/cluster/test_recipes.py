@@ -6,9 +6,10 @@ from pathlib import Path
 import pytest
 
 from saescale.cluster.front import recipes
-from saescale.cluster.front.quickstart import quickstart_steps
+from saescale.cluster.front.quickstart import othello_steps, quickstart_steps
 from saescale.cluster.front.recipes import NOTE, RECIPES, TINY, WITHIN_S, Recipe, Speed, choose, predicted_s, settle
 from saescale.cluster.sweep.axes import several
+from saescale.cluster.sweep.spec import load_spec
 from saescale.scaling.laws.forms.n_k import N_K
 from saescale.storage.errors import SaescaleError
 from saescale.storage.rundir import RunDirectory
@@ -71,6 +72,29 @@ def test_a_run_that_was_begun_keeps_its_recipe(here: Path, monkeypatch: pytest.M
 def test_the_tiny_one_is_not_timed(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(recipes, "measure_speed", lambda: pytest.fail("timed"))
     assert settle("tiny", None, [].append) == (TINY, "runs/quickstart-tiny")
+
+
+def test_othello_has_a_quickstart_of_its_own(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(recipes, "measure_speed", lambda: pytest.fail("timed"))
+    recipe, url = settle(None, None, [].append, "othello")
+    assert (recipe.name, url) == ("full", "runs/quickstart-othello")
+    assert settle("tiny", None, [].append, "othello")[1] == "runs/quickstart-othello-tiny"
+    assert settle(None, url, [].append, "othello")[0] == recipe
+    made = othello_steps(recipe, None, "off")
+    assert (made.sweep.out, made.sweep.store) == (url, made.harvest.out)
+    assert made.sweep.eval.tokens <= made.harvest.heldout_tokens
+    assert len(made.sweep.grid.combinations()) == 20
+    # As deploy/sweeps/othello.yaml trains.
+    example = load_spec(str(Path(__file__).parents[2] / "deploy" / "sweeps" / "othello.yaml"))
+    assert made.sweep.grid == example.grid
+    assert (made.sweep.train.lr, made.sweep.train.batch_tokens) == (example.train.lr, example.train.batch_tokens)
+    with pytest.raises(SaescaleError, match="was begun with the subject othello, not smollm2-135m; give this one"):
+        settle(None, url, [].append)
+    with pytest.raises(SaescaleError, match="--recipe large: there are full, tiny"):
+        settle("large", "new", [].append, "othello")
+    with pytest.raises(SaescaleError, match="--subject maze: there is a quickstart of smollm2-135m and othello"):
+        settle(None, "new", [].append, "maze")
+    assert not Path("new").exists()
 
 
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda recipe: recipe.name)

@@ -5,8 +5,8 @@ from tests.published import DATA_SETS, PAGES
 from tests.published.page import ROOT
 
 if sys.argv[1:]:
-    name, run = sys.argv[1:]
-    DATA_SETS[name].take_over(Path(run))
+    name, *runs = sys.argv[1:]
+    DATA_SETS[name].take_over(*map(Path, runs))
 for path, data in PAGES.items():
     path.write_text(data.page(path))
     print(f"wrote {path.relative_to(ROOT)}")

@@ -25,8 +25,8 @@ class DataSet(NamedTuple):
     figures: tuple[str, ...]
     parts: Callable[[Rows, Fits], dict[str, str]]
 
-    def take_over(self, run: Path) -> None:
-        """Results, curves, laws and figures of a run directory."""
+    def take_over(self, run: Path, *others: Path) -> None:
+        """Results, curves, laws and figures of a run directory; of `others` what a data set has besides."""
         self.folder.mkdir(exist_ok=True)
         for name in ("results", "curves"):
             shutil.copy(run / f"{name}.parquet", self.folder / f"{name}.parquet")

@@ -230,6 +230,8 @@ def test_metrics_stand_beside_nmse(tmp_path: Path) -> None:
     assert [fit["law"] for fit in document["fits"]] == ["n_k"]
     assert [(entry["metric"], len(entry["fits"])) for entry in document["metrics"]] == [("sim.falling", 1)]
     assert [entry["metric"] for entry in document["disagreements"]] == ["sim.falling"]
+    # It falls along both axes: there is no peak to be told.
+    assert [(entry["along"], entry["words"]) for entry in document["peaks"]] == [("k", ""), ("n_latents", "")]
     names = [figure.view.name for figure in made.figures]
     # L(N, k) of the metric next to that of nmse.
     assert names[:2] == ["nmse_against_n", "metric_against_n-sim.falling"]

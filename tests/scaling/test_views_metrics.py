@@ -1,17 +1,18 @@
 """Which metrics have figures, and what these show."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 
 from saescale.scaling.figures import paper
 from saescale.scaling.figures.interactive import plot
-from saescale.scaling.figures.views import Points
-from saescale.scaling.figures.views_metrics import leading, metric_against_n, metric_against_nmse
+from saescale.scaling.figures.views import Line, Points
+from saescale.scaling.figures.views_metrics import leading, metric_against_k, metric_against_n, metric_against_nmse
 from saescale.scaling.laws.fit import fit_laws
-from saescale.scaling.laws.over_metrics import fit_metrics
+from saescale.scaling.laws.over_metrics import MetricLaws, fit_metrics
 from saescale.scaling.laws.settings import FitSettings
-from saescale.scaling.metrics import Metric, document
+from saescale.scaling.metrics import Metric, Values, document
 from saescale.scaling.sources import load_sources
 from tests.scaling.test_over_metrics import write_run
 
@@ -42,3 +43,68 @@ def test_of_each_evaluation_the_first_metric_and_the_downstream_loss_first(tmp_p
     for view in (of_n, of_nmse):
         assert paper.draw(view)["png"][:4] == b"\x89PNG"
         assert plot(view)["data"]
+
+
+def beside(tmp_path: Path, architectures: tuple[str, ...] = ("topk",)) -> list[MetricLaws]:
+    """A share with its interval, the same of random latents, which goes with N, and of something that does not."""
+    run = write_run(tmp_path)
+    rows = run.read_results().to_pylist()
+    run.write_results([
+        row | {"architecture": name, "cell_id": f"{row['cell_id']}-{name}"} for name in architectures for row in rows
+    ])  # fmt: skip
+    said = document("sim", {"told": Metric("higher", bounded=True, beside=("told_random", "always", "missing"))})
+    for row in run.read_results().to_pylist():
+        told = 1 / (1 + 2 * row["nmse"])
+        own = [
+            {"metric": "told", "value": told, "low": told - 0.05, "high": told + 0.05},
+            {"metric": "told_random", "value": 0.1 * np.log2(row["n_latents"]) / 20},
+            {"metric": "always", "value": 0.25},
+        ]
+        run.write_evals(row["cell_id"], "sim", own, said)
+    results, _ = load_sources([run.url])
+    few = FitSettings(0, laws=("n_k",))
+    return list(fit_metrics(fit_laws(results, None, few), run.read_evals(), ["sim.told"], few))
+
+
+def test_a_metric_stands_beside_what_it_is_read_beside(tmp_path: Path) -> None:
+    (laws,) = beside(tmp_path)
+    assert set(laws.beside) == {"told_random", "always"}
+    over_k, over_n = metric_against_k([laws]), metric_against_n(laws)
+    assert over_k is not None
+    assert (over_k.name, over_k.ramp, over_k.levels) == (
+        "metric_against_k-sim.told",
+        "compute",
+        (512.0, 1024.0, 2048.0, 4096.0, 8192.0, 16384.0),
+    )
+    lines = {layer.text: layer for layer in over_k.layers if isinstance(layer, Line)}
+    np.testing.assert_allclose(lines["always"].y, 0.25)
+    np.testing.assert_allclose(lines["random"].y, 0.1 * 14 / 20)  # at the largest N
+    points = {layer.level: layer for layer in over_k.layers if isinstance(layer, Points)}
+    by_cell = {(n, k): v for n, k, v in zip(laws.cells["n_latents"], laws.cells["k"], laws.values.value, strict=True)}
+    np.testing.assert_allclose(points[4096.0].y, [by_cell[4096.0, k] for k in points[4096.0].x])
+    np.testing.assert_allclose(points[4096.0].high, points[4096.0].y + 0.05)
+    odds = {layer.text: layer for layer in over_n.layers if isinstance(layer, Line)}
+    np.testing.assert_allclose(odds["always"].y, 3.0)  # of failure: what the axis shows
+    assert (over_n.y.low, over_n.y.high) > (0, 3.0)
+    for view in (over_k, over_n):
+        assert "Dashed: random, always" in view.key
+        assert paper.draw(view)["png"][:4] == b"\x89PNG"
+        assert plot(view)["data"]
+
+
+def test_of_several_kinds_there_is_a_line_for_each(tmp_path: Path) -> None:
+    laws = beside(tmp_path, ("topk", "gated"))
+    view = metric_against_k(laws)
+    assert view is not None
+    assert (view.ramp, set(view.levels)) == ("name", {"topk", "gated"})
+    points = [layer for layer in view.layers if isinstance(layer, Points)]
+    assert [len(layer.x) for layer in points] == [4, 4]  # of the largest N
+    assert "N = 16,384" in view.caption
+
+
+def test_one_k_is_no_figure_over_k(tmp_path: Path) -> None:
+    (laws,) = beside(tmp_path)
+    one = laws.cells["k"] == 8
+    values = Values(*(column[one] for column in laws.values))
+    few = replace(laws, cells=laws.cells.select(one), values=values, nmse=laws.nmse[one], beside={})
+    assert metric_against_k([few]) is None

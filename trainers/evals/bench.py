@@ -33,6 +33,16 @@ class Measured(NamedTuple):
     metrics: Mapping[str, Any] = {}  # what the evaluation declares of its metrics, as evals.parquet keeps it
 
 
+class AtHand(NamedTuple):
+    """What an evaluation of a cell takes."""
+
+    evaluation: Evaluation
+    trained: Trained
+    source: ActivationStore
+    subject: Subject | None
+    prepared: list[Any]  # what `prepare` gave, where there is one
+
+
 class Bench:
     """Measures in this process. Each store is opened, each subject loaded and each evaluation prepared when it is first
     needed, on the device of this machine and in the arithmetic of the harvest; one subject at a time.
@@ -99,8 +109,9 @@ class Bench:
         seconds = time.monotonic() - began
         return Measured(pair, rows, error, seconds - self._shared_s, self._shared_s, unsuited, metrics)
 
-    def _rows(self, pair: Pair) -> list[dict[str, Any]]:
-        evaluation, trained = find_evaluation(pair.evaluation), self._cell(pair.cell)
+    def lay_out(self, cell: str, name: str) -> AtHand:
+        """What the evaluation of that name takes of a cell. Raises SaescaleError where any of it cannot be had."""
+        evaluation, trained = find_evaluation(name), self._cell(cell)
         source = self._sources.get(trained.cell.store)
         if source is None:
             there = [f"{store.url} is now {identity}" for identity, store in self._sources.items()]
@@ -111,9 +122,12 @@ class Bench:
         began = time.monotonic()
         try:
             subject = self._subject_for(source, evaluation) if evaluation.needs else None
-            prepared = self._prepare(pair.evaluation, evaluation, source, subject)
+            return AtHand(evaluation, trained, source, subject, self._prepare(name, evaluation, source, subject))
         finally:
             self._shared_s = time.monotonic() - began
+
+    def _rows(self, pair: Pair) -> list[dict[str, Any]]:
+        evaluation, trained, source, subject, prepared = self.lay_out(pair.cell, pair.evaluation)
         asked: dict[str, Any] = {}
         kept: dict[str, Any] = {}  # of what was asked, in each row
         if hasattr(evaluation, "latents"):

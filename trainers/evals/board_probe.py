@@ -30,7 +30,7 @@ from saescale.trainers.subjects.othello_labels import TILES
 from saescale.trainers.subjects.subject import Subject
 
 needs: frozenset[Need] = frozenset({"labels"})
-metrics = {"accuracy_x_hat": Metric("higher", bounded=True)}
+metrics = {"accuracy_x_hat": Metric("higher", bounded=True, beside=("accuracy", "accuracy_untrained", "majority"))}
 
 RIDGE = 1e-4  # of standardised features, times the number of rows
 

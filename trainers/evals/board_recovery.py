@@ -1,9 +1,8 @@
 """Which truths about the board single latents tell, and how much of the board all of them together.
 
 A property is "this square is mine" or "this square is yours"; only those that occur count. Active is a latent above a
-share tau of its largest activation, tau in {0, 0.1 ... 0.9}, the best tau for each number. Beside the latents stand the
-coordinates of the residual stream ("neurons", positive and negative parts): what needs no SAE; an SAE on a subject with
-random weights is a cell over a store of `othello-random`.
+share tau of its largest activation, tau in {0, 0.1 ... 0.9}, the best tau for each number. Beside the latents stands
+what needs no SAE; an SAE on a subject with random weights is a cell over a store of `othello-random`.
 
 | metric | what |
 |---|---|
@@ -14,7 +13,10 @@ random weights is a cell over a store of `othello-random`.
 | `coverage_always` | the same of one latent that is always active: what coverage is read beside |
 | `reconstruction` | F1 of all properties on other games: predicted where a latent is active that is a sign |
 | `reconstruction_tau`, `reconstruction_signs` | the best tau, and how many pairs of a latent and a property are signs |
-| `..._neurons` | the same of the coordinates of x |
+| `..._channels` | the same of the coordinates of x, positive and negative parts |
+| `..._neurons` | of the neurons of the layer's MLP |
+| `..._untrained` | of the coordinates of x in the same subject with random weights |
+| `..._random` | of as many random unit directions as the cell has latents, and TopK with them |
 
 The first three are of the board before the token (Du et al. 2025), `tile_pairs` for each of the three as well (`at`).
 Coverage and reconstruction are of the board after it (Karvonen et al. 2024, whose coverage divides by 3/2 as many
@@ -28,16 +30,18 @@ import numpy as np
 
 from saescale.scaling.metrics import Metric
 from saescale.storage.source import Source
-from saescale.trainers.evals.boards import Boards, heldout_boards
+from saescale.trainers.evals.boards import Boards, heldout_boards, of_rows, othello_of, streams_of_rows
 from saescale.trainers.evals.detectors import (
     THRESHOLDS,
     Active,
     active_of,
+    active_of_channels,
     active_of_neurons,
     auroc,
     best_f1,
     predict_by_union,
 )
+from saescale.trainers.evals.directions import largest, random_directions
 from saescale.trainers.evals.evaluation import Measurement, Need
 from saescale.trainers.evals.intervals import SEED, by_document
 from saescale.trainers.exchange.trained import Trained
@@ -45,10 +49,10 @@ from saescale.trainers.subjects.othello_labels import MINE, TILES, YOURS
 from saescale.trainers.subjects.subject import Subject
 
 needs: frozenset[Need] = frozenset({"labels"})
+BESIDE = ("channels", "neurons", "untrained", "random")
 metrics = {
-    "tiles_told": Metric("higher", bounded=True),
-    "coverage": Metric("higher", bounded=True),
-    "reconstruction": Metric("higher", bounded=True),
+    name: Metric("higher", bounded=True, beside=tuple(f"{name}_{other}" for other in (*BESIDE, *more)))
+    for name, more in (("reconstruction", ()), ("coverage", ("always",)), ("tiles_told", ()))
 }
 
 TILE_AUROC, STABLE_AUROC = 0.7, 0.8
@@ -57,22 +61,41 @@ PRECISION, LEAST = 0.95, 10  # of a latent that is a sign of a property
 
 class Prepared(NamedTuple):
     boards: Boards
-    neurons: list[Measurement]
+    beside: list[Measurement]  # the same for all cells
 
 
 def prepare(source: Source, subject: Subject | None) -> Prepared:
-    """Labels, and what the coordinates of the stream tell."""
-    boards = heldout_boards(source, subject)
-    found = recovered(boards, active_of_neurons(boards.act))
-    return Prepared(boards, [each._replace(metric=f"{each.metric}_neurons") for each in found])
+    """Labels, and what coordinates of the stream and neurons tell, and coordinates without any training."""
+    boards, othello = heldout_boards(source, subject), othello_of(subject)
+    rows, layer = len(boards.act), source.site.layer
+    others = {
+        "channels": active_of_channels(boards.act),
+        "neurons": active_of_neurons(of_rows(source, lambda ids: othello.neurons(ids, layer), othello, rows)),
+        "untrained": active_of_channels(streams_of_rows(source, othello.untrained(), othello, rows)),
+    }
+    return Prepared(boards, [each for name, active in others.items() for each in _named(name, boards, active)])
 
 
 def measure(trained: Trained, source: Source, subject: Subject | None, prepared: Prepared) -> Iterator[Measurement]:
     boards = prepared.boards
-    yield from recovered(boards, active_of(trained.encode_sparse(boards.act), trained.cell.n_latents))
-    share = _properties(boards).mean(axis=0)
+    n_latents, d_model = trained.cell.n_latents, trained.cell.d_model
+    yield from recovered(boards, latents_of(trained, boards))
+    random = largest(boards.act, random_directions(n_latents, d_model), trained.cell.k)
+    yield from _named("random", boards, active_of(random, n_latents))
+    share = _occurring(boards).mean(axis=0)
     yield Measurement("coverage_always", float(np.mean(2 * share / (1 + share))), n=len(boards.act))
-    yield from prepared.neurons
+    yield from prepared.beside
+
+
+def _named(name: str, boards: Boards, active: Active) -> Iterator[Measurement]:
+    """All metrics of what stands beside latents; what is random is so by the seed of intervals."""
+    for each in recovered(boards, active):
+        yield each._replace(metric=f"{each.metric}_{name}")
+
+
+def latents_of(trained: Trained, boards: Boards) -> Active:
+    """The active latents of the boards' rows."""
+    return active_of(trained.encode_sparse(boards.act), trained.cell.n_latents)
 
 
 def recovered(boards: Boards, active: Active) -> Iterator[Measurement]:
@@ -93,26 +116,44 @@ def recovered(boards: Boards, active: Active) -> Iterator[Measurement]:
     for rule in ("du2025", "strict"):
         stable = auroc(active, boards.labels[f"stable_{rule}_before"]) > STABLE_AUROC
         yield Measurement("stable_pairs", int(stable.sum()), at=rule, n=n)
-    properties = _properties(boards)
-    yield Measurement("coverage", float(best_f1(active, properties).mean(axis=1).max()), n=n)
-    yield from _reconstruction(boards, active, properties)
+    yield Measurement("coverage", float(best_f1(active, _occurring(boards)).mean(axis=1).max()), n=n)
+    found = reconstruct(boards, active)
+    doc = boards.doc[~boards.first]
+    f1 = by_document(doc, found.sums, {"f1": lambda of: 2 * of["both"] / (of["said"] + of["true"])})["f1"]
+    yield Measurement("reconstruction", *f1, n=len(doc), seed=SEED)
+    yield Measurement("reconstruction_tau", found.tau, n=len(doc))
+    yield Measurement("reconstruction_signs", found.signs, n=int(boards.first.sum()))
 
 
-def _properties(boards: Boards) -> np.ndarray:
-    """Whether each holds, bool [rows, properties]; those that never do are left out."""
-    found = np.concatenate([boards.labels["tile_after"] == tile for tile in (MINE, YOURS)], axis=1)
+def properties(boards: Boards) -> np.ndarray:
+    """Whether each square is mine, then whether each is yours, bool [rows, 2 squares]."""
+    return np.concatenate([boards.labels["tile_after"] == tile for tile in (MINE, YOURS)], axis=1)
+
+
+def _occurring(boards: Boards) -> np.ndarray:
+    """Those that ever hold, bool [rows, properties]."""
+    found = properties(boards)
     return found[:, found.any(axis=0)]
 
 
-def _reconstruction(boards: Boards, active: Active, properties: np.ndarray) -> Iterator[Measurement]:
-    union = predict_by_union(active, properties, boards.first, PRECISION, LEAST)
-    truth, doc = properties[~boards.first], boards.doc[~boards.first]
+class Reconstruction(NamedTuple):
+    """What latents say of the rows of the second half, bool [rows, 2 squares], at the best threshold `tau`, by so many
+    `signs`; `sums` [rows]: how many properties are said rightly ("both"), "said", and "true"."""
+
+    said: np.ndarray
+    tau: float
+    signs: int
+    sums: dict[str, np.ndarray]
+
+
+def reconstruct(boards: Boards, active: Active) -> Reconstruction:
+    """The whole board by the union of latents that are signs of its properties on the first half."""
+    everything = properties(boards)
+    union = predict_by_union(active, everything, boards.first, PRECISION, LEAST)
+    truth = everything[~boards.first]
     sums = [
         {"both": (said & truth).sum(axis=1), "said": said.sum(axis=1), "true": truth.sum(axis=1)}
         for said in union.predicted
     ]  # fmt: skip
     best = int(np.argmax([2 * each["both"].sum() / max(each["said"].sum() + each["true"].sum(), 1) for each in sums]))
-    f1 = by_document(doc, sums[best], {"f1": lambda of: 2 * of["both"] / (of["said"] + of["true"])})["f1"]
-    yield Measurement("reconstruction", *f1, n=len(doc), seed=SEED)
-    yield Measurement("reconstruction_tau", float(THRESHOLDS[best]), n=len(doc))
-    yield Measurement("reconstruction_signs", int(union.rules[best]), n=int(boards.first.sum()))
+    return Reconstruction(union.predicted[best], float(THRESHOLDS[best]), int(union.rules[best]), sums[best])

@@ -43,13 +43,18 @@ def active_of(latents: SparseLatents, n_latents: int) -> Active:
     return _ordered(indices[row, place], row, values[row, place], n_latents, len(indices))
 
 
-def active_of_neurons(act: Tensor) -> Active:
+def active_of_channels(act: Tensor) -> Active:
     """The coordinates of rows [rows, d_model] as if they were latents: of each, less its mean, the positive part, then
     the negative parts, so 2 d_model of them."""
     centred = act.float() - act.float().mean(dim=0)
-    both = torch.cat([centred, -centred], dim=1).numpy()
-    row, latent = np.nonzero(both > 0)
-    return _ordered(latent, row, both[row, latent], both.shape[1], len(both))
+    return active_of_neurons(torch.cat([centred, -centred], dim=1))
+
+
+def active_of_neurons(act: Tensor) -> Active:
+    """Neurons [rows, neurons] as they are, active where they are positive."""
+    values = act.float().numpy()
+    row, latent = np.nonzero(values > 0)
+    return _ordered(latent, row, values[row, latent], values.shape[1], len(values))
 
 
 def _ordered(latent: np.ndarray, row: np.ndarray, value: np.ndarray, n_latents: int, n_rows: int) -> Active:

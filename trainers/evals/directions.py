@@ -13,8 +13,8 @@ from saescale.storage.source import Source
 from saescale.trainers.architectures.dense import CHUNK_ENTRIES
 from saescale.trainers.evals.evaluation import Measurement, Unsuited
 from saescale.trainers.evals.intervals import SEED, by_document, ratio
-from saescale.trainers.exchange.trained import Trained
-from saescale.trainers.preprocess import to_tensor
+from saescale.trainers.exchange.trained import SparseLatents, Trained
+from saescale.trainers.preprocess import normalise, to_tensor
 
 SAME = 0.7  # cosine of decoder directions above which two latents are taken for one
 _SPEC = [column.name for column in columns_of("results") if column.role == "spec"]
@@ -61,6 +61,22 @@ class Directions:
         if not len(alive):
             raise SaescaleError(f"no latent of {cell} fires on its held-out rows")
         return torch.nn.functional.normalize(rows[torch.from_numpy(alive).to(rows.device)], dim=1)
+
+
+def random_directions(n_latents: int, d_model: int) -> Tensor:
+    """Unit rows less their mean, as preprocessed rows are, float32 [n_latents, d_model]: latents of no training."""
+    return normalise(torch.randn(n_latents, d_model, generator=torch.Generator().manual_seed(SEED)))
+
+
+def largest(raw: Tensor, directions: Tensor, k: int) -> SparseLatents:
+    """TopK with directions [n_latents, d_model] for an encoder: the k largest products of each preprocessed row with
+    them that are positive."""
+    indices, values = [], []
+    for rows in raw.split(max(1, CHUNK_ENTRIES // len(directions))):
+        kept = (normalise(rows.to(directions.device)) @ directions.T).topk(min(k, len(directions)), dim=1)
+        indices.append(kept.indices.where(kept.values > 0, -1))
+        values.append(kept.values.clamp_min(0))
+    return SparseLatents(torch.cat(indices), torch.cat(values))
 
 
 def cosines(ours: Tensor, theirs: Tensor) -> Iterator[tuple[int, Tensor]]:

@@ -59,7 +59,7 @@ VALUES, LABEL_TASKS = 8, 64  # of a label that are tasks; tasks of labels
 
 needs: frozenset[Need] = frozenset({"subject"})
 metrics = {
-    "loss": Metric("lower"),
+    "loss": Metric("lower", beside=("channels", "random", "chance")),
     "below_channels": Metric("higher"),
 }
 

@@ -22,7 +22,6 @@ none. A matrix [n_latents, features] has to fit into memory.
 """
 
 from collections.abc import Callable, Iterator
-from functools import partial
 from typing import NamedTuple
 
 import numpy as np
@@ -35,11 +34,10 @@ from saescale.scaling.metrics import Metric
 from saescale.storage.source import Source
 from saescale.storage.store import ActivationStore
 from saescale.trainers.evals.core import BIN_NAMES, bin_of
-from saescale.trainers.evals.directions import decoder, over_latents
+from saescale.trainers.evals.directions import decoder, largest, over_latents, random_directions
 from saescale.trainers.evals.evaluation import Measurement, Need, Unsuited
-from saescale.trainers.evals.intervals import SEED
 from saescale.trainers.evals.labels import heldout_label_parts
-from saescale.trainers.exchange.trained import Trained
+from saescale.trainers.exchange.trained import SparseLatents, Trained
 from saescale.trainers.preprocess import normalise, to_tensor
 from saescale.trainers.subjects.subject import Composed, Subject
 
@@ -49,7 +47,7 @@ CHUNK_ROWS = 1_024
 
 needs: frozenset[Need] = frozenset({"subject", "labels"})
 metrics = {
-    name: Metric("higher", bounded=True)
+    name: Metric("higher", bounded=True, beside=(f"{name}_random", f"{name}_true"))
     for name in (
         "mcc", "uniqueness", "precision", "recall", "f1", "mmcs", "found", "feature_precision", "feature_recall",
         "feature_f1",
@@ -95,10 +93,10 @@ def prepare(source: Source, subject: Subject | None) -> Truth:
 def measure(trained: Trained, source: Source, subject: Subject | None, truth: Truth) -> Iterator[Measurement]:
     W_dec, k = decoder(trained), trained.cell.k
     yield from _measurements(compare(W_dec, active_on(truth, trained.encode), truth), truth)
-    random = torch.randn(W_dec.shape, generator=torch.Generator().manual_seed(SEED)).to(W_dec.device)
+    random = random_directions(*W_dec.shape).to(W_dec.device)
     frequent = torch.from_numpy(np.argsort(-truth.present, kind="stable")[: len(W_dec)])
-    for name, directions in (("random", normalise(random)), ("true", truth.directions[frequent])):
-        active = active_on(truth, partial(largest, directions=directions, k=k))
+    for name, directions in (("random", random), ("true", truth.directions[frequent])):
+        active = _places(largest(truth.raw, directions, k), len(directions))
         for row in _measurements(compare(directions, active, truth), truth):
             yield row._replace(metric=f"{row.metric}_{name}")
 
@@ -110,11 +108,11 @@ def active_on(truth: Truth, encode: Callable[[Tensor], Tensor]) -> sparse.csr_ar
     return sparse.csr_array(sparse.vstack([sparse.csr_array(some.int().cpu().numpy()) for some in latents]))
 
 
-def largest(raw: Tensor, directions: Tensor, k: int) -> Tensor:
-    """The k largest products of each preprocessed row with the directions, [rows, n_latents]; 0 elsewhere."""
-    product = normalise(raw) @ directions.T
-    kept = product.topk(min(k, len(directions)), dim=1)
-    return torch.zeros_like(product).scatter(1, kept.indices, kept.values)
+def _places(latents: SparseLatents, n_latents: int) -> sparse.csr_array:
+    """The same of latents that are known: int32 [rows, n_latents]."""
+    indices = latents.indices.cpu().numpy()
+    row, place = np.nonzero(indices >= 0)
+    return sparse.csr_array((np.ones(len(row), np.int32), (row, indices[row, place])), (len(indices), n_latents))
 
 
 def compare(W_dec: Tensor, active: sparse.csr_array, truth: Truth) -> Recovery:

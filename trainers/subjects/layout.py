@@ -3,6 +3,7 @@
 from typing import Any
 
 from torch import nn
+from transformers.pytorch_utils import Conv1D
 
 from saescale.storage.errors import SaescaleError
 
@@ -30,6 +31,21 @@ def find_blocks(name: str, text: nn.Module, n_layers: int) -> nn.ModuleList:
             f"{n_layers} modules: {', '.join(found) or 'none'}); this layout is not supported"
         )
     return next(iter(found.values()))
+
+
+def find_projection(name: str, block: nn.Module, d_model: int) -> nn.Module:
+    """What leads from the neurons of a block's MLP back to the stream: the last matrix of the block that ends at
+    d_model, whose inputs they are.
+
+    Raises SaescaleError where no matrix of the block does.
+    """
+    matrices = [module for module in block.modules() if isinstance(module, nn.Linear | Conv1D)]
+    ends = [
+        module for module in matrices if (module.nf if isinstance(module, Conv1D) else module.out_features) == d_model
+    ]
+    if not ends:
+        raise SaescaleError(f"{name}: no matrix of {type(block).__name__} leads from neurons to the stream")
+    return ends[-1]
 
 
 def max_positions(config: Any, text: nn.Module | None) -> int | None:

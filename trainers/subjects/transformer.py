@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from saescale.storage.errors import SaescaleError, one_line
 from saescale.storage.manifest import Site
 from saescale.trainers.subjects.checkpoint import listed
-from saescale.trainers.subjects.layout import find_blocks, max_positions, text_model
+from saescale.trainers.subjects.layout import find_blocks, find_projection, max_positions, text_model
 from saescale.trainers.subjects.subject import Outline, Patch, Run
 
 
@@ -107,6 +107,28 @@ class Transformer:
                 f"{self.name}: the forward pass never reached layer {missing[0]}; the layout is unknown"
             )
         return Run(tuple(resid[layer] for layer in asked), output.logits if logits else None)
+
+    def neurons(self, ids: Tensor, layer: int) -> Tensor:
+        """The activations of the neurons of a layer's MLP, behind their nonlinearity, [batch, length, neurons].
+
+        Raises what `run` raises, and SaescaleError where the block has no such neurons.
+        """
+        self.check_ids(ids.cpu().numpy())
+        self.check_site(layer, ids.shape[1])
+        found: list[Tensor] = []
+
+        def hook(module: nn.Module, inputs: tuple[Tensor]) -> None:
+            found.append(inputs[0])
+            raise _Reached
+
+        handle = find_projection(self.name, self._layers[layer], self.d_model).register_forward_pre_hook(hook)
+        try:
+            with torch.inference_mode(), suppress(_Reached):
+                self.model.base_model(input_ids=ids.to(self.model.device), use_cache=False)
+        finally:
+            handle.remove()
+        (neurons,) = found
+        return neurons
 
     def resume(self, ids: Tensor, site: Site, resid: Tensor) -> Tensor:
         """The logits of `run` with `resid` in place of the stream at the site, [batch, length, vocabulary].

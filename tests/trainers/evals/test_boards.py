@@ -8,12 +8,14 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
+from saescale.scaling.figures.boards import draw_boards
 from saescale.storage.errors import SaescaleError
 from saescale.storage.rundir import RunDirectory
 from saescale.storage.store import ActivationStore
 from saescale.trainers.cell import Cell, EvalSpec
+from saescale.trainers.evals.board_picture import boards_of_cell, seen
 from saescale.trainers.evals.board_probe import probe
-from saescale.trainers.evals.board_recovery import recovered
+from saescale.trainers.evals.board_recovery import BESIDE, reconstruct, recovered
 from saescale.trainers.evals.boards import Boards, heldout_boards, streams_of_rows
 from saescale.trainers.evals.detectors import Active
 from saescale.trainers.evals.evaluation import Measurement
@@ -160,13 +162,18 @@ def test_a_trained_cell_is_measured_beside_what_needs_no_sae(store: ActivationSt
         assert found[first, metric, ""]["value"] == found[second, metric, ""]["value"]
     for cell in (first, second):
         shares = [found[cell, name, ""] for name in ("accuracy", "accuracy_x_hat", "tiles_told", "coverage")]
-        shares += [found[cell, f"{name}_neurons", ""] for name in ("coverage", "reconstruction", "tiles_told")]
+        beside = [f"{name}_{other}" for name in ("coverage", "reconstruction", "tiles_told") for other in BESIDE]
+        shares += [found[cell, name, ""] for name in beside]
         assert all(0 <= row["value"] <= 1 and row["n"] > 500 for row in shares)
         majority, x_hat, x = (found[cell, name, ""]["value"] for name in ("majority", "accuracy_x_hat", "accuracy"))
         assert majority - 0.05 < x_hat < x + 0.02
         assert found[cell, "coverage", ""]["value"] > 0.1
         low, value, high = (found[cell, "reconstruction", ""][name] for name in ("low", "value", "high"))
         assert all(one <= other for one, other in pairwise((low, value, high)))
+    picture = boards_of_cell(run.cell_url(second), 4)
+    assert picture.true.shape == (4, 36)
+    with pytest.raises(SaescaleError, match=r"is no cell of a run; give RUN/cells/CELL"):
+        boards_of_cell(run.url, 4)
     always = found[first, "coverage_always", ""]["value"]
     boards = heldout_boards(store, get_subject(store.subject))
     constant = values(list(recovered(boards, planted(np.ones((ROWS, 1), bool)))))
@@ -179,3 +186,38 @@ def test_a_subject_without_boards_is_one_line(store: ActivationStore) -> None:
 
     with pytest.raises(SaescaleError, match="measured of the subject othello; toy has none"):
         heldout_boards(store, Other())  # type: ignore[arg-type]
+
+
+def test_boards_are_seen_as_latents_say(boards: Boards) -> None:
+    mine, yours = (boards.labels["tile_after"] == tile for tile in (MINE, YOURS))
+    all_of_it = seen(boards, reconstruct(boards, planted(np.concatenate([mine, yours], axis=1))), 5)
+    assert all_of_it.size == 6
+    assert np.array_equal(all_of_it.mine, all_of_it.true == MINE)
+    assert np.array_equal(all_of_it.yours, all_of_it.true == YOURS)
+    assert all_of_it.f1 == pytest.approx(1)
+    assert list(all_of_it.moves) == sorted(all_of_it.moves)
+    assert len(set(all_of_it.moves)) == 5
+    assert np.array_equal(all_of_it.moves, (all_of_it.true != 0).sum(axis=1) - 4)
+    half = seen(boards, reconstruct(boards, planted(mine)), 5)
+    assert np.array_equal(half.true, all_of_it.true)
+    assert (half.f1 < 1).all()
+    # No two of a game, and none of those in which signs were looked for.
+    second = boards.labels["tile_after"][~boards.first]
+    games = [boards.doc[~boards.first][(second == board).all(axis=1)][0] for board in half.true]
+    assert len(set(games)) == 5
+
+
+def test_wrong_discs_are_ringed_and_missing_ones_are_dots() -> None:
+    nothing = np.zeros((1, 36), bool)
+    board = nothing.copy()
+    board[0, [7, 8]] = True
+
+    def drawn(said: np.ndarray) -> str:
+        return draw_boards(6, board, nothing, said, nothing, ["one"])["svg"].decode()
+
+    ring, right, wrong = "#c44e00", drawn(board), drawn(np.arange(36)[None] == 0)
+    assert ring not in right
+    assert wrong.count(ring) == 1
+    # Two discs on either board, against two, one and two dots for what is missing.
+    assert right.count("fill: #1c2024") + 1 == wrong.count("fill: #1c2024")
+    assert draw_boards(6, board, nothing, board, nothing, ["one"])["png"][:4] == b"\x89PNG"

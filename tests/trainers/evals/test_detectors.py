@@ -9,7 +9,7 @@ from saescale.trainers.evals.detectors import (
     THRESHOLDS,
     Active,
     active_of,
-    active_of_neurons,
+    active_of_channels,
     auroc,
     best_f1,
     predict_by_union,
@@ -94,9 +94,9 @@ def test_a_union_is_that_of_a_loop(dense: np.ndarray, labels: np.ndarray) -> Non
     assert some > 5
 
 
-def test_neurons_are_both_signs_of_each_coordinate() -> None:
+def test_channels_are_both_signs_of_each_coordinate() -> None:
     act = torch.randn(50, 4, generator=torch.Generator().manual_seed(0)) + 3
-    found = active_of_neurons(act)
+    found = active_of_channels(act)
     centred = (act - act.mean(dim=0)).numpy()
     dense = np.zeros((50, 8), np.float32)
     dense[found.row, found.latent] = found.value

@@ -77,6 +77,18 @@ def test_all_layers_come_from_one_pass_and_the_rest_goes_on_from_any(subject: Ot
         subject.run(ids, [Site(layer=2, positions="all")])
 
 
+def test_neurons_are_what_the_mlp_adds_to_the_stream(subject: Othello) -> None:
+    ids = torch.from_numpy(np.stack([s.ids for s in islice(subject.sequences("heldout", 1), 9) if len(s.ids) == 31]))
+    before, after = subject.run(ids, [Site(layer=0, positions="all"), Site(layer=1, positions="all")]).resid
+    block = subject.model.transformer.h[1]
+    with torch.no_grad():
+        middle = before + block.attn(block.ln_1(before))[0]  # 31 positions: the mask is made by the attention itself
+        added = block.mlp.c_proj(subject.neurons(ids, 1))
+        torch.testing.assert_close(block.mlp(block.ln_2(middle)), added, atol=1e-4, rtol=1e-3)
+    torch.testing.assert_close(middle + added, after, atol=1e-4, rtol=1e-3)
+    assert subject.neurons(ids, 1).shape == (*ids.shape, 4 * D_MODEL)
+
+
 def test_scores_are_those_of_slow_code(subject: Othello) -> None:
     legal = mass = loss = least = positions = 0.0
     squares = squares_of_tokens(6)
