@@ -10,7 +10,7 @@ from saescale.scaling.comparison.disagree import WITHIN, Cell, Contradiction, Di
 from saescale.scaling.comparison.peaks import Along, Best, Peaks
 from saescale.scaling.comparison.sentences import between
 from saescale.scaling.kinds import kind_label
-from saescale.scaling.laws.notes import fit_notes, metric_document, with_ends
+from saescale.scaling.laws.notes import about, fit_notes, metric_document, with_ends
 from saescale.scaling.laws.over_metrics import MetricLaws
 from saescale.scaling.report.text import TextTable, scientific, typeset
 from saescale.scaling.tables import number
@@ -148,7 +148,7 @@ def _cell(found: Disagreement, cell: Cell) -> str:
 def metric_notes(document: Mapping[str, Any], shown: Sequence[MetricLaws]) -> list[str]:
     """What must be said of the laws of the metrics that are `shown`, each after its name."""
     names = dict.fromkeys(own.name for own in shown)
-    return [f"{name}: {note}" for name in names for note in fit_notes(metric_document(document["metrics"], name))]
+    return [about(name, note) for name in names for note in fit_notes(metric_document(document["metrics"], name))]
 
 
 def metric_tables(

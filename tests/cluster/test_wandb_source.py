@@ -222,7 +222,7 @@ def test_metrics_are_those_of_the_summaries(serve: Serve, tmp_path: Path) -> Non
     )
     assert [entry["metric"] for entry in online] == names
     assert online == local
-    assert online[1]["fitted"] == "downstream_loss.ce - ce_original"
+    assert online[1]["fitted"] == "downstream_loss.ce - downstream_loss.ce_original"
     assert any("was not declared: higher is taken for better" in words for words in online[2]["warnings"])
     pages = [asked for asked in server.asked if re.search(r"\bruns\(", asked["query"])]
     assert len(pages) == 2  # of one reading
