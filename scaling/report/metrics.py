@@ -220,7 +220,8 @@ def _by_kind(metrics: Sequence[MetricLaws]) -> list[TextTable]:
         kinds = [own for own in metrics if own.name == name and len(own.cells)]
         ks = np.unique(np.concatenate([own.cells["k"] for own in kinds]))
         rows = [[kind_label(own.of), *row] for own in kinds for row in _values(own, ks)]
-        tables.append(TextTable(f"{name} over N and k", _note(kinds[0]), ("kind", "N", *map(_k, ks)), rows))
+        note = f"{_note(kinds[0])} Cells without it, or at or beyond its limit, where no law can follow, are left out."
+        tables.append(TextTable(f"{name} over N and k", note, ("kind", "N", *map(_k, ks)), rows))
     return tables
 
 
