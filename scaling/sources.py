@@ -55,23 +55,26 @@ def load_sources(
     return results, curves[0] if curves else None
 
 
-def load_evals(sources: Sequence[str]) -> pa.Table:
-    """What was measured on the cells of the run directories among the sources, as one evals.parquet; no rows where
-    nothing was. A cell of a later source that `load_sources` names anew for its id is called so here too.
+def load_evals(sources: Sequence[str], wandb: Callable[[str], pa.Table] | None = None) -> pa.Table:
+    """What was measured on the cells of the run directories among the sources, and of the W&B projects where `wandb`
+    reads one, as one evals.parquet; no rows where nothing was. A cell of a later source that `load_sources` names anew
+    for its id is called so here too.
     """
     tables: list[pa.Table] = []
     known: dict[str, Any] = {}
     seen: set[str] = set()
     for source in dict.fromkeys(sources):
-        if source.startswith(_PREFIX):
+        online = source.startswith(_PREFIX)
+        if online and wandb is None:
             continue
-        if is_table(source):  # whose metrics are columns; of Parquet it may say what was declared of them
+        if not online and is_table(source):  # whose metrics are columns; of Parquet it may say what was declared of them
             known |= json.loads((read_file(source).table.schema.metadata or {}).get(METRICS, b"{}"))
             continue
-        evals = RunDirectory(source).read_evals()
+            continue
+        evals = wandb(source.removeprefix(_PREFIX)) if online else RunDirectory(source).read_evals()
         known |= json.loads((evals.schema.metadata or {}).get(METRICS, b"{}"))
         ids = evals["cell_id"].to_pylist()
-        place = join(source, "results.parquet")
+        place = source if online else join(source, "results.parquet")
         names = pa.array([f"{cell} of {place}" if cell in seen else cell for cell in ids], pa.string())
         tables.append(evals.replace_schema_metadata().set_column(0, "cell_id", names))
         seen |= set(ids)

@@ -1,5 +1,6 @@
 """The commands about laws: fit, reproduce. Each imports what it needs when it runs."""
 
+import functools
 import json
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Annotated, Any
@@ -11,6 +12,7 @@ from saescale.cluster.front.console import Bootstraps, Json, command, console, s
 from saescale.storage.errors import SaescaleError
 
 if TYPE_CHECKING:
+    from saescale.cluster.front.wandb_source import Project
     from saescale.scaling.comparison.compare import SideBySide
 
 
@@ -77,8 +79,9 @@ def fit(
     conditions = [parse_condition(text) for text in where or ()]
     if out:
         require_writable(out)
-    results, curves = load_sources(sources, _read_wandb, conditions)
-    evals = load_evals(sources if metric else ())
+    project = functools.cache(_read_wandb)  # cells and metrics are asked for one after the other
+    results, curves = load_sources(sources, lambda path: project(path)[:2], conditions)
+    evals = load_evals(sources if metric else (), lambda path: project(path).evals)
     for name in metric or ():  # before anything is fitted
         require_metric(name, list(metrics_in(results, measured(evals))), results.source)
     fitted = fit_laws(results, curves, settings)
@@ -158,7 +161,7 @@ def reproduce(
         raise typer.Exit(1)
 
 
-def _read_wandb(path: str) -> Any:
+def _read_wandb(path: str) -> "Project":
     from saescale.cluster.front.wandb_source import read_project
 
     return read_project(path)
@@ -167,7 +170,7 @@ def _read_wandb(path: str) -> Any:
 def _show_metrics(document: dict[str, Any]) -> None:
     """The laws of each metric, with what must be said of them."""
     from saescale.cluster.front.display import coefficient_table
-    from saescale.scaling.laws.notes import fit_notes, metric_document
+    from saescale.scaling.laws.notes import about, fit_notes, metric_document
 
     names = list(dict.fromkeys(entry["metric"] for entry in document["metrics"]))
     notes = []
@@ -176,8 +179,8 @@ def _show_metrics(document: dict[str, Any]) -> None:
         say(f"{name}, {own['better']} is better; laws are of {own['fitted']}\n")
         if own["fits"]:
             console.print(coefficient_table(own))
-        notes += [f"{name}: {note}" if len(names) > 1 else note for note in fit_notes(own)]
-        notes += _comparisons(own, ("n_k",))
+        own_notes = [*fit_notes(own), *_comparisons(own, ("n_k",))]
+        notes += [about(name, note) if len(names) > 1 else note for note in own_notes]
     if "predictions" in document:
         _show_predictions(document["predictions"])
     show_notes(notes)
@@ -207,6 +210,7 @@ def _show_side_by_side(sides: "SideBySide") -> None:
 def _show_predictions(rows: Sequence[dict[str, Any]]) -> None:
     from saescale.scaling.laws.notes import law_label
 
+    several = len({row.get("predicts") for row in rows}) > 1
     shown = table("predicted by", "at", "value", "a new cell, 95 %", "the law, 95 %")
     for row in rows:
         at = ", ".join(f"{name} = {value:g}" for name, value in row["point"].items())
@@ -214,7 +218,8 @@ def _show_predictions(rows: Sequence[dict[str, Any]]) -> None:
             "" if row[low] is None else f"{row[low]:.4g} to {row[high]:.4g}"
             for low, high in (("low", "high"), ("law_low", "law_high"))
         ]
-        shown.add_row(law_label(row), at, f"{row['value']:.4g}", *ends)
+        label = f"{row['predicts']}: {law_label(row)}" if several else law_label(row)
+        shown.add_row(label, at, f"{row['value']:.4g}", *ends)
     console.print()
     console.print(shown)
     show_notes(list(dict.fromkeys(f"prediction: {words}" for row in rows for words in row["far"])))

@@ -1,27 +1,41 @@
-"""Cells and curves of a W&B project, through W&B's public API: `saescale fit wandb:entity/project`."""
+"""Cells, curves and metrics of a W&B project, through W&B's public API: `saescale fit wandb:entity/project`."""
 
+import json
 import math
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Iterable, Mapping
+from typing import Any, NamedTuple
 
 import pyarrow as pa
 
+from saescale.scaling.metrics import document
 from saescale.scaling.tables import Table, check_cells, finished
-from saescale.storage.columns import COLUMNS, CURVES, OLD_NAMES, RESULTS
+from saescale.storage.columns import COLUMNS, CURVES, EVALS, OLD_NAMES, RESULTS
 from saescale.storage.errors import SaescaleError, one_line
+from saescale.storage.rundir import METRICS
+from saescale.trainers.evals.evaluation import EVALUATIONS, find_evaluation, metrics_of
 
 _TIMEOUT_S = 30
 _POINTS = 2_000  # of a curve, evenly taken; a longer one is thinned by the server
+_METRICS = "eval/"  # begins the keys of metrics in the summary of a cell
 _NEEDED = ("n_latents", "k", "nmse")  # of a cell, as positive numbers
 
 
-def read_project(path: str) -> tuple[Table, Table | None]:
-    """(finished cells, their curves or None) of `entity/project`, or `project` of the entity that the key belongs to.
+class Project(NamedTuple):
+    """Finished cells, their curves where there are any, and what evaluations measured on them, as evals.parquet."""
+
+    cells: Table
+    curves: Table | None
+    evals: pa.Table
+
+
+def read_project(path: str) -> Project:
+    """That of `entity/project`, or of `project` of the entity that the key belongs to.
 
     Runs that saescale logged as cells are read, and any others whose config has n_latents and k and whose summary has
     nmse; a run in which one of these is no positive number is excluded, and other values that are not what they should
-    be count as missing. A group can be chosen by entity/project/group. Raises SaescaleError when W&B cannot be
-    reached, knows no such project, or has no finished cell there.
+    be count as missing. Metrics are those of whole cells that summaries have (trainers/loggers/wandb_evals.py), and are
+    declared as their evaluations do here. A group can be chosen by entity/project/group. Raises SaescaleError when W&B
+    cannot be reached, knows no such project, or has no finished cell there.
     """
     import wandb
 
@@ -29,7 +43,7 @@ def read_project(path: str) -> tuple[Table, Table | None]:
     if not all(parts) or len(parts) > 3:
         raise SaescaleError(f"wandb:{path}: write wandb:entity/project or wandb:entity/project/group")
     project, group = "/".join(parts[:2]), parts[2] if len(parts) == 3 else None
-    cells, curves = [], []
+    cells, curves, evals = [], [], []
     try:
         api = wandb.Api(timeout=_TIMEOUT_S)
         for run in api.runs(project, filters={"group": group} if group else None, lazy=False):
@@ -38,6 +52,7 @@ def read_project(path: str) -> tuple[Table, Table | None]:
                 continue
             cells.append(row)
             curves += _curve(run, row["cell_id"])
+            evals += _metrics(run, row["cell_id"])
     except Exception as error:
         raise SaescaleError(
             f"wandb:{path}: {one_line(error)}; check the name, WANDB_API_KEY (or `wandb login`) and WANDB_BASE_URL"
@@ -47,9 +62,9 @@ def read_project(path: str) -> tuple[Table, Table | None]:
         raise SaescaleError(f"{source}: no run with n_latents and k in its config and nmse in its summary")
     results = finished(Table.from_arrow(pa.Table.from_pylist(cells, RESULTS), source)).with_values()
     check_cells(results)
-    if not curves:
-        return results, None
-    return results, Table.from_arrow(pa.Table.from_pylist(curves, CURVES), f"{source}, history")
+    history = Table.from_arrow(pa.Table.from_pylist(curves, CURVES), f"{source}, history") if curves else None
+    known = _declared(dict.fromkeys(row["evaluation"] for row in evals))
+    return Project(results, history, pa.Table.from_pylist(evals, EVALS).replace_schema_metadata(known))
 
 
 def _cell(run: Any) -> dict[str, Any] | None:
@@ -109,3 +124,24 @@ def _curve(run: Any, cell_id: str) -> list[dict[str, Any]]:
     logged = run.history(samples=_POINTS, keys=None, pandas=False)
     rows = [_as_schema(row | {"step": row.get("_step"), "cell_id": cell_id}, CURVES) for row in logged]
     return [row for row in rows if row["nmse"] is not None and row["tokens"] is not None]
+
+
+def _metrics(run: Any, cell_id: str) -> list[dict[str, Any]]:
+    """Rows of evals.parquet: of "eval/downstream_loss.kl" in a summary, with its "/low" and "/high"."""
+    summary, rows = dict(run.summary), []
+    for key in sorted(summary):
+        name = key.removeprefix(_METRICS)
+        evaluation, _, metric = name.partition(".")
+        if name == key or "/" in name or not (evaluation and metric):
+            continue
+        ends = {end: summary.get(f"{key}/{end}") for end in ("low", "high")}
+        row = _as_schema({"value": summary[key]} | ends, EVALS) | {"evaluation": evaluation, "metric": metric}
+        rows.append(row | {"cell_id": cell_id, "at": ""})
+    return rows
+
+
+def _declared(evaluations: Iterable[str]) -> dict[bytes, bytes]:
+    """Metadata of evals.parquet: what those of the evaluations that are here declare of their metrics."""
+    there = EVALUATIONS.names()
+    found = [document(name, metrics_of(find_evaluation(name))) for name in evaluations if name in there]
+    return {METRICS: json.dumps({name: of for each in found for name, of in each.items()}).encode()}

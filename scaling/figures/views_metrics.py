@@ -20,10 +20,10 @@ _LONGEST = 30  # letters of what an axis says
 _FIRST, _LAST = "downstream_loss", "core"  # what an SAE is for before all else; what is mostly nmse again
 
 
-def leading(metrics: Sequence[MetricLaws]) -> list[MetricLaws]:
-    """Those that figures and sentences are about: of each evaluation its first metric, for each kind of cells; at most
-    six metrics, that of the downstream loss before the others and core's behind them."""
-    there = [laws for laws in metrics if len(laws.cells) > 1]
+def leading(metrics: Sequence[MetricLaws], least: int = 2) -> list[MetricLaws]:
+    """Those that figures and sentences are about: of each evaluation its first metric, for each kind of cells of which
+    `least` have it; at most six metrics, that of the downstream loss before the others and core's behind them."""
+    there = [laws for laws in metrics if len(laws.cells) >= least]
     names: dict[str, str] = {}
     for laws in there:
         names.setdefault(laws.name.partition(".")[0], laws.name)

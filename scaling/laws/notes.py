@@ -50,6 +50,11 @@ def of_kind(document: Entry, of: Kind) -> dict[str, Any]:
     return found
 
 
+def about(name: str, note: str) -> str:
+    """A note with the metric that it is about, once."""
+    return note if note.startswith(name) else f"{name}: {note}"
+
+
 def metric_document(metrics: Sequence[Entry], name: str) -> dict[str, Any]:
     """One metric of the `metrics` of a fits.json, all kinds of cells together, as a document of its own."""
     own = [entry for entry in metrics if entry["metric"] == name]

@@ -9,14 +9,16 @@ import numpy as np
 from saescale.scaling.comparison.disagree import WITHIN, Cell, Contradiction, Disagreement, Ranked
 from saescale.scaling.comparison.peaks import Along, Best, Peaks
 from saescale.scaling.comparison.sentences import between
+from saescale.scaling.figures.views_metrics import leading
 from saescale.scaling.kinds import kind_label
-from saescale.scaling.laws.notes import fit_notes, metric_document, with_ends
+from saescale.scaling.laws.notes import about, fit_notes, metric_document, with_ends
 from saescale.scaling.laws.over_metrics import MetricLaws
 from saescale.scaling.report.text import TextTable, scientific, typeset
 from saescale.scaling.tables import number
 from saescale.scaling.words import listed
 
 _SHOWN = 3  # pairs of cells, or peaks, that a sentence names
+_NAMED = 6  # metrics without a law
 _SYMBOLS: Mapping[Along, str] = {"k": "k", "n_latents": "N"}
 
 
@@ -148,7 +150,7 @@ def _cell(found: Disagreement, cell: Cell) -> str:
 def metric_notes(document: Mapping[str, Any], shown: Sequence[MetricLaws]) -> list[str]:
     """What must be said of the laws of the metrics that are `shown`, each after its name."""
     names = dict.fromkeys(own.name for own in shown)
-    return [f"{name}: {note}" for name in names for note in fit_notes(metric_document(document["metrics"], name))]
+    return [about(name, note) for name in names for note in fit_notes(metric_document(document["metrics"], name))]
 
 
 def metric_tables(
@@ -157,7 +159,8 @@ def metric_tables(
     """The laws of all metrics in one table, where they are best along k, then the values of those that are `shown` over
     N and k."""
     some = _laws(metrics), _best(peaks)
-    return [*(table for table in some if table.rows), *(_over_n_and_k(own) for own in shown)]
+    own = _by_kind(metrics) if any(laws.of for laws in metrics) else [_over_n_and_k(laws) for laws in shown]
+    return [*(table for table in some if table.rows), *own]
 
 
 def _best(peaks: Sequence[Peaks]) -> TextTable:
@@ -181,13 +184,14 @@ def _best(peaks: Sequence[Peaks]) -> TextTable:
 def _laws(metrics: Sequence[MetricLaws]) -> TextTable:
     rows = []
     several = any(own.of for own in metrics)
+    without: dict[str, list[str]] = {}  # names of metrics without a law, by the reason
     for own in metrics:
         words = own.scale.words.replace(f"{own.name.partition('.')[0]}.", "")
         fit = next((fit for fit in own.fits if fit.law.name == "n_k"), None)
         kind = [kind_label(own.of)] if several else []
         if fit is None:
-            reason = own.skipped[0].reason if own.skipped else ""
-            rows.append([own.name, *kind, words, f"no law: {reason}" if reason else "", "", "", ""])
+            for entry in own.skipped[:1]:
+                without.setdefault(entry.reason.replace(own.name, "value"), []).append(f"{own.name}{_of(own)}")
             continue
         ks = fit.levels("k")
         exponents = [with_ends(fit.exponent("n_latents", {"k": float(k)})) for k in (ks[0], ks[-1])]
@@ -201,20 +205,47 @@ def _laws(metrics: Sequence[MetricLaws]) -> TextTable:
         "nothing would have: exponents of n, and the rms of what is left over of its logarithm, in the fit and of the "
         "largest N when that is held out. Coefficients are in fits.json."
     )
-    return TextTable("Laws of metrics", note, header, rows, numbers=False)
+    lacking = [f" No law of {listed(names, ', ', _NAMED)}: {reason}." for reason, names in without.items()]
+    return TextTable("Laws of metrics", note + "".join(lacking), header, rows, numbers=False)
+
+
+def _of(own: MetricLaws) -> str:
+    return f" ({label})" if (label := kind_label(own.of)) else ""
+
+
+def _by_kind(metrics: Sequence[MetricLaws]) -> list[TextTable]:
+    """Of several kinds of cells one table for the first metric of each evaluation, in place of one for each kind."""
+    tables = []
+    for name in dict.fromkeys(own.name for own in leading(metrics, least=1)):
+        kinds = [own for own in metrics if own.name == name and len(own.cells)]
+        ks = np.unique(np.concatenate([own.cells["k"] for own in kinds]))
+        rows = [[kind_label(own.of), *row] for own in kinds for row in _values(own, ks)]
+        note = f"{_note(kinds[0])} Cells without it, or at or beyond its limit, where no law can follow, are left out."
+        tables.append(TextTable(f"{name} over N and k", note, ("kind", "N", *map(_k, ks)), rows))
+    return tables
 
 
 def _over_n_and_k(own: MetricLaws) -> TextTable:
+    ks = np.unique(own.cells["k"])
+    return TextTable(f"{own.name} over N and k", _note(own), ("N", *map(_k, ks)), _values(own, ks))
+
+
+def _values(own: MetricLaws, ks: np.ndarray) -> list[list[str]]:
+    """A row for each N."""
     cells = own.cells
-    sizes, ks = np.unique(cells["n_latents"]), np.unique(cells["k"])
     rows = []
-    for n in sizes:
+    for n in np.unique(cells["n_latents"]):
         row = [number(n)]
         for k in ks:
             here = (cells["n_latents"] == n) & (cells["k"] == k)
             row.append(scientific(float(own.values.value[here].mean()), 4) if here.any() else "")
         rows.append(row)
-    kind = f"{label}: " if (label := kind_label(own.of)) else ""
-    best = "lower" if own.metric.better == "lower" else "higher"
-    note = f"{best.capitalize()} is better; of several seeds the mean."
-    return TextTable(f"{kind}{own.name} over N and k", note, ("N", *(f"k = {k:g}" for k in ks)), rows)
+    return rows
+
+
+def _k(k: float) -> str:
+    return f"k = {k:g}"
+
+
+def _note(own: MetricLaws) -> str:
+    return f"{own.metric.better.capitalize()} is better; of several seeds the mean."

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from saescale.scaling.laws.notes import about
 from saescale.storage.rundir import RunDirectory
 from tests.cluster.command import assert_one_line, saescale_here
 from tests.scaling.test_over_metrics import distance, write_run
@@ -35,6 +36,18 @@ def test_fit_shows_the_law_of_a_metric(run: RunDirectory, tmp_path: Path) -> Non
     assert row["predicts"] == "sim.to_one"
     assert [entry["metric"] for entry in found["metrics"]] == ["sim.to_one"]
     assert [fit["law"] for fit in found["fits"]] == ["n_k"]  # of nmse, as it is without
+
+
+def test_of_several_metrics_every_line_says_which(run: RunDirectory) -> None:
+    names = ("sim.to_one", "sim.falling")
+    asked = [word for name in names for word in ("--metric", name)]
+    shown = saescale_here("fit", run.url, *asked, "--law", "n_k", "--bootstraps", "0", "--predict", "n=32768,k=16")
+    assert shown.returncode == 0, shown.stderr
+    said = shown.stdout.splitlines()
+    for name in names:
+        assert any(line.startswith(f"{name}: n_k ") for line in said)  # of what is predicted
+    assert about("a.b", "a.b does not get better") == "a.b does not get better"
+    assert about("a.b", "n_k: few points") == "a.b: n_k: few points"
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,11 @@ import numpy as np
 import pytest
 
 from saescale.cluster.front.wandb_source import read_project
+from saescale.scaling.metrics import document
 from saescale.storage.errors import SaescaleError
+from saescale.storage.rundir import RunDirectory
+from saescale.trainers.evals import downstream_loss
+from saescale.trainers.loggers.wandb_evals import metrics_of_cells
 from tests.cluster.command import assert_one_line, saescale, saescale_here
 from tests.scaling.conftest import _cells, _curves_of
 from tests.trainers.wandb_case import bare_machine
@@ -127,8 +131,9 @@ def project(evaluations: int = 8, noise: float = 0.003) -> list[dict[str, Any]]:
 
 def test_cells_and_curves_of_a_group(serve: Serve) -> None:
     server = serve(project())
-    results, curves = read_project("me/sweeps/first")
+    results, curves, evals = read_project("me/sweeps/first")
     assert len(results) == 12
+    assert len(evals) == 0
     assert sorted(set(results["n_latents"])) == [512, 1024, 2048, 4096]
     assert results["subject"][0] == "gpt4"
     assert results.excluded == ("cell 8192x8, N = 8192, k = 8 is failed: NaN in the loss",)
@@ -156,7 +161,7 @@ def test_an_odd_run_costs_no_other(serve: Serve) -> None:
         run_of(cell | {"cell_id": "auto", "n_latents": "auto", "status": None}, []),
     ]  # fmt: skip
     serve([*good, *odd])
-    results, curves = read_project("me/sweeps")
+    results, curves, _ = read_project("me/sweeps")
     assert set(results["cell_id"]) == {"512x8", "512x16", "1024x8", "1024x16", "typed", "other"}
     assert results.excluded == (
         "cell low, N = 2048, k = 8 is without a usable nmse",
@@ -191,3 +196,34 @@ def test_fit_from_the_command_line(serve: Serve) -> None:
     assert document["fits"][0]["points"] == 12
     assert document["tokens_to_convergence"]["exponent_of_n"]["value"] == pytest.approx(0.5, abs=0.1)
     assert_one_line(saescale_here("fit", "wandb:me/nothing"), "wandb:me/nothing", "WANDB_API_KEY")
+
+
+def test_metrics_are_those_of_the_summaries(serve: Serve, tmp_path: Path) -> None:
+    """The laws of a metric from W&B are those of the same numbers in a run directory."""
+    cells = _cells((512, 1024, 2048, 4096), (8, 16, 32), noise=0.003)
+    run = RunDirectory(str(tmp_path / "run"))
+    run.write_results([{"status": "done"} | cell for cell in cells])
+    declared = document("downstream_loss", downstream_loss.metrics)
+    for cell in cells:
+        kl = {"metric": "kl", "value": 2 * cell["nmse"] ** 1.3, "low": 1.9 * cell["nmse"], "high": 2.1 * cell["nmse"]}
+        ce = {"metric": "ce", "value": 3 + kl["value"]}
+        rows = [kl, ce, {"metric": "ce_original", "value": 3.0}, kl | {"at": "7", "value": 9.0}]
+        run.write_evals(cell["cell_id"], "downstream_loss", rows, declared)
+        run.write_evals(cell["cell_id"], "mine", [{"metric": "shares", "value": 1 - cell["nmse"]}])
+    runs = [run_of(cell, []) for cell in cells]
+    for logged, metrics in zip(runs, metrics_of_cells(cells, run.read_evals()), strict=True):
+        odd = {"eval/mine": 1, "eval/.kl": 1, "eval/mine.": 1, "eval/other.text": "much"}
+        logged["summaryMetrics"] = json.dumps(json.loads(logged["summaryMetrics"]) | metrics | odd)
+    server = serve(runs)
+    names = ["downstream_loss.kl", "downstream_loss.ce", "mine.shares"]
+    asked = ["--bootstraps", "20", "--json", *(word for name in names for word in ("--metric", name))]
+    local, online = (
+        json.loads(saescale_here("fit", source, *asked).stdout)["metrics"] for source in (run.url, "wandb:me/sweeps")
+    )
+    assert [entry["metric"] for entry in online] == names
+    assert online == local
+    assert online[1]["fitted"] == "downstream_loss.ce - downstream_loss.ce_original"
+    assert any("was not declared: higher is taken for better" in words for words in online[2]["warnings"])
+    pages = [asked for asked in server.asked if re.search(r"\bruns\(", asked["query"])]
+    assert len(pages) == 2  # of one reading
+    assert_one_line(saescale_here("fit", "wandb:me/sweeps", "--metric", "kl"), "did you mean downstream_loss.kl?")

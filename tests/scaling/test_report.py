@@ -264,9 +264,13 @@ def test_metrics_of_several_architectures(tmp_path: Path) -> None:
     for row in rows:
         own = [e for e in evals if (e["cell_id"], e["metric"]) == (row["cell_id"], "falling")]
         worse = [e | {"value": 1.1 * e["value"]} for e in own]
-        run.write_evals(f"g{row['cell_id']}", "sim", worse, {"sim.falling": {"better": "lower"}})
+        if row in rows[:3]:
+            worse += [worse[0] | {"metric": "few", "value": row["nmse"] ** 2}]
+        declared = {"sim.falling": {"better": "lower"}, "sim.few": {"better": "lower"}}
+        run.write_evals(f"g{row['cell_id']}", "sim", worse, declared)
     made = analyse(run, FitSettings(0, laws=("n_k",)), formats=("md",))
-    assert [entry["of"] for entry in made.document["metrics"]] == [{"architecture": "topk"}, {"architecture": "gated"}]
+    of_falling = [entry["of"] for entry in made.document["metrics"] if entry["metric"] == "sim.falling"]
+    assert of_falling == [{"architecture": "topk"}, {"architecture": "gated"}]
     names = {figure.view.name for figure in made.figures}
     assert {"metric_against_n-sim.falling-topk", "metric_against_nmse-sim.falling-gated"} <= names
     (found,) = made.document["disagreements"]
@@ -278,6 +282,16 @@ def test_metrics_of_several_architectures(tmp_path: Path) -> None:
     assert "## nmse and other metrics" in page
     assert "nmse prefers gated, N" in page
     assert "The best cell is another: up to L0\u00a0=" in page
+    # Values of all kinds are one table, and metrics without a law a sentence.
+    lines = page.splitlines()
+    (start,) = [place for place, line in enumerate(lines) if line.endswith("sim.falling over N and k")]
+    table = [line for line in lines[start:] if line.startswith("|")]
+    assert table[0] == "| kind | N | k = 8 | k = 16 | k = 32 | k = 64 |"
+    assert [line.split("|")[1].strip() for line in table[2:14]] == [
+        name for name in ("topk", "gated") for _ in range(6)
+    ]
+    assert re.search(r"No law of sim.few \(gated\): 3 of 24 cells have a value that a power law could follow\.", page)
+    assert "no law: " not in page
 
 
 def run_rows(run: RunDirectory, of: dict[str, Any]) -> Rows:

@@ -314,7 +314,10 @@ def test_some_cells_alone(run: RunDirectory) -> None:
 def test_a_table_of_an_earlier_version_is_gone_on_with(run: RunDirectory) -> None:
     evaluate_run("run", ["counted", "core"])
     now = pq.read_table("run/evals.parquet")
-    pq.write_table(now.drop_columns(["latents", "others", "seconds"]).replace_schema_metadata(), "run/evals.parquet")
+    pq.write_table(
+        now.drop_columns(["latents", "others", "seconds", "shared_seconds"]).replace_schema_metadata(),
+        "run/evals.parquet",
+    )
     assert evaluate_run("run", ["counted", "core", "nmse"]) == (3, 6, 0, ())
     assert run.read_evals().num_rows == now.num_rows + 6
 
@@ -358,6 +361,20 @@ def test_costs_are_told_from_the_first_cell_on(run: RunDirectory) -> None:
     pq.write_table(some, "run/evals.parquet")
     shown = CliRunner().invoke(app, ["eval", "run", "--evals", "nmse,counted"], env={"COLUMNS": "200"})
     assert "2 to measure: nmse 2.5 min, counted 2.0 s a cell, about 2 min 32 s for all" in shown.output
+    # What cells share comes once, and to what is left until then.
+    rows = [
+        row | {"shared_seconds": 200.0 if row["evaluation"] == "counted" and "n16" in row["cell_id"] else 0.001}
+        for row in some.to_pylist()
+    ]
+    pq.write_table(pa.Table.from_pylist(rows, EVALS), "run/evals.parquet")
+    told.clear()
+    evaluate_run("run", ["nmse", "counted"], display=SimpleNamespace(evals=lambda *a: told.append(a)))
+    first, *_, last = told
+    assert first[2:] == ("nmse 2.5 min, counted 2.0 s a cell and 3.3 min once", pytest.approx(352, abs=0.01))
+    assert "once" not in last[2]
+    found = run.read_evals().to_pylist()
+    (own,) = [row for row in found if row["cell_id"].startswith("n32") and row["evaluation"] == "counted"]
+    assert own["shared_seconds"] < 1
 
 
 def test_export_and_import_give_the_same_file(run: RunDirectory) -> None:

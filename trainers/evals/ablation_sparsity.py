@@ -35,7 +35,7 @@ from saescale.scaling.metrics import Metric
 from saescale.storage.errors import SaescaleError
 from saescale.storage.manifest import Site
 from saescale.storage.source import Source
-from saescale.trainers.evals.decoder import TRIED_ROWS, linear_decoder
+from saescale.trainers.evals.decoder import directions_of
 from saescale.trainers.evals.evaluation import Measurement, Need
 from saescale.trainers.evals.firing import firing
 from saescale.trainers.evals.intervals import SEED, mean_of
@@ -43,7 +43,7 @@ from saescale.trainers.evals.sample import latents_to_look_at
 from saescale.trainers.evals.splice import TOKENS_AT_A_TIME, logits_from, places_of
 from saescale.trainers.exchange.trained import Trained
 from saescale.trainers.harvest.retrace import Places
-from saescale.trainers.preprocess import normalise, to_tensor
+from saescale.trainers.preprocess import to_tensor
 from saescale.trainers.subjects.subject import Subject
 
 ROWS = 8_192  # of the store among which latents are looked for, at most
@@ -96,9 +96,7 @@ def prepare(source: Source, subject: Subject | None) -> Prepared:
 def measure(
     trained: Trained, source: Source, subject: Subject | None, prepared: Prepared, latents: int
 ) -> Iterator[Measurement]:
-    sae, active = trained.sae, firing(trained, prepared.raw)
-    device = next(iter(sae.params.values())).device
-    decoder = linear_decoder(sae, normalise(prepared.raw[:TRIED_ROWS].to(device)))
+    active, directions = firing(trained, prepared.raw), directions_of(trained, prepared.raw).cpu()
     # Of all ablations those in one context are run together, so all are listed first.
     of_each: dict[int, int] = {}
     rows: list[int] = []
@@ -109,7 +107,7 @@ def measure(
         raw = prepared.raw[chosen].float()
         norm = (raw - raw.mean(dim=1, keepdim=True)).norm(dim=1, keepdim=True)
         z = torch.from_numpy(values[np.searchsorted(where, chosen)])[:, None]
-        changes.append(-z * norm * decoder.W[latent].cpu())
+        changes.append(-z * norm * directions[latent])
         rows += chosen
         of_each[latent] = len(chosen)
     if not rows:

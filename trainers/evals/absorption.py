@@ -38,7 +38,7 @@ from torch import Tensor
 from saescale.scaling.metrics import Metric
 from saescale.storage.errors import SaescaleError
 from saescale.storage.source import Source
-from saescale.trainers.evals.decoder import TRIED_ROWS, linear_decoder
+from saescale.trainers.evals.decoder import directions_of
 from saescale.trainers.evals.evaluation import Measurement, Need
 from saescale.trainers.evals.firing import Firing, firing
 from saescale.trainers.evals.intervals import SEED, Sums, by_document, mean_of
@@ -119,8 +119,7 @@ def prepared_of(raw: Tensor, token: np.ndarray, texts: dict[int, str]) -> Prepar
 
 def measure(trained: Trained, source: Source, subject: Subject | None, prepared: Prepared) -> Iterator[Measurement]:
     active = firing(trained, prepared.raw)
-    device = next(iter(trained.sae.params.values())).device
-    W = linear_decoder(trained.sae, normalise(prepared.raw[:TRIED_ROWS].to(device))).W.cpu()
+    W = directions_of(trained, prepared.raw).cpu()
     towards = (W @ prepared.directions.T).numpy()  # [n_latents, letters]
     cosines = towards / W.norm(dim=1, keepdim=True).clamp_min(1e-20).numpy()
     mains, f1 = [], []

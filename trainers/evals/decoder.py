@@ -1,4 +1,5 @@
-"""The decoder of a trained SAE, x_hat = z W + b, for evaluations that put other latents in place of its own."""
+"""The decoder of a trained SAE, x_hat = z W + b, for evaluations that put other latents in place of its own, or look at
+what each latent writes."""
 
 from typing import NamedTuple
 
@@ -7,6 +8,8 @@ from torch import Tensor
 
 from saescale.trainers.architectures.sae import SAE
 from saescale.trainers.evals.evaluation import Unsuited
+from saescale.trainers.exchange.trained import Trained
+from saescale.trainers.preprocess import normalise
 
 TRIED_ROWS = 256
 _TOLERANCE = 1e-4  # of the largest entry of x_hat, which float32 holds to 1e-6
@@ -15,6 +18,13 @@ _TOLERANCE = 1e-4  # of the largest entry of x_hat, which float32 holds to 1e-6
 class Decoder(NamedTuple):
     W: Tensor  # [n_latents, d_model]
     b: Tensor  # [d_model]
+
+
+def directions_of(trained: Trained, raw: Tensor) -> Tensor:
+    """What each latent writes, the rows of W, float32 [n_latents, d_model]; by some raw rows [rows, d_model] of the
+    cell's source. Raises SaescaleError as `linear_decoder` does."""
+    device = next(iter(trained.sae.params.values())).device
+    return linear_decoder(trained.sae, normalise(raw[:TRIED_ROWS].to(device))).W.float()
 
 
 @torch.no_grad()

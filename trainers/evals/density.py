@@ -23,8 +23,9 @@ from saescale.storage.errors import SaescaleError
 from saescale.storage.source import Source
 from saescale.trainers.architectures.dense import CHUNK_ENTRIES
 from saescale.trainers.evals.core import BIN_NAMES, bin_of
-from saescale.trainers.evals.directions import decoder, times_active
+from saescale.trainers.evals.decoder import directions_of
 from saescale.trainers.evals.evaluation import Measurement, Need
+from saescale.trainers.evals.firing import firing
 from saescale.trainers.evals.intervals import SEED, by_document, ratio
 from saescale.trainers.exchange.trained import Trained
 from saescale.trainers.preprocess import to_tensor
@@ -35,13 +36,13 @@ metrics = {"energy_1": Metric("lower", bounded=True), "energy_10": Metric("lower
 
 
 def measure(trained: Trained, source: Source, subject: Subject | None) -> Iterator[Measurement]:
-    fired = times_active(trained, source)
+    rows = source.heldout(trained.cell.heldout_rows, ("act", "doc"))
+    raw, n = to_tensor(rows.act, source.dtype), len(rows.act)
+    fired = firing(trained, raw).fired
     if not fired.any():
         raise SaescaleError("no latent fires on the held-out rows, so there is no energy to share out")
-    rows = source.heldout(trained.cell.heldout_rows, ("act", "doc"))
-    n = len(rows.act)
     counted = _counted(fired, n)
-    sums = _energy(trained, to_tensor(rows.act, source.dtype), np.stack(list(counted.values()), axis=1))
+    sums = _energy(trained, raw, np.stack(list(counted.values()), axis=1))
     columns = dict(zip(counted, sums.T, strict=True))
     for name, found in by_document(rows.doc, columns, {name: ratio(name, "all") for name in counted}).items():
         if name in BIN_NAMES:
@@ -65,7 +66,7 @@ def _counted(fired: np.ndarray, n: int) -> dict[str, np.ndarray]:
 
 def _energy(trained: Trained, raw: torch.Tensor, weights: np.ndarray) -> np.ndarray:
     """The energy of each row, summed over latents with `weights` [n_latents, columns]: float64 [rows, columns]."""
-    rows = decoder(trained)
+    rows = directions_of(trained, raw)
     weighed = rows.double().square().sum(dim=1)[:, None] * torch.from_numpy(weights).to(rows.device)
     chunks = raw.split(max(1, CHUNK_ENTRIES // trained.sae.shape.n_latents))
     return torch.cat([(trained.encode(chunk).double().square() @ weighed).cpu() for chunk in chunks]).numpy()

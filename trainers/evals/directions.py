@@ -11,8 +11,10 @@ from saescale.storage.columns import columns_of
 from saescale.storage.errors import SaescaleError
 from saescale.storage.source import Source
 from saescale.trainers.architectures.dense import CHUNK_ENTRIES
-from saescale.trainers.evals.evaluation import Measurement, Unsuited
-from saescale.trainers.evals.intervals import SEED, by_document, ratio
+from saescale.trainers.evals.decoder import directions_of
+from saescale.trainers.evals.evaluation import Measurement
+from saescale.trainers.evals.firing import firing
+from saescale.trainers.evals.intervals import SEED, means_of
 from saescale.trainers.exchange.trained import SparseLatents, Trained
 from saescale.trainers.preprocess import normalise, to_tensor
 
@@ -27,23 +29,6 @@ class Nearest(NamedTuple):
     cosine: np.ndarray  # float64 [latents]
 
 
-def decoder(trained: Trained) -> Tensor:
-    """W_dec, float32 [n_latents, d_model]. Raises SaescaleError for an architecture that has none."""
-    found = trained.sae.params.get("W_dec")
-    if found is None:
-        raise Unsuited(f"{trained.sae.name} has no W_dec, so its latents have no directions")
-    return found.float()
-
-
-def times_active(trained: Trained, source: Source) -> np.ndarray:
-    """On how many of the cell's held-out rows each latent is active, int64 [n_latents]."""
-    raw = to_tensor(source.heldout(trained.cell.heldout_rows).act, source.dtype)
-    fired = torch.zeros(trained.sae.shape.n_latents, dtype=torch.int64)
-    for chunk in raw.split(max(1, CHUNK_ENTRIES // trained.sae.shape.n_latents)):
-        fired += (trained.encode(chunk) != 0).sum(dim=0).cpu()
-    return fired.numpy()
-
-
 class Directions:
     """Unit decoder directions of the latents that fire on the held-out rows, float32 [latents, d_model]: dead ones lie
     where they were drawn, and are nobody's partners. Which ones fire is found once for each cell in a process."""
@@ -54,9 +39,11 @@ class Directions:
 
     def of(self, trained: Trained) -> Tensor:
         """Raises SaescaleError where no latent fires."""
-        rows, cell = decoder(trained), trained.cell.cell_id
+        cell = trained.cell.cell_id
+        raw = to_tensor(self._source.heldout(trained.cell.heldout_rows).act, self._source.dtype)
+        rows = directions_of(trained, raw)
         if cell not in self._alive:
-            self._alive[cell] = np.flatnonzero(times_active(trained, self._source))
+            self._alive[cell] = np.flatnonzero(firing(trained, raw).fired)
         alive = self._alive[cell]
         if not len(alive):
             raise SaescaleError(f"no latent of {cell} fires on its held-out rows")
@@ -100,7 +87,5 @@ def alike(row: Mapping[str, Any], other: Mapping[str, Any], *but_for: str) -> bo
 
 def over_latents(columns: Mapping[str, np.ndarray], at: str = "") -> Iterator[Measurement]:
     """The mean of each column [latents], with its interval over latents."""
-    n = len(next(iter(columns.values())))
-    means = {name: ratio(name, "latents") for name in columns}
-    for name, found in by_document(np.arange(n), {**columns, "latents": np.ones(n)}, means).items():
-        yield Measurement(name, *found, at=at, n=n, seed=SEED)
+    for name, found in means_of(columns).items():
+        yield Measurement(name, *found, at=at, n=len(columns[name]), seed=SEED)

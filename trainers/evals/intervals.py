@@ -63,7 +63,13 @@ def ratio(of: str, to: str) -> Callable[[Sums], np.ndarray]:
     return lambda sums: np.asarray(sums[of] / sums[to])
 
 
+def means_of(columns: Mapping[str, np.ndarray]) -> dict[str, Estimate]:
+    """The mean of each column [units], of units that were drawn (latents, tasks): the same resamples for all."""
+    units = np.ones(len(next(iter(columns.values()))))
+    statistics = {name: ratio(name, "units") for name in columns}
+    return by_document(np.arange(len(units)), {**columns, "units": units}, statistics)
+
+
 def mean_of(values: np.ndarray) -> Estimate:
-    """The mean of `values` [units], each a unit that was drawn (a latent, a task)."""
-    columns = {"value": values, "units": np.ones(len(values))}
-    return by_document(np.arange(len(values)), columns, {"mean": ratio("value", "units")})["mean"]
+    """The mean of `values` [units]."""
+    return means_of({"mean": values})["mean"]

@@ -43,7 +43,7 @@ from saescale.trainers.evals.agreement import last_activations, sentences
 from saescale.trainers.evals.evaluation import Measurement, Need, Unsuited
 from saescale.trainers.evals.intervals import SEED, Sums, by_document
 from saescale.trainers.evals.labels import heldout_labels
-from saescale.trainers.evals.probes import fit
+from saescale.trainers.evals.probes import best_probes
 from saescale.trainers.evals.text_tasks import text_tasks
 from saescale.trainers.evals.texts import token_texts
 from saescale.trainers.exchange.trained import Trained
@@ -229,23 +229,8 @@ def _best(values: Tensor, group: Group) -> tuple[np.ndarray, np.ndarray]:
     """Of each task the cross-entropies on rows that do not learn, float64 [tasks, rows], by the best of the columns of
     `values` [rows, columns] on rows that do; and which that is, int64 [tasks]."""
     learns = torch.from_numpy(group.learns).to(values.device)
-    lowest = np.full(len(group.tasks), np.inf)
-    losses = np.full((len(group.tasks), int((~group.learns).sum())), np.nan)
-    columns = np.zeros(len(group.tasks), np.int64)
-    at_a_time = max(1, CHUNK_ENTRIES // len(values))
-    for start, some in zip(range(0, values.shape[1], at_a_time), values.split(at_a_time, dim=1), strict=True):
-        z = some[learns].double()
-        mean, scale = z.mean(dim=0), z.std(dim=0, correction=0)
-        scale = torch.where(scale > 1e-9 * z.abs().amax(dim=0), scale, torch.inf)  # of a column that never varies
-        z = ((z - mean) / scale).float().T.contiguous()
-        for task, truth in enumerate(group.tasks.values()):
-            probes = fit(z, torch.from_numpy(truth[group.learns]).to(z))
-            best = int(probes.loss.argmin())
-            if not (loss := float(probes.loss[best])) < lowest[task]:
-                continue
-            standard = (some[~learns, best].double() - mean[best]) / scale[best]
-            logits = standard * probes.weight[best] + probes.bias[best]
-            signs = torch.from_numpy(np.where(truth[~group.learns], -1.0, 1.0)).to(logits)
-            lowest[task], columns[task] = loss, start + best
-            losses[task] = torch.nn.functional.softplus(signs * logits).cpu().numpy()
-    return losses, columns
+    truths = torch.from_numpy(np.stack([*group.tasks.values()])).to(values)
+    probes = best_probes(values, learns, truths)
+    logits = torch.stack([probe.logits(values[~learns, probe.column]) for probe in probes])
+    losses = torch.nn.functional.softplus((1 - 2 * truths[:, ~learns]) * logits).cpu().numpy()
+    return losses, np.array([probe.column for probe in probes])

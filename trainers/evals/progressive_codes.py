@@ -19,7 +19,7 @@ latents). nmse is of preprocessed rows, the first 32,768 of those that the cell'
 over documents. Cost: one dense forward pass, and a sparse decoding of k' latents a token for each of at most 18 codes.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -99,20 +99,18 @@ def _errors(sae: SAE, x: Tensor, k: int) -> dict[str, np.ndarray]:
     """||x - x_hat||^2 of each row, float64 [rows], by the SAE's own code ("nmse") and each other one ("topk 8")."""
     decoder, ks = linear_decoder(sae, x), around(k, sae.shape.n_latents)
     own, ranked = _ranked(sae, x, min(sae.shape.n_latents, 2 * ks[-1]))
-    columns = {"nmse": own.cpu().numpy()} | {f"topk {at}": _error(decoder, x, ranked, at) for at in ks}
-    for at in ks:
-        threshold, last = _threshold(ranked.scores, at), ranked.scores[:, -1]
-        # Where all that is kept of a row exceeds it, there may be more that does.
-        while (
-            bool(((last > -torch.inf) & (last >= threshold)).any())
-            and (width := ranked.scores.shape[1]) < sae.shape.n_latents
-        ):
-            ranked = _ranked(sae, x, min(sae.shape.n_latents, 2 * width))[1]
-            threshold, last = _threshold(ranked.scores, at), ranked.scores[:, -1]
-        if bool(threshold > -torch.inf):
-            counts = (ranked.scores >= threshold).sum(dim=1, keepdim=True)
-            columns[f"jumprelu {at}"] = _error(decoder, x, ranked, counts)
-    return columns
+    # Where all that is kept of a row exceeds the lowest threshold, there may be more that does.
+    while _more_exceed(ranked, _thresholds(ranked.scores, ks[-1:])[0]) and (
+        (width := ranked.scores.shape[1]) < sae.shape.n_latents
+    ):
+        ranked = _ranked(sae, x, min(sae.shape.n_latents, 2 * width))[1]
+    of_thresholds = {
+        f"jumprelu {at}": (ranked.scores >= threshold).sum(dim=1, keepdim=True)
+        for at, threshold in zip(ks, _thresholds(ranked.scores, ks), strict=True)
+        if threshold > -np.inf
+    }
+    columns = {"nmse": own.cpu().numpy()} | _nested(decoder, x, ranked, {f"topk {at}": at for at in ks})
+    return columns | _nested(decoder, x, ranked, of_thresholds)
 
 
 def _ranked(sae: SAE, x: Tensor, width: int) -> tuple[Tensor, Ranked]:
@@ -145,19 +143,35 @@ def _require_values(sae: SAE, forward: Forward, values: Tensor) -> None:
         )
 
 
-def _threshold(scores: Tensor, k: int) -> Tensor:
-    """The k * rows-th largest of all `scores` [rows, width >= k]; -inf where there are not so many."""
-    return scores.flatten().topk(k * len(scores)).values[-1]
+def _thresholds(scores: Tensor, ks: Sequence[int]) -> np.ndarray:
+    """Of each k the k * rows-th largest of all `scores` [rows, width >= k], float32 [ks]; -inf where there are not so
+    many."""
+    places = np.array(ks) * len(scores) - 1
+    return -np.partition(-scores.cpu().numpy().ravel(), places)[places]
 
 
-def _error(decoder: Decoder, x: Tensor, ranked: Ranked, counts: Tensor | int) -> np.ndarray:
-    """||x - x_hat||^2 by the first `counts` candidates of each row, float64 [rows]."""
-    kept = torch.arange(ranked.scores.shape[1], device=x.device)[None] < counts
-    width = max(1, int(kept.sum(dim=1).max()))
-    selected = Selected(
-        ranked.indices.masked_fill(~kept, -1)[:, :width].contiguous(),
-        ranked.values.masked_fill(~kept, 0)[:, :width].contiguous(),
-    )
-    error = torch.empty_like(x)
-    kernels(x.device).decode(x, decoder.b.contiguous(), selected, decoder.W.contiguous(), None, error)
-    return error.double().square().sum(dim=1).cpu().numpy()
+def _more_exceed(ranked: Ranked, threshold: float) -> bool:
+    last = ranked.scores[:, -1]
+    return bool(((last > -torch.inf) & (last >= threshold)).any())
+
+
+def _nested(decoder: Decoder, x: Tensor, ranked: Ranked, codes: Mapping[str, Tensor | int]) -> dict[str, np.ndarray]:
+    """||x - x_hat||^2, float64 [rows], by the first candidates of each row: as many as each of `codes` says, an int or
+    [rows, 1], none of which is below the one before it: what it has beyond that one is taken off its error."""
+    found, error, b = {}, x, decoder.b.contiguous()
+    place = torch.arange(ranked.scores.shape[1], device=x.device)[None]
+    before: Tensor | int = 0
+    for code, counts in codes.items():
+        own = ((place >= before) & (place < counts)).expand(len(x), -1)
+        width = max(1, int(own.sum(dim=1).max()))
+        # Those are a run of places of each row, which is moved to its beginning.
+        at = (place[:, :width] + before).clamp_max_(place.shape[1] - 1).expand(len(x), -1)
+        kept = own.gather(1, at)
+        selected = Selected(
+            ranked.indices.gather(1, at).masked_fill_(~kept, -1), ranked.values.gather(1, at).masked_fill_(~kept, 0)
+        )
+        left = torch.empty_like(x)
+        kernels(x.device).decode(error, b, selected, decoder.W.contiguous(), None, left)
+        found[code] = left.double().square().sum(dim=1).cpu().numpy()
+        error, b, before = left, torch.zeros_like(b), counts
+    return found

@@ -34,7 +34,8 @@ from saescale.scaling.metrics import Metric
 from saescale.storage.source import Source
 from saescale.storage.store import ActivationStore
 from saescale.trainers.evals.core import BIN_NAMES, bin_of
-from saescale.trainers.evals.directions import decoder, largest, over_latents, random_directions
+from saescale.trainers.evals.decoder import directions_of
+from saescale.trainers.evals.directions import largest, over_latents, random_directions
 from saescale.trainers.evals.evaluation import Measurement, Need, Unsuited
 from saescale.trainers.evals.labels import heldout_label_parts
 from saescale.trainers.exchange.trained import SparseLatents, Trained
@@ -91,7 +92,7 @@ def prepare(source: Source, subject: Subject | None) -> Truth:
 
 
 def measure(trained: Trained, source: Source, subject: Subject | None, truth: Truth) -> Iterator[Measurement]:
-    W_dec, k = decoder(trained), trained.cell.k
+    W_dec, k = directions_of(trained, truth.raw), trained.cell.k
     yield from _measurements(compare(W_dec, active_on(truth, trained.encode), truth), truth)
     random = random_directions(*W_dec.shape).to(W_dec.device)
     frequent = torch.from_numpy(np.argsort(-truth.present, kind="stable")[: len(W_dec)])

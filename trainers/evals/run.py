@@ -70,17 +70,18 @@ def record(
     total, first = len(left), plan.missing[0]
     if display is not None:
         unknown = f"{first.evaluation} of {first.cell} is the first, by which the others are told"
-        display.evals(0, total, costs.words() or unknown, costs.left_s(left))
+        display.evals(0, total, costs.words(left) or unknown, costs.left_s(left))
     for done in results:
         del left[done.pair]
         if done.error is None:
-            rows = [row | {"seconds": round(done.seconds, 3)} for row in done.rows]
+            took = {"seconds": round(done.seconds, 3), "shared_seconds": round(done.shared_s, 3)}
+            rows = [row | took for row in done.rows]
             run.write_evals(done.pair.cell, done.pair.evaluation, rows, done.metrics)
         else:
             (unsuited if done.unsuited else failed).add(done.pair, done.error)
         costs.note(done)
         if display is not None:
-            display.evals(total - len(left), total, costs.words(), costs.left_s(left))
+            display.evals(total - len(left), total, costs.words(left), costs.left_s(left))
     measured = total - len(failed) - len(unsuited)
     failures = len(failed) + (0 if measured or plan.there else len(unsuited))
     return Evaluated(measured, plan.there, failures, (*failed.lines(), *unsuited.lines(), *plan.none))

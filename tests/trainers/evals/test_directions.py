@@ -123,7 +123,9 @@ def test_who_is_compared_with_whom() -> None:
     }  # fmt: skip
 
 
-def test_without_a_decoder_there_are_no_directions() -> None:
-    params = {name: of for name, of in OURS.sae.params.items() if name != "W_dec"}
-    with pytest.raises(SaescaleError, match="topk has no W_dec, so its latents have no directions"):
-        measured(stability, OURS._replace(sae=OURS.sae.like(params)), THEIRS, act=EVERY)
+def test_without_a_linear_decoder_there_are_no_directions() -> None:
+    ours = OURS._replace(sae=OURS.sae.like(OURS.sae.params))
+    whole = ours.sae.forward
+    ours.sae.forward = lambda x: whole(x)._replace(x_hat=whole(x).x_hat.square())  # type: ignore[method-assign]
+    with pytest.raises(SaescaleError, match=r"x_hat of topk is not z W \+ b"):
+        measured(stability, ours, THEIRS, act=EVERY)

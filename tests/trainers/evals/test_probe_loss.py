@@ -51,12 +51,42 @@ def test_newton_finds_the_least_of_every_column(share: float, monkeypatch: pytes
     z = (z - z.mean(axis=1, keepdims=True)) / z.std(axis=1, keepdims=True)
     z[7] = 0  # one that never varies
     found = probes.fit(torch.from_numpy(z).float(), torch.from_numpy(truth).float())
-    for column, weight, bias, loss in zip(z, *(t.tolist() for t in found), strict=True):
+    for column, weight, bias, loss, least_found in zip(z, *(t.tolist() for t in found), strict=True):
+        assert least_found
         (w, b), least = by_scipy(column, truth)
         assert loss == pytest.approx(least, abs=5e-6)
         # Where a latent separates the task, the loss hardly depends on them.
         assert weight == pytest.approx(w, abs=0.05 + 0.025 * abs(w))
         assert bias == pytest.approx(b, abs=0.05 + 0.025 * abs(b))
+
+
+def test_the_best_column_is_that_of_all_fits(monkeypatch: pytest.MonkeyPatch) -> None:
+    """However many columns a bound spares, none of them would have had a lower loss."""
+    monkeypatch.setattr(probes, "CHUNK_ENTRIES", 7 * 900)  # bounds of seven columns at a time, the last ones fewer
+    rng = np.random.default_rng(3)
+    rows, learns = 900, rng.random(900) < 0.6
+    hidden = rng.normal(size=(rows, 4))
+    mixed = hidden @ rng.normal(size=(4, 120)) + rng.normal(size=(rows, 120))
+    columns = np.concatenate(
+        [mixed, 1e4 + mixed[:, :9], np.exp(2 * mixed[:, :20]), np.maximum(mixed[:, :20] - 1, 0), mixed[:, :9] > 1,
+         rng.standard_t(1, size=(rows, 20)), np.zeros((rows, 2)), -mixed[:, :3], hidden[:, :1] > 0.4], axis=1
+    )  # fmt: skip
+    slopes = (0.0, 0.5, 3.0, 30.0)
+    chances = [1 / (1 + np.exp(1 - slope * hidden[:, i])) for i, slope in enumerate(slopes)]
+    truths = np.stack([rng.random(rows) < p for p in (*chances, np.full(rows, 0.03))] + [hidden[:, 0] > 0.4])
+    values, learned = torch.from_numpy(columns).float(), torch.from_numpy(truths[:, learns]).float()
+    z = probes._standard(values[torch.from_numpy(learns)]).z
+    bounds = torch.cat([probes._bounds(part, learned) for part in z.split(50)], dim=1)
+    found = probes.best_probes(values, torch.from_numpy(learns), torch.from_numpy(truths).float())
+    for truth, bound, best in zip(learned, bounds, found, strict=True):
+        every = probes.fit(z, truth).loss
+        assert (bound <= every).all()
+        assert ((every - bound)[:120].quantile(0.9)) < 5e-3  # near enough to spare most columns
+        assert every[best.column] <= every.min() + 1e-6
+        fitted = probes.fit(z[best.column : best.column + 1], truth)
+        logits = best.logits(values[torch.from_numpy(learns), best.column])
+        expected = fitted.weight * z[best.column].double() + fitted.bias
+        assert torch.allclose(logits, expected, atol=1e-3, rtol=1e-3)
 
 
 ROWS = 1_600
@@ -80,7 +110,8 @@ def measured(trained: Trained, *groups: Group) -> dict[tuple[str, str], Measurem
 def test_the_loss_is_that_of_the_planted_latent(
     architecture: str, x: torch.Tensor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(probe_loss, "CHUNK_ENTRIES", 7 * ROWS)  # seven columns at a time, the last ones fewer
+    for module in (probe_loss, probes):  # in pieces, the last ones shorter
+        monkeypatch.setattr(module, "CHUNK_ENTRIES", 7 * ROWS)
     trained = a_trained(architecture)
     rng = np.random.default_rng(1)
     pre = trained.sae.forward(x).pre_activations.double().numpy()
