@@ -4,7 +4,7 @@ your own, of any size, as a folder of transformers.
 Which cells are connected is told to the model one connection at a time, so every label is recomputed from the tokens.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -12,15 +12,18 @@ import numpy as np
 import torch
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
+from transformers import DynamicCache
 
 from saescale.storage.errors import SaescaleError
-from saescale.storage.manifest import Split
+from saescale.storage.manifest import Site, Split
 from saescale.trainers.device import default_device
 from saescale.trainers.subjects.language_model import compute_dtype
+from saescale.trainers.subjects.maze_labels import LABELS, labels_of_tokens
 from saescale.trainers.subjects.maze_mazes import Mazes, mazes_of_split
 from saescale.trainers.subjects.maze_tokens import (
     FIRST_CELL,
     PAD,
+    PATH_END,
     SEMICOLON,
     answers,
     longest,
@@ -38,7 +41,7 @@ from saescale.trainers.subjects.own_model import (
     read_folder,
     shipped,
 )
-from saescale.trainers.subjects.subject import NO_TARGET, Lesson, Sequence
+from saescale.trainers.subjects.subject import NO_TARGET, Lesson, Patch, Sequence
 
 NAMES_A_PATH = True
 SHIPPED = "maze-5x5"
@@ -61,7 +64,7 @@ class Maze(OwnModel):
     """A model of random mazes of `size` x `size` cells. Its sequences are a list of connections, origin, target and the
     path without <PATH_END>; their rows are the semicolons behind connections (Spies et al. 2024)."""
 
-    labels: tuple[str, ...] = ()
+    labels = LABELS
 
     def __init__(self, name: str, model: Any, fingerprint: str) -> None:
         super().__init__(name, model, fingerprint)
@@ -75,7 +78,8 @@ class Maze(OwnModel):
                 yield Sequence(maze[:length], keep=maze[:length] == SEMICOLON)
 
     def label(self, ids: np.ndarray) -> dict[str, np.ndarray]:
-        return {}
+        """See maze_labels.py. Raises SaescaleError where `ids` are no mazes of this size."""
+        return labels_of_tokens(self.size, ids)
 
     def lessons(self, seed: int, batch: int, first: int) -> Iterator[Lesson]:
         """Training mazes from number `first` on; only the path and its end are to be predicted."""
@@ -105,6 +109,25 @@ class Maze(OwnModel):
             loss -= float(log_p.gather(1, targets[asked][:, None]).sum())
             tokens += int(asked.sum())
         return {"solved": solved / sequences, "moves": right / tokens, "loss": loss / tokens}
+
+    def rollout(self, prompt: Tensor, patch: Mapping[Site, Patch] | None = None) -> Tensor:
+        """What the model goes on with behind `prompt` [mazes, length], always by the most likely token: int64 [mazes,
+        cells + 1], PAD behind <PATH_END>. `patch` is of the prompt's streams, as in `run`."""
+        cache = DynamicCache()
+        tokens = torch.full((len(prompt), self.size**2 + 1), PAD)
+        asked = prompt
+        ended = torch.zeros(len(prompt), dtype=torch.bool)
+        room = self.max_positions or prompt.shape[1] + tokens.shape[1]
+        for place in range(min(tokens.shape[1], room - prompt.shape[1] + 1)):
+            logits = self.run(asked, [], patch if asked is prompt else None, logits=True, cache=cache).logits
+            assert logits is not None, "they were asked for"
+            likely = logits[:, -1].argmax(dim=1).cpu()
+            tokens[:, place] = likely.masked_fill(ended, PAD)
+            ended |= likely == PATH_END
+            if ended.all():
+                break
+            asked = likely[:, None]
+        return tokens
 
     def heldout_mazes(self, number: int, seed: int, at_a_time: int) -> Iterator[Mazes]:
         """The first held-out mazes of a seed, some at a time."""

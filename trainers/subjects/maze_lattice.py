@@ -61,16 +61,18 @@ def lattice(size: int) -> Lattice:
 def distances(grid: Lattice, present: Tensor, target: Tensor) -> Tensor:
     """Steps from every cell to `target` [mazes], int64 [mazes, cells + 1]; the number of cells where there is no way,
     and in the last column, which is no cell."""
-    far = grid.n_cells
-    open_ = _open(grid, present)
-    steps = torch.full((len(present), far + 1), far, device=present.device)
-    steps.scatter_(1, target[:, None], 0)
+    far, mazes = grid.n_cells, len(present)
+    # Mazes lie side by side in a row of each cell, which is then read as a whole.
+    closed = (~_open(grid, present)).permute(2, 1, 0).to(torch.int16) * far  # [4, cells, mazes]
+    steps = torch.full((far + 1, mazes), far, dtype=torch.int16, device=present.device)
+    steps.scatter_(0, target[None], 0)
     while True:
-        beside = torch.where(open_, steps[:, grid.near], far).amin(dim=2) + 1
-        new = torch.minimum(steps[:, :far], beside)
-        if torch.equal(new, steps[:, :far]):
-            return steps
-        steps[:, :far] = new
+        new = steps[:far]
+        for direction in range(4):
+            new = torch.minimum(new, steps[grid.near[:, direction]] + closed[direction] + 1)
+        if torch.equal(new, steps[:far]):
+            return steps.T.long()
+        steps[:far] = new
 
 
 def shortest_paths(grid: Lattice, present: Tensor, origin: Tensor, target: Tensor) -> Tensor:
