@@ -59,10 +59,12 @@ def few_of_each_edge(edits: Edits, number: int) -> Edits:
     return edits.those(order[torch.arange(len(edge)) - torch.searchsorted(edge, edge) < number])
 
 
-def succeeded(maze: Maze, mazes: Mazes, site: Site, kind: Kind, edits: Edits, change: Change) -> Tensor:
-    """Whether the model, which goes on greedily from the changed stream, does what each edit asks for, bool [edits]: it
-    goes the wanted way, or never crosses the edge that is removed."""
-    positions = PER_CONNECTION * (edits.place + 1)
+def succeeded(
+    maze: Maze, mazes: Mazes, site: Site, kind: Kind, edits: Edits, change: Change, semicolon: bool = True
+) -> Tensor:
+    """Whether the model, which goes on greedily from the stream that is changed at the `;` or the second cell of each
+    edit's connection, does what it asks for, bool [edits]: goes the wanted way, or never crosses the removed edge."""
+    positions = PER_CONNECTION * (edits.place + 1) - (0 if semicolon else 1)
 
     def patch(stream: Tensor) -> Tensor:
         there = torch.arange(len(stream), device=stream.device), positions.to(stream.device)

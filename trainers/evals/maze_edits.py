@@ -1,10 +1,11 @@
 """Whether a model solves mazes by the features of connections: edges added and removed through latents.
 
-For each edge some held-out mazes that the model solves; in each the stream at one `;` is changed, and the model goes on
-greedily (Spies et al. 2024). To add edge e, which would shorten the path, each latent f of e becomes what it is on
-average where e is told, x + sum_f (mean_f - z_f) W_dec[f] at a `;` drawn at random: a success is the path of the maze
-with e. To remove e, which the path crosses, z_f becomes 0 at the `;` of e: a success is a way that never crosses e. The
-latents of an edge are those that are large where its tree says yes (trees.py), chosen on held-out rows.
+For each edge some held-out mazes that the model solves; in each the stream is changed at one connection, and the model
+goes on greedily (Spies et al. 2024). To add edge e, which would shorten the path, each latent f of e becomes what it is
+on average where e is told, x + sum_f (mean_f - z_f) W_dec[f], at a connection drawn at random: a success is the path of
+the maze with e. To remove e, which the path crosses, z_f becomes 0 where e is told: a success is a way that never
+crosses e. The latents of an edge are those that are large where its tree says yes (trees.py), chosen on held-out rows.
+Changes are at the `;` of a connection or at its second cell, wherever the trees are better (mazes.py).
 
 | metric | what |
 |---|---|
@@ -14,9 +15,9 @@ latents of an edge are those that are large where its tree says yes (trees.py), 
 | `add_means`, `remove_means` | without an SAE: the mean of x where e is told, less the mean of x, added or taken away |
 | `add_tokens` | the connection as one more in the list that the model reads |
 | `asymmetry` | `add` - `remove` |
-| `solved`, `solved_x_hat` | share of mazes that the model solves, and that it solves with x_hat at every `;` |
+| `solved`, `solved_x_hat` | share of mazes that the model solves, and that it solves with x_hat at every row |
 
-Where x_hat at every `;` leads elsewhere, a maze is left out of all but the last row. Intervals are over mazes.
+Where x_hat leads elsewhere, a maze is left out of all but the last row. Intervals are over mazes.
 """
 
 from collections.abc import Callable, Iterator
@@ -43,9 +44,10 @@ from saescale.trainers.evals.maze_changes import (
     succeeded,
     told_as_tokens,
 )
-from saescale.trainers.evals.mazes import Told, find_connections, heldout_connections, latents_of, maze_of
+from saescale.trainers.evals.mazes import Told, better_place, find_connections, heldout_connections, latents_of, maze_of
 from saescale.trainers.exchange.trained import Trained
 from saescale.trainers.subjects.maze import Maze
+from saescale.trainers.subjects.maze_lattice import lattice
 from saescale.trainers.subjects.maze_mazes import Mazes
 from saescale.trainers.subjects.maze_tokens import SEMICOLON, answers, prompts
 from saescale.trainers.subjects.subject import Subject
@@ -59,14 +61,14 @@ metrics = {
     "solved_x_hat": Metric("higher", bounded=True),
 }
 
-MAZES, MAZES_SEED = 768, 1  # among which edges are sought that can be added or removed
-OF_EDGE = 8  # mazes for each edge, of each kind
+MAZES, MAZES_SEED = 512, 1  # among which edges are sought that can be added or removed
+OF_EDGE = 6  # mazes for each edge, of each kind
 KINDS: tuple[Kind, ...] = ("add", "remove")
 
 
 class Prepared(NamedTuple):
-    told: Told
-    means: Tensor  # float32 [edges, d_model]: the mean of x where an edge is told, less that of all rows
+    told: dict[str, Told]
+    means: dict[str, Tensor]  # float32 [edges, d_model]: the mean of x where an edge is told, less that of all rows
     mazes: Mazes
     solved: Tensor  # bool [mazes]
     edits: dict[Kind, Edits]
@@ -76,8 +78,10 @@ def prepare(source: Source, subject: Subject | None) -> Prepared:
     """Mazes, what can be changed in them, and which of them the model solves."""
     maze = maze_of(subject)
     told = heldout_connections(source, maze)
-    act, closed = told.act.float(), torch.from_numpy(told.closed).float()
-    means = closed.T @ act / closed.sum(dim=0)[:, None] - act.mean(dim=0)
+    means = {}
+    for place, each in told.items():
+        act, edge = each.act.float(), torch.from_numpy(each.edge).float()
+        means[place] = edge.T @ act / edge.sum(dim=0)[:, None] - act.mean(dim=0)
     mazes = Mazes(*map(torch.cat, zip(*maze.heldout_mazes(MAZES, MAZES_SEED, MAZES), strict=True)))
     solved = (maze.rollout(prompts(mazes)) == answers(mazes)).all(dim=1)
     if not solved.any():
@@ -89,7 +93,7 @@ def prepare(source: Source, subject: Subject | None) -> Prepared:
 
 
 def measure(trained: Trained, source: Source, subject: Subject | None, prepared: Prepared) -> Iterator[Measurement]:
-    maze, mazes, told = maze_of(subject), prepared.mazes, prepared.told
+    maze, mazes = maze_of(subject), prepared.mazes
     site = Site(layer=source.site.layer, positions=source.site.positions)
     through = _solved_through(trained, maze, mazes, site)
     for name, each in (("solved", prepared.solved), ("solved_x_hat", through)):
@@ -97,31 +101,34 @@ def measure(trained: Trained, source: Source, subject: Subject | None, prepared:
     kept = prepared.solved & through
     if not kept.any():
         raise SaescaleError("no maze is solved with x_hat in place of x, so there is no way that latents could change")
-    latents = EdgeLatents(trained, told)
+    latents = EdgeLatents(trained, prepared.told)
     edits = {kind: few_of_each_edge(each.those(kept[each.maze]), OF_EDGE) for kind, each in prepared.edits.items()}
     done: dict[str, np.ndarray] = {}
+    grid = lattice(maze.size)
     for kind in KINDS:
         there = edits[kind]
         changes = {
             kind: latents.change(kind, there),
             f"{kind}_random": latents.random_change(kind, there),
-            f"{kind}_means": _constant(prepared.means[there.edge] * (1 if kind == "add" else -1)),
+            f"{kind}_means": _constant(prepared.means[latents.place][there.edge] * (1 if kind == "add" else -1)),
         }
         for name, change in changes.items():
-            done[name] = succeeded(maze, mazes, site, kind, there, change).numpy()
+            done[name] = succeeded(maze, mazes, site, kind, there, change, latents.place == "semicolon").numpy()
         for edge in np.unique(there.edge):
             of_edge = done[kind][there.edge.numpy() == edge].astype(np.float64)
-            yield Measurement(kind, *mean_of(of_edge), at=told.grid.name(edge), n=len(of_edge), seed=SEED)
+            yield Measurement(kind, *mean_of(of_edge), at=grid.name(edge), n=len(of_edge), seed=SEED)
     done["add_tokens"] = told_as_tokens(maze, mazes, edits["add"]).numpy()
     yield from _shares(done, edits)
 
 
 def _solved_through(trained: Trained, maze: Maze, mazes: Mazes, site: Site) -> Tensor:
-    """Which mazes are solved with x_hat at every `;`, bool [mazes]."""
+    """Which mazes are solved with x_hat at every row, bool [mazes]."""
     ids = prompts(mazes)
+    row = ids == SEMICOLON
+    row |= row.roll(-1, dims=1)
 
     def patch(stream: Tensor) -> Tensor:
-        there = (ids == SEMICOLON).to(stream.device)
+        there = row.to(stream.device)
         return stream.index_put((there,), trained.reconstruct(stream[there]).to(stream))
 
     return (maze.rollout(ids, {site: patch}) == answers(mazes)).all(dim=1)
@@ -135,14 +142,17 @@ class EdgeLatents:
     """The latents of each edge, and the changes of x that they make. x is changed in the space of raw activations: rows
     as the SAE sees them are scaled back to their norms."""
 
-    def __init__(self, trained: Trained, told: Told) -> None:
+    def __init__(self, trained: Trained, told: dict[str, Told]) -> None:
         self._trained, self._W = trained, decoder(trained)
-        latents = latents_of(trained, told.act)
-        self._means = torch.from_numpy(np.stack([latents[closed].mean(axis=0) for closed in told.closed.T]))
+        latents = {place: latents_of(trained, each.act) for place, each in told.items()}
+        found = {place: find_connections(told[place], latents[place]) for place in told}
+        self.place = better_place(found)
+        there = latents[self.place]
+        self._means = torch.from_numpy(np.stack([there[edge].mean(axis=0) for edge in told[self.place].edge.T]))
         self._own = torch.zeros(self._means.shape)  # [edges, n_latents], 1 where a latent is one of an edge
-        for edge, tree in enumerate(find_connections(told, latents).trees):
+        for edge, tree in enumerate(found[self.place].trees):
             self._own[edge, list(tree.signs())] = 1
-        self._alive = torch.from_numpy((latents != 0).any(axis=0))
+        self._alive = torch.from_numpy((there != 0).any(axis=0))
 
     def change(self, kind: Kind, edits: Edits) -> Change:
         """Latents of the edge set to their mean where it is told, or to 0."""

@@ -1,20 +1,23 @@
 """Whether an SAE has features of the connections of a maze (Spies et al. 2024), beside what needs no SAE.
 
-At the `;` that ends a connection, does some latent tell which one it is, or a decision tree of depth two on several?
-Both are chosen on half of the held-out mazes ([trees.py](trees.py): the largest F1) and measured on the other half.
+A connection is known at its second cell and at the `;` behind it. Does some latent tell there which one it is, or a
+decision tree of depth two on several? Both are chosen on half of the held-out mazes (trees.py: the largest F1) and
+measured on the other half, at either place (`at`: "second", "semicolon"; after a colon: an edge). Without `at` it is the
+place where the trees of the first half are better: where a model puts what it knows is its own affair.
 
 | metric | what |
 |---|---|
-| `edges_found` | share of the edges of the lattice whose tree has an F1 of 0.9 or more: what is found |
-| `edges_single` | share of those that a single latent tells so |
-| `tree`, `single` | mean over edges of the F1 of the best tree and of the best latent; `at`: an edge |
+| `edges_found` | share of the edges of the lattice whose tree has an F1 of 0.9 or more |
+| `edges_single` | share of those whose best latent has |
+| `tree`, `single` | mean over edges of the F1 of the tree and of the best latent |
 | `..._channels` | the same of the coordinates of x, the residual stream |
 | `..._untrained` | of the coordinates of x of the same subject with random weights |
-| `..._always` | of one column that is always large: what single is read beside |
+| `single_always` | of one column that is always large: what `single` is read beside |
 | `signs` | mean number of latents that are large where a tree says yes: two where cells have latents of their own |
 """
 
 from collections.abc import Iterator
+from typing import NamedTuple
 
 import numpy as np
 
@@ -23,7 +26,16 @@ from saescale.storage.source import Source
 from saescale.trainers.evals.boards import streams_of_rows
 from saescale.trainers.evals.evaluation import Measurement, Need
 from saescale.trainers.evals.intervals import SEED, Sums, by_document
-from saescale.trainers.evals.mazes import Found, Told, find_connections, heldout_connections, latents_of, maze_of
+from saescale.trainers.evals.mazes import (
+    PLACES,
+    Found,
+    Told,
+    better_place,
+    find_connections,
+    heldout_connections,
+    latents_of,
+    maze_of,
+)
 from saescale.trainers.exchange.trained import Trained
 from saescale.trainers.preprocess import normalise
 from saescale.trainers.subjects.subject import Subject
@@ -39,47 +51,56 @@ metrics = {
 F1 = 0.9  # from which a connection is found
 
 
-class Prepared:
-    """Labels, and what the coordinates of the stream tell."""
-
-    def __init__(self, source: Source, subject: Subject | None) -> None:
-        maze = maze_of(subject)
-        self.told = heldout_connections(source, maze)
-        untrained = streams_of_rows(source, maze.untrained(), maze, len(self.told.act))
-        self.shared: list[Measurement] = []
-        for name, act in (("channels", self.told.act), ("untrained", untrained)):
-            columns = normalise(act).numpy()
-            self.shared += [
-                each._replace(metric=f"{each.metric}_{name}")
-                for each in measured(self.told, columns, find_connections(self.told, columns))
-                if not each.at
-            ]
-        share = self.told.closed.mean(axis=0)
-        self.shared.append(Measurement("single_always", float(np.mean(2 * share / (1 + share))), n=len(share)))
+class Prepared(NamedTuple):
+    told: dict[str, Told]
+    shared: list[Measurement]  # the same for all cells
 
 
 def prepare(source: Source, subject: Subject | None) -> Prepared:
-    return Prepared(source, subject)
+    """Labels, and what the coordinates of the stream tell."""
+    maze = maze_of(subject)
+    told = heldout_connections(source, maze)
+    number = 1 + max(int(each.rows.max()) for each in told.values())
+    untrained = normalise(streams_of_rows(source, maze.untrained(), maze, number)).numpy()
+    shared = []
+    for name, streams in (
+        ("channels", {place: normalise(each.act).numpy() for place, each in told.items()}),
+        ("untrained", {place: untrained[each.rows] for place, each in told.items()}),
+    ):
+        rows = [row for row in at_places(told, streams) if ":" not in row.at and row.metric != "signs"]
+        shared += [row._replace(metric=f"{row.metric}_{name}") for row in rows]
+    share = next(iter(told.values())).edge.mean(axis=0)
+    return Prepared(
+        told, [*shared, Measurement("single_always", float(np.mean(2 * share / (1 + share))), n=len(share))]
+    )
 
 
 def measure(trained: Trained, source: Source, subject: Subject | None, prepared: Prepared) -> Iterator[Measurement]:
-    told = prepared.told
-    latents = latents_of(trained, told.act)
-    found = find_connections(told, latents)
-    yield from measured(told, latents, found)
-    signs = [len(tree.signs()) for tree in found.trees]
-    yield Measurement("signs", float(np.mean(signs)), n=len(signs))
+    latents = {place: latents_of(trained, each.act) for place, each in prepared.told.items()}
+    yield from at_places(prepared.told, latents)
     yield from prepared.shared
+
+
+def at_places(told: dict[str, Told], columns: dict[str, np.ndarray]) -> Iterator[Measurement]:
+    """What columns [rows, any] tell at each place, and at the better one."""
+    found = {place: find_connections(told[place], columns[place]) for place in PLACES}
+    for place in PLACES:
+        rows = list(measured(told[place], columns[place], found[place]))
+        yield from (row._replace(at=f"{place}:{row.at}" if row.at else place) for row in rows)
+        if place == better_place(found):
+            yield from (row for row in rows if not row.at)
 
 
 def measured(told: Told, columns: np.ndarray, found: Found) -> Iterator[Measurement]:
     """What was found by `columns` [rows, any], on the second half."""
-    columns, truth = columns[~told.first], told.closed[~told.first]
+    columns, truth = columns[~told.first], told.edge[~told.first]
     ways = {
         "single": np.stack([split.of(columns) for split in found.single.split], axis=1),
         "tree": np.stack([tree.of(columns) for tree in found.trees], axis=1),
     }
     doc, edges = told.doc[~told.first], range(told.grid.n_edges)
+    signs = [len(tree.signs()) for tree in found.trees]
+    yield Measurement("signs", float(np.mean(signs)), n=len(signs))
     for way, said in ways.items():
         sums: dict[str, np.ndarray] = {}
         for edge in edges:

@@ -62,7 +62,7 @@ class Settings(BaseModel):
 
 class Maze(OwnModel):
     """A model of random mazes of `size` x `size` cells. Its sequences are a list of connections, origin, target and the
-    path without <PATH_END>; their rows are the semicolons behind connections (Spies et al. 2024)."""
+    path without <PATH_END>; their rows are where a connection is known: its second cell, and the `;` behind it."""
 
     labels = LABELS
 
@@ -75,7 +75,8 @@ class Maze(OwnModel):
         for drawn in mazes_of_split(self.size, split, seed):
             tokens = torch.cat([prompts(drawn.mazes), answers(drawn.mazes)], dim=1).numpy().astype(np.int32)
             for maze, length in zip(tokens, (tokens != PAD).sum(axis=1) - 1, strict=True):
-                yield Sequence(maze[:length], keep=maze[:length] == SEMICOLON)
+                end = maze[:length] == SEMICOLON
+                yield Sequence(maze[:length], keep=end | np.roll(end, -1))
 
     def label(self, ids: np.ndarray) -> dict[str, np.ndarray]:
         """See maze_labels.py. Raises SaescaleError where `ids` are no mazes of this size."""

@@ -2,8 +2,8 @@
 
 | label | shape | what |
 |---|---|---|
-| `closed` | [..., edges] bool | the edge whose connection this `;` ends: one of them at a `;`, none elsewhere |
-| `listed` | [..., edges] bool | the connections that were told so far, up to this `;` |
+| `told` | [..., edges] bool | at the second cell of a connection and the `;` behind it, its edge; none elsewhere |
+| `listed` | [..., edges] bool | the connections that were told so far |
 | `origin`, `target` | [...] int8 | the cell; NOWHERE before it was told |
 | `kind` | [...] int8 | what stands here, of KINDS |
 
@@ -19,7 +19,6 @@ from saescale.trainers.subjects.maze_tokens import (
     FIRST_CELL,
     ORIGIN_START,
     PATH_START,
-    PER_CONNECTION,
     SEMICOLON,
     TARGET_START,
     vocabulary,
@@ -27,7 +26,7 @@ from saescale.trainers.subjects.maze_tokens import (
 
 KINDS = ("marker", "first", "connector", "second", "semicolon", "origin", "target", "path")
 MARKER, FIRST, CONNECTION, SECOND, END, ORIGIN, TARGET, PATH = range(len(KINDS))
-LABELS = ("closed", "listed", "origin", "target", "kind")
+LABELS = ("told", "listed", "origin", "target", "kind")
 
 
 def labels_of_tokens(size: int, ids: np.ndarray) -> dict[str, np.ndarray]:
@@ -44,23 +43,21 @@ def labels_of_tokens(size: int, ids: np.ndarray) -> dict[str, np.ndarray]:
             f"{vocabulary(size)}"
         )
     end, cell = ids == SEMICOLON, ids >= FIRST_CELL
-    there = np.zeros((*ids.shape, grid.n_edges + 1), bool)
-    edge = np.full(ids.shape, grid.n_edges)
-    if ids.shape[1] >= PER_CONNECTION:
-        first, second = (np.where(cell, ids - FIRST_CELL, 0)[:, start : ids.shape[1] - 3 + start] for start in (0, 2))
-        told = end[:, 3:] & cell[:, :-3] & (ids[:, 1:-2] == CONNECTOR) & cell[:, 2:-1]
-        edge[:, 3:] = np.where(told, grid.edge.numpy()[first, second], grid.n_edges)
+    edge = np.full(ids.shape, grid.n_edges)  # none
+    complete = cell[:, :-2] & (ids[:, 1:-1] == CONNECTOR) & cell[:, 2:]
+    number = np.where(cell, ids - FIRST_CELL, 0)
+    edge[:, 2:] = np.where(complete, grid.edge.numpy()[number[:, :-2], number[:, 2:]], grid.n_edges)
+    edge[:, 1:] = np.where(end[:, 1:], edge[:, :-1], edge[:, 1:])
     if (wrong := end & (edge == grid.n_edges)).any():
         maze, place = (int(each[0]) for each in wrong.nonzero())
         raise SaescaleError(
             f"maze {maze} is none of {size}x{size}: the `;` at position {place} ends no connection of two neighbours "
             f"(tokens {ids[maze, max(0, place - 3) : place + 1].tolist()})"
         )
-    np.put_along_axis(there, edge[..., None], True, axis=2)
-    closed = there[..., :-1]
+    told = edge[..., None] == np.arange(grid.n_edges)
     return {
-        "closed": closed,
-        "listed": np.logical_or.accumulate(closed, axis=1),
+        "told": told,
+        "listed": np.logical_or.accumulate(told, axis=1),
         "origin": _from_here_on(ids, ORIGIN_START),
         "target": _from_here_on(ids, TARGET_START),
         "kind": _kinds(ids, cell),

@@ -34,7 +34,11 @@ class OwnModel(Transformer):
 def gpt2_config(
     vocabulary: int, positions: int, n_layers: int, d_model: int, n_heads: int, d_mlp: int | None = None
 ) -> GPT2Config:
-    """Learned positions; without dropout, and with an LM head of its own."""
+    """Learned positions; without dropout, and with an LM head of its own.
+
+    Raises SaescaleError where the heads do not share d_model evenly.
+    """
+    _check_heads(d_model, n_heads)
     return GPT2Config(
         vocab_size=vocabulary,
         n_positions=positions,
@@ -54,7 +58,16 @@ def gpt2_config(
 
 
 def llama_config(vocabulary: int, positions: int, n_layers: int, d_model: int, n_heads: int) -> LlamaConfig:
-    """Rotary positions; the gated MLP has as many weights as that of a GPT-2."""
+    """Rotary positions; the gated MLP has as many weights as that of a GPT-2.
+
+    Raises SaescaleError where the heads do not share d_model evenly, or in odd parts.
+    """
+    _check_heads(d_model, n_heads)
+    if d_model // n_heads % 2:
+        raise SaescaleError(
+            f"d_model {d_model} gives each of {n_heads} heads {d_model // n_heads} dimensions, and rotary positions "
+            f"turn pairs of them; take a multiple of {2 * n_heads}"
+        )
     return LlamaConfig(
         vocab_size=vocabulary,
         max_position_embeddings=positions,
@@ -70,19 +83,13 @@ def llama_config(vocabulary: int, positions: int, n_layers: int, d_model: int, n
     )
 
 
-def blank_model(config: GPT2Config | LlamaConfig, seed: int) -> Any:
-    """A model with random weights, in float32.
-
-    Raises SaescaleError where the heads do not share d_model evenly, or, with rotary positions, in odd parts.
-    """
-    d_model, n_heads = config.hidden_size, config.num_attention_heads
+def _check_heads(d_model: int, n_heads: int) -> None:
     if d_model % n_heads:
         raise SaescaleError(f"d_model {d_model} cannot be shared by {n_heads} heads; take a multiple")
-    if isinstance(config, LlamaConfig) and d_model // n_heads % 2:
-        raise SaescaleError(
-            f"d_model {d_model} gives each of {n_heads} heads {d_model // n_heads} dimensions, and rotary positions "
-            f"turn pairs of them; take a multiple of {2 * n_heads}"
-        )
+
+
+def blank_model(config: GPT2Config | LlamaConfig, seed: int) -> Any:
+    """A model with random weights, in float32."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return (LlamaForCausalLM if isinstance(config, LlamaConfig) else GPT2LMHeadModel)(config)

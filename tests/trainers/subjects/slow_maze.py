@@ -38,7 +38,7 @@ class Read:
     """What is known at a word."""
 
     kind: str
-    closed: set[int] = field(default_factory=set)
+    told: set[int] = field(default_factory=set)
     listed: set[int] = field(default_factory=set)
     origin: int = -1
     target: int = -1
@@ -58,16 +58,17 @@ def read(size: int, text: list[str]) -> list[Read]:
     origin = target = -1
     part = "connections"
     for place, word in enumerate(text):
-        closed: set[int] = set()
+        told: set[int] = set()
         kind = "marker"
         cell = int(word[1]) * size + int(word[3]) if word[0] == "(" else -1
+        if part == "connections" and text[place - 1] == "<-->":
+            pair = (text[place - 2], word)
+            told = {numbers[frozenset(int(w[1]) * size + int(w[3]) for w in pair)]}
+            listed = listed | told
         if word == "<-->":
             kind = "connector"
         elif word == ";":
-            kind = "semicolon"
-            first, second = (int(w[1]) * size + int(w[3]) for w in (text[place - 3], text[place - 1]))
-            closed = {numbers[frozenset({first, second})]}
-            listed = listed | closed
+            kind, told = "semicolon", found[-1].told
         elif cell >= 0 and part == "origin":
             kind, origin = "origin", cell
         elif cell >= 0 and part == "target":
@@ -77,5 +78,5 @@ def read(size: int, text: list[str]) -> list[Read]:
         elif cell >= 0:
             kind = "second" if text[place - 1] == "<-->" else "first"
         part = {"<ORIGIN_START>": "origin", "<TARGET_START>": "target", "<PATH_START>": "path"}.get(word, part)
-        found.append(Read(kind, closed, set(listed), origin, target))
+        found.append(Read(kind, told, set(listed), origin, target))
     return found
