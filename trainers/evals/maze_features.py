@@ -2,8 +2,8 @@
 
 A connection is known at its second cell and at the `;` behind it. Does some latent tell there which one it is, or a
 decision tree of depth two on several? Both are chosen on half of the held-out mazes (trees.py: the largest F1) and
-measured on the other half, at either place (`at`: "second", "semicolon"; after a colon: an edge). Without `at` it is the
-place where the trees of the first half are better: where a model puts what it knows is its own affair.
+measured on the other half, at either place (`at`: "second", "semicolon"; after a colon: an edge). Without `at` it is
+the place where the trees of the first half are better: where a model puts what it knows is its own affair.
 
 | metric | what |
 |---|---|
@@ -69,10 +69,9 @@ def prepare(source: Source, subject: Subject | None) -> Prepared:
     ):
         rows = [row for row in at_places(told, streams) if ":" not in row.at and row.metric != "signs"]
         shared += [row._replace(metric=f"{row.metric}_{name}") for row in rows]
-    share = next(iter(told.values())).edge.mean(axis=0)
-    return Prepared(
-        told, [*shared, Measurement("single_always", float(np.mean(2 * share / (1 + share))), n=len(share))]
-    )
+    share = told[PLACES[0]].edge.mean(axis=0)
+    shared.append(Measurement("single_always", float(np.mean(2 * share / (1 + share))), n=len(share)))
+    return Prepared(told, shared)
 
 
 def measure(trained: Trained, source: Source, subject: Subject | None, prepared: Prepared) -> Iterator[Measurement]:

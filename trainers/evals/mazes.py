@@ -71,8 +71,8 @@ def heldout_connections(source: Source, subject: Subject | None) -> dict[str, To
 
 
 class Found(NamedTuple):
-    """For each edge the single column that tells it best, and the best tree of depth two; `f1` is the mean of the trees'
-    F1 on the half that they were chosen on."""
+    """For each edge the single column that tells it best, and the best tree of depth two; `f1` is the mean of the F1 of
+    the trees on the half that they were chosen on."""
 
     single: Single
     trees: list[Tree]
