@@ -23,7 +23,6 @@ import numpy as np
 
 from saescale.scaling.metrics import Metric
 from saescale.storage.source import Source
-from saescale.trainers.evals.boards import streams_of_rows
 from saescale.trainers.evals.evaluation import Measurement, Need
 from saescale.trainers.evals.intervals import SEED, Sums, by_document
 from saescale.trainers.evals.mazes import (
@@ -36,6 +35,7 @@ from saescale.trainers.evals.mazes import (
     latents_of,
     maze_of,
 )
+from saescale.trainers.evals.streams import streams_of_rows
 from saescale.trainers.exchange.trained import Trained
 from saescale.trainers.preprocess import normalise
 from saescale.trainers.subjects.subject import Subject

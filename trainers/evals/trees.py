@@ -37,9 +37,10 @@ class Tree(NamedTuple):
         return np.where(self.root.of(x), said[1], said[0])
 
     def signs(self) -> tuple[int, ...]:
-        """The columns that are large where it says yes: of the root where a leaf above it does, and of the splits whose
-        leaf above does and whose leaf below doesn't."""
-        found = [self.root.column] if any(self.sides[1][1]) and not any(self.sides[0][1]) else []
+        """The columns that are large where it says yes: of the root where only leaves above it do, or all of these, and
+        of the splits whose leaf above does and whose leaf below doesn't."""
+        below, above = (leaves for _, leaves in self.sides)
+        found = [self.root.column] if (any(above) and not any(below)) or (all(above) and not all(below)) else []
         found += [split.column for split, leaves in self.sides if leaves == (False, True)]
         return tuple(dict.fromkeys(found))
 

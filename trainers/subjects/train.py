@@ -147,7 +147,7 @@ def _take_weights(subject: Any, name: str, folder: str) -> str:
         subject.model.load_state_dict(found.model.state_dict())
     except RuntimeError as error:
         raise SaescaleError(
-            f"--start {folder} is a {name} of another shape than is asked for; give the --set that it was trained with"
+            f"--start {folder} has another shape than the {name} that is asked for; give the --set of its training"
         ) from error
     return str(found.fingerprint)
 
@@ -173,7 +173,9 @@ def _there(out: Path, record: dict[str, Any]) -> dict[str, Any] | None:
             ) from None
         return None
     differing = [
-        f"{key} is {found.get(key)!r} there, {value!r} here" for key, value in record.items() if found.get(key) != value
+        f"{key} is {found.get(key)!r} there, {record.get(key)!r} here"
+        for key in dict.fromkeys([*record, "start"])
+        if found.get(key) != record.get(key)
     ]
     if differing:
         raise SaescaleError(

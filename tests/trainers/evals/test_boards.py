@@ -14,10 +14,11 @@ from saescale.storage.store import ActivationStore
 from saescale.trainers.cell import Cell, EvalSpec
 from saescale.trainers.evals.board_probe import probe
 from saescale.trainers.evals.board_recovery import recovered
-from saescale.trainers.evals.boards import Boards, heldout_boards, streams_of_rows
+from saescale.trainers.evals.boards import Boards, heldout_boards
 from saescale.trainers.evals.detectors import Active
 from saescale.trainers.evals.evaluation import Measurement
 from saescale.trainers.evals.run import evaluate_run
+from saescale.trainers.evals.streams import streams_of_rows
 from saescale.trainers.harvest.conduct import harvest
 from saescale.trainers.harvest.spec import HarvestSpec
 from saescale.trainers.subjects.othello import Othello

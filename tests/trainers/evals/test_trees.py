@@ -39,16 +39,17 @@ def test_no_tree_is_better_than_the_one_that_is_found(seed: int) -> None:
 def test_two_columns_that_are_large_together_are_found_where_none_tells_it_alone() -> None:
     rng = np.random.default_rng(0)
     x = np.where(rng.random((3_000, 40)) < 0.2, rng.random((3_000, 40)) + 1, 0).astype(np.float32)
-    truths = np.stack([(x[:, 7] > 0) & (x[:, 30] > 0), x[:, 3] > 0, (x[:, 5] > 0) & (x[:, 6] == 0)], axis=1)
+    truths = np.stack([(x[:, 7] > 0) & (x[:, 30] > 0), x[:, 3] > 0, (x[:, 5] > 0) & (x[:, 6] == 0),
+                       (x[:, 1] > 0) | (x[:, 2] > 0)], axis=1)  # fmt: skip
     splits = Splits(x, truths)
-    single, trees = splits.single(), [splits.tree(truth) for truth in range(3)]
-    assert [f1(tree.of(x), truth) for tree, truth in zip(trees, truths.T, strict=True)] == [1, 1, 1]
+    single, trees = splits.single(), [splits.tree(truth) for truth in range(4)]
+    assert [f1(tree.of(x), truth) for tree, truth in zip(trees, truths.T, strict=True)] == [1, 1, 1, 1]
     assert single.split[1].column == 3
     assert single.f1[1] == 1
     assert single.f1[0] < 0.5
     for number, split in enumerate(single.split):
         assert f1(split.of(x), truths[:, number]) == pytest.approx(float(single.f1[number]))
-    assert [set(tree.signs()) for tree in trees] == [{7, 30}, {3}, {5}]
+    assert [set(tree.signs()) for tree in trees] == [{7, 30}, {3}, {5}, {1, 2}]
 
 
 def test_columns_that_know_nothing_tell_little_of_other_rows() -> None:
