@@ -1,6 +1,8 @@
 """The subject maze: what it reads, its labels held to slow code, its rollouts, and what is none of its models."""
 
+import json
 from collections import Counter
+from importlib.resources import files
 from itertools import combinations, islice
 from pathlib import Path
 
@@ -239,6 +241,22 @@ def test_a_random_one_is_of_the_same_shape_and_always_the_same(folder: Path, sub
     first, second = (get_subject(f"maze-random:{folder}", dtype="float32") for _ in range(2))
     assert first.fingerprint == second.fingerprint != subject.fingerprint
     assert (first.n_layers, first.d_model) == (subject.n_layers, subject.d_model)
+
+
+def test_the_shipped_one_is_the_one_whose_training_is_noted_and_solves_mazes() -> None:
+    shipped = files("saescale.shipped") / "maze-5x5"
+    record = json.loads((shipped / "training.json").read_text())
+    assert (shipped / "model.safetensors").stat().st_size < 2_000_000  # type: ignore[attr-defined]
+    subject = get_subject("maze", dtype="float32")
+    assert isinstance(subject, Maze)
+    assert (subject.fingerprint, subject.size) == (record["fingerprint"], record["settings"]["grid"])
+    found = subject.score(200)["solved"]
+    assert found == pytest.approx(record["score"]["solved"], abs=0.12)
+    assert found > 0.4
+    mazes = next(subject.heldout_mazes(64, 0, 64))
+    rollouts = (subject.rollout(prompts(mazes)) == answers(mazes)).all(dim=1)
+    assert float(rollouts.float().mean()) == pytest.approx(subject.score(64)["solved"])
+    assert get_subject("maze-random", dtype="float32").score(64)["solved"] == 0  # type: ignore[attr-defined]
 
 
 def test_what_is_no_model_of_mazes_is_one_line(tmp_path: Path) -> None:
