@@ -11,7 +11,8 @@ the place where the trees of the first half are better: where a model puts what 
 | `edges_single` | share of those whose best latent has |
 | `tree`, `single` | mean over edges of the F1 of the tree and of the best latent |
 | `..._channels` | the same of the coordinates of x, the residual stream |
-| `..._untrained` | of the coordinates of x of the same subject with random weights |
+| `..._probe` | of the outputs of linear probes on x, one for each edge, which were told the edges (ridge regression) |
+| `..._untrained`, `..._probe_untrained` | both of the same subject with random weights |
 | `single_always` | of one column that is always large: what `single` is read beside |
 | `signs` | mean number of latents that are large where a tree says yes: two where cells have latents of their own |
 """
@@ -49,6 +50,7 @@ metrics = {
 }
 
 F1 = 0.9  # from which a connection is found
+RIDGE = 1e-3  # of the mean variance of the columns
 
 
 class Prepared(NamedTuple):
@@ -62,10 +64,14 @@ def prepare(source: Source, subject: Subject | None) -> Prepared:
     told = heldout_connections(source, maze)
     number = 1 + max(int(each.rows.max()) for each in told.values())
     untrained = normalise(streams_of_rows(source, maze.untrained(), maze, number)).numpy()
+    x = {place: normalise(each.act).numpy() for place, each in told.items()}
+    x_untrained = {place: untrained[each.rows] for place, each in told.items()}
     shared = []
     for name, streams in (
-        ("channels", {place: normalise(each.act).numpy() for place, each in told.items()}),
-        ("untrained", {place: untrained[each.rows] for place, each in told.items()}),
+        ("channels", x),
+        ("probe", {place: probed(told[place], rows) for place, rows in x.items()}),
+        ("untrained", x_untrained),
+        ("probe_untrained", {place: probed(told[place], rows) for place, rows in x_untrained.items()}),
     ):
         rows = [row for row in at_places(told, streams) if ":" not in row.at and row.metric != "signs"]
         shared += [row._replace(metric=f"{row.metric}_{name}") for row in rows]
@@ -78,6 +84,15 @@ def measure(trained: Trained, source: Source, subject: Subject | None, prepared:
     latents = {place: latents_of(trained, each.act) for place, each in prepared.told.items()}
     yield from at_places(prepared.told, latents)
     yield from prepared.shared
+
+
+def probed(told: Told, columns: np.ndarray) -> np.ndarray:
+    """What ridge regressions onto the edges, fitted on the first half, say of every row, float32 [rows, edges]."""
+    x = columns.astype(np.float64) - columns[told.first].mean(axis=0)
+    fitted, truth = x[told.first], told.edge[told.first].astype(np.float64)
+    gram = fitted.T @ fitted + RIDGE * np.trace(fitted.T @ fitted) / x.shape[1] * np.eye(x.shape[1])
+    found: np.ndarray = x @ np.linalg.solve(gram, fitted.T @ (truth - truth.mean(axis=0)))
+    return found.astype(np.float32)
 
 
 def at_places(told: dict[str, Told], columns: dict[str, np.ndarray]) -> Iterator[Measurement]:

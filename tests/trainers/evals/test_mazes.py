@@ -23,7 +23,7 @@ from saescale.trainers.evals.maze_changes import (
     told_as_tokens,
 )
 from saescale.trainers.evals.maze_edits import EdgeLatents
-from saescale.trainers.evals.maze_features import at_places
+from saescale.trainers.evals.maze_features import at_places, probed
 from saescale.trainers.evals.maze_heads import attention_to_cells
 from saescale.trainers.evals.mazes import PLACES, Told, heldout_connections
 from saescale.trainers.evals.run import evaluate_run
@@ -95,6 +95,19 @@ def test_latents_that_are_edges_are_found_alone_and_those_that_are_cells_togethe
     assert 0.4 < of_cells["single", ""] < 0.9
     assert of_nothing["edges_found", ""] == of_nothing["edges_single", ""] == 0
     assert of_nothing["tree", ""] < 0.3
+
+
+def test_linear_probes_read_edges_that_directions_have(told: dict[str, Told]) -> None:
+    """Twelve directions in sixteen dimensions, so that no coordinate is an edge's, with noise."""
+    rng = np.random.default_rng(3)
+    mixed = np.linalg.qr(rng.standard_normal((16, 16)))[0][:EDGES]
+    x = {place: each.edge @ mixed + 0.15 * rng.standard_normal((len(each.edge), 16)) for place, each in told.items()}
+    rows = found(told, {place: probed(told[place], columns) for place, columns in x.items()})
+    assert rows["edges_single", ""] == 1
+    assert found(told, x)["edges_single", ""] < 0.3
+    noise = {place: rng.standard_normal((len(each.edge), 16)) for place, each in told.items()}
+    rows = found(told, {place: probed(told[place], columns) for place, columns in noise.items()})
+    assert rows["edges_single", ""] == 0
 
 
 def test_the_place_where_connections_are_told_better_is_that_of_the_cell(told: dict[str, Told]) -> None:
@@ -267,7 +280,9 @@ def test_a_trained_cell_is_measured_beside_what_needs_no_sae(
     assert any("solves none of 512 mazes" in line for line in done.why)
     rows = pq.read_table(tmp_path / "run" / "evals.parquet").to_pylist()
     values = {(row["metric"], row["at"]): row for row in rows}
-    for name in ("tree", "single", "edges_found", "tree_channels", "tree_untrained", "score", "score_untrained"):
+    of = ("", "_channels", "_probe", "_untrained", "_probe_untrained")
+    asked = [f"{way}{each}" for each in of for way in ("tree", "single", "edges_found")]
+    for name in [*asked, "score", "score_untrained"]:
         assert 0 <= values[name, ""]["value"] <= 1
     assert values["tree", ""]["low"] <= values["tree", ""]["value"] <= values["tree", ""]["high"]
     assert len([at for metric, at in values if metric == "tree" and ":" in at]) == 2 * EDGES
