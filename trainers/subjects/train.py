@@ -96,7 +96,7 @@ def train_subject(spec: TrainingSpec, progress: Progress | None = None) -> dict[
     files.write_atomic(str(out / TRAINING), _text(record))
     pupil = _Pupil(subject, spec, progress or (lambda done, total, rate, words: None))
     last = out / CHECKPOINTS / "last.ckpt"
-    trainer = _trainer(spec, out / CHECKPOINTS, pupil.device)
+    trainer = _trainer(spec, out / CHECKPOINTS, subject.model.device)  # Lightning takes the pupil's for the CPU
     try:
         trainer.fit(pupil, pupil.data(), ckpt_path=str(last) if last.is_file() else None, weights_only=True)
     except SystemExit as end:  # how Lightning ends when it is interrupted
