@@ -40,7 +40,7 @@ def edits_to_add(size: int, mazes: Mazes) -> Edits:
     shorter = (path >= 0).sum(dim=1) < (mazes.path[maze] >= 0).sum(dim=1)
     draw = torch.Generator().manual_seed(SEED)
     place = torch.randint(mazes.listed.shape[1], (len(maze),), generator=draw)
-    return Edits(maze, edge, place, answers(mazes[maze]._replace(path=path))).those(shorter)
+    return Edits(maze, edge, place, answers(mazes.those(maze)._replace(path=path))).those(shorter)
 
 
 def edits_to_remove(size: int, mazes: Mazes) -> Edits:
@@ -70,7 +70,7 @@ def succeeded(
         there = torch.arange(len(stream), device=stream.device), positions.to(stream.device)
         return stream.index_put(there, stream[there] + change(stream[there]).to(stream))
 
-    said = maze.rollout(prompts(mazes[edits.maze]), {site: patch})
+    said = maze.rollout(prompts(mazes.those(edits.maze)), {site: patch})
     if kind == "add":
         return (said == edits.wanted).all(dim=1)
     cells = torch.where(said >= FIRST_CELL, said - FIRST_CELL, NOWHERE)
@@ -80,7 +80,7 @@ def succeeded(
 def told_as_tokens(maze: Maze, mazes: Mazes, edits: Edits) -> Tensor:
     """Whether the model goes the wanted way where the edge is one more connection of the list, behind that at the place
     of each edit, bool [edits]; never where it cannot read so long a list."""
-    with_it = mazes[edits.maze]
+    with_it = mazes.those(edits.maze)
     number, connections = with_it.listed.shape[:2]
     order = torch.cat([2 * torch.arange(connections)[None].expand(number, -1), 2 * edits.place[:, None] + 1], dim=1)
     ends = lattice(maze.size).ends[edits.edge]

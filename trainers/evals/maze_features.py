@@ -17,7 +17,8 @@ the place where the trees of the first half are better: where a model puts what 
 | `signs` | mean number of latents that are large where a tree says yes: two where cells have latents of their own |
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from typing import NamedTuple
 
 import numpy as np
@@ -121,19 +122,15 @@ def measured(told: Told, columns: np.ndarray, found: Found) -> Iterator[Measurem
             sums[f"both {edge}"] = said[:, edge] & truth[:, edge]
             sums[f"all {edge}"] = said[:, edge].astype(int) + truth[:, edge]
 
-        def f1(of: Sums, edge: int) -> np.ndarray:
-            return 2 * of[f"both {edge}"] / np.maximum(of[f"all {edge}"], 1)
-
-        def mean(of: Sums) -> np.ndarray:
-            return np.mean([f1(of, edge) for edge in edges], axis=0)
-
-        def share(of: Sums) -> np.ndarray:
-            return np.mean([f1(of, edge) >= F1 for edge in edges], axis=0)
-
-        statistics = {"": mean, "found": share} | {
-            told.grid.name(edge): lambda of, edge=edge: f1(of, edge)
-            for edge in edges  # type: ignore[misc]
+        statistics: dict[str, Callable[[Sums], np.ndarray]] = {
+            "": lambda of: np.asarray(np.mean([_f1(of, edge) for edge in edges], axis=0)),
+            "found": lambda of: np.asarray(np.mean([_f1(of, edge) >= F1 for edge in edges], axis=0)),
         }
+        statistics |= {told.grid.name(edge): partial(_f1, edge=edge) for edge in edges}
         for at, estimate in by_document(doc, sums, statistics).items():
             metric = ("edges_found" if way == "tree" else "edges_single") if at == "found" else way
             yield Measurement(metric, *estimate, at="" if at == "found" else at, n=len(doc), seed=SEED)
+
+
+def _f1(of: Sums, edge: int) -> np.ndarray:
+    return np.asarray(2 * of[f"both {edge}"] / np.maximum(of[f"all {edge}"], 1))

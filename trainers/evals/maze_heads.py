@@ -40,7 +40,7 @@ def prepare(source: Source, subject: Subject | None) -> list[Measurement]:
         both: dict[str, Estimate] = {}
         for layer, head in np.ndindex(next(iter(seen.values())).shape[1:]):
             at = f"{layer}.{head}"
-            both[at] = mean_of(sum(each[:, layer, head] for each in seen.values()))  # type: ignore[arg-type]
+            both[at] = mean_of(np.sum([each[:, layer, head] for each in seen.values()], axis=0))
             found.append(Measurement(f"score{name}", *both[at], at=at, n=MAZES, seed=SEED))
             if not name:
                 parts = {way: mean_of(each[:, layer, head]) for way, each in seen.items()}

@@ -116,7 +116,8 @@ def best_tree(splits: list[Split], above: np.ndarray, truth: np.ndarray, f1: flo
         place = worth.argmax(axis=2)  # the split on either side of each root
         root = int(worth.max(axis=2).sum(axis=0).argmax())
         sides = [(int(place[side, root]), gain[side, :, root, place[side, root]] > 0) for side in (0, 1)]
-        found = Tree(splits[root], tuple((splits[i], (bool(leaf[0]), bool(leaf[1]))) for i, leaf in sides))  # type: ignore[arg-type]
+        below, over = ((splits[number], (bool(leaf[0]), bool(leaf[1]))) for number, leaf in sides)
+        found = Tree(splits[root], (below, over))
         said = np.where(above[:, root], *(_said(above, *sides[side]) for side in (1, 0)))
         reached = 2 * (said & truth).sum() / max(said.sum() + n_yes, 1)
         if best is not None and reached <= f1:

@@ -146,7 +146,7 @@ class Maze(OwnModel):
         """The first held-out mazes of a seed, some at a time."""
         for drawn in mazes_of_split(self.size, "heldout", seed):
             for some in torch.arange(min(number, len(drawn.numbers))).split(at_a_time):
-                yield drawn.mazes[some]
+                yield drawn.mazes.those(some)
             number -= len(drawn.numbers)
             if number <= 0:
                 return

@@ -31,8 +31,9 @@ class Mazes(NamedTuple):
     target: Tensor
     path: Tensor
 
-    def __getitem__(self, which: Tensor) -> "Mazes":  # type: ignore[override]
-        return Mazes(*(part[which] for part in self._asdict().values()))
+    def those(self, which: Tensor) -> "Mazes":
+        """Some of them, by their places or bool [mazes]."""
+        return Mazes(*(part[which] for part in self))
 
 
 def random_mazes(size: int, seed: int, numbers: Tensor) -> Mazes:
@@ -104,7 +105,7 @@ def mazes_of_split(
         numbers = torch.arange(first, first + at_a_time, device=device)
         mazes = random_mazes(size, seed, numbers)
         wanted = in_split(mazes.present, split)
-        yield Drawn(numbers[wanted], mazes[wanted])
+        yield Drawn(numbers[wanted], mazes.those(wanted))
         first += at_a_time
 
 
