@@ -40,7 +40,10 @@ CutDocuments = Annotated[
 
 def harvest(
     subject: Annotated[
-        str, typer.Argument(help="smollm2-135m, hf:<org>/<name>, hf:/path/to/folder, othello, dictionary or your own.")
+        str,
+        typer.Argument(
+            help="smollm2-135m, hf:<org>/<name>, hf:/path/to/folder, othello, maze, dictionary or your own."
+        ),
     ],
     out: Annotated[str, typer.Option(help="URL of the activation store to write; of --layers the folder of stores.")],
     layer: Annotated[int | None, typer.Option(help="The site is resid_post of this layer, counted from 0.")] = None,

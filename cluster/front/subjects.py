@@ -39,6 +39,9 @@ def train(
     batch: Annotated[int, typer.Option(help="Sequences of a step.", min=1)] = 64,
     lr: Annotated[float, typer.Option(help="Highest learning rate.")] = 2e-3,
     seed: Annotated[int, typer.Option(help="Of the first weights and the sequences.", min=0)] = 0,
+    start: Annotated[
+        str | None, typer.Option(help="The folder of a trained one to begin with, instead of random weights.")
+    ] = None,
     dtype: Annotated[str, typer.Option(help="Of the weights as written: float32, float16 or bfloat16.")] = "float32",
     set_: Annotated[
         list[str] | None, typer.Option("--set", help="A setting of the subject, as name=value; repeatable.")
@@ -51,7 +54,7 @@ def train(
     from saescale.trainers.subjects.train import TrainingSpec, checked, train_subject
 
     given = {"subject": subject, "out": out, "settings": _settings(set_ or []), "sequences": sequences, "batch": batch}
-    spec = checked(TrainingSpec, given | {"lr": lr, "seed": seed, "dtype": dtype}, "subject train")
+    spec = checked(TrainingSpec, given | {"lr": lr, "seed": seed, "start": start, "dtype": dtype}, "subject train")
     with display() as shown:
         record = train_subject(spec, shown.training)
     say(f"{out}: {_scores(record['score'])}")

@@ -1,14 +1,19 @@
-"""How many random games a second: CPU seconds of one thread, so that a busy machine counts little, or a GPU's own.
+"""How many random games, and mazes, a second: CPU seconds of one thread, so that a busy machine counts little, or a
+GPU's own.
 
 python -m tests.benchmarks.bench_games [--device cuda]
 """
 
 import argparse
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
+from torch import Tensor
 
+from saescale.trainers.subjects.maze_mazes import random_mazes
 from saescale.trainers.subjects.othello_board import SIZES
 from saescale.trainers.subjects.othello_games import random_games
 from tests.benchmarks.harness import machine, run, show_table, write_result
@@ -23,19 +28,25 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     clock = time.process_time if arguments.device == "cpu" else _of_gpu
-    boards = []
-    for size in SIZES[1:]:
-        rates = {}
-        for number in AT_A_TIME:
-            numbers = torch.arange(number, device=arguments.device)
-            random_games(size, 0, numbers[:16])
-            began = clock()
-            random_games(size, 1, numbers)
-            rates[number] = number / (clock() - began)
-        boards.append({"size": size, "games_per_s": rates})
-    rows = [[f"{b['size']}x{b['size']}", *(f"{rate:,.0f}" for rate in b["games_per_s"].values())] for b in boards]
-    show_table("random games a second, by how many at once", ["board", *(f"{n:,}" for n in AT_A_TIME)], rows)
-    written = write_result("games", {"machine": machine(), "device": arguments.device, "boards": boards}, arguments.out)
+    kinds: dict[str, tuple[Callable[[int, int, Tensor], object], tuple[int, ...]]] = {
+        "boards": (random_games, SIZES[1:]), "mazes": (random_mazes, (5, 7)),
+    }  # fmt: skip
+    measured: dict[str, list[dict[str, Any]]] = {}
+    rows = []
+    for kind, (draw, sizes) in kinds.items():
+        measured[kind] = []
+        for size in sizes:
+            rates = {}
+            for number in AT_A_TIME:
+                numbers = torch.arange(number, device=arguments.device)
+                draw(size, 0, numbers[:16])
+                began = clock()
+                draw(size, 1, numbers)
+                rates[number] = number / (clock() - began)
+            measured[kind].append({"size": size, "games_per_s": rates})
+            rows.append([f"{kind} {size}x{size}", *(f"{rate:,.0f}" for rate in rates.values())])
+    show_table("random games and mazes a second, by how many at once", ["", *(f"{n:,}" for n in AT_A_TIME)], rows)
+    written = write_result("games", {"machine": machine(), "device": arguments.device, **measured}, arguments.out)
     print(f"wrote {written}")
 
 

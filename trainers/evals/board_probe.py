@@ -22,9 +22,10 @@ from torch import Tensor
 
 from saescale.scaling.metrics import Metric
 from saescale.storage.source import Source
-from saescale.trainers.evals.boards import Boards, heldout_boards, othello_of, streams_of_rows
+from saescale.trainers.evals.boards import Boards, heldout_boards, othello_of
 from saescale.trainers.evals.evaluation import Measurement, Need
 from saescale.trainers.evals.intervals import SEED, Estimate, by_document, ratio
+from saescale.trainers.evals.streams import streams_of_rows
 from saescale.trainers.exchange.trained import Trained
 from saescale.trainers.subjects.othello_labels import TILES
 from saescale.trainers.subjects.subject import Subject

@@ -30,7 +30,7 @@ import numpy as np
 
 from saescale.scaling.metrics import Metric
 from saescale.storage.source import Source
-from saescale.trainers.evals.boards import Boards, heldout_boards, of_rows, othello_of, streams_of_rows
+from saescale.trainers.evals.boards import Boards, heldout_boards, othello_of
 from saescale.trainers.evals.detectors import (
     THRESHOLDS,
     Active,
@@ -44,6 +44,7 @@ from saescale.trainers.evals.detectors import (
 from saescale.trainers.evals.directions import largest, random_directions
 from saescale.trainers.evals.evaluation import Measurement, Need
 from saescale.trainers.evals.intervals import SEED, by_document
+from saescale.trainers.evals.streams import of_rows, streams_of_rows
 from saescale.trainers.exchange.trained import Trained
 from saescale.trainers.subjects.othello_labels import MINE, TILES, YOURS
 from saescale.trainers.subjects.subject import Subject

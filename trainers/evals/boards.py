@@ -1,19 +1,15 @@
 """What evaluations of boards of Othello share: held-out rows with the board of each, in two halves by game."""
 
-from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from saescale.storage.errors import SaescaleError
-from saescale.storage.manifest import Site
 from saescale.storage.source import Source
 from saescale.storage.store import ActivationStore
 from saescale.trainers.evals.evaluation import Unsuited
 from saescale.trainers.evals.labels import heldout_labels
-from saescale.trainers.harvest.retrace import heldout_places
 from saescale.trainers.preprocess import to_tensor
 from saescale.trainers.subjects.othello import Othello
 from saescale.trainers.subjects.subject import Subject
@@ -61,30 +57,3 @@ def heldout_boards(source: Source, subject: Subject | None) -> Boards:
     first = np.searchsorted(games, rows.doc) % 2 == 0
     labels = heldout_labels(source, othello, number)
     return Boards(othello.size, to_tensor(rows.act, source.dtype), rows.doc, labels, first)
-
-
-def streams_of_rows(source: Source, reader: Subject, subject: Subject, rows: int) -> Tensor:
-    """The residual stream of `reader`, a model of the same games as the subject, at the source's site for the first
-    held-out rows, float32 [rows, d_model]."""
-    site = Site(layer=source.site.layer, positions=source.site.positions)
-    return of_rows(source, lambda ids: reader.run(ids, [site]).resid[0], subject, rows)
-
-
-def of_rows(source: Source, read: Callable[[Tensor], Tensor], subject: Subject, rows: int) -> Tensor:
-    """What `read` gives for contexts of the subject ([batch, length] to [batch, length, width]), at the first held-out
-    rows of the source: float32 [rows, width]."""
-    assert isinstance(source, ActivationStore), "rows of others do not lead back to games"
-    places = heldout_places(source, subject, rows)
-    found = torch.empty(0)
-    lengths = np.array([len(ids) for ids in places.contexts])
-    for length in np.unique(lengths):
-        alike = np.flatnonzero(lengths == length)
-        for some in np.split(alike, range(256, len(alike), 256)):
-            ids = torch.from_numpy(np.stack([places.contexts[context] for context in some]))
-            values = read(ids).float().cpu()
-            if not len(found):
-                found = torch.empty(rows, values.shape[-1])
-            here = np.flatnonzero(np.isin(places.context, some))
-            context, pos = np.searchsorted(some, places.context[here]), places.pos[here]
-            found[torch.from_numpy(here)] = values[torch.from_numpy(context), torch.from_numpy(pos)]
-    return found

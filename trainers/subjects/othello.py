@@ -5,8 +5,6 @@ What such a model reads is known to the last disc: every label is recomputed fro
 """
 
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager
-from importlib.resources import as_file, files
 from pathlib import Path
 from typing import Any, Literal
 
@@ -15,17 +13,15 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
-from saescale.storage.errors import SaescaleError
 from saescale.storage.manifest import Split
 from saescale.trainers.device import default_device
 from saescale.trainers.subjects.language_model import compute_dtype
 from saescale.trainers.subjects.othello_board import spread
 from saescale.trainers.subjects.othello_games import PAD, games_of_split, squares_of_tokens
 from saescale.trainers.subjects.othello_labels import LABELS, labels_of_tokens, replay
-from saescale.trainers.subjects.othello_weights import blank_model, read_checkpoint, size_of_board
+from saescale.trainers.subjects.othello_weights import board_config, read_checkpoint, size_of_board
+from saescale.trainers.subjects.own_model import OwnModel, blank_model, frozen, lessons_of, shipped
 from saescale.trainers.subjects.subject import NO_TARGET, Lesson, Sequence
-from saescale.trainers.subjects.transformer import Transformer
-from saescale.trainers.subjects.weights import Weighted, hash_weights
 
 NAMES_A_PATH = True
 SHIPPED = "othello-6x6"
@@ -42,7 +38,7 @@ class Settings(BaseModel):
     n_heads: int = Field(4, ge=1)
 
 
-class Othello(Transformer):
+class Othello(OwnModel):
     """A model of random games on a board of `size`. Its sequences are games without their last move, of which the
     first four positions are no rows; ids are squares in their order, without the four in the middle, from 1 on."""
 
@@ -63,27 +59,15 @@ class Othello(Transformer):
         """See othello_labels.py. Raises SaescaleError where `ids` are no games on this board."""
         return labels_of_tokens(self.size, ids)
 
-    def untrained(self, seed: int = 0) -> "Othello":
-        """The same model with random weights, as training begins with them."""
-        config = self.model.config
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
-            model = type(self.model)(config)
-        fingerprint = hash_weights(self.name, Weighted(model, ()))
-        return Othello(f"{self.name} (untrained)", _frozen(model.to(self.model.device, self.dtype)), fingerprint)
-
     def lessons(self, seed: int, batch: int, first: int) -> Iterator[Lesson]:
         """Training games from number `first` on, whole: a move is the target of the one before it."""
-        device = self.model.device
-        numbers = torch.empty(0, dtype=torch.int64, device=device)
-        tokens = torch.empty(0, self.size**2 - 4, dtype=torch.int64, device=device)
-        for drawn in games_of_split(self.size, "train", seed, first, device):
-            numbers, tokens = torch.cat([numbers, drawn.numbers]), torch.cat([tokens, drawn.tokens])
-            while len(numbers) >= batch:
-                now, numbers = numbers[:batch], numbers[batch:]
-                games, tokens = tokens[:batch], tokens[batch:]
-                targets = games[:, 1:]
-                yield Lesson(games[:, :-1], targets.masked_fill(targets == PAD, NO_TARGET), int(now[-1]) + 1)
+
+        def drawn() -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+            for numbers, tokens in games_of_split(self.size, "train", seed, first, self.model.device):
+                targets = tokens[:, 1:]
+                yield numbers, tokens[:, :-1], targets.masked_fill(targets == PAD, NO_TARGET)
+
+        return lessons_of(drawn(), batch)
 
     def score(self, sequences: int, seed: int = 0) -> dict[str, float]:
         """On so many held-out games, over all positions behind which the game goes on: the share of most likely moves
@@ -115,26 +99,15 @@ def load(rest: str, cache: Path, dtype: str, notify: Callable[[str], None]) -> O
     if rest:
         model, fingerprint = read_checkpoint(name, Path(rest).expanduser(), wanted)
     else:
-        with _shipped() as folder:
+        with shipped(SHIPPED) as folder:
             model, fingerprint = read_checkpoint(name, folder, wanted)
-    return Othello(name, _frozen(model.to(device)), fingerprint)
+    return Othello(name, frozen(model.to(device)), fingerprint)
 
 
 def blank(settings: Settings, seed: int) -> Othello:
     """A model to be trained, with random weights in float32, on the device of this machine."""
-    model = blank_model(settings.board, settings.n_layers, settings.d_model, settings.n_heads, seed)
-    return Othello("othello", model.to(default_device()), "untrained")
-
-
-def _shipped() -> AbstractContextManager[Path]:
-    try:
-        return as_file(files("saescale.shipped") / SHIPPED)
-    except ModuleNotFoundError as error:  # of an editable install that is older than the weights
-        raise SaescaleError("the weights of othello are not installed; install saescale again: make install") from error
-
-
-def _frozen(model: Any) -> Any:
-    return model.eval().requires_grad_(False)
+    config = board_config(settings.board, settings.n_layers, settings.d_model, settings.n_heads)
+    return Othello("othello", blank_model(config, seed).to(default_device()), "untrained")
 
 
 def _heldout_games(size: int, number: int, seed: int) -> Tensor:

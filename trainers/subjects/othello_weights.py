@@ -11,10 +11,9 @@ from torch import Tensor, nn
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from saescale.storage.errors import SaescaleError, one_line
-from saescale.trainers.subjects.checkpoint import Checkpoint
-from saescale.trainers.subjects.language_model import told
 from saescale.trainers.subjects.othello_board import SIZES
-from saescale.trainers.subjects.weights import Weighted, hash_weights, read_config, read_identified
+from saescale.trainers.subjects.own_model import gpt2_config, read_folder
+from saescale.trainers.subjects.weights import Weighted, hash_weights
 
 
 def read_checkpoint(name: str, path: Path, dtype: torch.dtype) -> tuple[Any, str]:
@@ -24,13 +23,7 @@ def read_checkpoint(name: str, path: Path, dtype: torch.dtype) -> tuple[Any, str
     Raises SaescaleError where there is none, or it cannot be read.
     """
     if path.is_dir():
-        checkpoint = Checkpoint(name, path)
-        checkpoint.check_config()
-        checkpoint.check_weights()
-        with told(name, f"the model in {path} cannot be read"):
-            read_config(path, trust_remote_code=False)
-            weighted, fingerprint = read_identified(name, path, dtype)
-        return weighted.model, fingerprint
+        return read_folder(name, path, dtype)
     model = _from_transformer_lens(name, _state(name, path))
     return model.to(dtype), hash_weights(name, Weighted(model, ()))
 
@@ -56,38 +49,10 @@ def size_of_board(name: str, model: Any) -> int:
     return size
 
 
-def blank_model(size: int, n_layers: int, d_model: int, n_heads: int, seed: int) -> Any:
-    """A GPT-2 with random weights for games on a board of that size, in float32.
-
-    Raises SaescaleError where the heads do not share d_model evenly.
-    """
-    if d_model % n_heads:
-        raise SaescaleError(f"d_model {d_model} cannot be shared by {n_heads} heads; take a multiple")
+def board_config(size: int, n_layers: int, d_model: int, n_heads: int) -> GPT2Config:
+    """Of a GPT-2 that reads games on a board of that size."""
     squares = size * size - 4
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        return GPT2LMHeadModel(_config(squares + 1, squares - 1, n_layers, d_model, n_heads))
-
-
-def _config(
-    vocabulary: int, positions: int, n_layers: int, d_model: int, n_heads: int, d_mlp: int | None = None
-) -> GPT2Config:
-    return GPT2Config(
-        vocab_size=vocabulary,
-        n_positions=positions,
-        n_embd=d_model,
-        n_layer=n_layers,
-        n_head=n_heads,
-        n_inner=d_mlp,
-        activation_function="gelu",
-        resid_pdrop=0.0,
-        embd_pdrop=0.0,
-        attn_pdrop=0.0,
-        bos_token_id=None,
-        eos_token_id=None,
-        tie_word_embeddings=False,
-        use_cache=False,
-    )
+    return gpt2_config(squares + 1, squares - 1, n_layers, d_model, n_heads)
 
 
 # --- TransformerLens
@@ -116,7 +81,7 @@ def _from_transformer_lens(name: str, state: dict[str, Tensor]) -> Any:
         n_heads = state["blocks.0.attn.W_Q"].shape[0]
         d_mlp, bias = state["blocks.0.mlp.W_in"].shape[1], state.get("unembed.b_U")
         positions = len(state["pos_embed.W_pos"])
-        model: Any = GPT2LMHeadModel(_config(vocabulary, positions, n_layers, d_model, n_heads, d_mlp))
+        model: Any = GPT2LMHeadModel(gpt2_config(vocabulary, positions, n_layers, d_model, n_heads, d_mlp))
         weights = {
             "transformer.wte.weight": state["embed.W_E"],
             "transformer.wpe.weight": state["pos_embed.W_pos"],

@@ -68,6 +68,7 @@ class TrainingSpec(BaseModel):
     lr: float = Field(2e-3, gt=0)
     weight_decay: float = Field(0.01, ge=0)
     seed: int = Field(0, ge=0, lt=2**63)
+    start: str | None = None  # the folder of a trained one, with whose weights this begins instead of random ones
     dtype: Literal["float32", "float16", "bfloat16"] = "float32"
 
     @property
@@ -95,7 +96,7 @@ def train_subject(spec: TrainingSpec, progress: Progress | None = None) -> dict[
     files.write_atomic(str(out / TRAINING), _text(record))
     pupil = _Pupil(subject, spec, progress or (lambda done, total, rate, words: None))
     last = out / CHECKPOINTS / "last.ckpt"
-    trainer = _trainer(spec, out / CHECKPOINTS, pupil.device)
+    trainer = _trainer(spec, out / CHECKPOINTS, subject.model.device)  # Lightning takes the pupil's for the CPU
     try:
         trainer.fit(pupil, pupil.data(), ckpt_path=str(last) if last.is_file() else None, weights_only=True)
     except SystemExit as end:  # how Lightning ends when it is interrupted
@@ -125,16 +126,30 @@ def _folder(out: str) -> Path:
 
 
 def _begin(spec: TrainingSpec) -> tuple[dict[str, Any], Any]:
-    """What training.json says from the beginning, and the subject with random weights."""
+    """What training.json says from the beginning, and the subject with its first weights."""
     check_subject_name(spec.subject)
     if spec.subject not in trainable_names():
         raise SaescaleError(f"{spec.subject} cannot be trained; {', '.join(trainable_names())} can")
     file = SUBJECTS.load(spec.subject)
     settings = checked(file.Settings, spec.settings, f"settings of {spec.subject}")
-    training = spec.model_dump(mode="json", exclude={"subject", "out", "settings"})
-    return {"subject": spec.subject, "settings": settings.model_dump(mode="json"), **training}, file.blank(
-        settings, spec.seed
-    )
+    training = spec.model_dump(mode="json", exclude={"subject", "out", "settings", "start"})
+    record = {"subject": spec.subject, "settings": settings.model_dump(mode="json"), **training}
+    subject = file.blank(settings, spec.seed)
+    if spec.start is not None:
+        record["start"] = _take_weights(subject, spec.subject, spec.start)
+    return record, subject
+
+
+def _take_weights(subject: Any, name: str, folder: str) -> str:
+    """Gives the subject the weights of the one in the folder; what identifies them."""
+    found: Any = get_subject(f"{name}:{folder}", dtype="float32")
+    try:
+        subject.model.load_state_dict(found.model.state_dict())
+    except RuntimeError as error:
+        raise SaescaleError(
+            f"--start {folder} has another shape than the {name} that is asked for; give the --set of its training"
+        ) from error
+    return str(found.fingerprint)
 
 
 def checked(model: type[M], values: dict[str, Any], what: str) -> M:
@@ -158,7 +173,9 @@ def _there(out: Path, record: dict[str, Any]) -> dict[str, Any] | None:
             ) from None
         return None
     differing = [
-        f"{key} is {found.get(key)!r} there, {value!r} here" for key, value in record.items() if found.get(key) != value
+        f"{key} is {found.get(key)!r} there, {record.get(key)!r} here"
+        for key in dict.fromkeys([*record, "start"])
+        if found.get(key) != record.get(key)
     ]
     if differing:
         raise SaescaleError(

@@ -51,13 +51,19 @@ class Transformer:
         Outline(self.name, self.n_layers, self.max_positions).check_site(layer, length)
 
     def run(
-        self, ids: Tensor, sites: Iterable[Site], patch: Mapping[Site, Patch] | None = None, logits: bool = False
+        self,
+        ids: Tensor,
+        sites: Iterable[Site],
+        patch: Mapping[Site, Patch] | None = None,
+        logits: bool = False,
+        cache: Any = None,
     ) -> Run:
         """One forward pass over `ids` [batch, length], on the subject's device and in its dtype.
 
         It ends at the last of `sites`, the residual streams after their blocks, unless `logits` are asked for: later
         blocks, the final norm and the LM head are not computed. `patch` says what takes a stream's place
-        [batch, length, d_model] in all that follows, and in `Run.resid`; another float type is cast.
+        [batch, length, d_model] in all that follows, and in `Run.resid`; another float type is cast. With `cache`, one
+        of transformers, `ids` go on from those that it was given before.
 
         Raises SaescaleError where the subject has no such layer, embedding or (for logits) head or the contexts are
         longer than it takes, ValueError for a patch of another shape.
@@ -91,7 +97,8 @@ class Transformer:
         output: Any = None
         try:
             with torch.inference_mode():
-                output = model(input_ids=ids.to(self.model.device), use_cache=False)
+                kept = {"past_key_values": cache, "use_cache": True} if cache is not None else {"use_cache": False}
+                output = model(input_ids=ids.to(self.model.device), **kept)
         except _Reached:
             pass
         except IndexError as error:  # a table of the model's own that ends: of positions, as ids were checked

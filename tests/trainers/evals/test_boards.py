@@ -16,15 +16,17 @@ from saescale.trainers.cell import Cell, EvalSpec
 from saescale.trainers.evals.board_picture import boards_of_cell, seen
 from saescale.trainers.evals.board_probe import probe, read_boards
 from saescale.trainers.evals.board_recovery import BESIDE, reconstruct, recovered
-from saescale.trainers.evals.boards import Boards, heldout_boards, streams_of_rows
+from saescale.trainers.evals.boards import Boards, heldout_boards
 from saescale.trainers.evals.detectors import Active
 from saescale.trainers.evals.evaluation import Measurement
 from saescale.trainers.evals.run import evaluate_run
+from saescale.trainers.evals.streams import streams_of_rows
 from saescale.trainers.harvest.conduct import harvest
 from saescale.trainers.harvest.spec import HarvestSpec
 from saescale.trainers.subjects.othello import Othello
 from saescale.trainers.subjects.othello_labels import MINE, TILES, YOURS
-from saescale.trainers.subjects.othello_weights import blank_model
+from saescale.trainers.subjects.othello_weights import board_config
+from saescale.trainers.subjects.own_model import blank_model
 from saescale.trainers.subjects.subject import get_subject
 from saescale.trainers.training.train import PackJob, train_pack
 
@@ -35,7 +37,7 @@ ROWS = 2_000
 def store(tmp_path_factory: pytest.TempPathFactory) -> ActivationStore:
     """Of the second layer of a random model on 6x6."""
     folder = tmp_path_factory.mktemp("boards")
-    blank_model(6, 2, 24, 3, seed=3).save_pretrained(folder / "six")
+    blank_model(board_config(6, 2, 24, 3), seed=3).save_pretrained(folder / "six")
     spec = HarvestSpec(
         subject=f"othello:{folder}/six", layer=1, out=str(folder / "store"), tokens=4_096, heldout_tokens=ROWS,
         shard_rows=4_096, row_group_rows=512, compute_dtype="float32",

@@ -21,7 +21,8 @@ from saescale.trainers.harvest.spec import HarvestSpec
 from saescale.trainers.subjects.othello import Othello, Settings, blank, load
 from saescale.trainers.subjects.othello_games import PAD, games_of_split, squares_of_tokens
 from saescale.trainers.subjects.othello_labels import EMPTY, LABELS
-from saescale.trainers.subjects.othello_weights import blank_model
+from saescale.trainers.subjects.othello_weights import board_config
+from saescale.trainers.subjects.own_model import blank_model
 from saescale.trainers.subjects.subject import Generates, Learns, ReadsText, Resumes, get_subject
 from tests.trainers.subjects.slow_othello import Board
 
@@ -32,7 +33,7 @@ D_MODEL, N_HEADS, N_LAYERS = 24, 3, 2
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A random 6x6 model as transformers saves it."""
     where = tmp_path_factory.mktemp("models") / "six"
-    blank_model(6, N_LAYERS, D_MODEL, N_HEADS, seed=3).save_pretrained(where)
+    blank_model(board_config(6, N_LAYERS, D_MODEL, N_HEADS), seed=3).save_pretrained(where)
     return where
 
 

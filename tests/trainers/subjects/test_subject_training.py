@@ -104,10 +104,21 @@ def test_a_training_that_diverges_says_so_and_writes_no_weights(tmp_path: Path) 
     assert not (tmp_path / "a" / "model.safetensors").exists()
 
 
+def test_it_may_begin_with_the_weights_of_a_trained_one(trained: Path, tmp_path: Path) -> None:
+    record = train_subject(spec_of(tmp_path / "a", start=str(trained), sequences=640, seed=1, lr=1e-4))
+    first = json.loads((trained / "training.json").read_text())
+    assert record["start"] == first["fingerprint"] != record["fingerprint"]
+    assert record["curve"][0]["loss"] < first["curve"][9]["loss"]
+    with pytest.raises(SaescaleError, match=r"another training: start is 'xxh3.*' there, None here"):
+        train_subject(spec_of(tmp_path / "a", sequences=640, seed=1, lr=1e-4))
+    with pytest.raises(SaescaleError, match=f"--start {trained} has another shape than the othello that is asked for"):
+        train_subject(spec_of(tmp_path / "b", start=str(trained), settings={"board": 4}))
+
+
 @pytest.mark.parametrize(
     ("given", "said"),
     [
-        (["smollm2-135m"], "smollm2-135m cannot be trained; othello can"),
+        (["smollm2-135m"], "smollm2-135m cannot be trained; maze, othello can"),
         (["othelo"], "did you mean 'othello'?"),
         (["othello", "--set", "layers=2"], "settings of othello: layers is not a key, did you mean n_layers?"),
         (["othello", "--set", "board=5"], "settings of othello: board: input should be 4, 6 or 8 (given: 5)"),

@@ -1,0 +1,202 @@
+"""`maze`: a transformer that solves random mazes of 5x5 cells, whose weights come with saescale; `maze:PATH`: one of
+your own, of any size, as a folder of transformers.
+
+Which cells are connected is told to the model one connection at a time, so every label is recomputed from the tokens.
+"""
+
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from pydantic import BaseModel, ConfigDict, Field
+from torch import Tensor
+from transformers import DynamicCache
+
+from saescale.storage.errors import SaescaleError
+from saescale.storage.manifest import Site, Split
+from saescale.trainers.device import default_device
+from saescale.trainers.subjects.language_model import compute_dtype
+from saescale.trainers.subjects.maze_labels import LABELS, labels_of_tokens
+from saescale.trainers.subjects.maze_mazes import Mazes, mazes_of_split
+from saescale.trainers.subjects.maze_tokens import (
+    FIRST_CELL,
+    PAD,
+    PATH_END,
+    SEMICOLON,
+    answers,
+    longest,
+    prompt_length,
+    prompts,
+    vocabulary,
+)
+from saescale.trainers.subjects.own_model import (
+    OwnModel,
+    blank_model,
+    frozen,
+    gpt2_config,
+    lessons_of,
+    llama_config,
+    read_folder,
+    shipped,
+)
+from saescale.trainers.subjects.subject import NO_TARGET, Lesson, Patch, Sequence
+
+NAMES_A_PATH = True
+SHIPPED = "maze-5x5"
+LARGEST = 12  # of a lattice whose mazes are worth a model
+AT_A_TIME = 128  # mazes in a forward pass
+
+
+class Settings(BaseModel):
+    """What can be chosen of a model that is to be trained."""
+
+    model_config = ConfigDict(extra="forbid")
+    grid: int = Field(5, ge=2, le=LARGEST)
+    positions: Literal["rotary", "learned"] = "rotary"
+    n_layers: int = Field(4, ge=1)
+    d_model: int = Field(128, ge=1)
+    n_heads: int = Field(4, ge=1)
+
+
+class Maze(OwnModel):
+    """A model of random mazes of `size` x `size` cells. Its sequences are a list of connections, origin, target and the
+    path without <PATH_END>; their rows are where a connection is known: its second cell, and the `;` behind it."""
+
+    labels = LABELS
+
+    def __init__(self, name: str, model: Any, fingerprint: str) -> None:
+        super().__init__(name, model, fingerprint)
+        self.size = size_of_mazes(name, self.embedded, self.max_positions)
+
+    def sequences(self, split: Split, seed: int) -> Iterator[Sequence]:
+        """Random mazes and their paths; what a maze is decides its split."""
+        for drawn in mazes_of_split(self.size, split, seed):
+            tokens = torch.cat([prompts(drawn.mazes), answers(drawn.mazes)], dim=1).numpy().astype(np.int32)
+            for maze, length in zip(tokens, (tokens != PAD).sum(axis=1) - 1, strict=True):
+                end = maze[:length] == SEMICOLON
+                yield Sequence(maze[:length], keep=end | np.roll(end, -1))
+
+    def label(self, ids: np.ndarray) -> dict[str, np.ndarray]:
+        """See maze_labels.py. Raises SaescaleError where `ids` are no mazes of this size."""
+        return labels_of_tokens(self.size, ids)
+
+    def lessons(self, seed: int, batch: int, first: int) -> Iterator[Lesson]:
+        """Training mazes from number `first` on; only the path and its end are to be predicted."""
+
+        def drawn() -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+            for numbers, mazes in mazes_of_split(self.size, "train", seed, first, self.model.device):
+                yield numbers, *_to_learn(mazes)
+
+        return lessons_of(drawn(), batch)
+
+    def score(self, sequences: int, seed: int = 0) -> dict[str, float]:
+        """On so many held-out mazes: the share that it solves (`solved`: going on with the most likely token gives the
+        path from origin to target and its end), the share of the tokens of paths that are most likely given those
+        before (`moves`), and their cross-entropy in nats."""
+        solved = right = loss = 0.0
+        tokens = 0
+        for mazes in self.heldout_mazes(sequences, seed, AT_A_TIME):
+            ids, targets = _to_learn(mazes)
+            logits = self.run(ids, [], logits=True).logits
+            assert logits is not None, "they were asked for"
+            asked = targets != NO_TARGET
+            # Where every token is the most likely one behind those before it, a greedy rollout is the path.
+            hit = (logits.argmax(dim=2).cpu() == targets) | ~asked
+            solved += float(hit.all(dim=1).sum())
+            right += float(hit[asked].sum())
+            log_p = logits.float().cpu().log_softmax(dim=-1)[asked]
+            loss -= float(log_p.gather(1, targets[asked][:, None]).sum())
+            tokens += int(asked.sum())
+        return {"solved": solved / sequences, "moves": right / tokens, "loss": loss / tokens}
+
+    def rollout(self, prompt: Tensor, patch: Mapping[Site, Patch] | None = None) -> Tensor:
+        """What the model goes on with behind `prompt` [mazes, length], always by the most likely token: int64 [mazes,
+        cells + 1], PAD behind <PATH_END>. `patch` is of the prompt's streams, as in `run`."""
+        cache = DynamicCache()
+        tokens = torch.full((len(prompt), self.size**2 + 1), PAD)
+        asked = prompt
+        ended = torch.zeros(len(prompt), dtype=torch.bool)
+        room = self.max_positions or prompt.shape[1] + tokens.shape[1]
+        for place in range(min(tokens.shape[1], room - prompt.shape[1] + 1)):
+            logits = self.run(asked, [], patch if asked is prompt else None, logits=True, cache=cache).logits
+            assert logits is not None, "they were asked for"
+            likely = logits[:, -1].argmax(dim=1).cpu()
+            tokens[:, place] = likely.masked_fill(ended, PAD)
+            ended |= likely == PATH_END
+            if ended.all():
+                break
+            asked = likely[:, None]
+        return tokens
+
+    def attention(self, ids: Tensor) -> tuple[Tensor, ...]:
+        """What each layer's heads attend to on `ids` [batch, length]: [batch, heads, length, length] each, from the
+        positions of the last axis but one to those of the last."""
+        usual = self.model.config._attn_implementation
+        self.model.set_attn_implementation("eager")  # the only one that gives them
+        try:
+            with torch.inference_mode():
+                found = self.model(input_ids=ids.to(self.model.device), use_cache=False, output_attentions=True)
+        finally:
+            self.model.set_attn_implementation(usual)
+        return tuple(found.attentions)
+
+    def heldout_mazes(self, number: int, seed: int, at_a_time: int) -> Iterator[Mazes]:
+        """The first held-out mazes of a seed, some at a time."""
+        for drawn in mazes_of_split(self.size, "heldout", seed):
+            for some in torch.arange(min(number, len(drawn.numbers))).split(at_a_time):
+                yield drawn.mazes.those(some)
+            number -= len(drawn.numbers)
+            if number <= 0:
+                return
+
+
+def load(rest: str, cache: Path, dtype: str, notify: Callable[[str], None]) -> Maze:
+    """The shipped model, or that in the folder `rest`. Raises SaescaleError where there is none that reads mazes."""
+    device = default_device()
+    wanted = compute_dtype(dtype, device)
+    name = f"maze:{rest}" if rest else "maze"
+    if rest:
+        model, fingerprint = read_folder(name, Path(rest).expanduser(), wanted)
+    else:
+        with shipped(SHIPPED) as folder:
+            model, fingerprint = read_folder(name, folder, wanted)
+    return Maze(name, frozen(model.to(device)), fingerprint)
+
+
+def blank(settings: Settings, seed: int) -> Maze:
+    """A model to be trained, with random weights in float32, on the device of this machine."""
+    config = llama_config if settings.positions == "rotary" else gpt2_config
+    size = settings.grid
+    shape = vocabulary(size), longest(size), settings.n_layers, settings.d_model, settings.n_heads
+    return Maze("maze", blank_model(config(*shape), seed).to(default_device()), "untrained")
+
+
+def size_of_mazes(name: str, tokens: int, positions: int | None) -> int:
+    """The size of the mazes that a model with that vocabulary reads.
+
+    Raises SaescaleError where there is none, or it cannot read a whole maze.
+    """
+    sizes = {vocabulary(size): size for size in range(2, LARGEST + 1)}
+    if tokens not in sizes:
+        known = ", ".join(f"{those} ({size}x{size})" for those, size in sizes.items() if 3 <= size <= 8)
+        raise SaescaleError(
+            f"{name} has a vocabulary of {tokens} tokens; mazes have {known} and so on: a token for each cell and "
+            f"{FIRST_CELL} more"
+        )
+    size = sizes[tokens]
+    if positions is not None and positions < longest(size) - 1:
+        raise SaescaleError(
+            f"{name} reads at most {positions} tokens, and mazes of {size}x{size} have up to {longest(size) - 1}; it "
+            "is of other mazes, or was cut"
+        )
+    return size
+
+
+def _to_learn(mazes: Mazes) -> tuple[Tensor, Tensor]:
+    """Ids and targets, int64 [mazes, length]; the path and its end are targets."""
+    tokens = torch.cat([prompts(mazes), answers(mazes)], dim=1)
+    targets = tokens[:, 1:].masked_fill(tokens[:, 1:] == PAD, NO_TARGET)
+    targets[:, : prompt_length(mazes.listed.shape[1]) - 1] = NO_TARGET
+    return tokens[:, :-1], targets

@@ -1,0 +1,118 @@
+"""Random mazes without end: spanning trees of the lattice by a random depth-first search, an origin and a target.
+
+Everything is drawn by a hash of seed, number of the maze and step: a maze is the same whoever draws it, with how many
+others at once, on a CPU or a GPU.
+"""
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from saescale.storage.manifest import Split
+from saescale.trainers.subjects.hashed import hashed
+from saescale.trainers.subjects.maze_lattice import Lattice, lattice, shortest_paths
+
+HELDOUT_ONE_IN = 4
+AT_A_TIME = {"cpu": 1_024, "cuda": 32_768}  # on a GPU calls weigh more than mazes
+# Where in a maze's row of hashes each kind of draw begins; a search takes fewer steps than lie between.
+_SEARCH, _ORDER, _TURN, _ENDS = 0, 10_000, 20_000, 30_000
+
+
+class Mazes(NamedTuple):
+    """Mazes of one size and one number of connections: `present` bool [mazes, edges]; `listed` int64 [mazes,
+    connections, 2], their cells as the model is told them; `origin` and `target` int64 [mazes]; `path` int64 [mazes,
+    cells], from origin to target, NOWHERE behind it."""
+
+    present: Tensor
+    listed: Tensor
+    origin: Tensor
+    target: Tensor
+    path: Tensor
+
+    def those(self, which: Tensor) -> "Mazes":
+        """Some of them, by their places or bool [mazes]."""
+        return Mazes(*(part[which] for part in self))
+
+
+def random_mazes(size: int, seed: int, numbers: Tensor) -> Mazes:
+    """The mazes of these `numbers`, int64 [mazes]: trees, so there is one path. The list of connections is shuffled and
+    each of them turned at random; origin and target are any two cells."""
+    grid = lattice(size).to(numbers.device)
+    key = hashed(torch.full_like(numbers, seed), numbers)
+    present = random_trees(grid, key)
+    edges = torch.arange(grid.n_edges, device=numbers.device)
+    order = _bits(key[:, None], _ORDER + edges).masked_fill(~present, -1).argsort(dim=1, descending=True, stable=True)
+    order = order[:, : grid.n_cells - 1]
+    turned = (_bits(key[:, None], _TURN + edges) & 1).bool().gather(1, order)
+    listed = grid.ends[order]
+    listed = torch.where(turned[..., None], listed.flip(2), listed)
+    origin = _bits(key, _ENDS) % grid.n_cells
+    target = (origin + 1 + _bits(key, _ENDS + 1) % (grid.n_cells - 1)) % grid.n_cells
+    return Mazes(present, listed, origin, target, shortest_paths(grid, present, origin, target))
+
+
+def random_trees(grid: Lattice, key: Tensor) -> Tensor:
+    """A spanning tree for each key, bool [keys, edges]: from a random cell on to a random neighbour that was not seen
+    before, and back where there is none (depth-first search)."""
+    mazes, cells = len(key), grid.n_cells
+    seen = torch.zeros(mazes, cells + 1, dtype=torch.bool, device=key.device)
+    seen[:, cells] = True  # what is no cell
+    present = torch.zeros(mazes, grid.n_edges + 1, dtype=torch.bool, device=key.device)
+    came_from = torch.zeros(mazes, cells + 1, dtype=torch.int64, device=key.device)
+    here = _bits(key, _SEARCH) % cells
+    seen.scatter_(1, here[:, None], True)
+    step = _SEARCH
+    while not seen.all():
+        step += 1
+        around = grid.near[here]
+        new = ~seen.gather(1, around)
+        choices = new.sum(dim=1)
+        draw = _bits(key, step) % choices.clamp_min(1)
+        direction = (new & (new.cumsum(dim=1) == draw[:, None] + 1)).byte().argmax(dim=1, keepdim=True)
+        stuck = choices == 0
+        onward = around.gather(1, direction)[:, 0].masked_fill(stuck, cells)
+        by = grid.by[here].gather(1, direction)[:, 0].masked_fill(stuck, grid.n_edges)
+        seen.scatter_(1, onward[:, None], True)
+        present.scatter_(1, by[:, None], True)
+        came_from.scatter_(1, onward[:, None], here[:, None])
+        here = torch.where(stuck, came_from.gather(1, here[:, None])[:, 0], onward)
+    return present[:, :-1]
+
+
+def in_split(present: Tensor, split: Split) -> Tensor:
+    """Which mazes [mazes] belong to the split: their connections decide, whatever order, origin and target."""
+    key = torch.zeros(len(present), dtype=torch.int64, device=present.device)
+    for column in present.long().unbind(dim=1):
+        key = hashed(key, column)
+    return (_positive(key) % HELDOUT_ONE_IN == 0) == (split == "heldout")
+
+
+class Drawn(NamedTuple):
+    """Mazes of one split and their numbers, int64 [mazes], ascending."""
+
+    numbers: Tensor
+    mazes: Mazes
+
+
+def mazes_of_split(
+    size: int, split: Split, seed: int, first: int = 0, device: torch.device | str = "cpu"
+) -> Iterator[Drawn]:
+    """The mazes of a split from number `first` on, without end, a thousand or more at a time."""
+    at_a_time = AT_A_TIME.get(torch.device(device).type, AT_A_TIME["cpu"])
+    while True:
+        numbers = torch.arange(first, first + at_a_time, device=device)
+        mazes = random_mazes(size, seed, numbers)
+        wanted = in_split(mazes.present, split)
+        yield Drawn(numbers[wanted], mazes.those(wanted))
+        first += at_a_time
+
+
+def _bits(key: Tensor, number: Tensor | int) -> Tensor:
+    """31 random bits, as an int64 that is not negative."""
+    return _positive(hashed(key, torch.as_tensor(number, device=key.device)))
+
+
+def _positive(bits: Tensor) -> Tensor:
+    return (bits >> 33) & 0x7FFFFFFF
