@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from typing import Any
@@ -108,22 +109,31 @@ class Transformer:
             )
         return Run(tuple(resid[layer] for layer in asked), output.logits if logits else None)
 
-    def resume(self, ids: Tensor, site: Site, resid: Tensor) -> Tensor:
-        """The logits of `run` with `resid` in place of the stream at the site, [batch, length, vocabulary].
+    def resume(self, ids: Tensor, site: Site, resid: Tensor, last: int | None = None) -> Tensor:
+        """The logits of `run` with `resid` in place of the stream at the site, [batch, length, vocabulary]; of the
+        `last` positions alone where that is given. Where `resid` requires a gradient, they carry it.
 
         Blocks up to the site are left out where the model allows that, which is tried once on the first context. Raises
-        what `run` raises.
+        what `run` raises, and SaescaleError for a gradient where it does not allow that.
         """
         if site.layer not in self._left_out:
-            self._left_out[site.layer] = self._how_to_leave_out(ids[:1], site, resid[:1])
+            self._left_out[site.layer] = self._how_to_leave_out(ids[:1], site, resid[:1].detach())
         how = self._left_out[site.layer]
-        if how is None:
-            logits = self.run(ids, [], {site: lambda stream: resid}, logits=True).logits
-            assert logits is not None, "they were asked for"
-            return logits
-        self.check_ids(ids.cpu().numpy())
-        return self._without_blocks(ids, site, resid, how)
+        if how is not None:
+            self.check_ids(ids.cpu().numpy())
+            with torch.inference_mode(not resid.requires_grad):
+                logits = self._without_blocks(ids, site, resid, how, last)
+        elif resid.requires_grad:
+            raise SaescaleError(
+                f"{self.name} gives no gradients at {site.name}: later blocks need more of earlier ones than the stream"
+            )
+        else:
+            whole = self.run(ids, [], {site: lambda stream: resid}, logits=True).logits
+            assert whole is not None, "they were asked for"
+            logits = whole
+        return logits if last is None else logits[:, -last:]
 
+    @torch.inference_mode()
     def _how_to_leave_out(self, ids: Tensor, site: Site, resid: Tensor) -> type | None:
         """What a block that is left out has to give, a tensor or a tuple; None where later ones need the earlier ones
         for more than the stream (keys and values that they share)."""
@@ -135,23 +145,32 @@ class Transformer:
                     return how
         return None
 
-    def _without_blocks(self, ids: Tensor, site: Site, resid: Tensor, how: type) -> Tensor:
+    def _without_blocks(self, ids: Tensor, site: Site, resid: Tensor, how: type, last: int | None = None) -> Tensor:
         """A forward pass in which every block up to the site just gives `resid`."""
         resid = resid.to(self.model.device, self.dtype)
         blocks = [self._layers[layer] for layer in range(site.layer + 1)]
         own = [vars(block).get("forward") for block in blocks]
+        # The last positions of several contexts do not lie side by side, and torch would copy the whole head for each.
+        head = self.model.get_output_embeddings()
+        joined = None if head is None else head.register_forward_pre_hook(lambda _, given: (given[0].contiguous(),))
         try:
             for block in blocks:
                 block.forward = lambda *_, **__: (resid,) if how is tuple else resid
-            with torch.inference_mode():
-                logits: Tensor = self.model(input_ids=ids.to(self.model.device), use_cache=False).logits
-                return logits
+            logits: Tensor = self.model(input_ids=ids.to(self.model.device), use_cache=False, **self._few(last)).logits
+            return logits
         finally:
+            if joined is not None:
+                joined.remove()
             for block, forward in zip(blocks, own, strict=True):
                 if forward is None:
                     del block.forward
                 else:
                     block.forward = forward
+
+    def _few(self, last: int | None) -> dict[str, int]:
+        """How the model is told to give logits of the last positions alone; many can be."""
+        known = last is not None and "logits_to_keep" in inspect.signature(self.model.forward).parameters
+        return {"logits_to_keep": last} if known and last is not None else {}
 
     def _check_stream(self, layer: int, stream: Any, ids: Tensor) -> None:
         wanted = [*ids.shape, self.d_model]
