@@ -1,6 +1,6 @@
 """How much of what the subject can do is left with x_hat in place of x, and how few latents carry it.
 
-For each task that the subject can have (trainers/tasks: indirect objects, greater-than, induction) on 48 prompts. At
+For each task that the subject can have (trainers/tasks: indirect objects, greater-than, induction) on 32 prompts. At
 every position but the first token of the subject the stream at the site becomes x_hat with the token's own mean and
 norm put back; the task's metric is read, and
 
@@ -40,9 +40,10 @@ from saescale.trainers.evals.intervals import SEED, by_document
 from saescale.trainers.evals.splice import TOKENS_AT_A_TIME
 from saescale.trainers.exchange.trained import Trained
 from saescale.trainers.subjects.subject import Subject
-from saescale.trainers.tasks.task import METRIC, TASKS, Prompts, Steerable, Task, find_task, read, steerable
+from saescale.trainers.subjects.transformer import Transformer
+from saescale.trainers.tasks.task import METRIC, TASKS, Prompts, Task, find_task, read, steerable
 
-PROMPTS = 48
+PROMPTS = 32
 
 needs: frozenset[Need] = frozenset({"subject"})
 metrics = {
@@ -60,7 +61,7 @@ metrics = {
 class Case(NamedTuple):
     """A task at the site, with the subject as it is."""
 
-    subject: Steerable
+    subject: Transformer
     site: Site
     name: str
     task: Task
@@ -176,7 +177,7 @@ def _of_case(trained: Trained, case: Case) -> Iterator[Measurement]:
         yield from carriers(trained, case.raw, lambda rows: case.metric(case.with_rows(rows)))
 
 
-def stream_of(subject: Steerable, site: Site, prompts: Prompts) -> Tensor:
+def stream_of(subject: Transformer, site: Site, prompts: Prompts) -> Tensor:
     """The stream at the site, [prompts, length, d_model], one that gradients may be taken at."""
     found = [subject.run(prompts.ids[some], [site]).resid[0] for some in _parts(prompts)]
     return torch.cat([each.clone() for each in found])

@@ -7,8 +7,8 @@ first ones bring back is not taken from there but run:
 
     share = (metric with m latents - m_none) / (metric with all - m_none)
 
-m is doubled until the share is reached, then bisected, so what is told is a number that reaches the share, and, as far
-as the share rises with m, the least. The first token of a row's norm and mean stay the row's own throughout.
+m is doubled until the share is reached, then bisected to a twentieth: what is told is a number that reaches the share
+and, as far as the share rises with m, the least. A row's norm and mean stay its own throughout.
 """
 
 from collections.abc import Callable, Iterator
@@ -133,7 +133,7 @@ def fewest(latents: Latents, metric: Metric, order: Tensor) -> Kept:
         while high < len(order) and not reaches(high, share):
             high *= 2
         low, high = high // 2, min(high, len(order))
-        while high - low > 1:
+        while high - low > max(1, high // 20):
             middle = (low + high) // 2
             low, high = (low, middle) if reaches(middle, share) else (middle, high)
     return kept

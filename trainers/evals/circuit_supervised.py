@@ -14,13 +14,14 @@ from torch import Tensor
 
 from saescale.storage.manifest import Site
 from saescale.trainers.evals.intervals import SEED
-from saescale.trainers.tasks.task import Prompts, Steerable, Task
+from saescale.trainers.subjects.transformer import Transformer
+from saescale.trainers.tasks.task import Prompts, Task
 
 LEARNT_FROM = 512
 AT_A_TIME = 32
 
 
-def supervised(subject: Steerable, site: Site, task: Task, prompts: Prompts) -> Tensor:
+def supervised(subject: Transformer, site: Site, task: Task, prompts: Prompts) -> Tensor:
     """The stream at the positions that are read from as the dictionary has it, float32 [prompts, reads, d_model]."""
     others = task.prompts(subject, LEARNT_FROM, SEED + 1)
     seen = []

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from saescale.storage.errors import SaescaleError, one_line
 from saescale.storage.manifest import Site
 from saescale.trainers.subjects.checkpoint import listed
-from saescale.trainers.subjects.layout import find_blocks, max_positions, text_model
+from saescale.trainers.subjects.layout import Parts, find_blocks, find_parts, max_positions, text_model
 from saescale.trainers.subjects.subject import Outline, Patch, Run
 
 
@@ -23,8 +23,11 @@ class Transformer:
 
     `d_model` and `n_layers` are its width and number of blocks, `max_positions` is the longest context it takes (None:
     no limit known), ids are below `embedded`, `fingerprint` identifies its weights whatever the arithmetic, `dtype` is
-    the arithmetic of its forward pass. `absent` are weights of the head that its files lack.
+    the arithmetic of its forward pass. `absent` are weights of the head that its files lack. It has no labels unless
+    its file knows any.
     """
+
+    labels: tuple[str, ...] = ()
 
     def __init__(self, name: str, model: Any, fingerprint: str, absent: Sequence[str] = ()) -> None:
         config = model.config.get_text_config()
@@ -40,6 +43,36 @@ class Transformer:
         self.max_positions = max_positions(config, text)
         self._layers = find_blocks(name, text, self.n_layers)
         self.embedded = int(model.get_input_embeddings().weight.shape[0])
+
+    def label(self, ids: np.ndarray) -> dict[str, np.ndarray]:
+        """Nothing: nobody knows the truth about text."""
+        return {}
+
+    @property
+    def n_heads(self) -> int:
+        """Of each block."""
+        return int(self.model.config.get_text_config().num_attention_heads)
+
+    def parts(self) -> list[Parts]:
+        """Heads and MLP of each block. Raises SaescaleError where they cannot be told."""
+        return find_parts(self.name, self._layers)
+
+    def attention(self, ids: Tensor) -> Tensor:
+        """Attention of every head over `ids` [batch, length], float32 [layers, batch, heads, length, length].
+
+        Raises SaescaleError where the model gives none.
+        """
+        config = self.model.config.get_text_config()
+        before = config._attn_implementation
+        try:
+            self.model.set_attn_implementation("eager")  # others never make the whole matrix
+            with torch.inference_mode():
+                found = self.model(input_ids=ids.to(self.model.device), use_cache=False, output_attentions=True)
+        finally:
+            self.model.set_attn_implementation(before)
+        if not found.attentions or any(each is None for each in found.attentions):
+            raise SaescaleError(f"{self.name} does not give the attention of its heads")
+        return torch.stack([each.float() for each in found.attentions])
 
     def check_ids(self, ids: np.ndarray) -> None:
         """Raises SaescaleError for an id of which the model has no embedding."""

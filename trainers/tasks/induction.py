@@ -1,6 +1,6 @@
 """Induction: random tokens that are said twice are foreseen the second time (Elhage et al. 2021, Olsson et al. 2022).
 
-A prompt is R R behind the first token of the subject, R 24 random tokens of its vocabulary. The metric is the
+A prompt is R R behind the first token of the subject, R 20 random tokens of its vocabulary. The metric is the
 cross-entropy of the first R less that of the second, in nats a token, over all tokens of R but the first one, before
 which nobody can know that R begins again. In the corrupted prompts the first R is another one.
 """
@@ -15,7 +15,7 @@ from saescale.trainers.tasks.task import METRIC, Prompts, behind_bos, steerable
 
 unit = "nats a token of the first time less those of the second"
 
-TOKENS, LEAST = 24, 4
+TOKENS, LEAST = 20, 4
 
 
 def prompts(subject: Subject, number: int, seed: int) -> Prompts:
@@ -25,11 +25,11 @@ def prompts(subject: Subject, number: int, seed: int) -> Prompts:
     """
     vocabulary = _vocabulary(subject)
     most = steerable(subject).max_positions
-    repeated = TOKENS if most is None else min(TOKENS, (most - 1) // 2)
-    if repeated < LEAST or len(vocabulary) < 2 * repeated:
+    repeated = min(TOKENS, len(vocabulary) // 2, TOKENS if most is None else (most - 1) // 2)
+    if repeated < LEAST:
         raise SaescaleError(
-            f"induction repeats {LEAST} tokens at least, drawn from twice as many as it repeats; {subject.name} has "
-            f"{len(vocabulary)} that are no special ones and contexts of {most}"
+            f"induction repeats {LEAST} tokens at least, drawn from twice as many; {subject.name} has {len(vocabulary)} "
+            f"that are no special ones, and contexts of {most}"
         )
     draw = np.random.default_rng(seed)
     once, other = (np.stack([draw.permutation(vocabulary)[:repeated] for _ in range(number)]) for _ in range(2))

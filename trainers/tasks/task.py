@@ -6,15 +6,15 @@ A task is a file of this folder that defines `prompts` and `score` at its top le
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from typing import Any, NamedTuple, Protocol, runtime_checkable
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
 from saescale.storage.errors import SaescaleError
-from saescale.storage.manifest import Site
 from saescale.storage.registry import Room
-from saescale.trainers.subjects.subject import Patch, ReadsText, Run, Subject
+from saescale.trainers.subjects.subject import ReadsText, Subject
+from saescale.trainers.subjects.transformer import Transformer
 
 TASKS = Room("saescale.trainers.tasks", "task", marker="prompts")
 
@@ -69,29 +69,14 @@ class Task(Protocol):
         of, [prompts] each. Gradients go through it."""
 
 
-@runtime_checkable
-class Steerable(Subject, Protocol):
-    """A subject that tasks are run on: a causal model of transformers (subjects/transformer.py)."""
-
-    model: Any
-    embedded: int
-    max_positions: int | None
-
-    def run(
-        self, ids: Tensor, sites: Iterable[Site], patch: Mapping[Site, Patch] | None = None, logits: bool = False
-    ) -> Run: ...
-
-    def resume(self, ids: Tensor, site: Site, resid: Tensor, last: int | None = None) -> Tensor: ...
-
-
 def find_task(name: str) -> Task:
     """The task of that name. Raises SaescaleError with the nearest name for an unknown one."""
     return TASKS.load(name)
 
 
-def steerable(subject: Subject) -> Steerable:
+def steerable(subject: Subject) -> Transformer:
     """Raises SaescaleError unless tasks can be run on the subject."""
-    if not isinstance(subject, Steerable):
+    if not isinstance(subject, Transformer):
         raise SaescaleError(f"tasks are run on causal models of transformers, and {subject.name} is none")
     return subject
 
@@ -116,3 +101,10 @@ def read(prompts: Prompts, logits: Tensor) -> Tensor:
     """What the metric is read from, float32 [prompts, reads, vocabulary], of logits of the last positions."""
     at = (prompts.reads - (prompts.ids.shape[1] - logits.shape[1])).to(logits.device)
     return logits[torch.arange(len(at), device=at.device)[:, None], at].float()
+
+
+def measure_task(subject: Transformer, task: Task, prompts: Prompts, ids: Tensor) -> dict[str, Tensor]:
+    """What `score` says of a pass over `ids`, the prompts or the corrupted ones."""
+    logits = subject.run(ids, [], logits=True).logits
+    assert logits is not None, "they were asked for"
+    return task.score(prompts, read(prompts, logits[:, -prompts.last :]))
