@@ -53,8 +53,8 @@ def by_hand() -> ByHand:
 
 
 def recomputed(model: torch.nn.Module, ids: list[int], put: dict[tuple[int, int], np.ndarray] | None = None) -> tuple:
-    """Logits [length, vocabulary] of one prompt, and what each head gives, {(layer, head): [length, width]}: place by place
-    in float64, with what is `put` in the place of what a head gives."""
+    """Logits [length, vocabulary] of one prompt, and what each head gives, {(layer, head): [length, width]}: place by
+    place in float64, with what is `put` in the place of what a head gives."""
     weights = {name: parameter.double().numpy() for name, parameter in model.named_parameters()}
     stream = weights["transformer.wte.weight"][ids] + weights["transformer.wpe.weight"][: len(ids)]
     wide, given = WIDTH // HEADS, {}

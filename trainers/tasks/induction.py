@@ -28,8 +28,8 @@ def prompts(subject: Subject, number: int, seed: int) -> Prompts:
     repeated = min(TOKENS, len(vocabulary) // 2, TOKENS if most is None else (most - 1) // 2)
     if repeated < LEAST:
         raise SaescaleError(
-            f"induction repeats {LEAST} tokens at least, drawn from twice as many; {subject.name} has {len(vocabulary)} "
-            f"that are no special ones, and contexts of {most}"
+            f"induction repeats {LEAST} tokens at least, drawn from twice as many; {subject.name} has "
+            f"{len(vocabulary)} that are no special ones, and contexts of {most}"
         )
     draw = np.random.default_rng(seed)
     once, other = (np.stack([draw.permutation(vocabulary)[:repeated] for _ in range(number)]) for _ in range(2))
