@@ -56,6 +56,7 @@ def train(
     spec = checked(TrainingSpec, given | {"lr": lr, "seed": seed, "dtype": dtype}, "subject train")
     with display() as shown:
         record = train_subject(spec, shown.training)
+    _show_curve(record["curve"])
     say(f"{out}: {_scores(record['score'])}")
     say(f"Next: {command('harvest', f'{subject}:{out}', '--layer', '0', '--out', 'stores/mine')}")
 
@@ -118,6 +119,14 @@ def _described(subject: Any, sequences: int) -> dict[str, Any]:
     if isinstance(subject, Learns):
         found["score"] = subject.score(sequences)
     return found
+
+
+def _show_curve(curve: list[dict[str, float]]) -> None:
+    """The scores on the way."""
+    shown = table(*curve[0])
+    for point in curve:
+        shown.add_row(*(f"{value:,.4g}" if name != "sequences" else f"{value:,}" for name, value in point.items()))
+    console.print(shown)
 
 
 def _show_task(subject: str, found: dict[str, Any], json_: bool) -> None:

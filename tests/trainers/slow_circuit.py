@@ -13,6 +13,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 from saescale.trainers.subjects.transformer import Transformer
 
 TOKENS, POSITIONS, WIDTH, HEADS = 12, 20, 64, 2
+SHARP = 2.0  # what is looked for is found, and gradients do not vanish yet
 TOKEN, POSITION, BEFORE, FORESEEN = 0, TOKENS, TOKENS + POSITIONS, 2 * TOKENS + POSITIONS
 
 
@@ -37,15 +38,15 @@ def by_hand() -> ByHand:
     model.transformer.wpe.weight[range(POSITIONS), range(POSITION, POSITION + POSITIONS)] = 1.0
     first, second = (block.attn for block in model.transformer.h)
     for place in range(POSITIONS - 1):  # the query of place t + 1 meets the key of place t
-        first.c_attn.weight[POSITION + place + 1, place] = 8.0
-        first.c_attn.weight[POSITION + place, WIDTH + place] = 8.0
+        first.c_attn.weight[POSITION + place + 1, place] = SHARP
+        first.c_attn.weight[POSITION + place, WIDTH + place] = SHARP
     for token in range(TOKENS):
         first.c_attn.weight[TOKEN + token, 2 * WIDTH + token] = 1.0
         first.c_proj.weight[token, BEFORE + token] = 0.3
         first.c_attn.weight[TOKEN + token, wide + token] = 2.0  # head 0.1 looks for the same token
         first.c_attn.weight[TOKEN + token, WIDTH + wide + token] = 2.0
-        second.c_attn.weight[TOKEN + token, token] = 8.0
-        second.c_attn.weight[BEFORE + token, WIDTH + token] = 8.0
+        second.c_attn.weight[TOKEN + token, token] = SHARP
+        second.c_attn.weight[BEFORE + token, WIDTH + token] = SHARP
         second.c_attn.weight[TOKEN + token, 2 * WIDTH + token] = 1.0
         second.c_proj.weight[token, FORESEEN + token] = 2.0
         model.lm_head.weight[token, FORESEEN + token] = 1.5

@@ -1,11 +1,16 @@
 """Tasks and circuits: on a model whose circuit was made by hand, against slow code, and on tokenizers that cannot."""
 
+import re
+from collections.abc import Iterable
+from types import ModuleType
+
 import numpy as np
 import pytest
 import torch
 
+from saescale.storage.errors import SaescaleError
 from saescale.storage.manifest import Site
-from saescale.trainers.tasks import induction
+from saescale.trainers.tasks import greater_than, induction, ioi
 from saescale.trainers.tasks.heads import scores_by_attention
 from saescale.trainers.tasks.patching import Part, patch_parts
 from saescale.trainers.tasks.task import METRIC, Prompts, find_task
@@ -117,3 +122,116 @@ def test_a_gradient_at_the_site_is_that_of_differences(prompts: Prompts) -> None
         )
     last = subject.resume(prompts.ids, site, resid, prompts.last)
     assert torch.equal(last, subject.resume(prompts.ids, site, resid)[:, -prompts.last :])
+
+
+# --- prompts
+
+
+class Spelling:
+    """A subject that only spells, by a pattern of its tokens."""
+
+    name, bos_token_id, eos_token_id = "spelling", 0, None
+
+    def __init__(self, pattern: str) -> None:
+        self.pattern, self.known = re.compile(pattern), {"<bos>": 0}
+
+    def tokenize(self, texts: Iterable[str]) -> list[np.ndarray]:
+        return [
+            np.array([self.known.setdefault(word, len(self.known)) for word in self.pattern.findall(text)], np.int32)
+            for text in texts
+        ]
+
+    def text(self, ids: Iterable[int]) -> str:
+        words = list(self.known)
+        return "".join(words[each] for each in ids if each)
+
+
+WORDS, DIGITS, PAIRS = r" ?[A-Za-z]+|\d|[^\w]", r" ?[A-Za-z]+| ?\d|[^\w]", r" ?[A-Za-z]+| ?\d\d|[^\w]"
+
+
+def test_prompts_of_ioi_name_who_they_should() -> None:
+    subject = Spelling(WORDS)
+    found = ioi.prompts(subject, 64, seed=1)  # type: ignore[arg-type]
+    again = ioi.prompts(subject, 64, seed=1)  # type: ignore[arg-type]
+    assert torch.equal(found.ids, again.ids)
+    assert not torch.equal(found.ids, ioi.prompts(subject, 64, seed=2).ids)  # type: ignore[arg-type]
+    for row in range(64):
+        length = int(found.lengths[row])
+        said, corrupt = (subject.text(ids[row, :length].tolist()) for ids in (found.ids, found.corrupt))
+        io, s = (list(subject.known)[token].strip() for token in found.answers[row].tolist())
+        assert (said.count(f" {io} "), said.count(f" {s} ")) == (1, 2)
+        assert (said.index(f" {io} ") < said.index(f" {s} ")) == (found.attributes["order"][row] == 0)
+        assert said.endswith(" to")
+        names = [name for name in ioi.NAMES if re.search(rf"\b{name}\b", corrupt)]
+        assert len(names) == 3
+        assert not {io, s} & set(names)
+        # Besides the names nothing differs.
+        assert int((found.ids[row] != found.corrupt[row]).sum()) == 3
+        assert all(int(found.ids[row, found.places[place][row]]) == found.answers[row, 1] for place in ("s1", "s2"))
+        assert found.places["s1"][row] < found.places["s2"][row] < found.places["end"][row] == length - 1
+    assert 16 < int(found.attributes["order"].sum()) < 48
+
+
+@pytest.mark.parametrize(("pattern", "reads"), [(DIGITS, 2), (PAIRS, 1)], ids=["digits", "pairs"])
+def test_greater_than_is_the_mass_of_later_years(pattern: str, reads: int) -> None:
+    """Whatever the tokens of years: held to a sum over all of them, by a model that says what it likes."""
+    subject = Spelling(pattern)
+    found = greater_than.prompts(subject, 32, seed=0)  # type: ignore[arg-type]
+    draw = torch.Generator().manual_seed(0)
+    logits = 2 * torch.randn(32, reads, len(subject.known), generator=draw)
+    scored = greater_than.score(found, logits)
+    table = {name.strip(): token for name, token in subject.known.items()}
+    for row in range(32):
+        said = subject.text(found.ids[row, : int(found.lengths[row])].tolist())
+        century, year, after = re.match(r"The \w+ lasted from the year (\d\d)(\d\d) to the year (\d+)", said).groups()  # type: ignore[union-attr]
+        assert after == century + (year[0] if reads == 2 else "")
+        corrupt = subject.text(found.corrupt[row, : int(found.lengths[row])].tolist())
+        assert corrupt == said.replace(f"{century}{year} ", f"{century}01 ", 1)
+        above = others = 0.0
+        for later in range(100):
+            text = f"{later:02}"
+            if reads == 1:
+                p = float(logits[row, 0].softmax(dim=0)[table[text]])
+            else:
+                p = float(logits[row, 0].softmax(dim=0)[table[text[0]]])
+                if text[0] == year[0]:  # else the second digit decides nothing
+                    p *= float(logits[row, 1][[table[str(digit)] for digit in range(10)]].softmax(dim=0)[int(text[1])])
+                else:
+                    p /= 10
+            if text > year:
+                above += p
+            else:
+                others += p
+        assert float(scored["above"][row]) == pytest.approx(above, abs=1e-5)
+        assert float(scored[METRIC][row]) == pytest.approx(above - others, abs=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("task", "pattern", "said"),
+    [
+        (ioi, r".", "ioi needs 6 names that are one token each, and the tokenizer of spelling has 0 of"),
+        (greater_than, r" ?[A-Za-z]+| ?\d+|[^\w]", "greater_than needs years whose last two digits, or each of them"),
+        (
+            greater_than,
+            r" ?[A-Za-z]+| ?\d{1,3}|[^\w]",
+            "greater_than needs years whose last two digits, or each of them",
+        ),
+        (induction, r".", "tasks are run on causal models of transformers, and spelling is none"),
+    ],
+    ids=["letters", "numbers", "threes", "no model"],
+)
+def test_a_tokenizer_that_cannot_is_one_line(task: ModuleType, pattern: str, said: str) -> None:
+    with pytest.raises(SaescaleError, match=said) as told:
+        task.prompts(Spelling(pattern), 8, 0)
+    assert "\n" not in str(told.value)
+
+
+def test_a_subject_without_text_or_of_short_contexts_is_one_line(subject: ByHand) -> None:
+    with pytest.raises(SaescaleError, match="the subject by hand reads no text"):
+        ioi.prompts(subject, 8, 0)
+    short = by_hand()
+    short.max_positions = 8
+    with pytest.raises(SaescaleError, match="induction repeats 4 tokens at least"):
+        induction.prompts(short, 8, 0)
+    with pytest.raises(SaescaleError, match="did you mean ioi"):
+        find_task("oi")

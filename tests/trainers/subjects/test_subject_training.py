@@ -94,7 +94,7 @@ def test_what_was_cut_short_goes_on_to_the_same_weights(trained: Path, tmp_path:
     assert (tmp_path / "a" / "checkpoints" / "last.ckpt").exists()
     assert not (tmp_path / "a" / "model.safetensors").exists()
     train_subject(spec_of(tmp_path / "a"))
-    for name in ("model.safetensors", "training.json"):
+    for name in ("model.safetensors", "training.json", "curve.csv"):
         assert filecmp.cmp(tmp_path / "a" / name, trained / name, shallow=False), name
 
 
@@ -107,7 +107,7 @@ def test_a_training_that_diverges_says_so_and_writes_no_weights(tmp_path: Path) 
 @pytest.mark.parametrize(
     ("given", "said"),
     [
-        (["smollm2-135m"], "smollm2-135m cannot be trained; othello can"),
+        (["smollm2-135m"], "smollm2-135m cannot be trained; attention-only, "),
         (["othelo"], "did you mean 'othello'?"),
         (["othello", "--set", "layers=2"], "settings of othello: layers is not a key, did you mean n_layers?"),
         (["othello", "--set", "board=5"], "settings of othello: board: input should be 4, 6 or 8 (given: 5)"),
