@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Iterable
+from pathlib import Path
 from types import ModuleType
 
 import numpy as np
@@ -11,9 +12,10 @@ import torch
 from saescale.storage.errors import SaescaleError
 from saescale.storage.manifest import Site
 from saescale.trainers.tasks import greater_than, induction, ioi
+from saescale.trainers.tasks.circuit import circuit
 from saescale.trainers.tasks.heads import scores_by_attention
 from saescale.trainers.tasks.patching import Part, patch_parts
-from saescale.trainers.tasks.task import METRIC, Prompts, find_task
+from saescale.trainers.tasks.task import METRIC, TASKS, Prompts, find_task, read
 from tests.trainers.slow_circuit import ByHand, by_hand, recomputed
 
 
@@ -89,8 +91,6 @@ def test_a_part_that_goes_straight_to_the_logits_does_so_by_its_derivative(subje
 
 
 def _read(subject: ByHand, prompts: Prompts, site: Site, stream: torch.Tensor) -> torch.Tensor:
-    from saescale.trainers.tasks.task import read
-
     return read(prompts, subject.resume(prompts.ids, site, stream, prompts.last))
 
 
@@ -235,3 +235,16 @@ def test_a_subject_without_text_or_of_short_contexts_is_one_line(subject: ByHand
         induction.prompts(short, 8, 0)
     with pytest.raises(SaescaleError, match="did you mean ioi"):
         find_task("oi")
+
+
+def test_the_example_of_the_page_is_a_task(subject: ByHand, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    page = Path(__file__).parents[2] / "trainers" / "tasks" / "README.md"
+    (block,) = re.findall(r"```python\n(# tasks/toy\.py\n.*?)```", page.read_text(), re.DOTALL)
+    (tmp_path / "tasks").mkdir()
+    (tmp_path / "tasks" / "toy.py").write_text(block)
+    monkeypatch.setenv("SAESCALE_PATH", str(tmp_path))
+    assert TASKS.names() == ("greater_than", "induction", "ioi", "toy")
+    found = circuit(subject, "toy", number=8)
+    assert found["clean"]["metric"] > found["corrupt"]["metric"]
+    assert [part["part"] for part in found["parts"][:1]] == ["head 1.0"]
+    assert found["heads"]["induction"][0]["part"] == "head 1.0"
