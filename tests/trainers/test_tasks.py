@@ -1,16 +1,19 @@
 """Tasks and circuits: on a model whose circuit was made by hand, against slow code, and on tokenizers that cannot."""
 
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+import transformers as tf
 
 from saescale.storage.errors import SaescaleError
 from saescale.storage.manifest import Site
+from saescale.trainers.subjects.subject import get_subject
 from saescale.trainers.tasks import greater_than, induction, ioi
 from saescale.trainers.tasks.circuit import circuit
 from saescale.trainers.tasks.heads import scores_by_attention
@@ -122,6 +125,47 @@ def test_a_gradient_at_the_site_is_that_of_differences(prompts: Prompts) -> None
         )
     last = subject.resume(prompts.ids, site, resid, prompts.last)
     assert torch.equal(last, subject.resume(prompts.ids, site, resid)[:, -prompts.last :])
+
+
+SHAPE: dict[str, Any] = {
+    "vocab_size": 512, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32,
+}  # fmt: skip
+LAYOUTS: dict[str, tuple[Callable[[], Any], int]] = {
+    "gpt2": (lambda: tf.GPT2Config(vocab_size=512, n_embd=16, n_layer=2, n_head=2, n_positions=64), 6),
+    "llama": (lambda: tf.LlamaConfig(**SHAPE, num_key_value_heads=1), 6),
+    "side by side": (lambda: tf.GPTNeoXConfig(**SHAPE), 6),
+    "experts": (lambda: tf.MixtralConfig(**SHAPE, num_key_value_heads=1, num_local_experts=2), 6),
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_parts_of_other_layouts_are_found(save_subject: Callable[..., str], layout: str) -> None:
+    make, parts = LAYOUTS[layout]
+    subject = get_subject(save_subject("model", make()), dtype="float32")
+    prompts = induction.prompts(subject, 2, 0)
+    found = patch_parts(subject, find_task("induction"), prompts)  # type: ignore[arg-type]
+    assert len(found.effects) == parts
+    assert all(effect.noising != 0 for part, effect in found.effects.items() if part.layer == 0)
+
+
+@pytest.mark.parametrize(
+    ("make", "said"),
+    [
+        (
+            lambda: tf.BloomConfig(vocab_size=512, hidden_size=16, n_layer=2, n_head=2),
+            "parts of Bloom.* cannot be patched",
+        ),
+        (
+            lambda: tf.MambaConfig(vocab_size=512, hidden_size=16, num_hidden_layers=2, state_size=4),
+            "cannot tell where the heads of block 0 are",
+        ),
+    ],
+    ids=["an MLP that gives the stream", "no heads"],
+)
+def test_parts_that_cannot_be_told_are_one_line(save_subject: Callable[..., str], make: Any, said: str) -> None:
+    subject = get_subject(save_subject("model", make()), dtype="float32")
+    with pytest.raises(SaescaleError, match=said):
+        circuit(subject, "induction", number=2)
 
 
 # --- prompts

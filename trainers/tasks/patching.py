@@ -9,6 +9,7 @@ of a part are patched together, and all parts behind it compute what follows.
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 import torch
@@ -20,6 +21,7 @@ from saescale.trainers.subjects.transformer import Transformer
 from saescale.trainers.tasks.task import METRIC, Prompts, Task, read
 
 Progress = Callable[[int, int], None]  # parts done, in all
+ADDS_UP = 0.05  # of what a block adds: bfloat16 rounds a stream that is much larger
 
 
 class Part(NamedTuple):
@@ -110,8 +112,27 @@ def _whole(subject: Transformer, task: Task, prompts: Prompts, ids: Tensor) -> _
         for handle in handles:
             handle.remove()
     assert run.logits is not None, "they were asked for"
+    _check_that_they_add_up(subject, run.resid, mixed, mlp)
     metric = task.score(prompts, read(prompts, run.logits[:, -prompts.last :]))[METRIC]
     return _Pass(ids, run.resid, mixed, mlp, float(metric.mean()))
+
+
+@torch.inference_mode()
+def _check_that_they_add_up(
+    subject: Transformer, streams: Sequence[Tensor], mixed: list[Tensor], mlp: dict[int, Tensor]
+) -> None:
+    """Raises SaescaleError unless what a block adds to the stream is what its heads and its MLP give: names alone do
+    not tell (MLPs that give the whole stream, norms behind them, heads elsewhere)."""
+    for layer, (before, after) in enumerate(pairwise(streams), 1):
+        added = subject.parts()[layer].mixing(mixed[layer]).float()
+        if layer in mlp:
+            added = added + mlp[layer].float()
+        off = float((before.float() + added - after.float()).norm() / added.norm().clamp_min(1e-30))
+        if off > ADDS_UP:
+            raise SaescaleError(
+                f"{subject.name}: what the heads and the MLP of block {layer} give is not what it adds to the stream "
+                f"(off by {off:.2g} of it); parts of {type(subject.model).__name__} cannot be patched"
+            )
 
 
 def _with(subject: Transformer, task: Task, prompts: Prompts, into: _Pass, of: _Pass, part: Part) -> float:
