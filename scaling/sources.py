@@ -67,9 +67,7 @@ def load_evals(sources: Sequence[str], wandb: Callable[[str], pa.Table] | None =
         online = source.startswith(_PREFIX)
         if online and wandb is None:
             continue
-        if not online and is_table(
-            source
-        ):  # whose metrics are columns; of Parquet it may say what was declared of them
+        if not online and is_table(source):  # Parquet may say what was declared of its metrics
             known |= json.loads((read_file(source).table.schema.metadata or {}).get(METRICS, b"{}"))
             continue
         evals = wandb(source.removeprefix(_PREFIX)) if online else RunDirectory(source).read_evals()

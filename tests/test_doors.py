@@ -16,7 +16,8 @@ from saescale.cluster.cli import app
 
 ROOT = Path(__file__).parents[1]
 PAGES = [
-    "trainers/architectures", "trainers/subjects", "trainers/evals", "trainers/exchange", "scaling/laws",
+    "trainers/architectures", "trainers/subjects", "trainers/tasks", "trainers/evals", "trainers/exchange",
+    "scaling/laws",
 ]  # fmt: skip
 LINES = 60
 _BLOCK = re.compile(r"^```python\n(# (\w+)/toy\.py\n.*?)^```$", re.DOTALL | re.MULTILINE)

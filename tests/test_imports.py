@@ -35,7 +35,7 @@ ROOMS = {
         ("architectures",),
         ("cell",),
         ("exchange", "subjects", "loggers"),
-        ("harvest",),
+        ("harvest", "tasks"),
         ("evals",),
         ("training",),
     ),

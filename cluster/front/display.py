@@ -88,6 +88,12 @@ class Display:
         left = (total - done) / sequences_per_s
         self._show("sequences", done, total, f"{sequences_per_s:,.0f} sequences/s, {words}", left)
 
+    def patching(self, done: int, total: int) -> None:
+        """Progress of activation patching: heads and MLPs of `total`."""
+        since = time.monotonic() - self._began if self._kind == "parts" else 0.0
+        rate = done / since if since else 0.0
+        self._show("parts", done, total, f"{rate:.1f} heads and MLPs/s", (total - done) / rate if rate else None)
+
     def evals(self, done: int, total: int, what: str, left_s: float | None) -> None:
         """Progress of evaluations, in pairs of cell and evaluation, and what each costs; first what is predicted."""
         if done == 0:

@@ -10,6 +10,8 @@ from rich.markup import escape
 from saescale.cluster.front.console import Json, TrustRemoteCode, command, console, display, say, say_marked, table
 from saescale.storage.errors import SaescaleError
 
+PARTS = 12  # of a task, that are shown
+
 app = typer.Typer(no_args_is_help=True, help="List, train and describe subjects, the models that SAEs are trained on.")
 
 
@@ -57,6 +59,7 @@ def train(
     spec = checked(TrainingSpec, given | {"lr": lr, "seed": seed, "start": start, "dtype": dtype}, "subject train")
     with display() as shown:
         record = train_subject(spec, shown.training)
+    _show_curve(record["curve"])
     say(f"{out}: {_scores(record['score'])}")
     say(f"Next: {command('harvest', f'{subject}:{out}', '--layer', '0', '--out', 'stores/mine')}")
 
@@ -67,15 +70,33 @@ def show(
     sequences: Annotated[
         int, typer.Option(help="Held-out sequences to score it on, where it has a score.", min=1)
     ] = 500,
+    task: Annotated[
+        str | None, typer.Option(help="A task: how well it does it, and which heads and MLPs it needs for it.")
+    ] = None,
+    prompts: Annotated[int, typer.Option(help="Of the task.", min=2)] = 16,
     trust_remote_code: TrustRemoteCode = False,
     json_: Json = False,
 ) -> None:
     """Loads a subject and says what it is, which labels it has, and how well it does what it was trained for.
 
+    With --task: how well it does that, and by which heads and MLPs.
+
     Example: [bold]saescale subject show othello[/]
+    Example: [bold]saescale subject show smollm2-135m --task ioi[/]
     """
     from saescale.trainers.subjects.subject import get_subject
 
+    if task is not None:
+        from saescale.trainers.tasks.circuit import circuit
+        from saescale.trainers.tasks.task import TASKS
+
+        TASKS.check(task)
+        with display() as shown:
+            of_task = circuit(
+                get_subject(subject, trust_remote_code=trust_remote_code), task, prompts, progress=shown.patching
+            )
+        _show_task(subject, of_task, json_)
+        return
     found = _described(get_subject(subject, trust_remote_code=trust_remote_code), sequences)
     if json_:
         print(json.dumps(found, indent=1))
@@ -123,6 +144,30 @@ def _described(subject: Any, sequences: int) -> dict[str, Any]:
     if isinstance(subject, Learns):
         found["score"] = subject.score(sequences)
     return found
+
+
+def _show_curve(curve: list[dict[str, float]]) -> None:
+    """The scores on the way."""
+    shown = table(*curve[0])
+    for point in curve:
+        shown.add_row(*(f"{value:,.4g}" if name != "sequences" else f"{value:,}" for name, value in point.items()))
+    console.print(shown)
+
+
+def _show_task(subject: str, found: dict[str, Any], json_: bool) -> None:
+    if json_:
+        print(json.dumps(found, indent=1))
+        return
+    say(f"{found['task']} of {subject}, {found['prompts']} prompts; the metric is the {found['unit']}")
+    for which in ("clean", "corrupt"):
+        say_marked(f"[bold]{which:<16}[/]{escape(_scores(found[which]))}")
+    shown = table("part", "lost by noising", "of that straight", "back by denoising")
+    for part in found["parts"][:PARTS]:
+        shown.add_row(part["part"], *(f"{part[name]:.3f}" for name in ("noising", "direct", "denoising")))
+    console.print(shown)
+    for kind, best in found["heads"].items():
+        words = ", ".join(f"{each['part'].removeprefix('head ')} ({each['score']:.3f})" for each in best)
+        say_marked(f"[bold]{kind:<16}[/]{escape(words)}")
 
 
 def _settings(given: list[str]) -> dict[str, Any]:

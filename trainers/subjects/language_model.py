@@ -29,8 +29,6 @@ class LanguageModel(Transformer):
     `bos_token_id` and `eos_token_id` are None where its tokenizer has none.
     """
 
-    labels: tuple[str, ...] = ()
-
     def __init__(self, name: str, model: Any, tokenizer: Any, fingerprint: str, absent: Sequence[str] = ()) -> None:
         super().__init__(name, model, fingerprint, absent)
         self.tokenizer = tokenizer
@@ -56,10 +54,6 @@ class LanguageModel(Transformer):
                 f"{self.embedded - 1}: the tokenizer is of another model, or tokens were added to it alone; give the "
                 "folder the tokenizer of its model"
             )
-
-    def label(self, ids: np.ndarray) -> dict[str, np.ndarray]:
-        """Nothing: nobody knows the truth about text."""
-        return {}
 
 
 def load_model(

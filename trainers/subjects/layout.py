@@ -1,6 +1,6 @@
 """Where things are in a transformers model: its text model, its blocks, the longest context that it takes."""
 
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import nn
 from transformers.pytorch_utils import Conv1D
@@ -46,6 +46,41 @@ def find_projection(name: str, block: nn.Module, d_model: int) -> nn.Module:
     if not ends:
         raise SaescaleError(f"{name}: no matrix of {type(block).__name__} leads from neurons to the stream")
     return ends[-1]
+
+
+class Parts(NamedTuple):
+    """Of a block: what mixes the outputs of its heads, which are its input side by side, [batch, length, heads x
+    width]; and what gives that of its MLP, None where it has none that is a module of its own."""
+
+    mixing: nn.Module
+    mlp: nn.Module | None
+
+
+MIXING = ("o_proj", "c_proj", "out_proj", "dense", "wo")
+ATTENTION = ("self_attn", "attn", "attention", "self_attention")
+MLP = ("mlp", "feed_forward", "ffn", "block_sparse_moe")
+
+
+def find_parts(name: str, blocks: nn.ModuleList) -> list[Parts]:
+    """The parts of every block, by the names that models of transformers give them.
+
+    Raises SaescaleError where a block has none that are called so.
+    """
+    found = []
+    for number, block in enumerate(blocks):
+        children = dict(block.named_children())
+        attention = next((children[each] for each in ATTENTION if each in children), None)
+        inner = {} if attention is None else dict(attention.named_modules())
+        mixing = next((inner[each] for each in MIXING if each in inner), None)
+        # GPT-Neo has its attention one module deeper.
+        mixing = mixing or next((inner[f"attention.{each}"] for each in MIXING if f"attention.{each}" in inner), None)
+        if attention is None or mixing is None:
+            raise SaescaleError(
+                f"{name}: cannot tell where the heads of block {number} are, which has {', '.join(children)}; this "
+                "layout is not supported"
+            )
+        found.append(Parts(mixing, next((children[each] for each in MLP if each in children), None)))
+    return found
 
 
 def max_positions(config: Any, text: nn.Module | None) -> int | None:

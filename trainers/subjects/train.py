@@ -2,6 +2,7 @@
 
     OUT/config.json, model.safetensors   the model as transformers saves it
     OUT/training.json                    what it was trained with, its scores on the way and at the end
+    OUT/curve.csv                        the scores on the way: step, sequences, train_loss, and what it is scored by
     OUT/checkpoints/                     until it is done: from there the same command goes on, with the same bits
 
 AdamW with a warm-up of 2 % and a cosine to 0. In a notebook or a script:
@@ -49,7 +50,7 @@ Progress = Callable[[int, int, float, str], None]  # sequences done, in all, seq
 
 M = TypeVar("M", bound=BaseModel)
 
-TRAINING, CHECKPOINTS = "training.json", "checkpoints"
+TRAINING, CURVE, CHECKPOINTS = "training.json", "curve.csv", "checkpoints"
 WARM_UP = 0.02
 CHECKS = 20  # scores on the way, of CHECK_SEQUENCES each
 CHECK_SEQUENCES, FINAL_SEQUENCES = 100, 2_000
@@ -188,6 +189,13 @@ def _text(record: dict[str, Any]) -> bytes:
     return (json.dumps(record, indent=1) + "\n").encode()
 
 
+def write_curve(spec: TrainingSpec, curve: list[dict[str, float]]) -> None:
+    """The scores on the way as a table, beside what they are of."""
+    lines = [",".join(("step", *curve[0]))]
+    lines += [",".join(map(repr, (int(point["sequences"]) // spec.batch, *point.values()))) for point in curve]
+    files.write_atomic(str(_folder(spec.out) / CURVE), ("\n".join(lines) + "\n").encode())
+
+
 def _trainer(spec: TrainingSpec, checkpoints: Path, device: torch.device) -> L.Trainer:
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     for text in ("does not have many workers", "Checkpoint directory", "LeafSpec", "callbacks used to create"):
@@ -269,6 +277,7 @@ class _Pupil(L.LightningModule):
         score = self.subject.score(CHECK_SEQUENCES)
         self.model.train()
         self.curve.append({"sequences": sequences, "train_loss": loss, **score})
+        write_curve(self.spec, self.curve)
         self._how = ", ".join(f"{name} {value:.3f}" for name, value in score.items())
 
     def say(self, stage: str) -> None:

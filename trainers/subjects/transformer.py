@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from typing import Any
@@ -13,7 +14,14 @@ from torch import Tensor, nn
 from saescale.storage.errors import SaescaleError, one_line
 from saescale.storage.manifest import Site
 from saescale.trainers.subjects.checkpoint import listed
-from saescale.trainers.subjects.layout import find_blocks, find_projection, max_positions, text_model
+from saescale.trainers.subjects.layout import (
+    Parts,
+    find_blocks,
+    find_parts,
+    find_projection,
+    max_positions,
+    text_model,
+)
 from saescale.trainers.subjects.subject import Outline, Patch, Run
 
 
@@ -22,8 +30,11 @@ class Transformer:
 
     `d_model` and `n_layers` are its width and number of blocks, `max_positions` is the longest context it takes (None:
     no limit known), ids are below `embedded`, `fingerprint` identifies its weights whatever the arithmetic, `dtype` is
-    the arithmetic of its forward pass. `absent` are weights of the head that its files lack.
+    the arithmetic of its forward pass. `absent` are weights of the head that its files lack. It has no labels unless
+    its file knows any.
     """
+
+    labels: tuple[str, ...] = ()
 
     def __init__(self, name: str, model: Any, fingerprint: str, absent: Sequence[str] = ()) -> None:
         config = model.config.get_text_config()
@@ -39,6 +50,36 @@ class Transformer:
         self.max_positions = max_positions(config, text)
         self._layers = find_blocks(name, text, self.n_layers)
         self.embedded = int(model.get_input_embeddings().weight.shape[0])
+
+    def label(self, ids: np.ndarray) -> dict[str, np.ndarray]:
+        """Nothing: nobody knows the truth about text."""
+        return {}
+
+    @property
+    def n_heads(self) -> int:
+        """Of each block."""
+        return int(self.model.config.get_text_config().num_attention_heads)
+
+    def parts(self) -> list[Parts]:
+        """Heads and MLP of each block. Raises SaescaleError where they cannot be told."""
+        return find_parts(self.name, self._layers)
+
+    def attention(self, ids: Tensor) -> Tensor:
+        """Attention of every head over `ids` [batch, length], float32 [layers, batch, heads, length, length].
+
+        Raises SaescaleError where the model gives none.
+        """
+        config = self.model.config.get_text_config()
+        before = config._attn_implementation
+        try:
+            self.model.set_attn_implementation("eager")  # others never make the whole matrix
+            with torch.inference_mode():
+                found = self.model(input_ids=ids.to(self.model.device), use_cache=False, output_attentions=True)
+        finally:
+            self.model.set_attn_implementation(before)
+        if not found.attentions or any(each is None for each in found.attentions):
+            raise SaescaleError(f"{self.name} does not give the attention of its heads")
+        return torch.stack([each.float() for each in found.attentions])
 
     def check_ids(self, ids: np.ndarray) -> None:
         """Raises SaescaleError for an id of which the model has no embedding."""
@@ -137,22 +178,31 @@ class Transformer:
         (neurons,) = found
         return neurons
 
-    def resume(self, ids: Tensor, site: Site, resid: Tensor) -> Tensor:
-        """The logits of `run` with `resid` in place of the stream at the site, [batch, length, vocabulary].
+    def resume(self, ids: Tensor, site: Site, resid: Tensor, last: int | None = None) -> Tensor:
+        """The logits of `run` with `resid` in place of the stream at the site, [batch, length, vocabulary]; of the
+        `last` positions alone where that is given. Where `resid` requires a gradient, they carry it.
 
         Blocks up to the site are left out where the model allows that, which is tried once on the first context. Raises
-        what `run` raises.
+        what `run` raises, and SaescaleError for a gradient where it does not allow that.
         """
         if site.layer not in self._left_out:
-            self._left_out[site.layer] = self._how_to_leave_out(ids[:1], site, resid[:1])
+            self._left_out[site.layer] = self._how_to_leave_out(ids[:1], site, resid[:1].detach())
         how = self._left_out[site.layer]
-        if how is None:
-            logits = self.run(ids, [], {site: lambda stream: resid}, logits=True).logits
-            assert logits is not None, "they were asked for"
-            return logits
-        self.check_ids(ids.cpu().numpy())
-        return self._without_blocks(ids, site, resid, how)
+        if how is not None:
+            self.check_ids(ids.cpu().numpy())
+            with torch.inference_mode(not resid.requires_grad):
+                logits = self._without_blocks(ids, site, resid, how, last)
+        elif resid.requires_grad:
+            raise SaescaleError(
+                f"{self.name} gives no gradients at {site.name}: later blocks need more of earlier ones than the stream"
+            )
+        else:
+            whole = self.run(ids, [], {site: lambda stream: resid}, logits=True).logits
+            assert whole is not None, "they were asked for"
+            logits = whole
+        return logits if last is None else logits[:, -last:]
 
+    @torch.inference_mode()
     def _how_to_leave_out(self, ids: Tensor, site: Site, resid: Tensor) -> type | None:
         """What a block that is left out has to give, a tensor or a tuple; None where later ones need the earlier ones
         for more than the stream (keys and values that they share)."""
@@ -164,23 +214,32 @@ class Transformer:
                     return how
         return None
 
-    def _without_blocks(self, ids: Tensor, site: Site, resid: Tensor, how: type) -> Tensor:
+    def _without_blocks(self, ids: Tensor, site: Site, resid: Tensor, how: type, last: int | None = None) -> Tensor:
         """A forward pass in which every block up to the site just gives `resid`."""
         resid = resid.to(self.model.device, self.dtype)
         blocks = [self._layers[layer] for layer in range(site.layer + 1)]
         own = [vars(block).get("forward") for block in blocks]
+        # The last positions of several contexts do not lie side by side, and torch would copy the whole head for each.
+        head = self.model.get_output_embeddings()
+        joined = None if head is None else head.register_forward_pre_hook(lambda _, given: (given[0].contiguous(),))
         try:
             for block in blocks:
                 block.forward = lambda *_, **__: (resid,) if how is tuple else resid
-            with torch.inference_mode():
-                logits: Tensor = self.model(input_ids=ids.to(self.model.device), use_cache=False).logits
-                return logits
+            logits: Tensor = self.model(input_ids=ids.to(self.model.device), use_cache=False, **self._few(last)).logits
+            return logits
         finally:
+            if joined is not None:
+                joined.remove()
             for block, forward in zip(blocks, own, strict=True):
                 if forward is None:
                     del block.forward
                 else:
                     block.forward = forward
+
+    def _few(self, last: int | None) -> dict[str, int]:
+        """How the model is told to give logits of the last positions alone; many can be."""
+        known = last is not None and "logits_to_keep" in inspect.signature(self.model.forward).parameters
+        return {"logits_to_keep": last} if known and last is not None else {}
 
     def _check_stream(self, layer: int, stream: Any, ids: Tensor) -> None:
         wanted = [*ids.shape, self.d_model]

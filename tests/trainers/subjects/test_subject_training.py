@@ -94,7 +94,7 @@ def test_what_was_cut_short_goes_on_to_the_same_weights(trained: Path, tmp_path:
     assert (tmp_path / "a" / "checkpoints" / "last.ckpt").exists()
     assert not (tmp_path / "a" / "model.safetensors").exists()
     train_subject(spec_of(tmp_path / "a"))
-    for name in ("model.safetensors", "training.json"):
+    for name in ("model.safetensors", "training.json", "curve.csv"):
         assert filecmp.cmp(tmp_path / "a" / name, trained / name, shallow=False), name
 
 
@@ -118,7 +118,7 @@ def test_it_may_begin_with_the_weights_of_a_trained_one(trained: Path, tmp_path:
 @pytest.mark.parametrize(
     ("given", "said"),
     [
-        (["smollm2-135m"], "smollm2-135m cannot be trained; maze, othello can"),
+        (["smollm2-135m"], "smollm2-135m cannot be trained; attention-only, maze, othello can"),
         (["othelo"], "did you mean 'othello'?"),
         (["othello", "--set", "layers=2"], "settings of othello: layers is not a key, did you mean n_layers?"),
         (["othello", "--set", "board=5"], "settings of othello: board: input should be 4, 6 or 8 (given: 5)"),

@@ -1,0 +1,143 @@
+"""What of a task an SAE recovers, and which latents carry it: on a model made by hand, and against brute force."""
+
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+
+from saescale.storage.manifest import Site
+from saescale.trainers.evals import circuit, circuit_latents
+from saescale.trainers.evals.circuit_latents import Kept, Latents, fewest
+from saescale.trainers.evals.circuit_supervised import composed
+from saescale.trainers.evals.evaluation import Unsuited
+from tests.trainers.evals.cases import a_trained, raw_rows
+from tests.trainers.slow_circuit import BEFORE, FORESEEN, TOKENS, by_hand
+
+SOURCE = SimpleNamespace(site=Site(layer=0, positions="all but BOS"))
+
+
+@pytest.fixture(scope="module")
+def prepared() -> list[circuit.Prepared]:
+    return circuit.prepare(SOURCE, by_hand())  # type: ignore[arg-type]
+
+
+def measured(prepared: list[circuit.Prepared], reconstruct: object) -> dict[str, float]:
+    found = circuit.measure(SimpleNamespace(reconstruct=reconstruct), SOURCE, None, prepared)  # type: ignore[arg-type]
+    return {each.metric: each.value for each in found}
+
+
+def test_recovered_is_1_of_x_itself_and_0_of_its_mean(prepared: list[circuit.Prepared]) -> None:
+    assert [of.case.name for of in prepared] == ["induction"]  # it reads no text
+    whole = measured(prepared, lambda raw: raw)
+    assert whole["induction_recovered"] == pytest.approx(1)
+    assert whole["induction_sae"] == whole["induction_clean"] > whole["induction_mean"] + 1
+    assert measured(prepared, lambda raw: raw.mean(dim=0).expand_as(raw))["induction_recovered"] == pytest.approx(0)
+
+    def without(raw: torch.Tensor, first: int) -> torch.Tensor:
+        raw = raw.clone()
+        raw[:, first : first + TOKENS] = raw[:, first : first + TOKENS].mean(dim=0)
+        return raw
+
+    # The second layer reads the token before; what no head has written yet is missed by nobody.
+    assert measured(prepared, lambda raw: without(raw, BEFORE))["induction_recovered"] < 0.8
+    assert measured(prepared, lambda raw: without(raw, FORESEEN))["induction_recovered"] == pytest.approx(1, abs=1e-3)
+
+
+def test_a_subject_that_can_have_no_task_is_unsuited() -> None:
+    subject = by_hand()
+    subject.max_positions = 8
+    with pytest.raises(Unsuited, match="by hand can have no task"):
+        circuit.prepare(SOURCE, subject)  # type: ignore[arg-type]
+
+
+def test_latents_at_all_their_values_are_the_reconstruction_and_attribution_is_what_one_alone_does() -> None:
+    raw = torch.from_numpy(raw_rows(60)).float()
+    trained = a_trained(n_latents=48, k=4)
+    latents = Latents(trained, raw)
+    torch.testing.assert_close(latents.rows(), trained.reconstruct(raw), rtol=1e-4, atol=1e-4)
+    draw = torch.Generator().manual_seed(1)
+    way = torch.randn(raw.shape, generator=draw)
+
+    def metric(rows: torch.Tensor) -> torch.Tensor:  # linear, so that parts of it add up
+        return (rows * way).sum(dim=1).view(12, 5).sum(dim=1)
+
+    attribution = latents.attribution(metric)
+    none = metric(latents.none).sum()
+    alone = [metric(latents.rows(torch.tensor([each]))).sum() - none for each in range(len(latents.ids))]
+    torch.testing.assert_close(attribution, torch.stack(alone), rtol=1e-3, atol=1e-2)
+    z = trained.encode(raw)
+    assert latents.ids.tolist() == z.sum(dim=0).nonzero()[:, 0].tolist()
+    one = torch.where(torch.arange(48) == latents.ids[3], z, z.mean(dim=0))
+    norm = (raw - raw.mean(dim=1, keepdim=True)).norm(dim=1, keepdim=True)
+    by_hand_rows = (one @ trained.sae.params["W_dec"] + trained.sae.params["b_pre"]) * norm + raw.mean(
+        dim=1, keepdim=True
+    )
+    torch.testing.assert_close(latents.rows(torch.tensor([3])), by_hand_rows, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_the_fewest_are_those_of_a_search_through_all_numbers(seed: int) -> None:
+    draw = np.random.default_rng(seed)
+    worth = np.sort(draw.exponential(size=400) ** 3)[::-1].copy()  # of each latent, to each of 20 prompts alike
+    share = np.cumsum(worth) / worth.sum()
+    prompts = 1 + 0.2 * draw.normal(size=20)
+    fake = SimpleNamespace(rows=lambda kept: kept)
+    kept = Kept(np.zeros(20), prompts * worth.sum(), 400)
+    found = fewest(
+        fake,  # type: ignore[arg-type]
+        lambda kept: torch.from_numpy(prompts * worth[kept.numpy()].sum()),
+        torch.arange(400),
+        kept,
+    )
+    for target in (0.8, 0.9):
+        true = int(np.argmax(share >= target)) + 1
+        value, low, high = found.least(target)
+        assert true <= value <= true * 1.06 + 1
+        assert low is not None
+        assert high is not None
+        assert low <= value <= high
+
+
+def test_what_is_a_sum_of_attributes_a_supervised_dictionary_has_exactly() -> None:
+    values = torch.cartesian_prod(torch.arange(5), torch.arange(4), torch.arange(2))
+    draw = torch.Generator().manual_seed(0)
+    parts = [torch.randn(number, 2, 7, generator=draw) for number in (5, 4, 2)]
+    seen = 3 + sum(part[column] for part, column in zip(parts, values.T, strict=True))
+    attributes = dict(zip(("io", "s", "order"), values.T, strict=True))
+    others = SimpleNamespace(attributes=attributes)
+    some = torch.tensor([3, 17, 30])
+    prompts = SimpleNamespace(ids=some, attributes={name: of[some] for name, of in attributes.items()})
+    torch.testing.assert_close(composed(seen, others, prompts), seen[some])  # type: ignore[arg-type]
+    prompts.attributes["io"] = torch.tensor([9, 9, 9])  # that nobody else has
+    mean = seen.mean(dim=0)
+    without = seen[some] - torch.stack([seen[values[:, 0] == values[each, 0]].mean(dim=0) for each in some]) + mean
+    torch.testing.assert_close(composed(seen, others, prompts), without)  # type: ignore[arg-type]
+
+
+def test_as_many_latents_as_are_told_do_carry_induction(prepared: list[circuit.Prepared]) -> None:
+    """Of an SAE whose latents are the 64 coordinates that the model was made of: 24 of them are its circuit."""
+    case = prepared[0].case
+    raw = case.raw
+    latents = Latents.__new__(Latents)
+    latents.ids = torch.arange(raw.shape[1])
+    latents.W, latents.mean, latents.norm = torch.eye(raw.shape[1]), raw.mean(dim=0), torch.ones(len(raw), 1)
+    latents.away, latents.none = raw - raw.mean(dim=0), raw.mean(dim=0).expand_as(raw)
+
+    def metric(rows: torch.Tensor) -> torch.Tensor:
+        return case.metric(case.with_rows(rows))
+
+    none, whole = (metric(rows).mean() for rows in (latents.none, latents.rows()))
+
+    def share(kept: torch.Tensor) -> float:
+        return float((metric(latents.rows(kept)).mean() - none) / (whole - none))
+
+    tokens = torch.arange(TOKENS)
+    assert share(torch.cat([tokens, BEFORE + tokens])) > 0.95
+    order = latents.attribution(metric).argsort(descending=True)
+    assert len(set(order[:TOKENS].tolist()) & set(tokens.tolist())) >= 10
+    found = {each.metric: each.value for each in circuit_latents.carriers(latents, metric)}
+    for name, least in (("latents80", 0.8), ("latents90", 0.9)):
+        assert share(order[: int(found[name])]) >= least - 1e-4
+    assert TOKENS < found["latents80"] <= found["latents90"] < 64
+    assert found["gain"] == pytest.approx(float(whole - none), rel=1e-3)

@@ -1,0 +1,85 @@
+"""The small model that learns induction: its sequences, what it is scored by, and that its MLPs add nothing."""
+
+import csv
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from saescale.storage.errors import SaescaleError
+from saescale.trainers.subjects import train
+from saescale.trainers.subjects.attention_only import LENGTH, Settings, blank, repeats
+from saescale.trainers.subjects.subject import get_subject
+
+
+def test_sequences_repeat_and_no_beginning_is_in_both_splits() -> None:
+    ids, repeated = repeats(64, 3, torch.arange(500))
+    for line, length in zip(ids.tolist(), repeated.tolist(), strict=True):
+        assert line[0] == 0
+        assert len(line) == LENGTH
+        assert 8 <= length <= 24
+        assert all(token == line[1 + place % length] for place, token in enumerate(line[1:]))
+    assert set(repeated.tolist()) == set(range(8, 25))
+    assert set(ids[:, 1:].flatten().tolist()) == set(range(1, 64))
+    one_by_one = torch.cat([repeats(64, 3, torch.tensor([number]))[0] for number in range(5)])
+    assert torch.equal(one_by_one, ids[:5])
+    subject = blank(Settings(tokens=16), 0)
+    beginnings = {}
+    for split in ("train", "heldout"):
+        drawn = list(islice(subject.sequences(split, seed=1), 300))
+        beginnings[split] = {each.ids[1:9].tobytes() for each in drawn}
+        assert all(not each.keep[0] and each.keep[1:].all() for each in drawn)
+    assert not beginnings["train"] & beginnings["heldout"]
+    lessons = subject.lessons(seed=1, batch=64, first=0)
+    first = next(lessons)
+    second = next(lessons)
+    again = next(subject.lessons(seed=1, batch=64, first=first.next))
+    assert torch.equal(again.ids, second.ids)
+    assert torch.equal(first.ids[:, 1:], first.targets[:, :-1])
+
+
+def test_scores_are_those_of_slow_code() -> None:
+    subject = blank(Settings(n_layers=2), 0)
+    found = subject.score(20, seed=5)
+    from saescale.trainers.subjects.attention_only import _heldout
+
+    ids, repeated = _heldout(64, 20, 5)
+    attention = subject.attention(ids)
+    losses: dict[str, list[float]] = {"first": [], "second": []}
+    ahead = np.zeros((2, 4))
+    for line, length in enumerate(repeated.tolist()):
+        logits = subject.run(ids[line : line + 1], [], logits=True).logits[0].double().log_softmax(dim=1)  # type: ignore[index]
+        for place in range(1, 2 * length + 1):
+            if place != length + 1:
+                losses["first" if place <= length else "second"].append(-float(logits[place - 1, ids[line, place]]))
+        for place in range(length + 1, 2 * length):
+            ahead += attention[:, line, :, place, place - length + 1].numpy()
+    assert found["first"] == pytest.approx(np.mean(losses["first"]), rel=1e-4)
+    assert found["second"] == pytest.approx(np.mean(losses["second"]), rel=1e-4)
+    assert found["induction"] == pytest.approx((ahead / len(losses["second"])).max(), rel=1e-3)
+
+
+def test_it_is_trained_and_its_mlps_add_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(train, "FINAL_SEQUENCES", 100)
+    out = tmp_path / "mine"
+    record = train.train_subject(
+        train.TrainingSpec(subject="attention-only", out=str(out), settings={"d_model": 32}, sequences=1_280, batch=32)
+    )
+    with (out / "curve.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert [float(row["induction"]) for row in rows] == [point["induction"] for point in record["curve"]]
+    assert [int(row["step"]) for row in rows] == list(range(2, 41, 2))
+    subject = get_subject(f"attention-only:{out}", dtype="float32")
+    added: list[torch.Tensor] = []
+    for parts in subject.parts():  # type: ignore[attr-defined]
+        parts.mlp.register_forward_hook(lambda _, given, output: added.append(output))
+    score = subject.score(50)  # type: ignore[attr-defined]
+    assert len(added) == 4
+    assert not any(output.any() for output in added)
+    assert score == subject.score(50)  # type: ignore[attr-defined]
+    with pytest.raises(SaescaleError, match="comes without weights: saescale subject train attention-only"):
+        get_subject("attention-only")
+    with pytest.raises(SaescaleError, match="d_model 30 cannot be shared by 4 heads"):
+        blank(Settings(d_model=30), 0)

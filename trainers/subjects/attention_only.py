@@ -1,0 +1,169 @@
+"""`attention-only:PATH`: a small model of nothing but attention, which reads random tokens that repeat; it learns
+induction while it is watched (Elhage et al. 2021, Olsson et al. 2022).
+
+A sequence is a first token and R R R ... up to its end, where R is 8 to 24 random tokens: how far back the last copy of
+a token stands has to be found, and only a head that reads what an earlier one wrote finds it. So two layers foresee the
+second copy and one does not. The model is GPT-2 of transformers with one hidden unit in each MLP, which does not learn
+and whose bias keeps it shut: what the MLPs add is exactly nothing.
+"""
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from pydantic import BaseModel, ConfigDict, Field
+from torch import Tensor
+from transformers import GPT2Config, GPT2LMHeadModel
+
+from saescale.storage.errors import SaescaleError
+from saescale.storage.manifest import Split
+from saescale.trainers.device import default_device
+from saescale.trainers.subjects.hashed import hashed
+from saescale.trainers.subjects.language_model import compute_dtype
+from saescale.trainers.subjects.othello_weights import read_checkpoint
+from saescale.trainers.subjects.subject import Lesson, Sequence
+from saescale.trainers.subjects.transformer import Transformer
+
+NAMES_A_PATH = True
+FIRST = 0  # the token before all others
+LENGTH = 64
+SHORTEST, LONGEST = 8, 24  # R
+HELDOUT_ONE_IN = 4
+SHUT = -30.0  # of which GELU makes 0, whatever a normed stream adds to it
+AT_A_TIME = 1_024
+
+
+class Settings(BaseModel):
+    """What can be chosen of a model that is to be trained."""
+
+    model_config = ConfigDict(extra="forbid")
+    tokens: int = Field(64, ge=16)
+    n_layers: int = Field(2, ge=1)
+    d_model: int = Field(64, ge=1)
+    n_heads: int = Field(4, ge=1)
+
+
+class AttentionOnly(Transformer):
+    """Its ids are random tokens from 1 on, behind 0."""
+
+    bos_token_id = FIRST
+
+    def sequences(self, split: Split, seed: int) -> Iterator[Sequence]:
+        """All positions but the first are rows."""
+        for _, ids, _ in _of_split(self.embedded, split, seed):
+            for line in ids.numpy().astype(np.int32):
+                yield Sequence(line, keep=np.arange(len(line)) > 0)
+
+    def lessons(self, seed: int, batch: int, first: int) -> Iterator[Lesson]:
+        """Each token is the target of the one before it."""
+        device = self.model.device
+        numbers, tokens = torch.empty(0, dtype=torch.int64), torch.empty(0, LENGTH, dtype=torch.int64)
+        for more, ids, _ in _of_split(self.embedded, "train", seed, first):
+            numbers, tokens = torch.cat([numbers, more]), torch.cat([tokens, ids])
+            while len(numbers) >= batch:
+                now, lines = numbers[:batch], tokens[:batch].to(device)
+                numbers, tokens = numbers[batch:], tokens[batch:]
+                yield Lesson(lines[:, :-1], lines[:, 1:], int(now[-1]) + 1)
+
+    def score(self, sequences: int, seed: int = 0) -> dict[str, float]:
+        """On held-out sequences: the cross-entropy of the first R and of the second, in nats a token, and the highest
+        attention of a head from tokens of the second R to the one behind the same token in the first (`induction`), and
+        from any token to the one before it (`previous_token`)."""
+        lines, lengths = _heldout(self.embedded, sequences, seed)
+        totals = dict.fromkeys(("first", "second"), 0.0)
+        tokens = dict.fromkeys(totals, 0)
+        ahead = before = torch.zeros(())
+        for ids, repeated in zip(lines.split(64), lengths.split(64), strict=True):
+            logits = self.run(ids, [], logits=True).logits
+            assert logits is not None, "they were asked for"
+            losses = torch.nn.functional.cross_entropy(
+                logits[:, :-1].float().cpu().flatten(0, 1), ids[:, 1:].flatten(), reduction="none"
+            ).view(len(ids), -1)
+            at = torch.arange(LENGTH - 1)  # the token before the one that is foreseen
+            # The first token of the second R tells that R begins again; nobody can foresee it.
+            for name, within in (
+                ("first", at < repeated[:, None]),
+                ("second", (at > repeated[:, None]) & (at < 2 * repeated[:, None])),
+            ):
+                totals[name] += float(losses[within].sum())
+                tokens[name] += int(within.sum())
+            attention = self.attention(ids).cpu()
+            row, here = within.nonzero(as_tuple=True)
+            ahead = ahead + attention[:, row, :, here, here - repeated[row] + 1].sum(dim=0)
+            before = before + attention[..., at[1:], at[:-1]].mean(dim=-1).sum(dim=1)
+        return {name: totals[name] / tokens[name] for name in totals} | {
+            "induction": float(ahead.max()) / tokens["second"],
+            "previous_token": float(before.max()) / len(lines),
+        }
+
+
+def load(rest: str, cache: Path, dtype: str, notify: Callable[[str], None]) -> AttentionOnly:
+    """The model at the path `rest`. Raises SaescaleError where there is none."""
+    if not rest:
+        raise SaescaleError(
+            "attention-only comes without weights: saescale subject train attention-only --out subjects/mine, and then "
+            "attention-only:subjects/mine"
+        )
+    device, name = default_device(), f"attention-only:{rest}"
+    model, fingerprint = read_checkpoint(name, Path(rest).expanduser(), compute_dtype(dtype, device))
+    positions = getattr(model.config, "n_positions", 0)
+    if positions < LENGTH or not isinstance(model, GPT2LMHeadModel):
+        raise SaescaleError(f"{name} reads contexts of {positions}, and sequences of attention-only have {LENGTH}")
+    return AttentionOnly(name, model.to(device).eval().requires_grad_(False), fingerprint)
+
+
+def blank(settings: Settings, seed: int) -> AttentionOnly:
+    """A model to be trained, with random weights in float32. Raises SaescaleError where the heads do not share d_model
+    evenly."""
+    if settings.d_model % settings.n_heads:
+        raise SaescaleError(f"d_model {settings.d_model} cannot be shared by {settings.n_heads} heads; take a multiple")
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model: Any = GPT2LMHeadModel(
+            GPT2Config(
+                vocab_size=settings.tokens, n_positions=LENGTH, n_embd=settings.d_model, n_layer=settings.n_layers,
+                n_head=settings.n_heads, n_inner=1, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0,
+                bos_token_id=FIRST, eos_token_id=None, tie_word_embeddings=False, use_cache=False,
+            )
+        )  # fmt: skip
+    for block in model.transformer.h:
+        block.mlp.requires_grad_(False)
+        block.mlp.c_fc.bias.data.fill_(SHUT)
+    return AttentionOnly("attention-only", model.to(default_device()), "untrained")
+
+
+def repeats(vocabulary: int, seed: int, numbers: Tensor) -> tuple[Tensor, Tensor]:
+    """The sequences of these numbers, int64 [sequences, LENGTH], and how many tokens R has, [sequences]."""
+    key = hashed(torch.full_like(numbers, seed), numbers)
+    repeated = SHORTEST + _below(hashed(key, torch.tensor(LONGEST)), LONGEST + 1 - SHORTEST)
+    drawn = 1 + _below(hashed(key[:, None], torch.arange(LONGEST)), vocabulary - 1)
+    tokens = drawn.gather(1, torch.arange(LENGTH - 1) % repeated[:, None])
+    return torch.cat([torch.full((len(numbers), 1), FIRST), tokens], dim=1), repeated
+
+
+def _of_split(vocabulary: int, split: Split, seed: int, first: int = 0) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """Numbers, sequences and lengths of R, without end. The first 8 tokens, which R has whatever its length, decide."""
+    while True:
+        numbers = torch.arange(first, first + AT_A_TIME)
+        ids, repeated = repeats(vocabulary, seed, numbers)
+        key = torch.zeros(len(ids), dtype=torch.int64)
+        for column in ids[:, 1 : 1 + SHORTEST].unbind(dim=1):
+            key = hashed(key, column)
+        wanted = (_below(key, HELDOUT_ONE_IN) == 0) == (split == "heldout")
+        yield numbers[wanted], ids[wanted], repeated[wanted]
+        first += AT_A_TIME
+
+
+def _heldout(vocabulary: int, number: int, seed: int) -> tuple[Tensor, Tensor]:
+    found: list[tuple[Tensor, Tensor]] = []
+    for _, ids, repeated in _of_split(vocabulary, "heldout", seed):
+        found.append((ids, repeated))
+        if sum(len(each) for each, _ in found) >= number:
+            break
+    return torch.cat([ids for ids, _ in found])[:number], torch.cat([repeated for _, repeated in found])[:number]
+
+
+def _below(bits: Tensor, bound: int) -> Tensor:
+    return ((bits >> 33) & 0x7FFFFFFF) % bound
