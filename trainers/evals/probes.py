@@ -76,7 +76,8 @@ def fit(z: Tensor, truth: Tensor) -> Probes:
 
 def _best(values: Tensor, learns: Tensor, truth: Tensor, bounds: Tensor) -> Best:
     order = bounds.argsort(stable=True)
-    found, lowest = None, torch.inf
+    found: Best | None = None
+    lowest = torch.inf
     for some in order.split(_AT_A_TIME):
         if not bounds[some[0]] < lowest:
             break
@@ -121,12 +122,12 @@ def _standard(values: Tensor) -> _Standard:
 def _fit(points: _Points, sums: Tensor, truth: Tensor) -> Probes:
     """`sums` float64 [columns]: of truth * z over all rows, of which `points` may be the means."""
     at_a_time = max(1, _BLOCK // points.z.shape[1])
-    counts = [None] * len(sums) if points.counts is None else points.counts.split(at_a_time)
     rows, true = len(truth), float(truth.double().sum())
-    blocks = [
-        _fit_block(_Points(z, n), of_block, rows, true)
-        for z, n, of_block in zip(points.z.split(at_a_time), counts, sums.split(at_a_time), strict=False)
-    ]
+    blocks = []
+    for start in range(0, len(sums), at_a_time):
+        some = slice(start, start + at_a_time)
+        counts = None if points.counts is None else points.counts[some]
+        blocks.append(_fit_block(_Points(points.z[some], counts), sums[some], rows, true))
     return Probes(*map(torch.cat, zip(*blocks, strict=True)))
 
 
