@@ -2,8 +2,8 @@
 induction while it is watched (Elhage et al. 2021, Olsson et al. 2022).
 
 A sequence is a first token and R R R ... up to its end, where R is 8 to 24 random tokens: how far back the last copy of
-a token stands has to be found, and only a head that reads what an earlier one wrote finds it. So two layers foresee the
-second copy and one does not. The model is GPT-2 of transformers with one hidden unit in each MLP, which does not learn
+a token stands has to be found, and only a head that reads what an earlier one wrote finds it. One layer cannot do
+that (Elhage et al. 2021). The model is GPT-2 of transformers with one hidden unit in each MLP, which does not learn
 and whose bias keeps it shut: what the MLPs add is exactly nothing.
 """
 
