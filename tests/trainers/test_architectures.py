@@ -3,6 +3,7 @@
 import itertools
 import json
 import math
+from collections import deque
 from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
@@ -246,9 +247,8 @@ def test_a_penalty_is_found_held_and_recorded(sparse_store: ActivationStore, mak
     penalised = [n for n in ARCHITECTURES.names() if issubclass(find_architecture(n).Settings, PenaltySettings)]
     assert penalised == ["gated", "jumprelu", "prolu", "relu"]
     shared = {"tokens": 81_920, "lr": 1e-2, "n_latents": 96}
-    # Rows have about 4 features: more than that jumprelu does not keep active whatever the penalty, and with fewer a
-    # penalty on ||z||_1, whose L0 answers it at once, swings.
-    cells = [make_cell(architecture=name, k=3 if name == "jumprelu" else 8, **shared) for name in penalised]
+    # Rows have about 4 features: more than that jumprelu does not keep active whatever the penalty.
+    cells = [make_cell(architecture=name, k=3, **shared) for name in penalised]
     given = make_cell(architecture="relu", settings={"coefficient": 0.02}, **shared | {"tokens": 8_192})
     job = PackJob(
         cells=[*cells, given], store=sparse_store.url, run=run_url, sweep="s", threads=1,
@@ -269,22 +269,25 @@ def test_a_penalty_is_found_held_and_recorded(sparse_store: ActivationStore, mak
 
 def plant(kind: str) -> Callable[[float], float]:
     """L0 of the next step at a coefficient: as its power at once, as that with a lag, for which it takes less and less
-    while it is being found, and never above 60 % of 16."""
-    state, steps = [math.log(128.0)], itertools.count()
+    while it is being found, as twice that power a few steps later, and never above 60 % of 16."""
+    state, steps, asked = [math.log(128.0)], itertools.count(), deque([START], maxlen=6)
 
     def l0(coefficient: float) -> float:
         needed = 0.2 * math.exp(-0.7 * min(1.0, next(steps) / 360)) if kind == "falling" else 0.2
+        asked.append(coefficient)
         goal = math.log(16 * (needed / coefficient) ** 0.7)
+        if kind == "quick":
+            goal = math.log(16 * (needed / asked[0]) ** 1.5)
         if kind == "saturating":
             goal = min(goal, math.log(0.6 * 16))
-        state[0] += (goal - state[0]) * (1.0 if kind == "static" else 0.08)
+        state[0] += (goal - state[0]) * {"static": 1.0, "quick": 0.2}.get(kind, 0.08)
         return math.exp(state[0])
 
     return l0
 
 
 @pytest.mark.parametrize("apart", [1.0, 0.9])
-@pytest.mark.parametrize("kind", ["static", "lagged", "falling"])
+@pytest.mark.parametrize("kind", ["static", "lagged", "falling", "quick"])
 def test_the_controller_finds_k(kind: str, apart: float) -> None:
     """Whatever L0 with averaged weights is beside that of the steps, it is that which ends at k."""
     controller, l0 = Controller(settings_of("relu", k=16), 400, 0.98), plant(kind)

@@ -34,6 +34,9 @@ from saescale.trainers.architectures.architecture import (
 from saescale.trainers.architectures.jumprelu_sparse import JumpReLUStep
 from saescale.trainers.preprocess import Centre
 
+# While L0 falls to k, gradients of thresholds are tens of times what they are later: with Adam's usual memory of 1,000
+# steps of their squares thresholds then hardly move at any coefficient, and the one that is found is far too small.
+_BETAS = (0.9, 0.98)
 _START_AT_MOST = 2.0  # standard deviations of pre-activations: some percent of the latents are active then
 
 
@@ -41,13 +44,17 @@ class Settings(architecture.PenaltySettings):
     bandwidth: float = Field(default=0.03, gt=0)  # of pre-activations, whose inputs have unit norm
     threshold: float = Field(default=0.03, gt=0)  # at the start; less where so few would reach it that none learns
 
+    def gate_rate(self, progress: float) -> float:
+        """Twice that of others: thresholds have to move with L0's target, whatever the coefficient."""
+        return 2 * super().gate_rate(progress)
+
 
 def parameters(shape: Shape, settings: Settings, centre: Centre, seed: int) -> dict[str, Parameter]:
     tied = parts.tied_parameters(shape, centre, seed, torch.relu, gates=True)
     # The standard deviation of pre-activations of random directions, which is the smaller the more latents there are.
     spread = float(tied["W_enc"].data.norm(dim=1).mean()) / shape.d_model**0.5
     start = min(settings.threshold, _START_AT_MOST * spread)
-    return tied | {"threshold": Parameter(torch.full((shape.n_latents,), start), gate=True)}
+    return tied | {"threshold": Parameter(torch.full((shape.n_latents,), start), betas=_BETAS, gate=True)}
 
 
 def forward(params: Params, x: Tensor, settings: Settings) -> Forward:

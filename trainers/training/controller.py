@@ -4,9 +4,11 @@ With `coefficient` given there is nothing to find. Else, in the first part of tr
 the logarithm of L0 is from where it should be: the sum of what was off so far and a share of what is off now. The sum
 is twice as quick once the first swings are over, for the better a dictionary gets, the less of a penalty it takes. L0
 answers late, since biases move by a learning rate a step, so what is off is taken as it will be a little later if it
-goes on as it does. At the end of that part the coefficient stays at its mean over the last tenth, and as much higher
-as L0 was too high there, so that what a cell ends with was trained by one fixed objective, which any other trainer
-could be given.
+goes on as it does. Where few latents are active L0 answers at once, through W_enc, and looking ahead makes it swing:
+so each time that it goes from above to below or back sooner than is looked ahead, for which late answers are too slow,
+half as far is looked from then on (as steps get smaller with each change of sign in Kesten 1958). At the end of that
+part the coefficient stays at its mean over the last tenth, and as much higher as L0 was too high there, so that what a
+cell ends with was trained by one fixed objective, which any other trainer could be given.
 
 Where L0 should be is a line in its logarithm: it starts at the most that a batch had and reaches k after `RAMP` of that
 part. With k from the first step the sum would grow while nothing has had the time to answer, and the penalty that it
@@ -29,7 +31,9 @@ MEASURED_EVERY = 8  # steps between two measurements with averaged weights, from
 FLOOR, CEILING = 1e-3, 1e2
 _REACH = 12.0  # how far its logarithm moves in that part by the sum, where L0 is e times too high all the time
 _DAMPING = 0.15  # share of what is off now
-_AHEAD = 0.1  # how much later, of that part
+_AHEAD = 0.1  # how much later, of that part, at first
+_SWING = 0.05  # log ratio from which on L0 counts as above or below
+_SHORTER, _SHORTEST = 0.5, 0.1  # what a swing leaves of how far is looked ahead, and the least share of it
 _SMOOTH, _SMOOTH_SLOPE = 0.8, 0.9  # decays of the averages over steps of L0 and of its change
 _MOST = 2.0  # log ratio that counts
 _APART = 0.5  # log ratio of L0 with averaged weights to that of steps that is believed
@@ -46,6 +50,9 @@ class _State(NamedTuple):
     mean: float = 0.0  # of log(L0 / k) over steps, as weights are averaged, not yet corrected for its start at 0
     apart: float = 0.0  # log ratio of L0 with averaged weights to that
     measured: int = 0
+    ahead: float = 1.0  # share of _AHEAD
+    side: float = 0.0  # 1 where L0 was above last, -1 below, from the end of the ramp on
+    turned: int = 0  # step at which it last came to that side
     held: float = 0.0  # sum of logarithms in the last tenth, of the coefficient and of what was off
     counted: int = 0
 
@@ -94,7 +101,13 @@ class Controller:
         aim = ramp * first - apart
         off = ratio - aim if step == 1 else _SMOOTH * last.off + (1 - _SMOOTH) * (ratio - aim)
         slope = 0.0 if step == 1 else _SMOOTH_SLOPE * last.slope + (1 - _SMOOTH_SLOPE) * (off - last.off)
-        later = min(_MOST, max(-_MOST, off + _AHEAD * self._until * slope))
+        ahead, side, turned = last.ahead, last.side, last.turned
+        if not ramp and abs(off) > _SWING:
+            if side * off < 0:
+                quick = step - turned < _AHEAD * self._until
+                ahead, turned = max(_SHORTEST, ahead * _SHORTER) if quick else ahead, step
+            side = math.copysign(1.0, off)
+        later = min(_MOST, max(-_MOST, off + ahead * _AHEAD * self._until * slope))
         low, high = self._bounds
         quicker = min(1.0, max(0.0, 4 * step / self._until - 1))
         total = min(high, max(low, last.sum + later * _REACH * (1 + quicker) / self._until))
@@ -104,7 +117,7 @@ class Controller:
         logarithm = held / counted if found else total + _DAMPING * later
         coefficient = math.exp(min(high, max(low, logarithm)))
         self.state = _State(
-            not found, coefficient, total, first, off, slope, mean, apart, measured, held, counted
+            not found, coefficient, total, first, off, slope, mean, apart, measured, ahead, side, turned, held, counted
         )  # fmt: skip
 
     def restore(self, state: dict[str, float | bool | int]) -> None:
