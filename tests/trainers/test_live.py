@@ -1,0 +1,86 @@
+"""Live sources: the batches of the stored blocks to the last bit, never more on the disk than was allowed."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from saescale.storage.live import LiveSource, open_source
+from saescale.storage.rundir import RunDirectory
+from saescale.storage.source import Order
+from saescale.storage.store import ActivationStore
+from saescale.trainers.harvest import contexts
+from saescale.trainers.harvest.conduct import harvest
+from saescale.trainers.harvest.live import Room, live_here
+from saescale.trainers.harvest.live_spec import LiveSpec
+from saescale.trainers.training.train import train_pack
+from tests.survival import assert_same, reached
+from tests.trainers.live_case import BLOCK, TOKENS, WINDOW, Watch, cell_of, job_of, live_spec
+
+
+@pytest.fixture(autouse=True)
+def small_blocks_of_text(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(contexts, "BLOCK_CHARACTERS", 2**13)
+
+
+@pytest.fixture(scope="module")
+def spec(tiny_subject: str, tiny_corpus: str) -> LiveSpec:
+    return live_spec(tiny_subject, tiny_corpus)
+
+
+@pytest.fixture(scope="module")
+def stored(spec: LiveSpec, tmp_path_factory: pytest.TempPathFactory) -> ActivationStore:
+    """What a harvest of the same fields writes."""
+    url = str(tmp_path_factory.mktemp("stored") / "store")
+    harvest(spec.harvest(url, reads_text=True))
+    return ActivationStore.open(url)
+
+
+def tight(spec: LiveSpec, blocks: int) -> LiveSpec:
+    """With room for so many blocks and no more."""
+    room = Room(spec, spec.harvest("x", reads_text=True), 32)
+    return spec.model_copy(update={"max_bytes": room.beside + blocks * room.block})
+
+
+def test_blocks_are_the_shards_of_the_harvest_and_their_order_is_as_the_page_says(
+    spec: LiveSpec, stored: ActivationStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    url, order = str(tmp_path / "live"), Order("train", 3, 512)
+    few = tight(spec, WINDOW + 1)
+    watch = Watch(url, monkeypatch)
+    with live_here(few, url) as live:
+        source = open_source(url)
+        assert isinstance(source, LiveSource)
+        assert source.rows("train") == TOKENS
+        with source.batches(order, stop=2 * TOKENS // 512) as stream:
+            found = np.stack([batch.x for batch in stream])
+        made = live.making.made
+    # Two passes: the second makes all blocks again, with the same bytes.
+    whole = stored.read_split("train")
+    expected = []
+    for epoch in range(2):
+        for number in range(TOKENS // (BLOCK * WINDOW)):
+            part = whole[number * BLOCK * WINDOW : (number + 1) * BLOCK * WINDOW]
+            bits = np.random.PCG64(np.random.SeedSequence((3, epoch, number + 1))).random_raw(len(part))
+            expected.append(part[np.argsort(bits, kind="stable")])
+    assert np.array_equal(found.reshape(-1, 32).view(np.uint16), np.concatenate(expected).view(np.uint16))
+    assert np.array_equal(source.heldout().act, stored.heldout().act)
+    assert made >= 2 * TOKENS - (WINDOW + 1) * BLOCK
+    assert watch.blocks <= WINDOW + 1
+    assert watch.bytes <= few.max_bytes
+    assert watch.writes > 16
+
+
+def test_training_gives_the_bits_of_the_stored_blocks(spec: LiveSpec, stored: ActivationStore, tmp_path: Path) -> None:
+    outcomes = []
+    for name, url, few in (("live", str(tmp_path / "live"), tight(spec, WINDOW + 1)), ("stored", stored.url, spec)):
+        run = RunDirectory(str(tmp_path / name))
+        with live_here(few, url):
+            source = open_source(url)
+            cells = [cell_of(source), cell_of(source, n_latents=96, k=6)]
+            outcome = train_pack(job_of(source, run.url, cells))
+        run.write_results(outcome.results)
+        outcomes.append(reached(run))
+    assert_same(*outcomes)
+    assert stored.rows("train") == TOKENS  # what was stored stays
+    ActivationStore.open(stored.url).verify(full=True)
