@@ -21,7 +21,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from saescale.storage import files
 from saescale.storage.documents import read_model
 from saescale.storage.errors import SaescaleError, one_line
-from saescale.storage.manifest import MOST, Dtype, Manifest
+from saescale.storage.manifest import MANIFEST, MOST, Dtype, Manifest
 from saescale.storage.rows import RowGroup, raw_dtype
 from saescale.storage.source import Order
 from saescale.storage.store import ActivationStore
@@ -111,6 +111,11 @@ class Making(BaseModel):
     error: str | None = None  # why it ended
 
 
+def is_source(url: str) -> bool:
+    """Whether there is a live source or a sealed store at `url`, as far as this process sees."""
+    return files.exists(files.join(url, MANIFEST)) or files.exists(files.join(url, LIVE))
+
+
 def open_source(url: str) -> ActivationStore:
     """The live source whose folder `url` is, or the sealed store there. Raises what opening either raises."""
     try:
@@ -126,6 +131,10 @@ class LiveSource(ActivationStore):
         super().__init__(url, live.manifest)
         self.live = live
         self.fingerprint = live.identity
+
+    @property
+    def mixed_rows(self) -> int:
+        return min(self.live.window_blocks * self.live.block_rows, self.live.tokens)
 
     def rows(self, split: str) -> int:
         return self.live.tokens if split == "train" else super().rows(split)

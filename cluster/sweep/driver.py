@@ -18,6 +18,7 @@ from saescale.scaling.report.report import analyse, is_current
 from saescale.storage.errors import SaescaleError, SaescaleWarning, one_line
 from saescale.storage.files import join, list_names, local_path, read_bytes
 from saescale.storage.lease import Lease, read_driver, require_free
+from saescale.storage.live import is_source
 from saescale.storage.rundir import RunDirectory
 from saescale.storage.waiting import waiting
 from saescale.storage.writable import require_writable
@@ -53,9 +54,11 @@ def run_sweep(
     store or run directory that cannot be used, also because another driver works on it, and KeyboardInterrupt after
     the workers have saved their checkpoints.
     """
-    stores, run = open_stores(spec), RunDirectory(spec.out)
+    run = RunDirectory(spec.out)
     trained = 0
     with ExitStack() as held:
+        taken = None if all(map(is_source, spec.lives)) else _produce(spec, run, address, held, display)
+        stores = open_stores(spec)
         recorded = run.read_spec()
         if recorded is None:
             require_writable(run.url)  # before any minute is spent
@@ -71,6 +74,8 @@ def run_sweep(
                 require_writable(run.url)
             dead = require_free(run.url)  # now, or somebody would wait for workers in vain
             verify(stores, spec.eval.tokens, display)
+            if spec.lives and taken is None:
+                taken = _produce(spec, run, address, held, display)
             display.stage("starting the workers")
             # Only here: a sweep that is finished is shown without the seconds that Ray takes to import.
             from saescale.cluster.crew.head import HeadLost, explained
@@ -79,12 +84,13 @@ def run_sweep(
             from saescale.cluster.sweep.packing import BATCH_FLOPS, pack_cells
 
             auto = precision if spec.train.precision == "auto" else None
-            with TrainCrew(len(ledger.cells), spec.resources, address, auto) as crew:
+            with TrainCrew(len(ledger.cells), spec.resources, address, auto, taken) as crew:
                 trained = len(ledger.pending)
                 needs = crew.needs(stores, spec.eval.tokens, remote_run=local_path(run.url) is None)
                 steps = ledger.checkpoint_steps()
                 flops = BATCH_FLOPS["cuda" if crew.on_gpu else "cpu"]
-                packs = pack_cells(ledger.pending, steps, crew.count, crew.memory, needs, flops)
+                live = {store.fingerprint for store in stores if store.url in spec.lives}
+                packs = pack_cells(ledger.pending, steps, crew.count, crew.memory, needs, flops, live)
                 # Not before the plan stands: a sweep that cannot be run leaves no run directory behind.
                 lease = held.enter_context(Lease(run.url, job, dead))
                 ledger.begin()
@@ -105,6 +111,16 @@ def run_sweep(
             lease.end("finished")
     failed = sum(result["status"] == "failed" for result in ledger.results.values())
     return SweepOutcome(run, fits, len(ledger.cells), failed, trained, wandb)
+
+
+def _produce(
+    spec: SweepSpec, run: RunDirectory, address: str | None, held: ExitStack, display: SweepDisplay
+) -> dict[str, float]:
+    """Has the blocks of the live sources made until `held` ends; what that takes of the cluster."""
+    from saescale.cluster.crew.live import producing
+
+    require_writable(run.url)
+    return held.enter_context(producing(spec.lives, address, display.stage))
 
 
 def _precision(spec: SweepSpec, address: str | None, held: ExitStack) -> Precision:

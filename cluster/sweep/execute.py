@@ -32,7 +32,7 @@ from saescale.cluster.sweep.watcher import SweepDisplay
 from saescale.storage import files
 from saescale.storage.errors import SaescaleError, Superseded, Unavailable, one_line
 from saescale.storage.lease import Lease
-from saescale.storage.manifest import MANIFEST
+from saescale.storage.live import LiveSource, is_source
 from saescale.storage.store import ActivationStore
 from saescale.storage.waiting import Wait, hear
 from saescale.trainers.cell import Cell, axes_of
@@ -241,7 +241,7 @@ class Execution:
     def _is_gone(self, store: str) -> bool:
         """Whether not even this process sees a store any more that it once opened: no other node will."""
         try:
-            return not files.exists(files.join(self.ledger.stores[store].url, MANIFEST))
+            return not is_source(self.ledger.stores[store].url)
         except Unavailable:
             return False
 
@@ -367,6 +367,8 @@ class Execution:
         """Kills workers that get nothing done, and takes those for dead that cannot even be killed."""
         now = time.monotonic()
         for reference, running in list(self.running.items()):
+            if self._waits_for_blocks(running):
+                running.heard = now
             quiet = now - running.heard
             name = self.crew.ready[running.worker].name
             if running.killed is None and quiet > self.spec.resources.stalled_after_s:
@@ -377,6 +379,11 @@ class Execution:
                 # Not even its node answers.
                 del self.running[reference]
                 self._died(running.worker, running.pack, TimeoutError(f"worker {name} cannot be ended"))
+
+    def _waits_for_blocks(self, running: Attempt) -> bool:
+        """Whether its worker has just said that it waits for a live source, which may take as long as it takes."""
+        live = isinstance(self.ledger.stores[running.pack.store], LiveSource)
+        return live and running.question is None and any("activations of" in wait.what for wait in running.waits)
 
     def _moves(self) -> None:
         """Something was trained: whatever fails now and then, it is not everything."""
