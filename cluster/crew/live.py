@@ -5,6 +5,7 @@ import uuid
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from typing import Any
 
 from saescale.cluster.crew.harvest import for_other_nodes
@@ -44,16 +45,23 @@ class LiveCrew(HarvestCrew):
         return {name: share * self._shares.actors for name, share in self.claim.items()}
 
 
+@dataclass
+class Producing:
+    """`taken`: what the producers claim of the cluster; `done` is set when nobody needs their blocks any more."""
+
+    taken: dict[str, float] = field(default_factory=dict)
+    done: bool = False
+
+
 @contextmanager
-def producing(lives: Mapping[str, LiveSpec], address: str | None, say: Any) -> Iterator[dict[str, float]]:
-    """While the blocks of live sources, by their folders, are made: from when one can stream from all of them on. Gives
-    what the producers claim of the cluster.
+def producing(lives: Mapping[str, LiveSpec], address: str | None, say: Any) -> Iterator[Producing]:
+    """While the blocks of live sources, by their folders, are made: from when one can stream from all of them on.
 
     Raises what LiveHarvest and HarvestCrew raise. What a producer meets later, those who wait for its blocks raise.
     """
     over = threading.Event()
     running: list[tuple[LiveHarvest, LiveCrew, threading.Thread]] = []
-    taken: dict[str, float] = {}
+    producing = Producing()
     try:
         for url, spec in lives.items():
             where = files.local_path(url) or url
@@ -64,13 +72,15 @@ def producing(lives: Mapping[str, LiveSpec], address: str | None, say: Any) -> I
             live.__enter__()
             thread.start()
             for name, share in crew.taken.items() if crew.claim else ():
-                taken[name] = taken.get(name, 0.0) + share
-        yield taken
+                producing.taken[name] = producing.taken.get(name, 0.0) + share
+        yield producing
     finally:
         over.set()
         for live, crew, thread in reversed(running):
             if thread.ident is not None:
                 thread.join()
+            if producing.done:
+                live.clear()
             live.__exit__(None, None, None)
             crew.close()
 

@@ -3,7 +3,7 @@
 import os
 import warnings
 from contextlib import ExitStack
-from typing import Any, NamedTuple, TypeGuard
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeGuard
 
 from saescale.cluster.sweep.cautions import cautions_of_each
 from saescale.cluster.sweep.evaluate import evaluate, missing_evaluations
@@ -24,6 +24,9 @@ from saescale.storage.waiting import waiting
 from saescale.storage.writable import require_writable
 from saescale.trainers.loggers.wandb_cells import how_to_read, log_summary, resolve_mode, wandb_directory
 from saescale.trainers.precision import Precision
+
+if TYPE_CHECKING:
+    from saescale.cluster.crew.live import Producing
 
 JOB = "SAESCALE_JOB"  # in the environment of a submitted sweep: the id of its Ray job
 _SETTINGS = FitSettings()
@@ -57,7 +60,7 @@ def run_sweep(
     run = RunDirectory(spec.out)
     trained = 0
     with ExitStack() as held:
-        taken = None if all(map(is_source, spec.lives)) else _produce(spec, run, address, held, display)
+        produced = None if all(map(is_source, spec.lives)) else _produce(spec, run, address, held, display)
         stores = open_stores(spec)
         recorded = run.read_spec()
         if recorded is None:
@@ -74,8 +77,8 @@ def run_sweep(
                 require_writable(run.url)
             dead = require_free(run.url)  # now, or somebody would wait for workers in vain
             verify(stores, spec.eval.tokens, display)
-            if spec.lives and taken is None:
-                taken = _produce(spec, run, address, held, display)
+            if spec.lives and produced is None:
+                produced = _produce(spec, run, address, held, display)
             display.stage("starting the workers")
             # Only here: a sweep that is finished is shown without the seconds that Ray takes to import.
             from saescale.cluster.crew.head import HeadLost, explained
@@ -84,7 +87,7 @@ def run_sweep(
             from saescale.cluster.sweep.packing import BATCH_FLOPS, pack_cells
 
             auto = precision if spec.train.precision == "auto" else None
-            with TrainCrew(len(ledger.cells), spec.resources, address, auto, taken) as crew:
+            with TrainCrew(len(ledger.cells), spec.resources, address, auto, produced and produced.taken) as crew:
                 trained = len(ledger.pending)
                 needs = crew.needs(stores, spec.eval.tokens, remote_run=local_path(run.url) is None)
                 steps = ledger.checkpoint_steps()
@@ -100,6 +103,8 @@ def run_sweep(
                 except HeadLost as error:
                     lease.end("lost", str(error))
                     raise
+            if produced is not None:
+                produced.done = True
         else:
             if not _is_concluded(run, settings) or missing_evaluations(spec, run).missing:
                 lease = held.enter_context(Lease(run.url, job))
@@ -115,8 +120,8 @@ def run_sweep(
 
 def _produce(
     spec: SweepSpec, run: RunDirectory, address: str | None, held: ExitStack, display: SweepDisplay
-) -> dict[str, float]:
-    """Has the blocks of the live sources made until `held` ends; what that takes of the cluster."""
+) -> "Producing":
+    """Has the blocks of the live sources made until `held` ends."""
     from saescale.cluster.crew.live import producing
 
     require_writable(run.url)

@@ -28,8 +28,8 @@ def pack_cells(
     batch_flops: float = math.inf,
     live: Set[str] = frozenset(),
 ) -> list[list[Cell]]:
-    """Cells in packs, the costliest pack first; of the stores in `live`, whose rows are made for as many passes as there
-    are, no more packs than can go on at a time.
+    """Cells in packs, the costliest pack first; of the stores in `live`, whose rows are made anew for those that come
+    later, no more packs than can go on at a time.
 
     steps: the steps of each cell's checkpoints (absent: none); only cells with one in common go on together. memory:
     bytes that one worker has; needs: bytes that a pack takes, all of whose cells are of one store

@@ -8,9 +8,9 @@ folder. In each round the same pack trains three times on the same rows: on the 
 source with all blocks there, which is what its way of reading costs by itself; and on blocks that are made meanwhile,
 in a thread of the same process or, with --producer process, in one beside it, with room for a few windows.
 
-Every time is of the whole: loading the subject, the held-out rows, the first blocks, compiling nothing (a round before
-the others does that). One cannot ask a live source for more than the slower of the two gives, the subject or the training,
-and where both share one device hardly for more than one after the other gives, which is what the last column compares.
+Every time is of the whole: loading the subject, the held-out rows, the first blocks, but nothing is compiled (a round
+before the others does that). One cannot ask a live source for more than the slower of the two gives, the subject or the
+training, and where both share one device hardly for more than one after the other gives: the last column compares that.
 """
 
 import argparse

@@ -14,6 +14,7 @@ further ahead of it than the disk holds. So no block is made twice while its con
 """
 
 import json
+import os
 import re
 import threading
 import time
@@ -113,6 +114,7 @@ class LiveHarvest:
         self.spec, self.url, self.crew, self.spool, self._say = spec, url, crew, spool, say
         self.making = Making(max_bytes=spec.max_bytes)
         self._ended = threading.Event()
+        self._beat: threading.Thread | None = None
         self._sealed = False  # the folder is a whole store: there is nothing to do
         self._heard = Heard()
         # What is where.
@@ -132,10 +134,9 @@ class LiveHarvest:
 
     def __enter__(self) -> Self:
         self._require_alone()
-        self._beat = threading.Thread(target=self._keep, name="saescale-live-producer", daemon=True)
-        self._beat.start()
         try:
             self.live = self._prepare()
+            self._keep_beating()
         except BaseException as error:
             self._end(error)
             raise
@@ -172,6 +173,7 @@ class LiveHarvest:
         self._harvest = harvest = self.spec.harvest(self.url, facts.reads_text)
         self.room = Room(self.spec, harvest, facts.d_model)
         self.room.require(min(self.spec.window_blocks, self._blocks))
+        self._keep_beating()
         self._facts, self._plan = facts, _plan(harvest, facts)
         if begun is not None:
             refuse_difference(self.url, begun, self._plan)
@@ -470,6 +472,11 @@ class LiveHarvest:
             "state": state, "first": first, "blocks": len(self._present), "bytes": taken, "consumers": consumers,
         })  # fmt: skip
 
+    def _keep_beating(self) -> None:
+        if self._beat is None:
+            self._beat = threading.Thread(target=self._keep, name="saescale-live-producer", daemon=True)
+            self._beat.start()
+
     def _keep(self) -> None:
         while True:
             with suppress(SaescaleError):
@@ -485,12 +492,18 @@ class LiveHarvest:
         if self._ended.is_set():
             return
         self._ended.set()
+        with suppress(SaescaleError):
+            files.remove(self.spool)
+        if self._beat is None:  # it never began: nothing is left of it
+            if (local := files.local_path(self.url)) is not None:
+                with suppress(OSError):
+                    os.removedirs(local)
+            return
         self._beat.join()
         why = str(error) if isinstance(error, Exception) else None
         self.making = self.making.model_copy(update={"state": "ended", "error": why})
         with suppress(SaescaleError):
             self._write()
-            files.remove(self.spool)
 
 
 @contextmanager
