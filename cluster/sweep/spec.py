@@ -234,8 +234,8 @@ class Live(Section):
 
 
 Store = Annotated[
-    Annotated[str, Tag("url")] | Annotated[Live, Tag("live")],
-    Discriminator(lambda given: "live" if isinstance(given, Mapping | Live) else "url"),
+    Annotated[str, Tag("a URL")] | Annotated[Live, Tag("a live source")],
+    Discriminator(lambda given: "a live source" if isinstance(given, Mapping | Live) else "a URL"),
 ]
 
 

@@ -17,6 +17,7 @@ import argparse
 import json
 import multiprocessing
 import os
+import shutil
 import tempfile
 import time
 from collections.abc import Iterator
@@ -39,7 +40,7 @@ from tests.benchmarks.harness import BenchmarkError, console, machine, quartiles
 # d_model, blocks of the subject, the layer, tokens, context, contexts at a time, rows of a block, N, k, batch, cells
 SIZES = {
     "cpu": (128, 4, 2, 131_072, 64, 32, 4_096, 1_024, 16, 1_024, 1),
-    "cuda": (1_024, 8, 5, 4_194_304, 128, 256, 65_536, 16_384, 32, 4_096, 2),
+    "cuda": (1_024, 8, 5, 1_048_576, 128, 256, 32_768, 16_384, 32, 4_096, 2),
 }
 NAMES = ("d_model", "depth", "layer", "tokens", "context", "contexts", "block_rows", "n", "k", "batch", "cells")
 HELDOUT, WINDOW, ROOM_WINDOWS = 8_192, 4, 3
@@ -57,6 +58,7 @@ def main() -> None:
         for number in range(arguments.rounds + 1):  # the first warms up: kernels are compiled, files are cached
             for name, seconds in _round(spec, size, Path(folder, str(number)), arguments.producer).items():
                 found.setdefault(name, []).append(seconds)
+            shutil.rmtree(Path(folder, str(number)))
             console.print(f"round {number}: " + ", ".join(f"{name} {s[-1]:.1f} s" for name, s in found.items()))
         taken = spec.tokens * (2 * size["d_model"] + 12)
     seconds = {name: values[1:] or values for name, values in found.items()}
@@ -231,7 +233,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--device", choices=sorted(SIZES), default="cpu")
     parser.add_argument("--producer", choices=["thread", "process"], default="thread")
     parser.add_argument("--tokens", type=int, help="instead of those of the size")
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--folder", help="where the temporary folder lies")
     parser.add_argument("--out", type=Path, help="the JSON, instead of results/live.json")
     return parser.parse_args()

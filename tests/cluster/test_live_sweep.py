@@ -183,7 +183,7 @@ def test_what_cannot_be_a_live_source_is_one_line(
         ({"layer": [2, 3]}, "a live source has one site"),
         ({"max_bytes": "plenty"}, "should be a size such as 200 GB"),
         ({"windows": 3}, "store.live.windows is not a key, did you mean window_blocks"),
-        ({"subject": "hf"}, "unknown subject 'hf'"),
+        ({"subject": "gtp2"}, "unknown subject 'gtp2'"),
     ):
         over_live["store"] = {"live": source | wrong}
         assert_one_line(saescale_here("sweep", sweep_file(over_live)), said)
