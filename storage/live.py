@@ -113,7 +113,12 @@ class Making(BaseModel):
 
 def is_source(url: str) -> bool:
     """Whether there is a live source or a sealed store at `url`, as far as this process sees."""
-    return files.exists(files.join(url, MANIFEST)) or files.exists(files.join(url, LIVE))
+    return files.exists(files.join(url, MANIFEST)) or is_live(url)
+
+
+def is_live(url: str) -> bool:
+    """Whether there is a live source at `url`."""
+    return files.exists(files.join(url, LIVE))
 
 
 def open_source(url: str) -> ActivationStore:

@@ -18,6 +18,7 @@ from saescale.trainers.harvest.conduct import SPOOL_PREFIX
 from saescale.trainers.harvest.live import LiveHarvest
 from saescale.trainers.harvest.live_spec import LiveSpec
 from saescale.trainers.harvest.make_shard import Facts
+from saescale.trainers.harvest.served import Served, ServedCrew
 from saescale.trainers.harvest.spec import HarvestSpec
 
 
@@ -60,18 +61,24 @@ def producing(lives: Mapping[str, LiveSpec], address: str | None, say: Any) -> I
     Raises what LiveHarvest and HarvestCrew raise. What a producer meets later, those who wait for its blocks raise.
     """
     over = threading.Event()
-    running: list[tuple[LiveHarvest, LiveCrew, threading.Thread]] = []
+    running: list[tuple[LiveHarvest, LiveCrew | ServedCrew, threading.Thread]] = []
     producing = Producing()
     try:
         for url, spec in lives.items():
             where = files.local_path(url) or url
-            crew = LiveCrew(spec, spool := files.join(where, SPOOL_PREFIX + uuid.uuid4().hex), address, over)
-            live = LiveHarvest(spec, where, crew, spool, say)
+            spool = files.join(where, SPOOL_PREFIX + uuid.uuid4().hex)
+            served = None if spec.hidden_states is None else Served(spec.hidden_states, where)
+            crew: LiveCrew | ServedCrew
+            if served is None:
+                crew = LiveCrew(spec, spool, address, over)
+            else:  # by this process: there is nothing to compute
+                crew = ServedCrew(served, spec.hidden_states_index, spool)
+            live = LiveHarvest(spec, where, crew, spool, say, served)
             thread = threading.Thread(target=_run, args=(live, over), name="saescale-live-harvest", daemon=True)
             running.append((live, crew, thread))
             live.__enter__()
             thread.start()
-            for name, share in crew.taken.items() if crew.claim else ():
+            for name, share in crew.taken.items() if isinstance(crew, LiveCrew) and crew.claim else ():
                 producing.taken[name] = producing.taken.get(name, 0.0) + share
         yield producing
     finally:
@@ -82,7 +89,8 @@ def producing(lives: Mapping[str, LiveSpec], address: str | None, say: Any) -> I
             if producing.done:
                 live.clear()
             live.__exit__(None, None, None)
-            crew.close()
+            if isinstance(crew, LiveCrew):
+                crew.close()
 
 
 def _run(live: LiveHarvest, over: threading.Event) -> None:

@@ -18,7 +18,7 @@ from saescale.scaling.report.report import analyse, is_current
 from saescale.storage.errors import SaescaleError, SaescaleWarning, one_line
 from saescale.storage.files import join, list_names, local_path, read_bytes
 from saescale.storage.lease import Lease, read_driver, require_free
-from saescale.storage.live import is_source
+from saescale.storage.live import is_live
 from saescale.storage.rundir import RunDirectory
 from saescale.storage.waiting import waiting
 from saescale.storage.writable import require_writable
@@ -60,7 +60,7 @@ def run_sweep(
     run = RunDirectory(spec.out)
     trained = 0
     with ExitStack() as held:
-        produced = None if all(map(is_source, spec.lives)) else _produce(spec, run, address, held, display)
+        produced = None if all(map(is_live, spec.lives)) else _produce(spec, run, address, held, display)
         stores = open_stores(spec)
         recorded = run.read_spec()
         if recorded is None:

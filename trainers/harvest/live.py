@@ -60,8 +60,10 @@ from saescale.trainers.harvest.conduct import (
 from saescale.trainers.harvest.contexts import Block, Counted, Texts, draws, text_blocks
 from saescale.trainers.harvest.live_spec import HELDOUT_EVERY, LiveSpec
 from saescale.trainers.harvest.make_shard import Facts, Made, ShardJob
+from saescale.trainers.harvest.served import Served, ServedCrew, ServedFile
 from saescale.trainers.harvest.spec import PLAN, HarvestSpec, read_plan, refuse_difference
 
+_END = object()
 MADE = "made"  # a folder of the checksums of blocks, a file for each thousand
 _BLOCK = re.compile(r"train-(\d+)\.parquet")
 _NOTES = 2**20  # bytes of notes and consumers; the checksum of a block has 40 besides
@@ -109,9 +111,16 @@ class LiveHarvest:
     """
 
     def __init__(
-        self, spec: LiveSpec, url: str, crew: Crew, spool: str, say: Callable[[str], None] = lambda stage: None
+        self,
+        spec: LiveSpec,
+        url: str,
+        crew: Crew,
+        spool: str,
+        say: Callable[[str], None] = lambda stage: None,
+        served: Served | None = None,
     ) -> None:
         self.spec, self.url, self.crew, self.spool, self._say = spec, url, crew, spool, say
+        self._served = served
         self.making = Making(max_bytes=spec.max_bytes)
         self._ended = threading.Event()
         self._beat: threading.Thread | None = None
@@ -163,7 +172,7 @@ class LiveHarvest:
         if files.exists(files.join(self.url, MANIFEST)):
             return self._of_store()
         begun = _begun(self.url)
-        if begun is None:
+        if begun is None and self._served is None:
             check_first([harvest])
         self._tidy()
         self._say(f"loading {harvest.subject}")
@@ -175,6 +184,8 @@ class LiveHarvest:
         self.room.require(min(self.spec.window_blocks, self._blocks))
         self._keep_beating()
         self._facts, self._plan = facts, _plan(harvest, facts)
+        if self._served is not None:
+            self._plan |= {"hidden_states_index": self.spec.hidden_states_index}
         if begun is not None:
             refuse_difference(self.url, begun, self._plan)
         if files.exists(files.join(self.url, LIVE)):
@@ -187,7 +198,7 @@ class LiveHarvest:
 
     def _seal_heldout(self) -> Live:
         """Makes the held-out rows from the first tokens of the corpus, then says what the source is."""
-        self._pass = _Pass(self._harvest, self._facts, heldout=True)
+        self._pass = self._new_pass(heldout=True)
         self._heldout: list[ShardTokens] = []
         made: list[Made] = []
 
@@ -198,7 +209,7 @@ class LiveHarvest:
                 if given < len(self._heldout):
                     yield ShardJob(self._heldout[given], self._plan)
                     given += 1
-                elif self._reserved:
+                elif self._reserved or self._pass.peek() is None:
                     yield None
                 else:
                     yield self._next_text(self._pass.next())
@@ -210,6 +221,9 @@ class LiveHarvest:
             self._counted(result)
             self._heldout += self._pass.assignment.next_shards("heldout")
         manifest = heldout_manifest(self._harvest, self._facts, self._pass.assignment.longest, made)
+        if self._served is not None:
+            length = self._pass.assignment.longest
+            manifest = manifest.model_copy(update={"context_length": length, "contexts_cross_documents": False})
         if not self._facts.reads_text:
             self._pass = None  # that was of the held-out sequences alone
         live = self._live(manifest)
@@ -351,12 +365,14 @@ class LiveHarvest:
             if self._reserved or self._outstanding or ahead:
                 return None  # their tokens are still needed
             self._drop_tokens()
-            self._pass = _Pass(self._harvest, self._facts)
+            self._pass = self._new_pass()
         used = sum(self._spooled.values()) + sum(self._reserved.values())
         if used > self.room.tokens // 2:
             self._forget_tokens(self._need)
             used = sum(self._spooled.values()) + sum(self._reserved.values())
         block = self._pass.peek()
+        if block is None:
+            return None
         if used + _most_ids(block, self._spooled) > self.room.tokens:
             if not self._reserved and not ahead and not self._outstanding:
                 raise SaescaleError(
@@ -365,6 +381,19 @@ class LiveHarvest:
                 )
             return None
         return self._next_text(self._pass.next())
+
+    def _new_pass(self, heldout: bool = False) -> "_Pass":
+        harvest, facts = self._harvest, self._facts
+        blocks: Iterator[Any]
+        if self._served is not None:
+            blocks = self._served.each()
+        elif facts.reads_text:
+            harvest.check_contexts()
+            blocks = text_blocks(harvest.corpus, harvest.seed, harvest.text_column, harvest.cut_documents)
+        else:
+            harvest.refuse_text()
+            blocks = draws("heldout" if heldout else "train", harvest.seed)
+        return _Pass(harvest, facts, blocks)
 
     def _next_text(self, block: Block) -> Block:
         self._reserved[block.block] = _most_ids(block, self._spooled)
@@ -438,12 +467,12 @@ class LiveHarvest:
             del self._ready[block]
         needed = min([*self._ready, *self._outstanding, *([self._pass.next_block] if self._pass else [])], default=0)
         for text in [text for text, last in self._last_user.items() if last < needed]:
-            files.remove(files.join(self.spool, f"{text:06d}.ids"))
+            files.remove(contexts.block_file(self.spool, text))
             del self._last_user[text], self._spooled[text]
 
     def _drop_tokens(self) -> None:
         for text in self._spooled:
-            files.remove(files.join(self.spool, f"{text:06d}.ids"))
+            files.remove(contexts.block_file(self.spool, text))
         self._ready, self._spooled, self._last_user = {}, {}, {}
 
     def _tidy(self) -> None:
@@ -510,7 +539,9 @@ class LiveHarvest:
 def live_here(spec: LiveSpec, url: str, cache: str | None = None) -> Iterator[LiveHarvest]:
     """A producer in a thread of this process, which needs no Ray; what it raises, those who stream raise."""
     spool, stop = files.join(url, SPOOL_PREFIX + uuid.uuid4().hex), threading.Event()
-    with LiveHarvest(spec, url, Alone(spool, cache, Meter(0)), spool) as live:
+    served = None if spec.hidden_states is None else Served(spec.hidden_states, url)
+    alone = Alone(spool, cache, Meter(0)) if served is None else ServedCrew(served, spec.hidden_states_index, spool)
+    with LiveHarvest(spec, url, alone, spool, served=served) as live:
 
         def run() -> None:
             with suppress(Exception):
@@ -528,23 +559,17 @@ def live_here(spec: LiveSpec, url: str, cache: str | None = None) -> Iterator[Li
 class _Pass:
     """One reading of the corpus, or of what the subject draws, from its beginning."""
 
-    def __init__(self, spec: HarvestSpec, facts: Facts, heldout: bool = False) -> None:
-        self._spec = spec
+    def __init__(self, spec: HarvestSpec, facts: Facts, blocks: Iterator[Any]) -> None:
+        self._spec, self._blocks = spec, blocks
         self.assignment = Assignment(spec, divisible=facts.reads_text)
         self.next_block = 0
-        self._next: Block | None = None
-        if facts.reads_text:
-            spec.check_contexts()
-            self._blocks: Iterator[Block] = text_blocks(spec.corpus, spec.seed, spec.text_column, spec.cut_documents)
-        else:
-            spec.refuse_text()
-            self._blocks = draws("heldout" if heldout else "train", spec.seed)
+        self._next: Any = None
 
-    def peek(self) -> Block:
-        """The next block of text. SaescaleError where the corpus ends here."""
+    def peek(self) -> Any:
+        """The next block of text, None while a server has not written it. SaescaleError where the corpus ends here."""
         if self._next is None:
-            self._next = next(self._blocks, None)
-        if self._next is None:
+            self._next = next(self._blocks, _END)
+        if self._next is _END:
             have, spec = {split: self.assignment.have(split) for split in ("train", "heldout")}, self._spec
             raise SaescaleError(
                 f"the corpus {spec.corpus} ended early: it gave {have['train']:,} of {spec.tokens:,} tokens and "
@@ -552,14 +577,17 @@ class _Pass:
             )
         return self._next
 
-    def next(self) -> Block:
+    def next(self) -> Any:
+        """The same, once."""
         block = self.peek()
         self._next = None
         return block
 
 
-def _most_ids(block: Block, seen: dict[int, int]) -> int:
+def _most_ids(block: Any, seen: dict[int, int]) -> int:
     """Bytes of the ids of a block, at most; of sequences that are still to be drawn, twice the most that there were."""
+    if isinstance(block, ServedFile):
+        return 4 * block.tokens
     if isinstance(block, Texts):
         return 4 * sum(len(text.encode("utf-8", "surrogatepass")) + 4 for _, text in block.pieces)
     return max(4 * contexts.BLOCK_CHARACTERS, 2 * max(seen.values(), default=0))

@@ -17,6 +17,10 @@ _UNITS = {"": 1, "b": 1} | {
     f"{p}{b}": base**e for e, p in enumerate("kmgtp", 1) for b, base in (("b", 1000), ("ib", 1024))
 }
 _SIZE = re.compile(r"\s*([\d._]+(?:e[+-]?\d+)?)\s*([a-z]*)\s*", re.IGNORECASE)
+_OF_TEXT = ("corpus", "text_column", "cut_documents", "context_length", "batch_contexts", "compute_dtype")
+_NOT_OF_A_HARVEST = {
+    "max_bytes", "block_rows", "window_blocks", "actors", "folder", "hidden_states", "hidden_states_index",
+}  # fmt: skip
 HELDOUT_EVERY = 8  # the held-out rows are drawn from so many times as many tokens
 
 
@@ -59,6 +63,8 @@ class LiveSpec(BaseModel):
     tokens: Count
     max_bytes: Bytes
     corpus: str | None = None
+    hidden_states: str | None = None  # a folder of files of an inference server (served.py), in place of the corpus
+    hidden_states_index: Annotated[int, Field(ge=0, strict=True)] = 0  # of its layers
     text_column: str | None = None
     cut_documents: Count | None = None
     heldout_tokens: Count = 32_768
@@ -82,7 +88,12 @@ class LiveSpec(BaseModel):
 
     @model_validator(mode="after")
     def _can_be(self) -> Self:
-        for name in ("folder", "corpus"):
+        if self.hidden_states is not None:
+            if given := [name for name in (*_OF_TEXT, "actors") if name in self.model_fields_set]:
+                raise ValueError(f"{given[0]} says nothing to hidden states that a server makes: leave it out")
+        elif "hidden_states_index" in self.model_fields_set:
+            raise ValueError("hidden_states_index is of hidden_states, the folder to which a server writes: name that")
+        for name in ("folder", "corpus", "hidden_states"):
             if (value := getattr(self, name)) and (found := secret_in_url(value)):
                 raise ValueError(f"{name}: {found}; {ADVICE}")
         try:
@@ -93,10 +104,10 @@ class LiveSpec(BaseModel):
 
     def harvest(self, out: str, reads_text: bool) -> HarvestSpec:
         """The same as a harvest into the store `out`."""
-        fields = self.model_dump(
-            exclude={"max_bytes", "block_rows", "window_blocks", "actors", "folder"}, exclude_none=True
-        )
+        fields = self.model_dump(exclude=_NOT_OF_A_HARVEST, exclude_none=True)
         fields |= {"shard_rows": self.block_rows}
+        if self.hidden_states is not None:
+            fields |= {"corpus": self.hidden_states, "context_length": 1}
         if reads_text:
             fields |= {"heldout_from": HELDOUT_EVERY * self.heldout_tokens}
         return HarvestSpec.model_validate(fields | {"out": out})
