@@ -1,5 +1,6 @@
 """Live sources: the batches of the stored blocks to the last bit, never more on the disk than was allowed."""
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -7,7 +8,7 @@ import pytest
 
 from saescale.storage.live import LiveSource, open_source
 from saescale.storage.rundir import RunDirectory
-from saescale.storage.source import Order
+from saescale.storage.source import Order, SourceBatch
 from saescale.storage.store import ActivationStore
 from saescale.trainers.harvest import contexts
 from saescale.trainers.harvest.conduct import harvest
@@ -69,6 +70,31 @@ def test_blocks_are_the_shards_of_the_harvest_and_their_order_is_as_the_page_say
     assert watch.blocks <= WINDOW + 1
     assert watch.bytes <= few.max_bytes
     assert watch.writes > 16
+
+
+def test_blocks_that_are_gone_are_made_again(spec: LiveSpec, stored: ActivationStore, tmp_path: Path) -> None:
+    """Consumers that begin anew, go back, and run beside slower ones, with room for little more than a window."""
+    order, batches = Order("train", 0, 512), TOKENS // 512
+    with live_here(spec, stored.url), open_source(stored.url).batches(order, stop=2 * batches) as stream:
+        expected = [batch.x.copy() for batch in stream]
+    url = str(tmp_path / "live")
+
+    def equal(stream: Iterator[SourceBatch], first: int, last: int) -> bool:
+        return all(np.array_equal(next(stream).x, expected[number]) for number in range(first, last))
+
+    with live_here(tight(spec, WINDOW + 1), url) as live:
+        source = open_source(url)
+        with source.batches(order) as first:
+            assert equal(first, 0, 20)
+            with source.batches(order, stop=2 * batches) as second:  # from the start, while the other one waits
+                assert equal(second, 0, 28)
+                second.passed(16)
+                assert equal(first, 20, 30)
+                state = second.state() | {"batch": 16}
+        with source.resume(state, stop=2 * batches) as third:
+            assert equal(third, 16, 2 * batches)
+        assert live.making.again > 0
+        assert live.making.error is None
 
 
 def test_training_gives_the_bits_of_the_stored_blocks(spec: LiveSpec, stored: ActivationStore, tmp_path: Path) -> None:

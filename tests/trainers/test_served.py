@@ -29,7 +29,8 @@ def small_blocks_of_text(monkeypatch: pytest.MonkeyPatch) -> None:
 def spec_of(folder: Path, **fields: Any) -> LiveSpec:
     given = {
         "subject": "hf:org/served", "layer": 4, "hidden_states": str(folder), "hidden_states_index": 1,
-        "tokens": TOKENS, "heldout_tokens": HELDOUT, "block_rows": BLOCK, "row_group_rows": 128, "window_blocks": 2, "max_bytes": 10**8,
+        "tokens": TOKENS, "heldout_tokens": HELDOUT, "block_rows": BLOCK, "row_group_rows": 128,
+        "window_blocks": 2, "max_bytes": 10**8,
     }  # fmt: skip
     return LiveSpec.model_validate(given | fields)
 

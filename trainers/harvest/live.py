@@ -38,6 +38,7 @@ from saescale.storage.live import (
     Live,
     LiveSource,
     Making,
+    Place,
     Places,
     most_bytes,
     name_of,
@@ -304,7 +305,7 @@ class LiveHarvest:
         places = Places.of(self.url, self._heard)
         known = places.living or places.gone
         if places.living:
-            self._need = min(place.need for place in places.living.values())
+            self._need = min(map(self._needed, places.living.values()))
             for name in places.gone:
                 files.remove(files.join(self.url, CONSUMERS, name))
         elif places.gone:
@@ -322,6 +323,12 @@ class LiveHarvest:
             pass
         self._forget_tokens(self._passed)
         self._tell(len(places.living))
+
+    def _needed(self, place: Place) -> int:
+        """The first block that a consumer is to find. Where all of them have room it keeps those behind it too: it may
+        only have looked at the first rows, or go back to them."""
+        short = place.end is not None and place.end - place.passed <= self.room.blocks
+        return place.passed if short else place.need
 
     def _all_passed(self, block: int) -> bool:
         return block < self._passed % self._blocks or self._passed >= self._blocks
@@ -362,8 +369,8 @@ class LiveHarvest:
             return None
         missing = next(b for b in lacking if b not in self._ready)
         if self._pass is None or self._pass.next_block > missing:
-            if self._reserved or self._outstanding or ahead:
-                return None  # their tokens are still needed
+            if self._reserved or self._outstanding or missing != lacking[0]:
+                return None  # their tokens are still needed, or those of what is made before
             self._drop_tokens()
             self._pass = self._new_pass()
         used = sum(self._spooled.values()) + sum(self._reserved.values())
