@@ -20,7 +20,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from saescale.storage import files
 from saescale.storage.documents import read_model
-from saescale.storage.errors import SaescaleError, one_line
+from saescale.storage.errors import SaescaleError, Unavailable, one_line
 from saescale.storage.manifest import MANIFEST, MOST, Dtype, Manifest
 from saescale.storage.rows import RowGroup, raw_dtype
 from saescale.storage.source import Order
@@ -34,6 +34,7 @@ _FORMAT = 1
 BEAT_S = 1.0  # between two words of a consumer or producer
 GONE_S = 20.0  # without one, it is taken for gone
 _LOOK_S = (0.005, 0.2)  # between two looks for a block that is not there yet: the first, and at most
+_TRIES = 8  # to read a block that is there
 _FOOTER_BYTES, _PAGE_BYTES = 16_384, 1_024  # of a shard beside its rows, at most; of a row group
 
 
@@ -228,10 +229,16 @@ class _Blocks:
 
     def read_row_group(self, split: str, group: RowGroup) -> np.ndarray:
         """Raises SaescaleError where the producer ended with one, or the block cannot be read."""
-        where = files.join(self.url, name_of(group.shard))
-        for _ in self._consumer.looks(where):
-            with suppress(FileNotFoundError):  # not there yet, or not any more: it is made again
+        where, tries = files.join(self.url, name_of(group.shard)), 0
+        for _ in self._consumer.looks():
+            try:
                 return self._read(where, group)
+            except FileNotFoundError:  # not there yet, or not any more: it is made again
+                continue
+            except Unavailable:
+                tries += 1
+                if tries == _TRIES:
+                    raise
         raise _Closed
 
     def _read(self, where: str, group: RowGroup) -> np.ndarray:
@@ -240,9 +247,13 @@ class _Blocks:
             with pa.memory_map(local) if local else files.open_input(where) as source:
                 parquet = pq.ParquetFile(source)
                 array = parquet.read_row_group(group.index, columns=["act"], use_threads=False).column("act")
-        except FileNotFoundError:
+        except (FileNotFoundError, SaescaleError):
             raise
-        except (pa.ArrowException, OSError) as error:
+        except Exception as error:  # object stores raise classes of their own
+            files.require_memory(where, error)
+            of_arrow = type(error) is OSError and error.errno is None
+            if not of_arrow and files.may_pass(where, error):
+                raise Unavailable(f"{where}: row group {group.index} was not answered ({one_line(error)})") from error
             raise SaescaleError(
                 f"{where}: row group {group.index} cannot be read ({one_line(error)}); remove the file, and it is made "
                 "again"
@@ -280,7 +291,7 @@ class _Consumer:
         self._place = self._place.model_copy(update=where)
         self._changed.set()
 
-    def looks(self, where: str) -> Iterator[None]:
+    def looks(self) -> Iterator[None]:
         """As often as one should look for a block, until the stream is closed. SaescaleError when no producer will
         make it."""
         pause, most = _LOOK_S

@@ -15,6 +15,7 @@ from saescale.trainers.harvest.conduct import harvest
 from saescale.trainers.harvest.live import Room, live_here
 from saescale.trainers.harvest.live_spec import LiveSpec
 from saescale.trainers.training.train import train_pack
+from tests.s3_faults import Faults
 from tests.survival import assert_same, reached
 from tests.trainers.live_case import BLOCK, TOKENS, WINDOW, Watch, cell_of, job_of, live_spec
 
@@ -95,6 +96,23 @@ def test_blocks_that_are_gone_are_made_again(spec: LiveSpec, stored: ActivationS
             assert equal(third, 16, 2 * batches)
         assert live.making.again > 0
         assert live.making.error is None
+
+
+@pytest.mark.slow
+def test_blocks_in_a_slow_store_that_fails_at_times(
+    spec: LiveSpec, stored: ActivationStore, s3_url: str, s3_faults: Faults
+) -> None:
+    order = Order("train", 0, 512)
+    with live_here(spec, stored.url), open_source(stored.url).batches(order, stop=16) as stream:
+        expected = [batch.x.copy() for batch in stream]
+    with (
+        s3_faults.injected(0.05, slow_s=0.2) as met,
+        live_here(tight(spec, WINDOW + 1), s3_url),
+        open_source(s3_url).batches(order, stop=16) as stream,
+    ):
+        found = [batch.x for batch in stream]
+    assert np.array_equal(np.stack(found), np.stack(expected))
+    assert len(met) >= 2
 
 
 def test_training_gives_the_bits_of_the_stored_blocks(spec: LiveSpec, stored: ActivationStore, tmp_path: Path) -> None:
