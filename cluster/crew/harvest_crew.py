@@ -225,6 +225,7 @@ class HarvestCrew(Crew[Loaded]):
         except Died as died:
             self.lost(actor, died.__cause__)
             self.start_later(back_off(task.attempt, *BACKOFF_S))
+            self._half_done(task.item)
             self._again(task, f"an actor on {did.node} died", died)
             return {}
         except Unavailable as error:
@@ -241,6 +242,9 @@ class HarvestCrew(Crew[Loaded]):
                 did.rows += result.rows
                 did.seconds += result.seconds
         return {task.number: result}
+
+    def _half_done(self, item: Any) -> None:
+        """An actor died at it. What it had half written is removed with the next harvest."""
 
     def _again(self, task: _Task, what: str, error: Exception) -> None:
         if task.round != self._round:

@@ -15,9 +15,10 @@ from saescale.cluster.crew.shares import Shares
 from saescale.storage import files
 from saescale.storage.errors import SaescaleWarning
 from saescale.trainers.harvest.conduct import SPOOL_PREFIX
+from saescale.trainers.harvest.contexts import block_file
 from saescale.trainers.harvest.live import LiveHarvest
 from saescale.trainers.harvest.live_spec import LiveSpec
-from saescale.trainers.harvest.make_shard import Facts
+from saescale.trainers.harvest.make_shard import Facts, ShardJob
 from saescale.trainers.harvest.served import Served, ServedCrew
 from saescale.trainers.harvest.spec import HarvestSpec
 
@@ -39,6 +40,13 @@ class LiveCrew(HarvestCrew):
             return Shares(actors, max(1, int(cpus / (2 * gpus))), 1.0, 1.0 if gpus > actors else gpus / (2 * actors))
         each = cpus / (2 * actors)
         return Shares(actors, max(1, int(each)), float(int(each)) if each >= 1 else each, 0.0)
+
+    def _half_done(self, item: Any) -> None:
+        """Its bytes are counted no more, so they go at once."""
+        if isinstance(item, ShardJob):
+            files.remove_partials(self._specs[0].out, of=item.tokens.name)
+        else:
+            files.remove_partials(self._spool, of=block_file("", item.block).strip("/"))
 
     @property
     def taken(self) -> dict[str, float]:

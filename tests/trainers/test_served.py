@@ -107,6 +107,11 @@ def test_a_file_of_another_width_is_named(tmp_path: Path) -> None:
             streamed(str(tmp_path / "live"))
 
 
+def test_what_sweep_yaml_says_is_read_again(tmp_path: Path) -> None:
+    spec = spec_of(tmp_path)
+    assert LiveSpec.model_validate(spec.model_dump(mode="json")) == spec
+
+
 @pytest.mark.parametrize(
     ("fields", "said"),
     [

@@ -3,7 +3,7 @@
 import json
 import re
 from decimal import Decimal, InvalidOperation
-from typing import Annotated, Any, Literal, Self
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
 import xxhash
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
@@ -11,7 +11,9 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_valida
 from saescale.storage import files
 from saescale.storage.errors import SaescaleError
 from saescale.storage.secrets import ADVICE, secret_in_url
-from saescale.trainers.harvest.spec import HarvestSpec
+
+if TYPE_CHECKING:
+    from saescale.trainers.harvest.spec import HarvestSpec
 
 _UNITS = {"": 1, "b": 1} | {
     f"{p}{b}": base**e for e, p in enumerate("kmgtp", 1) for b, base in (("b", 1000), ("ib", 1024))
@@ -89,9 +91,10 @@ class LiveSpec(BaseModel):
     @model_validator(mode="after")
     def _can_be(self) -> Self:
         if self.hidden_states is not None:
-            if given := [name for name in (*_OF_TEXT, "actors") if name in self.model_fields_set]:
+            fields = type(self).model_fields  # what sweep.yaml says has all of them
+            if given := [name for name in (*_OF_TEXT, "actors") if getattr(self, name) != fields[name].default]:
                 raise ValueError(f"{given[0]} says nothing to hidden states that a server makes: leave it out")
-        elif "hidden_states_index" in self.model_fields_set:
+        elif self.hidden_states_index:
             raise ValueError("hidden_states_index is of hidden_states, the folder to which a server writes: name that")
         for name in ("folder", "corpus", "hidden_states"):
             if (value := getattr(self, name)) and (found := secret_in_url(value)):
@@ -102,8 +105,11 @@ class LiveSpec(BaseModel):
             raise ValueError(str(error)) from error
         return self
 
-    def harvest(self, out: str, reads_text: bool) -> HarvestSpec:
+    def harvest(self, out: str, reads_text: bool) -> "HarvestSpec":
         """The same as a harvest into the store `out`."""
+        # Only here: sweep files are read without torch.
+        from saescale.trainers.harvest.spec import HarvestSpec
+
         fields = self.model_dump(exclude=_NOT_OF_A_HARVEST, exclude_none=True)
         fields |= {"shard_rows": self.block_rows}
         if self.hidden_states is not None:
