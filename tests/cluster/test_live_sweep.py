@@ -50,7 +50,7 @@ def over_live(document: dict[str, Any], tiny_subject: str, tiny_corpus: str) -> 
     document["store"] = {"live": source}
     document["grid"] = {"n_latents": [32, 64], "k": [2, 4]}
     document["train"] |= {"tokens": 2 * TOKENS, "batch_tokens": 512}
-    document["eval"] = {"tokens": HELDOUT, "every_tokens": 8_192}
+    document["eval"] = {"tokens": HELDOUT, "every_tokens": 8_192, "evaluations": []}
     spec = parse_spec(document, "test")
     (asked,) = spec.lives.values()
     room = live.Room(asked, asked.harvest("x", reads_text=True), 32)
@@ -75,7 +75,7 @@ def stored(
             path = folder / "stored.yaml"
             path.write_text(yaml.safe_dump(document | {"store": {"live": source}, "out": str(folder / "run")}))
             done = saescale_here("sweep", str(path), "--bootstraps", "0")
-            assert done.returncode == 0, done.stderr
+            assert done.returncode == 0, done.stdout[-3_000:] + done.stderr
             assert len(list((folder / "store").glob("train-*.parquet"))) == TOKENS // BLOCK
             known.append(reached(RunDirectory(str(folder / "run"))))
         return known[0]
@@ -95,7 +95,7 @@ def test_a_live_sweep_gives_the_bits_of_the_stored_one(
     (folder,) = parse_spec(over_live, "test").lives
     watch = Watch(folder, monkeypatch)  # of the driver's writes, which are many: the blocks are its actors'
     done = saescale_here("sweep", sweep_file(over_live), "--bootstraps", "0")
-    assert done.returncode == 0, done.stderr
+    assert done.returncode == 0, done.stdout[-3_000:] + done.stderr
     assert_same(reached(run), expected)
     assert watch.blocks <= 3
     assert 0 < watch.bytes <= over_live["store"]["live"]["max_bytes"]
@@ -169,7 +169,7 @@ def test_a_driver_that_is_killed_goes_on_with_the_blocks_that_are_needed(
                 process.kill()
         driver.wait()
     done = saescale_here("sweep", sweep_file(over_live), "--bootstraps", "0")
-    assert done.returncode == 0, done.stderr
+    assert done.returncode == 0, done.stdout[-3_000:] + done.stderr
     assert_same(reached(RunDirectory(over_live["out"])), expected)
     assert list(Path(folder).glob("train-*")) == []
 

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from pydantic import ValidationError
 
 from saescale.storage.live import LiveSource, open_source
 from saescale.storage.rundir import RunDirectory
@@ -128,3 +129,26 @@ def test_training_gives_the_bits_of_the_stored_blocks(spec: LiveSpec, stored: Ac
     assert_same(*outcomes)
     assert stored.rows("train") == TOKENS  # what was stored stays
     ActivationStore.open(stored.url).verify(full=True)
+
+
+@pytest.mark.parametrize(
+    ("field", "given", "read"),
+    [
+        ("tokens", "3.2e10", 32 * 10**9),  # which YAML takes for text
+        ("tokens", 3.2e5, 320_000),
+        ("max_bytes", "200 GB", 200 * 10**9),
+        ("max_bytes", "1.5TiB", 3 * 2**39),
+        ("max_bytes", 10**9, 10**9),
+    ],
+)
+def test_large_numbers_are_read_as_people_write_them(spec: LiveSpec, field: str, given: object, read: int) -> None:
+    assert getattr(LiveSpec.model_validate(spec.model_dump() | {field: given}), field) == read
+
+
+@pytest.mark.parametrize(
+    ("field", "given"),
+    [("tokens", "3.5"), ("tokens", True), ("tokens", "many"), ("max_bytes", "5 apples"), ("tokens", -1)],
+)
+def test_what_is_no_number_of_things_is_refused(spec: LiveSpec, field: str, given: object) -> None:
+    with pytest.raises(ValidationError, match=field):
+        LiveSpec.model_validate(spec.model_dump() | {field: given})
