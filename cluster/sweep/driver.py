@@ -87,7 +87,9 @@ def run_sweep(
             from saescale.cluster.sweep.packing import BATCH_FLOPS, pack_cells
 
             auto = precision if spec.train.precision == "auto" else None
-            with TrainCrew(len(ledger.cells), spec.resources, address, auto, produced and produced.taken) as crew:
+            with TrainCrew(
+                len(ledger.cells), spec.resources, address, auto, produced.taken if produced else None
+            ) as crew:
                 trained = len(ledger.pending)
                 needs = crew.needs(stores, spec.eval.tokens, remote_run=local_path(run.url) is None)
                 steps = ledger.checkpoint_steps()

@@ -32,8 +32,9 @@ from saescale.storage.live import open_source, read_making
 from saescale.trainers.cell import Cell, EvalSpec
 from saescale.trainers.device import set_threads
 from saescale.trainers.harvest.conduct import harvest
-from saescale.trainers.harvest.live import Room, live_here
+from saescale.trainers.harvest.live import live_here
 from saescale.trainers.harvest.live_spec import LiveSpec
+from saescale.trainers.harvest.room import Room
 from saescale.trainers.training.train import PackJob, train_pack
 from tests.benchmarks.harness import BenchmarkError, console, machine, quartiles, run, show_table, write_result
 

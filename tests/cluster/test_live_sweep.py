@@ -21,7 +21,8 @@ from saescale.cluster.sweep.spec import parse_spec
 from saescale.scaling.laws.settings import FitSettings
 from saescale.storage.live import read_making
 from saescale.storage.rundir import RunDirectory
-from saescale.trainers.harvest import contexts, live
+from saescale.trainers.harvest import contexts
+from saescale.trainers.harvest.room import Room
 from tests.cluster.command import SAESCALE, assert_one_line, environment, saescale_here
 from tests.cluster.conftest import Recorder
 from tests.cluster.test_survival import Killer, one_result_each
@@ -53,7 +54,7 @@ def over_live(document: dict[str, Any], tiny_subject: str, tiny_corpus: str) -> 
     document["eval"] = {"tokens": HELDOUT, "every_tokens": 8_192, "evaluations": []}
     spec = parse_spec(document, "test")
     (asked,) = spec.lives.values()
-    room = live.Room(asked, asked.harvest("x", reads_text=True), 32)
+    room = Room(asked, asked.harvest("x", reads_text=True), 32)
     source["max_bytes"] = room.beside + 3 * room.block
     return document
 

@@ -13,8 +13,9 @@ from saescale.storage.source import Order, SourceBatch
 from saescale.storage.store import ActivationStore
 from saescale.trainers.harvest import contexts
 from saescale.trainers.harvest.conduct import harvest
-from saescale.trainers.harvest.live import Room, live_here
+from saescale.trainers.harvest.live import live_here
 from saescale.trainers.harvest.live_spec import LiveSpec
+from saescale.trainers.harvest.room import Room
 from saescale.trainers.training.train import train_pack
 from tests.s3_faults import Faults
 from tests.survival import assert_same, reached

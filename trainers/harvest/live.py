@@ -40,7 +40,6 @@ from saescale.storage.live import (
     Making,
     Place,
     Places,
-    most_bytes,
     name_of,
     open_source,
     read_making,
@@ -48,7 +47,7 @@ from saescale.storage.live import (
 from saescale.storage.manifest import MANIFEST
 from saescale.storage.store import ActivationStore
 from saescale.trainers.harvest import contexts
-from saescale.trainers.harvest.assignment import Assignment, ShardTokens
+from saescale.trainers.harvest.assignment import ShardTokens
 from saescale.trainers.harvest.conduct import (
     PLAN_FORMAT,
     SPOOL_PREFIX,
@@ -58,49 +57,18 @@ from saescale.trainers.harvest.conduct import (
     check_first,
     heldout_manifest,
 )
-from saescale.trainers.harvest.contexts import Block, Counted, Texts, draws, text_blocks
-from saescale.trainers.harvest.live_spec import HELDOUT_EVERY, LiveSpec
+from saescale.trainers.harvest.contexts import Block, Counted, draws, text_blocks
+from saescale.trainers.harvest.live_corpus import Pass, most_ids
+from saescale.trainers.harvest.live_spec import LiveSpec
 from saescale.trainers.harvest.make_shard import Facts, Made, ShardJob
-from saescale.trainers.harvest.served import Served, ServedCrew, ServedFile
+from saescale.trainers.harvest.room import AHEAD, Room
+from saescale.trainers.harvest.served import Served, ServedCrew
 from saescale.trainers.harvest.spec import PLAN, HarvestSpec, read_plan, refuse_difference
 
-_END = object()
 MADE = "made"  # a folder of the checksums of blocks, a file for each thousand
 _BLOCK = re.compile(r"train-(\d+)\.parquet")
-_NOTES = 2**20  # bytes of notes and consumers; the checksum of a block has 40 besides
 LOOK_S = 0.1  # between two looks at the folder
-AHEAD = 2  # blocks whose tokens are known before they can be made, at least
 _ALONE_S = 3.0  # a producer that does not move for so long is dead
-
-
-class Room:
-    """What may lie on the disk: `blocks` files of blocks, `tokens` bytes of token ids, the held-out rows, the notes."""
-
-    def __init__(self, spec: LiveSpec, harvest: HarvestSpec, d_model: int) -> None:
-        size, groups = harvest.shard_rows, harvest.row_group_rows
-        self.block = most_bytes(size, d_model, groups)
-        firsts = range(0, harvest.heldout_tokens, size)
-        self.heldout = sum(most_bytes(min(size, harvest.heldout_tokens - first), d_model, groups) for first in firsts)
-        # Ids of the blocks of a window and of those ahead; documents that are held out or repeated have some too.
-        self.tokens = 32 * contexts.BLOCK_CHARACTERS + 16 * size * (spec.window_blocks + AHEAD)
-        self.tokens += 6 * HELDOUT_EVERY * harvest.heldout_tokens
-        self.notes = _NOTES + 40 * -(-harvest.tokens // size)
-        self.blocks = (spec.max_bytes - self.beside) // self.block
-
-    @property
-    def beside(self) -> int:
-        """Bytes that are kept for what is no block."""
-        return self.heldout + self.tokens + self.notes
-
-    def require(self, blocks: int) -> None:
-        """Raises SaescaleError where there is no room for a window of so many."""
-        if self.blocks < blocks:
-            window = blocks * self.block
-            raise SaescaleError(
-                f"live: max_bytes must hold a window of {blocks} blocks, which takes {window:,} bytes, and "
-                f"{self.beside:,} beside it; give at least {window + self.beside:,}, or lower block_rows or "
-                "window_blocks"
-            )
 
 
 class LiveHarvest:
@@ -134,7 +102,7 @@ class LiveHarvest:
         self._spooled: dict[int, int] = {}  # bytes of blocks of text in the spool
         self._last_user: dict[int, int] = {}  # the last block that takes tokens of a block of text
         self._reserved: dict[int, int] = {}  # bytes of blocks of text that are tokenized now, at most
-        self._pass: _Pass | None = None
+        self._pass: Pass | None = None
         self._sums: dict[int, dict[str, str]] = {}  # checksums of blocks that were made once, by thousands
         self._need = self._passed = 0  # of the slowest consumer; blocks are counted on over passes
         self._until: int | None = None  # of that which goes furthest
@@ -380,7 +348,7 @@ class LiveHarvest:
         block = self._pass.peek()
         if block is None:
             return None
-        if used + _most_ids(block, self._spooled) > self.room.tokens:
+        if used + most_ids(block, self._spooled) > self.room.tokens:
             if not self._reserved and not ahead and not self._outstanding:
                 raise SaescaleError(
                     f"live: the tokens of block {missing} do not fit into the {self.room.tokens:,} bytes that are kept "
@@ -389,7 +357,7 @@ class LiveHarvest:
             return None
         return self._next_text(self._pass.next())
 
-    def _new_pass(self, heldout: bool = False) -> "_Pass":
+    def _new_pass(self, heldout: bool = False) -> Pass:
         harvest, facts = self._harvest, self._facts
         blocks: Iterator[Any]
         if self._served is not None:
@@ -400,10 +368,10 @@ class LiveHarvest:
         else:
             harvest.refuse_text()
             blocks = draws("heldout" if heldout else "train", harvest.seed)
-        return _Pass(harvest, facts, blocks)
+        return Pass(harvest, facts, blocks)
 
     def _next_text(self, block: Block) -> Block:
-        self._reserved[block.block] = _most_ids(block, self._spooled)
+        self._reserved[block.block] = most_ids(block, self._spooled)
         return block
 
     # --- what was done
@@ -547,7 +515,9 @@ def live_here(spec: LiveSpec, url: str, cache: str | None = None) -> Iterator[Li
     """A producer in a thread of this process, which needs no Ray; what it raises, those who stream raise."""
     spool, stop = files.join(url, SPOOL_PREFIX + uuid.uuid4().hex), threading.Event()
     served = None if spec.hidden_states is None else Served(spec.hidden_states, url)
-    alone = Alone(spool, cache, Meter(0)) if served is None else ServedCrew(served, spec.hidden_states_index, spool)
+    alone: Crew = (
+        Alone(spool, cache, Meter(0)) if served is None else ServedCrew(served, spec.hidden_states_index, spool)
+    )
     with LiveHarvest(spec, url, alone, spool, served=served) as live:
 
         def run() -> None:
@@ -561,43 +531,6 @@ def live_here(spec: LiveSpec, url: str, cache: str | None = None) -> Iterator[Li
         finally:
             stop.set()
             thread.join()
-
-
-class _Pass:
-    """One reading of the corpus, or of what the subject draws, from its beginning."""
-
-    def __init__(self, spec: HarvestSpec, facts: Facts, blocks: Iterator[Any]) -> None:
-        self._spec, self._blocks = spec, blocks
-        self.assignment = Assignment(spec, divisible=facts.reads_text)
-        self.next_block = 0
-        self._next: Any = None
-
-    def peek(self) -> Any:
-        """The next block of text, None while a server has not written it. SaescaleError where the corpus ends here."""
-        if self._next is None:
-            self._next = next(self._blocks, _END)
-        if self._next is _END:
-            have, spec = {split: self.assignment.have(split) for split in ("train", "heldout")}, self._spec
-            raise SaescaleError(
-                f"the corpus {spec.corpus} ended early: it gave {have['train']:,} of {spec.tokens:,} tokens and "
-                f"{have['heldout']:,} of {spec.heldout_tokens:,} held-out ones; ask for fewer, or give more text"
-            )
-        return self._next
-
-    def next(self) -> Any:
-        """The same, once."""
-        block = self.peek()
-        self._next = None
-        return block
-
-
-def _most_ids(block: Any, seen: dict[int, int]) -> int:
-    """Bytes of the ids of a block, at most; of sequences that are still to be drawn, twice the most that there were."""
-    if isinstance(block, ServedFile):
-        return 4 * block.tokens
-    if isinstance(block, Texts):
-        return 4 * sum(len(text.encode("utf-8", "surrogatepass")) + 4 for _, text in block.pieces)
-    return max(4 * contexts.BLOCK_CHARACTERS, 2 * max(seen.values(), default=0))
 
 
 def _plan(spec: HarvestSpec, facts: Facts) -> dict[str, Any]:
