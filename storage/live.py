@@ -42,7 +42,7 @@ class Live(BaseModel):
     """Content of live.json. `identity` names the rows and their order; `manifest` is that of the held-out shards."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
-    format: int = Field(_FORMAT, ge=1, le=_FORMAT)
+    format: int = Field(default=_FORMAT, ge=1, le=_FORMAT)
     identity: str
     tokens: int = Field(gt=0, le=MOST)  # train rows of one pass
     block_rows: int = Field(gt=0, le=MOST)
@@ -355,7 +355,9 @@ class Places(NamedTuple):
     @classmethod
     def of(cls, url: str, heard: Heard) -> Self:
         """As their files in the folder `url` say."""
-        folder, living, gone = files.join(url, CONSUMERS), {}, {}
+        folder = files.join(url, CONSUMERS)
+        living: dict[str, Place] = {}
+        gone: dict[str, Place] = {}
         for name in files.list_names(folder):
             with suppress(FileNotFoundError):  # it has just ended
                 place = read_model(files.join(folder, name), Place, "remove it")

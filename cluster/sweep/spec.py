@@ -382,7 +382,8 @@ class SweepSpec(Section):
     @property
     def entries(self) -> dict[str, str | Live]:
         """What the sweep file says of each store, by its URL."""
-        return {one if isinstance(one, str) else one.live.folder_of(self.out): one for one in several(self.store)}
+        given = self.store if isinstance(self.store, list) else [self.store]
+        return {one if isinstance(one, str) else one.live.folder_of(self.out): one for one in given}
 
     @property
     def lives(self) -> dict[str, LiveSpec]:

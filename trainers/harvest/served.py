@@ -214,7 +214,7 @@ def shape_of(path: str) -> Shape:
                 f"{path}: hidden_states is {shape} and token_ids {tokens}; they must be [tokens, layers, d_model] and "
                 "[tokens]"
             )
-        return Shape(*shape, states.get_dtype())
+        return Shape(shape[0], shape[1], shape[2], str(states.get_dtype()))
 
 
 def _words(shape: Shape) -> str:
