@@ -181,14 +181,15 @@ def remove(url: str) -> None:
     _tried(url, rm, lambda error, tries: _error(url, "remove", error, tries, "check its permissions"))
 
 
-def remove_partials(url: str) -> None:
-    """Removes what killed writers left in a folder that nothing is written to any more, however new it is.
+def remove_partials(url: str, of: str | None = None) -> None:
+    """Removes what killed writers left in a folder that nothing is written to any more, however new it is; `of`: of the
+    file of that name alone, which nobody writes any more.
 
     Only local folders have such files: elsewhere a put that is cut short leaves nothing.
     """
     folder = local_path(url)
     if folder is not None and os.path.isdir(folder):
-        _remove_partials(folder, 0.0)
+        _remove_partials(folder, 0.0, of)
 
 
 def write_atomic(url: str, data: Content) -> int:
@@ -304,10 +305,10 @@ def _write_local(url: str, path: str, data: Content) -> int:
     return written
 
 
-def _remove_partials(folder: str, older_s: float) -> None:
+def _remove_partials(folder: str, older_s: float, of: str | None = None) -> None:
     """Frees what killed writers left behind in the folder: checkpoints, say, whose names do not come again."""
     for entry in os.listdir(folder):
-        if _PARTIAL.match(entry):
+        if (match := _PARTIAL.match(entry)) and of in (None, match[1]):
             partial = os.path.join(folder, entry)
             with suppress(OSError):
                 if time.time() - os.path.getmtime(partial) >= older_s:

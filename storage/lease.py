@@ -61,6 +61,20 @@ class RunningWorker(_Document):
     stream_wait: float
 
 
+class LiveStanding(_Document):
+    """What the producer of a live source does (live.py): in words, tokens that it computed, and those of them in blocks
+    that had been made before; what lies on the disk."""
+
+    source: str  # fingerprint
+    state: str
+    made: int = 0
+    again: int = 0
+    tokens_per_s: float = 0.0
+    blocks: int = 0
+    bytes: int = 0
+    max_bytes: int | None = None
+
+
 class Standing(_Document):
     """Where a sweep stands. What its cells reached for good is in results.parquet."""
 
@@ -73,6 +87,7 @@ class Standing(_Document):
     interrupted: int = 0  # packs that went on elsewhere after their worker or its node was lost
     running: list[RunningCell] = []
     workers: list[RunningWorker] = []
+    live: list[LiveStanding] = []
 
 
 class WaitsFor(_Document):

@@ -25,7 +25,7 @@ def recorded_sources(document: Mapping[str, Any]) -> list[RecordedSource]:
     """
     given, resolved = document.get("store"), document.get("resolved")
     resolved = resolved if isinstance(resolved, Mapping) else {}
-    urls = [url for url in (given if isinstance(given, list) else [given]) if isinstance(url, str)]
+    urls = [url for url in map(_url, given if isinstance(given, list) else [given]) if url is not None]
     told = resolved.get("sources")
     if not isinstance(told, list):
         told = [{"fingerprint": resolved.get("store_fingerprint"), "subject": resolved.get("subject")}]
@@ -35,6 +35,12 @@ def recorded_sources(document: Mapping[str, Any]) -> list[RecordedSource]:
         RecordedSource(url, *(_text(one.get(name)) for name in ("fingerprint", "subject", "site")))
         for url, one in zip(urls, told, strict=False)
     ]
+
+
+def _url(given: Any) -> str | None:
+    """Of a store or, of a live source, where its blocks lie."""
+    live = given.get("live") if isinstance(given, Mapping) else None
+    return _text(live.get("folder") if isinstance(live, Mapping) else given)
 
 
 def _text(value: Any) -> str | None:

@@ -1,4 +1,4 @@
-"""The door of sources: what a sweep streams from. Today that is a sealed store; a live harvest has the same door.
+"""The door of sources: what a sweep streams from: a sealed store (store.py), or a live harvest (live.py).
 
 How to add one: README.md of this floor.
 """
@@ -40,6 +40,9 @@ class Batches(Protocol):
 
     def state(self) -> dict[str, Any]:
         """A small cursor (JSON), from which `Source.resume` goes on with exactly the batches that would have come."""
+
+    def passed(self, batch: int) -> None:
+        """Nobody goes back before that global batch any more: what only earlier ones need may go."""
 
     def close(self) -> None: ...
 

@@ -55,6 +55,11 @@ class ActivationStore:
         return self.fingerprint
 
     @property
+    def mixed_rows(self) -> int | None:
+        """Rows of a window of its stream, where the order does not say how many are mixed."""
+        return None
+
+    @property
     def subject(self) -> str:
         """Its name, as `trainers.subjects` takes it."""
         return self.manifest.subject

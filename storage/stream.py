@@ -53,13 +53,45 @@ class RowGroups(Protocol):
         """Raises SaescaleError where a row is no activation."""
 
 
-class _Window(NamedTuple):
+class Window(NamedTuple):
     """Row groups mixed together; `first` is the place of the first row in the endless order."""
 
     epoch: int
     number: int
     first: int
     groups: list[RowGroup]
+
+
+class Windows(Protocol):
+    """Which row groups are mixed together, in which order."""
+
+    def within(self, first: int, end: int | None) -> Iterator[Window]:
+        """Those that hold rows of `first` to `end` (None: without end) of the endless order. The reading thread takes
+        the next one when it has read the one before."""
+
+
+class Shuffled:
+    """Of a store that lies there whole: each epoch puts its row groups in a seeded permutation."""
+
+    def __init__(self, groups: list[RowGroup], seed: int, mix: int) -> None:
+        self._groups, self._seed = groups, seed
+        # Windows of nearly equal size: a small last one would mix its rows less than the others.
+        self._count = -(-len(groups) // mix)
+
+    def within(self, first: int, end: int | None) -> Iterator[Window]:
+        epoch, skipped = divmod(first, sum(group.rows for group in self._groups))
+        start = first - skipped
+        while True:
+            order = permutation(len(self._groups), self._seed, epoch, 0)
+            for number, members in enumerate(np.array_split(order, self._count)):
+                if end is not None and start >= end:
+                    return
+                groups = [self._groups[member] for member in members]
+                rows = sum(group.rows for group in groups)
+                if start + rows > first:
+                    yield Window(epoch, number, start, groups)
+                start += rows
+            epoch += 1
 
 
 class Stream:
@@ -69,7 +101,8 @@ class Stream:
     gets the r-th of `world_size` equal slices of every global batch: the concatenation over ranks is the same
     at any world size, and all ranks get equally many batches. Every rank reads every row group. A thread
     keeps at least `prefetch` batches ready, rounded up to whole windows of `mix_row_groups` row groups: two to
-    three windows are in memory. `wait_seconds` is how long the consumer waited. Close it, or use a `with`.
+    three windows are in memory. `windows` says what is mixed where it is otherwise (live.py). `wait_seconds` is how
+    long the consumer waited. Close it, or use a `with`.
 
     Raises SaescaleError for a split without rows and, from `__next__`, for what the reading thread met; a row
     group's values (NaN, Inf, zero norm) are checked the first time that a process reads it.
@@ -88,6 +121,7 @@ class Stream:
         world_size: int = 1,
         mix_row_groups: int = 8,
         prefetch: int = 4,
+        windows: Windows | None = None,
     ) -> None:
         if batch_tokens < 1 or world_size < 1 or batch_tokens % world_size:
             raise SaescaleError(
@@ -96,9 +130,12 @@ class Stream:
             )
         if not 0 <= rank < world_size or start < 0 or seed < 0 or mix_row_groups < 1 or prefetch < 1:
             raise ValueError(f"{rank=} {world_size=} {start=} {seed=} {mix_row_groups=} {prefetch=} out of range")
-        self._groups = store.row_groups(split)
-        if not self._groups:
-            raise SaescaleError(f"the activation store {store.url} has no {split} rows; harvest some first")
+        if windows is None:
+            groups = store.row_groups(split)
+            if not groups:
+                raise SaescaleError(f"the activation store {store.url} has no {split} rows; harvest some first")
+            windows = Shuffled(groups, seed, mix_row_groups)
+        self._windows = windows
         self._store = store
         self._split = split
         self._batch_tokens = batch_tokens
@@ -147,6 +184,9 @@ class Stream:
             "batch_tokens": self._batch_tokens,
             "mix_row_groups": self._mix,
         }
+
+    def passed(self, batch: int) -> None:
+        """Of a store nothing goes."""
 
     def close(self) -> None:
         """Ends the reading thread and drops what it had read; may be called more than once, and early."""
@@ -203,7 +243,7 @@ class Stream:
     def _read_ahead(self) -> None:
         try:
             with ThreadPoolExecutor(_READERS, thread_name_prefix="saescale-read") as pool:
-                for window in self._windows():
+                for window in self._windows.within(self._first_row, self._end_row):
                     with self._changed:
                         while not self._closed and self._ready and self._enough_ready():
                             self._changed.wait()
@@ -223,28 +263,10 @@ class Stream:
     def _enough_ready(self) -> bool:
         return sum(len(rows) for rows in self._ready) >= self._ready_rows
 
-    def _windows(self) -> Iterator[_Window]:
-        """The windows that hold rows of the batches asked for, in order."""
-        epoch, skipped = divmod(self._first_row, sum(group.rows for group in self._groups))
-        first = self._first_row - skipped
-        # Windows of nearly equal size: a small last one would mix its rows less than the others.
-        count = -(-len(self._groups) // self._mix)
-        while True:
-            order = _permutation(len(self._groups), self._seed, epoch, 0)
-            for number, members in enumerate(np.array_split(order, count)):
-                if self._end_row is not None and first >= self._end_row:
-                    return
-                groups = [self._groups[member] for member in members]
-                rows = sum(group.rows for group in groups)
-                if first + rows > self._first_row:
-                    yield _Window(epoch, number, first, groups)
-                first += rows
-            epoch += 1
-
-    def _read_window(self, window: _Window, pool: ThreadPoolExecutor) -> np.ndarray:
+    def _read_window(self, window: Window, pool: ThreadPoolExecutor) -> np.ndarray:
         """This rank's rows of the window in stream order, [rows, d_model]."""
         starts = np.cumsum([0] + [group.rows for group in window.groups])
-        order = _permutation(int(starts[-1]), self._seed, window.epoch, window.number + 1)
+        order = permutation(int(starts[-1]), self._seed, window.epoch, window.number + 1)
         place = np.arange(window.first, window.first + len(order))
         mine = (place % self._batch_tokens) // self._slice == self._rank
         mine &= place >= self._first_row
@@ -263,10 +285,7 @@ class Stream:
                 return
             group = window.groups[index]
             act = self._store.read_row_group(self._split, group)
-            key = (self._store.url, self._store.fingerprint, group.shard, group.index)
-            if key not in _checked:
-                self._store.check_values(group, act)
-                _checked.add(key)
+            self._check(group, act)
             rows = source[low:high] - starts[index]
             out[target[low:high]] = act if len(rows) == len(act) else act[rows]
 
@@ -274,8 +293,14 @@ class Stream:
             pass
         return out
 
+    def _check(self, group: RowGroup, act: np.ndarray) -> None:
+        key = (self._store.url, self._store.fingerprint, group.shard, group.index)
+        if key not in _checked:
+            self._store.check_values(group, act)
+            _checked.add(key)
 
-def _permutation(size: int, *key: int) -> np.ndarray:
+
+def permutation(size: int, *key: int) -> np.ndarray:
     """A permutation of range(size) that is the same on every machine and with every version of numpy.
 
     numpy keeps bit generators stable but not `Generator.permutation`, hence the sort of raw 64-bit draws.

@@ -35,7 +35,7 @@ def harvest_on_actors(
     those lie in a folder of a store's folder until the end. Two calls at a time do no harm, see `conduct`. Raises what
     `harvest` and `HarvestCrew` raise.
     """
-    specs = [_for_other_nodes(spec) for spec in specs]
+    specs = [for_other_nodes(spec) for spec in specs]
     # A folder for this call alone: another one removes its own, and all of them only in stores that are sealed, when
     # nobody needs them any more.
     first = next((spec for spec in specs if not is_sealed(spec)), specs[0])
@@ -49,7 +49,7 @@ def harvest_on_actors(
             files.remove(spool)
 
 
-def _for_other_nodes(spec: HarvestSpec) -> HarvestSpec:
+def for_other_nodes(spec: HarvestSpec) -> HarvestSpec:
     """The spec with paths that mean the same in every process."""
     update = {
         "out": _absolute(spec.out), "subject": name_for_other_processes(spec.subject),

@@ -14,7 +14,7 @@ import ray
 from saescale.cluster.crew.crew import Crew, Died, Words, back_off, take
 from saescale.cluster.crew.harvest_worker import MARKER, ActorRow, ActorState, HarvestActor, Loaded
 from saescale.cluster.crew.head import nodes
-from saescale.cluster.crew.shares import share_out
+from saescale.cluster.crew.shares import Shares, share_out
 from saescale.storage import files
 from saescale.storage.errors import SaescaleError, Unavailable, one_line
 from saescale.storage.waiting import SAY_AFTER_S, Wait, hear
@@ -76,6 +76,8 @@ class HarvestCrew(Crew[Loaded]):
         self._running: dict[Any, tuple[Any, _Task]] = {}
         self._retries: list[_Task] = []
         self._round = 0
+        self._exhausted = False
+        self.over: Callable[[], bool] = lambda: False  # whether to leave what is under way
         self._computed_in = "auto"
         self._first: Loaded | None = None
         self._stage = ""
@@ -90,7 +92,7 @@ class HarvestCrew(Crew[Loaded]):
         self.connect()
         self._specs, spec = list(specs), specs[0]
         shards = -(-spec.tokens // spec.shard_rows) - (-spec.heldout_tokens // spec.shard_rows)
-        self._shares = share_out(nodes(), self._wanted, shards)
+        self._shares = self._share_out(shards)
         self.claim = {"CPU": self._shares.cpus, "GPU": float(self._shares.gpus)}
         self._computed_in = computed_in
         files.write_atomic(files.join(self._spool, MARKER), b"")
@@ -102,11 +104,14 @@ class HarvestCrew(Crew[Loaded]):
         return self._first.facts
 
     def tokenize(self, blocks: Iterator[Block]) -> Iterator[Counted]:
-        return self._each("tokenize", blocks)
+        return self._each(blocks)
 
     def make(self, jobs: Iterator[ShardJob]) -> Iterator[Made]:
         self.say("harvesting")
-        return self._each("make", jobs)
+        return self._each(jobs)
+
+    def serve(self, items: Iterator[Block | ShardJob | None]) -> Iterator[Counted | Made]:
+        return self._each(items)
 
     def say(self, stage: str) -> None:
         """Tells what begins."""
@@ -123,10 +128,14 @@ class HarvestCrew(Crew[Loaded]):
 
     # --- what its actors are
 
+    def _share_out(self, shards: int) -> Shares:
+        """How many there are, and what each has."""
+        return share_out(nodes(), self._wanted, shards)
+
     def _create(self) -> tuple[Any, Any]:
         shares = self._shares
         # Two threads: one works, the other answers state.
-        options = {"num_cpus": shares.cpus, "num_gpus": shares.gpus, "max_concurrency": 2}
+        options: dict[str, Any] = {"num_cpus": shares.cpus, "num_gpus": shares.gpus, "max_concurrency": 2}
         actor = self._actor(HarvestActor, options, self._specs, self._spool, shares.threads)
         self._did[actor] = _Actor(len(self._did) + 1)
         return actor, actor.load.remote(self._computed_in)
@@ -164,24 +173,35 @@ class HarvestCrew(Crew[Loaded]):
 
     # --- handing out
 
-    def _each(self, method: str, items: Iterator[Any]) -> Iterator[Any]:
-        """What the actors' `method` gives for each item, in the order of the items."""
+    def _each(self, items: Iterator[Any]) -> Iterator[Any]:
+        """What the actors give for each item, in the order of the items: a shard is made, a block tokenized."""
         self._round += 1
         self._retries = []
-        fresh = (_Task(self._round, number, item) for number, item in enumerate(items))
+        self._exhausted = False
+        fresh = self._tasks(items)
         results: dict[int, Any] = {}
         for expected in count():
             while expected not in results:
                 while self.idle and (task := self._next(fresh)) is not None:
                     actor = self.idle.pop(0)
-                    self._running[getattr(actor, method).remote(task.number, task.item)] = actor, task
+                    method = actor.make if isinstance(task.item, ShardJob) else actor.tokenize
+                    self._running[method.remote(task.number, task.item)] = actor, task
+                if self.over():
+                    return
                 busy = any(task.round == self._round for _, task in self._running.values())
-                if self.idle and not busy and not self._retries:
+                if self.idle and self._exhausted and not busy and not self._retries:
                     return  # an actor is free and there is nothing to do
                 results.update(self._ended())
             yield results.pop(expected)
 
-    def _next(self, fresh: Iterator[_Task]) -> _Task | None:
+    def _tasks(self, items: Iterator[Any]) -> Iterator[_Task | None]:
+        """Where an item is None there is nothing to do for now."""
+        numbers = count()
+        for item in items:
+            yield None if item is None else _Task(self._round, next(numbers), item)
+        self._exhausted = True
+
+    def _next(self, fresh: Iterator[_Task | None]) -> _Task | None:
         now = time.monotonic()
         for task in self._retries:
             if task.not_before <= now:
@@ -205,6 +225,7 @@ class HarvestCrew(Crew[Loaded]):
         except Died as died:
             self.lost(actor, died.__cause__)
             self.start_later(back_off(task.attempt, *BACKOFF_S))
+            self._half_done(task.item)
             self._again(task, f"an actor on {did.node} died", died)
             return {}
         except Unavailable as error:
@@ -221,6 +242,9 @@ class HarvestCrew(Crew[Loaded]):
                 did.rows += result.rows
                 did.seconds += result.seconds
         return {task.number: result}
+
+    def _half_done(self, item: Any) -> None:
+        """An actor died at it. What it had half written is removed with the next harvest."""
 
     def _again(self, task: _Task, what: str, error: Exception) -> None:
         if task.round != self._round:

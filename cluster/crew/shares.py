@@ -12,7 +12,7 @@ class Shares(NamedTuple):
     actors: int
     threads: int
     cpus: float
-    gpus: int
+    gpus: float
 
 
 def share_out(nodes: Sequence[Mapping[str, float]], actors: int | str, shards: int) -> Shares:
@@ -47,6 +47,17 @@ def cpus_each(nodes: Sequence[Mapping[str, float]], processes: int, gpus: float)
     if processes > sum(cores):
         return 1 / -(-processes // sum(cores))
     return float(threads_for(cores, processes))
+
+
+def without(nodes: Sequence[Mapping[str, float]], taken: Mapping[str, float]) -> list[Mapping[str, float]]:
+    """What others leave of nodes who claim `taken` of them together: they have it from those that have most."""
+    left = [dict(node) for node in nodes]
+    for name, share in taken.items():
+        for node in sorted(left, key=lambda node: -node.get(name, 0.0)):
+            part = min(share, node.get(name, 0.0))
+            node[name] = node.get(name, 0.0) - part
+            share -= part
+    return list(left)
 
 
 def threads_for(cores: list[int], workers: int) -> int:

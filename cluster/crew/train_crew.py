@@ -5,14 +5,14 @@ It costs less than a Ray Tune trial or a TorchTrainer for each pack: imports and
 
 import time
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from saescale.cluster.crew.claims import Needs, Resources
 from saescale.cluster.crew.connect import wanted_address
 from saescale.cluster.crew.crew import Crew, Words, back_off
 from saescale.cluster.crew.head import nodes, resources
-from saescale.cluster.crew.shares import cpus_each
+from saescale.cluster.crew.shares import cpus_each, without
 from saescale.cluster.crew.train_worker import Worker, WorkerInfo
 from saescale.storage.errors import SaescaleError, SaescaleWarning
 from saescale.storage.store import ActivationStore
@@ -40,8 +40,14 @@ class TrainCrew(Crew[WorkerInfo]):
     )
 
     def __init__(
-        self, cells: int, resources: Resources, address: str | None = None, auto: Precision | None = None
+        self,
+        cells: int,
+        resources: Resources,
+        address: str | None = None,
+        auto: Precision | None = None,
+        taken: Mapping[str, float] | None = None,
     ) -> None:
+        self._taken = dict(taken or {})  # of the cluster, by others of this sweep
         self._began, self._once_up, self._auto = time.monotonic(), False, auto
         super().__init__(address)
         self._grows = resources.workers == "auto"
@@ -58,17 +64,21 @@ class TrainCrew(Crew[WorkerInfo]):
             self.close()
             raise
 
+    def _there(self) -> dict[str, float]:
+        there = resources()
+        return there | {name: max(0.0, there.get(name, 0.0) - share) for name, share in self._taken.items()}
+
     def _size(self, asked: Resources) -> int:
         """How many workers, and what each claims."""
-        there = resources()
+        there = self._there()
         cpus, gpus = max(1, int(there.get("CPU", 1))), there.get("GPU", 0.0)
-        self._gpus = (1.0 if gpus else 0.0) if isinstance(asked.gpus_per_worker, str) else asked.gpus_per_worker
+        self._gpus = min(1.0, gpus) if isinstance(asked.gpus_per_worker, str) else asked.gpus_per_worker
         given = 0.0 if isinstance(asked.cpus_per_worker, str) else asked.cpus_per_worker
         room = int(gpus / self._gpus) if self._gpus else int(cpus / (given or 1.0))
         count = max(1, min(self._cells, room)) if isinstance(asked.workers, str) else asked.workers
         if count > room and (self._gpus or given):
             self._no_room(count, room)
-        self._cpus = given or cpus_each(nodes(), count, self._gpus)
+        self._cpus = given or cpus_each(without(nodes(), self._taken), count, self._gpus)
         self.threads = max(1, int(self._cpus))
         self.claim = {"CPU": self._cpus, "GPU": self._gpus}
         return count
@@ -122,7 +132,7 @@ class TrainCrew(Crew[WorkerInfo]):
         """Starts up to `most` workers where nodes have joined and the number of workers was left open."""
         if not self._grows:
             return
-        there = resources()
+        there = self._there()
         room = there.get("GPU", 0.0) / self._gpus if self._gpus else there.get("CPU", 0.0) / self._cpus
         new = min(self._cells, int(room)) - len(self.ready) - len(self.starting)
         for _ in range(min(new, most - len(self.starting))):
@@ -142,7 +152,7 @@ class TrainCrew(Crew[WorkerInfo]):
         """What a pack over one of `stores` takes of the memory of whichever worker needs the most for it, the process
         itself included where that shares it."""
         kinds = sorted({info.kernels for info in self.ready.values()})
-        streams = {s.fingerprint: StreamSize(s.manifest.row_group_rows, s.rows("train")) for s in stores}
+        streams = {s.fingerprint: StreamSize(s.manifest.row_group_rows, s.rows("train"), s.mixed_rows) for s in stores}
         return lambda cells: max(
             pack_memory(cells, eval_tokens, streams[cells[0].store], kind, remote_run).total
             + (PROCESS_BYTES if kind == "cpu" else 0)

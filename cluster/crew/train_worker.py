@@ -13,7 +13,7 @@ import torch
 from saescale.cluster.crew.metrics import WorkerMetrics
 from saescale.storage.errors import SaescaleError, SaescaleWarning
 from saescale.storage.files import exists, join
-from saescale.storage.manifest import MANIFEST
+from saescale.storage.live import is_source
 from saescale.storage.waiting import Wait, waits
 from saescale.trainers.device import default_device, fast_precision
 from saescale.trainers.kernels.choose import KernelKind, kernel_kind
@@ -93,8 +93,11 @@ class Worker:
     def train(self, job: PackJob, number: int) -> Trained:
         """`train_pack` in this process. Raises what it raises, and Unfit where this node lacks the run or the store."""
         self._metrics.start(job)
-        for what, url, file in (("run directory", job.run, "sweep.yaml"), ("activation store", job.store, MANIFEST)):
-            if not exists(join(url, file)):
+        for what, url, there in (
+            ("run directory", job.run, exists(join(job.run, "sweep.yaml"))),
+            ("activation store", job.store, is_source(job.store)),
+        ):
+            if not there:
                 raise Unfit(
                     f"the node {socket.gethostname()} does not see the {what} {url}; "
                     "give a folder that all nodes share, or an object store (s3://...)"

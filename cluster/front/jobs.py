@@ -289,12 +289,12 @@ def _require_free(run: str) -> None:
 def _caution(spec: "SweepSpec") -> None:
     """Says now what the driver would say in the job's log."""
     from saescale.cluster.sweep.cautions import cautions_of_each
-    from saescale.storage.store import ActivationStore
+    from saescale.storage.live import open_source
 
     widths: dict[str, int | None] = {}
     for url in spec.stores:
         try:
-            widths[url] = ActivationStore.open(url).d_model
+            widths[url] = open_source(url).d_model
         except SaescaleError:  # maybe only the cluster sees it
             widths[url] = None
     for caution in cautions_of_each(spec, widths):

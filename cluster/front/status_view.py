@@ -16,6 +16,7 @@ from saescale.cluster.front.waits import duration, waits_line
 from saescale.cluster.sweep.status import CellStatus, JobStatus, SweepStatus
 from saescale.scaling.order import in_order
 from saescale.storage.columns import is_diverged
+from saescale.storage.lease import LiveStanding
 from saescale.storage.waiting import Wait
 
 _STYLES = {
@@ -78,10 +79,19 @@ def headline(status: SweepStatus, now: float) -> list[Text]:
         lines.append(Text(f"done of each source: {', '.join(by)}"))
     if status.standing is not None and driver is not None and driver.alive:
         lines.append(Text(", ".join(_rates(status))))
+        lines += [Text(live_line(live)) for live in status.standing.live]
     lines += [Text(waits_line(Wait(wait.what, wait.since, wait.until), now), "yellow") for wait in status.waits]
     if advice := _advice(status):
         lines.append(Text(advice))
     return lines
+
+
+def live_line(live: LiveStanding) -> str:
+    """What the producer of a live source does."""
+    again = f" ({live.again:,} of them again)" if live.again else ""
+    most = f" of {live.max_bytes / 1e9:,.1f} GB" if live.max_bytes else ""
+    there = f"{live.blocks} blocks on the disk ({live.bytes / 1e9:,.1f}{most})"
+    return f"live source: {live.made:,} tokens made{again}, {live.tokens_per_s:,.0f} tokens/s, {there}; {live.state}"
 
 
 def line(status: SweepStatus) -> str:

@@ -58,6 +58,10 @@ def harvest(
     heldout_tokens: Annotated[
         int | None, typer.Option(help="Held-out rows, of other documents (default: 32768).")
     ] = None,
+    heldout_from: Annotated[
+        int | None,
+        typer.Option(help="Draw them from about so many of the first tokens of the corpus, as a live source does."),
+    ] = None,
     context_length: Annotated[int | None, typer.Option(help="Text tokens per context (default: 64).")] = None,
     dtype: Annotated[str, typer.Option(help="float16 or bfloat16, as stored.")] = "float16",
     compute_dtype: Annotated[
@@ -95,9 +99,9 @@ def harvest(
         raise SaescaleError("harvest: give --layer with one layer, or --layers with several (0-11, or 0,4,8, or all)")
     given = {
         "subject": subject, "out": out, "layer": layer, "corpus": corpus, "text_column": text_column, "tokens": tokens,
-        "heldout_tokens": heldout_tokens, "context_length": context_length, "cut_documents": cut_documents,
-        "dtype": dtype, "compute_dtype": compute_dtype, "batch_contexts": batch_contexts, "shard_rows": shard_rows,
-        "seed": seed,
+        "heldout_tokens": heldout_tokens, "heldout_from": heldout_from, "context_length": context_length,
+        "cut_documents": cut_documents, "dtype": dtype, "compute_dtype": compute_dtype,
+        "batch_contexts": batch_contexts, "shard_rows": shard_rows, "seed": seed,
     }  # fmt: skip
     given |= {"subject": at_revision(subject, revision), "trust_remote_code": trust_remote_code}
     try:

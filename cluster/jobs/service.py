@@ -29,6 +29,7 @@ from saescale.cluster.sweep.status import JobStatus
 from saescale.scaling.laws.settings import FitSettings
 from saescale.storage import files
 from saescale.storage.errors import SaescaleError, one_line
+from saescale.trainers.subjects.text import PYTHON_PROSE
 
 # How long a driver that is told to stop may take until Ray kills it: its workers save their checkpoints meanwhile.
 STOP_WAIT_S = 60
@@ -239,7 +240,10 @@ def require_shared(spec: SweepSpec, extension: SweepSpec | None = None) -> None:
     """Raises SaescaleError where a store, also of an extension, or the run directory would be another folder on the
     cluster."""
     stores = {url: None for of in (spec, extension) if of is not None and of.store != NO_STORE for url in of.stores}
-    for name, url in (*(("store", url) for url in stores), ("out", spec.out)):
+    lives = [live for of in (spec, extension) if of is not None for live in of.lives.values()]
+    read = [(f"store.live.{name}", getattr(live, name)) for live in lives for name in ("corpus", "hidden_states")]
+    read = [(name, url) for name, url in read if url not in (None, PYTHON_PROSE)]
+    for name, url in (*(("store", url) for url in stores), ("out", spec.out), *read):
         relative = files.local_path(url) is not None and not os.path.isabs(url.removeprefix("file://"))
         if relative or url.startswith("memory:"):
             raise SaescaleError(

@@ -3,7 +3,7 @@
 import os
 import warnings
 from contextlib import ExitStack
-from typing import Any, NamedTuple, TypeGuard
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeGuard
 
 from saescale.cluster.sweep.cautions import cautions_of_each
 from saescale.cluster.sweep.evaluate import evaluate, missing_evaluations
@@ -18,11 +18,15 @@ from saescale.scaling.report.report import analyse, is_current
 from saescale.storage.errors import SaescaleError, SaescaleWarning, one_line
 from saescale.storage.files import join, list_names, local_path, read_bytes
 from saescale.storage.lease import Lease, read_driver, require_free
+from saescale.storage.live import is_live
 from saescale.storage.rundir import RunDirectory
 from saescale.storage.waiting import waiting
 from saescale.storage.writable import require_writable
 from saescale.trainers.loggers.wandb_cells import how_to_read, log_summary, resolve_mode, wandb_directory
 from saescale.trainers.precision import Precision
+
+if TYPE_CHECKING:
+    from saescale.cluster.crew.live import Producing
 
 JOB = "SAESCALE_JOB"  # in the environment of a submitted sweep: the id of its Ray job
 _SETTINGS = FitSettings()
@@ -53,9 +57,11 @@ def run_sweep(
     store or run directory that cannot be used, also because another driver works on it, and KeyboardInterrupt after
     the workers have saved their checkpoints.
     """
-    stores, run = open_stores(spec), RunDirectory(spec.out)
+    run = RunDirectory(spec.out)
     trained = 0
     with ExitStack() as held:
+        produced = None if all(map(is_live, spec.lives)) else _produce(spec, run, address, held, display)
+        stores = open_stores(spec)
         recorded = run.read_spec()
         if recorded is None:
             require_writable(run.url)  # before any minute is spent
@@ -71,6 +77,8 @@ def run_sweep(
                 require_writable(run.url)
             dead = require_free(run.url)  # now, or somebody would wait for workers in vain
             verify(stores, spec.eval.tokens, display)
+            if spec.lives and produced is None:
+                produced = _produce(spec, run, address, held, display)
             display.stage("starting the workers")
             # Only here: a sweep that is finished is shown without the seconds that Ray takes to import.
             from saescale.cluster.crew.head import HeadLost, explained
@@ -79,12 +87,15 @@ def run_sweep(
             from saescale.cluster.sweep.packing import BATCH_FLOPS, pack_cells
 
             auto = precision if spec.train.precision == "auto" else None
-            with TrainCrew(len(ledger.cells), spec.resources, address, auto) as crew:
+            with TrainCrew(
+                len(ledger.cells), spec.resources, address, auto, produced.taken if produced else None
+            ) as crew:
                 trained = len(ledger.pending)
                 needs = crew.needs(stores, spec.eval.tokens, remote_run=local_path(run.url) is None)
                 steps = ledger.checkpoint_steps()
                 flops = BATCH_FLOPS["cuda" if crew.on_gpu else "cpu"]
-                packs = pack_cells(ledger.pending, steps, crew.count, crew.memory, needs, flops)
+                live = {store.fingerprint for store in stores if store.url in spec.lives}
+                packs = pack_cells(ledger.pending, steps, crew.count, crew.memory, needs, flops, live)
                 # Not before the plan stands: a sweep that cannot be run leaves no run directory behind.
                 lease = held.enter_context(Lease(run.url, job, dead))
                 ledger.begin()
@@ -94,6 +105,8 @@ def run_sweep(
                 except HeadLost as error:
                     lease.end("lost", str(error))
                     raise
+            if produced is not None:
+                produced.done = True
         else:
             if not _is_concluded(run, settings) or missing_evaluations(spec, run).missing:
                 lease = held.enter_context(Lease(run.url, job))
@@ -105,6 +118,16 @@ def run_sweep(
             lease.end("finished")
     failed = sum(result["status"] == "failed" for result in ledger.results.values())
     return SweepOutcome(run, fits, len(ledger.cells), failed, trained, wandb)
+
+
+def _produce(
+    spec: SweepSpec, run: RunDirectory, address: str | None, held: ExitStack, display: SweepDisplay
+) -> "Producing":
+    """Has the blocks of the live sources made until `held` ends."""
+    from saescale.cluster.crew.live import producing
+
+    require_writable(run.url)
+    return held.enter_context(producing(spec.lives, address, display.stage))
 
 
 def _precision(spec: SweepSpec, address: str | None, held: ExitStack) -> Precision:

@@ -31,8 +31,8 @@ from saescale.cluster.sweep.stop import stop
 from saescale.cluster.sweep.watcher import SweepDisplay
 from saescale.storage import files
 from saescale.storage.errors import SaescaleError, Superseded, Unavailable, one_line
-from saescale.storage.lease import Lease
-from saescale.storage.manifest import MANIFEST
+from saescale.storage.lease import Lease, LiveStanding
+from saescale.storage.live import LiveSource, is_source, read_making
 from saescale.storage.store import ActivationStore
 from saescale.storage.waiting import Wait, hear
 from saescale.trainers.cell import Cell, axes_of
@@ -75,7 +75,9 @@ class Execution:
         self.begun = 0  # attempts
         self.fruitless = 0  # failures since any pack made a step
         self.interrupted = 0  # packs whose worker was lost
+        self.live: list[LiveStanding] = []
         self.began = self.looked = self.moved = time.monotonic()
+        self.asked = 0.0  # when the producers of live sources were
 
     def run(self) -> None:
         """Returns when every cell has its result. Whatever ends it early, what the workers have done is saved.
@@ -241,7 +243,7 @@ class Execution:
     def _is_gone(self, store: str) -> bool:
         """Whether not even this process sees a store any more that it once opened: no other node will."""
         try:
-            return not files.exists(files.join(self.ledger.stores[store].url, MANIFEST))
+            return not is_source(self.ledger.stores[store].url)
         except Unavailable:
             return False
 
@@ -348,8 +350,23 @@ class Execution:
         # A few seconds of a pack's start say nothing about its speed.
         if standing.fraction > 0.01:
             standing.left_s = (time.monotonic() - self.began) * (1 - standing.fraction) / standing.fraction
+        standing.live = self._live_standing()
         self.display.sweep(standing)
         self.lease.standing = standing
+
+    def _live_standing(self) -> list[LiveStanding]:
+        """What the producers of live sources say, asked for at times."""
+        if time.monotonic() - self.asked > LOOK_S:
+            self.asked = time.monotonic()
+            live = [store for store in self.ledger.stores.values() if isinstance(store, LiveSource)]
+            with suppress(Unavailable):
+                said = [(store.fingerprint, read_making(store.url)) for store in live]
+                self.live = [
+                    LiveStanding(source=name, **making.model_dump(include=set(LiveStanding.model_fields)))
+                    for name, making in said
+                    if making is not None
+                ]
+        return self.live
 
     def _say_waits(self) -> None:
         """What the workers wait for; and where none works, for which pack's next try, and why."""
@@ -367,6 +384,8 @@ class Execution:
         """Kills workers that get nothing done, and takes those for dead that cannot even be killed."""
         now = time.monotonic()
         for reference, running in list(self.running.items()):
+            if self._waits_for_blocks(running):
+                running.heard = now
             quiet = now - running.heard
             name = self.crew.ready[running.worker].name
             if running.killed is None and quiet > self.spec.resources.stalled_after_s:
@@ -377,6 +396,11 @@ class Execution:
                 # Not even its node answers.
                 del self.running[reference]
                 self._died(running.worker, running.pack, TimeoutError(f"worker {name} cannot be ended"))
+
+    def _waits_for_blocks(self, running: Attempt) -> bool:
+        """Whether its worker has just said that it waits for a live source, which may take as long as it takes."""
+        live = isinstance(self.ledger.stores[running.pack.store], LiveSource)
+        return live and running.question is None and any("activations of" in wait.what for wait in running.waits)
 
     def _moves(self) -> None:
         """Something was trained: whatever fails now and then, it is not everything."""

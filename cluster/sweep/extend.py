@@ -44,8 +44,10 @@ def extend(spec: SweepSpec, more: str) -> Extension:
         _same(spec, known, f"{spec.out}/sweep.yaml")
         others = [spec, *others]
     grid = union(known, *others)
+    there = others[-1].entries | spec.entries
+    entries = [there[url] for url in stores]
     extended = spec.model_copy(
-        update={"grid": grid, "train": known.train, "store": stores if len(stores) > 1 else stores[0]}
+        update={"grid": grid, "train": known.train, "store": entries if len(entries) > 1 else entries[0]}
     )
     return Extension(extended, extended.size - known.size)
 

@@ -6,7 +6,7 @@ saves nothing then, and an end would wait for them all.
 
 import math
 from collections import Counter, defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from heapq import heappop, heappush
 
 from saescale.cluster.crew.claims import Needs
@@ -26,8 +26,10 @@ def pack_cells(
     memory: float,
     needs: Needs,
     batch_flops: float = math.inf,
+    live: Set[str] = frozenset(),
 ) -> list[list[Cell]]:
-    """Cells in packs, the costliest pack first.
+    """Cells in packs, the costliest pack first; of the stores in `live`, whose rows are made anew for those that come
+    later, no more packs than can go on at a time.
 
     steps: the steps of each cell's checkpoints (absent: none); only cells with one in common go on together. memory:
     bytes that one worker has; needs: bytes that a pack takes, all of whose cells are of one store
@@ -44,7 +46,8 @@ def pack_cells(
     for company in alike.values():
         for group in _groups(company, steps):
             share = sum(cost(cell) for cell in group) / total
-            packs += split(group, max(1, round(share * wanted)), memory, needs, batch_flops)
+            each = workers if group[0].store in live else wanted
+            packs += split(group, max(1, round(share * each)), memory, needs, batch_flops)
     return sorted(packs, key=lambda pack: -sum(cost(cell) for cell in pack))
 
 

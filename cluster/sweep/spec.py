@@ -9,8 +9,10 @@ from typing import Annotated, Any, NamedTuple, Protocol, Self
 
 from pydantic import (
     AfterValidator,
+    Discriminator,
     Field,
     SerializerFunctionWrapHandler,
+    Tag,
     ValidationError,
     ValidationInfo,
     field_validator,
@@ -32,6 +34,7 @@ from saescale.trainers.architectures import ARCHITECTURES
 from saescale.trainers.architectures.own import not_here
 from saescale.trainers.cell import Cell, EvalSpec, auto_k_aux, known_architecture, traits_of, whole_settings
 from saescale.trainers.evals.wanted import Wanted, each_once
+from saescale.trainers.harvest.live_spec import LiveSpec
 from saescale.trainers.loggers.wandb_cells import WandbSettings
 from saescale.trainers.precision import Precision
 
@@ -224,11 +227,23 @@ class OfStore(Protocol):
     def d_model(self) -> int: ...
 
 
+class Live(Section):
+    """A source that is harvested while the sweep streams from it."""
+
+    live: LiveSpec
+
+
+Store = Annotated[
+    Annotated[str, Tag("a URL")] | Annotated[Live, Tag("a live source")],
+    Discriminator(lambda given: "a live source" if isinstance(given, Mapping | Live) else "a URL"),
+]
+
+
 class SweepSpec(Section):
     """The whole sweep file."""
 
     name: str = Field(min_length=1, max_length=128, pattern=r"^[\w.-]+$")  # W&B takes no longer one for a group
-    store: Axis[str]  # URL of the activation store, or of several
+    store: Axis[Store]  # URL of the activation store, or a live source, or several
     out: str  # URL of the run directory
     grid: Grid
     train: Train
@@ -240,21 +255,37 @@ class SweepSpec(Section):
 
     @field_validator("store", "out")
     @classmethod
-    def _without_secrets(cls, given: str | list[str]) -> str | list[str]:
+    def _without_secrets(cls, given: Any) -> Any:
         for url in several(given):
-            if found := secret_in_url(url):
+            if isinstance(url, str) and (found := secret_in_url(url)):
                 raise PydanticCustomError(SECRET, "{found}; {advice}", {"found": found, "advice": ADVICE})
         return given
 
     @field_validator("store")
     @classmethod
-    def _each_once(cls, given: str | list[str]) -> str | list[str]:
+    def _each_once(cls, given: Any) -> Any:
         """A list of one is that one."""
-        if isinstance(given, str):
+        if not isinstance(given, list):
             return given
         if twice := [url for url in given if given.count(url) > 1]:
-            raise ValueError(f"{twice[0]} stands there {given.count(twice[0])} times: name each store once")
+            name = twice[0] if isinstance(twice[0], str) else f"a live source of {twice[0].live.subject}"
+            raise ValueError(f"{name} stands there {given.count(twice[0])} times: name each store once")
         return given if len(given) > 1 else given[0]
+
+    @model_validator(mode="after")
+    def _blocks_have_a_place(self) -> Self:
+        """Beside the run, where no folder is named: sweep.yaml is to say it."""
+
+        def placed(entry: str | Live) -> str | Live:
+            if isinstance(entry, str) or entry.live.folder is not None:
+                return entry
+            folder = entry.live.folder_of(self.out)
+            return Live(live=entry.live.model_copy(update={"folder": folder}))
+
+        if any(isinstance(entry, Live) for entry in several(self.store)):
+            given = self.store
+            self.store = [placed(entry) for entry in given] if isinstance(given, list) else placed(given)
+        return self
 
     @model_validator(mode="after")
     def _are_few_cells(self, info: ValidationInfo) -> Self:
@@ -345,8 +376,19 @@ class SweepSpec(Section):
 
     @property
     def stores(self) -> list[str]:
-        """The URLs of all stores."""
-        return several(self.store)
+        """The URLs of all stores, of live sources those of their folders."""
+        return list(self.entries)
+
+    @property
+    def entries(self) -> dict[str, str | Live]:
+        """What the sweep file says of each store, by its URL."""
+        given = self.store if isinstance(self.store, list) else [self.store]
+        return {one if isinstance(one, str) else one.live.folder_of(self.out): one for one in given}
+
+    @property
+    def lives(self) -> dict[str, LiveSpec]:
+        """The live sources by the URLs of their folders."""
+        return {url: one.live for url, one in self.entries.items() if isinstance(one, Live)}
 
     @property
     def size(self) -> int:

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from saescale.cluster.sweep.spec import SweepSpec
 from saescale.cluster.sweep.watcher import SweepDisplay
 from saescale.storage.errors import SaescaleError
+from saescale.storage.live import open_source
 from saescale.storage.store import ActivationStore
 
 FULL_VERIFY_BYTES = 2 * 2**30  # stores of up to this size together are read whole before training starts
@@ -17,7 +18,7 @@ def open_stores(spec: SweepSpec) -> list[ActivationStore]:
     """
     stores: dict[str, ActivationStore] = {}
     for url in spec.stores:
-        store = ActivationStore.open(url)
+        store = open_source(url)
         if twin := stores.get(store.fingerprint):
             raise SaescaleError(f"store: {twin.url} and {url} are one store ({store.fingerprint}): name it once")
         stores[store.fingerprint] = store

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from saescale.cluster.crew.shares import cpus_each, threads_for
+from saescale.cluster.crew.shares import cpus_each, threads_for, without
 from saescale.cluster.sweep.packing import cost, pack_cells
 from saescale.storage.errors import SaescaleError
 from saescale.trainers.cell import Cell
@@ -131,3 +131,17 @@ def test_what_each_worker_claims_leaves_room_for_all(
     nodes: list[dict[str, float]], processes: int, gpus: float, each: float
 ) -> None:
     assert cpus_each(nodes, processes, gpus) == each
+
+
+def test_what_others_claim_is_taken_from_the_nodes_that_have_most() -> None:
+    nodes = [{"CPU": 4.0, "GPU": 1.0}, {"CPU": 16.0}, {"CPU": 8.0, "GPU": 2.0}]
+    left = without(nodes, {"CPU": 18.0, "GPU": 2.0})
+    assert left == [{"CPU": 4.0, "GPU": 1.0}, {"CPU": 0.0, "GPU": 0.0}, {"CPU": 6.0, "GPU": 0.0}]
+    assert nodes[1] == {"CPU": 16.0}
+
+
+def test_cells_over_a_live_source_are_in_no_more_packs_than_go_on_at_a_time() -> None:
+    """What begins later needs all blocks once more."""
+    cells = [cell(64, seed=i) for i in range(12)]
+    assert len(pack_cells(cells, {}, workers=3, memory=1e12, needs=needs)) == 6
+    assert len(pack_cells(cells, {}, workers=3, memory=1e12, needs=needs, live={"s"})) == 3

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 from saescale.scaling.metrics import document
 from saescale.storage.errors import SaescaleError, one_line
 from saescale.storage.files import join
+from saescale.storage.live import open_source
 from saescale.storage.manifest import Manifest
 from saescale.storage.recorded import recorded_sources
 from saescale.storage.rundir import RunDirectory
@@ -73,7 +74,7 @@ class Bench:
         found = {}
         for source in recorded_sources(document):
             try:
-                store = ActivationStore.open(source.url)
+                store = open_source(source.url)
                 found[store.identity] = store
             except SaescaleError as error:  # those of the others can be measured
                 self._broken.append(str(error))

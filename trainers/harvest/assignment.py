@@ -95,6 +95,8 @@ class Assignment:
         self._equal = 0  # documents that begin like an earlier one
         self._splits: dict[int, Split] = {}  # of every text so far, by the key of its content
         self._taken: dict[Split, list[np.ndarray]] = {split: [] for split in SPLITS}  # columns of Stretches
+        self._given: dict[Split, int] = dict.fromkeys(self._wanted, 0)  # rows of `next_shards`
+        self._before: dict[Split, int] = dict.fromkeys(self._wanted, 0)  # rows that are forgotten
         self.longest = 0  # ids of a document
 
     def full(self, splits: Iterable[Split] = SPLITS) -> bool:
@@ -129,7 +131,7 @@ class Assignment:
 
     def _draw(self, key: int) -> Split:
         draw = xxhash.xxh3_64_intdigest(struct.pack("<QQ", self._spec.seed, key)) / 2**64
-        heldout_share = self._wanted["heldout"] / sum(self._wanted.values())
+        heldout_share = self._wanted["heldout"] / (self._spec.heldout_from or sum(self._wanted.values()))
         first, second = SPLITS[::-1] if draw < heldout_share else SPLITS
         return second if self.full([first]) else first
 
@@ -157,6 +159,26 @@ class Assignment:
             for ordinal, first in enumerate(range(0, self._wanted[split], self._spec.shard_rows)):
                 last = min(first + self._spec.shard_rows, self._wanted[split])
                 yield ShardTokens(split, ordinal, self._cut(whole, ends, first, last))
+
+    def next_shards(self, split: Split) -> Iterator[ShardTokens]:
+        """Those whose rows are all known by now, each once, in their order: of a harvest that goes on while its shards
+        are made. What they were cut from is forgotten."""
+        have, wanted, rows = self._have[split], self._wanted[split], self._spec.shard_rows
+        known = have if have == wanted else have // rows * rows
+        while (first := self._given[split]) < known:
+            last = min(first + rows, wanted)
+            whole = self._whole(split)
+            ends = self._before[split] + np.cumsum(whole.rows)
+            yield ShardTokens(split, first // rows, self._cut(whole, ends, first, last))
+            self._given[split] = last
+            past = int(np.searchsorted(ends, last, "right"))
+            if past:
+                self._before[split] = int(ends[past - 1])
+                self._taken[split] = [np.stack([column[past:] for column in whole])]
+
+    def have(self, split: Split) -> int:
+        """Rows that it has for that split by now."""
+        return self._have[split]
 
     def digest(self, spool: str) -> str:
         """xxh3-128 (hex) of all token ids and documents, by which other text under the same name shows.

@@ -30,6 +30,8 @@ from saescale.trainers.subjects.text import TEXT_COLUMN, check_corpus
 PLAN_FORMAT = 2  # 1 split texts by their numbers
 SPOOL_PREFIX = ".tokens-"  # folders of token ids in the store's folder while a harvest goes on
 
+NOTHING_S = 0.02  # until somebody with nothing to do asks again
+
 Progress = Callable[[int, int, float, str], None]  # rows done, rows in all, tokens/s, what is being done
 
 
@@ -45,6 +47,9 @@ class Crew(Protocol):
 
     def make(self, jobs: Iterator[ShardJob]) -> Iterator[Made]:
         """Makes the shards that are not there, each in all stores."""
+
+    def serve(self, items: Iterator[Block | ShardJob | None]) -> Iterator[Counted | Made]:
+        """Does both as it comes; None stands for nothing to do at the moment."""
 
 
 def harvest(spec: HarvestSpec, progress: Progress | None = None, cache: str | None = None) -> Manifest:
@@ -78,7 +83,7 @@ def harvest_each(
     """`harvest` of specs that differ in `layer` and `out` alone, in one pass; their manifests."""
     meter = Meter(specs[0].rows, progress)
     with tempfile.TemporaryDirectory(prefix="saescale-tokens-") as spool:
-        return conduct(specs, _Alone(spool, cache, meter), spool, meter.say)
+        return conduct(specs, Alone(spool, cache, meter), spool, meter.say)
 
 
 def conduct(specs: Sequence[HarvestSpec], crew: Crew, spool: str, say: Callable[[str], None]) -> list[Manifest]:
@@ -93,7 +98,7 @@ def conduct(specs: Sequence[HarvestSpec], crew: Crew, spool: str, say: Callable[
     if (manifests := _all_sealed(specs)) is not None:
         return manifests
     todo = [spec for spec in specs if not is_sealed(spec)]
-    _check_first(todo)
+    check_first(todo)
     try:
         say(f"loading {specs[0].subject}")
         # What `auto` came to when the harvest began: it may go on elsewhere.
@@ -136,7 +141,7 @@ def _refuse_other_rows(specs: Sequence[HarvestSpec], found: Sequence[Mapping[str
         refuse_difference(spec.out, plan, {**begun[0][1], "layer": spec.layer})
 
 
-def _check_first(specs: Sequence[HarvestSpec]) -> None:
+def check_first(specs: Sequence[HarvestSpec]) -> None:
     """Raises SaescaleError for what shows without the subject, which may be gigabytes away."""
     spec = specs[0]
     if surely_reads_text(spec.subject):
@@ -194,30 +199,39 @@ def _tidy(spec: HarvestSpec) -> None:
     files.remove_partials(spec.out)
 
 
+def heldout_manifest(spec: HarvestSpec, facts: Facts, longest: int, made: Iterable[Made]) -> Manifest:
+    """That of a live source (live.py): it knows the held-out shards alone, and mean and mean square are theirs."""
+    sums = _Sums(facts.d_model, "heldout")
+    for one in made:
+        sums.add(one.records[0])
+    return _manifest(spec, facts, longest, sums, spec.heldout_tokens)
+
+
 def _manifests(specs: Sequence[HarvestSpec], facts: Facts, longest: int, made: Iterator[Made]) -> list[Manifest]:
     """Of each store, from what all its shards say; none is sealed before all shards of all stores are there."""
     sums = [_Sums(facts.d_model) for _ in specs]
     for one in made:  # in the order of the shards: sums of floats depend on it
         for own, record in zip(sums, one.records, strict=True):
             own.add(record)
-    return [_manifest(spec, facts, longest, own) for spec, own in zip(specs, sums, strict=True)]
+    return [_manifest(spec, facts, longest, own, spec.tokens) for spec, own in zip(specs, sums, strict=True)]
 
 
 class _Sums:
     """Over the shards of a store."""
 
-    def __init__(self, d_model: int) -> None:
+    def __init__(self, d_model: int, of: Split = "train") -> None:
         self.shards: list[Shard] = []
-        self.total, self.total_square = np.zeros(d_model), 0.0  # of the train rows
+        self._of = of
+        self.total, self.total_square = np.zeros(d_model), 0.0  # of the rows of that split
 
     def add(self, record: ShardRecord) -> None:
         self.shards.append(record.shard)
-        if record.shard.split == "train":
+        if record.shard.split == self._of:
             self.total += record.total
             self.total_square += record.total_square
 
 
-def _manifest(spec: HarvestSpec, facts: Facts, longest: int, sums: _Sums) -> Manifest:
+def _manifest(spec: HarvestSpec, facts: Facts, longest: int, sums: _Sums, rows: int) -> Manifest:
     return Manifest(
         format=FORMAT,
         subject=spec.subject,
@@ -233,8 +247,8 @@ def _manifest(spec: HarvestSpec, facts: Facts, longest: int, sums: _Sums) -> Man
         seed=spec.seed,
         row_group_rows=spec.row_group_rows,
         shards=sums.shards,
-        mean=(sums.total / spec.tokens).tolist(),
-        mean_square=sums.total_square / spec.tokens,
+        mean=(sums.total / rows).tolist(),
+        mean_square=sums.total_square / rows,
         split_by="content" if facts.reads_text else "subject",
         contexts_cross_documents=facts.reads_text,
         created_with={**facts.created_with, "computed_in": facts.computed_in},
@@ -244,7 +258,7 @@ def _manifest(spec: HarvestSpec, facts: Facts, longest: int, sums: _Sums) -> Man
 # --- one process
 
 
-class _Alone:
+class Alone:
     """The crew that this process is by itself."""
 
     def __init__(self, spool: str, cache: str | None, meter: "Meter") -> None:
@@ -259,6 +273,15 @@ class _Alone:
 
     def make(self, jobs: Iterator[ShardJob]) -> Iterator[Made]:
         return (self._harvester.make(job, self._meter.tell) for job in jobs)
+
+    def serve(self, items: Iterator[Block | ShardJob | None]) -> Iterator[Counted | Made]:
+        for item in items:
+            if item is None:
+                time.sleep(NOTHING_S)
+            elif isinstance(item, ShardJob):
+                yield self._harvester.make(item, self._meter.tell)
+            else:
+                yield self._harvester.tokenize(item)
 
 
 class Meter:

@@ -43,7 +43,7 @@ class Texts(NamedTuple):
     def spool(self, spool: str, subject: ReadsText) -> Counted:
         """Tokenizes the block into its file in the folder `spool`, which is written whole or not at all."""
         ids = subject.tokenize([text.rstrip() + "\n\n" for _, text in self.pieces])
-        files.write_atomic(_block_file(spool, self.block), np.concatenate(ids).tobytes())
+        files.write_atomic(block_file(spool, self.block), np.concatenate(ids).tobytes())
         tokens = np.array([len(each) for each in ids])
         doc = np.array([doc for doc, _ in self.pieces])
         return Counted(self.block, doc, tokens, tokens, None, [content_key(text) for _, text in self.pieces])
@@ -60,7 +60,7 @@ class Draw(NamedTuple):
         """Draws the block into its file in the folder `spool`. An id that is no row stands there as its complement."""
         drawn = draw_block(subject, self.split, self.seed, self.block)
         signed = [np.where(keep, ids, ~ids).astype(np.int32) for ids, keep in drawn]
-        files.write_atomic(_block_file(spool, self.block), np.concatenate(signed).tobytes())
+        files.write_atomic(block_file(spool, self.block), np.concatenate(signed).tobytes())
         tokens = np.array([len(ids) for ids, _ in drawn])
         rows = np.array([int(keep.sum()) for _, keep in drawn])
         doc = self.block * BLOCK_SEQUENCES + np.arange(len(drawn))
@@ -94,14 +94,15 @@ def draws(split: Split, seed: int) -> Iterator[Draw]:
 
 def read_block(spool: str, block: int) -> np.ndarray:
     """The ids of a block, int32. Raises SaescaleError when it is not in the spool."""
-    where = _block_file(spool, block)
+    where = block_file(spool, block)
     try:
         return np.frombuffer(files.read_bytes(where), np.int32)
     except FileNotFoundError as error:
         raise SaescaleError(f"{where}: the tokens that were put there are gone; run the same command again") from error
 
 
-def _block_file(spool: str, block: int) -> str:
+def block_file(spool: str, block: int) -> str:
+    """Where the ids of a block lie."""
     return files.join(spool, f"{block:06d}.ids")
 
 

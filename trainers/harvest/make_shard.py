@@ -109,7 +109,7 @@ class Harvester:
             computed_in=str(subject.dtype).removeprefix("torch."),
             prefix=prefix,
             dropped=dropped,
-            created_with=_versions(),
+            created_with=versions(),
             reads_text=reads_text,
         )
 
@@ -134,7 +134,7 @@ class Harvester:
         records: dict[int, ShardRecord] = {}
         for each in self._specs:
             if (kept := _read_kept(each, tokens, columns, self.facts.d_model)) is not None:
-                records[each.layer] = ShardRecord(kept[0], *_moments(kept[1], each.dtype))
+                records[each.layer] = ShardRecord(kept[0], *moments(kept[1], each.dtype))
                 del kept  # before the next: a shard of each store may be more than there is room for
         lacking = [each for each in self._specs if each.layer not in records]
         if not lacking:
@@ -148,7 +148,7 @@ class Harvester:
             shard = write_shard(
                 each.out, tokens.name, tokens.split, Rows(act, **columns), each.dtype, each.row_group_rows
             )
-            records[each.layer] = ShardRecord(shard, *_moments(act, each.dtype))
+            records[each.layer] = ShardRecord(shard, *moments(act, each.dtype))
         made = tuple(records[each.layer] for each in self._specs)
         return Made(made, len(lacking), time.monotonic() - began)
 
@@ -207,13 +207,14 @@ def _activations(
         stop = start + int(batch.keep.sum())
         run = subject.run(torch.from_numpy(batch.ids), sites)
         for spec, resid in zip(specs, run.resid, strict=True):
-            acts[spec.layer][places[start:stop]] = _raw(resid[keep.to(resid.device)], spec)
+            acts[spec.layer][places[start:stop]] = raw_rows(resid[keep.to(resid.device)], spec)
         tell(stop - start, f"harvesting {name}", True)
         start = stop
     return acts
 
 
-def _raw(resid: torch.Tensor, spec: HarvestSpec) -> np.ndarray:
+def raw_rows(resid: torch.Tensor, spec: HarvestSpec) -> np.ndarray:
+    """[rows, d_model] as the store holds them. SaescaleError where one is too large for float16."""
     if spec.dtype == "bfloat16":
         return resid.to(torch.bfloat16).view(torch.int16).cpu().numpy().view(np.uint16)
     largest = float(resid.abs().max())
@@ -247,7 +248,7 @@ def _read_kept(
     return Shard(name=tokens.name, split=tokens.split, rows=rows, bytes=len(content), xxh3=checksum), act
 
 
-def _moments(act: np.ndarray, dtype: str) -> tuple[np.ndarray, float]:
+def moments(act: np.ndarray, dtype: str) -> tuple[np.ndarray, float]:
     """Sum of the rows [d_model] and sum of their squared norms, as stored, in float64."""
     total, square = np.zeros(act.shape[1]), 0.0
     for first in range(0, len(act), 4096):
@@ -257,6 +258,7 @@ def _moments(act: np.ndarray, dtype: str) -> tuple[np.ndarray, float]:
     return total, square
 
 
-def _versions() -> dict[str, str]:
+def versions() -> dict[str, str]:
+    """Of what a harvest is made with."""
     packages = {name: importlib.metadata.version(name) for name in ("torch", "transformers", "numpy", "pyarrow")}
     return {"python": platform.python_version(), **packages}

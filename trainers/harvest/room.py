@@ -1,12 +1,17 @@
-"""What a harvest takes on the disk and in memory, said before it begins."""
+"""What a harvest takes on the disk and in memory, said before it begins, and what of a live one may lie there."""
 
 from collections.abc import Sequence
 
 from saescale.storage import files
 from saescale.storage.errors import SaescaleError
+from saescale.storage.live import most_bytes
 from saescale.storage.writable import free_bytes
+from saescale.trainers.harvest import contexts
+from saescale.trainers.harvest.live_spec import HELDOUT_EVERY, LiveSpec
 from saescale.trainers.harvest.spec import HarvestSpec
 
+_NOTES = 2**20  # bytes of a live source's notes and consumers; the checksum of a block has 40 besides
+AHEAD = 2  # blocks whose tokens are known before they can be made, at least
 _BESIDE = 10  # bytes of a row beside its activation: token, pos, doc
 
 
@@ -28,6 +33,36 @@ def check_room(specs: Sequence[HarvestSpec], d_model: int) -> str:
     held = (len(specs) + 1) * min(spec.shard_rows, spec.rows) * row
     room = "" if free is None else f" ({_size(free)} free)"
     return f"{stores} of {spec.rows:,} rows: {_size(whole)}{room}, {_size(held)} in memory at a time"
+
+
+class Room:
+    """What may lie on the disk: `blocks` files of blocks, `tokens` bytes of token ids, the held-out rows, the notes."""
+
+    def __init__(self, spec: LiveSpec, harvest: HarvestSpec, d_model: int) -> None:
+        size, groups = harvest.shard_rows, harvest.row_group_rows
+        self.block = most_bytes(size, d_model, groups)
+        firsts = range(0, harvest.heldout_tokens, size)
+        self.heldout = sum(most_bytes(min(size, harvest.heldout_tokens - first), d_model, groups) for first in firsts)
+        # Ids of the blocks of a window and of those ahead; documents that are held out or repeated have some too.
+        self.tokens = 32 * contexts.BLOCK_CHARACTERS + 16 * size * (spec.window_blocks + AHEAD)
+        self.tokens += 6 * HELDOUT_EVERY * harvest.heldout_tokens
+        self.notes = _NOTES + 40 * -(-harvest.tokens // size)
+        self.blocks = (spec.max_bytes - self.beside) // self.block
+
+    @property
+    def beside(self) -> int:
+        """Bytes that are kept for what is no block."""
+        return self.heldout + self.tokens + self.notes
+
+    def require(self, blocks: int) -> None:
+        """Raises SaescaleError where there is no room for a window of so many."""
+        if self.blocks < blocks:
+            window = blocks * self.block
+            raise SaescaleError(
+                f"live: max_bytes must hold a window of {blocks} blocks, which takes {window:,} bytes, and "
+                f"{self.beside:,} beside it; give at least {window + self.beside:,}, or lower block_rows or "
+                "window_blocks"
+            )
 
 
 def _ranges(layers: list[int]) -> str:

@@ -16,8 +16,9 @@ from saescale.trainers.subjects.text import PYTHON_PROSE, TEXT_COLUMN
 
 PLAN = "harvest.json"
 # Fields that say nothing to a subject that makes its own sequences.
-OF_TEXT = ("corpus", "context_length", "text_column", "cut_documents")
-_WITHOUT: dict[str, Any] = {"text_column": TEXT_COLUMN, "cut_documents": None}  # what a note that lacks them meant
+OF_TEXT = ("corpus", "context_length", "text_column", "cut_documents", "heldout_from")
+# What a note that lacks them meant.
+_WITHOUT: dict[str, Any] = {"text_column": TEXT_COLUMN, "cut_documents": None, "heldout_from": None}
 OWN_SEQUENCES = "sequences of the subject's own"  # what a manifest calls their corpus
 
 
@@ -27,9 +28,10 @@ class HarvestSpec(BaseModel):
     `tokens` and `heldout_tokens` are rows of the two splits; `layer` counts from 0 (resid_post of layer L is the output
     of block L); `batch_contexts` contexts go through the subject at a time; `compute_dtype` is the arithmetic of the
     forward pass ("auto": its device's). The rest is of subjects that read text and is not given for others: `corpus`,
-    its `text_column`, `cut_documents` (trainers/subjects/text.py), and `context_length`, of which the rows of splits
-    and shards are multiples; those that are not given come down to one. Raises SaescaleError on values that make no
-    harvest.
+    its `text_column`, `cut_documents` (trainers/subjects/text.py), `heldout_from`, and `context_length`, of which the
+    rows of splits and shards are multiples; those that are not given come down to one. `heldout_from`: the held-out
+    rows are drawn from about so many of the first tokens (None: from all that are asked for), which a live source needs
+    (live_spec.py). Raises SaescaleError on values that make no harvest.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -41,6 +43,7 @@ class HarvestSpec(BaseModel):
     out: str
     tokens: int = 262_144
     heldout_tokens: int = 32_768
+    heldout_from: int | None = None
     context_length: int = 64
     dtype: Literal["float16", "bfloat16"] = "float16"
     seed: int = 0
@@ -103,7 +106,7 @@ class HarvestSpec(BaseModel):
 _OF_CONTEXTS = ("tokens", "heldout_tokens", "shard_rows")
 _MOST = 2**63 - 1
 _LIMITS = {
-    **dict.fromkeys((*_OF_CONTEXTS, "row_group_rows", "batch_contexts", "cut_documents"), (1, _MOST)),
+    **dict.fromkeys((*_OF_CONTEXTS, "row_group_rows", "batch_contexts", "cut_documents", "heldout_from"), (1, _MOST)),
     "context_length": (1, int(np.iinfo(np.int16).max)),
     "layer": (0, _MOST),
     "seed": (0, 2**64 - 1),

@@ -48,6 +48,7 @@ class Checkpoints:
                 cell.state() | {"variance": pack.centre.variance, "stream": position},
                 keep=self._whole,
             )
+        self.stream.passed(self._whole)  # to which one that is damaged would go back
         self._whole = max((cell.step for cell in pack.running), default=self._whole)
 
 

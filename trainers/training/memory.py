@@ -30,6 +30,7 @@ class StreamSize(NamedTuple):
 
     row_group_rows: int
     rows: int
+    mixed: int | None = None  # rows of a window, where they are not those of eight row groups
 
 
 class PackMemory(NamedTuple):
@@ -61,7 +62,7 @@ def pack_memory(
     """
     d_model, batch = cells[0].d_model, cells[0].batch_tokens
     host = kernels == "cpu"
-    windows = 3 * min(8 * stream.row_group_rows, stream.rows) * d_model * 2
+    windows = 3 * min(stream.mixed or 8 * stream.row_group_rows, stream.rows) * d_model * 2
     return PackMemory(
         held=sum(_held(cell) for cell in cells),
         stream=windows + eval_tokens * d_model * 2 if host else 0,

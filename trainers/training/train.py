@@ -21,6 +21,7 @@ import torch
 from pydantic import BaseModel, Field
 
 from saescale.storage.errors import SaescaleError, one_line
+from saescale.storage.live import open_source
 from saescale.storage.rundir import RunDirectory
 from saescale.storage.source import Order, Source
 from saescale.storage.store import ActivationStore
@@ -84,7 +85,7 @@ def _train(job: PackJob, report: Callable[[Progress], None], should_stop: Callab
     set_threads(job.threads or torch.get_num_threads())
     # Lightning's trainer and module refer to each other: without this the last pack's weights would still be there.
     gc.collect()
-    source, run = ActivationStore.open(job.store), RunDirectory(job.run, job.driver)
+    source, run = open_source(job.store), RunDirectory(job.run, job.driver)
     _check(job, source)
     # Each is a few requests, which take a while in an object store.
     with ThreadPoolExecutor(16) as pool:

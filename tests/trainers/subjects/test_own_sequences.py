@@ -100,7 +100,7 @@ def test_who_draws_which_block_and_when_decides_nothing(rooms: Path, monkeypatch
     spec = spec_of("ragged", rooms / "store")
     harvest(spec)
 
-    class Ahead(conduct._Alone):
+    class Ahead(conduct.Alone):
         """Draws four blocks further than it is asked for, as actors may, each by a subject of its own."""
 
         def tokenize(self, blocks):  # type: ignore[no-untyped-def]
@@ -110,7 +110,7 @@ def test_who_draws_which_block_and_when_decides_nothing(rooms: Path, monkeypatch
                 done[block.block] = Harvester([spec], self._spool, "auto").tokenize(block)
             return (done[block.block] for block in wanted)
 
-    monkeypatch.setattr(conduct, "_Alone", Ahead)
+    monkeypatch.setattr(conduct, "Alone", Ahead)
     other = spec_of("ragged", rooms / "other")
     harvest(other)
     assert contents(other.out) == contents(spec.out)

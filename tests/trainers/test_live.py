@@ -1,0 +1,155 @@
+"""Live sources: the batches of the stored blocks to the last bit, never more on the disk than was allowed."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+from pydantic import ValidationError
+
+from saescale.storage.live import LiveSource, open_source
+from saescale.storage.rundir import RunDirectory
+from saescale.storage.source import Order, SourceBatch
+from saescale.storage.store import ActivationStore
+from saescale.trainers.harvest import contexts
+from saescale.trainers.harvest.conduct import harvest
+from saescale.trainers.harvest.live import live_here
+from saescale.trainers.harvest.live_spec import LiveSpec
+from saescale.trainers.harvest.room import Room
+from saescale.trainers.training.train import train_pack
+from tests.s3_faults import Faults
+from tests.survival import assert_same, reached
+from tests.trainers.live_case import BLOCK, TOKENS, WINDOW, Watch, cell_of, job_of, live_spec
+
+
+@pytest.fixture(autouse=True)
+def small_blocks_of_text(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(contexts, "BLOCK_CHARACTERS", 2**13)
+
+
+@pytest.fixture(scope="module")
+def spec(tiny_subject: str, tiny_corpus: str) -> LiveSpec:
+    return live_spec(tiny_subject, tiny_corpus)
+
+
+@pytest.fixture(scope="module")
+def stored(spec: LiveSpec, tmp_path_factory: pytest.TempPathFactory) -> ActivationStore:
+    """What a harvest of the same fields writes."""
+    url = str(tmp_path_factory.mktemp("stored") / "store")
+    harvest(spec.harvest(url, reads_text=True))
+    return ActivationStore.open(url)
+
+
+def tight(spec: LiveSpec, blocks: int) -> LiveSpec:
+    """With room for so many blocks and no more."""
+    room = Room(spec, spec.harvest("x", reads_text=True), 32)
+    return spec.model_copy(update={"max_bytes": room.beside + blocks * room.block})
+
+
+def test_blocks_are_the_shards_of_the_harvest_and_their_order_is_as_the_page_says(
+    spec: LiveSpec, stored: ActivationStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    url, order = str(tmp_path / "live"), Order("train", 3, 512)
+    few = tight(spec, WINDOW + 1)
+    watch = Watch(url, monkeypatch)
+    with live_here(few, url) as live:
+        source = open_source(url)
+        assert isinstance(source, LiveSource)
+        assert source.rows("train") == TOKENS
+        with source.batches(order, stop=2 * TOKENS // 512) as stream:
+            found = np.stack([batch.x for batch in stream])
+        made = live.making.made
+    # Two passes: the second makes all blocks again, with the same bytes.
+    whole = stored.read_split("train")
+    expected = []
+    for epoch in range(2):
+        for number in range(TOKENS // (BLOCK * WINDOW)):
+            part = whole[number * BLOCK * WINDOW : (number + 1) * BLOCK * WINDOW]
+            bits = np.random.PCG64(np.random.SeedSequence((3, epoch, number + 1))).random_raw(len(part))
+            expected.append(part[np.argsort(bits, kind="stable")])
+    assert np.array_equal(found.reshape(-1, 32).view(np.uint16), np.concatenate(expected).view(np.uint16))
+    assert np.array_equal(source.heldout().act, stored.heldout().act)
+    assert made >= 2 * TOKENS - (WINDOW + 1) * BLOCK
+    assert watch.blocks <= WINDOW + 1
+    assert watch.bytes <= few.max_bytes
+    assert watch.writes > 16
+
+
+def test_blocks_that_are_gone_are_made_again(spec: LiveSpec, stored: ActivationStore, tmp_path: Path) -> None:
+    """Consumers that begin anew, go back, and run beside slower ones, with room for little more than a window."""
+    order, batches = Order("train", 0, 512), TOKENS // 512
+    with live_here(spec, stored.url), open_source(stored.url).batches(order, stop=2 * batches) as stream:
+        expected = [batch.x.copy() for batch in stream]
+    url = str(tmp_path / "live")
+
+    def equal(stream: Iterator[SourceBatch], first: int, last: int) -> bool:
+        return all(np.array_equal(next(stream).x, expected[number]) for number in range(first, last))
+
+    with live_here(tight(spec, WINDOW + 1), url) as live:
+        source = open_source(url)
+        with source.batches(order) as first:
+            assert equal(first, 0, 20)
+            with source.batches(order, stop=2 * batches) as second:  # from the start, while the other one waits
+                assert equal(second, 0, 28)
+                second.passed(16)
+                assert equal(first, 20, 30)
+                state = second.state() | {"batch": 16}
+        with source.resume(state, stop=2 * batches) as third:
+            assert equal(third, 16, 2 * batches)
+        assert live.making.again > 0
+        assert live.making.error is None
+
+
+@pytest.mark.slow
+def test_blocks_in_a_slow_store_that_fails_at_times(
+    spec: LiveSpec, stored: ActivationStore, s3_url: str, s3_faults: Faults
+) -> None:
+    order = Order("train", 0, 512)
+    with live_here(spec, stored.url), open_source(stored.url).batches(order, stop=16) as stream:
+        expected = [batch.x.copy() for batch in stream]
+    with (
+        s3_faults.injected(0.05, slow_s=0.2) as met,
+        live_here(tight(spec, WINDOW + 1), s3_url),
+        open_source(s3_url).batches(order, stop=16) as stream,
+    ):
+        found = [batch.x for batch in stream]
+    assert np.array_equal(np.stack(found), np.stack(expected))
+    assert len(met) >= 2
+
+
+def test_training_gives_the_bits_of_the_stored_blocks(spec: LiveSpec, stored: ActivationStore, tmp_path: Path) -> None:
+    outcomes = []
+    for name, url, few in (("live", str(tmp_path / "live"), tight(spec, WINDOW + 1)), ("stored", stored.url, spec)):
+        run = RunDirectory(str(tmp_path / name))
+        with live_here(few, url):
+            source = open_source(url)
+            cells = [cell_of(source), cell_of(source, n_latents=96, k=6)]
+            outcome = train_pack(job_of(source, run.url, cells))
+        run.write_results(outcome.results)
+        outcomes.append(reached(run))
+    assert_same(*outcomes)
+    assert stored.rows("train") == TOKENS  # what was stored stays
+    ActivationStore.open(stored.url).verify(full=True)
+
+
+@pytest.mark.parametrize(
+    ("field", "given", "read"),
+    [
+        ("tokens", "3.2e10", 32 * 10**9),  # which YAML takes for text
+        ("tokens", 3.2e5, 320_000),
+        ("max_bytes", "200 GB", 200 * 10**9),
+        ("max_bytes", "1.5TiB", 3 * 2**39),
+        ("max_bytes", 10**9, 10**9),
+    ],
+)
+def test_large_numbers_are_read_as_people_write_them(spec: LiveSpec, field: str, given: object, read: int) -> None:
+    assert getattr(LiveSpec.model_validate(spec.model_dump() | {field: given}), field) == read
+
+
+@pytest.mark.parametrize(
+    ("field", "given"),
+    [("tokens", "3.5"), ("tokens", True), ("tokens", "many"), ("max_bytes", "5 apples"), ("tokens", -1)],
+)
+def test_what_is_no_number_of_things_is_refused(spec: LiveSpec, field: str, given: object) -> None:
+    with pytest.raises(ValidationError, match=field):
+        LiveSpec.model_validate(spec.model_dump() | {field: given})

@@ -1,0 +1,136 @@
+"""Hidden states of a server: files come while blocks are made of them; blocks are a pure function of the files."""
+
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from pydantic import ValidationError
+from safetensors.torch import save_file
+
+from saescale.storage.errors import SaescaleError
+from saescale.storage.live import LiveSource, open_source
+from saescale.storage.source import Order
+from saescale.trainers.harvest import contexts
+from saescale.trainers.harvest.live import live_here
+from saescale.trainers.harvest.live_spec import LiveSpec
+
+D, LAYERS, TOKENS, HELDOUT, BLOCK = 16, 3, 1_024, 64, 256
+
+
+@pytest.fixture(autouse=True)
+def small_blocks_of_text(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(contexts, "BLOCK_CHARACTERS", 2**12)
+
+
+def spec_of(folder: Path, **fields: Any) -> LiveSpec:
+    given = {
+        "subject": "hf:org/served", "layer": 4, "hidden_states": str(folder), "hidden_states_index": 1,
+        "tokens": TOKENS, "heldout_tokens": HELDOUT, "block_rows": BLOCK, "row_group_rows": 128,
+        "window_blocks": 2, "max_bytes": 10**8,
+    }  # fmt: skip
+    return LiveSpec.model_validate(given | fields)
+
+
+def request(number: int, width: int = D) -> dict[str, torch.Tensor]:
+    chance = torch.Generator().manual_seed(number)
+    tokens = 20 + number % 7
+    return {
+        "token_ids": torch.randint(0, 1_000, (tokens,), generator=chance),
+        "hidden_states": torch.randn(tokens, LAYERS, width, generator=chance).bfloat16(),
+    }
+
+
+def serve(folder: Path, numbers: range, pause_s: float = 0.0) -> None:
+    """As vLLM's connector does, but in two parts: a file is seen before it is whole."""
+    folder.mkdir(exist_ok=True)
+    for number in numbers:
+        save_file(request(number), folder.parent / "whole")
+        content = (folder.parent / "whole").read_bytes()
+        with (folder / f"cmpl-{number:04d}.safetensors").open("wb") as file:
+            file.write(content[:200])
+            file.flush()
+            time.sleep(pause_s)
+            file.write(content[200:])
+
+
+def streamed(url: str) -> tuple[LiveSource, np.ndarray]:
+    source = open_source(url)
+    assert isinstance(source, LiveSource)
+    with source.batches(Order("train", 1, 128), stop=TOKENS // 128) as stream:
+        return source, np.concatenate([batch.x for batch in stream])
+
+
+def test_rows_of_a_server_that_goes_on_writing(tmp_path: Path) -> None:
+    folder, spec = tmp_path / "served", spec_of(tmp_path / "served")
+    serve(folder, range(5))
+    writer = threading.Thread(target=serve, args=(folder, range(5, 90), 0.01))
+    writer.start()
+    with live_here(spec, str(tmp_path / "live")):
+        source, rows = streamed(str(tmp_path / "live"))
+    writer.join()
+    held = source.heldout(columns=("act", "token", "pos", "doc"))
+    # Each row leads back to its file; what is trained on is of other files than what is held out.
+    names = sorted((tmp_path / "served").iterdir())
+    by_row = {}
+    for name in names:
+        number = int(name.stem[-4:])
+        states = request(number)["hidden_states"][:, 1].to(torch.float16).numpy()
+        by_row |= {row.tobytes(): (number, pos) for pos, row in enumerate(states)}
+    trained, heldout = ([by_row[row.tobytes()] for row in act] for act in (rows, held.act))
+    assert len(set(trained)) == TOKENS
+    assert not {number for number, _ in trained} & {number for number, _ in heldout}
+    assert all(pos > 0 for _, pos in trained + heldout)
+    assert [pos for _, pos in heldout] == held.pos.tolist()
+    tokens = {number: request(number)["token_ids"].tolist() for number, _ in heldout}
+    assert [tokens[number][pos] for number, pos in heldout] == held.token.tolist()
+    assert source.site.layer == 4
+
+    # Once more from the same files, in the order that was noted: the same bits, though all are there at once.
+    for block in Path(source.url).glob("train-*"):
+        block.unlink()
+    with live_here(spec, source.url):
+        again = streamed(source.url)[1]
+    assert np.array_equal(again.view(np.uint16), rows.view(np.uint16))
+
+
+def test_a_file_of_another_width_is_named(tmp_path: Path) -> None:
+    folder = tmp_path / "served"
+    serve(folder, range(30))
+    save_file(request(30, width=D + 1), folder / "cmpl-0030.safetensors")
+    with live_here(spec_of(folder), str(tmp_path / "live")):
+        told = r"cmpl-0030.safetensors holds .* width 17 .* and the first file of its folder .* width 16"
+        with pytest.raises(SaescaleError, match=told):
+            streamed(str(tmp_path / "live"))
+
+
+def test_what_sweep_yaml_says_is_read_again(tmp_path: Path) -> None:
+    spec = spec_of(tmp_path)
+    assert LiveSpec.model_validate(spec.model_dump(mode="json")) == spec
+
+
+@pytest.mark.parametrize(
+    ("fields", "said"),
+    [
+        ({"corpus": "x.jsonl"}, "corpus says nothing to hidden states"),
+        ({"hidden_states": None}, "hidden_states_index is of hidden_states"),
+        ({"max_bytes": "1 furlong"}, "should be a size such as 200 GB"),
+    ],
+)
+def test_what_does_not_go_together(tmp_path: Path, fields: dict[str, Any], said: str) -> None:
+    with pytest.raises(ValidationError, match=said):
+        spec_of(tmp_path, **fields)
+
+
+def test_files_of_something_else_and_layers_that_are_not_there(tmp_path: Path) -> None:
+    folder = tmp_path / "served"
+    serve(folder, range(2))
+    with pytest.raises(SaescaleError, match="hidden_states_index = 3, and the files have layers 0 to 2"):
+        live_here(spec_of(folder, hidden_states_index=3), str(tmp_path / "live")).__enter__()
+    save_file({"weight": torch.zeros(2)}, folder / "a.safetensors")
+    with pytest.raises(SaescaleError, match=r"a\.safetensors holds weight, and no token_ids"):
+        live_here(spec_of(folder), str(tmp_path / "live")).__enter__()
+    assert not (tmp_path / "live" / "live.json").exists()

@@ -1,0 +1,126 @@
+"""What a live source is asked for: the section `live` of a sweep file's `store`."""
+
+import json
+import re
+from decimal import Decimal, InvalidOperation
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
+
+import xxhash
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+
+from saescale.storage import files
+from saescale.storage.errors import SaescaleError
+from saescale.storage.secrets import ADVICE, secret_in_url
+
+if TYPE_CHECKING:
+    from saescale.trainers.harvest.spec import HarvestSpec
+
+_UNITS = {"": 1, "b": 1} | {
+    f"{p}{b}": base**e for e, p in enumerate("kmgtp", 1) for b, base in (("b", 1000), ("ib", 1024))
+}
+_SIZE = re.compile(r"\s*([\d._]+(?:e[+-]?\d+)?)\s*([a-z]*)\s*", re.IGNORECASE)
+_OF_TEXT = ("corpus", "text_column", "cut_documents", "context_length", "batch_contexts", "compute_dtype")
+_NOT_OF_A_HARVEST = {
+    "max_bytes", "block_rows", "window_blocks", "actors", "folder", "hidden_states", "hidden_states_index",
+}  # fmt: skip
+HELDOUT_EVERY = 8  # the held-out rows are drawn from so many times as many tokens
+
+
+def _whole(given: Any) -> Any:
+    """A count as people write large ones: YAML takes 4.0e10 for text."""
+    if isinstance(given, str | float) and not isinstance(given, bool):
+        try:
+            number = Decimal(str(given).strip())
+        except InvalidOperation:
+            return given
+        return int(number) if number.is_finite() and number == int(number) else given
+    return given
+
+
+def _bytes(given: Any) -> Any:
+    """200 GB, 1.5 TiB, or a number of bytes."""
+    if isinstance(given, str) and (match := _SIZE.fullmatch(given)) and match[2].lower() in _UNITS:
+        return int(Decimal(match[1].replace("_", "")) * _UNITS[match[2].lower()])
+    if isinstance(given, str):
+        raise ValueError("should be a size such as 200 GB or 1.5 TiB")
+    return _whole(given)
+
+
+Count = Annotated[int, BeforeValidator(_whole), Field(gt=0, le=2**62, strict=True)]
+Bytes = Annotated[int, BeforeValidator(_bytes), Field(gt=0, le=2**62, strict=True)]
+
+
+class LiveSpec(BaseModel):
+    """A harvest (spec.py) of which never more than `max_bytes` lie in `folder`, temporary files included.
+
+    `tokens` are the train rows of one pass. A block has `block_rows` of them and is what `shard_rows` is to a harvest;
+    the rows of `window_blocks` blocks are mixed. `folder`: beside the run where it is not named; it may be a store that
+    `saescale harvest` has finished with the same fields, from which the same batches come. `actors` harvest, on a
+    cluster. Raises ValidationError.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True, hide_input_in_errors=True)
+    subject: str
+    layer: Annotated[int, Field(ge=0, strict=True)]
+    tokens: Count
+    max_bytes: Bytes
+    corpus: str | None = None
+    hidden_states: str | None = None  # a folder of files of an inference server (served.py), in place of the corpus
+    hidden_states_index: Annotated[int, Field(ge=0, strict=True)] = 0  # of its layers
+    text_column: str | None = None
+    cut_documents: Count | None = None
+    heldout_tokens: Count = 32_768
+    context_length: Count | None = None
+    dtype: Literal["float16", "bfloat16"] = "float16"
+    compute_dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    seed: Annotated[int, Field(ge=0, strict=True)] = 0
+    batch_contexts: Count | None = None
+    block_rows: Count = 32_768
+    row_group_rows: Count | None = None
+    window_blocks: Count = 4
+    actors: Count = 1
+    folder: str | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _one_site(cls, fields: Any) -> Any:
+        if isinstance(fields, dict) and isinstance(fields.get("layer"), list):
+            raise ValueError("layer: a live source has one site; name a live source for each layer (store: [...])")
+        return fields
+
+    @model_validator(mode="after")
+    def _can_be(self) -> Self:
+        if self.hidden_states is not None:
+            fields = type(self).model_fields  # what sweep.yaml says has all of them
+            if given := [name for name in (*_OF_TEXT, "actors") if getattr(self, name) != fields[name].default]:
+                raise ValueError(f"{given[0]} says nothing to hidden states that a server makes: leave it out")
+        elif self.hidden_states_index:
+            raise ValueError("hidden_states_index is of hidden_states, the folder to which a server writes: name that")
+        for name in ("folder", "corpus", "hidden_states"):
+            if (value := getattr(self, name)) and (found := secret_in_url(value)):
+                raise ValueError(f"{name}: {found}; {ADVICE}")
+        try:
+            self.harvest("unknown", reads_text=True)
+        except SaescaleError as error:
+            raise ValueError(str(error)) from error
+        return self
+
+    def harvest(self, out: str, reads_text: bool) -> "HarvestSpec":
+        """The same as a harvest into the store `out`."""
+        # Only here: sweep files are read without torch.
+        from saescale.trainers.harvest.spec import HarvestSpec
+
+        fields = self.model_dump(exclude=_NOT_OF_A_HARVEST, exclude_none=True)
+        fields |= {"shard_rows": self.block_rows}
+        if self.hidden_states is not None:
+            fields |= {"corpus": self.hidden_states, "context_length": 1}
+        if reads_text:
+            fields |= {"heldout_from": HELDOUT_EVERY * self.heldout_tokens}
+        return HarvestSpec.model_validate(fields | {"out": out})
+
+    def folder_of(self, run: str) -> str:
+        """Where its blocks lie, for the run directory `run`."""
+        if self.folder is not None:
+            return self.folder
+        what = json.dumps(self.model_dump(mode="json", exclude={"max_bytes", "actors", "folder"}), sort_keys=True)
+        return files.join(run, "live", xxhash.xxh3_64_hexdigest(what.encode()))
