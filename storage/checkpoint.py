@@ -245,8 +245,8 @@ def load(
     """(tensors, meta, step) of the checkpoint at `step`, or of the newest sound one.
 
     Whole files are checked now; a tensor is read when it is asked for, into memory of its own. `rows`: the latents of
-    which the caller wants to know, when several processes share the cell; files of others are left alone. A damaged newest is
-    passed over with a warning when `step` is None. SaescaleError when nothing sound is there.
+    which the caller wants to know, when several processes share the cell; files of others are left alone. A damaged
+    newest is passed over with a warning when `step` is None. SaescaleError when nothing sound is there.
     """
     generations = _generations(url)
     wanted = [generation for generation in generations if step is None or generation.step == step]

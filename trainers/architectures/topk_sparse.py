@@ -343,7 +343,7 @@ def decode_term(
 def _error_of(
     target: Tensor, offset: Tensor, selected: Selected, W_dec: Tensor, error: Tensor, mesh: Mesh
 ) -> Tensor:  # fmt: skip
-    """||target - offset - x_hat||^2, a float64 scalar; the difference, of all shards' latents, is written to `error`."""
+    """||target - offset - x_hat||^2, a float64 scalar; the difference, by all shards' latents, goes to `error`."""
     sparse = kernels(target.device)
     if mesh.shards == 1:
         return sparse.decode(target, offset, selected, W_dec, None, error).squared
@@ -435,7 +435,8 @@ def _to_keep(
 ) -> Kept | None:
     """What AuxK may need of the main losses' product: columns of latents that are dead unless this batch revives them.
 
-    `tokens`: those of all replicas' batches. None where there are none or too many, or on other devices, where their names would have to be waited for.
+    `tokens`: those of all replicas' batches. None where there are none or too many, or on other devices, where their
+    names would have to be waited for.
     """
     if dead_kernels(sparse, batch.x.device) is None:
         return None

@@ -13,8 +13,8 @@ from saescale.trainers.cell import Cell
 from saescale.trainers.exchange.trained import Trained
 from saescale.trainers.loggers.interface import CellLogger
 from saescale.trainers.mesh.mesh import ONE, Group
-from saescale.trainers.training.weights import write_weights
 from saescale.trainers.training.training_cell import TrainingCell
+from saescale.trainers.training.weights import write_weights
 
 
 class Provenance(NamedTuple):

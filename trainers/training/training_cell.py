@@ -205,7 +205,7 @@ def _start(cell: Cell, shape: Shape, settings: Any, centre: Centre, mesh: Mesh) 
 
 
 class _Share(Mapping[str, np.ndarray]):
-    """The tensors of a whole cell as a process of its mesh sees them: of its latents the rows, all of what is common."""
+    """The tensors of a whole cell as a process of its mesh has them: rows of its latents, and all of what is common."""
 
     def __init__(self, whole: Mapping[str, np.ndarray], mesh: Mesh, n_latents: int, common: Set[str]) -> None:
         self._whole, self._common, self._cut = whole, common, mesh.shards > 1
