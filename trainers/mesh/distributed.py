@@ -7,7 +7,8 @@ has a GPU of its own.
     processes.leave()
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any, Literal
 
@@ -15,12 +16,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from saescale.storage.errors import SaescaleError, one_line
+from saescale.storage.errors import one_line
 from saescale.trainers.kernels.interface import Selected
 from saescale.trainers.mesh import gathered, radix
 from saescale.trainers.mesh.channel import Channel, Traffic, close
 from saescale.trainers.mesh.keys import NONE, candidates, kept
-from saescale.trainers.mesh.layout import Layout
+from saescale.trainers.mesh.layout import Layout, MeshBroken
 from saescale.trainers.mesh.sums import sum_in_order
 from saescale.trainers.mesh.watch import Watch
 
@@ -64,9 +65,9 @@ class Processes:
         mine = torch.tensor(list(flags), dtype=torch.uint8, device=self.device)
         return [bool(flag) for flag in self._whole.gather(mine, "agree")[0].tolist()]
 
-    def blame(self, error: BaseException) -> SaescaleError:
+    def blame(self, error: BaseException) -> MeshBroken:
         """What to say of a collective that failed: which process kept the others waiting, as far as that is known."""
-        return SaescaleError(f"the mesh of {self.layout} broke: {self.watch.suspects() or one_line(error)[:300]}")
+        return MeshBroken(f"the mesh of {self.layout} broke: {self.watch.suspects() or one_line(error)[:300]}")
 
     def leave(self) -> None:
         self.watch.close()
@@ -83,7 +84,7 @@ def join(
 ) -> Processes:
     """Joins the group that meets at `meeting` (tcp://HOST:PORT, where rank 0 listens, or file:///...).
 
-    Raises SaescaleError where not all come within the deadline.
+    Raises MeshBroken where not all come within the deadline.
     """
     wait = timedelta(seconds=deadline_s)
     options: dict[str, Any] = {"device_id": torch.device(device)} if backend == "nccl" else {}
@@ -103,13 +104,27 @@ def join(
         watch = Watch(layout, rank, deadline_s)
     except (RuntimeError, ValueError) as error:
         close()
-        raise SaescaleError(
+        raise MeshBroken(
             f"rank {rank} of a mesh of {layout} did not meet the others at {meeting} within {deadline_s:.0f} s: "
             f"{one_line(error)[:300]}"
         ) from error
     shard, replica = layout.place(rank)
     groups = (dist.group.WORLD, shards[replica], replicas[shard])
     return Processes(layout, rank, torch.device(device), watch, groups)
+
+
+@contextmanager
+def joined(
+    layout: Layout, rank: int, meeting: str, backend: Backend, device: torch.device, deadline_s: float
+) -> Iterator[Processes]:
+    """As `join`, and leaves at the end. Raises MeshBroken, with who is to blame, where a collective failed."""
+    group = join(layout, rank, meeting, backend, device, deadline_s)
+    try:
+        yield group
+    except RuntimeError as error:  # which is what torch.distributed raises
+        raise group.blame(error) from error
+    finally:
+        group.leave()
 
 
 class ProcessMesh:

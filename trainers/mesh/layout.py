@@ -5,6 +5,11 @@ from typing import NamedTuple, Self
 from saescale.storage.errors import SaescaleError
 
 
+class MeshBroken(SaescaleError):
+    """The processes of a mesh lost each other: one ended, or kept the others waiting for too long. They go on from
+    the last checkpoint when they are started again."""
+
+
 class Share(NamedTuple):
     """Latents `first` to `first + size` of a cell."""
 

@@ -17,7 +17,7 @@ import torch
 import torch.multiprocessing as mp
 
 from saescale.storage.errors import SaescaleError, one_line
-from saescale.trainers.mesh.distributed import DEADLINE_S, Backend, join
+from saescale.trainers.mesh.distributed import DEADLINE_S, Backend, joined
 from saescale.trainers.mesh.layout import Layout
 from saescale.trainers.training.train import PackJob, PackOutcome, train_pack
 
@@ -90,20 +90,12 @@ def _work(
 ) -> None:  # fmt: skip
     try:
         own, backend = place(rank, layout, device)
-        group = join(layout, rank, f"file://{folder}/meeting", backend, own, deadline_s)
+        with joined(layout, rank, f"file://{folder}/meeting", backend, own, deadline_s) as group:
+            said.put((rank, train_pack(job, group=group, device=own)))
     except SaescaleError as error:
         said.put((rank, str(error)))
-        return
-    try:
-        said.put((rank, train_pack(job, group=group, device=own)))
-    except SaescaleError as error:
-        said.put((rank, str(error)))
-    except RuntimeError as error:  # of a collective, mostly
-        said.put((rank, str(group.blame(error))))
     except Exception as error:
         said.put((rank, f"{type(error).__name__}: {one_line(error)[:300]}"))
-    finally:
-        group.leave()
 
 
 def place(rank: int, layout: Layout, device: str) -> tuple[torch.device, Backend]:
