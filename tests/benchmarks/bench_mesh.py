@@ -178,9 +178,7 @@ def _largest(device: str) -> dict[str, Any]:
         ).total
         _fits(None, low, own)
         found["measured bytes at that N"] = torch.cuda.max_memory_allocated()
-        gc.collect()
-        torch.cuda.empty_cache()
-    for share in (1.0, 15 / 16, 7 / 8, 3 / 4, 1 / 2):
+    for share in (1.0, 7 / 8, 3 / 4, 1 / 2):
         n = round(low * share)
         if all(answer is True for answer in _spawned(_fits, Layout(2, 1), device, n, everyone=True)):
             found["2 shards"] = n
@@ -194,10 +192,7 @@ def _fits(group: Processes | None, n_latents: int, device: torch.device | None =
     where = device if group is None else group.device
     assert where is not None
     size = LARGEST._replace(n_latents=n_latents)
-    gc.collect()
-    if where.type == "cuda":
-        torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats()
+    _free()
     try:
         turn = _Turn("", size, where, group)
         for _ in range(3):
@@ -248,6 +243,13 @@ def _batch(size: Size, device: torch.device, bf16: bool) -> Batch:
     return Batch.of(torch.nn.functional.normalize(x, dim=1), torch.zeros(size.d_model, device=device), bf16)
 
 
+def _free() -> None:
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+
+
 def _wait(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
@@ -255,6 +257,7 @@ def _wait(device: torch.device) -> None:
 
 def _spawned(work: Callable[..., Any], layout: Layout, device: str, *given: Any, everyone: bool = False) -> Any:
     """What `work(group, *given)` gives in the first of the mesh's processes, or in all."""
+    _free()  # of what this process had, which they may need
     context = mp.get_context("spawn")
     with tempfile.TemporaryDirectory(prefix="saescale-mesh-") as folder:
         said = context.SimpleQueue()

@@ -22,7 +22,7 @@ from saescale.trainers.preprocess import Centre
 from saescale.trainers.training.train import PackJob, train_pack
 from saescale.trainers.training.training_cell import TrainingCell
 
-N, D, BATCH, K, K_AUX = 101, 16, 64, 8, 12
+N, D, BATCH, K, K_AUX = 301, 16, 64, 8, 12
 WINDOW = 3 * BATCH  # tokens after which a latent counts as dead
 DEADLINE_S = 60.0
 
@@ -92,7 +92,7 @@ class Guard(TorchDispatchMode):
 
 class Stepped(NamedTuple):
     losses: list[float]
-    auxk: list[float]
+    idle: list[int]  # dead latents of all shards after each step
     params: dict[str, torch.Tensor]
     dead: list[float]  # the fraction after each step
     pairs: tuple[int, ...]  # Worked
@@ -124,7 +124,9 @@ def batches(count: int) -> list[torch.Tensor]:
 def take_steps(group: Group, steps: int, poisoned: int | None = None, fields: dict[str, Any] | None = None) -> Stepped:
     """Steps of a cell; `poisoned`: the shard one of whose weights is NaN from the third step on."""
     cell = TrainingCell(cell_of(**(fields or {})), Centre(torch.zeros(D), 1 / D), torch.device("cpu"), group.mesh(N))
-    mesh, losses, auxk, dead, sent = cell.sae.mesh, [], [], [], {}
+    mesh, losses, idle, dead, sent = cell.sae.mesh, [], [], [], {}
+    # Some of the first shard are dead from the beginning: fewer than AuxK would take, and none of the others'.
+    cell.dead.tokens_since[: max(0, 5 - mesh.first)] = WINDOW
     guard = Guard(N if mesh.shards > 1 else 10**9)
     with guard:
         for number, x in enumerate(batches(steps)):
@@ -133,26 +135,20 @@ def take_steps(group: Group, steps: int, poisoned: int | None = None, fields: di
                 cell.sae.round()
             if isinstance(group, Processes):
                 group.traffic.clear()
-            conditions_before = cell.error
             cell.train_on(Batch.of(x, torch.zeros(D), cell.cell.precision == "bf16"))
             if isinstance(group, Processes):
                 sent = dict(group.traffic.bytes)
-            if cell.error is not None and conditions_before is None:
+            if cell.error is not None:
                 break
             losses.append(cell.loss)
-            auxk.append(_auxk(cell, x))
+            idle.append(int(mesh.sum_shards(cell.dead.after(WINDOW).sum())))
             dead.append(cell._dead_fractions([WINDOW])[0])
         batch = Batch.of(torch.cat(batches(2)), torch.zeros(D), False)
         found = cell.averaged().reconstruct(batch)
         losses.append(float(found.squared) / len(batch.x))
         dead.append(float(found.active) / len(batch.x))
     params = {name: t.clone() for name, t in cell.sae.params.items()}
-    return Stepped(losses, auxk, params, dead, tuple(cell.worked.read()), sent, cell.error, guard.seen)
-
-
-def _auxk(cell: TrainingCell, x: torch.Tensor) -> float:
-    """How far the dead latents' rows are from where they were: only AuxK moves them. Local, so only its sign counts."""
-    return float(cell.dead.after(WINDOW).sum())
+    return Stepped(losses, idle, params, dead, tuple(cell.worked.read()), sent, cell.error, guard.seen)
 
 
 def alone(steps: int, fields: dict[str, Any] | None = None) -> Stepped:

@@ -26,6 +26,7 @@ from saescale.trainers.mesh.sums import sum_in_order
 from saescale.trainers.mesh.watch import Watch
 
 Backend = Literal["gloo", "nccl"]
+MEET_S = 120.0  # that processes may take to come up, one after another
 DEADLINE_S = 300.0  # that a process may keep the others waiting
 
 
@@ -36,6 +37,7 @@ class Processes:
         self.layout, self.rank, self.device, self.watch = layout, rank, device, watch
         self.shard, self.replica = layout.place(rank)
         self.traffic = Traffic()
+        self._everyone = groups[0]
         self._whole, self._shards, self._replicas = (
             Channel(group, rank, size, self.traffic, watch.entered)
             for group, rank, size in zip(
@@ -53,7 +55,7 @@ class Processes:
         """What every process says, in the order of the ranks; small things, as Python has them."""
         answers: list[Any] = [None] * self.layout.ranks
         self.watch.entered("tell")
-        dist.all_gather_object(answers, said)
+        dist.all_gather_object(answers, said, group=self._everyone)
         return answers
 
     def tell_first(self, said: Any) -> Any:
@@ -84,13 +86,13 @@ def join(
 ) -> Processes:
     """Joins the group that meets at `meeting` (tcp://HOST:PORT, where rank 0 listens, or file:///...).
 
-    Raises MeshBroken where not all come within the deadline.
+    Raises MeshBroken where not all come in time.
     """
-    wait = timedelta(seconds=deadline_s)
+    wait, come = timedelta(seconds=deadline_s), timedelta(seconds=max(deadline_s, MEET_S))
     options: dict[str, Any] = {"device_id": torch.device(device)} if backend == "nccl" else {}
     try:
         dist.init_process_group(
-            backend, init_method=meeting, rank=rank, world_size=layout.ranks, timeout=wait, **options
+            backend, init_method=meeting, rank=rank, world_size=layout.ranks, timeout=come, **options
         )
         # Every process makes every group, in one order, as torch wants it.
         shards = [
@@ -101,15 +103,16 @@ def join(
             dist.new_group([layout.rank(shard, replica) for replica in range(layout.replicas)], timeout=wait)
             for shard in range(layout.shards)
         ]
+        everyone = dist.new_group(timeout=wait)
         watch = Watch(layout, rank, deadline_s)
     except (RuntimeError, ValueError) as error:
         close()
         raise MeshBroken(
-            f"rank {rank} of a mesh of {layout} did not meet the others at {meeting} within {deadline_s:.0f} s: "
+            f"rank {rank} of a mesh of {layout} did not meet the others at {meeting} within {come.seconds} s: "
             f"{one_line(error)[:300]}"
         ) from error
     shard, replica = layout.place(rank)
-    groups = (dist.group.WORLD, shards[replica], replicas[shard])
+    groups = (everyone, shards[replica], replicas[shard])
     return Processes(layout, rank, torch.device(device), watch, groups)
 
 
