@@ -29,6 +29,7 @@ from saescale.storage.errors import one_line
 from saescale.trainers.architectures.architecture import Batch, Parameter
 from saescale.trainers.cell import Cell, auto_k_aux
 from saescale.trainers.device import fast_precision, is_out_of_memory, set_threads
+from saescale.trainers.kernels.choose import kernel_kind
 from saescale.trainers.mesh.distributed import Processes, join
 from saescale.trainers.mesh.layout import Layout
 from saescale.trainers.preprocess import Centre
@@ -153,6 +154,13 @@ def _steps(group: Processes, size: Size, rounds: int) -> dict[str, Any]:
         "bytes_per_step": {kind: count / rounds for kind, count in traffic.bytes.items()},
         "calls_per_step": {kind: count / rounds for kind, count in traffic.calls.items()},
         "gpu_bytes": torch.cuda.max_memory_allocated() if group.device.type == "cuda" else None,
+        "predicted_bytes": pack_memory(
+            [turn.cell.cell],
+            size.batch_tokens,
+            StreamSize(8192, 2**18),
+            kernel_kind(group.device),
+            layout=group.layout,
+        ).total,
         "threads": torch.get_num_threads(),
         "loss": turn.cell.loss,
     }

@@ -127,17 +127,18 @@ def take_steps(group: Group, steps: int, poisoned: int | None = None, fields: di
     mesh, losses, idle, dead, sent = cell.sae.mesh, [], [], [], {}
     # Some of the first shard are dead from the beginning: fewer than AuxK would take, and none of the others'.
     cell.dead.tokens_since[: max(0, 5 - mesh.first)] = WINDOW
+    traffic = getattr(mesh, "traffic", None)
     guard = Guard(N if mesh.shards > 1 else 10**9)
     with guard:
         for number, x in enumerate(batches(steps)):
             if number == 2 and poisoned == mesh.shard:
                 cell.sae.params["W_enc"][0, 0] = math.nan
                 cell.sae.round()
-            if isinstance(group, Processes):
-                group.traffic.clear()
+            if traffic is not None:
+                traffic.clear()
             cell.train_on(Batch.of(x, torch.zeros(D), cell.cell.precision == "bf16"))
-            if isinstance(group, Processes):
-                sent = dict(group.traffic.bytes)
+            if traffic is not None:
+                sent = dict(traffic.bytes)
             if cell.error is not None:
                 break
             losses.append(cell.loss)
