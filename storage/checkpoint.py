@@ -287,10 +287,10 @@ class _File:
 
     def __init__(self, url: str, part: Part) -> None:
         self.url, self._part = files.join(url, part.file), part
-        found = files.size(self.url)
-        if found != part.bytes:
-            raise SaescaleError(f"{self.url} has {found} bytes, not {part.bytes}")
         with self.open() as file:
+            found = files.size(self.url)
+            if found != part.bytes:
+                raise SaescaleError(f"{self.url} has {found} bytes, not {part.bytes}")
             entries, self._first = read_header(file, part.bytes, self.url)
         self.entries = {name: entry for name, entry in entries.items() if name != "__metadata__"}
 
