@@ -27,7 +27,15 @@ from tests.cluster.conftest import Recorder, trained_alone
 
 
 def cell_of(n_latents: int, **more: Any) -> Cell:
-    fields = {"store": "x", "d_model": 32, "k": 4, "tokens": 4096, "batch_tokens": 256, "lr": 1e-3}
+    fields = {
+        "store": "x",
+        "d_model": 32,
+        "k": 4,
+        "tokens": 4096,
+        "batch_tokens": 256,
+        "lr": 1e-3,
+        "dead_after_tokens": 4096,
+    }
     return Cell(n_latents=n_latents, **(fields | more))
 
 
