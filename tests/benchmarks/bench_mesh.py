@@ -5,8 +5,8 @@
 
 Tokens/s of one process without a mesh and with a mesh of one (taking turns in one process, so that the ratio is that of
 the code), then of two processes as two shards and as two replicas: with the share of their time that they spend in
-collectives, waiting for each other included, and the bytes that each sends a step, counted where they are sent. Without
-an option that says otherwise the threads of one process are shared out among two.
+collectives, waiting for each other included, and the bytes that each sends a step, counted where they are sent. Every
+process has as many threads, half of the cores unless --threads says otherwise.
 
 On a GPU also the largest N that trains: by halving, then between what fits and what does not. `--largest` does it on
 CPUs too, within the memory that is free.
@@ -28,7 +28,7 @@ import torch.multiprocessing as mp
 from saescale.storage.errors import one_line
 from saescale.trainers.architectures.architecture import Batch, Parameter
 from saescale.trainers.cell import Cell, auto_k_aux
-from saescale.trainers.device import fast_precision, is_out_of_memory, set_threads
+from saescale.trainers.device import fast_precision, is_out_of_memory, set_threads, usable_cores
 from saescale.trainers.kernels.choose import kernel_kind
 from saescale.trainers.mesh.distributed import Processes, join
 from saescale.trainers.mesh.layout import Layout
@@ -55,11 +55,13 @@ def main() -> None:
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--rounds", type=int, default=10, help="steps that count (default: 10)")
     parser.add_argument("--size", help="B,D,N,K of one size in place of the usual ones")
+    parser.add_argument("--threads", type=int, help="CPU threads of each process")
     parser.add_argument("--largest", action="store_true", help="look for the largest N on CPUs too")
     parser.add_argument("--out", type=Path, help="JSON file (default: tests/benchmarks/results/mesh-DEVICE.json)")
     arguments = parser.parse_args()
     if arguments.device == "cuda" and not torch.cuda.is_available():
         raise BenchmarkError("torch sees no CUDA device here")
+    set_threads(arguments.threads or max(1, usable_cores() // 2))
     where = machine()
     if arguments.device == "cuda":
         where |= {"gpu": torch.cuda.get_device_name(), "gpus": torch.cuda.device_count()}
@@ -269,7 +271,7 @@ def _spawned(work: Callable[..., Any], layout: Layout, device: str, *given: Any,
     context = mp.get_context("spawn")
     with tempfile.TemporaryDirectory(prefix="saescale-mesh-") as folder:
         said = context.SimpleQueue()
-        threads = max(1, torch.get_num_threads() // layout.ranks)
+        threads = torch.get_num_threads()
         processes = [
             context.Process(target=_work, args=(work, layout, rank, device, threads, folder, given, said), daemon=True)
             for rank in range(layout.ranks)
