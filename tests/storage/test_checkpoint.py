@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
+from safetensors import safe_open
 
 from saescale.storage import checkpoint, files
 from saescale.storage.errors import SaescaleError, SaescaleWarning
@@ -182,3 +183,85 @@ def test_folders_that_go_back_together_always_can(tmp_path: Path) -> None:
     save(33, whole=20, folders=3)
     save(40, whole=33, folders=3)
     assert [checkpoint.steps(url) for url in urls] == [[40, 33]] * 3
+
+
+# --- what several processes share
+
+
+def shared(step: int) -> tuple[dict[str, np.ndarray], list[dict[str, np.ndarray]]]:
+    """Tensors of a cell, and what each of three shards has of them: rows of two, and the first one all of `b`."""
+    rng = np.random.default_rng(step)
+    whole = {"W": rng.normal(size=(7, 3)).astype(np.float32), "n": rng.integers(0, 9, 7), "b": rng.normal(size=3)}
+    cuts = [slice(0, 3), slice(3, 5), slice(5, 7)]
+    parts = [
+        {"W": whole["W"][cut], "n": whole["n"][cut]} | ({"b": whole["b"]} if not cut.start else {}) for cut in cuts
+    ]
+    return whole, parts
+
+
+def save_parts(url: str, step: int, turn: int = 0) -> dict[str, np.ndarray]:
+    whole, tensors = shared(step)
+    parts = [checkpoint.write_part(url, step, own, turn, shard, 3) for shard, own in enumerate(tensors)]
+    checkpoint.commit(url, step, parts, {"tokens": step}, turn=turn)
+    return whole
+
+
+def test_parts_are_read_whole_and_by_rows(tmp_path: Path) -> None:
+    url = str(tmp_path)
+    save_parts(url, 1)
+    checkpoint.save(url, 2, tensors_of(2), {})  # by one process, between two that were shared
+    whole = save_parts(url, 3)
+    tensors, meta, step = checkpoint.load(url)
+    assert (step, meta, set(tensors)) == (3, {"tokens": 3}, set(whole))
+    for name, expected in whole.items():
+        np.testing.assert_array_equal(tensors[name], expected, strict=True)
+    for first, last in ((0, 7), (0, 1), (2, 4), (4, 7), (3, 5)):
+        own, _, _ = checkpoint.load(url, rows=slice(first, last))
+        np.testing.assert_array_equal(own.rows("W", slice(first, last)), whole["W"][first:last], strict=True)
+        np.testing.assert_array_equal(own["b"], whole["b"])
+    with pytest.raises(SaescaleError, match="lacks rows 5 to 8 of the tensor W"):
+        tensors.rows("W", slice(5, 8))
+    # Two generations are kept, whatever number of files they have.
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "latest.json", "step-00000002.safetensors",
+        *(f"step-00000003-shard-{shard:05d}-of-00003.safetensors" for shard in range(3)),
+    ]  # fmt: skip
+
+
+def test_a_part_that_nobody_told_of_is_no_checkpoint(tmp_path: Path) -> None:
+    """As when a process was killed while it, or another one, wrote."""
+    url = str(tmp_path)
+    save_parts(url, 1)
+    checkpoint.write_part(url, 2, shared(2)[1][0], shard=0, shards=3)
+    assert checkpoint.load(url)[2] == 1
+    save_parts(url, 3)
+    save_parts(url, 4)
+    assert sorted({path.name[:13] for path in tmp_path.glob("step-*")}) == ["step-00000003", "step-00000004"]
+
+
+def test_a_damaged_part_is_seen_by_whom_it_concerns(tmp_path: Path) -> None:
+    url = str(tmp_path)
+    save_parts(url, 1)
+    whole = save_parts(url, 2)
+    path = tmp_path / "step-00000002-shard-00002-of-00003.safetensors"
+    content = path.read_bytes()
+    path.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    own, _, step = checkpoint.load(url, rows=slice(1, 5))
+    assert step == 2
+    np.testing.assert_array_equal(own.rows("W", slice(1, 5)), whole["W"][1:5])
+    for rows in (None, slice(4, 6)):
+        with pytest.warns(UserWarning, match="shard-00002-of-00003.safetensors has a wrong checksum; going back"):
+            assert checkpoint.load(url, rows=rows)[2] == 1
+
+
+def test_parts_become_one_file(tmp_path: Path) -> None:
+    url = str(tmp_path)
+    whole, tensors = shared(1)
+    parts = [checkpoint.write_tensors(url, f"w-{shard}.safetensors", own) for shard, own in enumerate(tensors)]
+    checkpoint.join(url, parts, "w.safetensors", {"cell": "{}"})
+    assert [path.name for path in tmp_path.iterdir()] == ["w.safetensors"]
+    with safe_open(tmp_path / "w.safetensors", "numpy") as file:
+        assert file.metadata() == {"cell": "{}"}
+        assert set(file.keys()) == set(whole)
+        for name, expected in whole.items():
+            np.testing.assert_array_equal(file.get_tensor(name), expected, strict=True)

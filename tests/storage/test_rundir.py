@@ -115,6 +115,8 @@ def test_no_writer_writes_for_a_driver_that_was_superseded(tmp_path: Path) -> No
             lambda: stale.write_cell_result("a", {}),
             lambda: stale.write_cell_curve("a", []),
             lambda: stale.save_checkpoint("a", 1, {}, {}),
+            lambda: stale.write_checkpoint_part("a", 1, {}, 0, 2),
+            lambda: stale.commit_checkpoint("a", 1, [], {}),
             lambda: stale.take_cell("a"),
             lambda: stale.tidy_cell("a", {}),
             lambda: stale.write_results([]),
@@ -125,7 +127,9 @@ def test_no_writer_writes_for_a_driver_that_was_superseded(tmp_path: Path) -> No
         ):
             with pytest.raises(Superseded, match="taken over by another driver"):
                 write()
-        writers = {name for name in vars(RunDirectory) if name.startswith(("write_", "save_", "take_", "tidy_"))}
-        assert len(writers) == 11, "a new writer belongs into this test"
+        writers = {
+            name for name in vars(RunDirectory) if name.startswith(("write_", "save_", "take_", "tidy_", "commit_"))
+        }
+        assert len(writers) == 13, "a new writer belongs into this test"
         assert sorted(path for path in tmp_path.rglob("*")) == before
         RunDirectory(str(tmp_path)).write_json("fits.json", {})
