@@ -93,11 +93,11 @@ def run_sweep(
                 len(ledger.cells), spec.resources, address, auto, produced.taken if produced else None
             ) as crew:
                 trained = len(ledger.pending)
-                needs = crew.needs(stores, spec.eval.tokens, remote_run=local_path(run.url) is None)
+                remote = local_path(run.url) is None
+                needs = crew.needs(stores, spec.eval.tokens, remote_run=remote)
                 steps = ledger.checkpoint_steps()
                 flops = BATCH_FLOPS["cuda" if crew.on_gpu else "cpu"]
                 live = {store.fingerprint for store in stores if store.url in spec.lives}
-                remote = local_path(run.url) is None
                 on_mesh = crew.needs_on_mesh(stores, spec.eval.tokens, remote)
                 layouts = plan_meshes(ledger.pending, spec.resources, crew.count, crew.memory, needs, on_mesh)
                 single = [cell for cell in ledger.pending if cell.cell_id not in layouts]
