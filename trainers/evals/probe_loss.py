@@ -21,8 +21,9 @@ task that is true or false on fewer than 20 rows of a half is left out, with a w
 | `latent`, `share` | `at` a task: which latent it was, and on which share of rows the task is true |
 
 On the first 8,192 held-out rows, those at the end of a context left out. `channels` and `chance` are fitted once for
-all cells, `random` once for each N, and the 320 sentences are read once. Cost: tasks * n_latents * rows / 2 logistic
-functions an iteration, some 6 iterations.
+all cells, `random` once for each N, and the 320 sentences are read once. Cost: a forward pass, and for each task and
+latent some 6 iterations over 64 bins of its values; few are fitted to all rows (probes.py). At N = 1,024 that is
+5.5 s of one core, `random` included, where 119 s went into fitting all latents to all rows, with the same results.
 """
 
 import warnings

@@ -16,7 +16,8 @@ TopK rises again beyond its k; Multi-TopK and hierarchical_topk are trained for 
 
 A threshold that would have to be below all values that are not negative is left out (relu has nothing beyond its own
 latents). nmse is of preprocessed rows, the first 32,768 of those that the cell's nmse was measured on; intervals are
-over documents. Cost: one dense forward pass, and a sparse decoding of k' latents a token for each of at most 18 codes.
+over documents. Cost: one dense forward pass, and for either way a sparse decoding of the most latents a token that it
+takes, since each code holds those before it.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
