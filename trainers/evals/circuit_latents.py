@@ -121,11 +121,13 @@ class Kept:
         self.none, self.whole = none, whole
         self.tried = {0: none, number: whole}
 
-    def share(self, metric: np.ndarray, counts: np.ndarray | None = None) -> float | np.ndarray:
-        """What is back, over all prompts, or over `counts` [prompts, resamples] of each."""
-        counts = np.ones(len(self.none)) if counts is None else counts
-        share = (metric - self.none) @ counts / ((self.whole - self.none) @ counts)
-        return float(share) if np.ndim(share) == 0 else share
+    def share(self, metric: np.ndarray) -> float:
+        """What is back, over all prompts."""
+        return float(self._shares(metric, np.ones((len(self.none), 1)))[0])
+
+    def _shares(self, metric: np.ndarray, counts: np.ndarray) -> np.ndarray:
+        """Over so many of each prompt, counts [prompts, resamples]: [resamples]."""
+        return np.asarray((metric - self.none) @ counts / ((self.whole - self.none) @ counts))
 
     def least(self, share: float) -> tuple[float, float | None, float | None]:
         """The smallest number tried that brings back the share, and an interval over prompts: of the numbers at which
@@ -135,7 +137,7 @@ class Kept:
         prompts = len(self.none)
         counts = np.random.default_rng(SEED).multinomial(prompts, np.full(prompts, 1 / prompts), RESAMPLES).T
         with np.errstate(divide="ignore", invalid="ignore"):
-            curves = np.stack([self.share(self.tried[m], counts) for m in numbers])  # [numbers, resamples]
+            curves = np.stack([self._shares(self.tried[m], counts) for m in numbers])  # [numbers, resamples]
         curves = np.maximum.accumulate(np.nan_to_num(curves, nan=-np.inf), axis=0)
         after = (curves >= share).argmax(axis=0)
         low, high = np.log(numbers[np.maximum(after - 1, 0)].clip(1)), np.log(numbers[after].clip(1))

@@ -107,9 +107,10 @@ def load(rest: str, cache: Path, dtype: str, notify: Callable[[str], None]) -> A
             "attention-only:subjects/mine"
         )
     device, name = default_device(), f"attention-only:{rest}"
+    model: Any
     model, fingerprint = read_checkpoint(name, Path(rest).expanduser(), compute_dtype(dtype, device))
     positions = getattr(model.config, "n_positions", 0)
-    if positions < LENGTH or not isinstance(model, GPT2LMHeadModel):
+    if positions < LENGTH or type(model) is not GPT2LMHeadModel:
         raise SaescaleError(f"{name} reads contexts of {positions}, and sequences of attention-only have {LENGTH}")
     return AttentionOnly(name, model.to(device).eval().requires_grad_(False), fingerprint)
 

@@ -61,8 +61,8 @@ def prompts(subject: Subject, number: int, seed: int) -> Prompts:
         "s2": ids.shape[1] - 1 - twice.flip(1).int().argmax(dim=1),
     }
     corrupt, rows = ids.clone(), torch.arange(number)
-    for place, other in zip(at.values(), others, strict=True):
-        corrupt[rows, place] = of_name[other]
+    for where, other in zip(at.values(), others, strict=True):
+        corrupt[rows, where] = of_name[other]
     answers = torch.stack([of_name[io], of_name[s]], dim=1)
     end = lengths - 1
     return Prompts(ids, corrupt, lengths, end[:, None], answers, at | {"end": end}, {"io": io, "s": s, "order": order})

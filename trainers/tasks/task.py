@@ -51,8 +51,9 @@ class Prompts(NamedTuple):
 
     def part(self, some: slice) -> Prompts:
         """Some of them."""
-        named = [{name: of[some] for name, of in each.items()} for each in (self.places, self.attributes)]
-        return Prompts(*(each[some] for each in self[:5]), *named)
+        places, attributes = ({name: of[some] for name, of in each.items()} for each in (self.places, self.attributes))
+        ids, corrupt, lengths, reads, answers = (each[some] for each in self[:5])
+        return Prompts(ids, corrupt, lengths, reads, answers, places, attributes)
 
 
 class Task(Protocol):
