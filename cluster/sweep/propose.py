@@ -10,6 +10,7 @@ import numpy as np
 from saescale.cluster.sweep.best import Best, best_way
 from saescale.cluster.sweep.proposal import Prior, Proposal, ProposedCell, Request
 from saescale.cluster.sweep.spec import NO_STORE, SweepSpec, parse_recorded, parse_spec
+from saescale.cluster.sweep.work import work_of
 from saescale.scaling.kinds import kind_label, largest_kind, without_diverged
 from saescale.scaling.laws.best import find_best
 from saescale.scaling.laws.estimate import Fit, fit_law
@@ -195,7 +196,7 @@ def _candidates(
     spec = parse_spec(base | {"grid": {"cells": grid_of(n, k, [[0]] * len(n), prior)}}, "the plan")
     possible, needs = cells_of(spec, d_model), _needs(spec, request.device)
     # All cells of a sweep are trained over all its stores.
-    hours = len(spec.stores) * np.array([prior.device.hours(cell.flops(cell.tokens).sparse) for cell in possible])
+    hours = len(spec.stores) * np.array([prior.device.seconds(work_of(cell)) for cell in possible]) / 3600
     memory = np.array([needs([cell]) for cell in possible])
     fits = memory <= request.device.memory
     if not fits.any():
@@ -251,12 +252,12 @@ def _proposed(
     seeds = [_unused(taken, int(design.counts[i])) for taken, i in zip(own, chosen, strict=True)]
     grid = grid_of(cells.n_latents[chosen], cells.k[chosen], seeds, prior)
     spec = parse_spec(base | {"grid": {"cells": grid}}, "the plan")
-    sparse = {(c.n_latents, c.k): (c.tokens, float(c.flops(c.tokens).sparse)) for c in cells_of(spec, d_model)}
+    work = {(c.n_latents, c.k): (c.tokens, work_of(c)) for c in cells_of(spec, d_model)}
     rows = []
     for cell in grid:
-        tokens, flops = sparse[cell["n_latents"], cell["k"]]
-        hours = prior.device.hours(flops) * len(cell["seed"]) * len(spec.stores)
-        rows.append(ProposedCell(cell["n_latents"], cell["k"], tuple(cell["seed"]), tokens, flops, hours))
+        tokens, each = work[cell["n_latents"], cell["k"]]
+        hours = prior.device.seconds(each) / 3600 * len(cell["seed"]) * len(spec.stores)
+        rows.append(ProposedCell(cell["n_latents"], cell["k"], tuple(cell["seed"]), tokens, each.flops, hours))
     return tuple(rows), grid
 
 

@@ -68,12 +68,13 @@ def pack_memory(
         training=max(_step(cell, kernels) for cell in cells) + _preprocessed(batch, batch, d_model),
         evaluation=max(_evaluation(cell, kernels) for cell in cells)
         + _preprocessed(rows_at_a_time(eval_tokens, d_model), min(eval_tokens, CHUNK_ROWS), d_model),
-        checkpoint=max(4 * _weights(cell) for cell in cells) if host and remote_run else 0,
+        checkpoint=max(4 * weights_bytes(cell) for cell in cells) if host and remote_run else 0,
         start=3 * _FLOAT * min(SAMPLE_TOKENS, stream.rows) * d_model if host else 0,
     )
 
 
-def _weights(cell: Cell) -> float:
+def weights_bytes(cell: Cell) -> float:
+    """Of its parameters."""
     return _FLOAT * _numbers(cell.architecture, cell.d_model, cell.n_latents, cell.whole_settings)
 
 
@@ -109,7 +110,7 @@ def _rounded(cell: Cell) -> float:
 
 def _held(cell: Cell) -> float:
     # Parameters, two moments and the average. A gradient of the weights is part of the step, where one is made.
-    return 4 * _weights(cell) + _rounded(cell) + 8 * cell.n_latents
+    return 4 * weights_bytes(cell) + _rounded(cell) + 8 * cell.n_latents
 
 
 def _preprocessed(rows: int, making: int, d_model: int) -> float:
@@ -126,4 +127,4 @@ def _evaluation(cell: Cell, kernels: KernelKind) -> float:
     step, shape = step_of(cell.architecture, cell.n_latents), Shape(cell.d_model, cell.n_latents)
     made = step.evaluation_bytes(shape, cell.whole_settings, CHUNK_ROWS, cell.precision, kernels)
     # A finished cell's averaged weights stand beside the bytes of its file.
-    return max(_weights(cell) + _rounded(cell) + made, 2 * _weights(cell))
+    return max(weights_bytes(cell) + _rounded(cell) + made, 2 * weights_bytes(cell))
