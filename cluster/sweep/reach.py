@@ -4,8 +4,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from saescale.cluster.sweep.assumed import cells_to_come
 from saescale.cluster.sweep.proposal import Prior, Request
-from saescale.cluster.sweep.propose import cells_of, grid_of, levels_of, prior_of
+from saescale.cluster.sweep.propose import grid_of, levels_of, prior_of
 from saescale.cluster.sweep.spec import SweepSpec, parse_spec
 from saescale.cluster.sweep.work import work_of
 from saescale.scaling.kinds import largest_kind, without_diverged
@@ -109,7 +110,7 @@ def _cost(n: int, k: float, prior: Prior, base: dict[str, Any], d_model: int) ->
     """(tokens, what training takes) of one cell, and over how many stores the sweep trains it."""
     grid = grid_of(np.array([n]), np.array([k]), [[0]], prior)
     spec: SweepSpec = parse_spec(base | {"grid": {"cells": grid}}, "the plan")
-    (cell, *_) = cells_of(spec, d_model)
+    (cell, *_) = cells_to_come(spec, d_model)
     return cell.tokens, work_of(cell), len(spec.stores)
 
 

@@ -74,7 +74,8 @@ def require_progress(jobs: Sequence[Job], cluster: Cluster) -> None:
         if every * math.ceil(job.gpus / cluster.per_node) > _HOPELESS * cluster.mtbf_s:
             raise SaescaleError(
                 f"a job on {job.gpus} GPUs takes {every:.3g} s to its next checkpoint, and a node of it fails every "
-                f"{cluster.mtbf_s / math.ceil(job.gpus / cluster.per_node):.3g} s: it gets nowhere; checkpoint more often"
+                f"{cluster.mtbf_s / math.ceil(job.gpus / cluster.per_node):.3g} s: it gets nowhere; take checkpoints "
+                "more often (resources.checkpoint_every_s)"
             )
 
 
