@@ -7,7 +7,8 @@
 - A store does not answer: the pack waits and is tried again; the sweep ends when nothing moves for OUTAGE_S.
 - A node lacks the run or the store: it gets no more packs; the sweep ends when no other one is left.
 - A store of several is gone or damaged: its packs are set aside, and end the sweep when those of the others are done.
-- A worker has nothing to do: the pack that has most to do is split, as when nodes have joined.
+- A worker has nothing to do: the pack that has most to do is split, as when nodes have joined; where that is not worth
+  it, and the number of workers was left open, the worker is ended.
 """
 
 import time
@@ -184,6 +185,8 @@ class Execution:
         worth = longest is not None and _seconds_left(longest) > WORTH_S
         if self.waiting or (longest is not None and worth):
             self.crew.grow(len(self.waiting) or 1)
+        elif self.running and all(running.progress is not None for running in self.running.values()):
+            self.crew.spare()
         parting = any(running.parting for running in self.running.values())
         if longest is not None and worth and self.crew.idle and not self.waiting and not parting:
             longest.parting = True
