@@ -20,9 +20,9 @@ set -euo pipefail
 sweep="${1:?usage: sbatch deploy/slurm.sh SWEEP.yaml}"
 if [[ -n "${SAESCALE_VENV:-}" ]]; then export PATH="$SAESCALE_VENV/bin:$PATH"; fi
 
-head="$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)"
+mapfile -t hosts < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
 # Ray wants an address.
-RAY_HEAD="$(getent ahostsv4 "$head" | awk '{print $1; exit}')"
+read -r RAY_HEAD _ < <(getent ahostsv4 "${hosts[0]}")
 RAY_PORT=$((20000 + SLURM_JOB_ID % 10000))
 # Short, since Unix sockets lie below it, and of this job alone.
 RAY_FOLDER="$(mktemp -d "/tmp/ray-$SLURM_JOB_ID-XXXX")"
@@ -47,10 +47,11 @@ srun --nodes="$SLURM_JOB_NUM_NODES" --ntasks-per-node=1 --export=ALL bash -c '
     has="--num-cpus=${SLURM_CPUS_PER_TASK:-$(nproc)} ${SLURM_GPUS_ON_NODE:+--num-gpus=$SLURM_GPUS_ON_NODE}"
     if [[ "$SLURM_PROCID" == 0 ]]; then
         exec ray start --head --block --port="$RAY_PORT" --node-ip-address="$RAY_HEAD" --temp-dir="$RAY_FOLDER" \
-            --dashboard-port=$((RAY_PORT + 10000)) --ray-client-server-port=$((RAY_PORT + 20000)) $has
+            --dashboard-port=$((RAY_PORT + 10000)) --ray-client-server-port=$((RAY_PORT + 20000)) \
+            --dashboard-agent-listen-port=0 $has
     fi
     until (exec 3<>"/dev/tcp/$RAY_HEAD/$RAY_PORT") 2>/dev/null; do sleep 1; done
-    exec ray start --block --address="$RAY_HEAD:$RAY_PORT" $has
+    exec ray start --block --address="$RAY_HEAD:$RAY_PORT" --dashboard-agent-listen-port=0 $has
 ' &
 step=$!
 

@@ -5,6 +5,7 @@ a worker at the same time, waits until all are gone, and prints as JSON how many
 were then, and how many are left.
 """
 
+import contextlib
 import json
 import sys
 import time
@@ -46,10 +47,8 @@ def main(sweep: str, address: str, wanted: int) -> dict[str, Any]:
     execute.LOOK_S = 1.0
     ray.init(address=address, log_to_driver=False, logging_level="ERROR")
     before, display = with_gpu(), Watching(wanted)
-    try:
+    with contextlib.suppress(KeyboardInterrupt):
         run_sweep(load_spec(sweep), display, address)
-    except KeyboardInterrupt:
-        pass
     until = time.monotonic() + PATIENCE_S
     while with_gpu() and time.monotonic() < until:
         time.sleep(0.5)

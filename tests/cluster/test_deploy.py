@@ -160,3 +160,23 @@ def test_what_the_image_copies_is_enough_to_build_from(tmp_path: Path) -> None:
         assert own <= names
     assert "saescale/shipped/synthsaebench-16k.yaml" in names
     assert any(name.startswith("saescale/scaling/data/") for name in names)
+
+
+def test_commands_of_the_page_exist() -> None:
+    """With their options, and with files that are there."""
+    import typer
+
+    from saescale.cluster.cli import app
+
+    known: Any = typer.main.get_command(app)
+    text = (DEPLOY / "OPERATE.md").read_text()
+    lines = [line.split("#")[0] for line in text.splitlines() if line.startswith("    ")]
+    called = re.findall(r"saescale ([a-z]+)(?!\S)([^\n]*)", "\n".join([*lines, (DEPLOY / "slurm.sh").read_text()]))
+    assert {"harvest", "sweep", "report", "plan", "submit", "status"} <= {name for name, _ in called}
+    for name, rest in called:
+        options = {option for parameter in known.commands[name].params for option in parameter.opts}
+        assert {word.split("=")[0] for word in rest.split() if word.startswith("--")} <= options, (name, rest)
+    for path in re.findall(r"\]\(([\w./-]+)\)", text):
+        assert (DEPLOY / path).exists(), path
+    for path in re.findall(r"\b(deploy/[\w./-]+\.(?:yaml|sh|md))", text):
+        assert (ROOT / path).exists(), path

@@ -1,7 +1,10 @@
-"""The Slurm script on two nodes that are processes of this machine: srun and scontrol are stand-ins that do what Slurm's
-do as far as the script goes, everything else is real."""
+"""The Slurm script on two nodes that are processes of this machine: srun and scontrol are stand-ins that do what those
+of Slurm do as far as the script goes, everything else is real."""
 
+import contextlib
+import glob
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -14,7 +17,7 @@ from typing import Any
 import psutil
 import pytest
 
-from saescale.storage.rundir import RunDirectory
+from saescale.storage.lease import read_driver
 from tests.cluster.command import ROOT
 
 # Starts the command once for each node, with its number, and ends them all when it is told to.
@@ -45,10 +48,10 @@ def slurm(tmp_path: Path) -> Iterator[Callable[[str], "subprocess.Popen[str]"]]:
     programs.mkdir()
     script = f'#!/bin/bash\nexec {sys.executable} -P -m saescale.cluster.cli "$@"\n'
     ray = f'#!/bin/bash\nexec {sys.executable} -P -m ray.scripts.scripts "$@"\n'
-    for name, text in {"srun": SRUN, "scontrol": SCONTROL, "saescale": script, "ray": ray}.items():
+    python = f'#!/bin/bash\nexec {sys.executable} "$@"\n'
+    for name, text in {"srun": SRUN, "scontrol": SCONTROL, "saescale": script, "ray": ray, "python": python}.items():
         (programs / name).write_text(text)
         (programs / name).chmod(0o755)
-    (programs / "python").symlink_to(sys.executable)
     environment = {name: value for name, value in os.environ.items() if not name.startswith(("RAY_", "SLURM_"))}
     environment |= {
         "PATH": f"{programs}{os.pathsep}{os.environ['PATH']}", "PYTHONPATH": str(ROOT), "SLURM_JOB_ID": _job(),
@@ -83,13 +86,13 @@ def _job() -> str:
     raise AssertionError("no port")
 
 
-def left_of(job: str) -> list[str]:
-    """Command lines of processes that work below the folder of a job's Ray."""
+def ours(folder: str) -> list[str]:
+    """Command lines of processes that the script started: their environment has its programs."""
     found = []
-    for process in psutil.process_iter(["cmdline"]):
-        line = " ".join(process.info["cmdline"] or [])
-        if f"/tmp/ray-{job}-" in line:
-            found.append(line)
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.Error):
+            if f"{folder}/programs" in process.environ().get("PATH", ""):
+                found.append(" ".join(process.cmdline()))
     return found
 
 
@@ -98,20 +101,22 @@ def test_a_sweep_on_two_nodes_of_slurm(
     slurm: Callable[[str], "subprocess.Popen[str]"], document: dict[str, Any],
     sweep_file: Callable[[dict[str, Any]], str], tmp_path: Path,
 ) -> None:  # fmt: skip
-    """Both nodes train; what the batch system sends before the time is up saves, and the same command ends the rest."""
+    """Both nodes train; the signal before the time is up saves, and nothing that the script started is left."""
     document["grid"] = {"n_latents": [64], "k": [4]}
     document["train"] |= {"tokens": 16_384 * 4_000, "batch_tokens": [256, 512]}
     document["eval"]["every_tokens"] = 16_384 * 100
     document["resources"] = {"workers": 2, "gpus_per_worker": 1, "checkpoint_every_s": 600.0}
-    run = RunDirectory(document["out"])
-    process = slurm(sweep_file(document))
-    until = time.monotonic() + 200
-    said = tmp_path / "out"
-    while time.monotonic() < until and process.poll() is None:
-        if len(list((Path(document["out"]) / "cells").glob("*/curve*"))) == 2 or "training" in said.read_text():
-            break
+    process, run, said = slurm(sweep_file(document)), document["out"], tmp_path / "out"
+    until = time.monotonic() + 240
+    while not (driver := read_driver(run)) or len(driver.standing.running) < 2:
+        assert process.poll() is None, said.read_text()
+        assert time.monotonic() < until, said.read_text()
         time.sleep(0.5)
-    assert process.poll() is None, said.read_text()
+    assert len({cell.worker for cell in driver.standing.running}) == 2
+    job = re.search(r"/tmp/ray-(\d+)-", " ".join(ours(str(tmp_path))))
+    assert not list(Path(run).glob("cells/*/checkpoint/*"))
     process.send_signal(signal.SIGTERM)
-    process.wait(120)
-    assert run is not None
+    assert process.wait(120) not in (0, None)
+    assert len(list(Path(run).glob("cells/*/checkpoint"))) == 2, said.read_text()
+    assert ours(str(tmp_path)) == []
+    assert job is None or not glob.glob(f"/tmp/ray-{job[1]}-*")
