@@ -14,7 +14,7 @@ import math
 import re
 import uuid
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, BinaryIO, NamedTuple
 
@@ -41,15 +41,28 @@ _DTYPES = {
 _BYTES = {name: dtype.itemsize for name, dtype in _DTYPES.items()} | {"BF16": 2, "F8_E4M3": 1, "F8_E5M2": 1}
 
 
-class Generation(BaseModel):
-    """One checkpoint: file name, step, size in bytes, xxh3-64 (hex) of the file, and the caller's JSON."""
+class Part(BaseModel):
+    """A file of tensors: its name, size in bytes, and xxh3-64 (hex)."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, ser_json_inf_nan="constants")
     file: str
-    step: int = Field(ge=0, le=2**62)
     bytes: int = Field(ge=0, le=2**62)
     xxh3: str
+
+
+class Generation(Part):
+    """One checkpoint: its file, the step, and the caller's JSON.
+
+    `more`: the files of the other processes, where several share the cell, in the order of their latents. A tensor that
+    several files have is their rows one after another, whatever the number of processes was.
+    """
+
+    step: int = Field(ge=0, le=2**62)
     meta: dict[str, Any]
+    more: list[Part] = []
+
+    def parts(self) -> list[Part]:
+        return [Part(file=self.file, bytes=self.bytes, xxh3=self.xxh3), *self.more]
 
 
 class Pointer(BaseModel):
@@ -62,8 +75,15 @@ class Pointer(BaseModel):
     ended: dict[str, Any] | None = None
     by: str = ""  # no two are alike, so that whoever created one knows it again
 
+    def files(self) -> set[str]:
+        """Of all its generations."""
+        return {part.file for generation in self.generations for part in generation.parts()}
+
     def content(self) -> bytes:
         document = json.loads(self.model_dump_json())
+        for generation in document["generations"]:
+            if not generation["more"]:
+                del generation["more"]
         return json.dumps(document | {CHECKSUM: checksum(document)}).encode()
 
 
@@ -112,8 +132,7 @@ def clear(url: str, failed: bool) -> None:
         files.remove(url)
         return
     present = files.list_names(url)
-    kept = {generation.file for generation in _read(url, _last_turn(present)).generations}
-    _remove_generations(url, present, kept)
+    _remove_generations(url, present, _read(url, _last_turn(present)).files())
 
 
 def save(
@@ -125,19 +144,50 @@ def save(
     step to go back to, when this is one of several folders that go back together. A generation between the two is of
     an attempt that was given up, and would push that one out. Raises Superseded where a turn after `turn` was taken.
     """
+    commit(url, step, [write_part(url, step, tensors, turn)], meta, keep, turn)
+
+
+def write_part(
+    url: str, step: int, tensors: Mapping[str, np.ndarray], turn: int = 0, shard: int = 0, shards: int = 1
+) -> Part:
+    """Writes what one of `shards` processes has of a checkpoint, which counts when `commit` was told of all parts."""
+    present = _present(url, turn)
+    of_shard = f"-shard-{shard:05d}-of-{shards:05d}" if shards > 1 else ""
+    return write_tensors(url, next(name for name in _names(step, turn, of_shard) if name not in present), tensors)
+
+
+def write_tensors(url: str, name: str, tensors: Mapping[str, np.ndarray]) -> Part:
+    """Writes the safetensors file `name` in the folder `url`."""
+    checksum = xxhash.xxh3_64()
+    size = files.write_atomic(files.join(url, name), lambda file: _write(file, tensors, checksum))
+    return Part(file=name, bytes=size, xxh3=checksum.hexdigest())
+
+
+def join(url: str, parts: Sequence[Part], name: str, metadata: Mapping[str, str]) -> None:
+    """Makes one safetensors file of parts that processes wrote of what they share, and removes these when it is whole.
+
+    Some megabytes at a time, so nobody needs the memory for all of it. Raises SaescaleError where a part is damaged.
+    """
+    whole = Tensors(url, Generation(**parts[0].model_dump(), step=0, meta={}, more=list(parts[1:])))
+    files.write_large(files.join(url, name), lambda file: whole.copy(file, metadata))
+    for part in parts:
+        files.remove(files.join(url, part.file))
+
+
+def commit(
+    url: str, step: int, parts: Sequence[Part], meta: dict[str, Any], keep: int | None = None, turn: int = 0
+) -> None:
+    """Makes parts that were written, in the order of their shards, the newest checkpoint; see `save`."""
     present = _present(url, turn)
     bound = step - 1 if keep is None else min(keep, step - 1)
     mine = _read(url, turn)
     older = [generation for generation in mine.generations if generation.step <= bound]
-    name = next(name for name in _names(step, turn) if name not in present)
-    checksum = xxhash.xxh3_64()
-    size = files.write_atomic(files.join(url, name), lambda file: _write(file, tensors, checksum))
-    newest = Generation(file=name, step=step, bytes=size, xxh3=checksum.hexdigest(), meta=meta)
+    newest = Generation(**parts[0].model_dump(), step=step, meta=meta, more=list(parts[1:]))
     pointer = Pointer(generations=[newest, *older[: KEPT - 1]], by=mine.by)
     files.write_atomic(files.join(url, pointer_name(turn)), pointer.content())
     # Whoever takes a turn after this finds the new pointer; whoever took one before may need what the old one names.
     _present(url, turn)
-    _remove_generations(url, present, {generation.file for generation in pointer.generations})
+    _remove_generations(url, present, pointer.files())
     for stale in present:
         if (match := _POINTER.fullmatch(stale)) and int(match[1] or 0) < turn:
             files.remove(files.join(url, stale))
@@ -171,9 +221,9 @@ def _remove_generations(url: str, present: Iterable[str], kept: set[str]) -> Non
             files.remove(files.join(url, stale))
 
 
-def _names(step: int, turn: int) -> Iterator[str]:
-    """What a generation may be called: the first of these that is free, since no file is ever written again."""
-    of_turn = f"-turn-{turn:05d}" if turn else ""
+def _names(step: int, turn: int, of_shard: str) -> Iterator[str]:
+    """What a part may be called: the first of these that is free, since no file is ever written again."""
+    of_turn = (f"-turn-{turn:05d}" if turn else "") + of_shard
     yield f"step-{step:08d}{of_turn}.safetensors"
     for number in range(1, 10**6):
         yield f"step-{step:08d}{of_turn}-{number}.safetensors"
@@ -189,11 +239,14 @@ def steps(url: str) -> list[int]:
     return [generation.step for generation in _generations(url)]
 
 
-def load(url: str, step: int | None = None) -> tuple[Mapping[str, np.ndarray], dict[str, Any], int]:
+def load(
+    url: str, step: int | None = None, rows: slice | None = None
+) -> tuple["Tensors", dict[str, Any], int]:  # fmt: skip
     """(tensors, meta, step) of the checkpoint at `step`, or of the newest sound one.
 
-    The whole file is checked now; a tensor is read when it is asked for, into memory of its own. A damaged newest is
-    passed over with a warning when `step` is None. SaescaleError when nothing sound is there.
+    Whole files are checked now; a tensor is read when it is asked for, into memory of its own. `rows`: the latents of
+    which the caller wants to know, when several processes share the cell; files of others are left alone. A damaged
+    newest is passed over with a warning when `step` is None. SaescaleError when nothing sound is there.
     """
     generations = _generations(url)
     wanted = [generation for generation in generations if step is None or generation.step == step]
@@ -206,7 +259,7 @@ def load(url: str, step: int | None = None) -> tuple[Mapping[str, np.ndarray], d
     faults = []
     for generation in wanted:
         try:
-            return Tensors(url, generation), generation.meta, generation.step
+            return Tensors(url, generation, rows), generation.meta, generation.step
         except SaescaleError as error:
             faults.append(str(error))
             if generation is not wanted[-1]:
@@ -229,53 +282,119 @@ def _read(url: str, turn: int) -> Pointer:
         return Pointer()
 
 
-class Tensors(Mapping[str, np.ndarray]):
-    """The tensors of one generation by name, each read from the file whenever it is asked for.
+class _File:
+    """One file of tensors, whose header alone is read until `check`."""
 
-    Raises SaescaleError where the file is missing, or not as it was written, or lacks the tensor.
-    """
-
-    def __init__(self, url: str, generation: Generation) -> None:
-        self._url, self._bytes = files.join(url, generation.file), generation.bytes
-        with self._open() as file:
-            self._check(file, generation.xxh3)
-            file.seek(0)
-            self._entries, self._first = read_header(file, self._bytes, self._url)
+    def __init__(self, url: str, part: Part) -> None:
+        self.url, self._part = files.join(url, part.file), part
+        found = files.size(self.url)
+        if found != part.bytes:
+            raise SaescaleError(f"{self.url} has {found} bytes, not {part.bytes}")
+        with self.open() as file:
+            entries, self._first = read_header(file, part.bytes, self.url)
+        self.entries = {name: entry for name, entry in entries.items() if name != "__metadata__"}
 
     @contextmanager
-    def _open(self) -> Iterator[BinaryIO]:
+    def open(self) -> Iterator[BinaryIO]:
         try:
-            with files.reading(self._url), files.open_input(self._url, known_size=self._bytes) as file:
+            with files.reading(self.url), files.open_input(self.url, known_size=self._part.bytes) as file:
                 yield file
         except FileNotFoundError as error:
-            raise SaescaleError(f"{self._url} is missing") from error
+            raise SaescaleError(f"{self.url} is missing") from error
 
-    def _check(self, file: BinaryIO, expected: str) -> None:
-        found = files.size(self._url)
-        if found != self._bytes:
-            raise SaescaleError(f"{self._url} has {found} bytes, not {self._bytes}")
+    def check(self) -> None:
         checksum = xxhash.xxh3_64()
-        while chunk := file.read(_CHUNK_BYTES):
-            checksum.update(chunk)
-        if checksum.hexdigest() != expected:
-            raise SaescaleError(f"{self._url} has a wrong checksum")
+        with self.open() as file:
+            while chunk := file.read(_CHUNK_BYTES):
+                checksum.update(chunk)
+        if checksum.hexdigest() != self._part.xxh3:
+            raise SaescaleError(f"{self.url} has a wrong checksum")
+
+    def rows(self, name: str) -> int:
+        """Of a tensor; 1 of a scalar, and 0 where it is not here."""
+        return (self.entries[name]["shape"] or [1])[0] if name in self.entries else 0
+
+    def read(self, name: str, first: int, last: int) -> np.ndarray:
+        entry = self.entries[name]
+        start, end = entry["data_offsets"]
+        each = (end - start) // max(1, self.rows(name))
+        with self.open() as file:
+            file.seek(self._first + start + first * each)
+            # A bytearray, since torch needs memory that it may write.
+            content = bytearray(file.read((last - first) * each))
+        shape = [last - first, *entry["shape"][1:]] if entry["shape"] else []
+        return np.frombuffer(content, dtype=_DTYPES[entry["dtype"]]).reshape(shape)
+
+    def copy(self, name: str, to: BinaryIO) -> None:
+        start, end = self.entries[name]["data_offsets"]
+        with self.open() as file:
+            file.seek(self._first + start)
+            for left in range(end - start, 0, -_CHUNK_BYTES):
+                to.write(file.read(min(left, _CHUNK_BYTES)))
+
+
+class Tensors(Mapping[str, np.ndarray]):
+    """The tensors of one generation by name, each read from its files whenever it is asked for.
+
+    Raises SaescaleError where a file is missing, or not as it was written, or none has the tensor.
+    """
+
+    def __init__(self, url: str, generation: Generation, rows: slice | None = None) -> None:
+        self._url = files.join(url, generation.file)
+        self._files = [_File(url, part) for part in generation.parts()]
+        self._names = dict.fromkeys(name for file in self._files for name in file.entries)
+        for number, file in enumerate(self._files):
+            # The first one has what is not cut into shards.
+            if number == 0 or rows is None or self._reaches(number, rows):
+                file.check()
+
+    def _reaches(self, number: int, rows: slice) -> bool:
+        return any(
+            first < rows.stop and rows.start < last
+            for name in self._files[number].entries
+            for file, first, last in self._places(name)
+            if file is self._files[number]
+        )
+
+    def _places(self, name: str) -> Iterator[tuple[_File, int, int]]:
+        """Each file that has some of the tensor, and which of its rows."""
+        first = 0
+        for file in self._files:
+            if name in file.entries:
+                yield file, first, first + file.rows(name)
+                first += file.rows(name)
+
+    def rows(self, name: str, wanted: slice | None = None) -> np.ndarray:
+        """Some rows of a tensor (None: all), from the files that have them."""
+        if name not in self._names:
+            raise SaescaleError(f"{self._url} lacks the tensor {name}")
+        found = []
+        for file, first, last in self._places(name):
+            low, high = (first, last) if wanted is None else (max(first, wanted.start), min(last, wanted.stop))
+            if low < high or wanted is None:
+                found.append(file.read(name, low - first, high - first))
+        count = sum(len(part) for part in found) if wanted is not None else 0
+        if wanted is not None and count != wanted.stop - wanted.start:
+            raise SaescaleError(f"{self._url} lacks rows {wanted.start} to {wanted.stop} of the tensor {name}")
+        return found[0] if len(found) == 1 else np.concatenate(found)
+
+    def copy(self, file: BinaryIO, metadata: Mapping[str, str]) -> None:
+        """Writes all to one file."""
+        of = {name: [part.entries[name] for part, _, _ in self._places(name)] for name in self}
+        shapes = {name: [sum(e["shape"][0] for e in all), *all[0]["shape"][1:]] for name, all in of.items()}
+        file.write(_header({name: (all[0]["dtype"], shapes[name]) for name, all in of.items()}, metadata))
+        for name in self:
+            for part, _, _ in self._places(name):
+                part.copy(name, file)
 
     def __getitem__(self, name: str) -> np.ndarray:
-        if name not in self._entries:
-            raise SaescaleError(f"{self._url} lacks the tensor {name}")
-        entry: dict[str, Any] = self._entries[name]
-        start, end = entry["data_offsets"]
-        with self._open() as file:
-            file.seek(self._first + start)
-            # A bytearray, since torch needs memory that it may write.
-            content = bytearray(file.read(end - start))
-        return np.frombuffer(content, dtype=_DTYPES[entry["dtype"]]).reshape(entry["shape"])
+        return self.rows(name)
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._entries)
+        return iter(self._names)
 
     def __len__(self) -> int:
-        return len(self._entries)
+        return len(self._names)
 
 
 def read_header(file: BinaryIO, size: int, where: str) -> tuple[dict[str, Any], int]:
@@ -309,16 +428,23 @@ def read_header(file: BinaryIO, size: int, where: str) -> tuple[dict[str, Any], 
 def _write(file: BinaryIO, tensors: Mapping[str, np.ndarray], checksum: xxhash.xxh3_64) -> None:
     """The layout of safetensors: the header's length in 8 bytes, the header in JSON, the tensors one after another."""
     codes = {dtype: code for code, dtype in _DTYPES.items()}
-    entries, end = {}, 0
-    for name, tensor in tensors.items():
-        start, end = end, end + tensor.nbytes
-        entries[name] = {"dtype": codes[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [start, end]}
-    header = json.dumps(entries).encode()
-    header += b" " * (-len(header) % 8)
+    header = _header({name: (codes[tensor.dtype], list(tensor.shape)) for name, tensor in tensors.items()})
     checksum.reset()
-    for content in (len(header).to_bytes(8, "little"), header, *(_content(tensor) for tensor in tensors.values())):
+    for content in (header, *(_content(tensor) for tensor in tensors.values())):
         checksum.update(content)
         file.write(content)
+
+
+def _header(tensors: Mapping[str, tuple[str, list[int]]], metadata: Mapping[str, str] | None = None) -> bytes:
+    """Of tensors with that type and shape, one after another."""
+    entries: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
+    end = 0
+    for name, (code, shape) in tensors.items():
+        start, end = end, end + math.prod(shape) * _BYTES[code]
+        entries[name] = {"dtype": code, "shape": shape, "data_offsets": [start, end]}
+    header = json.dumps(entries).encode()
+    header += b" " * (-len(header) % 8)
+    return len(header).to_bytes(8, "little") + header
 
 
 def _content(tensor: np.ndarray) -> Any:  # numpy's types do not say that an array is a buffer

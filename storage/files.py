@@ -209,6 +209,23 @@ def write_atomic(url: str, data: Content) -> int:
     return len(content)
 
 
+def write_large(url: str, write: Callable[[BinaryIO], object]) -> None:
+    """As `write_atomic`, of a file that may be larger than memory: `write` is given a file that sends on what it gets.
+
+    An object store shows it when it is whole. `write` may be called again.
+    """
+    fs, path = filesystem(url)
+    if isinstance(fs, LocalFileSystem):
+        _write_local(url, path, write)
+        return
+
+    def put(fs: AbstractFileSystem, path: str) -> None:
+        with fs.open(path, "wb") as file:
+            write(file)
+
+    _tried(url, put, lambda error, tries: _write_error(url, error, tries))
+
+
 def create(url: str, content: bytes) -> bool:
     """Writes the file, whole, unless there is one: of several that try at a time one succeeds. Whether it did.
 

@@ -39,7 +39,7 @@ _BEGIN, _END = b"---\n", b"...\n"  # YAML's own marks: a file that has the first
 FITS_FORMAT = 1
 METRICS = b"saescale.metrics"  # a key of the metadata of evals.parquet's schema: what evaluations declare of theirs
 _ASKED_AT_A_TIME = 16  # an answer of an object store takes a while
-_OF_TURN = re.compile(r"(?:sae|curve)-turn-(\d+)\.\w+")
+_OF_TURN = re.compile(r"(?:sae|curve)-turn-(\d+)(?:-shard-\d+-of-\d+)?\.\w+")
 
 
 def of_turn(name: str, turn: int) -> str:
@@ -229,6 +229,30 @@ class RunDirectory:
         """Adds a checkpoint to the cell's, as checkpoint.save does: `state` is JSON, `keep` the step to go back to."""
         self.require_owner()
         checkpoint.save(self.checkpoint_url(cell_id), step, tensors, state, keep, self._turns.get(cell_id, 0))
+
+    def write_checkpoint_part(
+        self, cell_id: str, step: int, tensors: Mapping[str, np.ndarray], shard: int, shards: int
+    ) -> checkpoint.Part:
+        """Writes what one process has of a cell that several share; `commit_checkpoint` makes it count."""
+        self.require_owner()
+        return checkpoint.write_part(
+            self.checkpoint_url(cell_id), step, tensors, self._turns.get(cell_id, 0), shard, shards
+        )
+
+    def commit_checkpoint(
+        self, cell_id: str, step: int, parts: Sequence[checkpoint.Part], state: dict[str, Any], keep: int | None = None
+    ) -> None:
+        """Makes the parts of all processes the cell's newest checkpoint, as save_checkpoint does."""
+        self.require_owner()
+        checkpoint.commit(self.checkpoint_url(cell_id), step, parts, state, keep, self._turns.get(cell_id, 0))
+
+    def turn(self, cell_id: str) -> int:
+        """That this one took at the cell; 0 for none."""
+        return self._turns.get(cell_id, 0)
+
+    def share_turn(self, cell_id: str, turn: int) -> None:
+        """Makes another process' turn this one's too: they share the cell, and one of them took it."""
+        self._turns[cell_id] = turn
 
     def cell_files(self) -> dict[str, set[str]]:
         """The files of each cell that has any, relative to its folder: `result.json`, `checkpoint/latest.json` ..."""

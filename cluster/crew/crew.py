@@ -155,6 +155,11 @@ class Crew(ABC, Generic[Info]):
         """Queues one more actor in `pause` seconds, when somebody watches."""
         self._due.append(time.monotonic() + pause)
 
+    @property
+    def is_starting(self) -> bool:
+        """Whether an actor is to come up, now or in a while."""
+        return bool(self.starting or self._due)
+
     def come_up(self, first_s: float, company_s: float) -> None:
         """Until all are up, or one is since `company_s`. SaescaleError when none is after `first_s`."""
         began, first = time.monotonic(), None

@@ -8,7 +8,7 @@ import warnings
 from collections.abc import Sequence
 from typing import Any
 
-from saescale.cluster.crew.claims import Needs, Resources
+from saescale.cluster.crew.claims import MeshShape, Needs, NeedsOnMesh, Resources
 from saescale.cluster.crew.connect import wanted_address
 from saescale.cluster.crew.crew import Crew, Words, back_off
 from saescale.cluster.crew.head import nodes, resources
@@ -67,7 +67,14 @@ class TrainCrew(Crew[WorkerInfo]):
         self._gpus = (1.0 if gpus else 0.0) if isinstance(asked.gpus_per_worker, str) else asked.gpus_per_worker
         given = 0.0 if isinstance(asked.cpus_per_worker, str) else asked.cpus_per_worker
         room = int(gpus / self._gpus) if self._gpus else int(cpus / (given or 1.0))
-        count = max(1, min(self._cells, room)) if isinstance(asked.workers, str) else asked.workers
+        together = asked.mesh.layout.ranks if isinstance(asked.mesh, MeshShape) else 1
+        count = max(1, min(max(self._cells, together), room)) if isinstance(asked.workers, str) else asked.workers
+        if count < together:
+            raise SaescaleError(
+                f"resources.mesh asks for {together} workers at a time, and the cluster has room for {room} "
+                f"({there.get('CPU', 0):g} CPUs, {gpus:g} GPUs); ask for a smaller mesh, or for resources.workers: "
+                f"{together} where an autoscaler can add them"
+            )
         if count > room and (self._gpus or given):
             self._no_room(count, room)
         self._cpus = given or cpus_each(nodes(), count, self._gpus)
@@ -167,6 +174,16 @@ class TrainCrew(Crew[WorkerInfo]):
         streams = {s.fingerprint: StreamSize(s.manifest.row_group_rows, s.rows("train")) for s in stores}
         return lambda cells: max(
             pack_memory(cells, eval_tokens, streams[cells[0].store], kind, remote_run).total
+            + (PROCESS_BYTES if kind == "cpu" else 0)
+            for kind in kinds
+        )
+
+    def needs_on_mesh(self, stores: Sequence[ActivationStore], eval_tokens: int, remote_run: bool) -> NeedsOnMesh:
+        """As `needs`, of each worker that shares a cell with others."""
+        kinds = sorted({info.kernels for info in self.ready.values()})
+        streams = {s.fingerprint: StreamSize(s.manifest.row_group_rows, s.rows("train")) for s in stores}
+        return lambda cell, layout: max(
+            pack_memory([cell], eval_tokens, streams[cell.store], kind, remote_run, layout).total
             + (PROCESS_BYTES if kind == "cpu" else 0)
             for kind in kinds
         )

@@ -5,6 +5,8 @@ import socket
 import threading
 import time
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import ray
@@ -17,6 +19,9 @@ from saescale.storage.manifest import MANIFEST
 from saescale.storage.waiting import Wait, waits
 from saescale.trainers.device import default_device, fast_precision
 from saescale.trainers.kernels.choose import KernelKind, kernel_kind
+from saescale.trainers.mesh.distributed import joined
+from saescale.trainers.mesh.layout import Layout
+from saescale.trainers.mesh.mesh import ONE, Group
 from saescale.trainers.precision import Precision
 from saescale.trainers.training.report import Progress
 from saescale.trainers.training.train import PackJob, train_pack
@@ -56,6 +61,14 @@ class Trained(NamedTuple):
     notes: tuple[str, ...]
 
 
+class Place(NamedTuple):
+    """Of a worker that shares a pack with others: which of them it is."""
+
+    layout: Layout
+    rank: int
+    deadline_s: float  # that one may keep the others waiting
+
+
 class Unfit(SaescaleError):
     """The node of a worker lacks what every pack needs; another one may have it."""
 
@@ -90,8 +103,18 @@ class Worker:
             node_id,
         )
 
-    def train(self, job: PackJob, number: int) -> Trained:
-        """`train_pack` in this process. Raises what it raises, and Unfit where this node lacks the run or the store."""
+    def meeting(self) -> str:
+        """Where others can meet this worker: tcp://HOST:PORT."""
+        with socket.socket() as free:
+            free.bind(("", 0))
+            return f"tcp://{ray.util.get_node_ip_address()}:{free.getsockname()[1]}"
+
+    def train(self, job: PackJob, number: int, place: Place | None = None, meeting: str = "") -> Trained:
+        """`train_pack` in this process, or its part of it in this `place` of a mesh whose workers meet at `meeting`.
+
+        Raises what that raises, MeshBroken where another one was lost or hangs, and Unfit where this node lacks the run
+        or the store.
+        """
         self._metrics.start(job)
         for what, url, file in (("run directory", job.run, "sweep.yaml"), ("activation store", job.store, MANIFEST)):
             if not exists(join(url, file)):
@@ -101,11 +124,26 @@ class Worker:
                 )
         self._moved = time.monotonic()
         try:
-            outcome = train_pack(job, self._report, lambda: self._stop.is_set() or number in self._parted)
+            with self._group(place, meeting) as group:
+                outcome = train_pack(
+                    job, self._report, lambda: self._stop.is_set() or number in self._parted, group
+                )  # fmt: skip
         finally:
             self._progress = None  # or it would be taken for the next pack's
             self._metrics.end()
         return Trained(outcome.results, tuple(self._notes))
+
+    @contextmanager
+    def _group(self, place: Place | None, meeting: str) -> Iterator[Group]:
+        if place is None:
+            yield ONE
+            return
+        device = default_device()
+        own_gpu = device.type == "cuda" and self._gpus >= 1
+        with joined(
+            place.layout, place.rank, meeting, "nccl" if own_gpu else "gloo", device, place.deadline_s
+        ) as group:  # fmt: skip
+            yield group
 
     def state(self) -> WorkerState:
         """Where the pack stands; None before its first step."""

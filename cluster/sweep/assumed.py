@@ -13,7 +13,6 @@ from pydantic import Field, ValidationError
 
 from saescale.cluster.crew.claims import Positive, Section
 from saescale.cluster.sweep.spec import NO_STORE, SweepSpec, parse_spec
-from saescale.scaling.planning.network import Mesh
 from saescale.storage.documents import read_yaml
 from saescale.storage.errors import SaescaleError
 from saescale.storage.mistakes import problems
@@ -58,11 +57,10 @@ SOURCES = {
 
 
 class Described(NamedTuple):
-    """A sweep, what is assumed about it, the mesh that it asks for (None: auto), and of a live source max_bytes."""
+    """A sweep, what is assumed about it, and of a live source max_bytes."""
 
     spec: SweepSpec
     assumed: Assumed
-    mesh: Mesh | None
     live: bool
     max_bytes: float | None
 
@@ -94,12 +92,7 @@ def describe_document(document: Any, where: str, assumed: Assumed) -> Described:
     """Of the keys of a sweep file. Raises SaescaleError for what is wrong in them."""
     if not isinstance(document, Mapping):
         raise SaescaleError(f"{where} holds no sweep: it should have the keys {', '.join(SweepSpec.model_fields)}")
-    resources, store = document.get("resources"), document.get("store")
-    mesh = None
-    if isinstance(resources, Mapping) and "mesh" in resources:
-        mesh = _mesh(resources["mesh"], where)
-        resources = {key: value for key, value in resources.items() if key != "mesh"}
-        document = {**document, "resources": resources}
+    store = document.get("store")
     live = store.get("live") if isinstance(store, Mapping) else None
     if live is not None:
         if not isinstance(live, Mapping):
@@ -107,11 +100,9 @@ def describe_document(document: Any, where: str, assumed: Assumed) -> Described:
         document = {**document, "store": NO_STORE}
         rows = assumed.rows or _amount(live.get("tokens"), f"{where}: store.live.tokens")
         assumed = assumed.model_copy(update={"rows": rows})
-        return Described(
-            parse_spec(document, where), assumed, mesh, True,
-            _amount(live.get("max_bytes"), f"{where}: store.live.max_bytes"),
-        )  # fmt: skip
-    return Described(parse_spec(document, where), assumed, mesh, False, None)
+        most = _amount(live.get("max_bytes"), f"{where}: store.live.max_bytes")
+        return Described(parse_spec(document, where), assumed, True, most)
+    return Described(parse_spec(document, where), assumed, False, None)
 
 
 def _mapping(url: str) -> Any:
@@ -137,19 +128,6 @@ def _assumed(assume: Any, given: Sequence[str], url: str) -> Assumed:
         except ValidationError as error:
             raise SaescaleError(f"{where}: {'; '.join(problems(error, Assumed, 'what is assumed'))}") from error
     return Assumed.model_validate({**assume, **own})
-
-
-def _mesh(given: Any, where: str) -> Mesh | None:
-    """`auto` or {shards: , replicas: }."""
-    if given == "auto":
-        return None
-    known = isinstance(given, Mapping) and set(given) <= {"shards", "replicas"}
-    counts = [given.get(name, 1) for name in ("shards", "replicas")] if known else []
-    if not counts or not all(type(count) is int and count > 0 for count in counts):
-        raise SaescaleError(
-            f"{where}: resources.mesh: write auto, or such as {{shards: 4, replicas: 2}}, not {given!r}"
-        )
-    return Mesh(*counts)
 
 
 _UNITS = {"KB": 1e3, "MB": 1e6, "GB": 1e9, "TB": 1e12, "PB": 1e15}

@@ -10,14 +10,17 @@ import numpy as np
 
 from saescale.cluster.sweep.assumed import SOURCES, Described, cells_to_come
 from saescale.cluster.sweep.groups import Group, gang_of, pack_of
+from saescale.cluster.sweep.meshes import check_meshes, plan_meshes
 from saescale.cluster.sweep.packing import BATCH_FLOPS, cost, pack_cells
-from saescale.cluster.sweep.sharding import smallest, step_on
+from saescale.cluster.sweep.sharding import step_on
 from saescale.scaling.planning.devices import Device
-from saescale.scaling.planning.network import Network
+from saescale.scaling.planning.network import Mesh, Network
 from saescale.scaling.planning.schedule import Cluster, Outcome, best_interval, courses, simulate
 from saescale.storage.checkpoint import KEPT
 from saescale.storage.errors import SaescaleError
 from saescale.trainers.cell import Cell
+from saescale.trainers.kernels.choose import KernelKind
+from saescale.trainers.mesh.layout import Layout
 from saescale.trainers.training.memory import StreamSize, pack_memory, weights_bytes
 
 _GPU_SHARE = 0.95  # of a GPU's memory, as a worker has it; of a CPU's 0.8
@@ -128,32 +131,36 @@ def plan_cluster(described: Described, device: Device, gpus: int, seed: int = 0)
     d_model = assumed.d_model or _d_model(described)
     stores = range(len(spec.stores))
     cells = [cell for number in stores for cell in cells_to_come(spec, d_model, number)]
-    kernels = "cpu" if device.name == "cpu" else "cuda"
+    kernels: KernelKind = "cpu" if device.name == "cpu" else "cuda"
     memory = device.memory * (_CPU_SHARE if kernels == "cpu" else _GPU_SHARE)
     network = Network(assumed.gpus_per_node, 1e9 * assumed.link_gb_s if assumed.link_gb_s else device.link,
                       1e9 * assumed.network_gb_s)  # fmt: skip
 
     def needs(pack: Sequence[Cell]) -> float:
-        return pack_memory(pack, spec.eval.tokens, _STREAM, kernels).total  # type: ignore[arg-type]
+        return pack_memory(pack, spec.eval.tokens, _STREAM, kernels).total
 
     def cluster_of(count: int) -> Cluster:
         return Cluster(count, assumed.gpus_per_node, 3600 * assumed.mtbf_hours, assumed.restart_s, assumed.repair_s,
                        spec.resources.checkpoint_every_s)  # fmt: skip
 
-    meshed, alone = [], []
-    for cell in cells:
-        if described.mesh is not None and described.mesh.processes > 1:
-            step = step_on(cell, described.mesh, device, network, spec.eval.tokens, _STREAM)
-            if step.bytes > memory:
-                raise SaescaleError(
-                    f"cell {cell.cell_id} takes {step.bytes / 2**30:,.0f} GiB of each process on a mesh of "
-                    f"{step.mesh} and a {device.name} has {memory / 2**30:.0f}: give more shards (resources.mesh)"
-                )
-            meshed.append((cell, step))
-        elif needs([cell]) <= memory:
-            alone.append(cell)
-        else:
-            meshed.append((cell, smallest(cell, gpus, memory, device, network, spec.eval.tokens, _STREAM)))
+    def on_mesh(cell: Cell, layout: Layout) -> float:
+        return pack_memory([cell], spec.eval.tokens, _STREAM, kernels, layout=layout).total
+
+    # As the driver does it.
+    check_meshes(cells, spec.resources)
+    layouts = plan_meshes(cells, spec.resources, gpus, memory, needs, on_mesh)
+    alone = [cell for cell in cells if cell.cell_id not in layouts]
+    meshed = [
+        (cell, step_on(cell, Mesh(*layout), on_mesh(cell, layout), device, network))
+        for cell in cells
+        if (layout := layouts.get(cell.cell_id)) is not None
+    ]
+    for cell, step in meshed:
+        if step.bytes > memory:
+            raise SaescaleError(
+                f"cell {cell.cell_id} takes {step.bytes / 2**30:,.0f} GiB of each process on a mesh of {step.mesh} and "
+                f"a {device.name} has {memory / 2**30:.0f}: give more shards (resources.mesh)"
+            )
     flops = BATCH_FLOPS[kernels]
 
     def planned(count: int) -> tuple[tuple[Group, ...], Outcome]:

@@ -75,22 +75,30 @@ def run_sweep(
             # Only here: a sweep that is finished is shown without the seconds that Ray takes to import.
             from saescale.cluster.crew.head import HeadLost, explained
             from saescale.cluster.crew.train_crew import TrainCrew
-            from saescale.cluster.sweep.execute import Execution
+            from saescale.cluster.sweep.execute import Execution, Meshes
+            from saescale.cluster.sweep.meshes import check_meshes, plan_meshes
             from saescale.cluster.sweep.packing import BATCH_FLOPS, pack_cells
 
+            check_meshes(ledger.cells, spec.resources)
             auto = precision if spec.train.precision == "auto" else None
             with TrainCrew(len(ledger.cells), spec.resources, address, auto) as crew:
                 trained = len(ledger.pending)
                 needs = crew.needs(stores, spec.eval.tokens, remote_run=local_path(run.url) is None)
                 steps = ledger.checkpoint_steps()
                 flops = BATCH_FLOPS["cuda" if crew.on_gpu else "cpu"]
-                packs = pack_cells(ledger.pending, steps, crew.count, crew.memory, needs, flops)
+                remote = local_path(run.url) is None
+                on_mesh = crew.needs_on_mesh(stores, spec.eval.tokens, remote)
+                layouts = plan_meshes(ledger.pending, spec.resources, crew.count, crew.memory, needs, on_mesh)
+                single = [cell for cell in ledger.pending if cell.cell_id not in layouts]
+                packs = [[cell] for cell in ledger.pending if cell.cell_id in layouts]
+                packs += pack_cells(single, steps, crew.count, crew.memory, needs, flops) if single else []
+                meshes = Meshes(layouts, on_mesh)
                 # Not before the plan stands: a sweep that cannot be run leaves no run directory behind.
                 lease = held.enter_context(Lease(run.url, job, dead))
                 ledger.begin()
                 try:
                     with explained():
-                        Execution(spec, ledger, crew, needs, packs, steps, lease, display).run()
+                        Execution(spec, ledger, crew, needs, packs, steps, lease, display, meshes).run()
                 except HeadLost as error:
                     lease.end("lost", str(error))
                     raise

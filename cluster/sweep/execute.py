@@ -7,6 +7,8 @@
 - A store does not answer: the pack waits and is tried again; the sweep ends when nothing moves for OUTAGE_S.
 - A node lacks the run or the store: it gets no more packs; the sweep ends when no other one is left.
 - A store of several is gone or damaged: its packs are set aside, and end the sweep when those of the others are done.
+- A cell is shared by several workers: they are handed it together, as soon as so many are free. Whichever is lost, or
+  hangs, the others break off, and the pack goes on from its checkpoint as soon as there are so many again.
 - A worker has nothing to do: the pack that has most to do is split, as when nodes have joined; where that is not worth
   it, and the number of workers was left open, the worker is ended.
 """
@@ -14,15 +16,15 @@
 import time
 from collections.abc import Collection, Mapping, Sequence
 from contextlib import suppress
-from typing import Any
+from typing import Any, NamedTuple
 
 import ray
 
-from saescale.cluster.crew.claims import Needs
+from saescale.cluster.crew.claims import Needs, NeedsOnMesh
 from saescale.cluster.crew.crew import back_off
 from saescale.cluster.crew.head import node_ids
 from saescale.cluster.crew.train_crew import BACKOFF_S, TrainCrew
-from saescale.cluster.crew.train_worker import Trained, Unfit
+from saescale.cluster.crew.train_worker import Place, Trained, Unfit
 from saescale.cluster.sweep.cautions import diverged, missed
 from saescale.cluster.sweep.ledger import Ledger
 from saescale.cluster.sweep.packing import cost, split
@@ -38,6 +40,7 @@ from saescale.storage.store import ActivationStore
 from saescale.storage.waiting import Wait, hear
 from saescale.trainers.cell import Cell, axes_of
 from saescale.trainers.device import OutOfMemory
+from saescale.trainers.mesh.layout import Layout, MeshBroken
 from saescale.trainers.training.train import PackJob
 
 MAX_ATTEMPTS = 4  # of a pack that dies again and again without reaching a further checkpoint
@@ -45,8 +48,23 @@ MAX_FRUITLESS = 3 * MAX_ATTEMPTS  # failures one after another, without one step
 OUTAGE_S = 900.0  # without one step of any pack, while stores do not answer
 DEAD_S = 60.0  # after it was killed, a worker that is not heard of is taken for dead
 BUSY_S = 2.5  # a turn of this process that took longer is not the workers' silence
+COMPANY_S = 20.0  # for the others of a mesh to break off by themselves, after one ended
 LOOK_S = 5.0  # between two looks for workers with nothing to do
 WORTH_S = 60.0  # a pack with less left to do is not split for them
+DEADLINE_S = 300.0  # that a worker of a mesh may keep the others waiting
+
+
+class Meshes(NamedTuple):
+    """Which cells several workers share, by their names, and what each of these needs."""
+
+    layouts: Mapping[str, Layout] = {}
+    needs: NeedsOnMesh = lambda cell, layout: 0.0
+
+    def of(self, cells: Sequence[Cell]) -> Layout:
+        return self.layouts.get(cells[0].cell_id, Layout()) if len(cells) == 1 else Layout()
+
+
+_NO_MESHES = Meshes()
 
 
 class Execution:
@@ -62,7 +80,9 @@ class Execution:
         steps: Mapping[str, Sequence[int]],  # ledger.checkpoint_steps()
         lease: Lease,
         display: SweepDisplay,
+        meshes: Meshes = _NO_MESHES,
     ) -> None:
+        self.meshes = meshes
         self.spec, self.ledger, self.crew, self.needs = spec, ledger, crew, needs
         self.lease, self.display = lease, display
         self.axes = (*_differ(ledger.stores.values()), *axes_of(ledger.cells))
@@ -89,8 +109,8 @@ class Execution:
             while self.waiting or self.running:
                 turn = time.monotonic()
                 self._hand_out()
-                for reference in self.crew.watch(self.running):
-                    self._finish(reference)
+                for reference in self.crew.watch([*self.running, *self._company()]):
+                    self._ended(reference)
                 self._share_out()
                 self._show()
                 self.lease.require()
@@ -117,7 +137,9 @@ class Execution:
     def _queue(self, cells: list[Cell], reached: int, attempt: int = 1, why: str = "") -> None:
         pause = _pause(attempt)
         total = sum(cost(cell) for cell in cells)
-        pack = Pack(cells, self.needs(cells), total, reached, attempt, time.monotonic() + pause, why)
+        layout = self.meshes.of(cells)
+        size = self.needs(cells) if layout.ranks == 1 else self.meshes.needs(cells[0], layout)
+        pack = Pack(cells, size, total, reached, attempt, time.monotonic() + pause, why, layout)
         if pack.store not in self.unusable:
             self.waiting.append(pack)
             self.waiting.sort(key=lambda pack: -pack.cost)  # longest first
@@ -125,16 +147,37 @@ class Execution:
     def _hand_out(self) -> None:
         now = time.monotonic()
         due = [pack for pack in self.waiting if pack.due <= now]
+        for pack in [pack for pack in due if pack.layout.ranks > 1]:
+            due.remove(pack)
+            free = [worker for worker in self.crew.idle if pack.bytes <= self.crew.ready[worker].memory]
+            if len(free) < pack.layout.ranks:
+                self._require_company(pack)
+                return  # whoever is free is kept for it, or it would wait for ever beside small packs
+            self._take(pack, free[: pack.layout.ranks])
         for worker in list(self.crew.idle):
             memory = self.crew.ready[worker].memory
             pack = next((pack for pack in due if pack.bytes <= memory), None)
             if pack is not None:
                 due.remove(pack)
-                self.waiting.remove(pack)
-                self.crew.idle.remove(worker)
-                self._start(worker, pack)
+                self._take(pack, [worker])
         if due and self.crew.idle and not self.running:
             self._fit(due[0])
+
+    def _take(self, pack: Pack, workers: Sequence[Any]) -> None:
+        self.waiting.remove(pack)
+        for worker in workers:
+            self.crew.idle.remove(worker)
+        self._start(workers, pack)
+
+    def _require_company(self, pack: Pack) -> None:
+        """Raises SaescaleError where a shared pack waits for more workers than will ever be there."""
+        fit = [worker for worker, info in self.crew.ready.items() if pack.bytes <= info.memory]
+        if len(fit) < pack.layout.ranks and not self.crew.is_starting and not self.running:
+            raise SaescaleError(
+                f"cell {pack.cells[0].cell_id} is to be shared by {pack.layout.ranks} workers ({pack.layout}) with "
+                f"{pack.bytes / 2**30:.1f} GiB each, and of {len(self.crew.ready)} that came up {len(fit)} have so "
+                "much; look at the cluster (`ray status`), or ask for a smaller mesh (resources.mesh)"
+            )
 
     def _fit(self, pack: Pack) -> None:
         """Splits a pack that fits none of the workers that are left: the one that it was planned for is gone."""
@@ -149,7 +192,7 @@ class Execution:
         for cells in parts:
             self._queue(cells, self._reached(cells))
 
-    def _start(self, worker: Any, pack: Pack) -> None:
+    def _start(self, workers: Sequence[Any], pack: Pack) -> None:
         store = self.ledger.stores[pack.store].url
         job = PackJob(
             cells=pack.cells,
@@ -166,8 +209,19 @@ class Execution:
             driver=self.lease.driver,
         )
         self.begun += 1
-        reference = worker.train.remote(job, self.begun)
-        self.running[reference] = Attempt(worker, pack, self.begun, time.monotonic())
+        worker, *others = workers
+        if not others:
+            reference, company = worker.train.remote(job, self.begun), {}
+        else:
+            # Where they meet is the first one's to say; it goes from worker to worker, and nobody waits for it here.
+            meeting, deadline_s = worker.meeting.remote(), min(DEADLINE_S, self.spec.resources.stalled_after_s / 2)
+            places = [Place(pack.layout, rank, deadline_s) for rank in range(len(workers))]
+            reference = worker.train.remote(job, self.begun, places[0], meeting)
+            company = {
+                other.train.remote(job, self.begun, place, meeting): other
+                for other, place in zip(others, places[1:], strict=True)
+            }
+        self.running[reference] = Attempt(worker, pack, self.begun, time.monotonic(), company=company)
 
     def _replace(self, worker: Any) -> None:
         self.crew.lost(worker)
@@ -184,7 +238,7 @@ class Execution:
         longest = max(running, key=_seconds_left, default=None)
         worth = longest is not None and _seconds_left(longest) > WORTH_S
         if self.waiting or (longest is not None and worth):
-            self.crew.grow(len(self.waiting) or 1)
+            self.crew.grow(sum(pack.layout.ranks for pack in self.waiting) or 1)
         elif self.running and all(running.progress is not None for running in self.running.values()):
             self.crew.spare()
         parting = any(running.parting for running in self.running.values())
@@ -194,9 +248,25 @@ class Execution:
 
     # --- what becomes of a pack
 
+    def _company(self) -> list[Any]:
+        """The references of those that share a pack with the first of its workers, and have not ended."""
+        return [
+            reference for running in self.running.values() if running.broken is None for reference in running.company
+        ]
+
+    def _ended(self, reference: Any) -> None:
+        if reference in self.running:
+            self._finish(reference)
+            return
+        for running in self.running.values():
+            if reference in running.company:
+                running.broken = time.monotonic()
+
     def _finish(self, reference: Any) -> None:
         running = self.running.pop(reference)
         worker, pack = running.worker, running.pack
+        if running.company:
+            reference = self._part_company(running, reference)
         try:
             trained: Trained = ray.get(reference)
         except ray.exceptions.RayTaskError as error:
@@ -213,9 +283,38 @@ class Execution:
             if left:
                 self._queue_parts(left, min(len(self.crew.idle), len(left)))
 
+    def _part_company(self, running: Attempt, first: Any) -> Any:
+        """Takes the other workers of a mesh back when the first one has ended, or others in the place of those that are
+        gone or hang. The reference that tells what became of the pack: the first one's, or where that only knows that
+        the mesh broke, that of the one which failed for a reason of its own."""
+        ended, late = ray.wait(list(running.company), num_returns=len(running.company), timeout=COMPANY_S)
+        telling = first
+        for reference in ended:
+            worker = running.company[reference]
+            try:
+                ray.get(reference)
+                self.crew.idle.append(worker)
+            except ray.exceptions.RayTaskError as error:
+                if isinstance(error.cause, MeshBroken):
+                    self.crew.idle.append(worker)
+                    continue
+                self._replace(worker)
+                telling = reference if _broke(first) else telling
+            except ray.exceptions.RayError as error:
+                info = self.crew.lost(worker, error)
+                self.crew.start()
+                self.interrupted += 1
+                self.crew.warn(f"a worker of a mesh died ({info.name})")
+        for reference in late:
+            worker = running.company[reference]
+            self.crew.warn(f"worker {self.crew.ready[worker].name} does not leave its mesh and is ended")
+            self.crew.kill(worker)
+            self._replace(worker)
+        return telling
+
     def _failed(self, worker: Any, pack: Pack, cause: Exception) -> None:
         """The pack raised `cause` in a worker that lives."""
-        if isinstance(cause, Unavailable):
+        if isinstance(cause, Unavailable | MeshBroken):
             self.crew.idle.append(worker)
             self._again(pack, cause, one_line(cause))
         elif isinstance(cause, OutOfMemory):
@@ -376,6 +475,10 @@ class Execution:
                 self.crew.warn(f"worker {name} got nothing done for {quiet:.0f} s and is ended")
                 running.killed = now
                 self.crew.kill(running.worker)
+            elif running.killed is None and running.broken is not None and now - running.broken > COMPANY_S:
+                self.crew.warn(f"worker {name} does not leave its broken mesh and is ended")
+                running.killed = now
+                self.crew.kill(running.worker)
             elif running.killed is not None and now - running.killed > DEAD_S:
                 # Not even its node answers.
                 del self.running[reference]
@@ -384,6 +487,17 @@ class Execution:
     def _moves(self) -> None:
         """Something was trained: whatever fails now and then, it is not everything."""
         self.fruitless, self.moved = 0, time.monotonic()
+
+
+def _broke(reference: Any) -> bool:
+    """Whether a worker ended because others of its mesh did."""
+    try:
+        ray.get(reference)
+    except ray.exceptions.RayTaskError as error:
+        return isinstance(error.cause, MeshBroken)
+    except ray.exceptions.RayError:
+        return False
+    return False
 
 
 def _differ(stores: Collection[ActivationStore]) -> list[str]:

@@ -3,7 +3,7 @@
 import time
 from collections import defaultdict
 from collections.abc import Collection, Container, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import ray
@@ -14,6 +14,7 @@ from saescale.cluster.sweep.packing import cost
 from saescale.storage.lease import RunningCell, RunningWorker, Standing
 from saescale.storage.waiting import SAY_AFTER_S, Wait
 from saescale.trainers.cell import Cell
+from saescale.trainers.mesh.layout import Layout
 from saescale.trainers.training.report import Progress
 
 ANSWER_S = 0.2  # that workers get to say where they stand
@@ -29,6 +30,7 @@ class Pack(NamedTuple):
     attempt: int = 1  # since the pack last got further
     due: float = 0.0  # not to be begun before, in time.monotonic()
     why: str = ""  # what kept it from going on at once
+    layout: Layout = Layout()  # of the workers that it takes
 
     @property
     def store(self) -> str:
@@ -38,7 +40,7 @@ class Pack(NamedTuple):
 
 @dataclass
 class Attempt:
-    """A pack that a worker trains."""
+    """A pack that a worker trains, or the first of those that share it."""
 
     worker: Any  # Ray's handle of a train_worker.Worker
     pack: Pack
@@ -50,6 +52,8 @@ class Attempt:
     waits: tuple[Wait, ...] = ()  # what it said that it waits for
     question: Any = None  # the reference of `state`, until it is answered
     killed: float | None = None  # when
+    company: dict[Any, Any] = field(default_factory=dict)  # the others of a mesh, by the references of their `train`
+    broken: float | None = None  # since when one of them has ended
 
 
 class Work:

@@ -118,6 +118,7 @@ class Parameter(NamedTuple):
     unit_rows: bool = False  # of a matrix: the gradient is projected off its rows, and they are brought to norm 1 again
     betas: tuple[float, float] = (0.9, 0.999)
     gate: bool = False  # it says whether a latent is active, and has a rate of its own (Settings.gate_rate)
+    common: bool = False  # every process of a mesh has all of it; else the rows of its latents
     trained: bool = True  # False: it stays as it is, unless `Losses.measured` gives it another value; no average
 
 
@@ -289,6 +290,10 @@ class Architecture(Protocol):
     def parameters(self, shape: Shape, settings: Any, centre: Centre, seed: int) -> dict[str, Parameter]:
         """Where training starts, on the CPU, by name (no dots); `centre` is measured on the data, and the caller's."""
 
+    def share(self, shape: Shape, settings: Any, centre: Centre, seed: int, mesh: Mesh) -> dict[str, Parameter]:
+        """May be left out, and says that several processes can share a cell: of `parameters` the rows of the latents
+        that this process of the mesh holds, without all of them in memory. `step` then asks the mesh for the rest."""
+
     def forward(self, params: Params, x: Tensor, settings: Any) -> Forward:
         """Of preprocessed x [batch, d_model], in any float dtype. Of a row it gives the same whatever else is in x."""
 
@@ -322,6 +327,17 @@ def find_architecture(name: str) -> Architecture:
     if (problem := _lacks(module)) is not None:
         raise SaescaleError(f"{module.__file__} (architecture) {problem}; README.md of trainers/architectures has one")
     return cast(Architecture, module)
+
+
+def require_shareable(name: str) -> None:
+    """Raises SaescaleError where several processes cannot share a cell of that architecture."""
+    if hasattr(find_architecture(name), "share"):
+        return
+    can = [other for other in ARCHITECTURES.names() if hasattr(find_architecture(other), "share")]
+    raise SaescaleError(
+        f"{name} trains in one process alone; of the architectures, {', '.join(can)} can be shared by a mesh: leave "
+        "resources.mesh out for this one, or take one of those"
+    )
 
 
 @lru_cache(maxsize=1024)

@@ -23,7 +23,7 @@ class HierarchicalTopKStep(TopKStep):
         return Chosen(active, by_rank(active, settings.levels()), settings.weights())
 
     def decode(
-        self, chosen: Chosen, target: Tensor, offset: Tensor, W_dec: Tensor, scale: float, errors: Tensor
+        self, chosen: Chosen, target: Tensor, offset: Tensor, W_dec: Tensor, scale: float, errors: Tensor, mesh: Mesh
     ) -> Reconstructed:
         return decode_nested(chosen, target, offset, W_dec, scale, errors)
 

@@ -31,7 +31,7 @@ class MatryoshkaStep(BatchTopKStep):
         return Chosen(active, by_index(active, ends), [1 / len(ends)] * len(ends))
 
     def decode(
-        self, chosen: Chosen, target: Tensor, offset: Tensor, W_dec: Tensor, scale: float, errors: Tensor
+        self, chosen: Chosen, target: Tensor, offset: Tensor, W_dec: Tensor, scale: float, errors: Tensor, mesh: Mesh
     ) -> Reconstructed:
         return decode_nested(chosen, target, offset, W_dec, scale, errors)
 

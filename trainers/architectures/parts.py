@@ -16,7 +16,11 @@ from saescale.trainers.architectures.architecture import (
     Worked,
     unit_rows,
 )
+from saescale.trainers.kernels.interface import Selected
+from saescale.trainers.mesh.mesh import Mesh
 from saescale.trainers.preprocess import Centre
+
+_DRAWN = 2**12  # rows that are drawn at a time; a multiple of 16
 
 
 def tied_parameters(
@@ -38,6 +42,45 @@ def tied_parameters(
         "W_dec": Parameter(W, unit_rows=True),
         "b_pre": Parameter(centre.b_pre),
     }
+
+
+def tied_share(shape: Shape, centre: Centre, seed: int, k: int, mesh: Mesh) -> dict[str, Parameter]:
+    """Of `tied_parameters` of a TopK by k latents the rows of this shard, without those of the others in memory.
+
+    All are drawn, a few at a time, since a seed means the same rows whatever the mesh; the encoder's scale is summed
+    over the shards, so it may be off in its last bits.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    W = _drawn(shape, generator, mesh)
+    probes = unit_rows(256, shape.d_model, generator)
+    pre = probes @ W.T
+    best = pre.relu().topk(min(k, len(W)), dim=1)
+    local = Selected(torch.where(best.values > 0, best.indices, -1).int(), best.values)
+    chosen = mesh.select(local, k)
+    latents = torch.zeros(256, len(W) + 1).scatter_(1, chosen.indices.long() % (len(W) + 1), chosen.z)
+    norms = mesh.sum_shards(latents[:, :-1] @ W).norm(dim=1)
+    return {
+        "W_enc": Parameter(W / norms.mean()),
+        "b_enc": Parameter(torch.zeros(len(W))),
+        "W_dec": Parameter(W, unit_rows=True),
+        "b_pre": Parameter(centre.b_pre, common=True),
+    }
+
+
+def _drawn(shape: Shape, generator: torch.Generator, mesh: Mesh) -> Tensor:
+    """This shard's rows of unit_rows(*shape, generator), bit for bit: torch draws normal numbers 16 at a time."""
+    size, d_model = mesh.here(shape.n_latents), shape.d_model
+    last, own = mesh.first + size, torch.empty(size, d_model)
+    for start in range(0, shape.n_latents, _DRAWN):
+        # What is left at the end would be drawn otherwise if it were few, so it goes with the rows before it.
+        stop = start + _DRAWN if shape.n_latents - start >= 2 * _DRAWN else shape.n_latents
+        rows = torch.randn(stop - start, d_model, generator=generator)
+        low, high = max(start, mesh.first), min(stop, last)
+        if low < high:
+            own[low - mesh.first : high - mesh.first] = rows[low - start : high - start]
+        if stop == shape.n_latents:
+            break
+    return own.div_(own.norm(dim=1, keepdim=True))
 
 
 def encode(params: Params, x: Tensor) -> Tensor:

@@ -25,6 +25,7 @@ from saescale.trainers.architectures.architecture import (
     Worked,
 )
 from saescale.trainers.architectures.topk_sparse import TopKStep
+from saescale.trainers.mesh.mesh import Mesh
 from saescale.trainers.preprocess import Centre
 
 MULTI_TOPK_FACTOR = 4
@@ -56,6 +57,10 @@ class Settings(AuxKSettings):
 
 def parameters(shape: Shape, settings: AuxKSettings, centre: Centre, seed: int) -> dict[str, Parameter]:
     return parts.tied_parameters(shape, centre, seed, lambda pre: parts.top_k(pre, settings.k).relu())
+
+
+def share(shape: Shape, settings: AuxKSettings, centre: Centre, seed: int, mesh: Mesh) -> dict[str, Parameter]:
+    return parts.tied_share(shape, centre, seed, settings.k, mesh)
 
 
 def forward(params: Params, x: Tensor, settings: AuxKSettings) -> Forward:

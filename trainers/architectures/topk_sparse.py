@@ -116,24 +116,24 @@ class TopKStep:
         kept: Kept | None,
     ) -> Chosen:
         """`offset` is b_pre - origin; kept.pre is to be written."""
-        ks, weights = zip(*settings.reconstructions(len(params["W_dec"])), strict=True)
+        ks, weights = zip(*settings.reconstructions(mesh.whole(len(params["W_dec"]))), strict=True)
         selections = select(params, operands, batch, offset, ks, mesh, kept)
         return Chosen(selections[0], selections, weights)
 
     def decode(
-        self, chosen: Chosen, target: Tensor, offset: Tensor, W_dec: Tensor, scale: float, errors: Tensor
+        self, chosen: Chosen, target: Tensor, offset: Tensor, W_dec: Tensor, scale: float, errors: Tensor, mesh: Mesh
     ) -> Reconstructed:
         """Each reconstruction by itself, the SAE's own first.
 
         `scale` times x - x_hat is the gradient by x_hat of a reconstruction of weight 1; `errors` [terms, batch,
-        d_model] is written.
+        d_model] is written, and batch is the whole one of all replicas.
         """
-        sparse, b_pre = kernels(target.device), torch.zeros_like(offset)
+        b_pre = torch.zeros_like(offset)
         terms, squared = [], []
         for selected, weight, error in zip(chosen.terms, chosen.weights, errors, strict=True):
-            decoded = sparse.decode(target, offset, selected, W_dec, scale * weight, error)
-            terms.append(Term(selected, decoded.dz, scale * weight))
-            squared.append(decoded.squared)
+            term, square = decode_term(target, offset, selected, W_dec, scale * weight, error, mesh)
+            terms.append(term)
+            squared.append(square)
             b_pre.add_(error.sum(dim=0), alpha=scale * weight)
         return Reconstructed(terms, squared, 0, b_pre)
 
@@ -146,39 +146,49 @@ class TopKStep:
         self, params: Params, operands: Params, batch: Batch, settings: TopKSettings, conditions: Conditions,
         dead: Dead, mesh: Mesh,
     ) -> Step:  # fmt: skip
-        """Losses and gradient of a batch, which is counted in `dead`."""
+        """Losses and gradient of a batch, which is counted in `dead`.
+
+        Every replica is given the whole batch, works on its rows, and has the others' errors and pairs from them: so
+        each has all of the gradient, which is summed in the order of one process.
+        """
         sparse = kernels(batch.x.device)
         W_dec, offset = params["W_dec"], params["b_pre"] - batch.origin
         n_latents, d_model = W_dec.shape
         elements = batch.x.numel()
-        target = target_of(batch)
-        kept = _to_keep(sparse, operands, batch, dead, conditions) if settings.k_aux else None
-        chosen = self.choose(params, operands, batch, offset, settings, mesh, kept)
+        mine = rows_of(batch, mesh)
+        kept = _to_keep(sparse, operands, mine, dead, conditions, len(batch.x)) if settings.k_aux else None
+        chosen = self.choose(params, operands, mine, offset, settings, mesh, kept)
         # One more for AuxK, where it may need one.
         errors = batch.x.new_empty(len(chosen.terms) + bool(settings.k_aux), len(batch.x), d_model)
         # The gradient by x_hat of the mean over batch and d_model of the squared error over c.
         scale = -2.0 / (elements * conditions.variance)
-        made = self.decode(chosen, target, offset, W_dec, scale, errors[: len(chosen.terms)])
+        made = self.decode(chosen, target_of(mine), offset, W_dec, scale, errors[: len(chosen.terms)], mesh)
         terms, error = made.terms, errors[made.own]
-        active = torch.stack([active_pairs(selected) for selected in chosen.terms]).sum()
+        active = torch.stack([active_pairs(term.selected) for term in terms]).sum()
 
         # Has to go before AuxK: a latent that came back to life in this batch is no longer dead.
-        dead.update(chosen.active)
+        dead.update(chosen.active if mesh.alone else terms[made.own].selected)
         idle = dead.after(conditions.dead_after_tokens)
         count, scatter = active.new_zeros(()), offset.new_zeros(())
         if settings.k_aux:
             count, scatter = idle.sum(), (error.sum(dim=0) / len(batch.x) - error).square_().mean()
         # All that the host has to know of a step, in one piece: it waits for the device here and nowhere else.
-        told = torch.stack([active.double(), count.double(), scatter.double()])
-        *squares, pairs, n_dead, scatter_of_error = torch.cat(
-            [mesh.mean_replicas(torch.stack(made.squared)), told]
-        ).tolist()
+        mine_dead = count
+        counts = mesh.sum_shards(torch.stack([active.double(), count.double()]))
+        told = torch.cat([torch.stack(made.squared), counts, torch.stack([scatter.double(), mine_dead.double()])])
+        *squares, pairs, n_dead, scatter_of_error, n_mine = told.tolist()
 
         losses = [square / elements / conditions.variance for square in squares]
         auxk = _AuxK(0.0, _no_rows(error), None)
         if settings.k_aux and n_dead and scatter_of_error > 0:
-            latents = _named(idle, int(n_dead))
-            if dead_kernels(sparse, error.device) is None:
+            latents = _named(idle, int(n_mine))
+            if not mesh.alone:
+                auxk = _auxk_of_mesh(
+                    params, operands, batch, offset, error, latents, scatter_of_error, settings, errors[-1], mesh,
+                    min(settings.k_aux, int(n_dead)), kept,
+                )  # fmt: skip
+                auxk = auxk._replace(dead=int(n_dead))
+            elif dead_kernels(sparse, error.device) is None:
                 auxk = _auxk(
                     params, operands, batch, offset, error, latents, scatter_of_error, settings, errors[-1]
                 )  # fmt: skip
@@ -241,10 +251,14 @@ class TopKStep:
         self, params: Params, operands: Params, batch: Batch, settings: TopKSettings, mesh: Mesh
     ) -> Reconstruction:
         offset = params["b_pre"] - batch.origin
-        selected = select(params, operands, batch, offset, [settings.k], mesh)[0]
-        error = torch.empty_like(batch.x)
-        decoded = kernels(batch.x.device).decode(target_of(batch), offset, selected, params["W_dec"], None, error)
-        return Reconstruction(error, decoded.squared, active_pairs(selected))
+        mine = rows_of(batch, mesh)
+        if not len(mine.x):  # the rest of a set of rows may have fewer than there are replicas
+            nothing = batch.x.new_zeros((), dtype=torch.float64)
+            return Reconstruction(mine.x, *_of_replicas(nothing, nothing.long(), mesh))
+        selected = select(params, operands, mine, offset, [settings.k], mesh)[0]
+        error = torch.empty_like(mine.x)
+        squared = _error_of(target_of(mine), offset, selected, params["W_dec"], error, mesh)
+        return Reconstruction(error, *_of_replicas(squared, mesh.sum_shards(active_pairs(selected)), mesh))
 
     def training_bytes(
         self, shape: Shape, settings: TopKSettings, batch: int, precision: Precision, kernels: KernelKind
@@ -296,6 +310,58 @@ def _auxk_bytes(shape: Shape, k_aux: int, batch: int, precision: Precision, kern
     return max(dense, matrix * width / _FLOAT)
 
 
+def rows_of(batch: Batch, mesh: Mesh) -> Batch:
+    """The rows of a batch that this replica works on."""
+    if mesh.replicas == 1:
+        return batch
+    mine = mesh.rows(len(batch.x))
+    target = None if batch.target is None else batch.target[mine]
+    return Batch(batch.x[mine], batch.origin, batch.rounded[mine], target)
+
+
+def decode_term(
+    target: Tensor, offset: Tensor, selected: Selected, W_dec: Tensor, scale: float, error: Tensor, mesh: Mesh
+) -> tuple[Term, Tensor]:
+    """One reconstruction of this replica's rows, of which all shards have a part; Kernels.decode says the rest.
+
+    `error` [batch, d_model] and the term are of the rows of all replicas, and so is the float64 scalar, ||error||^2.
+    """
+    sparse = kernels(target.device)
+    if mesh.shards == 1:
+        mine = error if mesh.replicas == 1 else torch.empty_like(target)
+        squared, dz = sparse.decode(target, offset, selected, W_dec, scale, mine)
+    else:
+        mine = torch.empty_like(target)
+        squared = _error_of(target, offset, selected, W_dec, mine, mesh)
+        dz = sparse.gradient_by_z(mine, selected.indices, W_dec, scale).masked_fill_(~(selected.z > 0), 0)
+    if mine is not error:
+        error.copy_(mesh.gather_replicas(mine))
+    selected = Selected(mesh.gather_replicas(selected.indices), mesh.gather_replicas(selected.z))
+    return Term(selected, mesh.gather_replicas(dz), scale), mesh.mean_replicas(squared) * mesh.replicas
+
+
+def _error_of(
+    target: Tensor, offset: Tensor, selected: Selected, W_dec: Tensor, error: Tensor, mesh: Mesh
+) -> Tensor:  # fmt: skip
+    """||target - offset - x_hat||^2, a float64 scalar; the difference, by all shards' latents, goes to `error`."""
+    sparse = kernels(target.device)
+    if mesh.shards == 1:
+        return sparse.decode(target, offset, selected, W_dec, None, error).squared
+    first = mesh.shard == 0  # what is not a sum over latents is its part
+    given, shift = (target, offset) if first else (torch.zeros_like(target), torch.zeros_like(offset))
+    sparse.decode(given, shift, selected, W_dec, None, error)
+    error.copy_(mesh.sum_shards(error))
+    return error.double().square_().sum()
+
+
+def _of_replicas(squared: Tensor, active: Tensor, mesh: Mesh) -> tuple[Tensor, Tensor]:
+    """Sums over the rows of all replicas."""
+    if mesh.replicas == 1:
+        return squared, active
+    both = mesh.mean_replicas(torch.stack([squared, active.double()])) * mesh.replicas
+    return both[0], both[1].round().long()
+
+
 def target_of(batch: Batch) -> Tensor:
     """What x_hat is compared with, minus origin."""
     return batch.x if batch.target is None else batch.target - batch.origin
@@ -315,7 +381,8 @@ def select(
     kept: Kept | None = None,
 ) -> list[Selected]:  # fmt: skip
     x, W_enc, bias = encoder_operands(params, operands, batch, offset)
-    selections = encode_select(kernels(x.device), x, W_enc, bias, ks, kept)
+    # No more than this shard has.
+    selections = encode_select(kernels(x.device), x, W_enc, bias, [min(k, len(bias)) for k in ks], kept)
     return [mesh.select(or_nan(selected, bias), k) for selected, k in zip(selections, ks, strict=True)]
 
 
@@ -363,14 +430,17 @@ def _no_rows(error: Tensor) -> DeadRows:
     return DeadRows(error.new_empty(0, dtype=torch.int64), error[:0], error.new_empty(0), error[:0])
 
 
-def _to_keep(sparse: Kernels, operands: Params, batch: Batch, dead: Dead, conditions: Conditions) -> Kept | None:
+def _to_keep(
+    sparse: Kernels, operands: Params, batch: Batch, dead: Dead, conditions: Conditions, tokens: int
+) -> Kept | None:
     """What AuxK may need of the main losses' product: columns of latents that are dead unless this batch revives them.
 
-    None where there are none or too many, or on other devices, where their names would have to be waited for.
+    `tokens`: those of all replicas' batches. None where there are none or too many, or on other devices, where their
+    names would have to be waited for.
     """
     if dead_kernels(sparse, batch.x.device) is None:
         return None
-    latents = dead.after(conditions.dead_after_tokens - len(batch.x)).nonzero().flatten()
+    latents = dead.after(conditions.dead_after_tokens - tokens).nonzero().flatten()
     x, _ = encoder_input(operands, batch)
     few = 0 < len(latents) <= KEPT_ENTRIES // len(x)
     return Kept(latents, x.new_empty(len(x), len(latents))) if few else None
@@ -429,13 +499,50 @@ def _auxk(
 
     sparse, W_enc = kernels(error.device), operands["W_enc"]
     x = batch.rounded if W_enc.dtype == torch.bfloat16 else batch.x
-    among = sparse.encode_select(x, W_enc[latents], bias, [k_aux])[0]
-    names = latents.int()[among.indices.clamp_min(0).long()].masked_fill_(among.indices < 0, -1)
-    selected = Selected(names, among.z)
+    selected = _renamed(sparse.encode_select(x, W_enc[latents], bias, [k_aux])[0], latents)
     # No b_pre here: the error has it taken off already.
     decoded = sparse.decode(error, torch.zeros_like(offset), selected, params["W_dec"], scale, miss)
     loss = decoded.squared / error.numel() / scatter
     return _AuxK(loss, _no_rows(error), Term(selected, decoded.dz, scale), active_pairs(selected), len(latents))
+
+
+def _auxk_of_mesh(
+    params: Params, operands: Params, batch: Batch, offset: Tensor, error: Tensor, latents: Tensor, scatter: float,
+    settings: TopKSettings, miss: Tensor, mesh: Mesh, k_aux: int, kept: Kept | None,
+) -> _AuxK:  # fmt: skip
+    """As `_auxk`, where `latents` are this shard's dead ones (maybe none) and `k_aux` is at most as many as all have.
+
+    It goes the way of the other losses: this replica's rows, of each the largest of all shards, one sum over them.
+    """
+    mine, sparse = rows_of(batch, mesh), kernels(error.device)
+    none = torch.full((len(mine.x), 0), -1, dtype=torch.int32, device=error.device)
+    selected = Selected(none, mine.x.new_empty(none.shape))
+    if len(latents) and dead_kernels(sparse, error.device) is not None:
+        among, found = _of_dead(params, operands, mine, offset, latents, k_aux, kept)
+        selected = _renamed(found, among)
+    elif len(latents):
+        x, W_enc = encoder_input(operands, mine)
+        bias = params["b_enc"][latents] - params["W_enc"][latents] @ offset
+        k = min(k_aux, len(latents))
+        selected = _renamed(sparse.encode_select(x, W_enc[latents], bias, [k])[0], latents)
+    selected = mesh.select(selected, k_aux)
+    if not selected.z.shape[1]:  # kernels want a pair to work on
+        pad = torch.nn.functional.pad
+        selected = Selected(pad(selected.indices, (0, 1), value=-1), pad(selected.z, (0, 1)))
+    scale = -2 * settings.auxk_coefficient / (error.numel() * scatter)
+    own = mesh.rows(len(batch.x))
+    # No b_pre here: the error has it taken off already.
+    term, squared = decode_term(
+        error[own], torch.zeros_like(offset), selected, params["W_dec"], scale, miss, mesh
+    )  # fmt: skip
+    pairs = mesh.sum_shards(active_pairs(term.selected))
+    return _AuxK(squared / error.numel() / scatter, _no_rows(error), term, pairs)
+
+
+def _renamed(among: Selected, latents: Tensor) -> Selected:
+    """What was selected among `latents`, by the names of all."""
+    names = latents.int()[among.indices.clamp_min(0).long()].masked_fill_(among.indices < 0, -1)
+    return Selected(names, among.z)
 
 
 def _dead_rows(

@@ -37,9 +37,13 @@ def write(trained: Trained, url: str) -> list[str]:
     """
     where = _file(url)
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in trained.sae.params.items()}
-    metadata = {"cell": trained.cell.model_dump_json(), "preprocessing": "unit-norm"}
-    files.write_atomic(where, save(tensors, metadata=metadata))
+    files.write_atomic(where, save(tensors, metadata=metadata(trained.cell)))
     return [where]
+
+
+def metadata(cell: Cell) -> dict[str, str]:
+    """What the header says of the cell."""
+    return {"cell": cell.model_dump_json(), "preprocessing": "unit-norm"}
 
 
 def read(url: str) -> Trained:

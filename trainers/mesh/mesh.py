@@ -1,10 +1,11 @@
 """The door of meshes: the processes that share one cell, latent shards x replicas; one process alone by default.
 
-Whatever needs another process of the cell asks its mesh: an architecture's sparse step for the selection and for sums
-over shards, the optimiser for means over replicas.
+Whatever needs another process of the cell asks its mesh: an architecture's sparse step for the selection, for sums over
+shards and for the rows of other replicas; the training of a cell for what is told of the whole.
 """
 
-from typing import Protocol
+from collections.abc import Sequence
+from typing import Any, Protocol
 
 from torch import Tensor
 
@@ -12,12 +13,29 @@ from saescale.trainers.kernels.interface import Selected
 
 
 class Mesh(Protocol):
-    """`shard` of `shards` holds its share of the latents, `replica` of `replicas` sees its share of each batch."""
+    """`shard` of `shards` holds its share of the latents, `replica` of `replicas` works on its rows of each batch."""
 
     shard: int
     shards: int
     replica: int
     replicas: int
+
+    @property
+    def alone(self) -> bool:
+        """Whether it is one process, which has nobody to ask."""
+
+    @property
+    def first(self) -> int:
+        """Of this shard's latents the first one's index in the whole cell."""
+
+    def whole(self, latents: int) -> int:
+        """How many latents the cell has of which this shard has so many."""
+
+    def here(self, latents: int) -> int:
+        """How many this shard has of a cell of so many."""
+
+    def rows(self, rows: int) -> slice:
+        """Which of a batch's rows this replica works on."""
 
     def select(self, local: Selected, k: int) -> Selected:
         """Of all shards' candidates for each token (`local`, indices of this shard) those that are among the k largest
@@ -29,11 +47,25 @@ class Mesh(Protocol):
     def mean_replicas(self, t: Tensor) -> Tensor:
         """The mean over the replicas of a shard, the same on each, in the order of the replicas."""
 
+    def gather_replicas(self, t: Tensor) -> Tensor:
+        """The rows of all replicas of a shard, one after another in their order: all of a batch where `t` is those of
+        `rows`."""
+
 
 class Alone:
-    """One process: it has all latents and sees the whole batch."""
+    """One process: it has all latents and works on the whole batch."""
 
     shard, shards, replica, replicas = 0, 1, 0, 1
+    alone, first = True, 0
+
+    def whole(self, latents: int) -> int:
+        return latents
+
+    def here(self, latents: int) -> int:
+        return latents
+
+    def rows(self, rows: int) -> slice:
+        return slice(0, rows)
 
     def select(self, local: Selected, k: int) -> Selected:
         return local
@@ -44,5 +76,47 @@ class Alone:
     def mean_replicas(self, t: Tensor) -> Tensor:
         return t
 
+    def gather_replicas(self, t: Tensor) -> Tensor:
+        return t
+
 
 ALONE = Alone()
+
+
+class Group(Protocol):
+    """The processes of a mesh, whatever cell they share: what training asks of it beside what a cell's step does."""
+
+    rank: int
+
+    def mesh(self, n_latents: int) -> Mesh:
+        """That of one cell."""
+
+    def tell(self, said: Any) -> list[Any]:
+        """What every process says, in the order of the ranks; small things, as Python has them."""
+
+    def tell_first(self, said: Any) -> Any:
+        """What rank 0 says."""
+
+    def agree(self, flags: Sequence[bool]) -> list[bool]:
+        """As `tell_first`, of what is asked at every step."""
+
+
+class One:
+    """The group of one process."""
+
+    rank = 0
+
+    def mesh(self, n_latents: int) -> Mesh:
+        return ALONE
+
+    def tell(self, said: Any) -> list[Any]:
+        return [said]
+
+    def tell_first(self, said: Any) -> Any:
+        return said
+
+    def agree(self, flags: Sequence[bool]) -> list[bool]:
+        return list(flags)
+
+
+ONE = One()

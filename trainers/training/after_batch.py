@@ -5,6 +5,7 @@ from typing import Any
 
 import lightning.pytorch as L
 
+from saescale.trainers.mesh.mesh import ONE, Group
 from saescale.trainers.training.checkpoints import Checkpoints
 from saescale.trainers.training.evaluate import Evaluator
 from saescale.trainers.training.pack import Pack
@@ -22,9 +23,10 @@ class AfterBatch(L.Callback):
         reporter: Reporter,
         checkpoints: Checkpoints,
         should_stop: Callable[[], bool],
+        group: Group = ONE,
     ) -> None:
         self.evaluator, self.records, self.reporter, self.checkpoints = evaluator, records, reporter, checkpoints
-        self.should_stop = should_stop
+        self.should_stop, self.group = should_stop, group
 
     def on_train_start(self, trainer: L.Trainer, pack: L.LightningModule) -> None:
         assert isinstance(pack, Pack)
@@ -40,7 +42,10 @@ class AfterBatch(L.Callback):
         for cell in stepped:
             if not cell.running:
                 self.records.end(cell)
-        trainer.should_stop = self.should_stop() or not pack.running
+        # Clocks and signals are each process' own, so of a mesh the first one's count.
+        stop, due = self.group.agree([self.should_stop(), self.checkpoints.due()])
+        trainer.should_stop = stop or not pack.running
         self.reporter.tell(pack)
         # Cells that ended have their results and need no checkpoint.
-        self.checkpoints.save_if_due(pack, at_once=trainer.should_stop)
+        if due or trainer.should_stop:
+            self.checkpoints.save(pack)

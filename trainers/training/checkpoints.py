@@ -2,9 +2,10 @@
 
 import time
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 
 from saescale.storage import checkpoint
@@ -12,25 +13,27 @@ from saescale.storage.errors import SaescaleError, SaescaleWarning, one_line
 from saescale.storage.rundir import RunDirectory
 from saescale.storage.source import Batches
 from saescale.trainers.cell import Cell
+from saescale.trainers.mesh.mesh import ONE, Group, Mesh
 from saescale.trainers.preprocess import Centre
 from saescale.trainers.training.pack import Pack
+from saescale.trainers.training.training_cell import TrainingCell
 
 
 class Checkpoints:
     """Saves every running cell each `every_s` seconds; `start` is the step that the pack started from."""
 
-    def __init__(self, run: RunDirectory, every_s: float, stream: Batches, start: int) -> None:
-        self.run, self.every_s, self.stream = run, every_s, stream
+    def __init__(
+        self, run: RunDirectory, every_s: float, stream: Batches, start: int, group: Group = ONE
+    ) -> None:  # fmt: skip
+        self.run, self.every_s, self.stream, self.group = run, every_s, stream, group
         self._whole = start  # the last step that the whole pack has
         self._last = time.monotonic()
 
     def begin(self) -> None:
         self._last = time.monotonic()
 
-    def save_if_due(self, pack: Pack, at_once: bool) -> None:
-        if at_once or time.monotonic() - self._last >= self.every_s:
-            self.save(pack)
-            self._last = time.monotonic()
+    def due(self) -> bool:
+        return time.monotonic() - self._last >= self.every_s
 
     def save(self, pack: Pack) -> None:
         """All running cells at the same step; each keeps the one before that all of them have.
@@ -41,14 +44,26 @@ class Checkpoints:
         for cell in pack.running:
             # Not the stream's own index: Lightning has fetched a batch ahead of the step.
             position = self.stream.state() | {"batch": cell.step}
-            self.run.save_checkpoint(
-                cell.cell.cell_id,
-                cell.step,
-                cell.tensors() | {"pack.centre": pack.centre.b_pre.cpu().numpy()},
-                cell.state() | {"variance": pack.centre.variance, "stream": position},
-                keep=self._whole,
-            )
+            centre = {"pack.centre": pack.centre.b_pre.cpu().numpy()}
+            state = cell.state() | {"variance": pack.centre.variance, "stream": position}
+            if cell.sae.mesh.alone:
+                name = cell.cell.cell_id
+                self.run.save_checkpoint(name, cell.step, cell.tensors() | centre, state, keep=self._whole)
+            else:
+                self._save_parts(cell, centre if cell.sae.mesh.shard == 0 else {}, state)
         self._whole = max((cell.step for cell in pack.running), default=self._whole)
+        self._last = time.monotonic()
+
+    def _save_parts(self, cell: TrainingCell, more: Mapping[str, np.ndarray], state: dict[str, Any]) -> None:
+        """Each shard what it has; replicas have the same, so the first ones write. The first process says it counts."""
+        name, mesh = cell.cell.cell_id, cell.sae.mesh
+        part = None
+        if mesh.replica == 0:
+            tensors = cell.tensors() | more
+            part = self.run.write_checkpoint_part(name, cell.step, tensors, mesh.shard, mesh.shards)
+        parts = [part for part in self.group.tell(part) if part is not None]
+        if self.group.rank == 0:
+            self.run.commit_checkpoint(name, cell.step, parts, state, keep=self._whole)
 
 
 class Resumed(NamedTuple):
@@ -57,10 +72,11 @@ class Resumed(NamedTuple):
     position: dict[str, Any]  # of the stream
 
 
-def resume(run: RunDirectory, cells: Sequence[Cell], device: torch.device) -> Resumed | None:
+def resume(run: RunDirectory, cells: Sequence[Cell], device: torch.device, group: Group = ONE) -> Resumed | None:
     """The pack at the last step that all cells have a good checkpoint of; None where there is no such step.
 
-    Good means undamaged and, for all cells, from the same order of the stream.
+    Good means undamaged and, for all cells, from the same order of the stream. Processes that share the cells go back
+    to one step, whatever number of them saved it.
     """
     urls = [run.checkpoint_url(cell.cell_id) for cell in cells]
     steps = [set(checkpoint.steps(url)) for url in urls]
@@ -68,25 +84,31 @@ def resume(run: RunDirectory, cells: Sequence[Cell], device: torch.device) -> Re
     if not common and all(steps):
         text = f"the {len(cells)} cells of a pack have no checkpoint at a common step and start from the beginning"
         warnings.warn(text, SaescaleWarning, stacklevel=2)
-    for step in sorted(common, reverse=True):
+    for step in group.tell_first(sorted(common, reverse=True)):
+        resumed = fault = None
         try:
-            return _restore(urls, cells, step, device)
+            resumed = _restore(urls, cells, step, device, group)
         except SaescaleError as error:
-            text = f"checkpoint at step {step} cannot be used, going back to the one before or to the start: {error}"
-            warnings.warn(text, SaescaleWarning, stacklevel=2)
+            fault = str(error)
+        faults = [said for said in group.tell(fault) if said is not None]
+        if resumed is not None and not faults:
+            return resumed
+        text = f"checkpoint at step {step} cannot be used, going back to the one before or to the start: {faults[0]}"
+        warnings.warn(text, SaescaleWarning, stacklevel=2)
     return None
 
 
-def _restore(urls: Sequence[str], cells: Sequence[Cell], step: int, device: torch.device) -> Resumed:
+def _restore(urls: Sequence[str], cells: Sequence[Cell], step: int, device: torch.device, group: Group) -> Resumed:
     """Cell by cell, so that the states of two are never in memory beside the pack. Raises SaescaleError."""
-    tensors, state, _ = checkpoint.load(urls[0], step)
+    tensors, state, _ = checkpoint.load(urls[0], step, _own(group.mesh(cells[0].n_latents), cells[0]))
     position = state.get("stream", {})
     if not position or "variance" not in state:
         raise SaescaleError(f"{urls[0]} does not say the order of its data or the scale of its loss")
     # The centre too comes from the checkpoint, so that the pack goes on with the same bits.
-    pack = Pack(cells, Centre(torch.from_numpy(tensors["pack.centre"]), state["variance"]), device)
+    pack = Pack(cells, Centre(torch.from_numpy(tensors["pack.centre"]), state["variance"]), device, group)
     for training_cell, url in zip(pack.training_cells, urls, strict=True):
-        tensors, state, _ = checkpoint.load(url, step)
+        own = _own(training_cell.sae.mesh, training_cell.cell)
+        tensors, state, _ = checkpoint.load(url, step, own)
         if state.get("stream") != position:
             raise SaescaleError(f"{url} names another order of its data than the rest of the pack, or none")
         try:
@@ -94,3 +116,8 @@ def _restore(urls: Sequence[str], cells: Sequence[Cell], step: int, device: torc
         except (KeyError, TypeError, RuntimeError) as error:  # a part is missing, or has another shape
             raise SaescaleError(f"{url} holds no checkpoint of this cell ({one_line(error)})") from error
     return Resumed(pack, step, position)
+
+
+def _own(mesh: Mesh, cell: Cell) -> slice | None:
+    """The latents of the cell that this process holds; None for all."""
+    return None if mesh.shards == 1 else slice(mesh.first, mesh.first + mesh.here(cell.n_latents))

@@ -18,10 +18,12 @@ from saescale.trainers.architectures.sae import step_of
 from saescale.trainers.cell import Cell
 from saescale.trainers.evals.nmse import CHUNK_ROWS, rows_at_a_time
 from saescale.trainers.kernels.choose import KernelKind
+from saescale.trainers.mesh.layout import Layout
 from saescale.trainers.preprocess import SAMPLE_TOKENS, Centre
 
 PROCESS_BYTES = 800 * 2**20  # imports and compiled kernels of a worker, in the host's memory; measured
 _FLOAT = 4
+_ONE = Layout()
 _ALLOCATOR = 1.15  # freed memory that the allocator keeps: up to 1.10 measured, which differs from run to run
 
 
@@ -54,11 +56,16 @@ def pack_memory(
     stream: StreamSize,
     kernels: KernelKind = "cpu",
     remote_run: bool = False,
+    layout: Layout = _ONE,
 ) -> PackMemory:
     """What training `cells` together takes. On a GPU `total` is of its memory, where the stream has no part.
 
-    remote_run: the run directory is an object store, where a file is put in one piece.
+    remote_run: the run directory is an object store, where a file is put in one piece. `layout`: of the processes that
+    share the cells, of which each takes as much.
     """
+    if layout.ranks > 1:
+        shared = pack_memory([_share(cell, layout) for cell in cells], eval_tokens, stream, kernels, remote_run)
+        return shared._replace(training=shared.training + max(_said(cell, layout) for cell in cells))
     d_model, batch = cells[0].d_model, cells[0].batch_tokens
     host = kernels == "cpu"
     windows = 3 * min(8 * stream.row_group_rows, stream.rows) * d_model * 2
@@ -73,26 +80,45 @@ def pack_memory(
     )
 
 
+def _share(cell: Cell, layout: Layout) -> Cell:
+    """As large as what a process of that layout holds of a cell."""
+    n_latents = layout.share(cell.n_latents, 0).size
+    most = cell.whole_settings.k_aux if hasattr(cell.whole_settings, "k_aux") else 0
+    return cell.model_copy(update={"n_latents": max(n_latents, cell.k, most)})
+
+
+def _said(cell: Cell, layout: Layout) -> float:
+    """What processes have from each other in a step: parts of a reconstruction, and candidates of all shards."""
+    rows, settings = cell.batch_tokens / layout.replicas, cell.whole_settings
+    k = max(settings.pairs_per_token(cell.n_latents), getattr(settings, "k_aux", 0))
+    keys = 8 * k * (1 + layout.shards if layout.shards > 1 else 0)
+    return float(rows * (4 * _FLOAT * cell.d_model + 2 * keys))
+
+
 def weights_bytes(cell: Cell) -> float:
     """Of its parameters."""
     return _FLOAT * _numbers(cell.architecture, cell.d_model, cell.n_latents, cell.whole_settings)
 
 
-@lru_cache(maxsize=4096)
 def _numbers(architecture: str, d_model: int, n_latents: int, settings: Settings) -> int:
     """How many numbers the parameters hold: as in two small SAEs, a fixed number and one for each latent."""
     small = min(n_latents, max(16, settings.k))
     while small < n_latents and not _fits(settings, small):
         small *= 2
-    small = min(small, n_latents)
+    few, each = _counts(architecture, d_model, min(small, n_latents), settings)
+    return few + each * (n_latents - min(small, n_latents))
+
+
+@lru_cache(maxsize=4096)
+def _counts(architecture: str, d_model: int, small: int, settings: Settings) -> tuple[int, int]:
+    """Numbers of an SAE of `small` latents, and of each latent more."""
 
     def count(n: int) -> int:
         centre = Centre(torch.zeros(d_model), 1.0)
         made = find_architecture(architecture).parameters(Shape(d_model, n), settings, centre, 0)
         return sum(parameter.data.numel() for parameter in made.values())
 
-    each = (count(2 * small) - count(small)) // small
-    return count(small) + each * (n_latents - small)
+    return count(small), (count(2 * small) - count(small)) // small
 
 
 def _fits(settings: Settings, n_latents: int) -> bool:

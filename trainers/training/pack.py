@@ -18,6 +18,7 @@ from saescale.storage.source import Batches
 from saescale.trainers.architectures.architecture import Batch
 from saescale.trainers.cell import Cell
 from saescale.trainers.device import spoils_the_process
+from saescale.trainers.mesh.mesh import ONE, Group
 from saescale.trainers.preprocess import Centre, normalise, to_tensor
 from saescale.trainers.training.training_cell import TrainingCell
 
@@ -32,11 +33,11 @@ class RawBatch(NamedTuple):
 class Pack(L.LightningModule):
     """Trains all its cells on each batch."""
 
-    def __init__(self, cells: Sequence[Cell], centre: Centre, device: torch.device) -> None:
+    def __init__(self, cells: Sequence[Cell], centre: Centre, device: torch.device, group: Group = ONE) -> None:
         super().__init__()
         self.automatic_optimization = False
         self.centre = Centre(centre.b_pre.to(device), centre.variance)
-        self.training_cells = [TrainingCell(cell, self.centre, device) for cell in cells]
+        self.training_cells = [TrainingCell(cell, self.centre, device, group.mesh(cell.n_latents)) for cell in cells]
         self.bf16 = any(cell.precision == "bf16" for cell in cells)
         self.batches = 0  # in this process; a resumed pack starts at 0 again
 
@@ -55,7 +56,8 @@ class Pack(L.LightningModule):
             try:
                 cell.train_on(batch)
             except Exception as error:
-                if spoils_the_process(error):
+                # Of a mesh the other processes wait for this one, which has to end.
+                if spoils_the_process(error) or not cell.sae.mesh.alone:
                     raise
                 # Whatever it is, it is this cell's: the others share nothing with it but the batch.
                 cell.fail(f"{type(error).__name__}: {one_line(error)[:500]}")

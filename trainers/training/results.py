@@ -10,10 +10,11 @@ from saescale.storage.rundir import RunDirectory
 from saescale.storage.source import Source
 from saescale.storage.store import ActivationStore
 from saescale.trainers.cell import Cell
-from saescale.trainers.exchange import native
 from saescale.trainers.exchange.trained import Trained
 from saescale.trainers.loggers.interface import CellLogger
+from saescale.trainers.mesh.mesh import ONE, Group
 from saescale.trainers.training.training_cell import TrainingCell
+from saescale.trainers.training.weights import write_weights
 
 
 class Provenance(NamedTuple):
@@ -32,14 +33,21 @@ class Provenance(NamedTuple):
 
 
 class Records:
-    """Writes into the run, and tells the logger. Raises Superseded where the run's owner lost it (storage/lease.py)."""
+    """Writes into the run, and tells the logger. Raises Superseded where the run's owner lost it (storage/lease.py).
 
-    def __init__(self, run: RunDirectory, provenance: Provenance, logger: CellLogger) -> None:
-        self.run, self.provenance, self.logger = run, provenance, logger
+    Of processes that share a cell the first one writes, but for the weights, of which each shard writes its own.
+    """
+
+    def __init__(
+        self, run: RunDirectory, provenance: Provenance, logger: CellLogger, group: Group = ONE
+    ) -> None:  # fmt: skip
+        self.run, self.provenance, self.logger, self.group = run, provenance, logger, group
         self.results: dict[str, dict[str, Any]] = {}  # of the cells that ended, by cell_id
 
     def point(self, cell: TrainingCell, row: CurveRow) -> None:
         """Logs one point of the curve, and writes the curve so far."""
+        if self.group.rank:
+            return
         self.logger.log(cell.cell, row)
         self.run.write_cell_curve(cell.cell.cell_id, [row._asdict() for row in cell.curve])
 
@@ -53,10 +61,11 @@ class Records:
         )  # fmt: skip
         if cell.error is None:
             self.run.require_owner()
-            native.write(Trained(cell.averaged(), cell.cell), self.run.weights_url(name))
-        self.run.write_cell_result(name, result)
+            write_weights(Trained(cell.averaged(), cell.cell), self.run.weights_url(name), cell.common, self.group)
+        if self.group.rank == 0:
+            self.run.write_cell_result(name, result)
+            self.logger.finish(cell.cell, result)
         self.results[name] = result
-        self.logger.finish(cell.cell, result)
 
 
 def result_row(

@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 
 import lightning.pytorch as L
 import torch
+from lightning.pytorch.plugins.environments import LightningEnvironment
 from pydantic import BaseModel, Field
 
 from saescale.storage.errors import SaescaleError, one_line
@@ -30,6 +31,7 @@ from saescale.trainers.device import OutOfMemory, default_device, is_out_of_memo
 from saescale.trainers.evals.nmse import HeldOut
 from saescale.trainers.loggers.interface import CellLogger, NoLogger
 from saescale.trainers.loggers.wandb_cells import WandbLogger, WandbSettings, resolve_mode, wandb_directory
+from saescale.trainers.mesh.mesh import ONE, Group
 from saescale.trainers.preprocess import SAMPLE_TOKENS, Centre, measure_centre, normalise, to_tensor
 from saescale.trainers.training.after_batch import AfterBatch
 from saescale.trainers.training.checkpoints import Checkpoints, resume
@@ -64,8 +66,14 @@ def train_pack(
     job: PackJob,
     report: Callable[[Progress], None] = lambda progress: None,
     should_stop: Callable[[], bool] = lambda: False,
+    group: Group = ONE,
+    device: torch.device | None = None,
 ) -> PackOutcome:
-    """Trains the cells of `job` that have no result yet, from one pass over the stream.
+    """Trains the cells of `job` that have no result yet, from one pass over the stream, on `device` (default: the one
+    that there is).
+
+    Where several processes share the cells, each calls this with its `group` (trainers/mesh); the first of them writes
+    what is one file, reports, and says when to stop. An error in one process ends it, and then the others.
 
     Raises SaescaleError where the store or a checkpoint is unusable, OutOfMemory where the pack takes more memory
     than there is, Unavailable where a store does not answer, Superseded where another driver took the run over. A cell
@@ -73,50 +81,74 @@ def train_pack(
     """
     take(job.architectures)
     try:
-        return _train(job, report, should_stop)
+        return _train(job, report, should_stop, group, device or default_device())
     except Exception as error:
         if is_out_of_memory(error):
             raise OutOfMemory(f"{len(job.cells)} cells did not fit into memory: {one_line(error)[:300]}") from error
         raise
 
 
-def _train(job: PackJob, report: Callable[[Progress], None], should_stop: Callable[[], bool]) -> PackOutcome:
+def _train(
+    job: PackJob,
+    report: Callable[[Progress], None],
+    should_stop: Callable[[], bool],
+    group: Group,
+    device: torch.device,
+) -> PackOutcome:
     set_threads(job.threads or torch.get_num_threads())
     # Lightning's trainer and module refer to each other: without this the last pack's weights would still be there.
     gc.collect()
-    source, run = ActivationStore.open(job.store), RunDirectory(job.run, job.driver)
+    source, run, first = ActivationStore.open(job.store), RunDirectory(job.run, job.driver), group.rank == 0
     _check(job, source)
-    # Each is a few requests, which take a while in an object store.
-    with ThreadPoolExecutor(16) as pool:
-        finished = dict(zip(ids := [cell.cell_id for cell in job.cells], pool.map(run.take_cell, ids), strict=True))
+    finished = _taken(run, job, group)
     results = [result for result in finished.values() if result is not None]
     cells = [cell for cell in job.cells if finished[cell.cell_id] is None]
-    if not cells or should_stop():
+    if not cells or group.agree([should_stop()])[0]:
         return PackOutcome(results, stopped=bool(cells))
 
-    device = default_device()
-    resumed = resume(run, cells, device)
+    resumed = resume(run, cells, device, group)
     start = resumed.step if resumed else 0
-    pack = resumed.pack if resumed else Pack(cells, measured_centre(source, cells[0]), device)
+    pack = resumed.pack if resumed else Pack(cells, _centre(source, cells[0], group), device, group)
 
     held_out = HeldOut(source, job.eval.tokens, device, job.store)
-    logger = _logger(job)
+    logger = _logger(job) if first else NoLogger()
     logger.open(cells, _context(job, source))
-    records = Records(run, Provenance.of(source, job.eval.tokens), logger)
+    records = Records(run, Provenance.of(source, job.eval.tokens), logger, group)
     last = max(cell.steps for cell in cells)
     try:
         with source.resume(resumed.position, last) if resumed else source.batches(order(cells[0]), stop=last) as stream:
             after = AfterBatch(
                 Evaluator(held_out, job.eval.every_tokens),
                 records,
-                Reporter(report, start, stream),
-                Checkpoints(run, job.checkpoint_every_s, stream, start),
+                Reporter(report if first else lambda progress: None, start, stream),
+                Checkpoints(run, job.checkpoint_every_s, stream, start, group),
                 should_stop,
+                group,
             )
             _trainer(after, device).fit(pack, stream_loader(stream, source.dtype, device))
     finally:
         logger.close()
     return PackOutcome(results + list(records.results.values()), stopped=bool(pack.running))
+
+
+def _taken(run: RunDirectory, job: PackJob, group: Group) -> dict[str, dict[str, Any] | None]:
+    """The results that cells have; the others are taken, once for all processes that share them."""
+    ids = [cell.cell_id for cell in job.cells]
+    finished: dict[str, dict[str, Any] | None] = {}
+    if group.rank == 0:
+        # Each is a few requests, which take a while in an object store.
+        with ThreadPoolExecutor(16) as pool:
+            finished = dict(zip(ids, pool.map(run.take_cell, ids), strict=True))
+    finished, turns = group.tell_first((finished, {name: run.turn(name) for name in ids}))
+    for name, turn in turns.items():
+        run.share_turn(name, turn)
+    return finished
+
+
+def _centre(source: ActivationStore, cell: Cell, group: Group) -> Centre:
+    """As the first process measured it: sums of another one, with other threads, could have other bits."""
+    b_pre, variance = group.tell_first(tuple(measured_centre(source, cell)) if group.rank == 0 else None)
+    return Centre(b_pre, variance)
 
 
 def _check(job: PackJob, source: Source) -> None:
@@ -151,7 +183,9 @@ def _trainer(callback: L.Callback, device: torch.device) -> L.Trainer:
     warnings.filterwarnings("ignore", message=".*does not have many workers.*")
     return L.Trainer(
         accelerator="gpu" if device.type == "cuda" else "cpu",
-        devices=1,
+        devices=[device.index or 0] if device.type == "cuda" else 1,
+        # What shares a cell is the mesh's affair: to Lightning each process is one alone.
+        plugins=[LightningEnvironment()],
         max_epochs=1,
         callbacks=[callback],
         logger=False,

@@ -1,19 +1,29 @@
 """One cell while it trains."""
 
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence, Set
 from typing import Any
 
 import numpy as np
 import torch
 
 from saescale.scaling.compute import Flops, forward_flops
+from saescale.storage.checkpoint import Tensors
 from saescale.storage.columns import CurveRow
-from saescale.trainers.architectures.architecture import Batch, Conditions, Shape, Worked, find_architecture
+from saescale.trainers.architectures.architecture import (
+    Batch,
+    Conditions,
+    Parameter,
+    Shape,
+    Worked,
+    find_architecture,
+    require_shareable,
+)
 from saescale.trainers.architectures.dead import DeadLatents
 from saescale.trainers.architectures.sae import SAE
 from saescale.trainers.cell import Cell
 from saescale.trainers.device import device_kind
+from saescale.trainers.mesh.mesh import ALONE, Mesh
 from saescale.trainers.preprocess import Centre
 from saescale.trainers.training.controller import Controller
 from saescale.trainers.training.optimiser import Adam
@@ -22,16 +32,18 @@ from saescale.trainers.training.optimiser import Adam
 class TrainingCell:
     """One cell while it trains: the SAE, its optimiser and dead counters, and what has been measured so far."""
 
-    def __init__(self, cell: Cell, centre: Centre, device: torch.device) -> None:
+    def __init__(self, cell: Cell, centre: Centre, device: torch.device, mesh: Mesh = ALONE) -> None:
         self.cell, self.variance = cell, centre.variance
         shape, settings = Shape(cell.d_model, cell.n_latents), cell.whole_settings
         # A copy, since an architecture may start a parameter from it, and that is changed in place.
         own = Centre(centre.b_pre.detach().cpu().clone(), centre.variance)
-        parameters = find_architecture(cell.architecture).parameters(shape, settings, own, cell.seed)
+        parameters = _start(cell, shape, settings, own, mesh)
         params = {name: parameter.data.to(device).contiguous() for name, parameter in parameters.items()}
-        self.sae = SAE(cell.architecture, shape, settings, params, cell.precision)
+        self.sae = SAE(cell.architecture, shape, settings, params, cell.precision, mesh)
         self.optimiser = Adam(self.sae.params, parameters, cell.lr, cell.ema)
-        self.dead = DeadLatents(cell.n_latents, device)
+        common = tuple(name for name, parameter in parameters.items() if parameter.common)
+        self.common = frozenset(name for name in self.optimiser.tensors() if name.partition(".")[0] in common)
+        self.dead = DeadLatents(mesh.here(cell.n_latents), device)
         self.controller = Controller(settings, cell.steps, cell.ema)
         self.device_kind = device_kind(device)
         self.step = 0
@@ -121,7 +133,7 @@ class TrainingCell:
     def record(self, nmse: float, l0: float, tokens_per_s: float) -> CurveRow:
         """Appends one evaluation to the curve."""
         windows = (self.cell.dead_after_tokens, self.cell.dead_after_tokens_long)
-        dead, long = torch.stack([self.dead.after(window).float().mean() for window in windows]).tolist()
+        dead, long = self._dead_fractions(windows)
         row = CurveRow(
             step=self.step,
             tokens=self.tokens,
@@ -139,11 +151,22 @@ class TrainingCell:
         self.curve.append(row)
         return row
 
+    def _dead_fractions(self, windows: Sequence[int]) -> list[float]:
+        mesh, dead = self.sae.mesh, [self.dead.after(window) for window in windows]
+        if mesh.alone:
+            return [float(fraction) for fraction in torch.stack([each.float().mean() for each in dead]).tolist()]
+        counts = mesh.sum_shards(torch.stack([each.sum().double() for each in dead]))
+        return [count / self.cell.n_latents for count in counts.tolist()]
+
     def tensors(self) -> dict[str, np.ndarray]:
-        """Everything that a resumed cell needs, as a checkpoint holds it."""
+        """Everything that a resumed cell needs, as a checkpoint holds it; of a mesh what this shard has."""
+        # What all have the first one keeps.
+        left_out = self.common if self.sae.mesh.shard else frozenset()
+        return {name: tensor.cpu().numpy() for name, tensor in self._named().items() if name not in left_out}
+
+    def _named(self) -> dict[str, torch.Tensor]:
         # With a dot, which the name of a parameter does not have.
-        named = self.optimiser.tensors() | {"dead.tokens_since": self.dead.tokens_since}
-        return {name: tensor.cpu().numpy() for name, tensor in named.items()}
+        return self.optimiser.tensors() | {"dead.tokens_since": self.dead.tokens_since}
 
     def state(self) -> dict[str, Any]:
         """The rest of a checkpoint: JSON."""
@@ -166,6 +189,35 @@ class TrainingCell:
         self._train_sum, self._train_steps = state["train"]
         self.curve = [CurveRow(**row) for row in state["curve"]]
         self.controller.restore(state.get("controller", {}))
-        self.dead.tokens_since.copy_(torch.from_numpy(tensors["dead.tokens_since"]))
-        self.optimiser.restore(tensors, self.step)
+        mine = _Share(tensors, self.sae.mesh, self.cell.n_latents, self.common)
+        self.dead.tokens_since.copy_(torch.from_numpy(mine["dead.tokens_since"]))
+        self.optimiser.restore(mine, self.step)
         self.sae.round()
+
+
+def _start(cell: Cell, shape: Shape, settings: Any, centre: Centre, mesh: Mesh) -> dict[str, Parameter]:
+    """Where training starts: all of it, or this shard's share."""
+    architecture = find_architecture(cell.architecture)
+    if mesh.alone:
+        return architecture.parameters(shape, settings, centre, cell.seed)
+    require_shareable(cell.architecture)
+    return architecture.share(shape, settings, centre, cell.seed, mesh)
+
+
+class _Share(Mapping[str, np.ndarray]):
+    """The tensors of a whole cell as a process of its mesh has them: rows of its latents, and all of what is common."""
+
+    def __init__(self, whole: Mapping[str, np.ndarray], mesh: Mesh, n_latents: int, common: Set[str]) -> None:
+        self._whole, self._common, self._cut = whole, common, mesh.shards > 1
+        self._own = slice(mesh.first, mesh.first + mesh.here(n_latents))
+
+    def __getitem__(self, name: str) -> np.ndarray:
+        if not self._cut or name in self._common:
+            return self._whole[name]
+        return self._whole.rows(name, self._own) if isinstance(self._whole, Tensors) else self._whole[name][self._own]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._whole)
+
+    def __len__(self) -> int:
+        return len(self._whole)

@@ -1,0 +1,177 @@
+"""Cells that several workers share, beside cells of one worker, on a real cluster of three nodes."""
+
+import os
+import signal
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from saescale.cluster.crew.claims import MeshShape, Resources
+from saescale.cluster.crew.train_crew import TrainCrew
+from saescale.cluster.sweep import execute
+from saescale.cluster.sweep.driver import run_sweep
+from saescale.cluster.sweep.meshes import check_meshes, plan_meshes
+from saescale.cluster.sweep.packing import cost
+from saescale.cluster.sweep.spec import SweepSpec, parse_spec
+from saescale.scaling.laws.settings import FitSettings
+from saescale.storage import checkpoint
+from saescale.storage.errors import SaescaleError
+from saescale.storage.lease import Standing
+from saescale.storage.rundir import RunDirectory
+from saescale.storage.store import ActivationStore
+from saescale.trainers.cell import Cell
+from saescale.trainers.mesh.layout import Layout
+from tests.cluster.conftest import Recorder, trained_alone
+
+
+def cell_of(n_latents: int, **more: Any) -> Cell:
+    fields = {"store": "x", "d_model": 32, "k": 4, "tokens": 4096, "batch_tokens": 256, "lr": 1e-3}
+    return Cell(n_latents=n_latents, **(fields | more))
+
+
+# --- the decision
+
+
+def by_size(cells: Any) -> float:
+    return float(sum(cell.n_latents for cell in cells))
+
+
+def on_mesh(cell: Cell, layout: Layout) -> float:
+    return float(layout.share(cell.n_latents, 0).size)
+
+
+def plan(cells: list[Cell], memory: float, workers: int = 4, **asked: Any) -> dict[str, Layout]:
+    return plan_meshes(cells, Resources(**asked), workers, memory, by_size, on_mesh)
+
+
+def test_a_cell_is_shared_where_it_fits_no_worker() -> None:
+    small, large = cell_of(64), cell_of(256)
+    assert plan([small, large], 256) == {}
+    # Three shards fit (86 each); of the larger one that is all the work there is, so it gets no more than fit.
+    assert plan([small, large], 90) == {large.cell_id: Layout(3)}
+    assert plan([small, large], 130, workers=8) == {large.cell_id: Layout(8)}  # 2 fit; it is nearly all of the work
+    others = [cell_of(100, seed=seed) for seed in range(40)]
+    assert plan([large, *others], 130, workers=8) == {large.cell_id: Layout(2)}
+    assert cost(large) / 2 < sum(cost(cell) for cell in [large, *others]) / 8
+    shape = MeshShape(shards=2, replicas=2)
+    assert plan([small, large], 10**9, mesh=shape) == dict.fromkeys((small.cell_id, large.cell_id), Layout(2, 2))
+    assert plan([small], 10**9, mesh=MeshShape()) == {}
+
+
+def test_what_fits_no_mesh_is_said_in_gib() -> None:
+    with pytest.raises(SaescaleError, match=r"on each of 4 workers that share it, and of 4 workers each has 0.0 GiB"):
+        plan([cell_of(256)], 60)
+    # What cannot be shared is left to packing, which refuses it.
+    assert plan([cell_of(256, architecture="jumprelu")], 60) == {}
+
+
+@pytest.mark.parametrize(
+    ("mesh", "cell", "workers", "said"),
+    [
+        ({"shards": 65}, {}, "auto", "65 shards exceed n_latents = 64"),
+        ({"replicas": 3}, {}, "auto", "a batch of 256 tokens cannot be cut into 3 equal slices"),
+        ({"shards": 2}, {"architecture": "gated"}, "auto", "gated trains in one process alone"),
+        ({"shards": 2, "replicas": 2}, {}, 3, "which are 4 workers at a time, and resources.workers is 3"),
+    ],
+)
+def test_a_mesh_that_cannot_be_is_one_line(mesh: Any, cell: Any, workers: Any, said: str) -> None:
+    with pytest.raises(SaescaleError, match=said):
+        check_meshes([cell_of(64, **cell)], Resources(workers=workers, mesh=mesh))
+
+
+# --- sweeps
+
+
+@pytest.fixture
+def shared(document: dict[str, Any]) -> dict[str, Any]:
+    """Two cells, each by two shards."""
+    document["grid"] = {"n_latents": [65], "k": [4, 8]}
+    document["resources"] = {"workers": 3, "checkpoint_every_s": 0.2, "mesh": {"shards": 2}, "stalled_after_s": 40}
+    return document
+
+
+def assert_as_alone(spec: SweepSpec, run: RunDirectory) -> None:
+    """Each cell as one process trains it, to the precision that is promised of shards."""
+    alone = trained_alone(spec)["results"]
+    found = {row["cell_id"]: row for row in run.read_results().to_pylist()}
+    wanted = {row["cell_id"]: row for row in RunDirectory(f"{spec.out}-alone").read_results().to_pylist()}
+    assert alone
+    assert set(found) == set(wanted)
+    for name, row in found.items():
+        assert row["status"] == "done", row
+        assert row["nmse"] == pytest.approx(wanted[name]["nmse"], abs=1e-5)
+        assert row["flops"] == pytest.approx(wanted[name]["flops"], rel=1e-4)
+        run.check_cell(name)
+    assert all(names == {"curve.parquet", "result.json", "sae.safetensors"} for names in run.cell_files().values())
+
+
+@pytest.mark.slow
+def test_a_mesh_that_the_cluster_can_never_give_says_what_it_has(three_nodes: Any, document: dict[str, Any]) -> None:
+    document["resources"] = {"mesh": {"shards": 2, "replicas": 2}, "workers": "auto"}
+    with pytest.raises(
+        SaescaleError, match=r"asks for 4 workers at a time, and the cluster has room for 3 \(3 CPUs, 3 GPUs\)"
+    ):
+        run_sweep(parse_spec(document, "test"), Recorder(), settings=FitSettings(0))
+    assert not Path(document["out"]).exists()
+
+
+@pytest.mark.slow
+def test_shared_cells_and_cells_of_one_worker_run_side_by_side(
+    three_nodes: Any, document: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A worker's memory is said to end between the small cells and the large one."""
+    document["grid"] = {"n_latents": [32, 257], "k": [2, 4]}
+    document["resources"] = {"workers": 3, "checkpoint_every_s": 0.2}
+    monkeypatch.setattr(TrainCrew, "needs", lambda *_: by_size)
+    monkeypatch.setattr(TrainCrew, "needs_on_mesh", lambda *_: on_mesh)
+    monkeypatch.setattr(TrainCrew, "memory", 200.0)
+    together: set[tuple[int, ...]] = set()
+
+    def look(standing: Standing) -> None:
+        together.add(tuple(sorted({int(cell.cell_id.split("-")[0][1:]) for cell in standing.running})))
+
+    spec = parse_spec(document, "test")
+    outcome = run_sweep(spec, Recorder(look), settings=FitSettings(0))
+    assert outcome.failed == 0
+    assert_as_alone(spec, outcome.run)
+    assert (32, 257) in together, together
+
+
+@pytest.mark.slow
+@pytest.mark.chaos
+@pytest.mark.filterwarnings("ignore::saescale.storage.errors.SaescaleWarning")
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGSTOP])
+def test_a_worker_of_a_mesh_that_is_lost_or_hangs_changes_no_result(
+    three_nodes: Any, shared: dict[str, Any], how: signal.Signals, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The group starts again from its checkpoint, with another worker in the place of that one."""
+    monkeypatch.setattr(execute, "DEADLINE_S", 20.0)
+    shared["train"]["tokens"] = 98_304
+    shared["grid"]["k"] = 4
+    spec, hit, notes = parse_spec(shared, "test"), [], []
+    (cell,) = spec.cells(ActivationStore.open(spec.stores[0]), "fp32")
+    folder = RunDirectory(spec.out).checkpoint_url(cell.cell_id)
+
+    usual = execute.Execution._start
+
+    def start(self: Any, workers: Any, pack: Any) -> None:
+        usual(self, workers, pack)
+        pids.update(self.crew.ready[worker].pid for worker in workers)
+
+    pids: set[int] = set()
+    monkeypatch.setattr(execute.Execution, "_start", start)
+    monkeypatch.setattr(TrainCrew, "warn", lambda self, text: notes.append(text))
+
+    def strike(standing: Standing) -> None:
+        if not hit and len(pids) >= 2 and checkpoint.steps(folder):
+            hit.append(max(pids))
+            os.kill(hit[0], how)
+            time.sleep(0.1)
+
+    outcome = run_sweep(spec, Recorder(strike), settings=FitSettings(0))
+    assert hit
+    assert outcome.failed == 0
+    assert_as_alone(spec, outcome.run)
+    assert any("go on from their checkpoints" in note for note in notes), notes

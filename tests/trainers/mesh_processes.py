@@ -1,0 +1,166 @@
+"""Four real processes that stay, to be a mesh of any layout again and again; and what they do in the tests.
+
+What a process is to do is a function of this module: it is found there by its name.
+"""
+
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import torch.multiprocessing as mp
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from saescale.storage.errors import SaescaleError
+from saescale.trainers.architectures.architecture import Batch
+from saescale.trainers.cell import Cell
+from saescale.trainers.mesh.distributed import Processes, join
+from saescale.trainers.mesh.layout import Layout
+from saescale.trainers.mesh.mesh import ONE, Group
+from saescale.trainers.preprocess import Centre
+from saescale.trainers.training.train import PackJob, train_pack
+from saescale.trainers.training.training_cell import TrainingCell
+
+N, D, BATCH, K, K_AUX = 301, 16, 64, 8, 12
+WINDOW = 3 * BATCH  # tokens after which a latent counts as dead
+DEADLINE_S = 60.0
+
+
+class Crowd:
+    """`ask` gives what the function gave in each process, in the order of the ranks; an error as its text."""
+
+    def __init__(self, folder: Path, size: int = 4) -> None:
+        context = mp.get_context("spawn")
+        self._folder, self._asked = folder, 0
+        self._ways = [context.Pipe() for _ in range(size)]
+        self.processes = [
+            context.Process(target=_serve, args=(other, rank), daemon=True)
+            for rank, (_, other) in enumerate(self._ways)
+        ]
+        for process in self.processes:
+            process.start()
+
+    def ask(self, work: Callable[..., Any], shards: int, replicas: int, *given: Any) -> list[Any]:
+        self._asked += 1
+        layout, meeting = Layout(shards, replicas), f"file://{self._folder}/meeting-{self._asked}"
+        ways = [mine for mine, _ in self._ways[: layout.ranks]]
+        for way in ways:
+            way.send((work, layout, meeting, given))
+        return [way.recv() for way in ways]
+
+    def close(self) -> None:
+        for process in self.processes:
+            process.kill()
+            process.join()
+
+
+def _serve(way: Any, rank: int) -> None:
+    torch.set_num_threads(1)
+    while True:
+        work, layout, meeting, given = way.recv()
+        group = join(layout, rank, meeting, deadline_s=DEADLINE_S)
+        try:
+            answer = work(group, *given)
+        except Exception as error:
+            answer = f"{type(error).__name__}: {error}"
+        finally:
+            group.leave()
+        way.send(answer)
+
+
+class Whole(AssertionError):
+    """A tensor [rows, N] of the whole width was made."""
+
+
+class Guard(TorchDispatchMode):
+    """Raises Whole for every tensor with a dimension of at least `whole` beside another of more than one."""
+
+    def __init__(self, whole: int) -> None:
+        super().__init__()
+        self.whole, self.seen = whole, 0
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = function(*args, **(kwargs or {}))
+        for t in out if isinstance(out, tuple | list) else (out,):
+            if isinstance(t, torch.Tensor) and t.dim() > 1:
+                self.seen += 1
+                if t.shape[-1] >= self.whole and t.numel() > t.shape[-1]:
+                    raise Whole(f"{function}: {tuple(t.shape)}")
+        return out
+
+
+class Stepped(NamedTuple):
+    losses: list[float]
+    idle: list[int]  # dead latents of all shards after each step
+    params: dict[str, torch.Tensor]
+    dead: list[float]  # the fraction after each step
+    pairs: tuple[int, ...]  # Worked
+    sent: dict[str, int]  # in the last step
+    error: str | None
+    guarded: int  # tensors that the guard saw
+
+
+def cell_of(**more: Any) -> Cell:
+    fields = {
+        "store": "x", "d_model": D, "n_latents": N, "k": K, "tokens": BATCH * 1000, "batch_tokens": BATCH, "lr": 3e-3,
+        "dead_after_tokens": WINDOW, "settings": {"k_aux": K_AUX, "multi_topk": True},
+    }  # fmt: skip
+    return Cell(**(fields | more))
+
+
+def batches(count: int) -> list[torch.Tensor]:
+    """Of few directions, so that latents die."""
+    generator = torch.Generator().manual_seed(5)
+    directions = torch.randn(24, D, generator=generator)
+    made = []
+    for _ in range(count):
+        chosen = torch.rand(BATCH, 24, generator=generator).topk(3, dim=1).indices
+        x = directions[chosen].sum(dim=1) + 0.05 * torch.randn(BATCH, D, generator=generator)
+        made.append(torch.nn.functional.normalize(x, dim=1))
+    return made
+
+
+def take_steps(group: Group, steps: int, poisoned: int | None = None, fields: dict[str, Any] | None = None) -> Stepped:
+    """Steps of a cell; `poisoned`: the shard one of whose weights is NaN from the third step on."""
+    cell = TrainingCell(cell_of(**(fields or {})), Centre(torch.zeros(D), 1 / D), torch.device("cpu"), group.mesh(N))
+    mesh, losses, idle, dead, sent = cell.sae.mesh, [], [], [], {}
+    # Some of the first shard are dead from the beginning: fewer than AuxK would take, and none of the others'.
+    cell.dead.tokens_since[: max(0, 5 - mesh.first)] = WINDOW
+    traffic = getattr(mesh, "traffic", None)
+    guard = Guard(N if mesh.shards > 1 else 10**9)
+    with guard:
+        for number, x in enumerate(batches(steps)):
+            if number == 2 and poisoned == mesh.shard:
+                cell.sae.params["W_enc"][0, 0] = math.nan
+                cell.sae.round()
+            if traffic is not None:
+                traffic.clear()
+            cell.train_on(Batch.of(x, torch.zeros(D), cell.cell.precision == "bf16"))
+            if traffic is not None:
+                sent = dict(traffic.bytes)
+            if cell.error is not None:
+                break
+            losses.append(cell.loss)
+            idle.append(int(mesh.sum_shards(cell.dead.after(WINDOW).sum())))
+            dead.append(cell._dead_fractions([WINDOW])[0])
+        batch = Batch.of(torch.cat(batches(2)), torch.zeros(D), False)
+        found = cell.averaged().reconstruct(batch)
+        losses.append(float(found.squared) / len(batch.x))
+        dead.append(float(found.active) / len(batch.x))
+    params = {name: t.clone() for name, t in cell.sae.params.items()}
+    return Stepped(losses, idle, params, dead, tuple(cell.worked.read()), sent, cell.error, guard.seen)
+
+
+def alone(steps: int, fields: dict[str, Any] | None = None) -> Stepped:
+    return take_steps(ONE, steps, None, fields)
+
+
+def train(group: Processes, job: PackJob, stop_after: int | None = None) -> Any:
+    """train_pack; it is told to stop after so many questions."""
+    asked = iter(range(10**9))
+    stop = (lambda: next(asked) >= stop_after) if stop_after is not None else (lambda: False)
+    try:
+        return train_pack(job, should_stop=stop, group=group, device=torch.device("cpu"))
+    except SaescaleError as error:
+        return str(error)

@@ -1,0 +1,255 @@
+"""One cell trained by real processes: 1, 2 and 4 shards x 1 and 2 replicas, under gloo."""
+
+import json
+import os
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from saescale.storage import checkpoint
+from saescale.storage.errors import SaescaleError
+from saescale.storage.rundir import RunDirectory
+from saescale.storage.store import ActivationStore
+from saescale.trainers.cell import Cell, EvalSpec
+from saescale.trainers.exchange.native import read
+from saescale.trainers.training.together import train_sharded
+from saescale.trainers.training.train import PackJob, train_pack
+from tests.trainers import mesh_processes as mesh
+from tests.trainers.mesh_processes import Crowd, Stepped
+from tests.trainers.synthetic import D_MODEL, sparse_rows, write_store
+
+pytestmark = pytest.mark.slow
+STEPS = 14
+LAYOUTS = [(2, 1), (4, 1), (1, 2), (2, 2)]
+
+
+@pytest.fixture(scope="module")
+def crowd(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Crowd]:
+    made = Crowd(tmp_path_factory.mktemp("crowd"))
+    yield made
+    made.close()
+
+
+@pytest.fixture(scope="module")
+def one() -> Stepped:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    made = mesh.alone(STEPS)
+    torch.set_num_threads(threads)
+    return made
+
+
+def whole(answers: list[Any], shards: int) -> dict[str, torch.Tensor]:
+    """The parameters of the first replica's shards, put together."""
+    return {
+        name: t if name == "b_pre" else torch.cat([answer.params[name] for answer in answers[:shards]])
+        for name, t in answers[0].params.items()
+    }
+
+
+@pytest.mark.parametrize(("shards", "replicas"), LAYOUTS)
+def test_processes_train_what_one_does(crowd: Crowd, one: Stepped, shards: int, replicas: int) -> None:
+    """With AuxK at work on fewer dead latents than k_aux and on more, Multi-TopK, N no multiple of the shards. The
+    guard in each process: nothing [batch, N] of the whole width is ever made."""
+    answers = crowd.ask(mesh.take_steps, shards, replicas, STEPS)
+    assert all(isinstance(answer, Stepped) for answer in answers), answers
+    for answer in answers:
+        # Every process has the same bits of what is the whole's.
+        assert answer.losses == answers[0].losses
+        assert answer.dead == answers[0].dead
+        assert torch.equal(answer.params["b_pre"], answers[0].params["b_pre"])
+        assert answer.pairs == one.pairs
+        assert answer.guarded > 100
+    for replica in range(1, replicas):
+        for shard in range(shards):
+            for name, t in answers[shard].params.items():
+                assert torch.equal(t, answers[replica * shards + shard].params[name]), name
+    assert answers[0].losses == pytest.approx(one.losses, rel=1e-5)
+    assert answers[0].dead == pytest.approx(one.dead, abs=1e-6)
+    for name, t in whole(answers, shards).items():
+        # Adam divides by the root of a square: where a gradient is all but 0 its last bits are a step.
+        assert float((t - one.params[name]).norm()) <= 1e-3 * float(one.params[name].norm()), name
+
+
+def test_the_case_above_has_few_and_many_dead_latents(one: Stepped) -> None:
+    assert 0 < one.idle[0] < mesh.K_AUX < max(one.idle)
+
+
+def test_a_replica_has_the_bits_of_one_process(crowd: Crowd) -> None:
+    """It sums the gradient of the whole batch in the order of one. AuxK alone goes another way."""
+    fields = {"settings": {"k_aux": 0, "multi_topk": True}}
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    alone = mesh.alone(STEPS, fields)
+    torch.set_num_threads(threads)
+    for answer in crowd.ask(mesh.take_steps, 1, 2, STEPS, None, fields):
+        for name, t in answer.params.items():
+            assert torch.equal(t, alone.params[name]), name
+
+
+def test_bf16_ties_do_not_part_the_replicas(crowd: Crowd) -> None:
+    fields = {"precision": "bf16"}
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    alone = mesh.alone(6, fields)
+    torch.set_num_threads(threads)
+    answers = crowd.ask(mesh.take_steps, 2, 2, 6, None, fields)
+    assert answers[0].losses == answers[3].losses
+    assert answers[0].losses == pytest.approx(alone.losses, rel=1e-3)
+
+
+def test_nan_on_one_rank_is_the_same_error_on_all(crowd: Crowd) -> None:
+    answers = crowd.ask(mesh.take_steps, 2, 2, 6, 1)
+    assert {answer.error for answer in answers} == {
+        "at step 3: training loss nan with lr 0.003: diverged; try a smaller lr"
+    }
+
+
+def test_what_a_step_says_is_counted(crowd: Crowd) -> None:
+    """One key for each candidate of a shard, one [batch, d_model] each for x_hat, and little else."""
+    fields = {"settings": {"k_aux": 0}}
+    rows = mesh.BATCH
+    for shards in (2, 4):
+        sent = crowd.ask(mesh.take_steps, shards, 1, 3, None, fields)[0].sent
+        assert sent["select"] == (shards - 1) * rows * mesh.K * 8
+        reduction = 2 * (shards - 1) * rows * mesh.D * 4 // shards
+        # Beside it d_model numbers for b_pre's gradient, and two counts.
+        assert sent["sum_shards"] == reduction + (shards - 1) * (mesh.D * 4 + 2 * 8)
+        assert set(sent) == {"select", "sum_shards"}
+    sent = crowd.ask(mesh.take_steps, 1, 2, 3, None, fields)[0].sent
+    # Errors of a replica's rows, then index, z and dz of its pairs; no gradient of N x d_model.
+    assert sent["gather_replicas"] == rows // 2 * (mesh.D * 4 + mesh.K * 12)
+
+
+# --- whole trainings
+
+
+@pytest.fixture(scope="module")
+def job(tmp_path_factory: pytest.TempPathFactory) -> PackJob:
+    folder = tmp_path_factory.mktemp("sharded")
+    url = write_store(str(folder / "store"), sparse_rows(4096, 0), sparse_rows(512, 1))
+    cell = Cell(
+        store=ActivationStore.open(url).identity, d_model=D_MODEL, n_latents=101, k=8, tokens=128 * 30,
+        batch_tokens=128, lr=1e-3, dead_after_tokens=512, settings={"k_aux": 16},
+    )  # fmt: skip
+    return PackJob(
+        cells=[cell], store=url, run=str(folder / "run"), sweep="x", eval=EvalSpec(tokens=512, every_tokens=128 * 10),
+        threads=1,
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def unbroken(job: PackJob) -> dict[str, Any]:
+    """By one process."""
+    return train_pack(job).results[0]
+
+
+def elsewhere(job: PackJob, tmp_path: Path, **more: Any) -> PackJob:
+    return job.model_copy(update={"run": str(tmp_path / "run"), **more})
+
+
+def assert_same(job: PackJob, result: dict[str, Any], unbroken: dict[str, Any], original: PackJob) -> None:
+    assert result["nmse"] == pytest.approx(unbroken["nmse"], abs=1e-5)
+    assert {k: result[k] for k in ("status", "l0", "flops", "dead_fraction", "tokens")} == {
+        k: unbroken[k] for k in ("status", "l0", "flops", "dead_fraction", "tokens")
+    }
+    name = result["cell_id"]
+    run, first = RunDirectory(job.run), RunDirectory(original.run)
+    run.check_cell(name)
+    assert [row["step"] for row in run.read_cell_curve(name)] == [row["step"] for row in first.read_cell_curve(name)]
+    got, wanted = read(run.cell_url(name)).sae.params, read(first.cell_url(name)).sae.params
+    for key, t in wanted.items():
+        assert float((got[key] - t).norm()) <= 1e-2 * float(t.norm()), key
+    assert sorted(path.name for path in Path(run.cell_url(name)).iterdir()) == [
+        "curve.parquet", "result.json", "sae.safetensors",
+    ]  # fmt: skip
+
+
+def test_a_checkpoint_goes_on_at_any_other_sharding(
+    crowd: Crowd, job: PackJob, unbroken: dict[str, Any], tmp_path: Path
+) -> None:
+    """1 process, 4 shards, 2 x 2, 1 x 2, 3 shards, 1 process: each trains some steps and stops."""
+    mine = elsewhere(job, tmp_path)
+    name = mine.cells[0].cell_id
+    folder = RunDirectory(mine.run).checkpoint_url(name)
+    questions = iter(range(10**6))
+    assert train_pack(mine, should_stop=lambda: next(questions) >= 4).stopped
+    steps = [checkpoint.load(folder)[2]]
+    for shards, replicas in ((4, 1), (2, 2), (1, 2), (3, 1)):
+        outcome = crowd.ask(mesh.train, shards, replicas, mine, 5)[0]
+        assert outcome.stopped, outcome
+        tensors, _, step = checkpoint.load(folder)
+        steps.append(step)
+        assert tensors["W_enc"].shape == (101, D_MODEL)
+        assert tensors["b_pre"].shape == (D_MODEL,)
+        parts = [path for path in Path(folder).iterdir() if f"step-{step:08d}" in path.name]
+        # Each shard wrote its own, and replicas did not.
+        assert len(parts) == shards
+        if shards > 1:
+            most = max(path.stat().st_size for path in parts)
+            assert most < 1.3 / shards * sum(path.stat().st_size for path in parts) + 4096
+    assert steps == sorted(set(steps))
+    assert_same(mine, train_pack(mine).results[0], unbroken, job)
+
+
+def test_a_damaged_part_is_one_generation_lost(
+    crowd: Crowd, job: PackJob, unbroken: dict[str, Any], tmp_path: Path
+) -> None:
+    """Whichever process has it, all go back to the step before, and end with the same."""
+    mine = elsewhere(job, tmp_path, checkpoint_every_s=1e-6)
+    folder = Path(RunDirectory(mine.run).checkpoint_url(mine.cells[0].cell_id))
+    assert crowd.ask(mesh.train, 2, 1, mine, 6)[0].stopped
+    newest = max(checkpoint.steps(str(folder)))
+    (damaged,) = folder.glob(f"step-{newest:08d}*shard-00001-of-00002*")
+    content = bytearray(damaged.read_bytes())
+    content[-5] ^= 1
+    damaged.write_bytes(content)
+    outcomes = crowd.ask(mesh.train, 2, 1, mine)
+    assert_same(mine, outcomes[0].results[0], unbroken, job)
+
+
+def test_several_processes_are_refused_by_what_cannot_be_shared(crowd: Crowd, job: PackJob, tmp_path: Path) -> None:
+    cell = Cell(**(job.cells[0].model_dump(exclude={"settings"}) | {"architecture": "jumprelu"}))
+    answers = crowd.ask(mesh.train, 2, 1, elsewhere(job, tmp_path, cells=[cell]))
+    for answer in answers:
+        assert answer.startswith("jumprelu trains in one process alone; of the architectures, topk can be shared")
+
+
+def test_what_cannot_be_is_said_before_a_process_starts(job: PackJob, tmp_path: Path) -> None:
+    with pytest.raises(SaescaleError, match="102 shards exceed n_latents = 101"):
+        train_sharded(elsewhere(job, tmp_path), 102)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.chaos
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGSTOP])
+def test_a_rank_that_is_lost_or_hangs_is_named_and_the_next_try_ends_alike(
+    job: PackJob, unbroken: dict[str, Any], tmp_path: Path, how: signal.Signals
+) -> None:
+    mine = elsewhere(job, tmp_path, checkpoint_every_s=1e-6)
+    folder = RunDirectory(mine.run).checkpoint_url(mine.cells[0].cell_id)
+    hit: list[int] = []
+
+    def strike(processes: list[BaseProcess]) -> None:
+        def wait() -> None:
+            while not checkpoint.steps(folder) or max(checkpoint.steps(folder)) < 5:
+                time.sleep(0.05)
+            os.kill(processes[1].pid or 0, how)
+            hit.append(processes[1].pid or 0)
+
+        threading.Thread(target=wait, daemon=True).start()
+
+    with pytest.raises(SaescaleError) as caught:
+        train_sharded(mine, 2, deadline_s=20.0, started=strike)
+    assert hit
+    assert f"pid {hit[0]}" in str(caught.value)
+    assert "\n" not in str(caught.value)
+    assert_same(mine, train_sharded(mine, 2).results[0], unbroken, job)
+    assert json.loads((Path(mine.run) / "cells" / mine.cells[0].cell_id / "result.json").read_text())["turn"] == 2

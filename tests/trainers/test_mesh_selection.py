@@ -1,0 +1,150 @@
+"""Exact top-k over shards, on given scores: the same selection as a plain sort in one process, bit for bit.
+
+Processes are threads here, so that many cases cost nothing; test_mesh.py has real ones.
+"""
+
+import pytest
+import torch
+
+from saescale.storage.errors import SaescaleError
+from saescale.trainers.kernels.interface import Selected
+from saescale.trainers.mesh import gathered, radix
+from saescale.trainers.mesh.distributed import ProcessMesh
+from saescale.trainers.mesh.keys import NONE, candidates, keys_of, kth_largest, reference
+from saescale.trainers.mesh.layout import Layout
+from saescale.trainers.mesh.mesh import ALONE
+from tests.trainers.mesh_threads import on_threads
+
+BATCH = 12
+
+
+def scores_of(kind: str, n: int) -> torch.Tensor:
+    """[BATCH, n], of that kind."""
+    scores = torch.randn(BATCH, n, generator=torch.Generator().manual_seed(n))
+    if kind == "bf16":  # 8 significant bits: most are tied
+        return (scores * 3).bfloat16().float()
+    if kind == "equal":
+        return torch.full_like(scores, 0.5)
+    if kind == "one_shard":  # all winners among the last latents
+        return torch.arange(n).float().expand(BATCH, n) + 1
+    if kind == "negative":
+        return -scores.abs() - 0.1
+    if kind == "zeros":
+        return torch.where(torch.arange(n) % 2 == 0, 0.0, -0.0).expand(BATCH, n).contiguous()
+    return scores
+
+
+def local_of(scores: torch.Tensor, mesh: ProcessMesh, k: int) -> Selected:
+    """What a shard's own kernel would select: its k largest positive ones, ties to the lower index, then padding."""
+    own = scores[:, mesh.first : mesh.first + mesh.size]
+    k = min(k, mesh.size)
+    chosen = reference(own, k) & (own > 0)
+    indices = torch.full((BATCH, k), -1, dtype=torch.int32)
+    z = torch.zeros(BATCH, k)
+    for row in range(BATCH):
+        there = chosen[row].nonzero().flatten()
+        indices[row, : len(there)], z[row, : len(there)] = there.int(), own[row, there]
+    return Selected(indices, z)
+
+
+def chosen_by(layout: Layout, scores: torch.Tensor, k: int) -> torch.Tensor:
+    """bool [BATCH, n]: what the shards together select."""
+    n = scores.shape[1]
+
+    def work(mesh: ProcessMesh) -> torch.Tensor:
+        selected = mesh.select(local_of(scores, mesh, k), k)
+        assert bool((selected.z[selected.indices >= 0] > 0).all())
+        assert not bool(selected.z[selected.indices < 0].any())
+        padded = torch.zeros(BATCH, mesh.size + 1, dtype=torch.bool)
+        padded.scatter_(1, torch.where(selected.indices < 0, mesh.size, selected.indices).long(), True)
+        return padded[:, :-1]
+
+    return torch.cat(on_threads(layout, n, work), dim=1)
+
+
+@pytest.mark.parametrize("kind", ["random", "bf16", "equal", "one_shard", "negative", "zeros"])
+@pytest.mark.parametrize("way", ["gathered", "radix"])
+def test_shards_select_what_one_process_does(kind: str, way: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gathered, "KEYS", 0 if way == "radix" else 10**9)
+    # No multiple of the shards; k larger than a shard; k of nearly all.
+    for n, k in ((37, 5), (37, 11), (10, 9), (7, 1)):
+        scores = scores_of(kind, n)
+        wanted = reference(scores, k) & (scores > 0)
+        for shards in (2, 3, 4, 5):
+            assert torch.equal(chosen_by(Layout(shards), scores, k), wanted), (n, k, shards)
+
+
+@pytest.mark.parametrize("kind", ["random", "bf16", "equal", "negative", "zeros"])
+def test_the_order_is_total_and_the_counts_find_the_same_key(kind: str) -> None:
+    """Of scores of any sign; the counts stop early, so their key lies between the k-th and the one below it."""
+    scores, k = scores_of(kind, 40), 7
+    whole = keys_of(scores, torch.arange(40).expand_as(scores))
+    assert all(len(set(row)) == 40 for row in whole.tolist())
+    assert torch.equal(whole >= kth_largest(whole, k)[:, None], reference(scores, k))
+
+    def work(mesh: ProcessMesh) -> torch.Tensor:
+        return radix.kth_of_all(mesh._of_shards, whole[:, mesh.first : mesh.first + mesh.size], k)
+
+    for least in on_threads(Layout(3), 40, work):
+        assert torch.equal(whole >= least[:, None], reference(scores, k))
+
+
+def test_nan_is_above_all_and_has_no_key_of_a_candidate() -> None:
+    keys = keys_of(torch.tensor([torch.inf, torch.nan, -torch.nan, 1.0, -torch.inf]), torch.arange(5))
+    assert keys.argsort(descending=True).tolist() == [1, 2, 0, 3, 4]
+    local = Selected(torch.tensor([[3, 1, -1]], dtype=torch.int32), torch.tensor([[1.0, torch.nan, 0.0]]))
+    assert (candidates(local, 10) == NONE).tolist() == [[False, True, True]]
+
+
+def test_nan_on_one_shard_stays_there() -> None:
+    """It reaches the loss of all by the sum of the reconstructions."""
+
+    def work(mesh: ProcessMesh) -> torch.Tensor:
+        z = torch.full((2, 3), torch.nan if mesh.shard == 1 else 1.0)
+        return mesh.select(Selected(torch.full((2, 3), -1 if mesh.shard == 1 else 0, dtype=torch.int32), z), 3).z
+
+    found = on_threads(Layout(2), 8, work)
+    assert found[1].isnan().all()
+    assert found[0].isfinite().all()
+
+
+def test_sums_are_in_the_order_of_the_shards_and_the_same_everywhere() -> None:
+    parts = [torch.randn(3, 5_001, generator=torch.Generator().manual_seed(s)) * 10**s for s in range(4)]
+    wanted = ((parts[0] + parts[1]) + parts[2]) + parts[3]
+
+    def work(mesh: ProcessMesh) -> tuple[torch.Tensor, torch.Tensor, int]:
+        own = parts[mesh.shard]
+        sent = mesh.traffic.bytes["sum_shards"]
+        large = mesh.sum_shards(own)
+        return large, mesh.sum_shards(own[:, :7]), mesh.traffic.bytes["sum_shards"] - sent
+
+    for large, small, sent in on_threads(Layout(4), 4, work):
+        assert torch.equal(large, wanted)
+        assert torch.equal(small, wanted[:, :7])
+        # Twice three quarters of the large one, and the small one to each of the others.
+        assert sent == 2 * 3 * -(-3 * 5_001 // 4) * 4 + 3 * 21 * 4
+
+
+def test_every_latent_and_row_has_one_place() -> None:
+    for n, shards in ((16, 4), (17, 4), (19, 4), (5, 5), (3, 1)):
+        shares = [Layout(shards).share(n, shard) for shard in range(shards)]
+        assert [latent for first, size in shares for latent in range(first, first + size)] == list(range(n))
+        assert [size for _, size in shares] == sorted((size for _, size in shares), reverse=True)
+    layout = Layout(2, 3)
+    assert sorted(layout.rank(*layout.place(rank)) for rank in range(6)) == list(range(6))
+    rows = [layout.rows(10, replica) for replica in range(3)]
+    assert [row for part in rows for row in range(10)[part]] == list(range(10))
+    assert (ALONE.whole(5), ALONE.here(5), ALONE.rows(9)) == (5, 5, slice(0, 9))
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ((0, 1, 64, 8), "0 shards x 1 replicas is none"),
+        ((65, 1, 64, 8), "65 shards exceed n_latents = 64"),
+        ((1, 3, 64, 8), "a batch of 8 tokens cannot be cut into 3 equal slices"),
+    ],
+)
+def test_a_mesh_that_cannot_be_is_one_line(given: tuple[int, int, int, int], said: str) -> None:
+    with pytest.raises(SaescaleError, match=said):
+        Layout.checked(*given)

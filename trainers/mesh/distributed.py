@@ -1,0 +1,178 @@
+"""The mesh of several processes, on torch.distributed: gloo on CPUs and for processes that share a GPU, NCCL where each
+has a GPU of its own.
+
+    processes = join(Layout(2, 2), rank, "tcp://10.0.0.1:29500", "gloo")
+    mesh = processes.mesh(n_latents)       # one for each cell
+    ...
+    processes.leave()
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from datetime import timedelta
+from typing import Any, Literal
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from saescale.storage.errors import one_line
+from saescale.trainers.kernels.interface import Selected
+from saescale.trainers.mesh import gathered, radix
+from saescale.trainers.mesh.channel import Channel, Traffic, close
+from saescale.trainers.mesh.keys import NONE, candidates, kept
+from saescale.trainers.mesh.layout import Layout, MeshBroken
+from saescale.trainers.mesh.sums import sum_in_order
+from saescale.trainers.mesh.watch import Watch
+
+Backend = Literal["gloo", "nccl"]
+MEET_S = 120.0  # that processes may take to come up, one after another
+DEADLINE_S = 300.0  # that a process may keep the others waiting
+
+
+class Processes:
+    """This process in the group that it has joined, and how to speak to the others."""
+
+    def __init__(self, layout: Layout, rank: int, device: torch.device, watch: Watch, groups: Sequence[Any]) -> None:
+        self.layout, self.rank, self.device, self.watch = layout, rank, device, watch
+        self.shard, self.replica = layout.place(rank)
+        self.traffic = Traffic()
+        self._everyone = groups[0]
+        self._whole, self._shards, self._replicas = (
+            Channel(group, rank, size, self.traffic, watch.entered)
+            for group, rank, size in zip(
+                groups,
+                (rank, self.shard, self.replica),
+                (layout.ranks, layout.shards, layout.replicas),
+                strict=True,
+            )
+        )
+
+    def mesh(self, n_latents: int) -> "ProcessMesh":
+        return ProcessMesh(self, n_latents, self._shards, self._replicas)
+
+    def tell(self, said: Any) -> list[Any]:
+        """What every process says, in the order of the ranks; small things, as Python has them."""
+        answers: list[Any] = [None] * self.layout.ranks
+        self.watch.entered("tell")
+        dist.all_gather_object(answers, said, group=self._everyone)
+        return answers
+
+    def tell_first(self, said: Any) -> Any:
+        """What rank 0 says."""
+        return self.tell(said if self.rank == 0 else None)[0]
+
+    def agree(self, flags: Sequence[bool]) -> list[bool]:
+        """As `tell_first`, of what is asked at every step."""
+        mine = torch.tensor(list(flags), dtype=torch.uint8, device=self.device)
+        return [bool(flag) for flag in self._whole.gather(mine, "agree")[0].tolist()]
+
+    def blame(self, error: BaseException) -> MeshBroken:
+        """What to say of a collective that failed: which process kept the others waiting, as far as that is known."""
+        return MeshBroken(f"the mesh of {self.layout} broke: {self.watch.suspects() or one_line(error)[:300]}")
+
+    def leave(self) -> None:
+        self.watch.close()
+        close()
+
+
+def join(
+    layout: Layout,
+    rank: int,
+    meeting: str,
+    backend: Backend = "gloo",
+    device: torch.device | str = "cpu",
+    deadline_s: float = DEADLINE_S,
+) -> Processes:
+    """Joins the group that meets at `meeting` (tcp://HOST:PORT, where rank 0 listens, or file:///...).
+
+    Raises MeshBroken where not all come in time.
+    """
+    wait, come = timedelta(seconds=deadline_s), timedelta(seconds=max(deadline_s, MEET_S))
+    options: dict[str, Any] = {"device_id": torch.device(device)} if backend == "nccl" else {}
+    try:
+        dist.init_process_group(
+            backend, init_method=meeting, rank=rank, world_size=layout.ranks, timeout=come, **options
+        )
+        # Every process makes every group, in one order, as torch wants it.
+        shards = [
+            dist.new_group([layout.rank(shard, replica) for shard in range(layout.shards)], timeout=wait)
+            for replica in range(layout.replicas)
+        ]
+        replicas = [
+            dist.new_group([layout.rank(shard, replica) for replica in range(layout.replicas)], timeout=wait)
+            for shard in range(layout.shards)
+        ]
+        everyone = dist.new_group(timeout=wait)
+        watch = Watch(layout, rank, deadline_s)
+    except (RuntimeError, ValueError) as error:
+        close()
+        raise MeshBroken(
+            f"rank {rank} of a mesh of {layout} did not meet the others at {meeting} within {come.seconds} s: "
+            f"{one_line(error)[:300]}"
+        ) from error
+    shard, replica = layout.place(rank)
+    groups = (everyone, shards[replica], replicas[shard])
+    return Processes(layout, rank, torch.device(device), watch, groups)
+
+
+@contextmanager
+def joined(
+    layout: Layout, rank: int, meeting: str, backend: Backend, device: torch.device, deadline_s: float
+) -> Iterator[Processes]:
+    """As `join`, and leaves at the end. Raises MeshBroken, with who is to blame, where a collective failed."""
+    group = join(layout, rank, meeting, backend, device, deadline_s)
+    try:
+        yield group
+    except RuntimeError as error:  # which is what torch.distributed raises
+        raise group.blame(error) from error
+    finally:
+        group.leave()
+
+
+class ProcessMesh:
+    """Mesh of one cell of `n_latents`."""
+
+    def __init__(self, processes: Processes, n_latents: int, shards: Channel, replicas: Channel) -> None:
+        layout = processes.layout
+        self.shard, self.shards = processes.shard, layout.shards
+        self.replica, self.replicas = processes.replica, layout.replicas
+        self.first, self.size = layout.share(n_latents, self.shard)
+        self.traffic = processes.traffic
+        self._layout, self._n_latents = layout, n_latents
+        self._of_shards, self._of_replicas = shards, replicas
+
+    @property
+    def alone(self) -> bool:
+        return self.shards == self.replicas == 1
+
+    def whole(self, latents: int) -> int:
+        return self._n_latents
+
+    def here(self, latents: int) -> int:
+        return self.size
+
+    def rows(self, rows: int) -> slice:
+        return self._layout.rows(rows, self.replica)
+
+    def select(self, local: Selected, k: int) -> Selected:
+        if self.shards == 1:
+            return local
+        keys = candidates(local, self.first)
+        # What every shard knows decides, so that all go the same way: the first share is the largest.
+        width = min(k, self._layout.share(self._n_latents, 0).size)
+        if self.shards * width <= gathered.KEYS:
+            padded = torch.nn.functional.pad(keys, (0, width - keys.shape[1]), value=NONE)
+            least = gathered.kth_of_all(self._of_shards, padded, k)
+        else:
+            least = radix.kth_of_all(self._of_shards, keys, k)
+        return kept(local, keys, least)
+
+    def sum_shards(self, t: Tensor) -> Tensor:
+        return sum_in_order(self._of_shards, t, "sum_shards")
+
+    def mean_replicas(self, t: Tensor) -> Tensor:
+        return t if self.replicas == 1 else sum_in_order(self._of_replicas, t, "mean_replicas") / self.replicas
+
+    def gather_replicas(self, t: Tensor) -> Tensor:
+        return t if self.replicas == 1 else self._of_replicas.gather(t, "gather_replicas").flatten(0, 1)
