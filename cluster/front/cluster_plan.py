@@ -80,7 +80,16 @@ def _groups(groups: Sequence[dict[str, Any]]) -> Any:
         largest = max(cell[0] for cell in group["cells"])
         rows[largest, group["mesh"]["shards"], group["mesh"]["replicas"]].append(group)
     shown = table(
-        "n up to", "k", "cells", "in packs", "shards x replicas", "GiB a GPU", "ms a step", "network", "GPU hours"
+        "n up to",
+        "k",
+        "cells",
+        "in packs",
+        "shards x replicas",
+        "GiB a GPU",
+        "ms a step",
+        "network",
+        "reading",
+        "GPU hours",
     )
     for (n, shards, replicas), of in sorted(rows.items()):
         ks = sorted({cell[1] for group in of for cell in group["cells"]})
@@ -88,12 +97,15 @@ def _groups(groups: Sequence[dict[str, Any]]) -> Any:
         steps = sum(group["step_s"] * group["steps"] for group in of)
         network = sum(group["network_s"] * group["steps"] for group in of) / steps
         mean = 1000 * steps / sum(group["steps"] for group in of)
+        reading = (
+            sum(group["read_s"] * group["steps"] for group in of) / steps
+        )  # beside it: above 100 % it is waited for
         memory = max(group["memory_per_gpu"] for group in of) / 2**30
         spent = sum(group["hours"] for group in of) * shards * replicas
         cells = sum(len(group["cells"]) for group in of)
         shown.add_row(
             f"{n:,}", k, str(cells), str(len(of)), f"{shards} x {replicas}", f"{memory:,.1f}", f"{mean:,.3g}",
-            f"{network:.0%}", f"{spent:,.3g}",
+            f"{network:.0%}", f"{reading:.0%}", f"{spent:,.3g}",
         )  # fmt: skip
     return shown
 

@@ -23,6 +23,7 @@ class Group(NamedTuple):
     seconds: float
     state: float
     sent: float
+    read_s: float  # that a batch takes to come: no step is faster
     job: Job
 
     def document(self) -> dict[str, Any]:
@@ -31,7 +32,7 @@ class Group(NamedTuple):
         return {
             "cells": [[cell.n_latents, cell.k, cell.architecture, cell.seed] for cell in self.cells],
             "mesh": mesh, "memory_per_gpu": self.step.bytes, "steps": max(cell.steps for cell in self.cells),
-            "step_s": self.step.seconds, "network_s": self.step.network_s,
+            "step_s": self.step.seconds, "network_s": self.step.network_s, "read_s": self.read_s,
             "sent_per_step": {**self.step.sent._asdict()}, "hours": self.seconds / 3600, "checkpoint": self.state,
         }  # fmt: skip
 
@@ -46,27 +47,29 @@ def pack_of(described: Described, device: Device, pack: Sequence[Cell], taken: f
     for i, cell in enumerate(cells):
         seconds += (cell.steps - before) * max(sum(each[i:]), read)
         before = cell.steps
-    return _group(described, device, cells, Step(Mesh(), taken, Sent(), sum(each), 0.0), seconds)
+    return _group(described, device, cells, Step(Mesh(), taken, Sent(), sum(each), 0.0), seconds, read)
 
 
 def gang_of(described: Described, device: Device, cell: Cell, step: Step) -> Group:
     """One cell on a mesh, each replica of which reads its own rows."""
-    seconds = cell.steps * max(step.seconds, _read_s(described, cell, step.mesh.replicas))
-    return _group(described, device, [cell], step, seconds)
+    read = _read_s(described, cell, step.mesh.replicas)
+    return _group(described, device, [cell], step, cell.steps * max(step.seconds, read), read)
 
 
 def _read_s(described: Described, cell: Cell, replicas: int) -> float:
     return 2 * cell.d_model * cell.batch_tokens / replicas / (1e9 * described.assumed.disk_gb_s)
 
 
-def _group(described: Described, device: Device, cells: Sequence[Cell], step: Step, training_s: float) -> Group:
+def _group(
+    described: Described, device: Device, cells: Sequence[Cell], step: Step, training_s: float, read_s: float
+) -> Group:
     evaluating = sum(_evaluation_s(described, device, cell) for cell in cells) / step.mesh.processes
     state = sum(4 * weights_bytes(cell) for cell in cells)  # parameters, two moments and the average
     seconds = training_s + evaluating
     written = state / step.mesh.processes / (1e9 * described.assumed.disk_gb_s)
     job = Job(described.assumed.pack_s + seconds, step.mesh.processes, written)
     told = step.sent.bytes * step.mesh.processes * cells[0].steps
-    return Group(tuple(cells), step, seconds, state, told, job)
+    return Group(tuple(cells), step, seconds, state, told, read_s, job)
 
 
 def _evaluation_s(described: Described, device: Device, cell: Cell) -> float:

@@ -11,12 +11,16 @@ import pytest
 from saescale.cluster.sweep.assumed import Described, cells_to_come, describe
 from saescale.cluster.sweep.cluster_plan import ClusterPlan, plan_cluster
 from saescale.cluster.sweep.held import held_to_runs, measured
-from saescale.cluster.sweep.sharding import part_memory, part_of, smallest
+from saescale.cluster.sweep.sharding import step_on
+from saescale.cluster.sweep.work import work_of_step
+from saescale.scaling.planning import network
 from saescale.scaling.planning.devices import CPU, H200, find_device, step_work
 from saescale.scaling.planning.network import Mesh, Network, sent
 from saescale.scaling.reproduce import PUBLISHED
 from saescale.storage.errors import SaescaleError
 from saescale.trainers.cell import Cell
+from saescale.trainers.mesh.gathered import KEYS
+from saescale.trainers.mesh.layout import Layout
 from saescale.trainers.training.memory import StreamSize, pack_memory
 from tests.cluster.command import ROOT, assert_one_line, saescale_here
 
@@ -47,35 +51,29 @@ def cell(**changed: Any) -> Cell:
     )
 
 
-def test_a_mesh_of_one_takes_what_a_pack_of_one_takes() -> None:
-    one = cell()
-    assert part_of(one, Mesh()) == one
-    assert part_memory(one, Mesh(), 8192, STREAM, "cuda") == pack_memory([one], 8192, STREAM, "cuda").total
-    halves = part_of(one, Mesh(2, 4))
-    assert halves is not None
-    assert (halves.n_latents, halves.k, halves.batch_tokens, halves.steps) == (2**16, 64, 2048, one.steps)
-    held = [pack_memory([each], 8192, STREAM, "cuda").held for each in (one, halves)]
-    assert 2 * held[1] == pytest.approx(held[0], rel=1e-3)
-    # What cannot be cut: more shards than latents, experts on two shards, rows that do not divide.
-    assert part_of(one, Mesh(1, 3)) is None
-    assert part_of(cell(architecture="switch", n_latents=512, k=8, settings={"experts": 8}), Mesh(128, 1)) is None
+def test_a_mesh_is_what_the_driver_would_take(tmp_path: Path) -> None:
+    """Alone a cell takes what a pack of one does; one that does not fit has as few shards as fit, found by trying."""
+    one, device = cell(), find_device("h100")
+    alone = step_on(one, Mesh(), 1.0, device, Network(8, 450e9, 50e9))
+    assert (alone.sent.bytes, alone.network_s) == (0, 0)
+    assert alone.compute_s == device.seconds(work_of_step(one))
+    described = of(tmp_path)
+    (large,) = [each for each in cells_to_come(described.spec, 512) if (each.n_latents, each.k) == (4096, 32)]
 
+    def taken(shards: int) -> float:
+        return pack_memory([large], 8192, STREAM, "cuda", layout=Layout(shards)).total
 
-def test_the_smallest_mesh_is_the_first_that_fits() -> None:
-    """By trying every mesh of powers of two in the order of their size."""
-    device, network, one = find_device("h100"), Network(8, 450e9, 50e9), cell()
-    for memory in (2e9, 6e8, 4e8):
-        sizes = [
-            a * b
-            for a in (2**i for i in range(9))
-            for b in (2**i for i in range(9))
-            if (taken := part_memory(one, Mesh(a, b), 8192, STREAM, "cuda")) is not None and taken <= memory
-        ]
-        found = smallest(one, 256, memory, device, network, 8192, STREAM)
-        assert found.mesh.processes == min(sizes) > 1
-        assert found.bytes <= memory
-    with pytest.raises(SaescaleError, match=r"takes .* GiB, which no mesh of up to 4 h100 holds"):
-        smallest(one, 4, 2e8, device, network, 8192, STREAM)
+    assert taken(1) == pack_memory([large], 8192, STREAM, "cuda").total
+    memory = 0.9 * taken(1)
+    plan = plan_cluster(described, device._replace(memory=memory / 0.95), 64)
+    (found,) = [group for group in plan.groups if group.cells == (large,)]
+    fewest = next(shards for shards in range(1, 64) if taken(shards) <= memory)
+    assert found.step.mesh.shards % fewest == 0  # twice as many where that is its share of the work
+    assert found.step.mesh.shards > 1
+    assert found.step.bytes == taken(found.step.mesh.shards) <= memory
+    assert found.job.gpus == found.step.mesh.processes
+    with pytest.raises(SaescaleError, match=r"needs .* GiB"):
+        plan_cluster(described, device._replace(memory=1e6), 64)
 
 
 def received(numbers: float, size: int, each: int) -> float:
@@ -97,6 +95,7 @@ def test_bytes_between_processes_are_those_of_the_collectives() -> None:
     assert found.reductions == pytest.approx(2 * received(rows * d, 4, 4))
     assert found.replicas == pytest.approx(received(2 * n * d / 4, 2, 4))
     assert sent(Mesh(), d, n, k, rows, 1.0).bytes == sent(Mesh(), d, n, k, rows, 1.0).collectives == 0
+    assert network.KEYS == KEYS
     # Many candidates are counted and not gathered: never more than gathering would be at that point.
     many = sent(Mesh(128, 1), d, n * 128, 256, rows, 1.0)
     assert many.selection < 127 * rows * 256 * 8 / 100
@@ -133,11 +132,11 @@ def test_a_slow_store_is_what_steps_wait_for(tmp_path: Path) -> None:
 
 def test_failures_and_meshes(tmp_path: Path) -> None:
     """The same sweep where nothing fits one device: gangs, of which a failure of a node stops all."""
-    small = find_device("h100")._replace(memory=2.5e8)
+    small = find_device("h100")._replace(memory=2.2e8)
     described = of(tmp_path, "mtbf_hours=1e12", "restart_s=5")
     plan = plan_cluster(described, small, 8)
-    assert {group.step.mesh.processes for group in plan.groups} >= {2}
-    assert max(group.step.bytes for group in plan.groups) <= 0.95 * 2.5e8
+    assert max(group.step.mesh.processes for group in plan.groups) > 1
+    assert max(group.step.bytes for group in plan.groups) <= 0.95 * 2.2e8
     assert plan.document()["network"]["mesh"] > 0
     never, often = plan.document(), plan_cluster(of(tmp_path, "mtbf_hours=0.01", "repair_s=1"), small, 8).document()
     assert never["failures"] == 0 < often["failures"]
@@ -145,7 +144,7 @@ def test_failures_and_meshes(tmp_path: Path) -> None:
     assert often["hours"]["median"] > never["hours"]["median"]
     forced = describe(written(tmp_path, SWEEP + "resources: {mesh: {shards: 2, replicas: 2}}\n"), ["d_model=512"])
     assert {group.step.mesh for group in plan_cluster(forced, find_device("h100"), 4).groups} == {Mesh(2, 2)}
-    with pytest.raises(SaescaleError, match=r"needs a mesh of 4 GPUs, and there are 2"):
+    with pytest.raises(SaescaleError, match=r"a cell needs a mesh of 4 GPUs, and there are 2"):
         plan_cluster(forced, find_device("h100"), 2)
 
 
@@ -235,7 +234,7 @@ def test_the_command(tmp_path: Path) -> None:
         (["--cluster", "SWEEP"], "to plan without its store say what it has, as --assume d_model=768"),
         (["--cluster", "SWEEP", "--metric", "downstream_loss.ce"], "it goes with --gpu, --gpus"),
         (["--gpus", "4"], "name the sweep with --cluster"),
-        (["--cluster", "MESH", "--assume", "d_model=512"], "resources.mesh: write auto, or such as {shards: 4"),
+        (["--cluster", "MESH", "--assume", "d_model=512"], "resources.mesh.shards: input should be greater than 0"),
         (["--cluster", "LIVE", "--assume", "parameters=1e9"], "the width of a live source's subject is not known"),
         (["--cluster", "BYTES", "--assume", "d_model=512"], "store.live.max_bytes: 'much' is no amount"),
         (["--cluster", "SWEEP", "--assume", "d_model=512", "--assume", "mtbf_hours=1e-4"], "it gets nowhere"),

@@ -18,12 +18,14 @@ from saescale.trainers.architectures.sae import step_of
 from saescale.trainers.cell import Cell
 from saescale.trainers.evals.nmse import CHUNK_ROWS, rows_at_a_time
 from saescale.trainers.kernels.choose import KernelKind
+from saescale.trainers.mesh.gathered import KEYS
 from saescale.trainers.mesh.layout import Layout
 from saescale.trainers.preprocess import SAMPLE_TOKENS, Centre
 
 PROCESS_BYTES = 800 * 2**20  # imports and compiled kernels of a worker, in the host's memory; measured
 _FLOAT = 4
 _ONE = Layout()
+_COUNTS = 40  # of keys' size, that the counts of a token take
 _ALLOCATOR = 1.15  # freed memory that the allocator keeps: up to 1.10 measured, which differs from run to run
 
 
@@ -65,7 +67,10 @@ def pack_memory(
     """
     if layout.ranks > 1:
         shared = pack_memory([_share(cell, layout) for cell in cells], eval_tokens, stream, kernels, remote_run)
-        return shared._replace(training=shared.training + max(_said(cell, layout) for cell in cells))
+        # The batch is preprocessed whole, and worked on by rows.
+        rows, whole, d_model = cells[0].batch_tokens // layout.replicas, cells[0].batch_tokens, cells[0].d_model
+        batch = _preprocessed(whole, whole, d_model) - _preprocessed(rows, rows, d_model)
+        return shared._replace(training=shared.training + batch + max(_said(cell, layout) for cell in cells))
     d_model, batch = cells[0].d_model, cells[0].batch_tokens
     host = kernels == "cpu"
     windows = 3 * min(8 * stream.row_group_rows, stream.rows) * d_model * 2
@@ -84,14 +89,18 @@ def _share(cell: Cell, layout: Layout) -> Cell:
     """As large as what a process of that layout holds of a cell."""
     n_latents = layout.share(cell.n_latents, 0).size
     most = cell.whole_settings.k_aux if hasattr(cell.whole_settings, "k_aux") else 0
-    return cell.model_copy(update={"n_latents": max(n_latents, cell.k, most)})
+    rows = cell.batch_tokens // layout.replicas
+    return cell.model_copy(update={"n_latents": max(n_latents, cell.k, most), "batch_tokens": rows})
 
 
 def _said(cell: Cell, layout: Layout) -> float:
-    """What processes have from each other in a step: parts of a reconstruction, and candidates of all shards."""
+    """What processes have from each other in a step: parts of a reconstruction, and candidates of all shards, or where
+    these are many the counts of their digits (trainers/mesh/radix.py)."""
     rows, settings = cell.batch_tokens / layout.replicas, cell.whole_settings
     k = max(settings.pairs_per_token(cell.n_latents), getattr(settings, "k_aux", 0))
-    keys = 8 * k * (1 + layout.shards if layout.shards > 1 else 0)
+    everyone = layout.shards * min(k, layout.share(cell.n_latents, 0).size)
+    others = everyone if everyone <= KEYS else k + _COUNTS
+    keys = 8 * (k + others) if layout.shards > 1 else 0
     return float(rows * (4 * _FLOAT * cell.d_model + 2 * keys))
 
 
