@@ -132,13 +132,17 @@ def test_a_slow_store_is_what_steps_wait_for(tmp_path: Path) -> None:
 
 def test_failures_and_meshes(tmp_path: Path) -> None:
     """The same sweep where nothing fits one device: gangs, of which a failure of a node stops all."""
-    small = find_device("h100")._replace(memory=2.2e8)
-    described = of(tmp_path, "mtbf_hours=1e12", "restart_s=5")
-    plan = plan_cluster(described, small, 8)
+    text = SWEEP.replace("[1024, 4096]", "[65536]").replace("batch_tokens: 8192", "batch_tokens: 1024")
+    url = written(tmp_path, text)
+    (one, _) = cells_to_come(describe(url).spec, 512)
+    memory = 0.7 * pack_memory([one], 8192, STREAM, "cuda").total
+    small = find_device("h100")._replace(memory=memory / 0.95)
+    plan = plan_cluster(describe(url, ["d_model=512", "mtbf_hours=1e12"]), small, 8)
     assert max(group.step.mesh.processes for group in plan.groups) > 1
-    assert max(group.step.bytes for group in plan.groups) <= 0.95 * 2.2e8
+    assert max(group.step.bytes for group in plan.groups) <= memory
     assert plan.document()["network"]["mesh"] > 0
-    never, often = plan.document(), plan_cluster(of(tmp_path, "mtbf_hours=0.01", "repair_s=1"), small, 8).document()
+    given = ["d_model=512", "mtbf_hours=0.002", "restart_s=1", "repair_s=1"]
+    never, often = plan.document(), plan_cluster(describe(url, given), small, 8).document()
     assert never["failures"] == 0 < often["failures"]
     assert often["hours"]["low"] < often["hours"]["median"] < often["hours"]["high"]
     assert often["hours"]["median"] > never["hours"]["median"]
