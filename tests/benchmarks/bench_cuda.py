@@ -136,7 +136,8 @@ def _peers(size: Size, python: Path | None, stack: ExitStack) -> tuple[list[Cont
             stack.callback(peer.close)
             peer.step()
         except BenchmarkError as error:
-            left_out[name] = str(error).strip().splitlines()[-1]
+            lines = str(error).strip().splitlines()
+            left_out[name] = next((line for line in reversed(lines) if "Error" in line), lines[-1])
             console.print(f"{name} is left out: {left_out[name]}")
         else:
             able.append(peer)

@@ -49,6 +49,15 @@ def _auxk(result: dict[str, Any]) -> str:
     return _markdown(head, rows)
 
 
+def _auxk_cuda(result: dict[str, Any]) -> str:
+    shares = list(dict.fromkeys(step["dead"] for step in result["steps"]))
+    rows = []
+    for precision in dict.fromkeys(step["precision"] for step in result["steps"]):
+        ratios = [step["ratio"] for step in result["steps"] if step["precision"] == precision]
+        rows.append([f"{precision} product", *(f"{ratio:.2f}x" for ratio in ratios)])
+    return _markdown(["dead latents", *(f"{share:.0%}" for share in shares)], rows)
+
+
 def _architectures(result: dict[str, Any]) -> str:
     """Of each architecture milliseconds, and how many times as fast as the fastest peer."""
     ways = {
@@ -162,6 +171,7 @@ _MAKERS = {
     "overhead": _overhead,
     "games": _games,
     "cuda": _cuda,
+    "auxk_cuda": _auxk_cuda,
 }
 
 
