@@ -91,8 +91,9 @@ class Device(NamedTuple):
 # An NVIDIA H200 on 26 November 2026 (tests/benchmarks/results/cuda.json; d 768, N 32,768, k 32, bf16 product): the
 # encoder's product alone 0.74 ms at a batch of 8,192 and 2.55 ms at 32,768, the whole step 3.8 and 8.6 ms. What grows
 # with the batch beside the product is the pairs and the scores; what does not, weights and launches. The memory is
-# taken to give 4 of its 4.8 TB/s. Not used for that: 28 cells of N 2,048 to 131,072, k 8 to 512, for which these four
-# say 1.2 times the 161 ms that were measured. Shares of the product of squares, 767e12 FLOP/s: 14, 25 and 13 %.
+# taken to give 4 of its 4.8 TB/s. Not used for that, and predicted over measured by these four: N 131,072, k 64 at a
+# batch of 32,768 (23.7 ms) 1.03; 28 cells of N 2,048 to 131,072, k 8 to 512 (161 ms) 1.19; N 8,192 at a batch of 2,048
+# (bench_auxk, 3.3 ms, mostly launches) 0.6. Shares of the product of squares, 767e12 FLOP/s: 14, 25, 35 and 13 %.
 H200 = Rates(products=6.0e14, pairs=2.2e12, traffic=4.0e12, step_s=1.7e-3)
 # Two cores of an AMD EPYC, the published quickstart (deploy/results/quickstart): 20 cells, N 512 to 8,192, k 8 to 64.
 CPU = Rates(products=1.1e11, pairs=3.8e10, traffic=1e13, step_s=5.1e-3)
