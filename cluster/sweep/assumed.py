@@ -12,7 +12,7 @@ from typing import Annotated, Any, NamedTuple
 from pydantic import Field, ValidationError
 
 from saescale.cluster.crew.claims import Positive, Section
-from saescale.cluster.sweep.spec import NO_STORE, SweepSpec, parse_spec
+from saescale.cluster.sweep.spec import NO_STORE, SweepSpec, named_stores, parse_spec
 from saescale.storage.documents import read_yaml
 from saescale.storage.errors import SaescaleError
 from saescale.storage.mistakes import problems
@@ -102,7 +102,7 @@ def describe_document(document: Any, where: str, assumed: Assumed) -> Described:
         assumed = assumed.model_copy(update={"rows": rows})
         most = _amount(live.get("max_bytes"), f"{where}: store.live.max_bytes")
         return Described(parse_spec(document, where), assumed, True, most)
-    return Described(parse_spec(document, where), assumed, False, None)
+    return Described(parse_spec(named_stores(document, where), where), assumed, False, None)
 
 
 def _mapping(url: str) -> Any:

@@ -95,7 +95,8 @@ class Device(NamedTuple):
 # batch of 32,768 (23.7 ms) 1.03; 28 cells of N 2,048 to 131,072, k 8 to 512 (161 ms) 1.19; N 8,192 at a batch of 2,048
 # (bench_auxk, 3.3 ms, mostly launches) 0.6. Shares of the product of squares, 767e12 FLOP/s: 14, 25, 35 and 13 %.
 H200 = Rates(products=6.0e14, pairs=2.2e12, traffic=4.0e12, step_s=1.7e-3)
-# Two cores of an AMD EPYC, the published quickstart (deploy/results/quickstart): 20 cells, N 512 to 8,192, k 8 to 64.
+# A worker on one of two cores of an AMD EPYC, the published quickstart (deploy/results/quickstart): 20 cells, N 512 to
+# 8,192, k 8 to 64.
 CPU = Rates(products=1.1e11, pairs=3.8e10, traffic=1e13, step_s=5.1e-3)
 
 _H200_PEAK, _H200_BANDWIDTH = 989e12, 4.8e12

@@ -236,6 +236,7 @@ def test_the_command(tmp_path: Path) -> None:
         (["--cluster", "SWEEP", "--assume", "mtbf_hours"], "--assume mtbf_hours: write NAME=VALUE"),
         (["--cluster", "SWEEP", "--assume", "mtbf_hours=-1"], "--assume: mtbf_hours: input should be greater than 0"),
         (["--cluster", "SWEEP"], "to plan without its store say what it has, as --assume d_model=768"),
+        (["--cluster", "LAYERS", "--assume", "d_model=512"], "there is no folder like stores/none.*"),
         (["--cluster", "SWEEP", "--metric", "downstream_loss.ce"], "it goes with --gpu, --gpus"),
         (["--gpus", "4"], "name the sweep with --cluster"),
         (["--cluster", "MESH", "--assume", "d_model=512"], "resources.mesh.shards: input should be greater than 0"),
@@ -247,6 +248,7 @@ def test_the_command(tmp_path: Path) -> None:
 def test_what_cannot_be_planned(arguments: list[str], said: str, tmp_path: Path) -> None:
     files = {
         "SWEEP": SWEEP, "MESH": SWEEP + "resources: {mesh: {shards: 0}}\n", "LIVE": LIVE,
+        "LAYERS": SWEEP.replace("stores/none", "stores/none.*"),
         "BYTES": LIVE.replace("2 GB", "much"),
     }  # fmt: skip
     given = [written(tmp_path, files[one], f"{one}.yaml") if one in files else one for one in arguments]
