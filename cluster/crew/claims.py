@@ -37,7 +37,8 @@ class MeshShape(Section):
 
 class Resources(Section):
     """workers: processes that train packs. auto: one a GPU, or one a CPU core, but no more than cells; where nodes join
-    the cluster their number grows. A number is asked for whatever the cluster has now, so that an autoscaler sees it.
+    the cluster their number grows, and while there is work for more an autoscaler is asked for them. A number is asked
+    for whatever the cluster has now. Where there are no GPUs yet, `gpus_per_worker: 1` asks for some.
     """
 
     workers: Positive | Literal["auto"] = "auto"

@@ -72,13 +72,15 @@ class Crew(ABC, Generic[Info]):
 
     `starting` maps the reference of which an answer says that an actor is up to the actor, `ready` those that are up
     to what they said, and `idle` are the ready ones that have no work. Actors that find no room yet stay queued in Ray,
-    where an autoscaler sees what they ask for.
+    where an autoscaler sees what they ask for. `wished` are, like `starting`, those for which there may never be room:
+    nobody waits for them.
     """
 
     words: ClassVar[Words]
 
     def __init__(self, address: str | None) -> None:
         self.starting: dict[Any, Any] = {}
+        self.wished: dict[Any, Any] = {}
         self.ready: dict[Any, Info] = {}
         self.idle: list[Any] = []
         self._actors: list[Any] = []
@@ -137,6 +139,18 @@ class Crew(ABC, Generic[Info]):
         self._actors.append(actor)
         self.starting[up] = actor
 
+    def wish(self) -> None:
+        """Queues one more actor, which comes up if the cluster grows."""
+        actor, up = self._create()
+        self._actors.append(actor)
+        self.wished[up] = actor
+
+    def withdraw(self) -> None:
+        """No more actors are wished for than have come up."""
+        for actor in self.wished.values():
+            self._end(actor)
+        self.wished.clear()
+
     def start_later(self, pause: float) -> None:
         """Queues one more actor in `pause` seconds, when somebody watches."""
         self._due.append(time.monotonic() + pause)
@@ -170,14 +184,14 @@ class Crew(ABC, Generic[Info]):
         for due in [due for due in self._due if due <= now]:
             self._due.remove(due)
             self.start()
-        watched = [*busy, *self.starting]
+        watched = [*busy, *self.starting, *self.wished]
         if watched:
             ended, _ = ray.wait(watched, num_returns=1, timeout=POLL_S)
             ended, _ = ray.wait(watched, num_returns=len(watched), timeout=0) if ended else ([], [])
         else:
             time.sleep(POLL_S)
             ended = []
-        up = [reference for reference in ended if reference in self.starting]
+        up = [reference for reference in ended if reference in self.starting or reference in self.wished]
         for reference in up:
             self._join(reference)
         self._say_nobody(bool(busy or self.idle))
@@ -210,14 +224,18 @@ class Crew(ABC, Generic[Info]):
         return f"the cluster has {has} free and one takes {each} (`ray status`)"
 
     def _join(self, up: Any) -> None:
-        actor = self.starting.pop(up)
+        wished = up in self.wished
+        actor = self.wished.pop(up) if wished else self.starting.pop(up)
         try:
             info: Info = take(up)
         except SaescaleError:
             self._end(actor)
             raise
         except Died as died:
-            self._failed(actor, died)
+            if wished:
+                self._end(actor)
+            else:
+                self._failed(actor, died)
         except Exception as error:
             # It lives on otherwise, with the device that it claimed.
             self._failed(actor, Died(error))

@@ -20,6 +20,7 @@ def auto_precision(asked: Resources, address: str | None, held: ExitStack) -> Pr
 
     Joins the cluster until `held` ends. Raises SaescaleError when it cannot be reached.
     """
+    wants_gpus = not isinstance(asked.gpus_per_worker, str)
     if asked.gpus_per_worker == 0:
         return cpu_precision(this_processor())
     if not ray.is_initialized():
@@ -27,11 +28,12 @@ def auto_precision(asked: Resources, address: str | None, held: ExitStack) -> Pr
             return fast_precision(default_device())  # its workers will be processes of this machine
         connect(address)
         held.callback(disconnect)
-    return precision_on(resources())
+    return precision_on(resources(), wants_gpus)
 
 
-def precision_on(there: dict[str, Any]) -> Precision:
-    """On a cluster of these resources ("GPU", "accelerator_type:A100")."""
-    if not there.get("GPU"):
+def precision_on(there: dict[str, Any], wants_gpus: bool = False) -> Precision:
+    """On a cluster of these resources ("GPU", "accelerator_type:A100"), whose GPUs are still to come where workers want
+    some and there are none."""
+    if not there.get("GPU") and not wants_gpus:
         return cpu_precision(this_processor())
     return gpu_precision(name.removeprefix(_KIND) for name in there if name.startswith(_KIND))

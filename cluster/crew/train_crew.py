@@ -21,6 +21,7 @@ from saescale.trainers.training.memory import PROCESS_BYTES, StreamSize, pack_me
 
 _START_TIMEOUT_S = 900.0  # until the first worker is up; an autoscaler may have to find a machine for it
 _COMPANY_S = 15.0  # more, for those that start with it
+IDLE_S = 60.0  # without work, after which a worker of an open number is ended; another start takes ten
 MAX_STARTS = 4  # that fail one after another before fewer workers have to do
 BACKOFF_S = (2.0, 60.0)  # after the first failure, and at most
 
@@ -51,6 +52,7 @@ class TrainCrew(Crew[WorkerInfo]):
         self._began, self._once_up, self._auto = time.monotonic(), False, auto
         super().__init__(address)
         self._grows = resources.workers == "auto"
+        self._spare_since: dict[Any, float] = {}  # workers for which there has been nothing to do since then
         self._cells = cells
         try:
             self.connect()
@@ -134,16 +136,36 @@ class TrainCrew(Crew[WorkerInfo]):
     def stay(self) -> None:
         """No more workers than there are: some nodes are of no use."""
         self._grows = False
+        self.withdraw()
 
     def grow(self, most: int) -> None:
-        """Starts up to `most` workers where nodes have joined and the number of workers was left open."""
+        """Up to `most` more workers, where their number was left open: starts those for which nodes have joined, and
+        wishes for the others, as which an autoscaler sees them."""
+        self._spare_since.clear()
         if not self._grows:
             return
         there = self._there()
         room = there.get("GPU", 0.0) / self._gpus if self._gpus else there.get("CPU", 0.0) / self._cpus
-        new = min(self._cells, int(room)) - len(self.ready) - len(self.starting)
-        for _ in range(min(new, most - len(self.starting))):
-            self.start()
+        # A wish takes the room of a node that has come for it.
+        asked = len(self.ready) + len(self.starting) + len(self.wished)
+        more = min(self._cells - asked, most - len(self.starting) - len(self.wished))
+        for number in range(more):
+            if number < int(room) - asked:
+                self.start()
+            elif not self._local:
+                self.wish()
+
+    def spare(self) -> None:
+        """There is no more work than for those who have some: wishes for nothing, and ends workers that have been idle
+        for a while, so that an autoscaler can take their nodes back."""
+        self.withdraw()
+        if not self._grows or self._local:
+            return
+        now = time.monotonic()
+        self._spare_since = {worker: self._spare_since.get(worker, now) for worker in self.idle}
+        for worker in [worker for worker, since in self._spare_since.items() if now - since > IDLE_S]:
+            del self._spare_since[worker]
+            self.lost(worker)
 
     @property
     def memory(self) -> float:

@@ -48,6 +48,13 @@ def plan(
         str | None, typer.Option(help="With --metric: how near to what a lossless SAE would have, as 1%.")
     ] = None,
     reach: Annotated[float | None, typer.Option(help="With --metric: the value to reach.")] = None,
+    cluster: Annotated[
+        str | None, typer.Option(help="A sweep file, or a description (deploy/plans): what does it take on a cluster?")
+    ] = None,
+    gpus: Annotated[int | None, typer.Option(help="With --cluster: how many, 8 without.")] = None,
+    assume: Annotated[
+        list[str] | None, typer.Option(help="With --cluster: NAME=VALUE in place of what is assumed; repeatable.")
+    ] = None,
     architecture_file: ArchitectureFile = None,
     as_json: Json = False,
 ) -> None:
@@ -58,7 +65,12 @@ def plan(
     With --metric: which (n, k) is good enough for the least training compute, whatever the budget.
 
     Example: [bold]saescale plan runs/quickstart --metric downstream_loss.ce --within 1% --gpu cpu[/]
+
+    With --cluster: hours, memory, disk and network of a sweep on GPUs of nodes that fail now and then.
+
+    Example: [bold]saescale plan --cluster sweep.yaml --gpu h100 --gpus 64[/]
     """
+    from saescale.cluster.front.cluster_plan import plan_for_cluster
     from saescale.cluster.sweep.propose import Request, make_proposal, sweep_of, write_proposal
     from saescale.cluster.sweep.reach import make_reach
     from saescale.cluster.sweep.spec import NO_STORE
@@ -71,6 +83,12 @@ def plan(
     for name, value in (("tokens", tokens), ("flops-per-s", flops_per_s)):
         if value is not None and not 0 < value < _MOST:
             raise SaescaleError(f"--{name} {value:g}: give a number above 0 and below {_MOST:g}")
+    if cluster is not None:
+        _require_alone(source, metric, write, target, at)
+        plan_for_cluster(cluster, find_device(gpu, flops_per_s), gpus, assume or (), as_json)
+        return
+    if gpus is not None or assume:
+        raise SaescaleError("--gpus and --assume are of a cluster: name the sweep with --cluster SWEEP.yaml")
     request = Request(
         hours=_hours(budget), device=find_device(gpu, flops_per_s), target=target, source=source, store=store,
         at=parse_point(at) if at else {}, d_model=d_model, tokens=tokens, n_range=(n_min, n_max), ks=tuple(k or ()),
@@ -104,6 +122,15 @@ def plan(
         say(f"Next: {next_}{edit}")
     else:
         say(f"Next: the same with --write {shlex.quote(file)}, then {next_}{edit}")
+
+
+def _require_alone(source: str | None, metric: str | None, write: str | None, target: str, at: str | None) -> None:
+    """Raises SaescaleError where --cluster stands beside what chooses cells."""
+    if source or metric or write or at or target != "exponent":
+        raise SaescaleError(
+            "--cluster SWEEP.yaml says what the cells of that sweep take; it goes with --gpu, --gpus, --assume, "
+            "--flops-per-s and --json alone"
+        )
 
 
 def _share(text: str) -> float:

@@ -9,7 +9,8 @@
 - A store of several is gone or damaged: its packs are set aside, and end the sweep when those of the others are done.
 - A cell is shared by several workers: they are handed it together, as soon as so many are free. Whichever is lost, or
   hangs, the others break off, and the pack goes on from its checkpoint as soon as there are so many again.
-- A worker has nothing to do: the pack that has most to do is split, as when nodes have joined.
+- A worker has nothing to do: the pack that has most to do is split, as when nodes have joined; where that is not worth
+  it, and the number of workers was left open, the worker is ended.
 """
 
 import time
@@ -239,7 +240,9 @@ class Execution:
         longest = max(running, key=_seconds_left, default=None)
         worth = longest is not None and _seconds_left(longest) > WORTH_S
         if self.waiting or (longest is not None and worth):
-            self.crew.grow(len(self.waiting) or 1)
+            self.crew.grow(sum(pack.layout.ranks for pack in self.waiting) or 1)
+        elif self.running and all(running.progress is not None for running in self.running.values()):
+            self.crew.spare()
         parting = any(running.parting for running in self.running.values())
         if longest is not None and worth and self.crew.idle and not self.waiting and not parting:
             longest.parting = True

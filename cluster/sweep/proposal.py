@@ -72,15 +72,20 @@ class Proposal:
     rectangle: Design | None
     packs: tuple[tuple[tuple[int, int, int], ...], ...]
 
+    @property
+    def flops_per_s(self) -> float:
+        """What the device sustains on these cells, in sparse training FLOP/s."""
+        flops = sum(len(self.spec.stores) * len(cell.seeds) * cell.flops for cell in self.cells)
+        return flops / (3600 * sum(cell.hours for cell in self.cells))
+
     def document(self) -> dict[str, Any]:
         """Everything as JSON."""
-        device = self.prior.device
         return {
             "target": self.request.target,
             "at": dict(self.request.at),
             "budget_hours": self.request.hours,
             "hours": self.design.hours,
-            "device": {**device._asdict(), "flops_per_s": device.flops_per_s},
+            "device": self.prior.device.document(self.flops_per_s),
             "prior": {
                 "from": self.prior.words,
                 "noise": self.prior.noise,
@@ -116,7 +121,7 @@ class Proposal:
             f"# {cells} cells that narrow the {self.request.target} the most within {self.request.hours:g} h on one "
             f"{self.request.device.name}.",
             f"# Prior: {self.prior.words}.",
-            f"# Speed: {self.prior.device.flops_per_s:.3g} sparse training FLOP/s, {self.prior.device.speed_from}.",
+            f"# Speed: {self.flops_per_s:.3g} sparse training FLOP/s, {self.prior.device.speed_from}.",
             "# To add them to a sweep that is there: saescale sweep ITS.yaml --extend THIS.yaml",
             yaml_text(document).rstrip(),
             "grid:",

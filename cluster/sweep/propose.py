@@ -3,13 +3,15 @@
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence, Set
 from itertools import count, islice
-from typing import Any, NamedTuple, Protocol, cast
+from typing import Any, Protocol, cast
 
 import numpy as np
 
+from saescale.cluster.sweep.assumed import cells_to_come
 from saescale.cluster.sweep.best import Best, best_way
 from saescale.cluster.sweep.proposal import Prior, Proposal, ProposedCell, Request
 from saescale.cluster.sweep.spec import NO_STORE, SweepSpec, parse_recorded, parse_spec
+from saescale.cluster.sweep.work import work_of
 from saescale.scaling.kinds import kind_label, largest_kind, without_diverged
 from saescale.scaling.laws.best import find_best
 from saescale.scaling.laws.estimate import Fit, fit_law
@@ -193,9 +195,9 @@ def _candidates(
         raise SaescaleError(f"no cell to add has k <= n: k is {min(ks):g} or more, n at most {sizes.max():g}")
     _require_enough(request, n, k, prior.cells)
     spec = parse_spec(base | {"grid": {"cells": grid_of(n, k, [[0]] * len(n), prior)}}, "the plan")
-    possible, needs = cells_of(spec, d_model), _needs(spec, request.device)
+    possible, needs = cells_to_come(spec, d_model), _needs(spec, request.device)
     # All cells of a sweep are trained over all its stores.
-    hours = len(spec.stores) * np.array([prior.device.hours(cell.flops(cell.tokens).sparse) for cell in possible])
+    hours = len(spec.stores) * np.array([prior.device.seconds(work_of(cell)) for cell in possible]) / 3600
     memory = np.array([needs([cell]) for cell in possible])
     fits = memory <= request.device.memory
     if not fits.any():
@@ -251,29 +253,18 @@ def _proposed(
     seeds = [_unused(taken, int(design.counts[i])) for taken, i in zip(own, chosen, strict=True)]
     grid = grid_of(cells.n_latents[chosen], cells.k[chosen], seeds, prior)
     spec = parse_spec(base | {"grid": {"cells": grid}}, "the plan")
-    sparse = {(c.n_latents, c.k): (c.tokens, float(c.flops(c.tokens).sparse)) for c in cells_of(spec, d_model)}
+    work = {(c.n_latents, c.k): (c.tokens, work_of(c)) for c in cells_to_come(spec, d_model)}
     rows = []
     for cell in grid:
-        tokens, flops = sparse[cell["n_latents"], cell["k"]]
-        hours = prior.device.hours(flops) * len(cell["seed"]) * len(spec.stores)
-        rows.append(ProposedCell(cell["n_latents"], cell["k"], tuple(cell["seed"]), tokens, flops, hours))
+        tokens, each = work[cell["n_latents"], cell["k"]]
+        hours = prior.device.seconds(each) / 3600 * len(cell["seed"]) * len(spec.stores)
+        rows.append(ProposedCell(cell["n_latents"], cell["k"], tuple(cell["seed"]), tokens, each.flops, hours))
     return tuple(rows), grid
 
 
 def grid_of(n: np.ndarray, k: np.ndarray, seeds: Sequence[list[int]], prior: Prior) -> list[dict[str, Any]]:
     cells = zip(n.tolist(), k.tolist(), seeds, strict=True)
     return [{"n_latents": int(a), "k": int(b), "seed": own, **prior.cell} for a, b, own in cells]
-
-
-class _StoreToCome(NamedTuple):
-    """A store that is not there yet."""
-
-    fingerprint: str
-    d_model: int
-
-
-def cells_of(spec: SweepSpec, d_model: int) -> list[Any]:
-    return spec.cells(_StoreToCome("planned", d_model), "bf16")
 
 
 def _needs(spec: SweepSpec, device: Device) -> Callable[[Sequence[Any]], float]:
@@ -288,7 +279,7 @@ def _needs(spec: SweepSpec, device: Device) -> Callable[[Sequence[Any]], float]:
 def _packs(spec: SweepSpec, d_model: int, device: Device) -> tuple[tuple[tuple[int, int, int], ...], ...]:
     from saescale.cluster.sweep.packing import pack_cells
 
-    packs = pack_cells(cells_of(spec, d_model), {}, 1, device.memory, _needs(spec, device))
+    packs = pack_cells(cells_to_come(spec, d_model), {}, 1, device.memory, _needs(spec, device))
     return tuple(tuple((c.n_latents, c.k, c.seed) for c in pack) for pack in packs)
 
 

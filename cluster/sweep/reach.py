@@ -4,14 +4,17 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from saescale.cluster.sweep.assumed import cells_to_come
 from saescale.cluster.sweep.proposal import Prior, Request
-from saescale.cluster.sweep.propose import cells_of, grid_of, levels_of, prior_of
+from saescale.cluster.sweep.propose import grid_of, levels_of, prior_of
 from saescale.cluster.sweep.spec import SweepSpec, parse_spec
+from saescale.cluster.sweep.work import work_of
 from saescale.scaling.kinds import largest_kind, without_diverged
 from saescale.scaling.laws.fit import fit_laws
 from saescale.scaling.laws.over_metrics import fit_metrics, metrics_in, require_metric
 from saescale.scaling.laws.settings import FitSettings
 from saescale.scaling.metrics import measured
+from saescale.scaling.planning.devices import Work
 from saescale.scaling.planning.reach import Reached, smallest, target_of, target_words
 from saescale.scaling.sources import load_evals, load_sources
 from saescale.storage.documents import yaml_text
@@ -52,12 +55,16 @@ class ReachPlan(NamedTuple):
         n = way.reached.sure if self.surest else way.reached.n_latents
         return {"n_latents": n, "k": int(way.reached.k), "seed": 0, **self.prior.cell}
 
+    @property
+    def _flops_per_s(self) -> float:
+        flops, hours = len(self.spec.stores) * (self.best.flops or 0.0), self.best.hours
+        return flops / (3600 * hours) if hours else 0.0
+
     def document(self) -> dict[str, Any]:
         """Everything as JSON."""
-        device = self.prior.device
         return {
             "metric": self.metric, "reach": self.words, "prior": {"from": self.prior.words},
-            "device": {**device._asdict(), "flops_per_s": device.flops_per_s},
+            "device": self.prior.device.document(self._flops_per_s),
             "ways": [_row(way) for way in self.ways],
             "best": _row(self.best), "surest": self.surest and _row(self.surest),
         }  # fmt: skip
@@ -94,17 +101,17 @@ def make_reach(request: Request, metric: str, within: float | None, reach: float
 def _way(reached: Reached, prior: Prior, base: dict[str, Any], d_model: int) -> Way:
     if reached.n_latents is None:
         return Way(reached, None, None, None, None)
-    tokens, flops, stores = _cost(reached.n_latents, reached.k, prior, base, d_model)
-    sure = None if reached.sure is None else _cost(reached.sure, reached.k, prior, base, d_model)[1]
-    return Way(reached, tokens, flops, stores * prior.device.hours(flops), sure)
+    tokens, work, stores = _cost(reached.n_latents, reached.k, prior, base, d_model)
+    sure = None if reached.sure is None else _cost(reached.sure, reached.k, prior, base, d_model)[1].flops
+    return Way(reached, tokens, work.flops, stores * prior.device.seconds(work) / 3600, sure)
 
 
-def _cost(n: int, k: float, prior: Prior, base: dict[str, Any], d_model: int) -> tuple[int, float, int]:
-    """(tokens, sparse training FLOPs) of one cell, and over how many stores the sweep trains it."""
+def _cost(n: int, k: float, prior: Prior, base: dict[str, Any], d_model: int) -> tuple[int, Work, int]:
+    """(tokens, what training takes) of one cell, and over how many stores the sweep trains it."""
     grid = grid_of(np.array([n]), np.array([k]), [[0]], prior)
     spec: SweepSpec = parse_spec(base | {"grid": {"cells": grid}}, "the plan")
-    (cell, *_) = cells_of(spec, d_model)
-    return cell.tokens, float(cell.flops(cell.tokens).sparse), len(spec.stores)
+    (cell, *_) = cells_to_come(spec, d_model)
+    return cell.tokens, work_of(cell), len(spec.stores)
 
 
 def _row(way: Way) -> dict[str, Any]:

@@ -1,6 +1,7 @@
 """A Ray head with dashboard and token authentication, in processes of its own, as somebody else's cluster would be."""
 
 import contextlib
+import json
 import os
 import shutil
 import socket
@@ -12,7 +13,7 @@ import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import psutil
 
@@ -25,10 +26,12 @@ class Head(NamedTuple):
 
 
 @contextlib.contextmanager
-def ray_head(token: str, num_cpus: int, path: Path) -> Iterator[Head]:
+def ray_head(token: str, num_cpus: int, path: Path, workers: dict[str, Any] | None = None) -> Iterator[Head]:
     """Starts the head, waits until its dashboard answers, and ends exactly what it started.
 
-    Its processes, and those of its jobs, have `path` on their PYTHONPATH.
+    Its processes, and those of its jobs, have `path` on their PYTHONPATH. workers: a node type of a cluster file, from
+    none of which to its `max_workers` Ray's autoscaler starts nodes on this machine (`AutoscalingCluster` of
+    ray.cluster_utils would end the clusters of others first).
     """
     # Unix sockets below it may have 107 characters.
     temporary = Path(tempfile.mkdtemp(prefix="rs-", dir="/tmp"))
@@ -45,6 +48,10 @@ def ray_head(token: str, num_cpus: int, path: Path) -> Iterator[Head]:
     # Where there is a token, and nobody says otherwise, Ray asks for it.
     environment = inherited | {"RAY_AUTH_TOKEN": token, "PATH": programs}
     environment["PYTHONPATH"] = str(path)
+    if workers is not None:
+        environment |= {"RAY_FAKE_CLUSTER": "1", "AUTOSCALER_UPDATE_INTERVAL_S": "1"}
+        (temporary / "cluster.json").write_text(json.dumps(_autoscaled(f"127.0.0.1:{gcs}", num_cpus, workers)))
+        command.append(f"--autoscaling-config={temporary / 'cluster.json'}")
     with (temporary / "head.log").open("wb") as log:
         process = subprocess.Popen(command, env=environment, stdout=log, stderr=log, cwd=temporary)
     try:
@@ -54,6 +61,25 @@ def ray_head(token: str, num_cpus: int, path: Path) -> Iterator[Head]:
     finally:
         _end(process, temporary)
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _autoscaled(gcs: str, num_cpus: int, workers: dict[str, Any]) -> dict[str, Any]:
+    """A cluster file whose provider starts nodes as processes."""
+    head = {"resources": {"CPU": num_cpus}, "node_config": {}, "max_workers": 0}
+    lists = ("initialization_commands", "setup_commands", "head_setup_commands", "worker_setup_commands",
+             "head_start_ray_commands", "worker_start_ray_commands", "cluster_synced_files", "rsync_exclude",
+             "rsync_filter")  # fmt: skip
+    return {
+        "cluster_name": "fake", "max_workers": workers["max_workers"], "idle_timeout_minutes": 0.05,
+        "upscaling_speed": 10.0, "auth": {}, "docker": {}, "file_mounts": {}, "file_mounts_sync_continuously": False,
+        **{name: [] for name in lists},
+        "provider": {
+            "type": "fake_multinode", "gcs_address": gcs, "launch_multiple": True, "use_node_id_as_ip": True,
+            "disable_node_updaters": True, "disable_launch_config_check": True,
+        },
+        "head_node_type": "ray.head.default",
+        "available_node_types": {"ray.head.default": head, "worker": {"node_config": {}, **workers}},
+    }  # fmt: skip
 
 
 def _wait(head: Head, process: subprocess.Popen[bytes]) -> None:

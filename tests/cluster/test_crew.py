@@ -11,6 +11,8 @@ import pytest
 import ray
 
 from saescale.cluster.crew import crew as module
+from saescale.cluster.crew import train_crew
+from saescale.cluster.crew.claims import Resources
 from saescale.cluster.crew.crew import Crew, Words
 from saescale.storage.errors import SaescaleError, SaescaleWarning
 from saescale.storage.registry import PATH
@@ -171,3 +173,51 @@ def test_a_warning_is_shown_once(toys: Callable[..., Toys]) -> None:
         for _ in range(3):
             crew.warn("the same")
     assert len(said) == 1
+
+
+def test_nobody_waits_for_what_is_wished_for(toys: Callable[..., Toys]) -> None:
+    crew = toys(count=0)
+    crew.claim = {"CPU": 100}
+    crew.wish()
+    crew.claim = {}
+    crew.start()
+    crew.come_up(60, 60)  # and not until there is room for the other one
+    assert (len(crew.ready), len(crew.starting), len(crew.wished)) == (1, 0, 1)
+    crew.withdraw()
+    assert (len(crew._actors), crew.wished) == (1, {})
+    crew.wish()
+    until = time.monotonic() + 60
+    while crew.wished and time.monotonic() < until:
+        crew.watch(())
+    assert len(crew.ready) == len(crew.idle) == 2
+    # One that fails in its start is not begun again: it is wished for again, if there is still work for it.
+    crew.hows = ["dies"]
+    crew.wish()
+    while crew.wished and time.monotonic() < until:
+        crew.watch(())
+    assert (len(crew.ready), len(crew.starting), len(crew._actors)) == (2, 0, 2)
+
+
+@pytest.mark.slow
+def test_workers_are_wished_for_and_ended_as_there_is_work(three_nodes: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On three nodes with a GPU each, of five cells."""
+    monkeypatch.setattr(train_crew, "IDLE_S", 0.0)
+    with train_crew.TrainCrew(5, Resources(gpus_per_worker=1)) as crew:
+        until = time.monotonic() + 120
+        while len(crew.ready) < 3 and time.monotonic() < until:
+            crew.watch(())
+        crew.grow(1)
+        assert (len(crew.ready), len(crew.starting), len(crew.wished)) == (3, 0, 1)
+        crew.grow(9)
+        assert len(crew.wished) == 2  # no more workers than cells
+        busy = crew.idle.pop()
+        crew.spare()
+        time.sleep(0.1)
+        crew.spare()
+        assert list(crew.ready) == [busy]
+        assert (crew.idle, crew.wished) == ([], {})
+        crew.grow(1)
+        assert (len(crew.starting), len(crew.wished)) == (1, 0)  # there is room again
+        crew.stay()
+        crew.grow(9)
+        assert not crew.wished

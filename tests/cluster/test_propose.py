@@ -130,13 +130,18 @@ def test_a_plan_goes_by_the_speed_and_the_scatter_of_its_run(tmp_path: Path, cap
     speed = sum(row["flops"] for row in rows) / (50.0 * len(rows))
     for gpu, given, expected_speed, said in (
         ("a100", None, speed, f"measured by 32 cells of {tmp_path}/run/results.parquet"),
-        ("h100", None, find_device("h100").flops_per_s, "assumed"),
+        ("h100", None, None, "assumed"),
         ("a100", 1e12, 1e12, "as given"),
     ):
         proposal = make_proposal(
             Request(hours=0.5, device=find_device(gpu, given), source=run.url, n_range=(512, 8192))
         )
-        assert proposal.document()["device"]["flops_per_s"] == pytest.approx(expected_speed)
+        found = proposal.document()["device"]["flops_per_s"]
+        if expected_speed is None:  # the smaller the cells, the more of their time are launches
+            large = make_proposal(Request(hours=1e4, device=find_device(gpu), n_range=(2**15, 2**17), d_model=4096))
+            assert 0 < 10 * found < large.document()["device"]["flops_per_s"] < find_device(gpu).peak
+        else:
+            assert found == pytest.approx(expected_speed)
         assert said in proposal.yaml()
         assert proposal.design.hours <= 0.5
     plan_command.plan(source=run.url, gpu="a100", budget="30min")
@@ -174,7 +179,7 @@ def test_what_cannot_be_planned_at_any_budget() -> None:
         (request(ks=(4096, 8192), n_range=(512, 2048)), "no cell to add has k <= n: k is 4096 or more, n at most 2048"),
         (request(ks=(512, 1024, 2048), n_range=(512, 2048), seeds=1), "there are at most 6: raise --seeds"),
         (
-            request(device=find_device("cpu")._replace(memory=5.18e9)),
+            request(device=find_device("cpu")._replace(memory=5.42e9)),
             r"there are 2 \(8, 16\) in cells of k <= n that fit into the memory of cpu: lower --n-min, add",
         ),
         (request(noise=0.0), "--noise 0 is no scatter; give a number above 0"),

@@ -9,7 +9,7 @@ from saescale.scaling.laws.estimate import fit_law
 from saescale.scaling.laws.forms.n_k import GPT4, N_K
 from saescale.scaling.laws.settings import FitSettings
 from saescale.scaling.planning.design import Candidates, Design, best_rectangle, candidates, expected, propose, wanted
-from saescale.scaling.planning.devices import as_measured, find_device
+from saescale.scaling.planning.devices import Work, as_measured, find_device
 from saescale.scaling.tables import Table
 from saescale.storage.errors import SaescaleError
 
@@ -24,9 +24,9 @@ def cells() -> Candidates:
     """n from 1,024 to 262,144 at d_model 768 on an H100, with tokens that grow as n^0.6."""
     n, k = (v.ravel() for v in np.meshgrid(2.0 ** np.arange(10, 19), np.array(KS), indexing="ij"))
     tokens = 1e9 * (n / 32768) ** 0.6
-    device = find_device("h100")
+    device = find_device("h100", 2e14)
     hours = [
-        device.hours(topk_flops(768, int(a), tokens=1, selected=int(b) + 256).sparse * d)
+        device.seconds(Work(topk_flops(768, int(a), tokens=1, selected=int(b) + 256).sparse * d)) / 3600
         for a, b, d in zip(n, k, tokens, strict=True)
     ]
     return candidates(N_K, RAW[None], n, k, np.array(hours), NOISE)
@@ -102,7 +102,7 @@ def test_what_cannot_be_planned(cells: Candidates) -> None:
         find_device("h10")
     with pytest.raises(SaescaleError, match="must be positive"):
         find_device("cpu", -1.0)
-    assert find_device("H100", 1e12).hours(3.6e15) == 1.0
+    assert find_device("H100", 1e12).seconds(Work(3e15, 6e14)) == 3600.0
 
 
 def test_the_value_of_a_target_is_the_laws(cells: Candidates) -> None:
@@ -192,9 +192,9 @@ def test_a_device_is_as_fast_as_the_run_measured_on_its_kind() -> None:
     ]
     results = Table.from_rows(rows, "runs/mine")
     h100 = as_measured(find_device("h100"), results)
-    assert h100.flops_per_s == pytest.approx(2e14)
+    assert h100.flat == pytest.approx(2e14)
     assert h100.speed_from == "measured by 2 cells of runs/mine"
-    assert as_measured(find_device("rtx4090"), results).flops_per_s == pytest.approx(3e14)
+    assert as_measured(find_device("rtx4090"), results).flat == pytest.approx(3e14)
     for name in ("a100", "cpu"):
         assert as_measured(find_device(name), results) == find_device(name)
     assert "assumed" in find_device("a100").speed_from
@@ -216,4 +216,4 @@ def test_cells_of_a_pack_share_its_seconds() -> None:
                 for i, spent in enumerate(clock[pack])
             ]  # fmt: skip
     device = as_measured(find_device("cpu"), Table.from_rows(results), Table.from_rows(curves))
-    assert device.flops_per_s == pytest.approx(flops / (2 + 3 + 4 + 5))
+    assert device.flat == pytest.approx(flops / (2 + 3 + 4 + 5))

@@ -18,12 +18,14 @@ from saescale.trainers.architectures.sae import step_of
 from saescale.trainers.cell import Cell
 from saescale.trainers.evals.nmse import CHUNK_ROWS, rows_at_a_time
 from saescale.trainers.kernels.choose import KernelKind
+from saescale.trainers.mesh.gathered import KEYS
 from saescale.trainers.mesh.layout import Layout
 from saescale.trainers.preprocess import SAMPLE_TOKENS, Centre
 
 PROCESS_BYTES = 800 * 2**20  # imports and compiled kernels of a worker, in the host's memory; measured
 _FLOAT = 4
 _ONE = Layout()
+_COUNTS = 40  # of keys' size, that the counts of a token take
 _ALLOCATOR = 1.15  # freed memory that the allocator keeps: up to 1.10 measured, which differs from run to run
 
 
@@ -66,7 +68,10 @@ def pack_memory(
     """
     if layout.ranks > 1:
         shared = pack_memory([_share(cell, layout) for cell in cells], eval_tokens, stream, kernels, remote_run)
-        return shared._replace(training=shared.training + max(_said(cell, layout) for cell in cells))
+        # The batch is preprocessed whole, and worked on by rows.
+        rows, whole, d_model = cells[0].batch_tokens // layout.replicas, cells[0].batch_tokens, cells[0].d_model
+        batch = _preprocessed(whole, whole, d_model) - _preprocessed(rows, rows, d_model)
+        return shared._replace(training=shared.training + batch + max(_said(cell, layout) for cell in cells))
     d_model, batch = cells[0].d_model, cells[0].batch_tokens
     host = kernels == "cpu"
     windows = 3 * min(stream.mixed or 8 * stream.row_group_rows, stream.rows) * d_model * 2
@@ -76,7 +81,7 @@ def pack_memory(
         training=max(_step(cell, kernels) for cell in cells) + _preprocessed(batch, batch, d_model),
         evaluation=max(_evaluation(cell, kernels) for cell in cells)
         + _preprocessed(rows_at_a_time(eval_tokens, d_model), min(eval_tokens, CHUNK_ROWS), d_model),
-        checkpoint=max(4 * _weights(cell) for cell in cells) if host and remote_run else 0,
+        checkpoint=max(4 * weights_bytes(cell) for cell in cells) if host and remote_run else 0,
         start=3 * _FLOAT * min(SAMPLE_TOKENS, stream.rows) * d_model if host else 0,
     )
 
@@ -85,36 +90,45 @@ def _share(cell: Cell, layout: Layout) -> Cell:
     """As large as what a process of that layout holds of a cell."""
     n_latents = layout.share(cell.n_latents, 0).size
     most = cell.whole_settings.k_aux if hasattr(cell.whole_settings, "k_aux") else 0
-    return cell.model_copy(update={"n_latents": max(n_latents, cell.k, most)})
+    rows = cell.batch_tokens // layout.replicas
+    return cell.model_copy(update={"n_latents": max(n_latents, cell.k, most), "batch_tokens": rows})
 
 
 def _said(cell: Cell, layout: Layout) -> float:
-    """What processes have from each other in a step: parts of a reconstruction, and candidates of all shards."""
+    """What processes have from each other in a step: parts of a reconstruction, and candidates of all shards, or where
+    these are many the counts of their digits (trainers/mesh/radix.py)."""
     rows, settings = cell.batch_tokens / layout.replicas, cell.whole_settings
     k = max(settings.pairs_per_token(cell.n_latents), getattr(settings, "k_aux", 0))
-    keys = 8 * k * (1 + layout.shards if layout.shards > 1 else 0)
+    everyone = layout.shards * min(k, layout.share(cell.n_latents, 0).size)
+    others = everyone if everyone <= KEYS else k + _COUNTS
+    keys = 8 * (k + others) if layout.shards > 1 else 0
     return float(rows * (4 * _FLOAT * cell.d_model + 2 * keys))
 
 
-def _weights(cell: Cell) -> float:
+def weights_bytes(cell: Cell) -> float:
+    """Of its parameters."""
     return _FLOAT * _numbers(cell.architecture, cell.d_model, cell.n_latents, cell.whole_settings)
 
 
-@lru_cache(maxsize=4096)
 def _numbers(architecture: str, d_model: int, n_latents: int, settings: Settings) -> int:
     """How many numbers the parameters hold: as in two small SAEs, a fixed number and one for each latent."""
     small = min(n_latents, max(16, settings.k))
     while small < n_latents and not _fits(settings, small):
         small *= 2
-    small = min(small, n_latents)
+    few, each = _counts(architecture, d_model, min(small, n_latents), settings)
+    return few + each * (n_latents - min(small, n_latents))
+
+
+@lru_cache(maxsize=4096)
+def _counts(architecture: str, d_model: int, small: int, settings: Settings) -> tuple[int, int]:
+    """Numbers of an SAE of `small` latents, and of each latent more."""
 
     def count(n: int) -> int:
         centre = Centre(torch.zeros(d_model), 1.0)
         made = find_architecture(architecture).parameters(Shape(d_model, n), settings, centre, 0)
         return sum(parameter.data.numel() for parameter in made.values())
 
-    each = (count(2 * small) - count(small)) // small
-    return count(small) + each * (n_latents - small)
+    return count(small), (count(2 * small) - count(small)) // small
 
 
 def _fits(settings: Settings, n_latents: int) -> bool:
@@ -132,7 +146,7 @@ def _rounded(cell: Cell) -> float:
 
 def _held(cell: Cell) -> float:
     # Parameters, two moments and the average. A gradient of the weights is part of the step, where one is made.
-    return 4 * _weights(cell) + _rounded(cell) + 8 * cell.n_latents
+    return 4 * weights_bytes(cell) + _rounded(cell) + 8 * cell.n_latents
 
 
 def _preprocessed(rows: int, making: int, d_model: int) -> float:
@@ -149,4 +163,4 @@ def _evaluation(cell: Cell, kernels: KernelKind) -> float:
     step, shape = step_of(cell.architecture, cell.n_latents), Shape(cell.d_model, cell.n_latents)
     made = step.evaluation_bytes(shape, cell.whole_settings, CHUNK_ROWS, cell.precision, kernels)
     # A finished cell's averaged weights stand beside the bytes of its file.
-    return max(_weights(cell) + _rounded(cell) + made, 2 * _weights(cell))
+    return max(weights_bytes(cell) + _rounded(cell) + made, 2 * weights_bytes(cell))
