@@ -14,15 +14,14 @@ from tests.cluster.ray_head import ray_head
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("workers", ["auto"])
 def test_the_cluster_grows_for_a_sweep_and_shrinks_after_it(
-    workers: int | str, document: dict[str, Any], sweep_file: Callable[[dict[str, Any]], str], tmp_path: Path
+    document: dict[str, Any], sweep_file: Callable[[dict[str, Any]], str], tmp_path: Path
 ) -> None:
     """Two packs, since cells of two batches cannot read one stream, and long enough for a second node to come."""
     document["grid"] = {"n_latents": [64], "k": [4]}
     document["train"] |= {"tokens": 16_384 * 4_000, "batch_tokens": [256, 512]}
     document["eval"]["every_tokens"] = 16_384 * 100
-    document["resources"] = {"workers": workers, "gpus_per_worker": 1, "checkpoint_every_s": 5.0}
+    document["resources"] = {"workers": "auto", "gpus_per_worker": 1, "checkpoint_every_s": 5.0}
     node = {"resources": {"CPU": 1, "GPU": 1, "object_store_memory": 80 * 2**20}, "min_workers": 0, "max_workers": 3}
     token = "a" * 32
     with ray_head(token, 0, ROOT, node) as head:
