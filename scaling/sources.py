@@ -70,7 +70,7 @@ def load_evals(sources: Sequence[str], wandb: Callable[[str], pa.Table] | None =
         if not online and is_table(source):  # Parquet may say what was declared of its metrics
             known |= json.loads((read_file(source).table.schema.metadata or {}).get(METRICS, b"{}"))
             continue
-        evals = wandb(source.removeprefix(_PREFIX)) if online else RunDirectory(source).read_evals()
+        evals = wandb(source.removeprefix(_PREFIX)) if online and wandb else RunDirectory(source).read_evals()
         known |= json.loads((evals.schema.metadata or {}).get(METRICS, b"{}"))
         ids = evals["cell_id"].to_pylist()
         place = source if online else join(source, "results.parquet")

@@ -158,10 +158,10 @@ class Execution:
             self._take(pack, free[: pack.layout.ranks])
         for worker in list(self.crew.idle):
             memory = self.crew.ready[worker].memory
-            pack = next((pack for pack in due if pack.bytes <= memory), None)
-            if pack is not None:
-                due.remove(pack)
-                self._take(pack, [worker])
+            small = next((pack for pack in due if pack.bytes <= memory), None)
+            if small is not None:
+                due.remove(small)
+                self._take(small, [worker])
         if due and self.crew.idle and not self.running:
             self._fit(due[0])
 

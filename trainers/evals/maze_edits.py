@@ -31,7 +31,7 @@ from saescale.scaling.metrics import Metric
 from saescale.storage.errors import SaescaleError
 from saescale.storage.manifest import Site
 from saescale.storage.source import Source
-from saescale.trainers.evals.directions import decoder
+from saescale.trainers.evals.decoder import directions_of
 from saescale.trainers.evals.evaluation import Measurement, Need
 from saescale.trainers.evals.intervals import SEED, Sums, by_document, mean_of, ratio
 from saescale.trainers.evals.maze_changes import (
@@ -143,7 +143,7 @@ class EdgeLatents:
     as the SAE sees them are scaled back to their norms."""
 
     def __init__(self, trained: Trained, told: dict[str, Told]) -> None:
-        self._trained, self._W = trained, decoder(trained)
+        self._trained, self._W = trained, directions_of(trained, next(iter(told.values())).act)
         latents = {place: latents_of(trained, each.act) for place, each in told.items()}
         found = {place: find_connections(told[place], latents[place]) for place in told}
         self.place = better_place(found)

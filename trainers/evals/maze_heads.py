@@ -62,9 +62,7 @@ def attention_to_cells(maze: Maze) -> dict[str, np.ndarray]:
     for mazes in maze.heldout_mazes(MAZES, SEED, AT_A_TIME):
         ids = prompts(mazes)
         ends = torch.nonzero(ids[0] == SEMICOLON)[:, 0]  # the same in all of them
-        attention = torch.stack(
-            [each.float().cpu() for each in maze.attention(ids)], dim=1
-        )  # [mazes, layers, heads, ...]
+        attention = maze.attention(ids).transpose(0, 1).cpu()  # [mazes, layers, heads, ...]
         for way, back in BACK.items():
             found[way].append(attention[..., ends, ends - back].mean(dim=-1))
     return {way: torch.cat(parts).double().numpy() for way, parts in found.items()}

@@ -107,8 +107,8 @@ def load(rest: str, cache: Path, dtype: str, notify: Callable[[str], None]) -> A
             "attention-only:subjects/mine"
         )
     device, name = default_device(), f"attention-only:{rest}"
-    model: Any
-    model, fingerprint = read_checkpoint(name, Path(rest).expanduser(), compute_dtype(dtype, device))
+    read: tuple[Any, str] = read_checkpoint(name, Path(rest).expanduser(), compute_dtype(dtype, device))
+    model, fingerprint = read
     positions = getattr(model.config, "n_positions", 0)
     if positions < LENGTH or type(model) is not GPT2LMHeadModel:
         raise SaescaleError(f"{name} reads contexts of {positions}, and sequences of attention-only have {LENGTH}")

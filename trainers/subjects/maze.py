@@ -64,7 +64,7 @@ class Maze(OwnModel):
     """A model of random mazes of `size` x `size` cells. Its sequences are a list of connections, origin, target and the
     path without <PATH_END>; their rows are where a connection is known: its second cell, and the `;` behind it."""
 
-    labels = LABELS
+    labels: tuple[str, ...] = LABELS
 
     def __init__(self, name: str, model: Any, fingerprint: str) -> None:
         super().__init__(name, model, fingerprint)
@@ -129,18 +129,6 @@ class Maze(OwnModel):
                 break
             asked = likely[:, None]
         return tokens
-
-    def attention(self, ids: Tensor) -> tuple[Tensor, ...]:
-        """What each layer's heads attend to on `ids` [batch, length]: [batch, heads, length, length] each, from the
-        positions of the last axis but one to those of the last."""
-        usual = self.model.config._attn_implementation
-        self.model.set_attn_implementation("eager")  # the only one that gives them
-        try:
-            with torch.inference_mode():
-                found = self.model(input_ids=ids.to(self.model.device), use_cache=False, output_attentions=True)
-        finally:
-            self.model.set_attn_implementation(usual)
-        return tuple(found.attentions)
 
     def heldout_mazes(self, number: int, seed: int, at_a_time: int) -> Iterator[Mazes]:
         """The first held-out mazes of a seed, some at a time."""

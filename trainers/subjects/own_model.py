@@ -92,7 +92,7 @@ def blank_model(config: GPT2Config | LlamaConfig, seed: int) -> Any:
     """A model with random weights, in float32."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return (LlamaForCausalLM if isinstance(config, LlamaConfig) else GPT2LMHeadModel)(config)
+        return LlamaForCausalLM(config) if isinstance(config, LlamaConfig) else GPT2LMHeadModel(config)
 
 
 def read_folder(name: str, path: Path, dtype: torch.dtype) -> tuple[Any, str]:

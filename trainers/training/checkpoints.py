@@ -44,11 +44,11 @@ class Checkpoints:
         for cell in pack.running:
             # Not the stream's own index: Lightning has fetched a batch ahead of the step.
             position = self.stream.state() | {"batch": cell.step}
-            centre = {"pack.centre": pack.centre.b_pre.cpu().numpy()}
+            centre: dict[str, np.ndarray] = {"pack.centre": pack.centre.b_pre.cpu().numpy()}
             state = cell.state() | {"variance": pack.centre.variance, "stream": position}
             if cell.sae.mesh.alone:
                 name = cell.cell.cell_id
-                self.run.save_checkpoint(name, cell.step, cell.tensors() | centre, state, keep=self._whole)
+                self.run.save_checkpoint(name, cell.step, {**cell.tensors(), **centre}, state, keep=self._whole)
             else:
                 self._save_parts(cell, centre if cell.sae.mesh.shard == 0 else {}, state)
         self.stream.passed(self._whole)  # to which one that is damaged would go back
@@ -60,7 +60,7 @@ class Checkpoints:
         name, mesh = cell.cell.cell_id, cell.sae.mesh
         part = None
         if mesh.replica == 0:
-            tensors = cell.tensors() | more
+            tensors = {**cell.tensors(), **more}
             part = self.run.write_checkpoint_part(name, cell.step, tensors, mesh.shard, mesh.shards)
         parts = [part for part in self.group.tell(part) if part is not None]
         if self.group.rank == 0:
