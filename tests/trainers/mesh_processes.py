@@ -144,7 +144,7 @@ def take_steps(group: Group, steps: int, poisoned: int | None = None, fields: di
             losses.append(cell.loss)
             idle.append(int(mesh.sum_shards(cell.dead.after(WINDOW).sum())))
             dead.append(cell._dead_fractions([WINDOW])[0])
-        batch = Batch.of(torch.cat(batches(2)), torch.zeros(D), False)
+        batch = Batch.of(torch.cat(batches(2)), torch.zeros(D), cell.cell.precision == "bf16")
         found = cell.averaged().reconstruct(batch)
         losses.append(float(found.squared) / len(batch.x))
         dead.append(float(found.active) / len(batch.x))
