@@ -177,4 +177,5 @@ def _fit_block(points: _Points, sums: Tensor, rows: int, true: float) -> Probes:
     else:
         found[:, left] = torch.stack([*at, known])
         least[left] = False
-    return Probes(*found, least)
+    weight, bias, loss = found
+    return Probes(weight, bias, loss, least)

@@ -21,7 +21,8 @@ class Traffic:
     def __init__(self) -> None:
         self.bytes: Counter[str] = Counter()
         self.calls: Counter[str] = Counter()
-        self.seconds: defaultdict[str, float] = defaultdict(float)  # in collectives, those of others included that it waited for
+        # In collectives, those of others included that it waited for.
+        self.seconds: defaultdict[str, float] = defaultdict(float)
 
     def clear(self) -> None:
         for counter in (self.bytes, self.calls, self.seconds):

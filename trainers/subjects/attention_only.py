@@ -112,7 +112,8 @@ def load(rest: str, cache: Path, dtype: str, notify: Callable[[str], None]) -> A
     positions = getattr(model.config, "n_positions", 0)
     if positions < LENGTH or type(model) is not GPT2LMHeadModel:
         raise SaescaleError(f"{name} reads contexts of {positions}, and sequences of attention-only have {LENGTH}")
-    return AttentionOnly(name, model.to(device).eval().requires_grad_(False), fingerprint)
+    moved: Any = model
+    return AttentionOnly(name, moved.to(device).eval().requires_grad_(False), fingerprint)
 
 
 def blank(settings: Settings, seed: int) -> AttentionOnly:
