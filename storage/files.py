@@ -209,7 +209,7 @@ def write_atomic(url: str, data: Content) -> int:
     return len(content)
 
 
-def write_large(url: str, write: Callable[[BinaryIO], object]) -> None:
+def write_large(url: str, write: Callable[[BinaryIO], None]) -> None:
     """As `write_atomic`, of a file that may be larger than memory: `write` is given a file that sends on what it gets.
 
     An object store shows it when it is whole. `write` may be called again.

@@ -5,7 +5,7 @@ ranks (sums.py), so that every process has the same bits.
 """
 
 import time
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable
 from contextlib import suppress
 from typing import Any
@@ -21,11 +21,14 @@ class Traffic:
     def __init__(self) -> None:
         self.bytes: Counter[str] = Counter()
         self.calls: Counter[str] = Counter()
-        self.seconds: Counter[str] = Counter()  # in collectives, those of others included that it waited for
+        self.seconds: defaultdict[str, float] = defaultdict(
+            float
+        )  # in collectives, those of others included that it waited for
 
     def clear(self) -> None:
-        for counter in (self.bytes, self.calls, self.seconds):
-            counter.clear()
+        self.bytes.clear()
+        self.calls.clear()
+        self.seconds.clear()
 
 
 class Channel:

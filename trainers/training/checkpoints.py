@@ -59,7 +59,7 @@ class Checkpoints:
         name, mesh = cell.cell.cell_id, cell.sae.mesh
         part = None
         if mesh.replica == 0:
-            tensors = cell.tensors() | more
+            tensors = cell.tensors() | dict(more)
             part = self.run.write_checkpoint_part(name, cell.step, tensors, mesh.shard, mesh.shards)
         parts = [part for part in self.group.tell(part) if part is not None]
         if self.group.rank == 0:

@@ -9,7 +9,7 @@ cluster does over machines is cluster/crew's; both call `train_pack` in each pro
 import os
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from multiprocessing.process import BaseProcess
 from typing import Any
 
@@ -60,7 +60,7 @@ def train_sharded(
     return answers[0]
 
 
-def _answers(processes: list[BaseProcess], said: Any) -> dict[int, Any]:
+def _answers(processes: Sequence[BaseProcess], said: Any) -> dict[int, Any]:
     """What each process ended with, an outcome or a fault; when one was lost the others are given time to say so."""
     answers: dict[int, Any] = {}
     until = None
