@@ -149,13 +149,13 @@ class Execution:
     def _hand_out(self) -> None:
         now = time.monotonic()
         due = [pack for pack in self.waiting if pack.due <= now]
-        for pack in [pack for pack in due if pack.layout.ranks > 1]:
-            due.remove(pack)
-            free = [worker for worker in self.crew.idle if pack.bytes <= self.crew.ready[worker].memory]
-            if len(free) < pack.layout.ranks:
-                self._require_company(pack)
+        for shared in [pack for pack in due if pack.layout.ranks > 1]:
+            due.remove(shared)
+            free = [worker for worker in self.crew.idle if shared.bytes <= self.crew.ready[worker].memory]
+            if len(free) < shared.layout.ranks:
+                self._require_company(shared)
                 return  # whoever is free is kept for it, or it would wait for ever beside small packs
-            self._take(pack, free[: pack.layout.ranks])
+            self._take(shared, free[: shared.layout.ranks])
         for worker in list(self.crew.idle):
             memory = self.crew.ready[worker].memory
             small = next((pack for pack in due if pack.bytes <= memory), None)

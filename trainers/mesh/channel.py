@@ -25,8 +25,9 @@ class Traffic:
         self.seconds: defaultdict[str, float] = defaultdict(float)
 
     def clear(self) -> None:
-        for counter in (self.bytes, self.calls, self.seconds):
-            counter.clear()
+        self.bytes.clear()
+        self.calls.clear()
+        self.seconds.clear()
 
 
 class Channel:
