@@ -132,8 +132,8 @@ def test_shared_cells_and_cells_of_one_worker_run_side_by_side(
     """A worker's memory is said to end between the small cells and the large one."""
     document["grid"] = {"n_latents": [32, 257], "k": [2, 4]}
     document["resources"] = {"workers": 3, "checkpoint_every_s": 0.2}
-    monkeypatch.setattr(TrainCrew, "needs", lambda *_: by_size)
-    monkeypatch.setattr(TrainCrew, "needs_on_mesh", lambda *_: on_mesh)
+    monkeypatch.setattr(TrainCrew, "needs", lambda *_, **__: by_size)
+    monkeypatch.setattr(TrainCrew, "needs_on_mesh", lambda *_, **__: on_mesh)
     monkeypatch.setattr(TrainCrew, "memory", 200.0)
     together: set[tuple[int, ...]] = set()
 
