@@ -9,7 +9,7 @@ from torch import Tensor
 
 from saescale.trainers.mesh.channel import Channel
 
-SMALL = 4096  # numbers, up to which all go to all: one message instead of two
+SMALL = 512  # numbers, up to which all go to all: one message instead of two
 
 
 def sum_in_order(channel: Channel, t: Tensor, kind: str) -> Tensor:

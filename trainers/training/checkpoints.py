@@ -87,7 +87,11 @@ def resume(run: RunDirectory, cells: Sequence[Cell], device: torch.device, group
         warnings.warn(text, SaescaleWarning, stacklevel=2)
     for step in group.tell_first(sorted(common, reverse=True)):
         resumed = fault = None
+        # Before anything is built, which takes all processes: a file may be damaged that only one of them reads.
+        faults = [said for said in group.tell(_fault(urls, cells, step, group)) if said is not None]
         try:
+            if faults:
+                raise SaescaleError(faults[0])
             resumed = _restore(urls, cells, step, device, group)
         except SaescaleError as error:
             fault = str(error)
@@ -96,6 +100,18 @@ def resume(run: RunDirectory, cells: Sequence[Cell], device: torch.device, group
             return resumed
         text = f"checkpoint at step {step} cannot be used, going back to the one before or to the start: {faults[0]}"
         warnings.warn(text, SaescaleWarning, stacklevel=2)
+    return None
+
+
+def _fault(urls: Sequence[str], cells: Sequence[Cell], step: int, group: Group) -> str | None:
+    """What is wrong with the files that this process of several needs; one alone sees it when it restores."""
+    if group is ONE:
+        return None
+    try:
+        for url, cell in zip(urls, cells, strict=True):
+            checkpoint.load(url, step, _own(group.mesh(cell.n_latents), cell))
+    except SaescaleError as error:
+        return str(error)
     return None
 
 
