@@ -154,6 +154,8 @@ class Execution:
             free = [worker for worker in self.crew.idle if shared.bytes <= self.crew.ready[worker].memory]
             if len(free) < shared.layout.ranks:
                 self._require_company(shared)
+                if any(running.company for running in self.running.values()):
+                    continue  # it gets their workers when they end
                 return  # whoever is free is kept for it, or it would wait for ever beside small packs
             self._take(shared, free[: shared.layout.ranks])
         for worker in list(self.crew.idle):

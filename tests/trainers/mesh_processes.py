@@ -74,7 +74,7 @@ class Whole(AssertionError):
 
 
 class Guard(TorchDispatchMode):
-    """Raises Whole for every tensor with a dimension of at least `whole` beside another of more than one."""
+    """Raises Whole for every tensor of at least `whole` columns and a quarter of a batch of rows."""
 
     def __init__(self, whole: int) -> None:
         super().__init__()
@@ -85,7 +85,7 @@ class Guard(TorchDispatchMode):
         for t in out if isinstance(out, tuple | list) else (out,):
             if isinstance(t, torch.Tensor) and t.dim() > 1:
                 self.seen += 1
-                if t.shape[-1] >= self.whole and t.numel() > t.shape[-1]:
+                if t.shape[-1] >= self.whole and t.numel() >= BATCH // 4 * t.shape[-1]:
                     raise Whole(f"{function}: {tuple(t.shape)}")
         return out
 
