@@ -135,16 +135,21 @@ def test_shared_cells_and_cells_of_one_worker_run_side_by_side(
     monkeypatch.setattr(TrainCrew, "needs", lambda *_, **__: by_size)
     monkeypatch.setattr(TrainCrew, "needs_on_mesh", lambda *_, **__: on_mesh)
     monkeypatch.setattr(TrainCrew, "memory", 200.0)
-    together: set[tuple[int, ...]] = set()
+    begun: list[tuple[int, list[int]]] = []
+    usual = execute.Execution._start
 
-    def look(standing: Standing) -> None:
-        together.add(tuple(sorted({int(cell.cell_id.split("-")[0][1:]) for cell in standing.running})))
+    def start(self: Any, workers: Any, pack: Any) -> None:
+        begun.append((len(workers), [running.pack.layout.ranks for running in self.running.values()]))
+        usual(self, workers, pack)
 
+    monkeypatch.setattr(execute.Execution, "_start", start)
     spec = parse_spec(document, "test")
-    outcome = run_sweep(spec, Recorder(look), settings=FitSettings(0))
+    outcome = run_sweep(spec, Recorder(), settings=FitSettings(0))
     assert outcome.failed == 0
     assert_as_alone(spec, outcome.run)
-    assert (32, 257) in together, together
+    # Two shared cells one after the other, and a small pack beside one of them.
+    assert sorted(count for count, _ in begun)[-2:] == [2, 2]
+    assert any(count == 1 and 2 in beside for count, beside in begun), begun
 
 
 @pytest.mark.slow
