@@ -85,7 +85,7 @@ def main() -> None:
     for size in arguments.sizes:
         result["sizes"].append(_measure(size, device, peak, arguments.rounds, python))
         torch.cuda.empty_cache()
-        # Each size as it comes: a device is often lent for minutes.
+        # Each size as it comes: whoever has a GPU for minutes keeps what was measured.
         path = write_result("cuda", result, arguments.out)
     console.print(f"{where['gpu']}; wrote {os.path.relpath(path)}")
 
