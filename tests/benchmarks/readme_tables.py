@@ -121,9 +121,14 @@ def _overhead(result: dict[str, Any]) -> str:
 
 
 def _games(result: dict[str, Any]) -> str:
-    boards = result["boards"]
-    head = ["random games a second, so many at once", *(f"{int(n):,}" for n in boards[0]["games_per_s"])]
-    rows = [[f"{b['size']}x{b['size']}", *(f"{rate:,.0f}" for rate in b["games_per_s"].values())] for b in boards]
+    kinds = {"": result["boards"], "mazes of ": result["mazes"]}
+    head = ["random games or mazes a second, so many at once"]
+    head += [f"{int(n):,}" for n in result["boards"][0]["games_per_s"]]
+    rows = [
+        [f"{kind}{one['size']}x{one['size']}", *(f"{rate:,.0f}" for rate in one["games_per_s"].values())]
+        for kind, sizes in kinds.items()
+        for one in sizes
+    ]
     return _markdown(head, rows)
 
 
