@@ -198,6 +198,34 @@ def test_nobody_waits_for_what_is_wished_for(toys: Callable[..., Toys]) -> None:
     assert (len(crew.ready), len(crew.starting), len(crew._actors)) == (2, 0, 2)
 
 
+def sized(there: dict[str, float], monkeypatch: pytest.MonkeyPatch, cells: int = 1, **asked: Any) -> Any:
+    """A crew of a cluster that has so much, before its first worker."""
+    monkeypatch.setattr(train_crew, "resources", lambda: there)
+    monkeypatch.setattr(train_crew, "nodes", lambda: [there])
+    crew = object.__new__(train_crew.TrainCrew)
+    crew._taken, crew._useful, crew._local, crew._grows = {}, cells, False, asked.get("workers", "auto") == "auto"
+    crew.count = crew._size(Resources.model_validate(asked))
+    return crew
+
+
+@pytest.mark.filterwarnings("ignore::saescale.storage.errors.SaescaleWarning")
+def test_as_many_workers_as_there_is_something_to_do_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A cell that is shared is something to do for several."""
+    four = {"CPU": 8.0, "GPU": 4.0}
+    mesh = {"shards": 2, "replicas": 1}
+    assert sized(four, monkeypatch, cells=9).count == 4
+    assert sized(four, monkeypatch, cells=1, mesh=mesh).count == 2
+    assert sized(four, monkeypatch, cells=2, mesh=mesh).count == 4
+    # One cell may turn out to need several: as many as there is room for, unless somebody named a number.
+    assert (sized(four, monkeypatch).count, sized(four, monkeypatch).most) == (1, 4)
+    assert sized(four, monkeypatch, workers=2).most == 2
+    # GPUs that are still to come are asked for all at once; where there are some, there are no more.
+    assert sized({"CPU": 2.0}, monkeypatch, cells=3, mesh=mesh, gpus_per_worker=1).count == 2
+    assert sized({"CPU": 2.0}, monkeypatch, cells=3, gpus_per_worker=1).count == 1
+    with pytest.raises(SaescaleError, match="asks for 2 workers at a time, and the cluster has room for 1"):
+        sized({"CPU": 8.0, "GPU": 1.0}, monkeypatch, cells=3, mesh=mesh, gpus_per_worker=1)
+
+
 @pytest.mark.slow
 def test_workers_are_wished_for_and_ended_as_there_is_work(three_nodes: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """On three nodes with a GPU each, of five cells."""
