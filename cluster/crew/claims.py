@@ -12,6 +12,9 @@ from saescale.trainers.mesh.layout import Layout
 Positive = Annotated[int, Field(gt=0, strict=True)]
 NotNegative = Annotated[int, Field(ge=0, strict=True)]
 
+GPU_SHARE = 0.95  # of a GPU's memory that a worker can have; the rest is CUDA's own
+CPU_SHARE = 0.8  # of a node's that all workers on it can have
+
 Needs = Callable[[Sequence[Cell]], float]  # bytes of a worker's memory that cells take as one pack
 NeedsOnMesh = Callable[[Cell, Layout], float]  # bytes of each worker's memory that a cell takes on a mesh
 
