@@ -149,8 +149,9 @@ def _taken(run: RunDirectory, job: PackJob, group: Group) -> dict[str, dict[str,
 
 
 def _centre(source: ActivationStore, cell: Cell, group: Group) -> Centre:
-    """As the first process measured it: sums of another one, with other threads, could have other bits."""
-    b_pre, variance = group.tell_first(tuple(measured_centre(source, cell)) if group.rank == 0 else None)
+    """As the first process measured it: sums of another one, with other threads, could have other bits. All measure, so
+    that each waits for its rows by itself, and not for another one beyond the deadline of a mesh."""
+    b_pre, variance = group.tell_first(tuple(measured_centre(source, cell)))
     return Centre(b_pre, variance)
 
 
