@@ -147,7 +147,8 @@ def plan_cluster(described: Described, device: Device, gpus: int, seed: int = 0)
 
     # As the driver does it.
     check_meshes(spec.planned, spec.resources)
-    layouts = plan_meshes(cells, spec.resources, gpus, memory, needs, on_mesh)
+    workers = max(1, gpus - 1) if described.harvested else gpus  # the others harvest, one at least
+    layouts = plan_meshes(cells, spec.resources, workers, memory, needs, on_mesh)
     alone = [cell for cell in cells if cell.cell_id not in layouts]
     meshed = [
         (cell, step_on(cell, layout, on_mesh(cell, layout), device, network))

@@ -504,6 +504,8 @@ class Execution:
             elif running.killed is not None and now - running.killed > DEAD_S:
                 # Not even its node answers.
                 del self.running[reference]
+                if running.company:
+                    self._part_company(running, reference)
                 self._died(running.worker, running.pack, TimeoutError(f"worker {name} cannot be ended"))
 
     def _waits_for_blocks(self, running: Attempt) -> bool:
@@ -518,6 +520,8 @@ class Execution:
 
 def _broke(reference: Any) -> bool:
     """Whether a worker ended because others of its mesh did."""
+    if not ray.wait([reference], timeout=0)[0]:
+        return False
     try:
         ray.get(reference)
     except ray.exceptions.RayTaskError as error:

@@ -162,6 +162,17 @@ def test_a_live_harvest_keeps_pace(tmp_path: Path) -> None:
         plan(1e8, 1)
 
 
+def test_a_mesh_leaves_a_gpu_to_the_harvest(tmp_path: Path) -> None:
+    """One cell that fits no device would have all of them, if there were no live source."""
+    text = LIVE.replace("[1024, 4096]", "[65536]").replace("[8, 32]", "[32]").replace("8192}", "1024}")
+    described = describe(written(tmp_path, text), ["d_model=512", "parameters=1e8"])
+    (one,) = cells_to_come(described.spec, 512)
+    device = find_device("h100")._replace(memory=0.7 * pack_memory([one], 8192, STREAM, "cuda").total)
+    plan = plan_cluster(described, device, 4)
+    (group,) = plan.groups
+    assert (plan.harvest_gpus, group.step.mesh) == (1, Layout(2))
+
+
 def test_constants_of_the_gpu_are_those_of_its_benchmark() -> None:
     """Two sizes of the H200's benchmark gave them; the grid of 28 cells did not."""
     found = json.loads((ROOT / "tests" / "benchmarks" / "results" / "cuda.json").read_text())
