@@ -95,7 +95,7 @@ def run_sweep(
             ) as crew:
                 trained = len(ledger.pending)
                 remote = local_path(run.url) is None
-                needs = crew.needs(stores, spec.eval.tokens, remote_run=remote)
+                needs = crew.needs(stores, spec.eval.tokens, remote)
                 steps = ledger.checkpoint_steps()
                 flops = BATCH_FLOPS["cuda" if crew.on_gpu else "cpu"]
                 live = {store.fingerprint for store in stores if store.url in spec.lives}
