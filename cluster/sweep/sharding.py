@@ -1,6 +1,6 @@
 """A step of a cell on a mesh, for a plan: memory of a process, what it is sent, and how long it takes."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from saescale.cluster.sweep.work import work_of_step
 from saescale.scaling.planning.devices import Device, Work
@@ -29,7 +29,8 @@ class Step(NamedTuple):
 def step_on(cell: Cell, mesh: Layout, taken: float, device: Device, network: Network) -> Step:
     """`taken`: bytes that one process has in its memory."""
     whole = work_of_step(cell)
-    ks = [k for k, _ in cell.whole_settings.reconstructions(cell.n_latents)]
+    settings: Any = cell.whole_settings  # TopK's, which alone can be shared
+    ks = [k for k, _ in settings.reconstructions(cell.n_latents)]
     told = sent(mesh, cell.d_model, cell.n_latents, ks, cell.batch_tokens)
     # What each does: products and pairs of its rows and latents; its own weights and scores. Half of a pair's work are
     # the gradient's rows, which each replica sums over all of the batch.

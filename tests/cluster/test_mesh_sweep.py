@@ -136,12 +136,16 @@ def test_shared_cells_and_cells_of_one_worker_run_side_by_side(
     monkeypatch.setattr(TrainCrew, "needs_on_mesh", lambda *_: on_mesh)
     monkeypatch.setattr(TrainCrew, "memory", 200.0)
     together: set[tuple[int, ...]] = set()
+    usual = execute.Execution._start
 
-    def look(standing: Standing) -> None:
-        together.add(tuple(sorted({int(cell.cell_id.split("-")[0][1:]) for cell in standing.running})))
+    def start(self: Any, workers: Any, pack: Any) -> None:
+        usual(self, workers, pack)
+        running = [cell for attempt in self.running.values() for cell in attempt.pack.cells]
+        together.add(tuple(sorted({cell.n_latents for cell in running})))
 
+    monkeypatch.setattr(execute.Execution, "_start", start)
     spec = parse_spec(document, "test")
-    outcome = run_sweep(spec, Recorder(look), settings=FitSettings(0))
+    outcome = run_sweep(spec, Recorder(), settings=FitSettings(0))
     assert outcome.failed == 0
     assert_as_alone(spec, outcome.run)
     assert (32, 257) in together, together
