@@ -12,6 +12,9 @@ from saescale.trainers.mesh.layout import Layout
 Positive = Annotated[int, Field(gt=0, strict=True)]
 NotNegative = Annotated[int, Field(ge=0, strict=True)]
 
+GPU_SHARE = 0.95  # of a GPU's memory that a worker can have; the rest is CUDA's own
+CPU_SHARE = 0.8  # of a node's that all workers on it can have
+
 Needs = Callable[[Sequence[Cell]], float]  # bytes of a worker's memory that cells take as one pack
 NeedsOnMesh = Callable[[Cell, Layout], float]  # bytes of each worker's memory that a cell takes on a mesh
 
@@ -36,15 +39,17 @@ class MeshShape(Section):
 
 
 class Resources(Section):
-    """workers: processes that train packs. auto: one a GPU, or one a CPU core, but no more than cells; where nodes join
-    the cluster their number grows, and while there is work for more an autoscaler is asked for them. A number is asked
-    for whatever the cluster has now. Where there are no GPUs yet, `gpus_per_worker: 1` asks for some.
+    """workers: processes that train packs. auto: one a GPU, or one a CPU core, but no more than cells, a shared cell
+    counted as often as it is shared; where nodes join the cluster their number grows, and while there is work for more
+    an autoscaler is asked for them. A number is asked for whatever the cluster has now. Where there are no GPUs yet,
+    `gpus_per_worker: 1` asks for some.
     """
 
     workers: Positive | Literal["auto"] = "auto"
     gpus_per_worker: Annotated[float, Field(ge=0)] | Literal["auto"] = "auto"
     cpus_per_worker: Annotated[float, Field(gt=0)] | Literal["auto"] = "auto"  # auto: the cores shared out
-    # auto: a cell that does not fit one worker's memory is shared by as few as it fits. A shape: every cell is.
+    # auto: a cell that does not fit one worker's memory is shared by as few as it fits, of those that the cluster has
+    # when the sweep begins. A shape: every cell is.
     mesh: MeshShape | Literal["auto"] = "auto"
     checkpoint_every_s: float = Field(default=60.0, gt=0)  # the most work, in seconds, that a killed worker loses
     # A worker that gets nothing done for so long, not one batch, is ended and its pack begun again elsewhere.

@@ -5,7 +5,7 @@ It costs less than a Ray Tune trial or a TorchTrainer for each pack: imports and
 
 import time
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from saescale.cluster.crew.claims import MeshShape, Needs, NeedsOnMesh, Resources
@@ -16,6 +16,8 @@ from saescale.cluster.crew.shares import cpus_each, without
 from saescale.cluster.crew.train_worker import Worker, WorkerInfo
 from saescale.storage.errors import SaescaleError, SaescaleWarning
 from saescale.storage.store import ActivationStore
+from saescale.trainers.cell import Cell
+from saescale.trainers.mesh.layout import Layout
 from saescale.trainers.precision import Precision
 from saescale.trainers.training.memory import PROCESS_BYTES, StreamSize, pack_memory
 
@@ -53,7 +55,7 @@ class TrainCrew(Crew[WorkerInfo]):
         super().__init__(address)
         self._grows = resources.workers == "auto"
         self._spare_since: dict[Any, float] = {}  # workers for which there has been nothing to do since then
-        self._cells = cells
+        self._useful = cells  # workers for which there is something to do
         try:
             self.connect()
             self._local = self.owns_ray and wanted_address(address) is None
@@ -78,7 +80,10 @@ class TrainCrew(Crew[WorkerInfo]):
         given = 0.0 if isinstance(asked.cpus_per_worker, str) else asked.cpus_per_worker
         room = int(gpus / self._gpus) if self._gpus else int(cpus / (given or 1.0))
         together = asked.mesh.layout.ranks if isinstance(asked.mesh, MeshShape) else 1
-        count = max(1, min(max(self._cells, together), room)) if isinstance(asked.workers, str) else asked.workers
+        self._useful *= together
+        # Who asks for GPUs where there are none has an autoscaler that brings them: a whole mesh is asked for.
+        least = together if self._gpus and not gpus else 1
+        count = max(least, min(self._useful, room)) if isinstance(asked.workers, str) else asked.workers
         if count < together:
             raise SaescaleError(
                 f"resources.mesh asks for {together} workers at a time, and the cluster has room for {room} "
@@ -144,16 +149,28 @@ class TrainCrew(Crew[WorkerInfo]):
         self._spare_since.clear()
         if not self._grows:
             return
-        there = self._there()
-        room = there.get("GPU", 0.0) / self._gpus if self._gpus else there.get("CPU", 0.0) / self._cpus
         # A wish takes the room of a node that has come for it.
-        asked = len(self.ready) + len(self.starting) + len(self.wished)
-        more = min(self._cells - asked, most - len(self.starting) - len(self.wished))
+        room, asked = self._room_for(), len(self.ready) + len(self.starting) + len(self.wished)
+        more = min(self._useful - asked, most - len(self.starting) - len(self.wished))
         for number in range(more):
-            if number < int(room) - asked:
+            if number < room - asked:
                 self.start()
             elif not self._local:
                 self.wish()
+
+    def widen(self, workers: int) -> None:
+        """There is something to do for so many, since several share a cell."""
+        self._useful = max(self._useful, workers)
+        self.grow(workers - len(self.ready))
+
+    @property
+    def most(self) -> int:
+        """How many workers the cluster as it is can have: those that were asked for, or all for which there is room."""
+        return max(self.count, self._room_for()) if self._grows else self.count
+
+    def _room_for(self) -> int:
+        there = self._there()
+        return int(there.get("GPU", 0.0) / self._gpus if self._gpus else there.get("CPU", 0.0) / self._cpus)
 
     def spare(self) -> None:
         """There is no more work than for those who have some: wishes for nothing, and ends workers that have been idle
@@ -180,20 +197,21 @@ class TrainCrew(Crew[WorkerInfo]):
     def needs(self, stores: Sequence[ActivationStore], eval_tokens: int, remote_run: bool) -> Needs:
         """What a pack over one of `stores` takes of the memory of whichever worker needs the most for it, the process
         itself included where that shares it."""
-        kinds = sorted({info.kernels for info in self.ready.values()})
-        streams = {s.fingerprint: StreamSize(s.manifest.row_group_rows, s.rows("train"), s.mixed_rows) for s in stores}
-        return lambda cells: max(
-            pack_memory(cells, eval_tokens, streams[cells[0].store], kind, remote_run).total
-            + (PROCESS_BYTES if kind == "cpu" else 0)
-            for kind in kinds
-        )
+        taken = self._taken_by(stores, eval_tokens, remote_run)
+        return lambda cells: taken(cells, Layout())
 
     def needs_on_mesh(self, stores: Sequence[ActivationStore], eval_tokens: int, remote_run: bool) -> NeedsOnMesh:
         """As `needs`, of each worker that shares a cell with others."""
+        taken = self._taken_by(stores, eval_tokens, remote_run)
+        return lambda cell, layout: taken([cell], layout)
+
+    def _taken_by(
+        self, stores: Sequence[ActivationStore], eval_tokens: int, remote_run: bool
+    ) -> Callable[[Sequence[Cell], Layout], float]:
         kinds = sorted({info.kernels for info in self.ready.values()})
-        streams = {s.fingerprint: StreamSize(s.manifest.row_group_rows, s.rows("train")) for s in stores}
-        return lambda cell, layout: max(
-            pack_memory([cell], eval_tokens, streams[cell.store], kind, remote_run, layout).total
+        streams = {s.fingerprint: StreamSize(s.manifest.row_group_rows, s.rows("train"), s.mixed_rows) for s in stores}
+        return lambda cells, layout: max(
+            pack_memory(cells, eval_tokens, streams[cells[0].store], kind, remote_run, layout).total
             + (PROCESS_BYTES if kind == "cpu" else 0)
             for kind in kinds
         )

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import ray
 import torch
 
+from saescale.cluster.crew.claims import CPU_SHARE, GPU_SHARE
 from saescale.cluster.crew.metrics import WorkerMetrics
 from saescale.storage.errors import SaescaleError, SaescaleWarning
 from saescale.storage.files import exists, join
@@ -25,8 +26,6 @@ from saescale.trainers.mesh.mesh import ONE, Group
 from saescale.trainers.precision import Precision
 from saescale.trainers.training.report import Progress
 from saescale.trainers.training.train import PackJob, train_pack
-
-_GPU_SHARE = 0.95  # of a GPU's memory; the rest is CUDA's own
 
 
 class WorkerInfo(NamedTuple):
@@ -93,7 +92,7 @@ class Worker:
         """Answers as soon as the worker is up. Its memory is its GPU's, else its share of its node's."""
         device = default_device()
         node_id = ray.get_runtime_context().get_node_id()
-        memory = _GPU_SHARE * torch.cuda.mem_get_info()[1] * min(1.0, self._gpus) if device.type == "cuda" else 0.0
+        memory = GPU_SHARE * torch.cuda.mem_get_info()[1] * min(1.0, self._gpus) if device.type == "cuda" else 0.0
         return WorkerInfo(
             kernel_kind(device),
             fast_precision(device),
@@ -163,7 +162,7 @@ class Worker:
     def _share(self, node_id: str) -> float:
         resources: dict[str, float] = next((n["Resources"] for n in ray.nodes() if n["NodeID"] == node_id), {})
         kind, claimed = ("GPU", self._gpus) if self._gpus else ("CPU", self._cpus)
-        return 0.8 * resources.get("memory", 4 * 2**30) * min(1.0, claimed / max(1.0, resources.get(kind, 1.0)))
+        return CPU_SHARE * resources.get("memory", 4 * 2**30) * min(1.0, claimed / max(1.0, resources.get(kind, 1.0)))
 
     def _report(self, progress: Progress) -> None:
         self._progress, self._moved = progress, time.monotonic()

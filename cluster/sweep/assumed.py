@@ -12,11 +12,12 @@ from typing import Annotated, Any, NamedTuple
 from pydantic import Field, ValidationError
 
 from saescale.cluster.crew.claims import Positive, Section
-from saescale.cluster.sweep.spec import NO_STORE, SweepSpec, named_stores, parse_spec
+from saescale.cluster.sweep.spec import SweepSpec, named_stores, parse_spec
 from saescale.storage.documents import read_yaml
 from saescale.storage.errors import SaescaleError
 from saescale.storage.mistakes import problems
 from saescale.trainers.cell import Cell
+from saescale.trainers.harvest.live_spec import LiveSpec
 
 Amount = Annotated[float, Field(gt=0, lt=1e30)]
 
@@ -57,12 +58,15 @@ SOURCES = {
 
 
 class Described(NamedTuple):
-    """A sweep, what is assumed about it, and of a live source max_bytes."""
+    """A sweep, and what is assumed about it."""
 
     spec: SweepSpec
     assumed: Assumed
-    live: bool
-    max_bytes: float | None
+
+    @property
+    def harvested(self) -> list[LiveSpec]:
+        """Its live sources that are harvested while the cells train; others come from a server."""
+        return [live for live in self.spec.lives.values() if live.hidden_states is None]
 
 
 def describe(url: str, given: Sequence[str] = ()) -> Described:
@@ -92,17 +96,10 @@ def describe_document(document: Any, where: str, assumed: Assumed) -> Described:
     """Of the keys of a sweep file. Raises SaescaleError for what is wrong in them."""
     if not isinstance(document, Mapping):
         raise SaescaleError(f"{where} holds no sweep: it should have the keys {', '.join(SweepSpec.model_fields)}")
-    store = document.get("store")
-    live = store.get("live") if isinstance(store, Mapping) else None
-    if live is not None:
-        if not isinstance(live, Mapping):
-            raise SaescaleError(f"{where}: store.live should have keys, such as subject, corpus, tokens, max_bytes")
-        document = {**document, "store": NO_STORE}
-        rows = assumed.rows or _amount(live.get("tokens"), f"{where}: store.live.tokens")
-        assumed = assumed.model_copy(update={"rows": rows})
-        most = _amount(live.get("max_bytes"), f"{where}: store.live.max_bytes")
-        return Described(parse_spec(document, where), assumed, True, most)
-    return Described(parse_spec(named_stores(document, where), where), assumed, False, None)
+    spec = parse_spec(named_stores(document, where), where)
+    if spec.lives and assumed.rows is None:
+        assumed = assumed.model_copy(update={"rows": float(max(live.tokens for live in spec.lives.values()))})
+    return Described(spec, assumed)
 
 
 def _mapping(url: str) -> Any:
@@ -128,24 +125,6 @@ def _assumed(assume: Any, given: Sequence[str], url: str) -> Assumed:
         except ValidationError as error:
             raise SaescaleError(f"{where}: {'; '.join(problems(error, Assumed, 'what is assumed'))}") from error
     return Assumed.model_validate({**assume, **own})
-
-
-_UNITS = {"KB": 1e3, "MB": 1e6, "GB": 1e9, "TB": 1e12, "PB": 1e15}
-
-
-def _amount(given: Any, what: str) -> float | None:
-    """A number, or a text such as `200 GB` or 4.0e10; None where nothing is given."""
-    if given is None:
-        return None
-    text = str(given).strip().replace("_", "")
-    unit = next((unit for unit in _UNITS if text.upper().endswith(unit)), "")
-    try:
-        found = float(text[: len(text) - len(unit)]) * _UNITS.get(unit, 1.0)
-    except ValueError:
-        found = 0.0
-    if not 0 < found < 1e30:
-        raise SaescaleError(f"{what}: {given!r} is no amount; write such as 4.0e10 or 200 GB")
-    return found
 
 
 class StoreToCome(NamedTuple):

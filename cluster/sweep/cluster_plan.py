@@ -8,23 +8,22 @@ from typing import Any
 
 import numpy as np
 
+from saescale.cluster.crew.claims import CPU_SHARE, GPU_SHARE
 from saescale.cluster.sweep.assumed import SOURCES, Described, cells_to_come
 from saescale.cluster.sweep.groups import Group, gang_of, pack_of
 from saescale.cluster.sweep.meshes import check_meshes, plan_meshes
 from saescale.cluster.sweep.packing import BATCH_FLOPS, cost, pack_cells
 from saescale.cluster.sweep.sharding import step_on
 from saescale.scaling.planning.devices import Device
-from saescale.scaling.planning.network import Mesh, Network
+from saescale.scaling.planning.network import Network
 from saescale.scaling.planning.schedule import Cluster, Outcome, best_interval, courses, simulate
 from saescale.storage.checkpoint import KEPT
 from saescale.storage.errors import SaescaleError
 from saescale.trainers.cell import Cell
 from saescale.trainers.kernels.choose import KernelKind
 from saescale.trainers.mesh.layout import Layout
-from saescale.trainers.training.memory import StreamSize, pack_memory, weights_bytes
+from saescale.trainers.training.memory import PROCESS_BYTES, StreamSize, pack_memory, weights_bytes
 
-_GPU_SHARE = 0.95  # of a GPU's memory, as a worker has it; of a CPU's 0.8
-_CPU_SHARE = 0.8
 _STREAM = StreamSize(8_192, 2**40)
 _COURSES = 200
 _EVENTS = 200_000  # of all courses together; fewer courses of a large sweep, but never fewer than _FEW
@@ -51,7 +50,7 @@ class ClusterPlan:
         """Everything as JSON."""
         assumed = self.described.assumed
         low, median, high = np.quantile(self.hours, [0.05, 0.5, 0.95]).tolist()
-        used = sum(group.seconds * group.step.mesh.processes for group in self.groups)
+        used = sum(group.seconds * group.step.mesh.ranks for group in self.groups)
         flops = sum(cost(cell) for group in self.groups for cell in group.cells)
         return {
             "sweep": self.described.spec.name,
@@ -79,7 +78,7 @@ class ClusterPlan:
 
     def _best_interval(self) -> float:
         """Of the largest group: the one that pays most for its checkpoints."""
-        largest = max(self.groups, key=lambda group: (group.step.mesh.processes, group.job.checkpoint_s))
+        largest = max(self.groups, key=lambda group: (group.step.mesh.ranks, group.job.checkpoint_s))
         nodes = math.ceil(largest.job.gpus / self.cluster.per_node)
         return best_interval(largest.job.checkpoint_s, self.cluster.mtbf_s / nodes)
 
@@ -92,10 +91,9 @@ class ClusterPlan:
         )
         held = np.cumsum([change for _, _, change in edges])
         cells = [cell for group in self.groups for cell in group.cells]
-        if self.described.live:
-            source = self.described.max_bytes or 0.0
-        else:
-            source = self._rows() * self.d_model * 2 * len(self.described.spec.stores)
+        lives = self.described.spec.lives.values()
+        stored = len(self.described.spec.stores) - len(lives)
+        source = sum(live.max_bytes for live in lives) + self._rows() * self.d_model * 2 * stored
         return {
             "source": source, "checkpoints": float(held.max(initial=0.0)),
             "results": sum(weights_bytes(cell) for cell in cells),
@@ -106,7 +104,7 @@ class ClusterPlan:
         every = self.cluster.checkpoint_every_s
         return {
             "source": sum(
-                max(cell.tokens for cell in group.cells) * self.d_model * 2 * group.step.mesh.shards
+                max(cell.tokens for cell in group.cells) * self.d_model * 2 * group.step.mesh.ranks
                 for group in self.groups
             ),
             "checkpoints": sum(group.state * max(1, math.ceil(group.seconds / every) - 1) for group in self.groups),
@@ -132,26 +130,28 @@ def plan_cluster(described: Described, device: Device, gpus: int, seed: int = 0)
     stores = range(len(spec.stores))
     cells = [cell for number in stores for cell in cells_to_come(spec, d_model, number)]
     kernels: KernelKind = "cpu" if device.name == "cpu" else "cuda"
-    memory = device.memory * (_CPU_SHARE if kernels == "cpu" else _GPU_SHARE)
+    memory = device.memory * (CPU_SHARE if kernels == "cpu" else GPU_SHARE)
+    process = PROCESS_BYTES if kernels == "cpu" else 0  # which shares that memory
     network = Network(assumed.gpus_per_node, 1e9 * assumed.link_gb_s if assumed.link_gb_s else device.link,
                       1e9 * assumed.network_gb_s)  # fmt: skip
 
     def needs(pack: Sequence[Cell]) -> float:
-        return pack_memory(pack, spec.eval.tokens, _STREAM, kernels).total
+        return pack_memory(pack, spec.eval.tokens, _STREAM, kernels).total + process
 
     def cluster_of(count: int) -> Cluster:
         return Cluster(count, assumed.gpus_per_node, 3600 * assumed.mtbf_hours, assumed.restart_s, assumed.repair_s,
                        spec.resources.checkpoint_every_s)  # fmt: skip
 
     def on_mesh(cell: Cell, layout: Layout) -> float:
-        return pack_memory([cell], spec.eval.tokens, _STREAM, kernels, layout=layout).total
+        return pack_memory([cell], spec.eval.tokens, _STREAM, kernels, layout=layout).total + process
 
     # As the driver does it.
-    check_meshes(cells, spec.resources)
-    layouts = plan_meshes(cells, spec.resources, gpus, memory, needs, on_mesh)
+    check_meshes(spec.planned, spec.resources)
+    workers = max(1, gpus - 1) if described.harvested else gpus  # the others harvest, one at least
+    layouts = plan_meshes(cells, spec.resources, workers, memory, needs, on_mesh)
     alone = [cell for cell in cells if cell.cell_id not in layouts]
     meshed = [
-        (cell, step_on(cell, Mesh(*layout), on_mesh(cell, layout), device, network))
+        (cell, step_on(cell, layout, on_mesh(cell, layout), device, network))
         for cell in cells
         if (layout := layouts.get(cell.cell_id)) is not None
     ]
@@ -172,7 +172,7 @@ def plan_cluster(described: Described, device: Device, gpus: int, seed: int = 0)
         _require_room(groups, count, gpus)
         return tuple(groups), simulate([group.job for group in groups], quiet, np.random.default_rng(0))
 
-    harvest_s = _harvest_s(described, device, cells) if described.live else 0.0
+    harvest_s = _harvest_s(described, device, cells) if described.harvested else 0.0
     harvesters = _harvesters(harvest_s, gpus, meshed, lambda count: planned(count)[1].seconds)
     groups, quiet = planned(gpus - harvesters)
     cluster = cluster_of(gpus - harvesters)
@@ -189,7 +189,7 @@ def _d_model(described: Described) -> int:
     from saescale.cluster.sweep.stores import open_stores
 
     hint = "say what it has, as --assume d_model=768"
-    if described.live:
+    if described.spec.lives:
         raise SaescaleError(f"the width of a live source's subject is not known before it is loaded; {hint}")
     try:
         widths = {store.d_model for store in open_stores(described.spec)}
@@ -213,7 +213,7 @@ def _harvesters(harvest_s: float, gpus: int, meshed: Sequence[Any], seconds: Any
         return 0
     if gpus < 2:
         raise SaescaleError("a live source needs a GPU for its harvest beside those that train: give more (--gpus)")
-    most = gpus - max((step.mesh.processes for _, step in meshed), default=1)
+    most = gpus - max((step.mesh.ranks for _, step in meshed), default=1)
     if most < 1:
         raise SaescaleError(
             f"a cell needs a mesh of {gpus - most} GPUs, and its live source one or more besides; there are {gpus}: "
@@ -234,5 +234,5 @@ def _harvest_s(described: Described, device: Device, cells: Sequence[Cell]) -> f
     if described.assumed.parameters is None:
         raise SaescaleError("a live source is harvested while the cells train: say how large its subject is, such as "
                             "--assume parameters=1.24e8")  # fmt: skip
-    flops = 2 * described.assumed.parameters * rows_of(described, cells) * len(described.spec.stores)
+    flops = 2 * described.assumed.parameters * rows_of(described, cells) * len(described.harvested)
     return flops / (device.rates.products * described.assumed.harvest_share)

@@ -9,6 +9,7 @@ from saescale.cluster.sweep.cautions import cautions_of_each
 from saescale.cluster.sweep.evaluate import evaluate, missing_evaluations
 from saescale.cluster.sweep.identity import provenance_of
 from saescale.cluster.sweep.ledger import Ledger, open_ledger, recorded_precision
+from saescale.cluster.sweep.meshes import check_meshes
 from saescale.cluster.sweep.spec import SweepSpec
 from saescale.cluster.sweep.stores import open_stores, verify
 from saescale.cluster.sweep.watcher import SweepDisplay
@@ -59,6 +60,7 @@ def run_sweep(
     """
     run = RunDirectory(spec.out)
     trained = 0
+    check_meshes(spec.planned, spec.resources)  # before a live source is begun
     with ExitStack() as held:
         produced = None if all(map(is_live, spec.lives)) else _produce(spec, run, address, held, display)
         stores = open_stores(spec)
@@ -84,26 +86,27 @@ def run_sweep(
             from saescale.cluster.crew.head import HeadLost, explained
             from saescale.cluster.crew.train_crew import TrainCrew
             from saescale.cluster.sweep.execute import Execution, Meshes
-            from saescale.cluster.sweep.meshes import check_meshes, plan_meshes
+            from saescale.cluster.sweep.meshes import plan_meshes
             from saescale.cluster.sweep.packing import BATCH_FLOPS, pack_cells
 
-            check_meshes(ledger.cells, spec.resources)
             auto = precision if spec.train.precision == "auto" else None
             with TrainCrew(
                 len(ledger.cells), spec.resources, address, auto, produced.taken if produced else None
             ) as crew:
                 trained = len(ledger.pending)
                 remote = local_path(run.url) is None
-                needs = crew.needs(stores, spec.eval.tokens, remote_run=remote)
+                needs = crew.needs(stores, spec.eval.tokens, remote)
                 steps = ledger.checkpoint_steps()
                 flops = BATCH_FLOPS["cuda" if crew.on_gpu else "cpu"]
                 live = {store.fingerprint for store in stores if store.url in spec.lives}
                 on_mesh = crew.needs_on_mesh(stores, spec.eval.tokens, remote)
-                layouts = plan_meshes(ledger.pending, spec.resources, crew.count, crew.memory, needs, on_mesh)
+                layouts = plan_meshes(ledger.pending, spec.resources, crew.most, crew.memory, needs, on_mesh)
                 single = [cell for cell in ledger.pending if cell.cell_id not in layouts]
                 packs = [[cell] for cell in ledger.pending if cell.cell_id in layouts]
                 packs += pack_cells(single, steps, crew.count, crew.memory, needs, flops, live) if single else []
                 meshes = Meshes(layouts, on_mesh)
+                if layouts:
+                    crew.widen(len(single) + sum(layout.ranks for layout in layouts.values()))
                 # Not before the plan stands: a sweep that cannot be run leaves no run directory behind.
                 lease = held.enter_context(Lease(run.url, job, dead))
                 ledger.begin()

@@ -270,7 +270,7 @@ class Execution:
         running = self.running.pop(reference)
         worker, pack = running.worker, running.pack
         if running.company:
-            reference = self._part_company(running, reference)
+            worker, reference = self._part_company(running, reference)
         try:
             trained: Trained = ray.get(reference)
         except ray.exceptions.RayTaskError as error:
@@ -287,12 +287,12 @@ class Execution:
             if left:
                 self._queue_parts(left, min(len(self.crew.idle), len(left)))
 
-    def _part_company(self, running: Attempt, first: Any) -> Any:
+    def _part_company(self, running: Attempt, first: Any) -> tuple[Any, Any]:
         """Takes the other workers of a mesh back when the first one has ended, or others in the place of those that are
-        gone or hang. The reference that tells what became of the pack: the first one's, or where that only knows that
-        the mesh broke, that of the one which failed for a reason of its own."""
+        gone or hang. Who tells what became of the pack, and the reference that does: the first one, or where that only
+        knows that the mesh broke, the one which failed for a reason of its own."""
         ended, late = ray.wait(list(running.company), num_returns=len(running.company), timeout=COMPANY_S)
-        telling = first
+        teller, telling = running.worker, first
         for reference in ended:
             worker = running.company[reference]
             try:
@@ -302,8 +302,11 @@ class Execution:
                 if isinstance(error.cause, MeshBroken):
                     self.crew.idle.append(worker)
                     continue
-                self._replace(worker)
-                telling = reference if _broke(first) else telling
+                if _broke(telling):
+                    self.crew.idle.append(teller)
+                    teller, telling = worker, reference
+                else:
+                    self._replace(worker)
             except ray.exceptions.RayError as error:
                 info = self.crew.lost(worker, error)
                 self.crew.start()
@@ -314,7 +317,7 @@ class Execution:
             self.crew.warn(f"worker {self.crew.ready[worker].name} does not leave its mesh and is ended")
             self.crew.kill(worker)
             self._replace(worker)
-        return telling
+        return teller, telling
 
     def _failed(self, worker: Any, pack: Pack, cause: Exception) -> None:
         """The pack raised `cause` in a worker that lives."""
@@ -503,6 +506,8 @@ class Execution:
             elif running.killed is not None and now - running.killed > DEAD_S:
                 # Not even its node answers.
                 del self.running[reference]
+                if running.company:
+                    self._part_company(running, reference)
                 self._died(running.worker, running.pack, TimeoutError(f"worker {name} cannot be ended"))
 
     def _waits_for_blocks(self, running: Attempt) -> bool:
@@ -517,6 +522,8 @@ class Execution:
 
 def _broke(reference: Any) -> bool:
     """Whether a worker ended because others of its mesh did."""
+    if not ray.wait([reference], timeout=0)[0]:
+        return False
     try:
         ray.get(reference)
     except ray.exceptions.RayTaskError as error:

@@ -8,15 +8,16 @@ from saescale.cluster.sweep.sharding import Step
 from saescale.cluster.sweep.work import work_of_step
 from saescale.scaling.compute import forward_flops
 from saescale.scaling.planning.devices import Device, Work
-from saescale.scaling.planning.network import Mesh, Sent
 from saescale.scaling.planning.schedule import Job
 from saescale.trainers.cell import Cell
+from saescale.trainers.mesh.layout import Layout
+from saescale.trainers.mesh.traffic import Sent
 from saescale.trainers.training.memory import weights_bytes
 
 
 class Group(NamedTuple):
     """`step`: of a pack the memory of all its cells, and one step of each. `seconds` of training and evaluation without
-    checkpoints and failures, `state` bytes of their checkpoint, `sent` bytes that a mesh's processes receive in all."""
+    checkpoints and failures, `state` bytes of their checkpoint, `sent` bytes that a mesh's processes send in all."""
 
     cells: tuple[Cell, ...]
     step: Step
@@ -42,33 +43,33 @@ def pack_of(described: Described, device: Device, pack: Sequence[Cell], taken: f
     those with fewer steps leave early."""
     cells = sorted(pack, key=lambda cell: cell.steps)
     each = [device.seconds(work_of_step(cell)) for cell in cells]
-    read = _read_s(described, cells[0], 1)
+    read = _read_s(described, cells[0])
     seconds, before = 0.0, 0
     for i, cell in enumerate(cells):
         seconds += (cell.steps - before) * max(sum(each[i:]), read)
         before = cell.steps
-    return _group(described, device, cells, Step(Mesh(), taken, Sent(), sum(each), 0.0), seconds, read)
+    return _group(described, device, cells, Step(Layout(), taken, Sent(), sum(each), 0.0), seconds, read)
 
 
 def gang_of(described: Described, device: Device, cell: Cell, step: Step) -> Group:
-    """One cell on a mesh, each replica of which reads its own rows."""
-    read = _read_s(described, cell, step.mesh.replicas)
+    """One cell on a mesh, each process of which reads the whole batch."""
+    read = _read_s(described, cell)
     return _group(described, device, [cell], step, cell.steps * max(step.seconds, read), read)
 
 
-def _read_s(described: Described, cell: Cell, replicas: int) -> float:
-    return 2 * cell.d_model * cell.batch_tokens / replicas / (1e9 * described.assumed.disk_gb_s)
+def _read_s(described: Described, cell: Cell) -> float:
+    return 2 * cell.d_model * cell.batch_tokens / (1e9 * described.assumed.disk_gb_s)
 
 
 def _group(
     described: Described, device: Device, cells: Sequence[Cell], step: Step, training_s: float, read_s: float
 ) -> Group:
-    evaluating = sum(_evaluation_s(described, device, cell) for cell in cells) / step.mesh.processes
+    evaluating = sum(_evaluation_s(described, device, cell) for cell in cells) / step.mesh.ranks
     state = sum(4 * weights_bytes(cell) for cell in cells)  # parameters, two moments and the average
     seconds = training_s + evaluating
-    written = state / step.mesh.processes / (1e9 * described.assumed.disk_gb_s)
-    job = Job(described.assumed.pack_s + seconds, step.mesh.processes, written)
-    told = step.sent.bytes * step.mesh.processes * cells[0].steps
+    written = state / step.mesh.shards / (1e9 * described.assumed.disk_gb_s)
+    job = Job(described.assumed.pack_s + seconds, step.mesh.ranks, written)
+    told = step.sent.bytes * step.mesh.ranks * cells[0].steps
     return Group(tuple(cells), step, seconds, state, told, read_s, job)
 
 

@@ -1,6 +1,7 @@
 """Which cells are shared by several workers, and by how many: what `resources.mesh` comes to."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Protocol
 
 from saescale.cluster.crew.claims import MeshShape, Needs, NeedsOnMesh, Resources
 from saescale.cluster.sweep.packing import cost
@@ -9,7 +10,18 @@ from saescale.trainers.cell import Cell
 from saescale.trainers.mesh.layout import Layout
 
 
-def check_meshes(cells: Sequence[Cell], asked: Resources) -> None:
+class Shareable(Protocol):
+    """What decides whether a cell can be shared."""
+
+    @property
+    def architecture(self) -> str: ...
+    @property
+    def n_latents(self) -> int: ...
+    @property
+    def batch_tokens(self) -> int: ...
+
+
+def check_meshes(cells: Callable[[], Sequence[Shareable]], asked: Resources) -> None:
     """Raises SaescaleError, before anything is started, where a cell can never be shared in the shape that is named."""
     if not isinstance(asked.mesh, MeshShape) or asked.mesh.layout.ranks == 1:
         return
@@ -17,7 +29,7 @@ def check_meshes(cells: Sequence[Cell], asked: Resources) -> None:
     from saescale.trainers.architectures.architecture import require_shareable
 
     layout = asked.mesh.layout
-    for cell in cells:
+    for cell in cells():
         require_shareable(cell.architecture)
         Layout.checked(*layout, cell.n_latents, cell.batch_tokens)
     if isinstance(asked.workers, int) and asked.workers < layout.ranks:

@@ -1,11 +1,13 @@
 """A step of a cell on a mesh, for a plan: memory of a process, what it is sent, and how long it takes."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from saescale.cluster.sweep.work import work_of_step
 from saescale.scaling.planning.devices import Device, Work
-from saescale.scaling.planning.network import Mesh, Network, Sent, sent
+from saescale.scaling.planning.network import Network
 from saescale.trainers.cell import Cell
+from saescale.trainers.mesh.layout import Layout
+from saescale.trainers.mesh.traffic import Sent, sent
 from saescale.trainers.training.memory import weights_bytes
 
 
@@ -13,7 +15,7 @@ class Step(NamedTuple):
     """Of a cell on a mesh: bytes of memory of one process, what each is sent, and seconds, of which some go to the
     network."""
 
-    mesh: Mesh
+    mesh: Layout
     bytes: float
     sent: Sent
     compute_s: float
@@ -24,13 +26,16 @@ class Step(NamedTuple):
         return self.compute_s + self.network_s
 
 
-def step_on(cell: Cell, mesh: Mesh, taken: float, device: Device, network: Network) -> Step:
+def step_on(cell: Cell, mesh: Layout, taken: float, device: Device, network: Network) -> Step:
     """`taken`: bytes that one process has in its memory."""
     whole = work_of_step(cell)
-    pairs = cell.whole_settings.pairs_per_token(cell.n_latents)
-    k = max(cell.k, min(round(pairs), cell.n_latents))
-    told = sent(mesh, cell.d_model, cell.n_latents, k, cell.batch_tokens, weights_bytes(cell))
-    # What each does: products and pairs of its rows and latents; its own weights and scores.
-    traffic = 8 * weights_bytes(cell) / mesh.shards + 4.0 * cell.batch_tokens * cell.n_latents / mesh.processes
-    work = Work(whole.products / mesh.processes, whole.pairs / mesh.processes, traffic, 1.0)
-    return Step(mesh, taken, told, device.seconds(work), network.seconds(mesh, told))
+    settings: Any = cell.whole_settings  # TopK's, which alone can be shared
+    ks = [k for k, _ in settings.reconstructions(cell.n_latents)]
+    told = sent(mesh, cell.d_model, cell.n_latents, ks, cell.batch_tokens)
+    # What each does: products and pairs of its rows and latents; its own weights and scores. Half of a pair's work are
+    # the gradient's rows, which each replica sums over all of the batch.
+    traffic = 8 * weights_bytes(cell) / mesh.shards + 4.0 * cell.batch_tokens * cell.n_latents / mesh.ranks
+    pairs = whole.pairs / 2 * (1 / mesh.ranks + 1 / mesh.shards)
+    work = Work(whole.products / mesh.ranks, pairs, traffic, 1.0)
+    waited = network.seconds(*mesh, told.selection + told.reductions, told.replicas, told.collectives)
+    return Step(mesh, taken, told, device.seconds(work), waited)

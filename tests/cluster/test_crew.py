@@ -5,6 +5,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import pytest
@@ -17,6 +18,8 @@ from saescale.cluster.crew.crew import Crew, Words
 from saescale.storage.errors import SaescaleError, SaescaleWarning
 from saescale.storage.registry import PATH
 from saescale.storage.waiting import Wait
+from saescale.trainers.cell import Cell
+from saescale.trainers.mesh.layout import Layout
 
 
 class Up(NamedTuple):
@@ -196,6 +199,48 @@ def test_nobody_waits_for_what_is_wished_for(toys: Callable[..., Toys]) -> None:
     while crew.wished and time.monotonic() < until:
         crew.watch(())
     assert (len(crew.ready), len(crew.starting), len(crew._actors)) == (2, 0, 2)
+
+
+def sized(there: dict[str, float], monkeypatch: pytest.MonkeyPatch, cells: int = 1, **asked: Any) -> Any:
+    """A crew of a cluster that has so much, before its first worker."""
+    monkeypatch.setattr(train_crew, "resources", lambda: there)
+    monkeypatch.setattr(train_crew, "nodes", lambda: [there])
+    crew = object.__new__(train_crew.TrainCrew)
+    crew._taken, crew._useful, crew._local, crew._grows = {}, cells, False, asked.get("workers", "auto") == "auto"
+    crew.count = crew._size(Resources.model_validate(asked))
+    return crew
+
+
+@pytest.mark.filterwarnings("ignore::saescale.storage.errors.SaescaleWarning")
+def test_as_many_workers_as_there_is_something_to_do_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A cell that is shared is something to do for several."""
+    four = {"CPU": 8.0, "GPU": 4.0}
+    mesh = {"shards": 2, "replicas": 1}
+    assert sized(four, monkeypatch, cells=9).count == 4
+    assert sized(four, monkeypatch, cells=1, mesh=mesh).count == 2
+    assert sized(four, monkeypatch, cells=2, mesh=mesh).count == 4
+    # One cell may turn out to need several: as many as there is room for, unless somebody named a number.
+    assert (sized(four, monkeypatch).count, sized(four, monkeypatch).most) == (1, 4)
+    assert sized(four, monkeypatch, workers=2).most == 2
+    # GPUs that are still to come are asked for all at once; where there are some, there are no more.
+    assert sized({"CPU": 2.0}, monkeypatch, cells=3, mesh=mesh, gpus_per_worker=1).count == 2
+    assert sized({"CPU": 2.0}, monkeypatch, cells=3, gpus_per_worker=1).count == 1
+    with pytest.raises(SaescaleError, match="asks for 2 workers at a time, and the cluster has room for 1"):
+        sized({"CPU": 8.0, "GPU": 1.0}, monkeypatch, cells=3, mesh=mesh, gpus_per_worker=1)
+
+
+def test_a_shared_cell_has_the_window_of_its_source_in_memory_too() -> None:
+    """A window of blocks of a live source is larger than eight row groups."""
+    crew = object.__new__(train_crew.TrainCrew)
+    workers: Any = {"worker": SimpleNamespace(kernels="cpu")}
+    crew.ready = workers
+    cell = Cell(store="x", d_model=64, n_latents=128, k=4, tokens=4096, batch_tokens=256, lr=1e-3, dead_after_tokens=9)
+    store: Any = SimpleNamespace(
+        fingerprint="x", manifest=SimpleNamespace(row_group_rows=512), rows=lambda split: 2**30, mixed_rows=2**22
+    )
+    alone = crew.needs([store], 2048, False)([cell])
+    assert crew.needs_on_mesh([store], 2048, False)(cell, Layout()) == alone
+    assert crew.needs_on_mesh([store], 2048, False)(cell, Layout(2)) > 2**22 * 64 * 2
 
 
 @pytest.mark.slow

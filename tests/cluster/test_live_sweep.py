@@ -109,6 +109,24 @@ def test_a_live_sweep_gives_the_bits_of_the_stored_one(
     assert read_making(folder) == making
 
 
+@pytest.mark.slow
+def test_workers_that_share_a_cell_share_a_live_source(
+    three_nodes: Any, over_live: dict[str, Any], stored: Callable[..., Any]
+) -> None:
+    """Each of them is a consumer; the cell is as one process trains it over the stored blocks."""
+    expected = {row["cell_id"]: row for row in stored(over_live)["results"]}
+    over_live["grid"] = {"n_latents": [64], "k": [4]}
+    over_live["resources"] = {"mesh": {"shards": 2}, "gpus_per_worker": 1, "checkpoint_every_s": 0.2}
+    over_live["out"] += "-shared"
+    spec = parse_spec(over_live, "test")
+    (folder,) = spec.lives
+    outcome = run_sweep(spec, Recorder(), settings=FitSettings(0))
+    (found,) = outcome.run.read_results().to_pylist()
+    assert found["status"] == "done"
+    assert found["nmse"] == pytest.approx(expected[found["cell_id"]]["nmse"], abs=1e-5)
+    assert not list(Path(folder).glob("train-*"))
+
+
 def processes(title: str) -> list[psutil.Process]:
     found = []
     for process in psutil.Process().children(recursive=True):

@@ -86,7 +86,7 @@ def test_what_fits_no_mesh_is_said_in_gib() -> None:
 )
 def test_a_mesh_that_cannot_be_is_one_line(mesh: Any, cell: Any, workers: Any, said: str) -> None:
     with pytest.raises(SaescaleError, match=said):
-        check_meshes([cell_of(64, **cell)], Resources(workers=workers, mesh=mesh))
+        check_meshes(lambda: [cell_of(64, **cell)], Resources(workers=workers, mesh=mesh))
 
 
 # --- sweeps
@@ -150,6 +150,22 @@ def test_shared_cells_and_cells_of_one_worker_run_side_by_side(
     # Two shared cells one after the other, and a small pack beside one of them.
     assert sorted(count for count, _ in begun)[-2:] == [2, 2]
     assert any(count == 1 and 2 in beside for count, beside in begun), begun
+
+
+@pytest.mark.slow
+def test_a_single_cell_gets_as_many_workers_as_it_needs(
+    three_nodes: Any, document: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """workers: auto is one worker for one cell, until it turns out that it fits two."""
+    document["grid"] = {"n_latents": [257], "k": [4]}
+    document["resources"] = {"gpus_per_worker": 1}
+    monkeypatch.setattr(TrainCrew, "needs", lambda *_, **__: by_size)
+    monkeypatch.setattr(TrainCrew, "needs_on_mesh", lambda *_, **__: on_mesh)
+    monkeypatch.setattr(TrainCrew, "memory", 200.0)
+    spec = parse_spec(document, "test")
+    outcome = run_sweep(spec, Recorder(), settings=FitSettings(0))
+    assert outcome.failed == 0
+    assert_as_alone(spec, outcome.run)
 
 
 @pytest.mark.slow

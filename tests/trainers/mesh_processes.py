@@ -156,6 +156,12 @@ def alone(steps: int, fields: dict[str, Any] | None = None) -> Stepped:
     return take_steps(ONE, steps, None, fields)
 
 
+def add(group: Processes, numbers: int) -> dict[str, int]:
+    """What is sent to sum so many numbers over the shards."""
+    group.mesh(N).sum_shards(torch.ones(numbers))
+    return dict(group.traffic.bytes)
+
+
 def train(group: Processes, job: PackJob, stop_after: int | None = None) -> Any:
     """train_pack; it is told to stop after so many questions."""
     asked = iter(range(10**9))

@@ -19,6 +19,8 @@ from saescale.storage.rundir import RunDirectory
 from saescale.storage.store import ActivationStore
 from saescale.trainers.cell import Cell, EvalSpec
 from saescale.trainers.exchange.native import read
+from saescale.trainers.mesh import traffic
+from saescale.trainers.mesh.layout import Layout
 from saescale.trainers.training.together import train_sharded
 from saescale.trainers.training.train import PackJob, train_pack
 from tests.trainers import mesh_processes as mesh
@@ -119,13 +121,25 @@ def test_what_a_step_says_is_counted(crowd: Crowd) -> None:
     for shards in (2, 4):
         sent = crowd.ask(mesh.take_steps, shards, 1, 3, None, fields)[0].sent
         assert sent["select"] == (shards - 1) * rows * mesh.K * 8
-        reduction = 2 * (shards - 1) * rows * mesh.D * 4 // shards
+        reduction = (shards - 1) * rows * mesh.D * 4  # so small that all goes to all
         # Beside it d_model numbers for b_pre's gradient, and two counts.
         assert sent["sum_shards"] == reduction + (shards - 1) * (mesh.D * 4 + 2 * 8)
         assert set(sent) == {"select", "sum_shards"}
+        planned = traffic.sent(Layout(shards), mesh.D, mesh.N, [mesh.K], rows)
+        assert planned.selection == sent["select"]
+        assert planned.reductions == pytest.approx(sent["sum_shards"], rel=0.02)
+        # What is larger goes by parts.
+        assert crowd.ask(mesh.add, shards, 1, 8192)[0] == {"sum_shards": 2 * (shards - 1) * 8192 * 4 // shards}
     sent = crowd.ask(mesh.take_steps, 1, 2, 3, None, fields)[0].sent
     # Errors of a replica's rows, then index, z and dz of its pairs; no gradient of N x d_model.
     assert sent["gather_replicas"] == rows // 2 * (mesh.D * 4 + mesh.K * 12)
+    assert traffic.sent(Layout(1, 2), mesh.D, mesh.N, [mesh.K], rows).replicas == sent["gather_replicas"]
+    # Both at once, with a second reconstruction of 4 k: what plans say is what is counted, but for a few numbers.
+    fields = {"settings": {"k_aux": 0, "multi_topk": True}}
+    counted = sum(crowd.ask(mesh.take_steps, 2, 2, 3, None, fields)[0].sent.values())
+    assert traffic.sent(Layout(2, 2), mesh.D, mesh.N, [mesh.K, 4 * mesh.K], rows).bytes == pytest.approx(
+        counted, rel=0.02
+    )
 
 
 # --- whole trainings

@@ -8,7 +8,7 @@ import torch
 
 from saescale.storage.errors import SaescaleError
 from saescale.trainers.kernels.interface import Selected
-from saescale.trainers.mesh import gathered, radix
+from saescale.trainers.mesh import distributed, radix
 from saescale.trainers.mesh.distributed import ProcessMesh
 from saescale.trainers.mesh.keys import NONE, candidates, keys_of, kth_largest, reference
 from saescale.trainers.mesh.layout import Layout
@@ -65,7 +65,7 @@ def chosen_by(layout: Layout, scores: torch.Tensor, k: int) -> torch.Tensor:
 @pytest.mark.parametrize("kind", ["random", "bf16", "equal", "one_shard", "negative", "zeros"])
 @pytest.mark.parametrize("way", ["gathered", "radix"])
 def test_shards_select_what_one_process_does(kind: str, way: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(gathered, "KEYS", 0 if way == "radix" else 10**9)
+    monkeypatch.setattr(distributed, "KEYS", 0 if way == "radix" else 10**9)
     # No multiple of the shards; k larger than a shard; k of nearly all.
     for n, k in ((37, 5), (37, 11), (10, 9), (7, 1)):
         scores = scores_of(kind, n)

@@ -251,6 +251,20 @@ def test_a_cell_that_diverges_fails_alone(sparse_store: ActivationStore, make_ce
     assert results[healthy.cell_id]["status"] == "done"
 
 
+def test_sigterm_means_what_it_meant_before(sparse_store: ActivationStore, make_cell: MakeCell, run_url: str) -> None:
+    """Also while a batch is waited for: Lightning's handler would only take note."""
+    seen = set()
+
+    def look() -> bool:
+        seen.add(signal.getsignal(signal.SIGTERM))
+        return False
+
+    before = signal.getsignal(signal.SIGTERM)
+    train_pack(job([make_cell(n_latents=32, k=2, tokens=2048)], sparse_store, run_url), should_stop=look)
+    assert seen == {before}
+    assert signal.getsignal(signal.SIGTERM) == before
+
+
 def test_finished_cells_are_not_trained_again(sparse_store: ActivationStore, make_cell: MakeCell, run_url: str) -> None:
     request = job([make_cell()], sparse_store, run_url)
     first = train_pack(request)

@@ -23,6 +23,7 @@ from saescale.trainers.mesh.channel import Channel, Traffic, close
 from saescale.trainers.mesh.keys import NONE, candidates, kept
 from saescale.trainers.mesh.layout import Layout, MeshBroken
 from saescale.trainers.mesh.sums import sum_in_order
+from saescale.trainers.mesh.traffic import KEYS
 from saescale.trainers.mesh.watch import Watch
 
 Backend = Literal["gloo", "nccl"]
@@ -161,7 +162,7 @@ class ProcessMesh:
         keys = candidates(local, self.first)
         # What every shard knows decides, so that all go the same way: the first share is the largest.
         width = min(k, self._layout.share(self._n_latents, 0).size)
-        if self.shards * width <= gathered.KEYS:
+        if self.shards * width <= KEYS:
             padded = torch.nn.functional.pad(keys, (0, width - keys.shape[1]), value=NONE)
             least = gathered.kth_of_all(self._of_shards, padded, k)
         else:

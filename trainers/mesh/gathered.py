@@ -9,8 +9,6 @@ from torch import Tensor
 from saescale.trainers.mesh.channel import Channel
 from saescale.trainers.mesh.keys import kth_largest
 
-KEYS = 1024  # of all shards for a token, up to which this sends less than the counts of radix.py take
-
 
 def kth_of_all(channel: Channel, keys: Tensor, k: int) -> Tensor:
     """[batch]: the k-th largest key of all shards; each gives keys [batch, width], of one width."""

@@ -12,9 +12,9 @@ from torch import Tensor
 from saescale.trainers.mesh.channel import Channel
 from saescale.trainers.mesh.keys import NONE
 from saescale.trainers.mesh.sums import sum_in_order
+from saescale.trainers.mesh.traffic import BITS
 
-_BITS = 4
-_DIGITS = 2**_BITS
+_DIGITS = 2**BITS
 
 
 def kth_of_all(channel: Channel, keys: Tensor, k: int) -> Tensor:
@@ -28,7 +28,7 @@ def kth_of_all(channel: Channel, keys: Tensor, k: int) -> Tensor:
     open_ = keys > NONE
     wanted = torch.full((batch,), k, device=keys.device)
     whole = torch.zeros(batch, dtype=torch.bool, device=keys.device)  # all that agree are wanted
-    for shift in range(64 - _BITS, -1, -_BITS):
+    for shift in range(64 - BITS, -1, -BITS):
         digits = ((keys ^ NONE) >> shift) & (_DIGITS - 1)
         counts = keys.new_zeros(batch, _DIGITS, dtype=torch.int32)
         counts.scatter_add_(1, digits, open_.int())

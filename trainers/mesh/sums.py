@@ -8,8 +8,7 @@ import torch
 from torch import Tensor
 
 from saescale.trainers.mesh.channel import Channel
-
-SMALL = 512  # numbers, up to which all go to all: one message instead of two
+from saescale.trainers.mesh.traffic import SMALL
 
 
 def sum_in_order(channel: Channel, t: Tensor, kind: str) -> Tensor:

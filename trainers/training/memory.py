@@ -18,8 +18,8 @@ from saescale.trainers.architectures.sae import step_of
 from saescale.trainers.cell import Cell
 from saescale.trainers.evals.nmse import CHUNK_ROWS, rows_at_a_time
 from saescale.trainers.kernels.choose import KernelKind
-from saescale.trainers.mesh.gathered import KEYS
 from saescale.trainers.mesh.layout import Layout
+from saescale.trainers.mesh.traffic import KEYS
 from saescale.trainers.preprocess import SAMPLE_TOKENS, Centre
 
 PROCESS_BYTES = 800 * 2**20  # imports and compiled kernels of a worker, in the host's memory; measured

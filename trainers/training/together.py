@@ -66,10 +66,11 @@ def _answers(processes: Sequence[BaseProcess], said: Any) -> dict[int, Any]:
     until = None
     try:
         while len(answers) < len(processes):
+            ended = {rank: process for rank, process in enumerate(processes) if process.exitcode is not None}
             while not said.empty():
                 rank, answer = said.get()
                 answers[rank] = answer
-            lost = {r: p for r, p in enumerate(processes) if p.exitcode not in (None, 0) and r not in answers}
+            lost = {rank: process for rank, process in ended.items() if rank not in answers}
             if (lost or any(isinstance(answer, str) for answer in answers.values())) and until is None:
                 until = time.monotonic() + _LEAVE_S
             if until is not None and (time.monotonic() > until or len(lost) + len(answers) == len(processes)):
@@ -79,7 +80,9 @@ def _answers(processes: Sequence[BaseProcess], said: Any) -> dict[int, Any]:
             time.sleep(_POLL_S)
     finally:
         for process in processes:
-            if process.is_alive() and until is not None:
+            if len(answers) == len(processes) and until is None:
+                process.join(_LEAVE_S)
+            if process.is_alive():
                 process.kill()  # one that is halted would not hear a gentler word
             process.join()
     return answers

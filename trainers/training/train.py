@@ -11,6 +11,8 @@ nothing is drawn after a cell's first weights, which its seed gives.
 
 import gc
 import logging
+import signal
+import threading
 import warnings
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -147,8 +149,9 @@ def _taken(run: RunDirectory, job: PackJob, group: Group) -> dict[str, dict[str,
 
 
 def _centre(source: ActivationStore, cell: Cell, group: Group) -> Centre:
-    """As the first process measured it: sums of another one, with other threads, could have other bits."""
-    b_pre, variance = group.tell_first(tuple(measured_centre(source, cell)) if group.rank == 0 else None)
+    """As the first process measured it: sums of another one, with other threads, could have other bits. All measure, so
+    that each waits for its rows by itself, and not for another one beyond the deadline of a mesh."""
+    b_pre, variance = group.tell_first(tuple(measured_centre(source, cell)))
     return Centre(b_pre, variance)
 
 
@@ -179,6 +182,18 @@ def measured_centre(source: ActivationStore, cell: Cell) -> Centre:
     return measure_centre(sample)
 
 
+class _OwnSignals(L.Callback):
+    """SIGTERM does what it did before. Lightning's handler lets a training go on to the end of a batch, which may have
+    to be waited for, and then ends the process as if all were well."""
+
+    def __init__(self) -> None:
+        self._at_terminate = signal.getsignal(signal.SIGTERM)
+
+    def on_train_start(self, trainer: L.Trainer, pack: L.LightningModule) -> None:
+        if threading.current_thread() is threading.main_thread() and self._at_terminate is not None:
+            signal.signal(signal.SIGTERM, self._at_terminate)
+
+
 def _trainer(callback: L.Callback, device: torch.device) -> L.Trainer:
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", message=".*does not have many workers.*")
@@ -188,7 +203,7 @@ def _trainer(callback: L.Callback, device: torch.device) -> L.Trainer:
         # What shares a cell is the mesh's affair: to Lightning each process is one alone.
         plugins=[LightningEnvironment()],
         max_epochs=1,
-        callbacks=[callback],
+        callbacks=[_OwnSignals(), callback],
         logger=False,
         enable_checkpointing=False,
         enable_progress_bar=False,

@@ -1,0 +1,54 @@
+"""What a process of a mesh sends at a step, for plans: the collectives of a sparse step, written down once more as
+numbers. Without torch. tests/trainers/test_mesh.py holds it to what is counted where it is sent (channel.py)."""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from saescale.trainers.mesh.layout import Layout
+
+KEYS = 1024  # of all shards for a token, up to which gathering them sends less than the counts of radix.py take
+BITS = 4  # of a key, that a round of radix.py finds
+SMALL = 4096  # numbers, up to which all go to all to be summed (sums.py): one message instead of two
+_KEY, _NUMBER = 8, 4
+
+
+class Sent(NamedTuple):
+    """Bytes that one process sends in a step, and receives, and how many collectives it takes part in."""
+
+    selection: float = 0.0  # candidates for the other shards, or counts of their digits
+    reductions: float = 0.0  # what is summed over shards: [rows, d_model] of each reconstruction
+    replicas: float = 0.0  # errors and pairs of a replica's rows, for the other replicas
+    collectives: int = 0
+
+    @property
+    def bytes(self) -> float:
+        return self.selection + self.reductions + self.replicas
+
+
+def sent(layout: Layout, d_model: int, n_latents: int, ks: Sequence[int], batch_tokens: int) -> Sent:
+    """`ks`: latents of a token that each reconstruction selects; AuxK, while latents are dead, is one more."""
+    shards, replicas = layout.shards, layout.replicas
+    rows = batch_tokens / replicas
+    selection = reductions = copies = 0.0
+    collectives = 0
+    for k in ks:
+        width = min(k, layout.share(n_latents, 0).size)
+        if shards > 1:
+            gathered, rounds = shards * width <= KEYS, 64 // BITS  # at most: mostly fewer decide
+            keys, counts = (shards - 1) * rows * width * _KEY, rounds * _summed(rows * 2**BITS, shards)
+            selection += keys if gathered else counts
+            reductions += _summed(rows * d_model, shards)
+            collectives += (1 if gathered else 2 * rounds) + 2
+        if replicas > 1:
+            # The error of a row, and of its pairs index, z and dz.
+            copies += (replicas - 1) * rows * (d_model + 3 * width) * _NUMBER
+            collectives += 5
+    if shards > 1:
+        reductions += _summed(d_model, shards)  # the gradient of b_pre
+        collectives += 2
+    return Sent(selection, reductions, copies, collectives)
+
+
+def _summed(numbers: float, shards: int) -> float:
+    """Of a tensor of which each shard gets the sum (sums.py)."""
+    return (shards - 1) * numbers * _NUMBER * (1 if numbers <= SMALL else 2 / shards)
