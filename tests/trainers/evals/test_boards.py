@@ -15,9 +15,9 @@ from saescale.storage.store import ActivationStore
 from saescale.trainers.cell import Cell, EvalSpec
 from saescale.trainers.evals.board_picture import boards_of_cell, seen
 from saescale.trainers.evals.board_probe import probe, read_boards
-from saescale.trainers.evals.board_recovery import BESIDE, reconstruct, recovered
+from saescale.trainers.evals.board_recovery import BESIDE, properties, reconstruct, recovered
 from saescale.trainers.evals.boards import Boards, heldout_boards
-from saescale.trainers.evals.detectors import Active
+from saescale.trainers.evals.detectors import Active, active_of_neurons
 from saescale.trainers.evals.evaluation import Measurement
 from saescale.trainers.evals.run import evaluate_run
 from saescale.trainers.evals.streams import streams_of_rows
@@ -137,6 +137,18 @@ def test_half_of_the_board_is_recovered_by_latents_of_half_of_it(boards: Boards)
         2 * mine[second].sum() / (2 * mine[second].sum() + yours[second].sum()), rel=0.02
     )
     assert 0.5 < found["coverage", ""] < 1
+
+
+def test_nothing_of_a_reconstruction_is_chosen_where_it_is_measured(boards: Boards) -> None:
+    """A latent for each property: large half of the time that it holds, else small; and on the second half small as well
+    where it does not hold, so that a threshold would be better there, and is worse on the first half."""
+    holds = properties(boards)
+    large = np.random.default_rng(0).random(holds.shape) < 0.5
+    dense = np.where(holds, np.where(large, 1.0, 0.05), np.where(boards.first[:, None], 0, 0.05))
+    found = reconstruct(boards, active_of_neurons(torch.from_numpy(dense)))
+    assert found.tau == 0
+    assert found.said.all()
+    assert len(found.said) == (~boards.first).sum()
 
 
 def test_latents_that_know_nothing_recover_little(boards: Boards) -> None:
