@@ -52,7 +52,7 @@ class Transformer:
         self.embedded = int(model.get_input_embeddings().weight.shape[0])
 
     def label(self, ids: np.ndarray) -> dict[str, np.ndarray]:
-        """Nothing: nobody knows the truth about text."""
+        """Nothing; files that know the truth about what their model reads say more."""
         return {}
 
     @property

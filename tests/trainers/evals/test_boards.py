@@ -140,8 +140,8 @@ def test_half_of_the_board_is_recovered_by_latents_of_half_of_it(boards: Boards)
 
 
 def test_nothing_of_a_reconstruction_is_chosen_where_it_is_measured(boards: Boards) -> None:
-    """A latent for each property: large half of the time that it holds, else small; and on the second half small as well
-    where it does not hold, so that a threshold would be better there, and is worse on the first half."""
+    """A latent for each property: large half of the time that it holds, else small. On the second half it is small as
+    well where it does not hold: a threshold would be better there, and is worse on the first half."""
     holds = properties(boards)
     large = np.random.default_rng(0).random(holds.shape) < 0.5
     dense = np.where(holds, np.where(large, 1.0, 0.05), np.where(boards.first[:, None], 0, 0.05))

@@ -11,6 +11,7 @@ import torch
 from saescale.storage.errors import SaescaleError
 from saescale.trainers.subjects import train
 from saescale.trainers.subjects.attention_only import LENGTH, Settings, blank, repeats
+from saescale.trainers.subjects.own_model import blank_model, gpt2_config
 from saescale.trainers.subjects.subject import get_subject
 
 
@@ -81,5 +82,9 @@ def test_it_is_trained_and_its_mlps_add_nothing(tmp_path: Path, monkeypatch: pyt
     assert score == subject.score(50)  # type: ignore[attr-defined]
     with pytest.raises(SaescaleError, match="comes without weights: saescale subject train attention-only"):
         get_subject("attention-only")
+    other = tmp_path / "other"
+    blank_model(gpt2_config(64, LENGTH, 2, 32, 4), 0).save_pretrained(other)
+    with pytest.raises(SaescaleError, match="other is no model of attention alone; saescale subject train"):
+        get_subject(f"attention-only:{other}")
     with pytest.raises(SaescaleError, match="d_model 30 cannot be shared by 4 heads"):
         blank(Settings(d_model=30), 0)
