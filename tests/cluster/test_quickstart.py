@@ -11,7 +11,7 @@ from tests.cluster.command import saescale, saescale_here
 
 
 @pytest.mark.slow
-def test_from_shipped_weights_to_a_picture_of_boards(tmp_path: Path) -> None:
+def test_from_shipped_weights_to_a_picture_of_boards(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     result = saescale("quickstart", "--subject", "othello", "--tiny", "--wandb", "off", cwd=tmp_path)
     assert result.returncode == 0, result.stderr
     run = tmp_path / "runs" / "quickstart-othello-tiny"
@@ -25,14 +25,16 @@ def test_from_shipped_weights_to_a_picture_of_boards(tmp_path: Path) -> None:
     assert (run / "figures" / f"metric_against_k-{metric}.png").exists()
     # The picture stays when the report is made again, and the same is drawn of any cell.
     best = max((row for row in rows if row["metric"] == "reconstruction"), key=lambda row: row["value"])["cell_id"]
-    again = saescale_here("subject", "boards", RunDirectory(str(run)).cell_url(best), "--out", str(tmp_path / "a.png"))
-    assert again.returncode == 2
-    assert "stores/othello-l2-tiny" in again.stderr  # which the run names from where it was made
+    drawn = "subject", "boards", RunDirectory(str(run)).cell_url(best), "--out", str(tmp_path / "a.png")
+    elsewhere = saescale_here(*drawn)
+    assert elsewhere.returncode == 2
+    assert "stores/othello-l2-tiny" in elsewhere.stderr  # which the run names from where it was made
+    monkeypatch.chdir(tmp_path)
     assert saescale_here("report", str(run), "--bootstraps", "0").returncode == 0
     assert (run / "figures" / "boards.png").read_bytes() == picture
-    again = saescale("subject", "boards", f"runs/{run.name}/cells/{best}", "--out", "a.png", cwd=tmp_path)
+    again = saescale_here(*drawn)
     assert again.returncode == 0, again.stderr
     assert (tmp_path / "a.png").read_bytes() == picture
-    other = saescale_here("subject", "boards", f"{run}/cells/{best}", "--out", "a.gif")
+    other = saescale_here(*drawn[:-1], "a.gif")
     assert (other.returncode, other.stderr.count("\n")) == (2, 1)
     assert "a picture ends in .png, .svg or .pdf" in other.stderr
