@@ -85,7 +85,7 @@ def steerable(subject: Subject) -> Transformer:
 def spelled(subject: Subject, texts: Iterable[str]) -> list[list[int]]:
     """Token ids of each text. Raises SaescaleError where the subject reads none."""
     if not isinstance(subject, ReadsText):
-        raise SaescaleError(f"the subject {subject.name} reads no text")
+        raise SaescaleError(f"the subject {subject.name} reads no text, and the task is of text; take a language model")
     return [ids.tolist() for ids in subject.tokenize(texts)]
 
 

@@ -188,6 +188,8 @@ def test_a_trained_cell_is_measured_beside_what_needs_no_sae(store: ActivationSt
     assert picture.true.shape == (4, 36)
     with pytest.raises(SaescaleError, match=r"is no cell of a run; give RUN/cells/CELL"):
         boards_of_cell(run.url, 4)
+    with pytest.raises(SaescaleError, match=f"has no finished cell {second[:-2]}; did you mean {second}"):
+        boards_of_cell(run.cell_url(second[:-2]), 4)
     always = found[first, "coverage_always", ""]["value"]
     boards = heldout_boards(store, get_subject(store.subject))
     constant = values(list(recovered(boards, planted(np.ones((ROWS, 1), bool)))))
