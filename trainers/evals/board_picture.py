@@ -11,7 +11,7 @@ from saescale.storage.rundir import RunDirectory
 from saescale.trainers.evals.bench import Bench
 from saescale.trainers.evals.board_probe import read_boards
 from saescale.trainers.evals.board_recovery import Reconstruction, latents_of, reconstruct
-from saescale.trainers.evals.boards import Boards
+from saescale.trainers.evals.boards import Boards, heldout_boards
 from saescale.trainers.evals.plan import finished_cells
 from saescale.trainers.subjects.othello_labels import TILES
 
@@ -41,8 +41,7 @@ def boards_of_cell(url: str, number: int) -> Seen:
         raise SaescaleError(f"{run} has no finished cell {cell}; did you mean {near[0]}?")
     there.check_cell(cell)
     at_hand = Bench(there).lay_out(cell, "board_recovery")
-    (prepared,) = at_hand.prepared
-    boards, trained = prepared.boards, at_hand.trained
+    boards, trained = heldout_boards(at_hand.source, at_hand.subject), at_hand.trained
     probed = read_boards(boards, trained.reconstruct(boards.act).cpu(), ("after",))["after"]
     return seen(boards, probed, reconstruct(boards, latents_of(trained, boards)), number)
 
