@@ -1,6 +1,7 @@
 """The commands about subjects: what there is, what one of them is, and the training of those whose truth is known."""
 
 import json
+from contextlib import nullcontext
 from typing import Annotated, Any
 
 import typer
@@ -91,10 +92,9 @@ def show(
         from saescale.trainers.tasks.task import TASKS
 
         TASKS.check(task)
-        with display() as shown:
-            of_task = circuit(
-                get_subject(subject, trust_remote_code=trust_remote_code), task, prompts, progress=shown.patching
-            )
+        model = get_subject(subject, trust_remote_code=trust_remote_code)
+        with nullcontext() if json_ else display() as shown:
+            of_task = circuit(model, task, prompts, progress=shown and shown.patching)
         _show_task(subject, of_task, json_)
         return
     found = _described(get_subject(subject, trust_remote_code=trust_remote_code), sequences)

@@ -86,6 +86,7 @@ def test_it_is_trained_and_its_mlps_add_nothing(tmp_path: Path, monkeypatch: pyt
     parts = json.loads(saescale_here(*show, "--json").stdout)["parts"]
     assert {part["part"] for part in parts if part["noising"]} == {f"head {i}.{j}" for i in range(2) for j in range(4)}
     shown = saescale_here(*show).stdout
+    assert "parts 10/10" in shown
     assert "the metric is the nats a token of the first time less those of the second" in shown
     assert parts[0]["part"] in shown
     assert_one_line(saescale_here(*show[:4], "inducton"), "did you mean induction?")
