@@ -91,11 +91,13 @@ def show(
         from saescale.trainers.tasks.task import TASKS
 
         TASKS.check(task)
+        model = get_subject(subject, trust_remote_code=trust_remote_code)
+        if json_:  # and nothing else
+            print(json.dumps(circuit(model, task, prompts), indent=1))
+            return
         with display() as shown:
-            of_task = circuit(
-                get_subject(subject, trust_remote_code=trust_remote_code), task, prompts, progress=shown.patching
-            )
-        _show_task(subject, of_task, json_)
+            of_task = circuit(model, task, prompts, progress=shown.patching)
+        _show_task(subject, of_task)
         return
     found = _described(get_subject(subject, trust_remote_code=trust_remote_code), sequences)
     if json_:
@@ -154,10 +156,7 @@ def _show_curve(curve: list[dict[str, float]]) -> None:
     console.print(shown)
 
 
-def _show_task(subject: str, found: dict[str, Any], json_: bool) -> None:
-    if json_:
-        print(json.dumps(found, indent=1))
-        return
+def _show_task(subject: str, found: dict[str, Any]) -> None:
     say(f"{found['task']} of {subject}, {found['prompts']} prompts; the metric is the {found['unit']}")
     for which in ("clean", "corrupt"):
         say_marked(f"[bold]{which:<16}[/]{escape(_scores(found[which]))}")

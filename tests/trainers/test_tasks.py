@@ -18,7 +18,7 @@ from saescale.trainers.tasks import greater_than, induction, ioi
 from saescale.trainers.tasks.circuit import circuit
 from saescale.trainers.tasks.heads import scores_by_attention
 from saescale.trainers.tasks.patching import Part, patch_parts
-from saescale.trainers.tasks.task import METRIC, TASKS, Prompts, find_task, read
+from saescale.trainers.tasks.task import METRIC, TASKS, Prompts, find_task, measure_task, read
 from tests.trainers.slow_circuit import ByHand, by_hand, recomputed
 
 
@@ -93,6 +93,17 @@ def test_a_part_that_goes_straight_to_the_logits_does_so_by_its_derivative(subje
     assert straight + slope_of_embeddings == pytest.approx(slope, rel=0.02)
 
 
+def test_with_the_stream_of_the_corrupted_prompts_a_task_is_measured_as_on_them(
+    subject: ByHand, prompts: Prompts
+) -> None:
+    task, site = find_task("induction"), Site(layer=1, positions="all")
+    (other,) = subject.run(prompts.corrupt, [site]).resid
+    found = measure_task(subject, task, prompts, prompts.ids, {site: lambda stream: other})
+    for name, value in measure_task(subject, task, prompts, prompts.corrupt).items():
+        torch.testing.assert_close(found[name], value)
+    assert (found[METRIC] - measure_task(subject, task, prompts, prompts.ids)[METRIC]).abs().min() > 0.1
+
+
 def _read(subject: ByHand, prompts: Prompts, site: Site, stream: torch.Tensor) -> torch.Tensor:
     return read(prompts, subject.resume(prompts.ids, site, stream, prompts.last))
 
@@ -124,7 +135,8 @@ def test_a_gradient_at_the_site_is_that_of_differences(prompts: Prompts) -> None
             float((ends[0] - ends[1]).double().sum()) / 2e-2, rel=0.01, abs=1e-3
         )
     last = subject.resume(prompts.ids, site, resid, prompts.last)
-    assert torch.equal(last, subject.resume(prompts.ids, site, resid)[:, -prompts.last :])
+    whole = subject.resume(prompts.ids, site, resid)
+    torch.testing.assert_close(last, whole[:, -prompts.last :], rtol=1e-5, atol=1e-5)
 
 
 SHAPE: dict[str, Any] = {

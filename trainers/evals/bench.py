@@ -41,7 +41,6 @@ class AtHand(NamedTuple):
     trained: Trained
     source: ActivationStore
     subject: Subject | None
-    prepared: list[Any]  # what `prepare` gave, where there is one
 
 
 class Bench:
@@ -120,15 +119,18 @@ class Bench:
                 f"it was trained on the store {trained.cell.store}, and {'; '.join([*there, *self._broken])}; give "
                 "sweep.yaml the store that it was trained on"
             )
-        began = time.monotonic()
-        try:
-            subject = self._subject_for(source, evaluation) if evaluation.needs else None
-            return AtHand(evaluation, trained, source, subject, self._prepare(name, evaluation, source, subject))
-        finally:
-            self._shared_s = time.monotonic() - began
+        subject = self._subject_for(source, evaluation) if evaluation.needs else None
+        return AtHand(evaluation, trained, source, subject)
 
     def _rows(self, pair: Pair) -> list[dict[str, Any]]:
-        evaluation, trained, source, subject, prepared = self.lay_out(pair.cell, pair.evaluation)
+        self._cell(pair.cell)  # whose reading is no part of what cells share
+        began = time.monotonic()
+        try:
+            at_hand = self.lay_out(pair.cell, pair.evaluation)
+            prepared = self._prepare(pair.evaluation, at_hand)
+        finally:
+            self._shared_s = time.monotonic() - began
+        evaluation = at_hand.evaluation
         asked: dict[str, Any] = {}
         kept: dict[str, Any] = {}  # of what was asked, in each row
         if hasattr(evaluation, "latents"):
@@ -136,15 +138,15 @@ class Bench:
         if pair.others:
             asked["others"] = [self._read(other) for other in pair.others]
             kept["others"] = " ".join(pair.others)
-        found = evaluation.measure(trained, source, subject, *prepared, **asked)
+        found = evaluation.measure(at_hand.trained, at_hand.source, at_hand.subject, *prepared, **asked)
         rows = [measurement._asdict() | kept for measurement in found]
         if not rows:
             raise SaescaleError("it measured nothing")
         return rows
 
-    def _prepare(
-        self, name: str, evaluation: Evaluation, source: ActivationStore, subject: Subject | None
-    ) -> list[Any]:
+    def _prepare(self, name: str, at_hand: AtHand) -> list[Any]:
+        """What the evaluation's `prepare` gives, where it has one."""
+        evaluation, _, source, subject = at_hand
         if not hasattr(evaluation, "prepare"):
             return []
         key = (name, source.identity)

@@ -1,6 +1,7 @@
 """Boards as the latents of a cell see them, on some positions of games that nothing was fitted on: what linear probes
 read from x_hat, as board_probe does, and what single latents are signs of, as board_recovery does."""
 
+import difflib
 from typing import NamedTuple
 
 import numpy as np
@@ -10,7 +11,8 @@ from saescale.storage.rundir import RunDirectory
 from saescale.trainers.evals.bench import Bench
 from saescale.trainers.evals.board_probe import read_boards
 from saescale.trainers.evals.board_recovery import Reconstruction, latents_of, reconstruct
-from saescale.trainers.evals.boards import Boards
+from saescale.trainers.evals.boards import Boards, heldout_boards
+from saescale.trainers.evals.plan import finished_cells
 from saescale.trainers.subjects.othello_labels import TILES
 
 _BEGINNING = 4  # discs that lie there before any move
@@ -33,10 +35,13 @@ def boards_of_cell(url: str, number: int) -> Seen:
     run, cells, cell = url.rstrip("/").rpartition("/cells/")
     if not cells:
         raise SaescaleError(f"{url} is no cell of a run; give RUN/cells/CELL")
-    RunDirectory(run).check_cell(cell)
-    at_hand = Bench(RunDirectory(run)).lay_out(cell, "board_recovery")
-    (prepared,) = at_hand.prepared
-    boards, trained = prepared.boards, at_hand.trained
+    there = RunDirectory(run)
+    if cell not in (finished := finished_cells(there)):
+        near = difflib.get_close_matches(cell, finished, n=1, cutoff=0)
+        raise SaescaleError(f"{run} has no finished cell {cell}; did you mean {near[0]}?")
+    there.check_cell(cell)
+    at_hand = Bench(there).lay_out(cell, "board_recovery")
+    boards, trained = heldout_boards(at_hand.source, at_hand.subject), at_hand.trained
     probed = read_boards(boards, trained.reconstruct(boards.act).cpu(), ("after",))["after"]
     return seen(boards, probed, reconstruct(boards, latents_of(trained, boards)), number)
 

@@ -37,7 +37,9 @@ from saescale.trainers.tasks.task import TASKS
 
 needs: frozenset[Need] = frozenset({"subject"})
 metrics = {
-    f"{task}_{name}": Metric("higher", limit=1.0) for task in TASKS.names() for name in ("recovered", "end_recovered")
+    f"{task}_{name}": Metric("higher", limit=1.0, beside=tuple(f"{task}_{other}" for other in beside))
+    for task in TASKS.names()
+    for name, beside in (("recovered", ()), ("end_recovered", ("end_supervised",)))
 }
 
 

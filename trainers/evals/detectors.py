@@ -105,23 +105,23 @@ def best_f1(active: Active, labels: np.ndarray) -> np.ndarray:
 
 
 class Union(NamedTuple):
-    """Whether labels are predicted to hold, bool [thresholds, rows, n_labels], on rows that were not used to choose;
-    `rules`: how many pairs of a latent and a label were, int64 [thresholds]."""
+    """Whether labels are predicted to hold, bool [thresholds, rows, n_labels], on all rows, also those that signs
+    were chosen on; `rules`: how many pairs of a latent and a label are signs, int64 [thresholds]."""
 
     predicted: np.ndarray
     rules: np.ndarray
 
 
 def predict_by_union(active: Active, labels: np.ndarray, chosen_on: np.ndarray, precision: float, least: int) -> Union:
-    """A label is predicted on the rows not in `chosen_on` (bool [rows]) where a latent is active that is a sign of it:
-    on those in `chosen_on` it was active at least `least` times, and the label then held in the share `precision`."""
+    """A label is predicted where a latent is active that is a sign of it: on the rows in `chosen_on` (bool [rows]) it
+    was active at least `least` times, and the label then held in the share `precision`."""
     truth = (labels & chosen_on[:, None]).astype(np.float32)
-    predicted = np.zeros((len(THRESHOLDS), int((~chosen_on).sum()), labels.shape[1]), bool)
+    predicted = np.zeros((len(THRESHOLDS), *labels.shape), bool)
     rules = np.zeros(len(THRESHOLDS), np.int64)
     for place, threshold in enumerate(THRESHOLDS):
         matrix = active.where(active.above(threshold))
         times = (matrix @ chosen_on.astype(np.float32))[:, None]
         sign = (times >= least) & (matrix @ truth >= precision * times)
         rules[place] = sign.sum()
-        predicted[place] = ((matrix.T @ sparse.csr_matrix(sign.astype(np.float32))).toarray() > 0)[~chosen_on]
+        predicted[place] = (matrix.T @ sparse.csr_matrix(sign.astype(np.float32))).toarray() > 0
     return Union(predicted, rules)

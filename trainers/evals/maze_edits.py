@@ -54,11 +54,11 @@ from saescale.trainers.subjects.subject import Subject
 
 needs: frozenset[Need] = frozenset({"labels"})
 metrics = {
-    "add": Metric("higher", bounded=True),
-    "remove": Metric("higher", bounded=True),
+    "add": Metric("higher", bounded=True, beside=("add_random", "add_means", "add_tokens")),
+    "remove": Metric("higher", bounded=True, beside=("remove_random", "remove_means")),
     "add_gain": Metric("higher"),
     "remove_gain": Metric("higher"),
-    "solved_x_hat": Metric("higher", bounded=True),
+    "solved_x_hat": Metric("higher", bounded=True, beside=("solved",)),
 }
 
 MAZES, MAZES_SEED = 512, 1  # among which edges are sought that can be added or removed

@@ -43,11 +43,10 @@ from saescale.trainers.preprocess import normalise
 from saescale.trainers.subjects.subject import Subject
 
 needs: frozenset[Need] = frozenset({"labels"})
+BESIDE = ("channels", "probe", "untrained", "probe_untrained")
 metrics = {
-    "edges_found": Metric("higher", bounded=True),
-    "edges_single": Metric("higher", bounded=True),
-    "tree": Metric("higher", bounded=True),
-    "single": Metric("higher", bounded=True),
+    name: Metric("higher", bounded=True, beside=tuple(f"{name}_{other}" for other in (*BESIDE, *more)))
+    for name, more in (("edges_found", ()), ("edges_single", ()), ("tree", ()), ("single", ("always",)))
 }
 
 F1 = 0.9  # from which a connection is found
@@ -68,12 +67,13 @@ def prepare(source: Source, subject: Subject | None) -> Prepared:
     x = {place: normalise(each.act).numpy() for place, each in told.items()}
     x_untrained = {place: untrained[each.rows] for place, each in told.items()}
     shared = []
-    for name, streams in (
-        ("channels", x),
-        ("probe", {place: probed(told[place], rows) for place, rows in x.items()}),
-        ("untrained", x_untrained),
-        ("probe_untrained", {place: probed(told[place], rows) for place, rows in x_untrained.items()}),
-    ):
+    columns = (
+        x,
+        {place: probed(told[place], rows) for place, rows in x.items()},
+        x_untrained,
+        {place: probed(told[place], rows) for place, rows in x_untrained.items()},
+    )
+    for name, streams in zip(BESIDE, columns, strict=True):
         rows = [row for row in at_places(told, streams) if ":" not in row.at and row.metric != "signs"]
         shared += [row._replace(metric=f"{row.metric}_{name}") for row in rows]
     share = told[PLACES[0]].edge.mean(axis=0)

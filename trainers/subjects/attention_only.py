@@ -15,14 +15,14 @@ import numpy as np
 import torch
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
-from transformers import GPT2Config, GPT2LMHeadModel
+from transformers import GPT2LMHeadModel
 
 from saescale.storage.errors import SaescaleError
 from saescale.storage.manifest import Split
 from saescale.trainers.device import default_device
-from saescale.trainers.subjects.hashed import hashed
+from saescale.trainers.subjects.hashed import hashed, in_split, positive
 from saescale.trainers.subjects.language_model import compute_dtype
-from saescale.trainers.subjects.othello_weights import read_checkpoint
+from saescale.trainers.subjects.own_model import blank_model, frozen, gpt2_config, lessons_of, read_folder
 from saescale.trainers.subjects.subject import Lesson, Sequence
 from saescale.trainers.subjects.transformer import Transformer
 
@@ -30,7 +30,6 @@ NAMES_A_PATH = True
 FIRST = 0  # the token before all others
 LENGTH = 64
 SHORTEST, LONGEST = 8, 24  # R
-HELDOUT_ONE_IN = 4
 SHUT = -30.0  # of which GELU makes 0, whatever a normed stream adds to it
 AT_A_TIME = 1_024
 
@@ -59,13 +58,11 @@ class AttentionOnly(Transformer):
     def lessons(self, seed: int, batch: int, first: int) -> Iterator[Lesson]:
         """Each token is the target of the one before it."""
         device = self.model.device
-        numbers, tokens = torch.empty(0, dtype=torch.int64), torch.empty(0, LENGTH, dtype=torch.int64)
-        for more, ids, _ in _of_split(self.embedded, "train", seed, first):
-            numbers, tokens = torch.cat([numbers, more]), torch.cat([tokens, ids])
-            while len(numbers) >= batch:
-                now, lines = numbers[:batch], tokens[:batch].to(device)
-                numbers, tokens = numbers[batch:], tokens[batch:]
-                yield Lesson(lines[:, :-1], lines[:, 1:], int(now[-1]) + 1)
+        drawn = (
+            (numbers, ids[:, :-1].to(device), ids[:, 1:].to(device))
+            for numbers, ids, _ in _of_split(self.embedded, "train", seed, first)
+        )
+        return lessons_of(drawn, batch)
 
     def score(self, sequences: int, seed: int = 0) -> dict[str, float]:
         """On held-out sequences: the cross-entropy of the first R and of the second, in nats a token, and the highest
@@ -83,14 +80,12 @@ class AttentionOnly(Transformer):
             ).view(len(ids), -1)
             at = torch.arange(LENGTH - 1)  # the token before the one that is foreseen
             # The first token of the second R tells that R begins again; nobody can foresee it.
-            for name, within in (
-                ("first", at < repeated[:, None]),
-                ("second", (at > repeated[:, None]) & (at < 2 * repeated[:, None])),
-            ):
+            second = (at > repeated[:, None]) & (at < 2 * repeated[:, None])
+            for name, within in (("first", at < repeated[:, None]), ("second", second)):
                 totals[name] += float(losses[within].sum())
                 tokens[name] += int(within.sum())
             attention = self.attention(ids).cpu()
-            row, here = within.nonzero(as_tuple=True)
+            row, here = second.nonzero(as_tuple=True)
             ahead = ahead + attention[:, row, :, here, here - repeated[row] + 1].sum(dim=0)
             before = before + attention[..., at[1:], at[:-1]].mean(dim=-1).sum(dim=1)
         return {name: totals[name] / tokens[name] for name in totals} | {
@@ -107,29 +102,22 @@ def load(rest: str, cache: Path, dtype: str, notify: Callable[[str], None]) -> A
             "attention-only:subjects/mine"
         )
     device, name = default_device(), f"attention-only:{rest}"
-    read: tuple[Any, str] = read_checkpoint(name, Path(rest).expanduser(), compute_dtype(dtype, device))
-    model, fingerprint = read
-    positions = getattr(model.config, "n_positions", 0)
-    if positions < LENGTH or type(model) is not GPT2LMHeadModel:
-        raise SaescaleError(f"{name} reads contexts of {positions}, and sequences of attention-only have {LENGTH}")
+    model, fingerprint = read_folder(name, Path(rest).expanduser(), compute_dtype(dtype, device))
+    if not isinstance(model, GPT2LMHeadModel) or model.config.n_inner != 1:
+        raise SaescaleError(f"{name} is no model of attention alone; saescale subject train attention-only makes one")
+    if model.config.n_positions < LENGTH:
+        raise SaescaleError(
+            f"{name} reads contexts of {model.config.n_positions}, and sequences of attention-only have {LENGTH}"
+        )
     moved: Any = model
-    return AttentionOnly(name, moved.to(device).eval().requires_grad_(False), fingerprint)
+    return AttentionOnly(name, frozen(moved.to(device)), fingerprint)
 
 
 def blank(settings: Settings, seed: int) -> AttentionOnly:
     """A model to be trained, with random weights in float32. Raises SaescaleError where the heads do not share d_model
     evenly."""
-    if settings.d_model % settings.n_heads:
-        raise SaescaleError(f"d_model {settings.d_model} cannot be shared by {settings.n_heads} heads; take a multiple")
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        model: Any = GPT2LMHeadModel(
-            GPT2Config(
-                vocab_size=settings.tokens, n_positions=LENGTH, n_embd=settings.d_model, n_layer=settings.n_layers,
-                n_head=settings.n_heads, n_inner=1, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0,
-                bos_token_id=FIRST, eos_token_id=None, tie_word_embeddings=False, use_cache=False,
-            )
-        )  # fmt: skip
+    shape = settings.n_layers, settings.d_model, settings.n_heads
+    model = blank_model(gpt2_config(settings.tokens, LENGTH, *shape, d_mlp=1), seed)
     for block in model.transformer.h:
         block.mlp.requires_grad_(False)
         block.mlp.c_fc.bias.data.fill_(SHUT)
@@ -139,8 +127,8 @@ def blank(settings: Settings, seed: int) -> AttentionOnly:
 def repeats(vocabulary: int, seed: int, numbers: Tensor) -> tuple[Tensor, Tensor]:
     """The sequences of these numbers, int64 [sequences, LENGTH], and how many tokens R has, [sequences]."""
     key = hashed(torch.full_like(numbers, seed), numbers)
-    repeated = SHORTEST + _below(hashed(key, torch.tensor(LONGEST)), LONGEST + 1 - SHORTEST)
-    drawn = 1 + _below(hashed(key[:, None], torch.arange(LONGEST)), vocabulary - 1)
+    repeated = SHORTEST + positive(hashed(key, torch.tensor(LONGEST))) % (LONGEST + 1 - SHORTEST)
+    drawn = 1 + positive(hashed(key[:, None], torch.arange(LONGEST))) % (vocabulary - 1)
     tokens = drawn.gather(1, torch.arange(LENGTH - 1) % repeated[:, None])
     return torch.cat([torch.full((len(numbers), 1), FIRST), tokens], dim=1), repeated
 
@@ -150,10 +138,7 @@ def _of_split(vocabulary: int, split: Split, seed: int, first: int = 0) -> Itera
     while True:
         numbers = torch.arange(first, first + AT_A_TIME)
         ids, repeated = repeats(vocabulary, seed, numbers)
-        key = torch.zeros(len(ids), dtype=torch.int64)
-        for column in ids[:, 1 : 1 + SHORTEST].unbind(dim=1):
-            key = hashed(key, column)
-        wanted = (_below(key, HELDOUT_ONE_IN) == 0) == (split == "heldout")
+        wanted = in_split(ids[:, 1 : 1 + SHORTEST], split)
         yield numbers[wanted], ids[wanted], repeated[wanted]
         first += AT_A_TIME
 
@@ -165,7 +150,3 @@ def _heldout(vocabulary: int, number: int, seed: int) -> tuple[Tensor, Tensor]:
         if sum(len(each) for each, _ in found) >= number:
             break
     return torch.cat([ids for ids, _ in found])[:number], torch.cat([repeated for _, repeated in found])[:number]
-
-
-def _below(bits: Tensor, bound: int) -> Tensor:
-    return ((bits >> 33) & 0x7FFFFFFF) % bound

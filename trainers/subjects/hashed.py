@@ -7,6 +7,9 @@ et al. 2014), which is exact everywhere, so that what was drawn once can be draw
 import torch
 from torch import Tensor
 
+from saescale.storage.manifest import Split
+
+HELDOUT_ONE_IN = 4
 _GOLDEN = 0x9E3779B97F4A7C15 - 2**64
 _FIRST, _SECOND = 0xBF58476D1CE4E5B9 - 2**64, 0x94D049BB133111EB - 2**64
 
@@ -17,6 +20,20 @@ def hashed(key: Tensor, number: Tensor) -> Tensor:
     x = (x ^ _shifted(x, 30)) * _FIRST
     x = (x ^ _shifted(x, 27)) * _SECOND
     return x ^ _shifted(x, 31)
+
+
+def positive(bits: Tensor) -> Tensor:
+    """31 of the bits, int64."""
+    return (bits >> 33) & 0x7FFFFFFF
+
+
+def in_split(rows: Tensor, split: Split) -> Tensor:
+    """Which rows [rows, columns] of integers belong to the split, bool [rows]: what is in a row decides, whatever seed
+    or number it was drawn by. One in four is held out."""
+    key = torch.zeros(len(rows), dtype=torch.int64, device=rows.device)
+    for column in rows.long().unbind(dim=1):
+        key = hashed(key, column)
+    return (positive(key) % HELDOUT_ONE_IN == 0) == (split == "heldout")
 
 
 def uniform(bits: Tensor) -> Tensor:

@@ -11,10 +11,9 @@ import torch
 from torch import Tensor
 
 from saescale.storage.manifest import Split
-from saescale.trainers.subjects.hashed import hashed
+from saescale.trainers.subjects.hashed import hashed, in_split, positive
 from saescale.trainers.subjects.maze_lattice import Lattice, lattice, shortest_paths
 
-HELDOUT_ONE_IN = 4
 AT_A_TIME = {"cpu": 1_024, "cuda": 32_768}  # on a GPU calls weigh more than mazes
 # Where in a maze's row of hashes each kind of draw begins; a search takes fewer steps than lie between.
 _SEARCH, _ORDER, _TURN, _ENDS = 0, 10_000, 20_000, 30_000
@@ -81,14 +80,6 @@ def random_trees(grid: Lattice, key: Tensor) -> Tensor:
     return present[:, :-1]
 
 
-def in_split(present: Tensor, split: Split) -> Tensor:
-    """Which mazes [mazes] belong to the split: their connections decide, whatever order, origin and target."""
-    key = torch.zeros(len(present), dtype=torch.int64, device=present.device)
-    for column in present.long().unbind(dim=1):
-        key = hashed(key, column)
-    return (_positive(key) % HELDOUT_ONE_IN == 0) == (split == "heldout")
-
-
 class Drawn(NamedTuple):
     """Mazes of one split and their numbers, int64 [mazes], ascending."""
 
@@ -104,15 +95,11 @@ def mazes_of_split(
     while True:
         numbers = torch.arange(first, first + at_a_time, device=device)
         mazes = random_mazes(size, seed, numbers)
-        wanted = in_split(mazes.present, split)
+        wanted = in_split(mazes.present, split)  # whatever order, origin and target
         yield Drawn(numbers[wanted], mazes.those(wanted))
         first += at_a_time
 
 
 def _bits(key: Tensor, number: Tensor | int) -> Tensor:
     """31 random bits, as an int64 that is not negative."""
-    return _positive(hashed(key, torch.as_tensor(number, device=key.device)))
-
-
-def _positive(bits: Tensor) -> Tensor:
-    return (bits >> 33) & 0x7FFFFFFF
+    return positive(hashed(key, torch.as_tensor(number, device=key.device)))

@@ -13,11 +13,10 @@ import torch
 from torch import Tensor
 
 from saescale.storage.manifest import Split
-from saescale.trainers.subjects.hashed import hashed
+from saescale.trainers.subjects.hashed import hashed, in_split, positive
 from saescale.trainers.subjects.othello_board import count, play, signed, spread, start
 
 PAD = 0
-HELDOUT_ONE_IN = 4
 AT_A_TIME = {"cpu": 2_048, "cuda": 65_536}  # on a GPU calls weigh more than boards
 
 
@@ -32,19 +31,11 @@ def random_games(size: int, seed: int, numbers: Tensor) -> Tensor:
         choices = count(position.legal)
         if not choices.any():
             break
-        draw = (hashed(key, torch.tensor(number)) >> 33) & 0x7FFFFFFF
+        draw = positive(hashed(key, torch.tensor(number)))
         move = _nth(position.legal, draw % choices.clamp_min(1))
         tokens[:, number] = table[count(move - 1)]
         position = play(size, position, move)
     return tokens
-
-
-def in_split(tokens: Tensor, split: Split) -> Tensor:
-    """Which games [games] belong to the split: all but their last move, which that leaves no choice of, decide."""
-    key = torch.zeros(len(tokens), dtype=torch.int64, device=tokens.device)
-    for column in tokens[:, :-1].unbind(dim=1):
-        key = hashed(key, column)
-    return (((key >> 33) & 0x7FFFFFFF) % HELDOUT_ONE_IN == 0) == (split == "heldout")
 
 
 class Drawn(NamedTuple):
@@ -62,7 +53,7 @@ def games_of_split(
     while True:
         numbers = torch.arange(first, first + at_a_time, device=device)
         tokens = random_games(size, seed, numbers)
-        wanted = in_split(tokens, split)
+        wanted = in_split(tokens[:, :-1], split)  # the last move, which they leave no choice of, is no part of it
         yield Drawn(numbers[wanted], tokens[wanted])
         first += at_a_time
 

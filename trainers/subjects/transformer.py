@@ -52,7 +52,7 @@ class Transformer:
         self.embedded = int(model.get_input_embeddings().weight.shape[0])
 
     def label(self, ids: np.ndarray) -> dict[str, np.ndarray]:
-        """Nothing: nobody knows the truth about text."""
+        """Nothing; files that know the truth about what their model reads say more."""
         return {}
 
     @property
@@ -67,8 +67,10 @@ class Transformer:
     def attention(self, ids: Tensor) -> Tensor:
         """Attention of every head over `ids` [batch, length], float32 [layers, batch, heads, length, length].
 
-        Raises SaescaleError where the model gives none.
+        Raises SaescaleError where the model gives none, or does not take `ids`.
         """
+        self.check_ids(ids.cpu().numpy())
+        self.check_site(0, ids.shape[1])
         config = self.model.config.get_text_config()
         before = config._attn_implementation
         try:

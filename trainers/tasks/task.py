@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 
 from saescale.storage.errors import SaescaleError
+from saescale.storage.manifest import Site
 from saescale.storage.registry import Room
-from saescale.trainers.subjects.subject import ReadsText, Subject
+from saescale.trainers.subjects.subject import Patch, ReadsText, Subject
 from saescale.trainers.subjects.transformer import Transformer
 
 TASKS = Room("saescale.trainers.tasks", "task", marker="prompts")
@@ -85,7 +86,7 @@ def steerable(subject: Subject) -> Transformer:
 def spelled(subject: Subject, texts: Iterable[str]) -> list[list[int]]:
     """Token ids of each text. Raises SaescaleError where the subject reads none."""
     if not isinstance(subject, ReadsText):
-        raise SaescaleError(f"the subject {subject.name} reads no text")
+        raise SaescaleError(f"the subject {subject.name} reads no text, and the task is of text; take a language model")
     return [ids.tolist() for ids in subject.tokenize(texts)]
 
 
@@ -104,8 +105,10 @@ def read(prompts: Prompts, logits: Tensor) -> Tensor:
     return logits[torch.arange(len(at), device=at.device)[:, None], at].float()
 
 
-def measure_task(subject: Transformer, task: Task, prompts: Prompts, ids: Tensor) -> dict[str, Tensor]:
-    """What `score` says of a pass over `ids`, the prompts or the corrupted ones."""
-    logits = subject.run(ids, [], logits=True).logits
+def measure_task(
+    subject: Transformer, task: Task, prompts: Prompts, ids: Tensor, patch: Mapping[Site, Patch] | None = None
+) -> dict[str, Tensor]:
+    """What `score` says of a pass over `ids`, the prompts or the corrupted ones; `patch` as of `Subject.run`."""
+    logits = subject.run(ids, [], patch, logits=True).logits
     assert logits is not None, "they were asked for"
     return task.score(prompts, read(prompts, logits[:, -prompts.last :]))

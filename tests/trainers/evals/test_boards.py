@@ -15,9 +15,9 @@ from saescale.storage.store import ActivationStore
 from saescale.trainers.cell import Cell, EvalSpec
 from saescale.trainers.evals.board_picture import boards_of_cell, seen
 from saescale.trainers.evals.board_probe import probe, read_boards
-from saescale.trainers.evals.board_recovery import BESIDE, reconstruct, recovered
+from saescale.trainers.evals.board_recovery import BESIDE, properties, reconstruct, recovered
 from saescale.trainers.evals.boards import Boards, heldout_boards
-from saescale.trainers.evals.detectors import Active
+from saescale.trainers.evals.detectors import Active, active_of_neurons
 from saescale.trainers.evals.evaluation import Measurement
 from saescale.trainers.evals.run import evaluate_run
 from saescale.trainers.evals.streams import streams_of_rows
@@ -139,6 +139,18 @@ def test_half_of_the_board_is_recovered_by_latents_of_half_of_it(boards: Boards)
     assert 0.5 < found["coverage", ""] < 1
 
 
+def test_nothing_of_a_reconstruction_is_chosen_where_it_is_measured(boards: Boards) -> None:
+    """A latent for each property: large half of the time that it holds, else small. On the second half it is small as
+    well where it does not hold: a threshold would be better there, and is worse on the first half."""
+    holds = properties(boards)
+    large = np.random.default_rng(0).random(holds.shape) < 0.5
+    dense = np.where(holds, np.where(large, 1.0, 0.05), np.where(boards.first[:, None], 0, 0.05))
+    found = reconstruct(boards, active_of_neurons(torch.from_numpy(dense)))
+    assert found.tau == 0
+    assert found.said.all()
+    assert len(found.said) == (~boards.first).sum()
+
+
 def test_latents_that_know_nothing_recover_little(boards: Boards) -> None:
     noise = np.random.default_rng(1).random((ROWS, 40)) < 0.1
     found = values(list(recovered(boards, planted(noise))))
@@ -176,6 +188,8 @@ def test_a_trained_cell_is_measured_beside_what_needs_no_sae(store: ActivationSt
     assert picture.true.shape == (4, 36)
     with pytest.raises(SaescaleError, match=r"is no cell of a run; give RUN/cells/CELL"):
         boards_of_cell(run.url, 4)
+    with pytest.raises(SaescaleError, match=f"has no finished cell {second[:-2]}; did you mean {second}"):
+        boards_of_cell(run.cell_url(second[:-2]), 4)
     always = found[first, "coverage_always", ""]["value"]
     boards = heldout_boards(store, get_subject(store.subject))
     constant = values(list(recovered(boards, planted(np.ones((ROWS, 1), bool)))))

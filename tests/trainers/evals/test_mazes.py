@@ -15,6 +15,7 @@ from saescale.storage.store import ActivationStore
 from saescale.trainers.architectures.architecture import Shape
 from saescale.trainers.architectures.sae import SAE
 from saescale.trainers.cell import Cell, EvalSpec
+from saescale.trainers.evals import maze_edits, maze_features
 from saescale.trainers.evals.maze_changes import (
     edits_to_add,
     edits_to_remove,
@@ -281,9 +282,9 @@ def test_a_trained_cell_is_measured_beside_what_needs_no_sae(
     assert any("solves none of 96 mazes" in line for line in done.why)
     rows = pq.read_table(tmp_path / "run" / "evals.parquet").to_pylist()
     values = {(row["metric"], row["at"]): row for row in rows}
-    of = ("", "_channels", "_probe", "_untrained", "_probe_untrained")
-    asked = [f"{way}{each}" for each in of for way in ("tree", "single", "edges_found")]
-    for name in [*asked, "score", "score_untrained"]:
+    features = {name for each, of in maze_features.metrics.items() for name in (each, *of.beside)}
+    assert {"tree_probe_untrained", "edges_found_channels", "single_always"} <= features
+    for name in [*features, "score", "score_untrained"]:
         assert 0 <= values[name, ""]["value"] <= 1
     assert values["tree", ""]["low"] <= values["tree", ""]["value"] <= values["tree", ""]["high"]
     assert len([at for metric, at in values if metric == "tree" and ":" in at]) == 2 * EDGES
@@ -295,6 +296,7 @@ def test_a_trained_cell_is_measured_beside_what_needs_no_sae(
     for name in ("add", "remove", "add_random", "remove_means", "add_gain", "remove_gain", "asymmetry"):
         assert edits[name, ""] == 0, "nothing that is done to its stream changes where this model goes"
     assert edits["add_tokens", ""] == 1
+    assert {(name, "") for of in maze_edits.metrics.values() for name in of.beside} <= edits.keys()
     assert len([at for metric, at in edits if metric == "remove"]) == EDGES + 1
 
 

@@ -1,6 +1,7 @@
 """The small model that learns induction: its sequences, what it is scored by, and that its MLPs add nothing."""
 
 import csv
+import json
 from itertools import islice
 from pathlib import Path
 
@@ -11,7 +12,9 @@ import torch
 from saescale.storage.errors import SaescaleError
 from saescale.trainers.subjects import train
 from saescale.trainers.subjects.attention_only import LENGTH, Settings, blank, repeats
+from saescale.trainers.subjects.own_model import blank_model, gpt2_config
 from saescale.trainers.subjects.subject import get_subject
+from tests.cluster.command import assert_one_line, saescale_here
 
 
 def test_sequences_repeat_and_no_beginning_is_in_both_splits() -> None:
@@ -79,7 +82,20 @@ def test_it_is_trained_and_its_mlps_add_nothing(tmp_path: Path, monkeypatch: pyt
     assert len(added) == 4
     assert not any(output.any() for output in added)
     assert score == subject.score(50)  # type: ignore[attr-defined]
+    show = "subject", "show", f"attention-only:{out}", "--task", "induction", "--prompts", "2"
+    parts = json.loads(saescale_here(*show, "--json").stdout)["parts"]
+    assert {part["part"] for part in parts if part["noising"]} == {f"head {i}.{j}" for i in range(2) for j in range(4)}
+    shown = saescale_here(*show).stdout
+    assert "parts 10/10" in shown
+    assert "the metric is the nats a token of the first time less those of the second" in shown
+    assert parts[0]["part"] in shown
+    assert_one_line(saescale_here(*show[:4], "inducton"), "did you mean induction?")
+    assert_one_line(saescale_here(*show[:4], "ioi"), "reads no text")
     with pytest.raises(SaescaleError, match="comes without weights: saescale subject train attention-only"):
         get_subject("attention-only")
+    other = tmp_path / "other"
+    blank_model(gpt2_config(64, LENGTH, 2, 32, 4), 0).save_pretrained(other)
+    with pytest.raises(SaescaleError, match="other is no model of attention alone; saescale subject train"):
+        get_subject(f"attention-only:{other}")
     with pytest.raises(SaescaleError, match="d_model 30 cannot be shared by 4 heads"):
         blank(Settings(d_model=30), 0)
