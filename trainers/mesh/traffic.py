@@ -8,7 +8,7 @@ from saescale.trainers.mesh.layout import Layout
 
 KEYS = 1024  # of all shards for a token, up to which gathering them sends less than the counts of radix.py take
 BITS = 4  # of a key, that a round of radix.py finds
-SMALL = 4096  # numbers, up to which all go to all to be summed (sums.py): one message instead of two
+SMALL = 512  # numbers, up to which all go to all to be summed (sums.py): one message instead of two
 _KEY, _NUMBER = 8, 4
 
 
