@@ -46,7 +46,9 @@ def warm(crews: list[TrainCrew], monkeypatch: pytest.MonkeyPatch) -> None:
     """Sweeps get the workers that are there, and leave them, unless they end in an error: such workers are done for."""
 
     @contextmanager
-    def lent(cells: int, resources: Resources, address: str | None, auto: str | None) -> Iterator[TrainCrew]:
+    def lent(
+        cells: int, resources: Resources, address: str | None, auto: str | None, taken: Any = None
+    ) -> Iterator[TrainCrew]:
         if not crews:
             crews.append(TrainCrew(9, resources, address))
         try:
@@ -318,7 +320,7 @@ def test_wandb_offline_runs_lie_in_the_run_directory(warm: None, document: dict[
 
 def test_a_sweep_that_cannot_be_planned_leaves_nothing(warm: None, document: dict[str, Any]) -> None:
     document["train"] |= {"batch_tokens": 2**30, "tokens": 2**30}
-    with pytest.raises(SaescaleError, match=r"needs .* GiB and a worker has"):
+    with pytest.raises(SaescaleError, match=r"needs .* GiB.* each has"):
         run_sweep(parse_spec(document, "test"), Recorder())
     assert not Path(document["out"]).exists()
 
