@@ -121,14 +121,13 @@ def test_what_a_step_says_is_counted(crowd: Crowd) -> None:
     for shards in (2, 4):
         sent = crowd.ask(mesh.take_steps, shards, 1, 3, None, fields)[0].sent
         assert sent["select"] == (shards - 1) * rows * mesh.K * 8
-        reduction = (shards - 1) * rows * mesh.D * 4  # so small that all goes to all
+        reduction = 2 * (shards - 1) * rows * mesh.D * 4 // shards  # each shard sums a part, and tells it
         # Beside it d_model numbers for b_pre's gradient, and two counts.
         assert sent["sum_shards"] == reduction + (shards - 1) * (mesh.D * 4 + 2 * 8)
         assert set(sent) == {"select", "sum_shards"}
         planned = traffic.sent(Layout(shards), mesh.D, mesh.N, [mesh.K], rows)
         assert planned.selection == sent["select"]
         assert planned.reductions == pytest.approx(sent["sum_shards"], rel=0.02)
-        # What is larger goes by parts.
         assert crowd.ask(mesh.add, shards, 1, 8192)[0] == {"sum_shards": 2 * (shards - 1) * 8192 * 4 // shards}
     sent = crowd.ask(mesh.take_steps, 1, 2, 3, None, fields)[0].sent
     # Errors of a replica's rows, then index, z and dz of its pairs; no gradient of N x d_model.
