@@ -113,7 +113,7 @@ def test_actors_measure_what_one_process_measures(three_nodes: Any, run: RunDire
     (Path(run.url) / "evals.parquet").unlink()
     evaluate_run(run.url, ["core"])
     for there, here in zip(on_actors, rows(run, "core"), strict=True):
-        measured = {"value": 0, "low": 0, "high": 0, "seconds": 0}
+        measured = {"value": 0, "low": 0, "high": 0, "seconds": 0, "shared_seconds": 0}
         assert there | measured == here | measured
         assert there["value"] == pytest.approx(here["value"], rel=1e-6)
 
