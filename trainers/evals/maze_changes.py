@@ -8,6 +8,7 @@ from torch import Tensor
 
 from saescale.storage.manifest import Site
 from saescale.trainers.evals.intervals import SEED
+from saescale.trainers.subjects.drawn import those
 from saescale.trainers.subjects.maze import Maze
 from saescale.trainers.subjects.maze_lattice import NOWHERE, Lattice, lattice, shortest_paths
 from saescale.trainers.subjects.maze_mazes import Mazes
@@ -26,10 +27,6 @@ class Edits(NamedTuple):
     place: Tensor
     wanted: Tensor
 
-    def those(self, which: Tensor) -> "Edits":
-        """Some of them, by their numbers or bool [edits]."""
-        return Edits(*(each[which] for each in self))
-
 
 def edits_to_add(size: int, mazes: Mazes) -> Edits:
     """Of every edge the mazes without it in which it makes the path shorter (that one is then the only shortest), at
@@ -40,7 +37,7 @@ def edits_to_add(size: int, mazes: Mazes) -> Edits:
     shorter = (path >= 0).sum(dim=1) < (mazes.path[maze] >= 0).sum(dim=1)
     draw = torch.Generator().manual_seed(SEED)
     place = torch.randint(mazes.listed.shape[1], (len(maze),), generator=draw)
-    return Edits(maze, edge, place, answers(mazes.those(maze)._replace(path=path))).those(shorter)
+    return those(Edits(maze, edge, place, answers(those(mazes, maze)._replace(path=path))), shorter)
 
 
 def edits_to_remove(size: int, mazes: Mazes) -> Edits:
@@ -56,7 +53,7 @@ def few_of_each_edge(edits: Edits, number: int) -> Edits:
     """The first ones of each edge."""
     order = torch.argsort(edits.edge, stable=True)
     edge = edits.edge[order]
-    return edits.those(order[torch.arange(len(edge)) - torch.searchsorted(edge, edge) < number])
+    return those(edits, order[torch.arange(len(edge)) - torch.searchsorted(edge, edge) < number])
 
 
 def succeeded(
@@ -70,7 +67,7 @@ def succeeded(
         there = torch.arange(len(stream), device=stream.device), positions.to(stream.device)
         return stream.index_put(there, stream[there] + change(stream[there]).to(stream))
 
-    said = maze.rollout(prompts(mazes.those(edits.maze)), {site: patch})
+    said = maze.rollout(prompts(those(mazes, edits.maze)), {site: patch})
     if kind == "add":
         return (said == edits.wanted).all(dim=1)
     cells = torch.where(said >= FIRST_CELL, said - FIRST_CELL, NOWHERE)
@@ -80,7 +77,7 @@ def succeeded(
 def told_as_tokens(maze: Maze, mazes: Mazes, edits: Edits) -> Tensor:
     """Whether the model goes the wanted way where the edge is one more connection of the list, behind that at the place
     of each edit, bool [edits]; never where it cannot read so long a list."""
-    with_it = mazes.those(edits.maze)
+    with_it = those(mazes, edits.maze)
     number, connections = with_it.listed.shape[:2]
     order = torch.cat([2 * torch.arange(connections)[None].expand(number, -1), 2 * edits.place[:, None] + 1], dim=1)
     ends = lattice(maze.size).ends[edits.edge]

@@ -46,6 +46,7 @@ from saescale.trainers.evals.maze_changes import (
 )
 from saescale.trainers.evals.mazes import Told, better_place, find_connections, heldout_connections, latents_of, maze_of
 from saescale.trainers.exchange.trained import Trained
+from saescale.trainers.subjects.drawn import those
 from saescale.trainers.subjects.maze import Maze
 from saescale.trainers.subjects.maze_lattice import lattice
 from saescale.trainers.subjects.maze_mazes import Mazes
@@ -82,7 +83,7 @@ def prepare(source: Source, subject: Subject | None) -> Prepared:
     for place, each in told.items():
         act, edge = each.act.float(), torch.from_numpy(each.edge).float()
         means[place] = edge.T @ act / edge.sum(dim=0)[:, None] - act.mean(dim=0)
-    mazes = Mazes(*map(torch.cat, zip(*maze.heldout_mazes(MAZES, MAZES_SEED, MAZES), strict=True)))
+    mazes = maze.heldout_mazes(MAZES, MAZES_SEED)
     solved = (maze.rollout(prompts(mazes)) == answers(mazes)).all(dim=1)
     if not solved.any():
         raise SaescaleError(f"{maze.name} solves none of {len(solved)} mazes, so there is no way that could change")
@@ -102,7 +103,7 @@ def measure(trained: Trained, source: Source, subject: Subject | None, prepared:
     if not kept.any():
         raise SaescaleError("no maze is solved with x_hat in place of x, so there is no way that latents could change")
     latents = EdgeLatents(trained, prepared.told)
-    edits = {kind: few_of_each_edge(each.those(kept[each.maze]), OF_EDGE) for kind, each in prepared.edits.items()}
+    edits = {kind: few_of_each_edge(those(each, kept[each.maze]), OF_EDGE) for kind, each in prepared.edits.items()}
     done: dict[str, np.ndarray] = {}
     grid = lattice(maze.size)
     for kind in KINDS:

@@ -21,6 +21,7 @@ from saescale.trainers.evals.evaluation import Measurement, Need
 from saescale.trainers.evals.intervals import SEED, Estimate, mean_of
 from saescale.trainers.evals.mazes import maze_of
 from saescale.trainers.exchange.trained import Trained
+from saescale.trainers.subjects.drawn import parts_of
 from saescale.trainers.subjects.maze import Maze
 from saescale.trainers.subjects.maze_tokens import SEMICOLON, prompts
 from saescale.trainers.subjects.subject import Subject
@@ -59,7 +60,7 @@ def measure(
 def attention_to_cells(maze: Maze) -> dict[str, np.ndarray]:
     """The attention of a `;` on the token so far back, mean over those of a maze, float64 [mazes, layers, heads]."""
     found: dict[str, list[Tensor]] = {way: [] for way in BACK}
-    for mazes in maze.heldout_mazes(MAZES, SEED, AT_A_TIME):
+    for mazes in parts_of(maze.heldout_mazes(MAZES, SEED), AT_A_TIME):
         ids = prompts(mazes)
         ends = torch.nonzero(ids[0] == SEMICOLON)[:, 0]  # the same in all of them
         attention = maze.attention(ids).transpose(0, 1).cpu()  # [mazes, layers, heads, ...]

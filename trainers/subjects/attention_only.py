@@ -8,8 +8,9 @@ and whose bias keeps it shut: what the MLPs add is exactly nothing.
 """
 
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -20,7 +21,8 @@ from transformers import GPT2LMHeadModel
 from saescale.storage.errors import SaescaleError
 from saescale.storage.manifest import Split
 from saescale.trainers.device import default_device
-from saescale.trainers.subjects.hashed import hashed, in_split, positive
+from saescale.trainers.subjects.drawn import Drawn, draw_split, first_of, parts_of
+from saescale.trainers.subjects.hashed import hashed, positive
 from saescale.trainers.subjects.language_model import compute_dtype
 from saescale.trainers.subjects.own_model import blank_model, frozen, gpt2_config, lessons_of, read_folder
 from saescale.trainers.subjects.subject import Lesson, Sequence
@@ -31,7 +33,7 @@ FIRST = 0  # the token before all others
 LENGTH = 64
 SHORTEST, LONGEST = 8, 24  # R
 SHUT = -30.0  # of which GELU makes 0, whatever a normed stream adds to it
-AT_A_TIME = 1_024
+AT_A_TIME = {"cpu": 1_024}
 
 
 class Settings(BaseModel):
@@ -51,16 +53,16 @@ class AttentionOnly(Transformer):
 
     def sequences(self, split: Split, seed: int) -> Iterator[Sequence]:
         """All positions but the first are rows."""
-        for _, ids, _ in _of_split(self.embedded, split, seed):
-            for line in ids.numpy().astype(np.int32):
+        for _, lines in lines_of_split(self.embedded, split, seed):
+            for line in lines.ids.numpy().astype(np.int32):
                 yield Sequence(line, keep=np.arange(len(line)) > 0)
 
     def lessons(self, seed: int, batch: int, first: int) -> Iterator[Lesson]:
         """Each token is the target of the one before it."""
         device = self.model.device
         drawn = (
-            (numbers, ids[:, :-1].to(device), ids[:, 1:].to(device))
-            for numbers, ids, _ in _of_split(self.embedded, "train", seed, first)
+            (numbers, lines.ids[:, :-1].to(device), lines.ids[:, 1:].to(device))
+            for numbers, lines in lines_of_split(self.embedded, "train", seed, first)
         )
         return lessons_of(drawn, batch)
 
@@ -68,11 +70,11 @@ class AttentionOnly(Transformer):
         """On held-out sequences: the cross-entropy of the first R and of the second, in nats a token, and the highest
         attention of a head from tokens of the second R to the one behind the same token in the first (`induction`), and
         from any token to the one before it (`previous_token`)."""
-        lines, lengths = _heldout(self.embedded, sequences, seed)
+        lines = first_of(lines_of_split(self.embedded, "heldout", seed), sequences)
         totals = dict.fromkeys(("first", "second"), 0.0)
         tokens = dict.fromkeys(totals, 0)
         ahead = before = torch.zeros(())
-        for ids, repeated in zip(lines.split(64), lengths.split(64), strict=True):
+        for ids, repeated in parts_of(lines, 64):
             logits = self.run(ids, [], logits=True).logits
             assert logits is not None, "they were asked for"
             losses = torch.nn.functional.cross_entropy(
@@ -90,7 +92,7 @@ class AttentionOnly(Transformer):
             before = before + attention[..., at[1:], at[:-1]].mean(dim=-1).sum(dim=1)
         return {name: totals[name] / tokens[name] for name in totals} | {
             "induction": float(ahead.max()) / tokens["second"],
-            "previous_token": float(before.max()) / len(lines),
+            "previous_token": float(before.max()) / sequences,
         }
 
 
@@ -124,29 +126,23 @@ def blank(settings: Settings, seed: int) -> AttentionOnly:
     return AttentionOnly("attention-only", model.to(default_device()), "untrained")
 
 
-def repeats(vocabulary: int, seed: int, numbers: Tensor) -> tuple[Tensor, Tensor]:
-    """The sequences of these numbers, int64 [sequences, LENGTH], and how many tokens R has, [sequences]."""
+class Lines(NamedTuple):
+    """Sequences, int64 [sequences, LENGTH], and how many tokens R has in each, [sequences]."""
+
+    ids: Tensor
+    repeated: Tensor
+
+
+def repeats(vocabulary: int, seed: int, numbers: Tensor) -> Lines:
+    """The sequences of these numbers."""
     key = hashed(torch.full_like(numbers, seed), numbers)
     repeated = SHORTEST + positive(hashed(key, torch.tensor(LONGEST))) % (LONGEST + 1 - SHORTEST)
     drawn = 1 + positive(hashed(key[:, None], torch.arange(LONGEST))) % (vocabulary - 1)
     tokens = drawn.gather(1, torch.arange(LENGTH - 1) % repeated[:, None])
-    return torch.cat([torch.full((len(numbers), 1), FIRST), tokens], dim=1), repeated
+    return Lines(torch.cat([torch.full((len(numbers), 1), FIRST), tokens], dim=1), repeated)
 
 
-def _of_split(vocabulary: int, split: Split, seed: int, first: int = 0) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    """Numbers, sequences and lengths of R, without end. The first 8 tokens, which R has whatever its length, decide."""
-    while True:
-        numbers = torch.arange(first, first + AT_A_TIME)
-        ids, repeated = repeats(vocabulary, seed, numbers)
-        wanted = in_split(ids[:, 1 : 1 + SHORTEST], split)
-        yield numbers[wanted], ids[wanted], repeated[wanted]
-        first += AT_A_TIME
-
-
-def _heldout(vocabulary: int, number: int, seed: int) -> tuple[Tensor, Tensor]:
-    found: list[tuple[Tensor, Tensor]] = []
-    for _, ids, repeated in _of_split(vocabulary, "heldout", seed):
-        found.append((ids, repeated))
-        if sum(len(each) for each, _ in found) >= number:
-            break
-    return torch.cat([ids for ids, _ in found])[:number], torch.cat([repeated for _, repeated in found])[:number]
+def lines_of_split(vocabulary: int, split: Split, seed: int, first: int = 0) -> Iterator[Drawn[Lines]]:
+    """Without end. The first 8 tokens, which R has whatever its length, decide."""
+    draw = partial(repeats, vocabulary, seed)
+    return draw_split(draw, lambda lines: lines.ids[:, 1 : 1 + SHORTEST], split, first, "cpu", AT_A_TIME)

@@ -17,7 +17,7 @@ from transformers import DynamicCache
 from saescale.storage.errors import SaescaleError
 from saescale.storage.manifest import Site, Split
 from saescale.trainers.device import default_device
-from saescale.trainers.subjects.language_model import compute_dtype
+from saescale.trainers.subjects.drawn import first_of, parts_of
 from saescale.trainers.subjects.maze_labels import LABELS, labels_of_tokens
 from saescale.trainers.subjects.maze_mazes import Mazes, mazes_of_split
 from saescale.trainers.subjects.maze_tokens import (
@@ -34,12 +34,11 @@ from saescale.trainers.subjects.maze_tokens import (
 from saescale.trainers.subjects.own_model import (
     OwnModel,
     blank_model,
-    frozen,
     gpt2_config,
     lessons_of,
     llama_config,
+    load_own,
     read_folder,
-    shipped,
 )
 from saescale.trainers.subjects.subject import NO_TARGET, Lesson, Patch, Sequence
 
@@ -72,8 +71,8 @@ class Maze(OwnModel):
 
     def sequences(self, split: Split, seed: int) -> Iterator[Sequence]:
         """Random mazes and their paths; what a maze is decides its split."""
-        for drawn in mazes_of_split(self.size, split, seed):
-            tokens = torch.cat([prompts(drawn.mazes), answers(drawn.mazes)], dim=1).numpy().astype(np.int32)
+        for _, mazes in mazes_of_split(self.size, split, seed):
+            tokens = torch.cat([prompts(mazes), answers(mazes)], dim=1).numpy().astype(np.int32)
             for maze, length in zip(tokens, (tokens != PAD).sum(axis=1) - 1, strict=True):
                 end = maze[:length] == SEMICOLON
                 yield Sequence(maze[:length], keep=end | np.roll(end, -1))
@@ -97,7 +96,7 @@ class Maze(OwnModel):
         before (`moves`), and their cross-entropy in nats."""
         solved = right = loss = 0.0
         tokens = 0
-        for mazes in self.heldout_mazes(sequences, seed, AT_A_TIME):
+        for mazes in parts_of(self.heldout_mazes(sequences, seed), AT_A_TIME):
             ids, targets = _to_learn(mazes)
             logits = self.run(ids, [], logits=True).logits
             assert logits is not None, "they were asked for"
@@ -130,27 +129,14 @@ class Maze(OwnModel):
             asked = likely[:, None]
         return tokens
 
-    def heldout_mazes(self, number: int, seed: int, at_a_time: int) -> Iterator[Mazes]:
-        """The first held-out mazes of a seed, some at a time."""
-        for drawn in mazes_of_split(self.size, "heldout", seed):
-            for some in torch.arange(min(number, len(drawn.numbers))).split(at_a_time):
-                yield drawn.mazes.those(some)
-            number -= len(drawn.numbers)
-            if number <= 0:
-                return
+    def heldout_mazes(self, number: int, seed: int) -> Mazes:
+        """The first held-out mazes of a seed."""
+        return first_of(mazes_of_split(self.size, "heldout", seed), number)
 
 
 def load(rest: str, cache: Path, dtype: str, notify: Callable[[str], None]) -> Maze:
     """The shipped model, or that in the folder `rest`. Raises SaescaleError where there is none that reads mazes."""
-    device = default_device()
-    wanted = compute_dtype(dtype, device)
-    name = f"maze:{rest}" if rest else "maze"
-    if rest:
-        model, fingerprint = read_folder(name, Path(rest).expanduser(), wanted)
-    else:
-        with shipped(SHIPPED) as folder:
-            model, fingerprint = read_folder(name, folder, wanted)
-    return Maze(name, frozen(model.to(device)), fingerprint)
+    return load_own(Maze, "maze", rest, SHIPPED, read_folder, dtype)
 
 
 def blank(settings: Settings, seed: int) -> Maze:

@@ -5,13 +5,15 @@ others at once, on a CPU or a GPU.
 """
 
 from collections.abc import Iterator
+from functools import partial
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from saescale.storage.manifest import Split
-from saescale.trainers.subjects.hashed import hashed, in_split, positive
+from saescale.trainers.subjects.drawn import Drawn, draw_split
+from saescale.trainers.subjects.hashed import hashed, positive
 from saescale.trainers.subjects.maze_lattice import Lattice, lattice, shortest_paths
 
 AT_A_TIME = {"cpu": 1_024, "cuda": 32_768}  # on a GPU calls weigh more than mazes
@@ -29,10 +31,6 @@ class Mazes(NamedTuple):
     origin: Tensor
     target: Tensor
     path: Tensor
-
-    def those(self, which: Tensor) -> "Mazes":
-        """Some of them, by their places or bool [mazes]."""
-        return Mazes(*(part[which] for part in self))
 
 
 def random_mazes(size: int, seed: int, numbers: Tensor) -> Mazes:
@@ -80,24 +78,13 @@ def random_trees(grid: Lattice, key: Tensor) -> Tensor:
     return present[:, :-1]
 
 
-class Drawn(NamedTuple):
-    """Mazes of one split and their numbers, int64 [mazes], ascending."""
-
-    numbers: Tensor
-    mazes: Mazes
-
-
 def mazes_of_split(
     size: int, split: Split, seed: int, first: int = 0, device: torch.device | str = "cpu"
-) -> Iterator[Drawn]:
-    """The mazes of a split from number `first` on, without end, a thousand or more at a time."""
-    at_a_time = AT_A_TIME.get(torch.device(device).type, AT_A_TIME["cpu"])
-    while True:
-        numbers = torch.arange(first, first + at_a_time, device=device)
-        mazes = random_mazes(size, seed, numbers)
-        wanted = in_split(mazes.present, split)  # whatever order, origin and target
-        yield Drawn(numbers[wanted], mazes.those(wanted))
-        first += at_a_time
+) -> Iterator[Drawn[Mazes]]:
+    """The mazes of a split from number `first` on, without end, a thousand or more at a time. What is connected
+    decides, whatever order, origin and target."""
+    draw = partial(random_mazes, size, seed)
+    return draw_split(draw, lambda mazes: mazes.present, split, first, device, AT_A_TIME)
 
 
 def _bits(key: Tensor, number: Tensor | int) -> Tensor:

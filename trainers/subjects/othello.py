@@ -15,16 +15,17 @@ from torch import Tensor
 
 from saescale.storage.manifest import Split
 from saescale.trainers.device import default_device
-from saescale.trainers.subjects.language_model import compute_dtype
+from saescale.trainers.subjects.drawn import first_of
 from saescale.trainers.subjects.othello_board import spread
 from saescale.trainers.subjects.othello_games import PAD, games_of_split, squares_of_tokens
 from saescale.trainers.subjects.othello_labels import LABELS, labels_of_tokens, replay
 from saescale.trainers.subjects.othello_weights import board_config, read_checkpoint, size_of_board
-from saescale.trainers.subjects.own_model import OwnModel, blank_model, frozen, lessons_of, shipped
+from saescale.trainers.subjects.own_model import OwnModel, blank_model, lessons_of, load_own
 from saescale.trainers.subjects.subject import NO_TARGET, Lesson, Sequence
 
 NAMES_A_PATH = True
 SHIPPED = "othello-6x6"
+AT_A_TIME = 256  # games in a forward pass
 FIRST_MOVE = 4  # before it the board says nearly nothing (Du et al. 2025)
 
 
@@ -50,8 +51,8 @@ class Othello(OwnModel):
 
     def sequences(self, split: Split, seed: int) -> Iterator[Sequence]:
         """Random legal games without their last move; what a game is decides its split."""
-        for drawn in games_of_split(self.size, split, seed):
-            for game in drawn.tokens[:, :-1].numpy().astype(np.int32):
+        for _, games in games_of_split(self.size, split, seed):
+            for game in games.tokens[:, :-1].numpy().astype(np.int32):
                 ids = game[game != PAD]
                 yield Sequence(ids, keep=np.arange(len(ids)) >= FIRST_MOVE)
 
@@ -63,9 +64,9 @@ class Othello(OwnModel):
         """Training games from number `first` on, whole: a move is the target of the one before it."""
 
         def drawn() -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-            for numbers, tokens in games_of_split(self.size, "train", seed, first, self.model.device):
-                targets = tokens[:, 1:]
-                yield numbers, tokens[:, :-1], targets.masked_fill(targets == PAD, NO_TARGET)
+            for numbers, games in games_of_split(self.size, "train", seed, first, self.model.device):
+                targets = games.tokens[:, 1:]
+                yield numbers, games.tokens[:, :-1], targets.masked_fill(targets == PAD, NO_TARGET)
 
         return lessons_of(drawn(), batch)
 
@@ -75,7 +76,7 @@ class Othello(OwnModel):
         cross-entropy in nats, and the least that there is, of a uniform choice among legal moves."""
         totals, positions = dict.fromkeys(("legal", "legal_mass", "loss", "least_loss"), 0.0), 0
         of_tokens = torch.from_numpy(squares_of_tokens(self.size)[1:])
-        for games in _heldout_games(self.size, sequences, seed).split(256):
+        for games in first_of(games_of_split(self.size, "heldout", seed), sequences).tokens.split(AT_A_TIME):
             ids, targets = games[:, :-1], games[:, 1:]
             logits = self.run(ids, [], logits=True).logits
             assert logits is not None, "they were asked for"
@@ -93,28 +94,10 @@ class Othello(OwnModel):
 
 def load(rest: str, cache: Path, dtype: str, notify: Callable[[str], None]) -> Othello:
     """The shipped model, or that at the path `rest`. Raises SaescaleError where there is none that reads games."""
-    device = default_device()
-    wanted = compute_dtype(dtype, device)
-    name = f"othello:{rest}" if rest else "othello"
-    if rest:
-        model, fingerprint = read_checkpoint(name, Path(rest).expanduser(), wanted)
-    else:
-        with shipped(SHIPPED) as folder:
-            model, fingerprint = read_checkpoint(name, folder, wanted)
-    return Othello(name, frozen(model.to(device)), fingerprint)
+    return load_own(Othello, "othello", rest, SHIPPED, read_checkpoint, dtype)
 
 
 def blank(settings: Settings, seed: int) -> Othello:
     """A model to be trained, with random weights in float32, on the device of this machine."""
     config = board_config(settings.board, settings.n_layers, settings.d_model, settings.n_heads)
     return Othello("othello", blank_model(config, seed).to(default_device()), "untrained")
-
-
-def _heldout_games(size: int, number: int, seed: int) -> Tensor:
-    """The first held-out games of a seed, whole, int64 [number, moves]."""
-    found: list[Tensor] = []
-    for drawn in games_of_split(size, "heldout", seed):
-        found.append(drawn.tokens)
-        if sum(map(len, found)) >= number:
-            break
-    return torch.cat(found)[:number]

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from saescale.storage.manifest import Split
-from saescale.trainers.subjects.hashed import hashed, in_split, positive
+from saescale.trainers.subjects.drawn import Drawn, draw_split
+from saescale.trainers.subjects.hashed import hashed, positive
 from saescale.trainers.subjects.othello_board import count, play, signed, spread, start
 
 PAD = 0
@@ -38,24 +39,22 @@ def random_games(size: int, seed: int, numbers: Tensor) -> Tensor:
     return tokens
 
 
-class Drawn(NamedTuple):
-    """Games of one split: their numbers int64 [games], ascending, and tokens as `random_games` gives them."""
+class Games(NamedTuple):
+    """Tokens as `random_games` gives them, int64 [games, moves]."""
 
-    numbers: Tensor
     tokens: Tensor
 
 
 def games_of_split(
     size: int, split: Split, seed: int, first: int = 0, device: torch.device | str = "cpu"
-) -> Iterator[Drawn]:
-    """The games of a split from number `first` on, without end, some thousands at a time."""
-    at_a_time = AT_A_TIME.get(torch.device(device).type, AT_A_TIME["cpu"])
-    while True:
-        numbers = torch.arange(first, first + at_a_time, device=device)
-        tokens = random_games(size, seed, numbers)
-        wanted = in_split(tokens[:, :-1], split)  # the last move, which they leave no choice of, is no part of it
-        yield Drawn(numbers[wanted], tokens[wanted])
-        first += at_a_time
+) -> Iterator[Drawn[Games]]:
+    """The games of a split from number `first` on, without end, some thousands at a time. All moves decide but the
+    last, which they leave no choice of."""
+
+    def draw(numbers: Tensor) -> Games:
+        return Games(random_games(size, seed, numbers))
+
+    return draw_split(draw, lambda games: games.tokens[:, :-1], split, first, device, AT_A_TIME)
 
 
 def squares_of_tokens(size: int) -> np.ndarray:

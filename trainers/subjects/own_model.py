@@ -1,22 +1,25 @@
 """Models that saescale trains itself, on sequences that a subject makes: from random weights, to a folder of
 transformers, and back. What they are models of is for the files that use this (othello.py, maze.py)."""
 
-from collections.abc import Iterator
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from importlib.resources import as_file, files
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Self, TypeVar
 
 import torch
 from torch import Tensor
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 from saescale.storage.errors import SaescaleError
+from saescale.trainers.device import default_device
 from saescale.trainers.subjects.checkpoint import Checkpoint
-from saescale.trainers.subjects.language_model import told
+from saescale.trainers.subjects.language_model import compute_dtype, told
 from saescale.trainers.subjects.subject import NO_TARGET, Lesson
 from saescale.trainers.subjects.transformer import Transformer
 from saescale.trainers.subjects.weights import Weighted, hash_weights, read_config, read_identified
+
+Loaded = TypeVar("Loaded", bound="OwnModel")
 
 
 class OwnModel(Transformer):
@@ -117,6 +120,24 @@ def shipped(name: str) -> AbstractContextManager[Path]:
         return as_file(files("saescale.shipped") / name)
     except ModuleNotFoundError as error:  # of an editable install that is older than the weights
         raise SaescaleError(f"the weights of {name} are not installed; install saescale again: make install") from error
+
+
+def load_own(
+    kind: Callable[[str, Any, str], Loaded],
+    subject: str,
+    rest: str,
+    weights: str,
+    read: Callable[[str, Path, torch.dtype], tuple[Any, str]],
+    dtype: str,
+) -> Loaded:
+    """The model at the path `rest`, or without one that of the shipped `weights`, as `kind` makes a subject of it: on
+    the device of this machine. Raises SaescaleError where `read` or `kind` do."""
+    device = default_device()
+    wanted = compute_dtype(dtype, device)
+    name = f"{subject}:{rest}" if rest else subject
+    with nullcontext(Path(rest).expanduser()) if rest else shipped(weights) as path:
+        model, fingerprint = read(name, path, wanted)
+    return kind(name, frozen(model.to(device)), fingerprint)
 
 
 def frozen(model: Any) -> Any:

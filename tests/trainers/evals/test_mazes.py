@@ -254,7 +254,7 @@ def test_heads_that_read_the_list_are_told_by_their_attention(store: ActivationS
     frozen(maze.model)
     seen = attention_to_cells(maze)
     assert seen["one_back"].shape == (128, 1, 2)
-    mazes = next(maze.heldout_mazes(4, 0, 4))
+    mazes = maze.heldout_mazes(4, 0)
     ids = prompts(mazes)
     block = maze.model.transformer.h[0]
     x = block.ln_1(maze.model.transformer.wte(ids) + maze.model.transformer.wpe(torch.arange(ids.shape[1])))

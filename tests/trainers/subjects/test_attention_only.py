@@ -11,7 +11,8 @@ import torch
 
 from saescale.storage.errors import SaescaleError
 from saescale.trainers.subjects import train
-from saescale.trainers.subjects.attention_only import LENGTH, Settings, blank, repeats
+from saescale.trainers.subjects.attention_only import LENGTH, Settings, blank, lines_of_split, repeats
+from saescale.trainers.subjects.drawn import first_of
 from saescale.trainers.subjects.own_model import blank_model, gpt2_config
 from saescale.trainers.subjects.subject import get_subject
 from tests.cluster.command import assert_one_line, saescale_here
@@ -46,9 +47,7 @@ def test_sequences_repeat_and_no_beginning_is_in_both_splits() -> None:
 def test_scores_are_those_of_slow_code() -> None:
     subject = blank(Settings(n_layers=2), 0)
     found = subject.score(20, seed=5)
-    from saescale.trainers.subjects.attention_only import _heldout
-
-    ids, repeated = _heldout(64, 20, 5)
+    ids, repeated = first_of(lines_of_split(64, "heldout", 5), 20)
     attention = subject.attention(ids)
     losses: dict[str, list[float]] = {"first": [], "second": []}
     ahead = np.zeros((2, 4))

@@ -135,7 +135,7 @@ def test_no_maze_is_in_both_splits_whatever_the_seeds() -> None:
     for split in ("train", "heldout"):
         for seed in (1, 2):
             for drawn in islice(mazes_of_split(3, split, seed), 3):  # type: ignore[arg-type]
-                trees[split] |= {tuple(tree) for tree in drawn.mazes.present.tolist()}
+                trees[split] |= {tuple(tree) for tree in drawn.things.present.tolist()}
     assert not trees["train"] & trees["heldout"]
     assert 0.1 < len(trees["heldout"]) / len(trees["train"] | trees["heldout"]) < 0.4
 
@@ -191,7 +191,7 @@ def test_it_is_what_the_door_asks_for(subject: Maze) -> None:
 
 
 def test_rows_are_where_connections_are_told_and_sequences_end_with_the_path(subject: Maze) -> None:
-    drawn = next(mazes_of_split(SIZE, "heldout", 4)).mazes
+    drawn = next(mazes_of_split(SIZE, "heldout", 4)).things
     for (ids, keep), path in zip(islice(subject.sequences("heldout", 4), 50), drawn.path.tolist(), strict=False):
         assert np.flatnonzero(keep).tolist() == [place for end in range(4, 61, 4) for place in (end - 1, end)]
         assert (ids[keep][1::2] == SEMICOLON).all()
@@ -200,7 +200,7 @@ def test_rows_are_where_connections_are_told_and_sequences_end_with_the_path(sub
 
 
 def test_rollouts_and_scores_are_those_of_whole_passes(subject: Maze) -> None:
-    mazes = next(subject.heldout_mazes(40, 0, 40))
+    mazes = subject.heldout_mazes(40, 0)
     ids, wanted = prompts(mazes), answers(mazes)
     site, turned = Site(layer=0, positions="all"), torch.randn(16, generator=torch.Generator().manual_seed(1))
 
@@ -253,7 +253,7 @@ def test_the_shipped_one_is_the_one_whose_training_is_noted_and_solves_mazes() -
     found = subject.score(200)["solved"]
     assert found == pytest.approx(record["score"]["solved"], abs=0.12)
     assert found > 0.4
-    mazes = next(subject.heldout_mazes(64, 0, 64))
+    mazes = subject.heldout_mazes(64, 0)
     rollouts = (subject.rollout(prompts(mazes)) == answers(mazes)).all(dim=1)
     assert float(rollouts.float().mean()) == pytest.approx(subject.score(64)["solved"])
     assert get_subject("maze-random", dtype="float32").score(64)["solved"] == 0  # type: ignore[attr-defined]

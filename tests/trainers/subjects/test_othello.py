@@ -51,7 +51,7 @@ def test_it_is_what_the_door_asks_for(subject: Othello) -> None:
 
 
 def test_sequences_are_games_without_their_last_move(subject: Othello) -> None:
-    drawn = next(games_of_split(6, "heldout", 7)).tokens.tolist()
+    drawn = next(games_of_split(6, "heldout", 7)).things.tokens.tolist()
     for (ids, keep), game in zip(islice(subject.sequences("heldout", 7), 300), drawn, strict=False):
         moves = [token for token in game if token != PAD]
         # Of a game that ends early nothing is left to predict behind its last move, which is read all the same.
@@ -93,7 +93,7 @@ def test_neurons_are_what_the_mlp_adds_to_the_stream(subject: Othello) -> None:
 def test_scores_are_those_of_slow_code(subject: Othello) -> None:
     legal = mass = loss = least = positions = 0.0
     squares = squares_of_tokens(6)
-    games = next(games_of_split(6, "heldout", 0)).tokens[:30]
+    games = next(games_of_split(6, "heldout", 0)).things.tokens[:30]
     for game in games.tolist():
         slow, moves = Board(6), [token for token in game if token != PAD]
         p = subject.model(torch.tensor([moves[:31]])).logits[0].double().softmax(dim=-1)

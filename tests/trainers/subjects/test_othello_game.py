@@ -112,7 +112,11 @@ def test_a_game_is_the_same_however_it_is_drawn() -> None:
 def test_no_game_is_in_both_splits() -> None:
     # On 4x4, where games are few and drawn again and again.
     train, heldout = (
-        {tuple(g) for seed in range(3) for g in next(games.games_of_split(4, split, seed)).tokens[:, :-1].tolist()}
+        {
+            tuple(g)
+            for seed in range(3)
+            for g in next(games.games_of_split(4, split, seed)).things.tokens[:, :-1].tolist()
+        }
         for split in SPLITS
     )
     assert not train & heldout
