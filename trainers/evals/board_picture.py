@@ -10,8 +10,9 @@ from saescale.storage.errors import SaescaleError
 from saescale.storage.rundir import RunDirectory
 from saescale.trainers.evals.bench import Bench
 from saescale.trainers.evals.board_probe import read_boards
-from saescale.trainers.evals.board_recovery import Reconstruction, latents_of, reconstruct
+from saescale.trainers.evals.board_recovery import Reconstruction, reconstruct
 from saescale.trainers.evals.boards import Boards, heldout_boards
+from saescale.trainers.evals.detectors import active_latents
 from saescale.trainers.evals.plan import finished_cells
 from saescale.trainers.subjects.othello_labels import TILES
 
@@ -43,7 +44,7 @@ def boards_of_cell(url: str, number: int) -> Seen:
     at_hand = Bench(there).lay_out(cell, "board_recovery")
     boards, trained = heldout_boards(at_hand.source, at_hand.subject), at_hand.trained
     probed = read_boards(boards, trained.reconstruct(boards.act).cpu(), ("after",))["after"]
-    return seen(boards, probed, reconstruct(boards, latents_of(trained, boards)), number)
+    return seen(boards, probed, reconstruct(boards, active_latents(trained, boards.act)), number)
 
 
 def seen(boards: Boards, probed: np.ndarray, reconstruction: Reconstruction, number: int) -> Seen:

@@ -36,6 +36,7 @@ from saescale.trainers.evals.boards import Boards, heldout_boards, othello_of
 from saescale.trainers.evals.detectors import (
     THRESHOLDS,
     Active,
+    active_latents,
     active_of,
     active_of_channels,
     active_of_neurons,
@@ -82,7 +83,7 @@ def prepare(source: Source, subject: Subject | None) -> Prepared:
 def measure(trained: Trained, source: Source, subject: Subject | None, prepared: Prepared) -> Iterator[Measurement]:
     boards = prepared.boards
     n_latents, d_model = trained.cell.n_latents, trained.cell.d_model
-    yield from recovered(boards, latents_of(trained, boards))
+    yield from recovered(boards, active_latents(trained, boards.act))
     random = largest(boards.act, random_directions(n_latents, d_model), trained.cell.k)
     yield from _named("random", boards, active_of(random, n_latents))
     share = _occurring(boards).mean(axis=0)
@@ -94,11 +95,6 @@ def _named(name: str, boards: Boards, active: Active) -> Iterator[Measurement]:
     """All metrics of what stands beside latents; what is random is so by the seed of intervals."""
     for each in recovered(boards, active):
         yield each._replace(metric=f"{each.metric}_{name}")
-
-
-def latents_of(trained: Trained, boards: Boards) -> Active:
-    """The active latents of the boards' rows."""
-    return active_of(trained.encode_sparse(boards.act), trained.cell.n_latents)
 
 
 def recovered(boards: Boards, active: Active) -> Iterator[Measurement]:

@@ -7,10 +7,8 @@ from torch import Tensor
 
 from saescale.storage.errors import SaescaleError
 from saescale.storage.source import Source
-from saescale.storage.store import ActivationStore
-from saescale.trainers.evals.evaluation import Unsuited
-from saescale.trainers.evals.labels import heldout_labels
-from saescale.trainers.preprocess import to_tensor
+from saescale.trainers.evals.evaluation import require_kind
+from saescale.trainers.evals.labels import heldout_halves
 from saescale.trainers.subjects.othello import Othello
 from saescale.trainers.subjects.subject import Subject
 
@@ -35,11 +33,8 @@ class Boards(NamedTuple):
 
 
 def othello_of(subject: Subject | None) -> Othello:
-    """Raises SaescaleError for a subject without boards."""
-    if not isinstance(subject, Othello):
-        name = "there is none" if subject is None else f"{subject.name} has none"
-        raise Unsuited(f"boards are measured of the subject othello; {name}")
-    return subject
+    """Raises Unsuited for a subject without boards."""
+    return require_kind(subject, Othello, "boards are measured of the subject othello")
 
 
 def heldout_boards(source: Source, subject: Subject | None) -> Boards:
@@ -48,12 +43,7 @@ def heldout_boards(source: Source, subject: Subject | None) -> Boards:
     Raises SaescaleError for a subject without boards, and where the rows are of one game.
     """
     othello = othello_of(subject)
-    number = min(ROWS, source.rows("heldout")) if isinstance(source, ActivationStore) else ROWS
-    rows = source.heldout(number, ("act", "doc"))
-    games = np.unique(rows.doc)
-    if len(games) < 2:
+    rows = heldout_halves(source, othello, ROWS)
+    if rows.first.all():
         raise SaescaleError("the held-out rows are of one game; harvest more (--heldout-tokens)")
-    # Games have no order: every other one.
-    first = np.searchsorted(games, rows.doc) % 2 == 0
-    labels = heldout_labels(source, othello, number)
-    return Boards(othello.size, to_tensor(rows.act, source.dtype), rows.doc, labels, first)
+    return Boards(othello.size, *rows)

@@ -10,7 +10,7 @@ import torch
 from scipy import sparse
 from torch import Tensor
 
-from saescale.trainers.exchange.trained import SparseLatents
+from saescale.trainers.exchange.trained import SparseLatents, Trained
 
 THRESHOLDS = np.arange(10) / 10  # as shares of a latent's largest activation; above all of it nothing is active
 
@@ -34,6 +34,11 @@ class Active(NamedTuple):
         largest = np.zeros(self.n_latents, np.float32)
         np.maximum.at(largest, self.latent, self.value)
         return self.value > np.float32(threshold) * largest[self.latent]
+
+
+def active_latents(trained: Trained, act: Tensor) -> Active:
+    """The active latents of rows [rows, d_model] as a store has them."""
+    return active_of(trained.encode_sparse(act), trained.cell.n_latents)
 
 
 def active_of(latents: SparseLatents, n_latents: int) -> Active:

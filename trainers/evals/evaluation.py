@@ -6,7 +6,7 @@ An evaluation is a file of this folder that defines `needs` and `measure` at its
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol, TypeVar
 
 from saescale.storage.errors import SaescaleError
 from saescale.storage.registry import Room
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 EVALUATIONS = Room("saescale.trainers.evals", "evaluation", marker="measure")
 
 Need = Literal["subject", "labels", "text"]
+Kind = TypeVar("Kind")
 
 
 class Unsuited(SaescaleError):
@@ -64,6 +65,13 @@ class Evaluation(Protocol):
     ) -> Iterable[Measurement]:
         """On the held-out rows of `source`; `trained` lies on this machine's device. Raises SaescaleError for what it
         cannot be measured on, Unsuited where that is for the kind of subject or SAE."""
+
+
+def require_kind(subject: Subject | None, kind: type[Kind], what: str) -> Kind:
+    """The subject. Raises Unsuited where it is of another kind: `what` says what is measured of which."""
+    if not isinstance(subject, kind):
+        raise Unsuited(f"{what}; {'there is none' if subject is None else f'{subject.name} has none'}")
+    return subject
 
 
 def find_evaluation(name: str) -> Evaluation:

@@ -9,12 +9,10 @@ from torch import Tensor
 
 from saescale.storage.errors import SaescaleError
 from saescale.storage.source import Source
-from saescale.storage.store import ActivationStore
-from saescale.trainers.evals.evaluation import Unsuited
-from saescale.trainers.evals.labels import heldout_labels
+from saescale.trainers.evals.evaluation import require_kind
+from saescale.trainers.evals.labels import heldout_halves
 from saescale.trainers.evals.trees import Single, Splits, Tree
 from saescale.trainers.exchange.trained import Trained
-from saescale.trainers.preprocess import to_tensor
 from saescale.trainers.subjects.maze import Maze
 from saescale.trainers.subjects.maze_labels import KINDS
 from saescale.trainers.subjects.maze_lattice import Lattice, lattice
@@ -38,11 +36,8 @@ class Told(NamedTuple):
 
 
 def maze_of(subject: Subject | None) -> Maze:
-    """Raises SaescaleError for a subject without mazes."""
-    if not isinstance(subject, Maze):
-        name = "there is none" if subject is None else f"{subject.name} has none"
-        raise Unsuited(f"connections are measured of the subject maze; {name}")
-    return subject
+    """Raises Unsuited for a subject without mazes."""
+    return require_kind(subject, Maze, "connections are measured of the subject maze")
 
 
 def heldout_connections(source: Source, subject: Subject | None) -> dict[str, Told]:
@@ -51,15 +46,12 @@ def heldout_connections(source: Source, subject: Subject | None) -> dict[str, To
     Raises SaescaleError for a subject without mazes, and where an edge is a connection on no row of a half.
     """
     maze = maze_of(subject)
-    number = min(ROWS, source.rows("heldout")) if isinstance(source, ActivationStore) else ROWS
-    rows, labels = source.heldout(number, ("act", "doc")), heldout_labels(source, maze, number)
-    act, grid = to_tensor(rows.act, source.dtype), lattice(maze.size)
-    mazes = np.unique(rows.doc)
-    first = np.searchsorted(mazes, rows.doc) % 2 == 0
+    rows, grid = heldout_halves(source, maze, ROWS), lattice(maze.size)
     found = {}
     for place in PLACES:
-        here = np.flatnonzero(labels["kind"] == KINDS.index(place))
-        told = Told(grid, here, act[torch.from_numpy(here)], rows.doc[here], labels["told"][here], first[here])
+        here = np.flatnonzero(rows.labels["kind"] == KINDS.index(place))
+        act, doc, labels, first = rows.those(here)
+        told = Told(grid, here, act, doc, labels["told"], first)
         halves = (told.edge[half].any(axis=0) for half in (told.first, ~told.first))
         if len(missing := np.flatnonzero(~np.logical_and(*halves))):
             raise SaescaleError(
@@ -96,4 +88,6 @@ def better_place(found: dict[str, Found]) -> str:
 
 def latents_of(trained: Trained, act: Tensor) -> np.ndarray:
     """float32 [rows, n_latents]."""
-    return torch.cat([trained.encode(some).cpu() for some in act.split(2_048)]).numpy()
+    return torch.cat(
+        [trained.encode(some).cpu() for some in act.split(2_048)]
+    ).numpy()  # on the host: all of it is large
