@@ -1,34 +1,25 @@
 """The sparse path of HierarchicalTopK: TopK's selection, in groups by the level at which a latent comes in."""
 
-from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor
 
 from saescale.trainers.architectures.architecture import Batch, Params, Shape
-from saescale.trainers.architectures.nested import by_rank, decode_nested, mean_of
-from saescale.trainers.architectures.topk_sparse import Chosen, Reconstructed, TopKStep, select
+from saescale.trainers.architectures.nested import Nested, by_rank
+from saescale.trainers.architectures.topk_sparse import Chosen, TopKStep, select
 from saescale.trainers.kernels.choose import KernelKind
 from saescale.trainers.kernels.interface import Kept
 from saescale.trainers.mesh.mesh import Mesh
 from saescale.trainers.precision import Precision
 
 
-class HierarchicalTopKStep(TopKStep):
+class HierarchicalTopKStep(Nested, TopKStep):
     def choose(
         self, params: Params, operands: Params, batch: Batch, offset: Tensor, settings: Any, mesh: Mesh,
         kept: Kept | None,
     ) -> Chosen:  # fmt: skip
         active = select(params, operands, batch, offset, [settings.k], mesh, kept)[0]
         return Chosen(active, by_rank(active, settings.levels()), settings.weights())
-
-    def decode(
-        self, chosen: Chosen, target: Tensor, offset: Tensor, W_dec: Tensor, scale: float, errors: Tensor, mesh: Mesh
-    ) -> Reconstructed:
-        return decode_nested(chosen, target, offset, W_dec, scale, errors)
-
-    def parts(self, losses: Sequence[float], chosen: Chosen) -> dict[str, float]:
-        return {"nested": mean_of(losses, chosen.weights)}
 
     def training_bytes(
         self, shape: Shape, settings: Any, batch: int, precision: Precision, kernels: KernelKind

@@ -1,21 +1,21 @@
 """The sparse path of Matryoshka: BatchTopK's selection, in groups by the prefix in which a latent comes in."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor
 
 from saescale.trainers.architectures.architecture import Batch, Params, Shape
 from saescale.trainers.architectures.batchtopk_sparse import BatchTopKStep
-from saescale.trainers.architectures.nested import by_index, decode_nested, mean_of
-from saescale.trainers.architectures.topk_sparse import Chosen, Reconstructed
+from saescale.trainers.architectures.nested import Nested, by_index
+from saescale.trainers.architectures.topk_sparse import Chosen
 from saescale.trainers.kernels.choose import KernelKind
 from saescale.trainers.kernels.interface import Kept
 from saescale.trainers.mesh.mesh import Mesh
 from saescale.trainers.precision import Precision
 
 
-class MatryoshkaStep(BatchTopKStep):
+class MatryoshkaStep(Nested, BatchTopKStep):
     """`prefixes` says where those end that are shorter than all latents."""
 
     def __init__(self, prefixes: Callable[[int], list[int]]) -> None:
@@ -29,14 +29,6 @@ class MatryoshkaStep(BatchTopKStep):
         n_latents = len(params["W_dec"])
         ends = [*self.prefixes(n_latents), n_latents]
         return Chosen(active, by_index(active, ends), [1 / len(ends)] * len(ends))
-
-    def decode(
-        self, chosen: Chosen, target: Tensor, offset: Tensor, W_dec: Tensor, scale: float, errors: Tensor, mesh: Mesh
-    ) -> Reconstructed:
-        return decode_nested(chosen, target, offset, W_dec, scale, errors)
-
-    def parts(self, losses: Sequence[float], chosen: Chosen) -> dict[str, float]:
-        return {"nested": mean_of(losses, chosen.weights)}
 
     def training_bytes(
         self, shape: Shape, settings: Any, batch: int, precision: Precision, kernels: KernelKind

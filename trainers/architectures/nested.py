@@ -16,6 +16,7 @@ from torch import Tensor
 from saescale.trainers.architectures.topk_sparse import Chosen, Reconstructed
 from saescale.trainers.kernels.choose import kernels
 from saescale.trainers.kernels.interface import Selected, Term
+from saescale.trainers.mesh.mesh import Mesh
 
 
 def decode_nested(
@@ -38,8 +39,16 @@ def decode_nested(
     return Reconstructed(terms, squared, len(errors) - 1, errors[0].sum(dim=0).mul_(scale * last))
 
 
-def mean_of(losses: Sequence[float], weights: Sequence[float]) -> float:
-    return sum(loss * weight for loss, weight in zip(losses, weights, strict=True))
+class Nested:
+    """A step of TopK's kind whose groups add up: what it does otherwise when it decodes, and says of its losses."""
+
+    def decode(
+        self, chosen: Chosen, target: Tensor, offset: Tensor, W_dec: Tensor, scale: float, errors: Tensor, mesh: Mesh
+    ) -> Reconstructed:
+        return decode_nested(chosen, target, offset, W_dec, scale, errors)
+
+    def parts(self, losses: Sequence[float], chosen: Chosen) -> dict[str, float]:
+        return {"nested": sum(loss * weight for loss, weight in zip(losses, chosen.weights, strict=True))}
 
 
 def by_index(selected: Selected, ends: Sequence[int]) -> list[Selected]:
