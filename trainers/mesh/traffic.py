@@ -1,5 +1,6 @@
-"""What a process of a mesh sends at a step, for plans: the collectives of a sparse step, written down once more as
-numbers. Without torch. tests/trainers/test_mesh.py holds it to what is counted where it is sent (channel.py)."""
+"""What a process of a mesh sends at a step, and holds of what others send, for plans: the collectives of a sparse step,
+written down once more as numbers. Without torch. tests/trainers/test_mesh.py holds what is sent to what is counted
+where it is sent (channel.py)."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -10,6 +11,7 @@ KEYS = 1024  # of all shards for a token, up to which gathering them sends less 
 BITS = 4  # of a key, that a round of radix.py finds
 SMALL = 512  # numbers, up to which all go to all to be summed (sums.py): one message instead of two
 _KEY, _NUMBER = 8, 4
+_COUNTS = 40  # of keys' size, that the counts of a token take where they are held
 
 
 class Sent(NamedTuple):
@@ -32,9 +34,9 @@ def sent(layout: Layout, d_model: int, n_latents: int, ks: Sequence[int], batch_
     selection = reductions = copies = 0.0
     collectives = 0
     for k in ks:
-        width = min(k, layout.share(n_latents, 0).size)
+        width, gathered = _offered(layout, n_latents, k)
         if shards > 1:
-            gathered, rounds = shards * width <= KEYS, 64 // BITS  # at most: mostly fewer decide
+            rounds = 64 // BITS  # at most: mostly fewer decide
             keys, counts = (shards - 1) * rows * width * _KEY, rounds * _summed(rows * 2**BITS, shards)
             selection += keys if gathered else counts
             reductions += _summed(rows * d_model, shards)
@@ -47,6 +49,21 @@ def sent(layout: Layout, d_model: int, n_latents: int, ks: Sequence[int], batch_
         reductions += _summed(d_model, shards)  # the gradient of b_pre
         collectives += 2
     return Sent(selection, reductions, copies, collectives)
+
+
+def held(layout: Layout, d_model: int, n_latents: int, k: int, batch_tokens: int) -> float:
+    """Bytes of what a process has from the others at one time in a step that selects `k` latents of a token: parts of
+    a reconstruction, and the candidates of all shards or the counts of their digits."""
+    width, gathered = _offered(layout, n_latents, k)
+    others = layout.shards * width if gathered else k + _COUNTS
+    keys = _KEY * (k + others) if layout.shards > 1 else 0
+    return float(batch_tokens / layout.replicas * (4 * _NUMBER * d_model + 2 * keys))
+
+
+def _offered(layout: Layout, n_latents: int, k: int) -> tuple[int, bool]:
+    """The candidates for a token from each shard, and whether all of them go to every shard."""
+    width = min(k, layout.share(n_latents, 0).size)
+    return width, layout.shards * width <= KEYS
 
 
 def _summed(numbers: float, shards: int) -> float:

@@ -19,13 +19,12 @@ from saescale.trainers.cell import Cell
 from saescale.trainers.evals.nmse import CHUNK_ROWS, rows_at_a_time
 from saescale.trainers.kernels.choose import KernelKind
 from saescale.trainers.mesh.layout import Layout
-from saescale.trainers.mesh.traffic import KEYS
+from saescale.trainers.mesh.traffic import held
 from saescale.trainers.preprocess import SAMPLE_TOKENS, Centre
 
 PROCESS_BYTES = 800 * 2**20  # imports and compiled kernels of a worker, in the host's memory; measured
 _FLOAT = 4
 _ONE = Layout()
-_COUNTS = 40  # of keys' size, that the counts of a token take
 _ALLOCATOR = 1.15  # freed memory that the allocator keeps: up to 1.10 measured, which differs from run to run
 
 
@@ -95,14 +94,10 @@ def _share(cell: Cell, layout: Layout) -> Cell:
 
 
 def _said(cell: Cell, layout: Layout) -> float:
-    """What processes have from each other in a step: parts of a reconstruction, and candidates of all shards, or where
-    these are many the counts of their digits (trainers/mesh/radix.py)."""
-    rows, settings = cell.batch_tokens / layout.replicas, cell.whole_settings
+    """What processes have from each other in a step: in that selection of it which says most."""
+    settings = cell.whole_settings
     k = max(settings.pairs_per_token(cell.n_latents), getattr(settings, "k_aux", 0))
-    everyone = layout.shards * min(k, layout.share(cell.n_latents, 0).size)
-    others = everyone if everyone <= KEYS else k + _COUNTS
-    keys = 8 * (k + others) if layout.shards > 1 else 0
-    return float(rows * (4 * _FLOAT * cell.d_model + 2 * keys))
+    return held(layout, cell.d_model, cell.n_latents, k, cell.batch_tokens)
 
 
 def weights_bytes(cell: Cell) -> float:
