@@ -29,31 +29,26 @@ def quickstart_steps(recipe: Recipe, out: str | None, wandb: str) -> Steps:
     the short run.
     """
     of_size = "" if recipe.name == "full" else f"-{recipe.name}"
-    store = f"stores/smollm2-135m-l22{of_size}"
-    sweep = {
-        "name": f"quickstart{of_size}",
-        "store": store,
-        "out": out or f"runs/quickstart{of_size}",
-        "grid": {"n_latents": list(recipe.n_latents), "k": list(recipe.k)},
-        "train": {
-            "tokens": recipe.tokens,
-            "batch_tokens": recipe.batch_tokens,
-            "lr": {"at": 16_384, "value": 1.2e-3, "exponent": -0.5},
-            "auxk": {"dead_after_tokens": recipe.dead_after_tokens},
-            "ema": recipe.ema,
-        },
-        "eval": {"tokens": recipe.heldout, "every_tokens": recipe.every_tokens},
-        "wandb": {"mode": wandb},
-    }
-    return _steps(recipe, {"subject": DEFAULT, "layer": 22, "out": store}, sweep)
+    sweep = _sweep(recipe, f"quickstart{of_size}", f"stores/smollm2-135m-l22{of_size}", out, wandb)
+    sweep["train"]["lr"] = {"at": 16_384, "value": 1.2e-3, "exponent": -0.5}
+    return _steps(recipe, {"subject": DEFAULT, "layer": 22}, sweep)
 
 
 def othello_steps(recipe: Recipe, out: str | None, wandb: str) -> Steps:
     """The same on the third layer of the small model of Othello, which knows the board best with the fourth; trained as
     deploy/sweeps/othello.yaml says, whose learning rates were tried."""
-    name = named("othello", recipe)
     store = f"stores/othello-l2{'-tiny' if recipe.name == 'tiny' else ''}"
-    sweep = {
+    sweep = _sweep(recipe, named("othello", recipe), store, out, wandb)
+    sweep["train"]["lr"] = {"at": 512, "value": 4e-3, "exponent": -0.5}
+    sweep["eval"] |= {
+        "tokens": min(recipe.heldout, 16_384), "evaluations": ["core", "board_probe", "board_recovery"],
+    }  # fmt: skip
+    return _steps(recipe, {"subject": "othello", "layer": 2, "batch_contexts": 256}, sweep)
+
+
+def _sweep(recipe: Recipe, name: str, store: str, out: str | None, wandb: str) -> dict[str, Any]:
+    """A sweep file's keys, as far as the recipe says them: all but the learning rate."""
+    return {
         "name": name,
         "store": store,
         "out": out or f"runs/{name}",
@@ -61,22 +56,16 @@ def othello_steps(recipe: Recipe, out: str | None, wandb: str) -> Steps:
         "train": {
             "tokens": recipe.tokens,
             "batch_tokens": recipe.batch_tokens,
-            "lr": {"at": 512, "value": 4e-3, "exponent": -0.5},
             "auxk": {"dead_after_tokens": recipe.dead_after_tokens},
             "ema": recipe.ema,
         },
-        "eval": {
-            "tokens": min(recipe.heldout, 16_384),
-            "every_tokens": recipe.every_tokens,
-            "evaluations": ["core", "board_probe", "board_recovery"],
-        },
+        "eval": {"tokens": recipe.heldout, "every_tokens": recipe.every_tokens},
         "wandb": {"mode": wandb},
     }
-    return _steps(recipe, {"subject": "othello", "layer": 2, "out": store, "batch_contexts": 256}, sweep)
 
 
 def _steps(recipe: Recipe, harvest: dict[str, Any], sweep: dict[str, Any]) -> Steps:
-    sizes = {"tokens": recipe.rows, "heldout_tokens": recipe.heldout}
+    sizes = {"out": sweep["store"], "tokens": recipe.rows, "heldout_tokens": recipe.heldout}
     if recipe.name == TINY.name:
         sizes |= {"shard_rows": 4_096, "row_group_rows": 512}
     return Steps(HarvestSpec.model_validate(harvest | sizes), parse_spec(sweep, "the quickstart"))

@@ -129,21 +129,21 @@ def why(recipe: Recipe, speed: Speed) -> str:
     return f"{chosen}, about {own:.0f} min ({did}; --recipe full would take about {full:.0f} min{slow})"
 
 
-def find_recipe(name: str, subject: str = DEFAULT) -> Recipe:
-    """Raises SaescaleError for a name that there is not."""
-    known = {recipe.name: recipe for recipe in OF_SUBJECT[subject]}
-    if name not in known:
-        raise SaescaleError(f"--recipe {name}: there are {', '.join(known)}")
-    return known[name]
+def find_recipe(name: str, subject: str = DEFAULT) -> Recipe | None:
+    """None where that subject has none of that name, or no quickstart."""
+    return next((recipe for recipe in OF_SUBJECT.get(subject, ()) if recipe.name == name), None)
 
 
 def recorded_recipe(run: RunDirectory) -> tuple[str, Recipe] | None:
     """The subject and what a run directory was begun with; runs of saescale 0.1.0, which wrote no note, had the full
-    recipe."""
-    note = run.read_json(NOTE, remedy="restore it, or begin in another run directory (--out)")
+    recipe. Raises SaescaleError where the note says what there is not."""
+    remedy = "restore it, or begin in another run directory (--out)"
+    note = run.read_json(NOTE, remedy=remedy)
     if note is not None and isinstance(note.get("recipe"), str):
-        subject = note.get("subject", DEFAULT)
-        return subject, find_recipe(note["recipe"], subject)
+        subject = str(note.get("subject", DEFAULT))
+        if (recipe := find_recipe(note["recipe"], subject)) is None:
+            raise SaescaleError(f"{run.url}/{NOTE}: there is no recipe {note['recipe']} of {subject}; {remedy}")
+        return subject, recipe
     return (DEFAULT, RECIPES[0]) if run.read_spec() is not None else None
 
 
@@ -166,6 +166,8 @@ def settle(
         raise SaescaleError(f"--subject {subject}: there is a quickstart of {' and '.join(OF_SUBJECT)}")
     url = out or f"runs/{named(subject, asked)}"
     wanted, run = find_recipe(asked, subject) if asked else None, RunDirectory(url)
+    if asked and wanted is None:
+        raise SaescaleError(f"--recipe {asked}: there are {', '.join(recipe.name for recipe in OF_SUBJECT[subject])}")
     begun = recorded_recipe(run)
     if begun and begun[0] != subject:
         raise SaescaleError(

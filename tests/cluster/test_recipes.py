@@ -69,6 +69,13 @@ def test_a_run_that_was_begun_keeps_its_recipe(here: Path, monkeypatch: pytest.M
     assert not Path("new").exists()
 
 
+@pytest.mark.parametrize("note", [{"recipe": "full", "subject": "chess"}, {"recipe": "huge"}])
+def test_a_note_of_what_there_is_not_is_told_in_one_line(note: dict[str, str], here: Path) -> None:
+    RunDirectory("run").write_json(NOTE, note)
+    with pytest.raises(SaescaleError, match=r"run/quickstart\.json: there is no recipe \w+ of [\w-]+; restore it, or"):
+        settle(None, "run", [].append)
+
+
 def test_the_tiny_one_is_not_timed(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(recipes, "measure_speed", lambda: pytest.fail("timed"))
     assert settle("tiny", None, [].append) == (TINY, "runs/quickstart-tiny")
