@@ -12,8 +12,7 @@ from typing import Annotated, Any, NamedTuple
 from pydantic import Field, ValidationError
 
 from saescale.cluster.crew.claims import Positive, Section
-from saescale.cluster.sweep.spec import SweepSpec, named_stores, parse_spec
-from saescale.storage.documents import read_yaml
+from saescale.cluster.sweep.spec import SweepSpec, named_stores, parse_spec, read_keys, require_keys
 from saescale.storage.errors import SaescaleError
 from saescale.storage.mistakes import problems
 from saescale.trainers.cell import Cell
@@ -74,12 +73,7 @@ def describe(url: str, given: Sequence[str] = ()) -> Described:
 
     Raises SaescaleError that names the file and the key.
     """
-    try:
-        document = read_yaml(url)
-    except FileNotFoundError as error:
-        raise SaescaleError(f"there is no file at {url}; deploy/plans and deploy/sweeps hold examples") from error
-    if not isinstance(document, dict):
-        raise SaescaleError(f"{url} holds neither a sweep nor a description of one (keys sweep, assume)")
+    document = read_keys(url, "plan or sweep", ("sweep", "assume"), "deploy/plans and deploy/sweeps hold")
     assume: Any = {}
     if "sweep" in document:
         if wrong := sorted(set(document) - {"sweep", "assume"}):
@@ -87,26 +81,19 @@ def describe(url: str, given: Sequence[str] = ()) -> Described:
         assume, inner = document.get("assume") or {}, document["sweep"]
         if isinstance(inner, str):
             path = os.path.join(os.path.dirname(url), inner)
-            return describe_document(_mapping(path), path, _assumed(assume, given, url))
+            document = read_keys(path, "sweep", SweepSpec.model_fields)
+            return describe_document(document, path, _assumed(assume, given, url))
         document = inner
     return describe_document(document, url, _assumed(assume, given, url))
 
 
 def describe_document(document: Any, where: str, assumed: Assumed) -> Described:
     """Of the keys of a sweep file. Raises SaescaleError for what is wrong in them."""
-    if not isinstance(document, Mapping):
-        raise SaescaleError(f"{where} holds no sweep: it should have the keys {', '.join(SweepSpec.model_fields)}")
-    spec = parse_spec(named_stores(document, where), where)
+    keys = require_keys(document, where, "sweep", SweepSpec.model_fields)
+    spec = parse_spec(named_stores(keys, where), where)
     if spec.lives and assumed.rows is None:
         assumed = assumed.model_copy(update={"rows": float(max(live.tokens for live in spec.lives.values()))})
     return Described(spec, assumed)
-
-
-def _mapping(url: str) -> Any:
-    try:
-        return read_yaml(url)
-    except FileNotFoundError as error:
-        raise SaescaleError(f"there is no sweep file at {url}") from error
 
 
 def _assumed(assume: Any, given: Sequence[str], url: str) -> Assumed:

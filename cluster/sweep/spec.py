@@ -3,7 +3,7 @@
 import itertools
 import json
 import math
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from importlib.metadata import version
 from typing import Annotated, Any, NamedTuple, Protocol, Self
 
@@ -439,18 +439,30 @@ def load_spec(url: str, out: str | None = None, wandb: str | None = None) -> Swe
 
     Raises SaescaleError that names the file, the path of the wrong key and the nearest valid name.
     """
-    try:
-        document = read_yaml(url)
-    except FileNotFoundError as error:
-        raise SaescaleError(f"there is no sweep file at {url}; deploy/sweeps holds examples") from error
-    if not isinstance(document, dict):
-        raise SaescaleError(f"{url} holds no sweep: it should have the keys {', '.join(SweepSpec.model_fields)}")
+    document = read_keys(url, "sweep", SweepSpec.model_fields)
     if out:
         document["out"] = out
     if wandb:
         section = document.get("wandb")
         document["wandb"] = (section if isinstance(section, dict) else {}) | {"mode": wandb}
     return parse_spec(named_stores(document, url), url)
+
+
+def read_keys(url: str, what: str, keys: Iterable[str], examples: str = "deploy/sweeps holds") -> dict[str, Any]:
+    """The YAML file of a `what` with those `keys`, or some of them. Raises SaescaleError where it is not there or has
+    no keys, and for what is no YAML."""
+    try:
+        document = read_yaml(url)
+    except FileNotFoundError as error:
+        raise SaescaleError(f"there is no {what} file at {url}; {examples} examples") from error
+    return require_keys(document, url, what, keys)
+
+
+def require_keys(document: Any, where: str, what: str, keys: Iterable[str]) -> dict[str, Any]:
+    """The document. Raises SaescaleError where it has no keys at all."""
+    if not isinstance(document, dict):
+        raise SaescaleError(f"{where} holds no {what}: it should have the keys {', '.join(keys)}")
+    return document
 
 
 def named_stores(document: Mapping[str, Any], where: str) -> dict[str, Any]:

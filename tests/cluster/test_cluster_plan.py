@@ -230,7 +230,7 @@ def test_the_command(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (["--cluster", "none.yaml"], "there is no file at none.yaml"),
+        (["--cluster", "none.yaml"], "there is no plan or sweep file at none.yaml"),
         (["--cluster", "SWEEP", "--gpus", "0"], "--gpus 0: give a number from 1"),
         (["--cluster", "SWEEP", "--assume", "d_modl=5"], "--assume: d_modl is not a key, did you mean d_model?"),
         (["--cluster", "SWEEP", "--assume", "mtbf_hours"], "--assume mtbf_hours: write NAME=VALUE"),
