@@ -8,8 +8,9 @@ from typing import Any, NamedTuple
 import numpy as np
 from pydantic import BaseModel
 
+from saescale.cluster.sweep.planned import Planned
 from saescale.cluster.sweep.settings import told_apart
-from saescale.cluster.sweep.spec import Planned, parse_recorded
+from saescale.cluster.sweep.spec import parse_recorded
 from saescale.cluster.sweep.train import Way
 from saescale.scaling.tables import Table
 from saescale.storage.errors import SaescaleError

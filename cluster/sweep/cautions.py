@@ -6,7 +6,8 @@ from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from saescale.cluster.sweep.spec import Planned, SweepSpec
+from saescale.cluster.sweep.planned import Planned
+from saescale.cluster.sweep.spec import SweepSpec
 from saescale.scaling.words import listed
 from saescale.storage.columns import is_diverged, misses_k
 from saescale.storage.errors import SaescaleError

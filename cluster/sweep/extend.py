@@ -7,8 +7,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from saescale.cluster.sweep.axes import has_lists
+from saescale.cluster.sweep.grid import Grid
+from saescale.cluster.sweep.planned import Planned
 from saescale.cluster.sweep.settings import told_apart
-from saescale.cluster.sweep.spec import NO_STORE, Grid, Planned, SweepSpec, named_stores, parse_recorded, parse_spec
+from saescale.cluster.sweep.spec import NO_STORE, SweepSpec, named_stores, parse_recorded, parse_spec
 from saescale.cluster.sweep.train import Way
 from saescale.storage import files
 from saescale.storage.documents import read_yaml

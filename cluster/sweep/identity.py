@@ -4,7 +4,8 @@ from collections.abc import Mapping, Sequence, Set
 from importlib.metadata import version
 from typing import Any, NamedTuple
 
-from saescale.cluster.sweep.spec import Planned, SweepSpec, parse_recorded
+from saescale.cluster.sweep.planned import Planned
+from saescale.cluster.sweep.spec import SweepSpec, parse_recorded
 from saescale.storage.errors import SaescaleError, one_line
 from saescale.storage.recorded import recorded_sources
 from saescale.storage.rundir import SPEC, RunDirectory

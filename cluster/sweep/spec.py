@@ -1,30 +1,26 @@
 """The sweep file: a grid of cells over one or several stores, validated with the path of what is wrong."""
 
-import itertools
 import json
-import math
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from importlib.metadata import version
-from typing import Annotated, Any, NamedTuple, Protocol, Self
+from typing import Annotated, Any, Protocol, Self
 
 from pydantic import (
-    AfterValidator,
     Discriminator,
     Field,
-    SerializerFunctionWrapHandler,
     Tag,
     ValidationError,
     ValidationInfo,
     field_validator,
-    model_serializer,
     model_validator,
 )
 from pydantic_core import PydanticCustomError
 
 from saescale.cluster.crew.claims import Resources, Section
 from saescale.cluster.sweep.axes import Axis, has_lists, several
-from saescale.cluster.sweep.train import Count, Seed, Train, Way
-from saescale.storage.columns import OLD_NAMES
+from saescale.cluster.sweep.grid import Combination, Grid, is_recorded, require_few
+from saescale.cluster.sweep.planned import Planned
+from saescale.cluster.sweep.train import Train
 from saescale.storage.documents import read_yaml
 from saescale.storage.errors import Damaged, SaescaleError
 from saescale.storage.files import folders_like
@@ -32,7 +28,7 @@ from saescale.storage.mistakes import SECRET, problems
 from saescale.storage.secrets import ADVICE, secret_in_url
 from saescale.trainers.architectures import ARCHITECTURES
 from saescale.trainers.architectures.own import not_here
-from saescale.trainers.cell import Cell, EvalSpec, auto_k_aux, known_architecture, traits_of, whole_settings
+from saescale.trainers.cell import Cell, EvalSpec, auto_k_aux, traits_of
 from saescale.trainers.evals.wanted import Wanted, each_once
 from saescale.trainers.harvest.live_spec import LiveSpec
 from saescale.trainers.loggers.wandb_cells import WandbSettings
@@ -40,157 +36,8 @@ from saescale.trainers.precision import Precision
 
 # What a sweep file says where nobody has named a store yet: to be edited.
 NO_STORE = "stores/STORE"
-MOST_CELLS = 100_000  # of a grid; a sweep of ten times fewer is the largest that was tried
 
 _POINTS = 50  # of a curve
-
-
-def _known_or_recorded(name: str, info: ValidationInfo) -> str:
-    """A sweep that ran can be read where an architecture of the user's own is not at hand."""
-    return name if name in (info.context or {}).get("recorded", ()) else known_architecture(name)
-
-
-Architecture = Annotated[str, AfterValidator(_known_or_recorded)]
-
-
-class _OldNames(Section):
-    """Takes `activation` for `architecture`, as sweep files had it in saescale 0.1.0."""
-
-    @model_validator(mode="before")
-    @classmethod
-    def _renamed(cls, fields: Any) -> Any:
-        if isinstance(fields, dict) and "activation" in fields and "architecture" not in fields:
-            return {OLD_NAMES.get(name, name): value for name, value in fields.items()}
-        return fields
-
-
-class GridCell(_OldNames):
-    """One n and k, with a cell for each seed; `train` is what it has otherwise than the sweep, with the same keys."""
-
-    n_latents: Count
-    k: Count
-    architecture: Architecture = "topk"
-    seed: Axis[Seed] = Field(default=[0])
-    train: dict[str, Any] = Field(default={})
-
-    @model_serializer(mode="wrap")
-    def _without_empty(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        return {key: value for key, value in handler(self).items() if key != "train" or value}
-
-
-class Combination(NamedTuple):
-    """What a cell of the grid is, in the order in which cells are listed."""
-
-    n_latents: int
-    k: int
-    architecture: str
-    seed: int
-
-
-class Planned(NamedTuple):
-    """A cell before its store is known: a combination of the grid, and the numbers of its training."""
-
-    n_latents: int
-    k: int
-    architecture: str
-    seed: int
-    tokens: int
-    batch_tokens: int
-    lr: float
-    ema: float
-    dead_after_tokens: int
-    stream_seed: int
-    settings: str  # JSON; k_aux may be "auto" there
-
-    @classmethod
-    def of(cls, combination: Combination, way: Way) -> Self:
-        n_latents = combination.n_latents
-        return cls(
-            *combination, way.tokens_at(n_latents), way.batch_tokens, way.rate_at(n_latents), way.ema,
-            way.dead_after_tokens, way.stream_seed, way.settings,
-        )  # fmt: skip
-
-    @property
-    def combination(self) -> Combination:
-        return Combination(*self[:4])
-
-    @property
-    def name(self) -> str:
-        """What it is called in what is said of it."""
-        return f"the cells of n = {self.n_latents}, k = {self.k}, {self.architecture}"
-
-    def check(self) -> None:
-        """Raises ValueError, in one line, where its architecture cannot have these settings."""
-        try:
-            self._settings().check(self.n_latents)
-        except ValueError as error:
-            raise ValueError(f"{self.name}: {error}") from error
-
-    def try_out(self) -> None:
-        """Raises ValueError where its architecture is a file of the user's that fails on a few rows."""
-        if ARCHITECTURES.own(self.architecture) is None:
-            return
-        from saescale.trainers.architectures.trial import try_out
-
-        try:
-            try_out(self.architecture, self._settings(), self.n_latents)
-        except SaescaleError as error:
-            raise ValueError(str(error)) from error
-
-    def _settings(self) -> Any:
-        """Those of its architecture; the defaults in place of what depends on the store."""
-        settings = {name: value for name, value in json.loads(self.settings).items() if value != "auto"}
-        return whole_settings(self.architecture, self.k, settings)
-
-
-class Grid(_OldNames):
-    """Every combination of the lists is a cell, and so is each of `cells` (such as `saescale plan` proposes)."""
-
-    n_latents: Axis[Count] = Field(default=[])
-    k: Axis[Count] = Field(default=[])
-    architecture: Axis[Architecture] = Field(default=["topk"])
-    seed: Axis[Seed] = Field(default=[0])
-    cells: list[GridCell] = Field(default=[], min_length=1)
-
-    @model_validator(mode="after")
-    def _check(self) -> Self:
-        if not self.cells or self.n_latents or self.k:
-            for name in ("n_latents", "k"):
-                if not getattr(self, name):
-                    raise ValueError(f"{name} is missing")
-        # Counted before they are made.
-        lists = (self.n_latents, self.k, self.architecture, self.seed)
-        require_few(math.prod(len(several(each)) for each in lists) + sum(len(several(c.seed)) for c in self.cells))
-        for n_latents, k, _, _ in self.combinations():
-            if k > n_latents:
-                raise ValueError(
-                    f"k = {k} is larger than n_latents = {n_latents}; an SAE needs k <= n_latents: remove one of them"
-                )
-        return self
-
-    @model_serializer(mode="wrap")
-    def _without_empty(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        # A grid of lists is written as it always was, and a grid of cells can be read again.
-        return {key: several(value) for key, value in handler(self).items() if value}
-
-    def combinations(self) -> list[Combination]:
-        """All of them, each once, by n_latents, k, architecture and seed; axes of `train` make several cells of one."""
-        return sorted({combination for combination, _ in self.asked()})
-
-    def asked(self) -> Iterator[tuple[Combination, Mapping[str, Any]]]:
-        """All combinations as they are asked for, with what their training has otherwise than the sweep's."""
-        lists = (self.n_latents, self.k, self.architecture, self.seed)
-        for chosen in itertools.product(*map(several, lists)):
-            yield Combination._make(chosen), {}
-        for cell in self.cells:
-            for seed in several(cell.seed):
-                yield Combination(cell.n_latents, cell.k, cell.architecture, seed), cell.train
-
-    @property
-    def architectures(self) -> list[str]:
-        """Those of all cells."""
-        listed = several(self.architecture) if self.n_latents else []
-        return sorted({*listed, *(cell.architecture for cell in self.cells)})
 
 
 class Evals(EvalSpec):
@@ -210,7 +57,7 @@ class Evals(EvalSpec):
     @classmethod
     def _known(cls, entries: list[Wanted], info: ValidationInfo) -> list[Wanted]:
         try:
-            if not _ran(info):
+            if not is_recorded(info):
                 for entry in entries:
                     entry.check()
             return each_once(entries)
@@ -290,7 +137,7 @@ class SweepSpec(Section):
     @model_validator(mode="after")
     def _are_few_cells(self, info: ValidationInfo) -> Self:
         """Counts all axes before anything is made of them."""
-        if not _ran(info):
+        if not is_recorded(info):
             architectures = self.grid.architectures
             over_one = sum(len(cells) * train.count(name, architectures) for name, train, cells in self._parts())
             require_few(over_one * len(self.stores))
@@ -317,7 +164,7 @@ class SweepSpec(Section):
     @model_validator(mode="after")
     def _cells_can_be(self, info: ValidationInfo) -> Self:
         """Before anything is harvested or trained. Loads architectures, and torch, only where there is need."""
-        if not _ran(info) and (self.train.settings or self.grid.architectures != ["topk"]):
+        if not is_recorded(info) and (self.train.settings or self.grid.architectures != ["topk"]):
             cells = self._planned()
             for cell in cells:
                 cell.check()
@@ -328,7 +175,7 @@ class SweepSpec(Section):
     @model_validator(mode="after")
     def _evaluations_have_cells(self, info: ValidationInfo) -> Self:
         """Before anything is trained, as far as the grid alone decides it."""
-        if not _ran(info) and any(entry.where for entry in self.eval.evaluations):
+        if not is_recorded(info) and any(entry.where for entry in self.eval.evaluations):
             rows = [{"cell_id": "", **cell._asdict()} for cell in self._planned()]
             try:
                 for entry in self.eval.evaluations:
@@ -420,17 +267,6 @@ class SweepSpec(Section):
             )
         except ValidationError as error:
             raise SaescaleError(f"{planned.name}: {'; '.join(problems(error, Cell, 'it cannot be'))}") from error
-
-
-def _ran(info: ValidationInfo) -> bool:
-    """Whether what is read is a sweep that ran, which was checked then."""
-    return bool(info.context) and "recorded" in (info.context or {})
-
-
-def require_few(many: int) -> None:
-    """Raises ValueError where a sweep has too many cells to be one."""
-    if many > MOST_CELLS:
-        raise ValueError(f"{many:,} cells are more than the {MOST_CELLS:,} of a sweep: shorten its lists")
 
 
 def load_spec(url: str, out: str | None = None, wandb: str | None = None) -> SweepSpec:

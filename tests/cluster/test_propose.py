@@ -16,9 +16,10 @@ from saescale.cluster.front import laws as laws_commands
 from saescale.cluster.front import plan as plan_command
 from saescale.cluster.sweep.driver import run_sweep
 from saescale.cluster.sweep.extend import extend, union
+from saescale.cluster.sweep.grid import Grid
 from saescale.cluster.sweep.ledger import open_ledger
 from saescale.cluster.sweep.propose import Request, make_proposal
-from saescale.cluster.sweep.spec import NO_STORE, Grid, SweepSpec, load_spec, parse_spec
+from saescale.cluster.sweep.spec import NO_STORE, SweepSpec, load_spec, parse_spec
 from saescale.scaling.laws.settings import FitSettings
 from saescale.scaling.planning.devices import find_device
 from saescale.scaling.tables import load_results
