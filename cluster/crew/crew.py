@@ -268,6 +268,12 @@ class Crew(ABC, Generic[Info]):
             self.idle.remove(actor)
         return self.ready.pop(actor)
 
+    def replace(self, actor: Any, error: BaseException | None = None) -> Info:
+        """The same, and queues another one in its place."""
+        info = self.lost(actor, error)
+        self.start()
+        return info
+
     def kill(self, actor: Any) -> None:
         """Kills the process of an actor that does not answer, from its own node: `ray.kill` only asks it to end."""
         info = self.ready[actor]
@@ -278,8 +284,7 @@ class Crew(ABC, Generic[Info]):
         """Replaces idle actors whose node is gone: nobody else notices."""
         alive = node_ids()
         for actor in [actor for actor in self.idle if self.ready[actor].node_id not in alive]:
-            self.lost(actor)
-            self.start()
+            self.replace(actor)
 
     def _end(self, actor: Any) -> None:
         ray.kill(actor)

@@ -85,7 +85,8 @@ def run_sweep(
             # Only here: a sweep that is finished is shown without the seconds that Ray takes to import.
             from saescale.cluster.crew.head import HeadLost, explained
             from saescale.cluster.crew.train_crew import TrainCrew
-            from saescale.cluster.sweep.execute import Execution, Meshes
+            from saescale.cluster.sweep.execute import Execution
+            from saescale.cluster.sweep.gang import Meshes
             from saescale.cluster.sweep.meshes import plan_meshes
             from saescale.cluster.sweep.packing import BATCH_FLOPS, pack_cells
 

@@ -16,31 +16,31 @@
 import time
 from collections.abc import Collection, Mapping, Sequence
 from contextlib import suppress
-from typing import Any, NamedTuple
+from typing import Any
 
 import ray
 
-from saescale.cluster.crew.claims import Needs, NeedsOnMesh
-from saescale.cluster.crew.crew import back_off
+from saescale.cluster.crew.claims import Needs
 from saescale.cluster.crew.head import node_ids
-from saescale.cluster.crew.train_crew import BACKOFF_S, TrainCrew
-from saescale.cluster.crew.train_worker import Place, Trained, Unfit
+from saescale.cluster.crew.train_crew import TrainCrew
+from saescale.cluster.crew.train_worker import Trained, Unfit
+from saescale.cluster.sweep import gang
 from saescale.cluster.sweep.cautions import diverged, missed
 from saescale.cluster.sweep.ledger import Ledger
-from saescale.cluster.sweep.packing import cost, split
+from saescale.cluster.sweep.packs import Packs
 from saescale.cluster.sweep.spec import SweepSpec
-from saescale.cluster.sweep.standing import Attempt, Pack, Work, ask, standing_of, waits_of
+from saescale.cluster.sweep.standing import Attempt, Pack, Producers, Work, ask, next_tries, standing_of, waits_of
 from saescale.cluster.sweep.stop import stop
 from saescale.cluster.sweep.watcher import SweepDisplay
 from saescale.storage import files
 from saescale.storage.errors import SaescaleError, Superseded, Unavailable, one_line
-from saescale.storage.lease import Lease, LiveStanding
-from saescale.storage.live import LiveSource, is_source, read_making
+from saescale.storage.lease import Lease
+from saescale.storage.live import LiveSource
 from saescale.storage.store import ActivationStore
-from saescale.storage.waiting import Wait, hear
+from saescale.storage.waiting import hear
 from saescale.trainers.cell import Cell, axes_of
 from saescale.trainers.device import OutOfMemory
-from saescale.trainers.mesh.layout import Layout, MeshBroken
+from saescale.trainers.mesh.layout import MeshBroken
 from saescale.trainers.training.train import PackJob
 
 MAX_ATTEMPTS = 4  # of a pack that dies again and again without reaching a further checkpoint
@@ -48,23 +48,12 @@ MAX_FRUITLESS = 3 * MAX_ATTEMPTS  # failures one after another, without one step
 OUTAGE_S = 900.0  # without one step of any pack, while stores do not answer
 DEAD_S = 60.0  # after it was killed, a worker that is not heard of is taken for dead
 BUSY_S = 2.5  # a turn of this process that took longer is not the workers' silence
-COMPANY_S = 20.0  # for the others of a mesh to break off by themselves, after one ended
 LOOK_S = 5.0  # between two looks for workers with nothing to do
 WORTH_S = 60.0  # a pack with less left to do is not split for them
 DEADLINE_S = 300.0  # that a worker of a mesh may keep the others waiting
 
 
-class Meshes(NamedTuple):
-    """Which cells several workers share, by their names, and what each of these needs."""
-
-    layouts: Mapping[str, Layout] = {}
-    needs: NeedsOnMesh = lambda cell, layout: 0.0
-
-    def of(self, cells: Sequence[Cell]) -> Layout:
-        return self.layouts.get(cells[0].cell_id, Layout()) if len(cells) == 1 else Layout()
-
-
-_NO_MESHES = Meshes()
+_NO_MESHES = gang.Meshes()
 
 
 class Execution:
@@ -80,25 +69,22 @@ class Execution:
         steps: Mapping[str, Sequence[int]],  # ledger.checkpoint_steps()
         lease: Lease,
         display: SweepDisplay,
-        meshes: Meshes = _NO_MESHES,
+        meshes: gang.Meshes = _NO_MESHES,
     ) -> None:
-        self.meshes = meshes
-        self.spec, self.ledger, self.crew, self.needs = spec, ledger, crew, needs
+        self.spec, self.ledger, self.crew = spec, ledger, crew
         self.lease, self.display = lease, display
+        self.producers = Producers(ledger)
         self.axes = (*_differ(ledger.stores.values()), *axes_of(ledger.cells))
         newest = {cell_id: found[0] for cell_id, found in steps.items()}
         self.work = Work(ledger.pending, newest)
-        self.waiting: list[Pack] = []
+        self.packs = Packs(ledger, needs, meshes)
         self.running: dict[Any, Attempt] = {}  # by the reference of `train`
-        self.unusable: dict[str, SaescaleError] = {}  # why packs of a store cannot be trained, by its fingerprint
         for cells in packs:
-            self._queue(cells, reached=sum(newest.get(cell.cell_id, 0) for cell in cells))
+            self.packs.put(cells, reached=sum(newest.get(cell.cell_id, 0) for cell in cells))
         self.begun = 0  # attempts
         self.fruitless = 0  # failures since any pack made a step
         self.interrupted = 0  # packs whose worker was lost
-        self.live: list[LiveStanding] = []
         self.began = self.looked = self.moved = time.monotonic()
-        self.asked = 0.0  # when the producers of live sources were
 
     def run(self) -> None:
         """Returns when every cell has its result. Whatever ends it early, what the workers have done is saved.
@@ -106,9 +92,9 @@ class Execution:
         Raises SaescaleError for what no other worker could do better, Superseded when another driver has taken the
         run over, and KeyboardInterrupt.
         """
-        self.display.stage(f"training {len(self.work.cells)} cells in {len(self.waiting)} packs")
+        self.display.stage(f"training {len(self.work.cells)} cells in {len(self.packs.waiting)} packs")
         try:
-            while self.waiting or self.running:
+            while self.packs.waiting or self.running:
                 turn = time.monotonic()
                 self._hand_out()
                 for reference in self.crew.watch([*self.running, *self._company()]):
@@ -116,14 +102,14 @@ class Execution:
                 self._share_out()
                 self._show()
                 self.lease.require()
-                if self.unusable and not self._trainable():
+                if self.packs.unusable and not self._trainable():
                     break
                 if (busy := time.monotonic() - turn) > BUSY_S:
                     # It was this process that did not listen.
                     for running in self.running.values():
                         running.heard += busy
-            if self.unusable:
-                raise self._left_over()
+            if self.packs.unusable:
+                raise self.packs.left_over(self.work.cells)
         except BaseException:
             answered = stop(self.running, self.ledger, self.crew, self.lease, self.display)
             if answered and not self.lease.lost:  # else the tables are another driver's
@@ -136,24 +122,14 @@ class Execution:
 
     # --- packs and workers
 
-    def _queue(self, cells: list[Cell], reached: int, attempt: int = 1, why: str = "") -> None:
-        pause = _pause(attempt)
-        total = sum(cost(cell) for cell in cells)
-        layout = self.meshes.of(cells)
-        size = self.needs(cells) if layout.ranks == 1 else self.meshes.needs(cells[0], layout)
-        pack = Pack(cells, size, total, reached, attempt, time.monotonic() + pause, why, layout)
-        if pack.store not in self.unusable:
-            self.waiting.append(pack)
-            self.waiting.sort(key=lambda pack: -pack.cost)  # longest first
-
     def _hand_out(self) -> None:
-        now = time.monotonic()
-        due = [pack for pack in self.waiting if pack.due <= now]
+        due = self.packs.due()
         for shared in [pack for pack in due if pack.layout.ranks > 1]:
             due.remove(shared)
             free = [worker for worker in self.crew.idle if shared.bytes <= self.crew.ready[worker].memory]
             if len(free) < shared.layout.ranks:
-                self._require_company(shared)
+                if not self.running:
+                    gang.require_company(shared, self.crew)
                 if any(running.company for running in self.running.values()):
                     continue  # it gets their workers when they end
                 return  # whoever is free is kept for it, or it would wait for ever beside small packs
@@ -168,33 +144,21 @@ class Execution:
             self._fit(due[0])
 
     def _take(self, pack: Pack, workers: Sequence[Any]) -> None:
-        self.waiting.remove(pack)
+        self.packs.waiting.remove(pack)
         for worker in workers:
             self.crew.idle.remove(worker)
         self._start(workers, pack)
 
-    def _require_company(self, pack: Pack) -> None:
-        """Raises SaescaleError where a shared pack waits for more workers than will ever be there."""
-        fit = [worker for worker, info in self.crew.ready.items() if pack.bytes <= info.memory]
-        if len(fit) < pack.layout.ranks and not self.crew.is_starting and not self.running:
-            raise SaescaleError(
-                f"cell {pack.cells[0].cell_id} is to be shared by {pack.layout.ranks} workers ({pack.layout}) with "
-                f"{pack.bytes / 2**30:.1f} GiB each, and of {len(self.crew.ready)} that came up {len(fit)} have so "
-                "much; look at the cluster (`ray status`), or ask for a smaller mesh (resources.mesh)"
-            )
-
     def _fit(self, pack: Pack) -> None:
         """Splits a pack that fits none of the workers that are left: the one that it was planned for is gone."""
         try:
-            parts = split(pack.cells, 2, max(info.memory for info in self.crew.ready.values()), self.needs)
+            self.packs.put_parts(pack.cells, 2, max(info.memory for info in self.crew.ready.values()))
         except SaescaleError as error:
             if not self.crew.starting:
                 raise
             self.crew.warn(f"{error}; waiting for one to come up")
             return
-        self.waiting.remove(pack)
-        for cells in parts:
-            self._queue(cells, self._reached(cells))
+        self.packs.waiting.remove(pack)
 
     def _start(self, workers: Sequence[Any], pack: Pack) -> None:
         store = self.ledger.stores[pack.store].url
@@ -213,23 +177,9 @@ class Execution:
             driver=self.lease.driver,
         )
         self.begun += 1
-        worker, *others = workers
-        if not others:
-            reference, company = worker.train.remote(job, self.begun), {}
-        else:
-            # Where they meet is the first one's to say; it goes from worker to worker, and nobody waits for it here.
-            meeting, deadline_s = worker.meeting.remote(), min(DEADLINE_S, self.spec.resources.stalled_after_s / 2)
-            places = [Place(pack.layout, rank, deadline_s) for rank in range(len(workers))]
-            reference = worker.train.remote(job, self.begun, places[0], meeting)
-            company = {
-                other.train.remote(job, self.begun, place, meeting): other
-                for other, place in zip(others, places[1:], strict=True)
-            }
-        self.running[reference] = Attempt(worker, pack, self.begun, time.monotonic(), company=company)
-
-    def _replace(self, worker: Any) -> None:
-        self.crew.lost(worker)
-        self.crew.start()
+        deadline_s = min(DEADLINE_S, self.spec.resources.stalled_after_s / 2)
+        reference, company = gang.begin(workers, job, self.begun, pack.layout, deadline_s)
+        self.running[reference] = Attempt(workers[0], pack, self.begun, time.monotonic(), company=company)
 
     def _share_out(self) -> None:
         """Finds work for workers that have none, and workers for a cluster that has grown."""
@@ -241,12 +191,13 @@ class Execution:
         running = [r for r in self.running.values() if r.progress is not None and r.progress.running > 1]
         longest = max(running, key=_seconds_left, default=None)
         worth = longest is not None and _seconds_left(longest) > WORTH_S
-        if self.waiting or (longest is not None and worth):
-            self.crew.grow(sum(pack.layout.ranks for pack in self.waiting) or 1)
+        waiting = self.packs.waiting
+        if waiting or (longest is not None and worth):
+            self.crew.grow(sum(pack.layout.ranks for pack in waiting) or 1)
         elif self.running and all(running.progress is not None for running in self.running.values()):
             self.crew.spare()
         parting = any(running.parting for running in self.running.values())
-        if longest is not None and worth and self.crew.idle and not self.waiting and not parting:
+        if longest is not None and worth and self.crew.idle and not waiting and not parting:
             longest.parting = True
             longest.worker.part.remote(longest.number)
 
@@ -270,7 +221,8 @@ class Execution:
         running = self.running.pop(reference)
         worker, pack = running.worker, running.pack
         if running.company:
-            worker, reference = self._part_company(running, reference)
+            worker, reference, lost = gang.part(running, reference, self.crew)
+            self.interrupted += lost
         try:
             trained: Trained = ray.get(reference)
         except ray.exceptions.RayTaskError as error:
@@ -285,39 +237,7 @@ class Execution:
             self.crew.idle.append(worker)
             left = [cell for cell in pack.cells if cell.cell_id not in self.ledger.results]
             if left:
-                self._queue_parts(left, min(len(self.crew.idle), len(left)))
-
-    def _part_company(self, running: Attempt, first: Any) -> tuple[Any, Any]:
-        """Takes the other workers of a mesh back when the first one has ended, or others in the place of those that are
-        gone or hang. Who tells what became of the pack, and the reference that does: the first one, or where that only
-        knows that the mesh broke, the one which failed for a reason of its own."""
-        ended, late = ray.wait(list(running.company), num_returns=len(running.company), timeout=COMPANY_S)
-        teller, telling = running.worker, first
-        for reference in ended:
-            worker = running.company[reference]
-            try:
-                ray.get(reference)
-                self.crew.idle.append(worker)
-            except ray.exceptions.RayTaskError as error:
-                if isinstance(error.cause, MeshBroken):
-                    self.crew.idle.append(worker)
-                    continue
-                if _broke(telling):
-                    self.crew.idle.append(teller)
-                    teller, telling = worker, reference
-                else:
-                    self._replace(worker)
-            except ray.exceptions.RayError as error:
-                info = self.crew.lost(worker, error)
-                self.crew.start()
-                self.interrupted += 1
-                self.crew.warn(f"a worker of a mesh died ({info.name})")
-        for reference in late:
-            worker = running.company[reference]
-            self.crew.warn(f"worker {self.crew.ready[worker].name} does not leave its mesh and is ended")
-            self.crew.kill(worker)
-            self._replace(worker)
-        return teller, telling
+                self.packs.put_parts(left, min(len(self.crew.idle), len(left)))
 
     def _failed(self, worker: Any, pack: Pack, cause: Exception) -> None:
         """The pack raised `cause` in a worker that lives."""
@@ -326,9 +246,9 @@ class Execution:
             self._again(pack, cause, one_line(cause))
         elif isinstance(cause, OutOfMemory):
             # What is left of the pack in that process is best ended with it.
-            self._replace(worker)
+            self.crew.replace(worker)
             self._smaller(pack, one_line(cause))
-        elif isinstance(cause, Unfit) and self._is_gone(pack.store):
+        elif isinstance(cause, Unfit) and self.packs.is_gone(pack.store):
             self.crew.idle.append(worker)
             self._set_aside(pack.store, cause)
         elif isinstance(cause, Unfit):
@@ -337,49 +257,28 @@ class Execution:
             if not self.crew.ready and not self.crew.starting:
                 raise cause
             self.crew.warn(f"{cause}; going on without it")
-            self._queue(pack.cells, pack.reached)
+            self.packs.put(pack.cells, pack.reached)
         elif isinstance(cause, SaescaleError):
             self.crew.idle.append(worker)
             if isinstance(cause, Superseded):
                 raise cause
             self._set_aside(pack.store, cause)
         else:
-            self._replace(worker)
+            self.crew.replace(worker)
             self._again(pack, cause, f"the worker failed with {type(cause).__name__}: {one_line(cause)[:300]}")
 
-    def _is_gone(self, store: str) -> bool:
-        """Whether not even this process sees a store any more that it once opened: no other node will."""
-        try:
-            return not is_source(self.ledger.stores[store].url)
-        except Unavailable:
-            return False
-
     def _set_aside(self, store: str, cause: SaescaleError) -> None:
-        """No pack over that store is begun any more; those over others are."""
-        self.unusable.setdefault(store, cause)
-        self.waiting = [pack for pack in self.waiting if pack.store != store]
+        self.packs.set_aside(store, cause)
         if self._trainable():
             self.crew.warn(f"{cause}; its cells wait, those of other stores go on")
 
     def _trainable(self) -> bool:
         """Whether anything is left to do over a store that can be used."""
-        return bool(self.waiting) or any(r.pack.store not in self.unusable for r in self.running.values())
-
-    def _left_over(self) -> SaescaleError:
-        """Why the sweep ends with cells undone."""
-        cause = next(iter(self.unusable.values()))
-        if len(self.ledger.stores) == 1:
-            return cause
-        left = [cell for cell in self.work.cells if cell.cell_id not in self.ledger.results]
-        urls = ", ".join(self.ledger.stores[store].url for store in self.unusable)
-        return SaescaleError(
-            f"{cause}; {len(left)} cells over {urls} are left, those of other stores are done: run the same command "
-            "again when it can be read"
-        )
+        usable = (running.pack.store not in self.packs.unusable for running in self.running.values())
+        return bool(self.packs.waiting) or any(usable)
 
     def _died(self, worker: Any, pack: Pack, error: Exception) -> None:
-        info = self.crew.lost(worker, error)
-        self.crew.start()
+        info = self.crew.replace(worker, error)
         self.interrupted += 1
         if isinstance(error, ray.exceptions.OutOfMemoryError):  # by Ray's memory monitor
             self._smaller(pack, f"a worker on {info.host} was killed because its node ran out of memory")
@@ -393,7 +292,7 @@ class Execution:
 
         `blamed`: what happened may be the pack's doing.
         """
-        left, reached = self._left(pack)
+        left, reached = self.packs.left(pack)
         further, outage = reached > pack.reached, isinstance(error, Unavailable)
         if not further and blamed and not outage:
             self.fruitless += 1
@@ -406,42 +305,24 @@ class Execution:
             )
         elif left:
             self.crew.warn(f"{what}; its {len(left)} cells {_how(reached, outage)}")
-            self._queue(left, reached, attempt, what)
+            self.packs.put(left, reached, attempt, what)
 
     def _smaller(self, pack: Pack, why: str) -> None:
         """Splits a pack, or gives up its only cell after several attempts."""
-        left, reached = self._left(pack)
+        left, reached = self.packs.left(pack)
         attempt = 1 if reached > pack.reached else pack.attempt + 1
         if len(left) > 1:
             self.crew.warn(f"{why}; its {len(left)} cells go on as two packs")
-            self._queue_parts(left, 2)
+            self.packs.put_parts(left, 2)
         elif left and attempt > MAX_ATTEMPTS and self._give_up(left[0], why):
             self.crew.warn(f"cell {left[0].cell_id} failed: {why}")
         elif left:
-            self._queue(left, reached, attempt)
+            self.packs.put(left, reached, attempt)
 
     def _give_up(self, cell: Cell, why: str) -> bool:
         with suppress(Unavailable):  # then it is tried once more, and given up when that can be written
             self.ledger.fail(cell, why)
         return cell.cell_id in self.ledger.results
-
-    def _queue_parts(self, cells: list[Cell], count: int) -> None:
-        for part in split(cells, count, float("inf"), self.needs):
-            self._queue(part, self._reached(part))
-
-    def _left(self, pack: Pack) -> tuple[list[Cell], int]:
-        """The cells without a result, and how far those of the pack are for good."""
-        with suppress(Unavailable):  # the next worker will find what this did not
-            self.ledger.take_up(pack.cells)
-        left = [cell for cell in pack.cells if cell.cell_id not in self.ledger.results]
-        return left, self._reached(pack.cells, otherwise=pack.reached)
-
-    def _reached(self, cells: Sequence[Cell], otherwise: int = 0) -> int:
-        """Steps that no kill can undo; `otherwise` while the run directory does not answer."""
-        try:
-            return self.ledger.steps_reached(cells)
-        except Unavailable:
-            return otherwise
 
     # --- what is seen of it
 
@@ -451,41 +332,17 @@ class Execution:
         if any(attempt.moved for attempt in self.running.values()):
             self._moves()
         self._end_stalled()
-        self._say_waits()
+        hear("workers", waits_of(self.running.values(), self.crew.ready, self.spec.resources.stalled_after_s))
+        held_up = not self.running and self.crew.ready
+        hear("packs", next_tries(self.packs.waiting, self.moved, OUTAGE_S) if held_up else [])
         standing = standing_of(self.ledger, self.running.values(), self.crew.ready, self.work)
         standing.interrupted = self.interrupted
         # A few seconds of a pack's start say nothing about its speed.
         if standing.fraction > 0.01:
             standing.left_s = (time.monotonic() - self.began) * (1 - standing.fraction) / standing.fraction
-        standing.live = self._live_standing()
+        standing.live = self.producers.standing()
         self.display.sweep(standing)
         self.lease.standing = standing
-
-    def _live_standing(self) -> list[LiveStanding]:
-        """What the producers of live sources say, asked for at times."""
-        if time.monotonic() - self.asked > LOOK_S:
-            self.asked = time.monotonic()
-            live = [store for store in self.ledger.stores.values() if isinstance(store, LiveSource)]
-            with suppress(Unavailable):
-                said = [(store.fingerprint, read_making(store.url)) for store in live]
-                self.live = [
-                    LiveStanding(source=name, **making.model_dump(include=set(LiveStanding.model_fields)))
-                    for name, making in said
-                    if making is not None
-                ]
-        return self.live
-
-    def _say_waits(self) -> None:
-        """What the workers wait for; and where none works, for which pack's next try, and why."""
-        stalled_after_s = self.spec.resources.stalled_after_s
-        hear("workers", waits_of(self.running.values(), self.crew.ready, stalled_after_s))
-        held_up = [pack for pack in self.waiting if pack.why]
-        if self.running or not held_up or not self.crew.ready:
-            hear("packs", [])
-            return
-        quiet = time.time() - (time.monotonic() - self.moved)
-        what = f"the next try of {len(held_up)} packs ({held_up[0].why})"
-        hear("packs", [Wait(what, quiet, quiet + OUTAGE_S)])
 
     def _end_stalled(self) -> None:
         """Kills workers that get nothing done, and takes those for dead that cannot even be killed."""
@@ -499,7 +356,7 @@ class Execution:
                 self.crew.warn(f"worker {name} got nothing done for {quiet:.0f} s and is ended")
                 running.killed = now
                 self.crew.kill(running.worker)
-            elif running.killed is None and running.broken is not None and now - running.broken > COMPANY_S:
+            elif running.killed is None and running.broken is not None and now - running.broken > gang.COMPANY_S:
                 self.crew.warn(f"worker {name} does not leave its broken mesh and is ended")
                 running.killed = now
                 self.crew.kill(running.worker)
@@ -507,7 +364,7 @@ class Execution:
                 # Not even its node answers.
                 del self.running[reference]
                 if running.company:
-                    self._part_company(running, reference)
+                    self.interrupted += gang.part(running, reference, self.crew)[2]
                 self._died(running.worker, running.pack, TimeoutError(f"worker {name} cannot be ended"))
 
     def _waits_for_blocks(self, running: Attempt) -> bool:
@@ -518,19 +375,6 @@ class Execution:
     def _moves(self) -> None:
         """Something was trained: whatever fails now and then, it is not everything."""
         self.fruitless, self.moved = 0, time.monotonic()
-
-
-def _broke(reference: Any) -> bool:
-    """Whether a worker ended because others of its mesh did."""
-    if not ray.wait([reference], timeout=0)[0]:
-        return False
-    try:
-        ray.get(reference)
-    except ray.exceptions.RayTaskError as error:
-        return isinstance(error.cause, MeshBroken)
-    except ray.exceptions.RayError:
-        return False
-    return False
 
 
 def _differ(stores: Collection[ActivationStore]) -> list[str]:
@@ -544,11 +388,6 @@ def _how(reached: int, outage: bool) -> str:
     if outage:
         return "go on when it answers"
     return "go on from their checkpoints" if reached else "begin again"
-
-
-def _pause(attempt: int) -> float:
-    """Seconds before an attempt, which counts from 1."""
-    return back_off(attempt - 1, *BACKOFF_S) if attempt > 1 else 0.0
 
 
 def _seconds_left(running: Attempt) -> float:

@@ -3,6 +3,7 @@
 import time
 from collections import defaultdict
 from collections.abc import Collection, Container, Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -11,13 +12,16 @@ import ray
 from saescale.cluster.crew.train_worker import WorkerInfo, WorkerState
 from saescale.cluster.sweep.ledger import Ledger
 from saescale.cluster.sweep.packing import cost
-from saescale.storage.lease import RunningCell, RunningWorker, Standing
+from saescale.storage.errors import Unavailable
+from saescale.storage.lease import LiveStanding, RunningCell, RunningWorker, Standing
+from saescale.storage.live import LiveSource, read_making
 from saescale.storage.waiting import SAY_AFTER_S, Wait
 from saescale.trainers.cell import Cell
 from saescale.trainers.mesh.layout import Layout
 from saescale.trainers.training.report import Progress
 
 ANSWER_S = 0.2  # that workers get to say where they stand
+ASK_S = 5.0  # between two looks at what producers of live sources say
 
 
 class Pack(NamedTuple):
@@ -155,6 +159,35 @@ def waits_of(running: Collection[Attempt], ready: Mapping[Any, WorkerInfo], stal
             what = f"worker {name} to get a batch done"
             found[what].append(Wait(what, heard, heard + stalled_after_s))
     return [_together(what, several, len(running)) for what, several in found.items()]
+
+
+def next_tries(waiting: Collection[Pack], moved: float, outage_s: float) -> list[Wait]:
+    """Where no worker works: which packs' next try is waited for, and why; a sweep ends where nothing `moved`, in
+    time.monotonic(), for so long."""
+    tried = [pack for pack in waiting if pack.why]
+    quiet = time.time() - (time.monotonic() - moved)
+    return [Wait(f"the next try of {len(tried)} packs ({tried[0].why})", quiet, quiet + outage_s)] if tried else []
+
+
+class Producers:
+    """Those of a sweep's live sources."""
+
+    def __init__(self, ledger: Ledger) -> None:
+        self._live = [store for store in ledger.stores.values() if isinstance(store, LiveSource)]
+        self._asked, self._said = 0.0, list[LiveStanding]()
+
+    def standing(self) -> list[LiveStanding]:
+        """What they say, asked for at times."""
+        if time.monotonic() - self._asked > ASK_S:
+            self._asked = time.monotonic()
+            with suppress(Unavailable):
+                said = [(store.fingerprint, read_making(store.url)) for store in self._live]
+                self._said = [
+                    LiveStanding(source=name, **making.model_dump(include=set(LiveStanding.model_fields)))
+                    for name, making in said
+                    if making is not None
+                ]
+        return self._said
 
 
 def _together(what: str, waits: Sequence[Wait], workers: int) -> Wait:
