@@ -20,9 +20,9 @@ from unittest import mock
 
 import torch
 
-from saescale.trainers.architectures import topk_sparse
 from saescale.trainers.architectures.architecture import Batch
 from saescale.trainers.device import set_threads
+from saescale.trainers.kernels import choose
 from saescale.trainers.precision import Precision
 from saescale.trainers.preprocess import measure_centre
 from tests.benchmarks.harness import alternate, console, machine, quartiles, run, show_table, slow_bf16, write_result
@@ -65,7 +65,7 @@ class Dying:
         cell.dead.tokens_since[self.dead] = 10 * DEAD_AFTER_TOKENS
         batch = Batch.of(inputs[self.steps % len(inputs)], self.trained.origin, self.trained.precision == "bf16")
         before, self.steps = cell.worked, self.steps + 1
-        with mock.patch.object(topk_sparse, "dead_kernels", _none) if self.gathered else nullcontext():
+        with mock.patch.object(choose, "dead_kernels", _none) if self.gathered else nullcontext():
             began = _clock(batch.x.device)
             cell.train_on(batch)
             seconds = _clock(batch.x.device) - began

@@ -23,7 +23,6 @@ from typing import Any, NamedTuple
 import torch
 
 from saescale.scaling.compute import topk_flops
-from saescale.trainers.architectures import topk_sparse
 from saescale.trainers.architectures.architecture import Batch
 from saescale.trainers.cell import Cell, auto_k_aux
 from saescale.trainers.kernels import choose
@@ -48,6 +47,7 @@ from tests.benchmarks.harness import (
 from tests.benchmarks.ours import training_cell
 from tests.benchmarks.protocol import Size, unit_rows
 
+CHOSEN = choose.kernels  # before anything else is put in its place
 SIZES = [Size(8192, 768, 32768, 32), Size(32768, 768, 32768, 32), Size(32768, 768, 131072, 64)]
 PEERS = ["sparsify-adam", "saelens-autocast", "dictionary_learning-autocast"]
 GRID = [(n, k) for n in (2**11, 2**13, 2**15, 2**17) for k in (8, 16, 32, 64, 128, 256, 512)]
@@ -120,7 +120,7 @@ def _train(size: Size, device: torch.device, precision: Precision, kernels: Kern
     rows, origin = x.to(device), centre.b_pre.to(device)
 
     def train() -> None:
-        topk_sparse.kernels = lambda device: kernels
+        choose.kernels = lambda device: kernels
         cell.train_on(Batch.of(rows, origin, precision == "bf16"))
 
     return train
@@ -207,7 +207,7 @@ def _grid(device: torch.device, peak: float, rounds: int) -> dict[str, Any]:
         ).model_copy(update={"tokens": 10**6 * size.batch_tokens})
         for n, k in GRID
     ]  # fmt: skip
-    topk_sparse.kernels = choose.kernels
+    choose.kernels = CHOSEN
     torch.cuda.reset_peak_memory_stats(device)
     x = unit_rows(size)[0]
     sample = measure_centre(x)

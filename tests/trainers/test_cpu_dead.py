@@ -6,7 +6,7 @@ import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from saescale.trainers.architectures import topk_sparse
+from saescale.trainers.architectures import auxk
 from saescale.trainers.architectures.dead import DeadLatents
 from saescale.trainers.kernels import cpu, cpu_dead
 from saescale.trainers.kernels.interface import DeadGradient, Kept, Selected
@@ -96,8 +96,8 @@ def test_what_is_kept_of_a_product_selects_as_a_product_of_its_own(
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_a_step_is_the_same_from_one_product_and_from_two(precision: str, monkeypatch: pytest.MonkeyPatch) -> None:
     made = []
-    for entries in (topk_sparse.KEPT_ENTRIES, 0):
-        monkeypatch.setattr(topk_sparse, "KEPT_ENTRIES", entries)
+    for entries in (auxk.KEPT_ENTRIES, 0):
+        monkeypatch.setattr(auxk, "KEPT_ENTRIES", entries)
         sae = random_sae(16, 60, 3, seed=1, precision=precision, k_aux=6, auxk_coefficient=1.0)
         dead = DeadLatents(60)
         # Dead by this batch alone, dead before it, and some that it revives.

@@ -10,12 +10,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from saescale.scaling.compute import Flops
-from saescale.trainers.architectures import topk_sparse
+from saescale.trainers.architectures import auxk
 from saescale.trainers.architectures.architecture import Batch, Worked
 from saescale.trainers.architectures.dead import DeadLatents
 from saescale.trainers.architectures.topk import flops
 from saescale.trainers.architectures.topk_sparse import Gradient, TopKStep
 from saescale.trainers.cell import Cell
+from saescale.trainers.kernels import choose
 from saescale.trainers.preprocess import measure_centre, normalise
 from saescale.trainers.training.training_cell import TrainingCell
 from tests.trainers.topk_case import random_sae, take_step
@@ -53,8 +54,8 @@ def test_a_cell_counts_the_pairs_that_its_gradients_were_summed_over_across_a_re
     d_model: int, n_latents: int, k: int, own: dict[str, object], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # AuxK's pairs too go into the gradient as pairs.
-    monkeypatch.setattr(topk_sparse, "dead_kernels", lambda sparse, device: None)
-    monkeypatch.setattr(topk_sparse, "FEW_DEAD", 0)
+    monkeypatch.setattr(choose, "dead_kernels", lambda sparse, device: None)
+    monkeypatch.setattr(auxk, "FEW_DEAD", 0)
     real, summed = TopKStep.update, []
 
     def update(self: TopKStep, params: Any, operands: Any, gradient: Gradient, *rest: Any) -> None:

@@ -17,8 +17,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from saescale.trainers.architectures import topk_sparse
+from saescale.trainers.architectures import auxk as auxk_path
 from saescale.trainers.architectures.dead import DeadLatents
+from saescale.trainers.kernels import choose
 from saescale.trainers.kernels import cpu as sparse_cpu
 from saescale.trainers.kernels import eager as sparse_eager
 from saescale.trainers.kernels.interface import AdamStep, Moments, Pairs, Selected, Summands, Term
@@ -575,8 +576,8 @@ def test_training_equals_autograd_and_the_plain_optimiser(
 ) -> None:
     kernels, device = implementation(name)
     # AuxK goes one way while few latents are dead, and the other while many are.
-    monkeypatch.setattr(topk_sparse, "FEW_DEAD", 8 if auxk == "rows" else 1)
-    monkeypatch.setattr(topk_sparse, "kernels", lambda device: kernels)
+    monkeypatch.setattr(auxk_path, "FEW_DEAD", 8 if auxk == "rows" else 1)
+    monkeypatch.setattr(choose, "kernels", lambda device: kernels)
     monkeypatch.setattr(kernels, "_PIECE", 8, raising=False)
     n_latents, d_model, k = 20, 10, 3
     generator = torch.Generator().manual_seed(5)

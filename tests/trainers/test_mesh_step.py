@@ -2,8 +2,7 @@
 
 import pytest
 
-from saescale.trainers.architectures import topk_sparse
-from saescale.trainers.kernels import eager
+from saescale.trainers.kernels import choose, eager
 from saescale.trainers.mesh import distributed
 from saescale.trainers.mesh.layout import Layout
 from saescale.trainers.mesh.mesh import One
@@ -26,7 +25,7 @@ class Given(One):
 @pytest.fixture(autouse=True)
 def plain(monkeypatch: pytest.MonkeyPatch) -> None:
     """numba's threads do not like to be called by several."""
-    monkeypatch.setattr(topk_sparse, "kernels", lambda device: eager)
+    monkeypatch.setattr(choose, "kernels", lambda device: eager)
 
 
 @pytest.mark.parametrize(("shards", "replicas"), [(2, 1), (3, 2), (1, 2)])

@@ -11,12 +11,13 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from saescale.storage.store import ActivationStore
-from saescale.trainers.architectures import topk_sparse
+from saescale.trainers.architectures import auxk as auxk_path
 from saescale.trainers.architectures.architecture import Batch
 from saescale.trainers.architectures.sae import SAE
 from saescale.trainers.cell import Cell
 from saescale.trainers.evals import nmse
 from saescale.trainers.evals.nmse import HeldOut
+from saescale.trainers.kernels import choose
 from saescale.trainers.preprocess import Centre
 from saescale.trainers.training.pack import Pack, RawBatch
 from tests.trainers.implementations import NAMES, TRITON, implementation
@@ -113,8 +114,8 @@ def test_a_step_waits_for_the_device_once(
     name: str, auxk: str, make_cell: MakeCell, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     kernels, device = implementation(name)
-    monkeypatch.setattr(topk_sparse, "kernels", lambda device: kernels)
-    monkeypatch.setattr(topk_sparse, "FEW_DEAD", 1 if auxk == "many dead" else 8)
+    monkeypatch.setattr(choose, "kernels", lambda device: kernels)
+    monkeypatch.setattr(auxk_path, "FEW_DEAD", 1 if auxk == "many dead" else 8)
     waits = Waits()
     if name == TRITON:
         for own in KERNELS:
@@ -142,7 +143,7 @@ def test_an_evaluation_makes_each_sae_once_and_waits_once(
     kept: bool, tmp_path: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     kernels, _ = implementation("eager")
-    monkeypatch.setattr(topk_sparse, "kernels", lambda device: kernels)
+    monkeypatch.setattr(choose, "kernels", lambda device: kernels)
     monkeypatch.setattr(nmse, "CHUNK_ROWS", 512)
     monkeypatch.setattr(nmse, "KEPT_BYTES", 10**9 if kept else 0)
     store = ActivationStore.open(write_store(str(tmp_path / "store"), sparse_rows(256, 0), sparse_rows(1_300, 1)))

@@ -10,15 +10,14 @@ import torch
 from torch import Tensor
 
 from saescale.trainers.architectures.architecture import Batch, Params, Reconstruction, Shape
-from saescale.trainers.architectures.topk_sparse import (
-    Chosen,
-    TopKStep,
+from saescale.trainers.architectures.sparse_parts import (
     active_pairs,
     encode_select,
     encoder_operands,
     or_nan,
     target_of,
 )
+from saescale.trainers.architectures.topk_sparse import Chosen, TopKStep
 from saescale.trainers.kernels.choose import KernelKind, kernels
 from saescale.trainers.kernels.interface import Kept, Kernels, Selected
 from saescale.trainers.mesh.mesh import ALONE, Mesh

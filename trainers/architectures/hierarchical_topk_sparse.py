@@ -6,7 +6,8 @@ from torch import Tensor
 
 from saescale.trainers.architectures.architecture import Batch, Params, Shape
 from saescale.trainers.architectures.nested import Nested, by_rank
-from saescale.trainers.architectures.topk_sparse import Chosen, TopKStep, select
+from saescale.trainers.architectures.sparse_parts import select
+from saescale.trainers.architectures.topk_sparse import Chosen, TopKStep
 from saescale.trainers.kernels.choose import KernelKind
 from saescale.trainers.kernels.interface import Kept
 from saescale.trainers.mesh.mesh import Mesh

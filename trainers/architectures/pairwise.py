@@ -26,7 +26,7 @@ from saescale.trainers.architectures.architecture import (
     find_architecture,
 )
 from saescale.trainers.architectures.dense import DenseGradient, DenseStep
-from saescale.trainers.architectures.topk_sparse import active_pairs, encoder_input, target_of
+from saescale.trainers.architectures.sparse_parts import active_pairs, encoder_input, target_of
 from saescale.trainers.kernels.choose import KernelKind, kernels
 from saescale.trainers.kernels.eager import adam_rows
 from saescale.trainers.kernels.interface import Pairs, Selected, Summands, Term

@@ -38,7 +38,7 @@ def kth_largest(keys: Tensor, k: int) -> Tensor:
 def kept(local: Selected, keys: Tensor, least: Tensor) -> Selected:
     """Those of `local` whose keys reach `least` [batch], in their order, then padding.
 
-    NaN, which says that the encoder diverged, has no place in the order and stays (topk_sparse.or_nan).
+    NaN, which says that the encoder diverged, has no place in the order and stays (sparse_parts.or_nan).
     """
     stays = (keys >= least[:, None]) & (keys > NONE)
     if keys.shape[1] == 0:
