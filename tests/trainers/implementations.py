@@ -95,6 +95,7 @@ def compile_for(capability: int, sizes: dict[str, Any]) -> list[str]:
     from triton.runtime.jit import JITFunction
 
     from saescale.trainers.kernels import cuda as sparse_cuda
+    from saescale.trainers.kernels import cuda_check
 
     class Driver:
         def get_current_device(self) -> int:
@@ -114,7 +115,7 @@ def compile_for(capability: int, sizes: dict[str, Any]) -> list[str]:
 
     triton.runtime.driver.set_active(Driver())
     JITFunction.run = compile_only
-    functions = [getattr(sparse_cuda, name) for name in sparse_cuda._FUNCTIONS]
-    for _ in sparse_cuda._small_step(torch.device("cpu"), *functions, **sizes):
+    functions = [getattr(sparse_cuda, name) for name in cuda_check.FUNCTIONS]
+    for _ in cuda_check.small_step(torch.device("cpu"), *functions, piece=sparse_cuda.PIECE, **sizes):
         pass
     return sorted(compiled)

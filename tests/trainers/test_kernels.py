@@ -22,6 +22,7 @@ from saescale.trainers.architectures.dead import DeadLatents
 from saescale.trainers.kernels import choose
 from saescale.trainers.kernels import cpu as sparse_cpu
 from saescale.trainers.kernels import eager as sparse_eager
+from saescale.trainers.kernels.cuda_check import check
 from saescale.trainers.kernels.interface import AdamStep, Moments, Pairs, Selected, Summands, Term
 from tests.trainers.implementations import NAMES, TRITON, compile_for, implementation, interpreted
 from tests.trainers.topk_case import adam_of, in_float64, new_sae, reference_step, take_step, update
@@ -103,8 +104,8 @@ def close(got: Tensor, wanted: Tensor, tolerance: float = 1e-5) -> bool:
 def pieces_of(kernels: Any, size: int) -> Iterator[None]:
     """Long segments are cut into pieces of that size, where an implementation does that at all."""
     with pytest.MonkeyPatch.context() as patch:
-        if hasattr(kernels, "_PIECE"):
-            patch.setattr(kernels, "_PIECE", size)
+        if hasattr(kernels, "PIECE"):
+            patch.setattr(kernels, "PIECE", size)
         yield
 
 
@@ -578,7 +579,7 @@ def test_training_equals_autograd_and_the_plain_optimiser(
     # AuxK goes one way while few latents are dead, and the other while many are.
     monkeypatch.setattr(auxk_path, "FEW_DEAD", 8 if auxk == "rows" else 1)
     monkeypatch.setattr(choose, "kernels", lambda device: kernels)
-    monkeypatch.setattr(kernels, "_PIECE", 8, raising=False)
+    monkeypatch.setattr(kernels, "PIECE", 8, raising=False)
     n_latents, d_model, k = 20, 10, 3
     generator = torch.Generator().manual_seed(5)
     b_pre = 0.1 * torch.randn(d_model, generator=generator)
@@ -614,7 +615,7 @@ def test_training_equals_autograd_and_the_plain_optimiser(
 
 def test_the_check_finds_nothing() -> None:
     kernels, device = implementation(TRITON)
-    assert kernels.check(device) is None
+    assert check(kernels, device) is None
 
 
 class Launched:
@@ -644,7 +645,7 @@ def test_the_check_reports_a_broken_kernel(
 ) -> None:
     kernels, device = implementation(TRITON)
     monkeypatch.setattr(kernels, kernel, Launched(getattr(kernels, kernel), change))
-    fault = kernels.check(device)
+    fault = check(kernels, device)
     assert fault is not None
     assert message in fault
     assert "\n" not in fault

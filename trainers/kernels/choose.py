@@ -49,8 +49,9 @@ def _on_cuda(index: int) -> KernelKind:
     device = torch.device("cuda", index)
     try:
         from saescale.trainers.kernels import cuda
+        from saescale.trainers.kernels.cuda_check import check
 
-        fault = cuda.check(device)
+        fault = check(cuda, device)
     except ImportError as error:
         fault = one_line(error)
     if fault is None:

@@ -8,15 +8,13 @@ meanwhile.
 
 import threading
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 import torch
-from llvmlite import ir
-from numba import njit, prange, types
-from numba.extending import intrinsic
+from numba import njit, prange
 from torch import Tensor
 
+from saescale.trainers.kernels.cpu_select import CHUNK, copy_columns, count_above, place_above, select_rows, to_bits
 from saescale.trainers.kernels.interface import (
     AdamStep,
     Decoded,
@@ -32,7 +30,6 @@ from saescale.trainers.kernels.interface import (
 # Reassociation lets the dot products use vector registers; NaN and infinity keep their meaning, so that
 # a diverged cell is noticed.
 _FAST = {"contract", "reassoc", "nsz", "arcp"}
-_CHUNK = 16  # rows that share a thread's buffers
 
 
 class _Scratch(threading.local):
@@ -64,16 +61,16 @@ def encode_select(
         for selected, k in zip(selections, ks, strict=True):
             # Few enough entries per group, and enough groups for the bound to be tight.
             group = max(1, min(16, n_latents // (8 * k)))
-            _select(_bits(pre), _array(bias), group, _array(selected.indices[part]), _array(selected.z[part]))
+            select_rows(_bits(pre), _array(bias), group, _array(selected.indices[part]), _array(selected.z[part]))
         if kept is not None:
-            _copy_columns(_bits(pre), _array(kept.latents), _bits(kept.pre[part]))
+            copy_columns(_bits(pre), _array(kept.latents), _bits(kept.pre[part]))
     return selections
 
 
 def select(pre: Tensor, bias: Tensor, k: int) -> Selected:
     selected = Selected(torch.empty(len(pre), k, dtype=torch.int32), torch.empty(len(pre), k))
     # In groups of one, so that indices ascend but for ties.
-    _select(_bits(pre), _array(bias), 1, _array(selected.indices), _array(selected.z))
+    select_rows(_bits(pre), _array(bias), 1, _array(selected.indices), _array(selected.z))
     return selected
 
 
@@ -86,13 +83,13 @@ def select_above(x: Tensor, W_enc: Tensor, bias: Tensor, threshold: Tensor, most
         part = slice(start, min(start + rows, batch))
         pre = _bits(torch.mm(x[part], W_enc.detach().T, out=buffer[: part.stop - start]))
         counts = np.empty(len(pre), np.int32)
-        _count_above(pre, _array(bias), _array(threshold), counts)
+        count_above(pre, _array(bias), _array(threshold), counts)
         pairs += int(counts.sum())
         if pairs > most:
             return None
         width = max(1, int(counts.max()))
         here = Selected(torch.empty(len(pre), width, dtype=torch.int32), torch.empty(len(pre), width))
-        _place_above(pre, _array(bias), _array(threshold), _array(here.indices), _array(here.z))
+        place_above(pre, _array(bias), _array(threshold), _array(here.indices), _array(here.z))
         found.append(here)
     width = max(here.z.shape[1] for here in found)
     pad = torch.nn.functional.pad
@@ -168,174 +165,6 @@ def _bits(tensor: Tensor) -> np.ndarray:
 
 
 # --- kernels
-
-
-@intrinsic
-def _float(typingctx: Any, bits: Any) -> Any:
-    """float32 of a bfloat16 (uint16), of the bits of a float32 (int32), or of a float32."""
-
-    def code(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        (value,) = args
-        if bits == types.uint16:
-            value = builder.shl(builder.zext(value, ir.IntType(32)), ir.Constant(ir.IntType(32), 16))
-        return value if bits == types.float32 else builder.bitcast(value, ir.FloatType())
-
-    return types.float32(bits), code
-
-
-@intrinsic
-def _int(typingctx: Any, value: Any) -> Any:
-    """The bits of a float32 as int32: for positive numbers the order is the same, and negative ones are negative."""
-
-    def code(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        return builder.bitcast(args[0], ir.IntType(32))
-
-    return types.int32(types.float32), code
-
-
-@njit(parallel=True, nogil=True, cache=True)
-def _select(pre: np.ndarray, bias: np.ndarray, group: int, indices: np.ndarray, z: np.ndarray) -> None:
-    """Exact two-level top-k of the positive entries of each row of pre + bias, `pre` [batch, n] float32 or bfloat16.
-
-    Writes `indices` and `z` [batch, k], in no particular order; -1 and 0 where fewer than k are positive. Ties go to
-    the lower index.
-
-    First level: if k groups of entries have maxima that reach a bound, the k largest entries reach it too, and only
-    groups whose maximum does can hold them. The `group` entries of a group stand a fixed stride apart, so that the
-    maxima of neighbouring groups come from one vector operation.
-    """
-    batch, n = pre.shape
-    k = indices.shape[1]
-    groups = -(-n // group)
-    for chunk in prange(-(-batch // _CHUNK)):
-        maxima = np.empty(groups, np.int32)
-        candidates = np.empty(n, np.int32)
-        entries = np.empty(n, np.int32)
-        for b in range(chunk * _CHUNK, min(chunk * _CHUNK + _CHUNK, batch)):
-            row = pre[b]
-            _group_maxima(row, bias, maxima)
-            top = np.int32(0)
-            for g in range(groups):
-                top = max(top, maxima[g])
-            bound = _threshold(maxima, k, top, k // 8)
-
-            found = 0
-            if group == 1:
-                for g in range(groups):
-                    candidates[found] = g
-                    entries[found] = maxima[g]
-                    found += maxima[g] >= bound
-            for g in range(groups if group > 1 else 0):
-                if maxima[g] >= bound:
-                    for i in range(g, n, groups):
-                        # Without a branch: it would be mispredicted at nearly every entry that is kept.
-                        entry = _int(_float(row[i]) + bias[i])
-                        candidates[found] = i
-                        entries[found] = entry
-                        found += entry >= bound
-
-            last = _threshold(entries[:found], k, top, 0)
-            reaching = _reaching(entries[:found], last)
-            kept = 0
-            for i in range(found):
-                if entries[i] > last or (entries[i] == last and reaching <= k):
-                    indices[b, kept] = candidates[i]
-                    z[b, kept] = _float(entries[i])
-                    kept += 1
-            if reaching > k:
-                for i in range(n):
-                    if kept < k and _int(_float(row[i]) + bias[i]) == last:
-                        indices[b, kept] = i
-                        z[b, kept] = _float(last)
-                        kept += 1
-            for i in range(kept, k):
-                indices[b, i] = -1
-                z[b, i] = 0
-
-
-@njit(parallel=True, nogil=True, cache=True)
-def _count_above(pre: np.ndarray, bias: np.ndarray, threshold: np.ndarray, counts: np.ndarray) -> None:
-    """counts [batch]: entries of each row of pre + bias that exceed `threshold` [n]."""
-    for b in prange(len(pre)):
-        row = pre[b]
-        count = np.int32(0)
-        for i in range(len(row)):
-            count += np.int32(1) if _float(row[i]) + bias[i] > threshold[i] else np.int32(0)
-        counts[b] = count
-
-
-@njit(parallel=True, nogil=True, cache=True)
-def _place_above(pre: np.ndarray, bias: np.ndarray, threshold: np.ndarray, indices: np.ndarray, z: np.ndarray) -> None:
-    """Those entries, ascending, to `indices` and `z` [batch, width >= the count of each row]; then -1 and 0."""
-    batch, n = pre.shape
-    width = indices.shape[1]
-    for chunk in prange(-(-batch // _CHUNK)):
-        # One more than there can be: without a branch, each entry is written before it is known whether it stays.
-        places = np.empty(n + 1, np.int32)
-        entries = np.empty(n + 1, np.float32)
-        for b in range(chunk * _CHUNK, min(chunk * _CHUNK + _CHUNK, batch)):
-            row = pre[b]
-            found = 0
-            for i in range(n):
-                entry = _float(row[i]) + bias[i]
-                places[found] = i
-                entries[found] = entry
-                found += entry > threshold[i]
-            for j in range(width):
-                indices[b, j] = places[j] if j < found else -1
-                z[b, j] = entries[j] if j < found else 0
-
-
-@njit(parallel=True, nogil=True, cache=True)
-def _copy_columns(pre: np.ndarray, columns: np.ndarray, out: np.ndarray) -> None:
-    for b in prange(len(pre)):
-        row, to = pre[b], out[b]
-        for i in range(len(columns)):
-            to[i] = row[columns[i]]
-
-
-@njit(nogil=True, cache=True)
-def _group_maxima(row: np.ndarray, bias: np.ndarray, maxima: np.ndarray) -> None:
-    groups = len(maxima)
-    for g in range(groups):
-        maxima[g] = _int(_float(row[g]) + bias[g])
-    for first in range(groups, len(row), groups):
-        # Slices, since their lengths tell the compiler that no index is negative.
-        part, shift = row[first : first + groups], bias[first : first + groups]
-        for g in range(len(part)):
-            entry = _int(_float(part[g]) + shift[g])
-            maxima[g] = entry if entry > maxima[g] else maxima[g]
-
-
-@njit(nogil=True, cache=True)
-def _reaching(values: np.ndarray, bound: int) -> Any:
-    """How many of `values` (int32) are at least `bound`: an int32."""
-    count = np.int32(0)
-    for i in range(len(values)):
-        count += np.int32(1) if values[i] >= bound else np.int32(0)
-    return count
-
-
-@njit(nogil=True, cache=True)
-def _threshold(values: np.ndarray, k: int, top: int, slack: int) -> Any:
-    """By bisection, a number that at least k and at most k + slack of `values` (int32, up to `top`) reach.
-
-    Where ties make that impossible it is the largest number that at least k reach; 1 where fewer than k are positive
-    or there are no more than k values. Counting is all vector operations, where a partition would branch.
-    """
-    low, high = np.int64(1), np.int64(top) + 1
-    if len(values) <= k:
-        return np.int32(low)
-    while high - low > 1:
-        middle = low + (high - low) // 2
-        count = _reaching(values, np.int32(middle))
-        if count < k:
-            high = middle
-        else:
-            low = middle
-            if count <= k + slack:
-                break
-    return np.int32(low)
 
 
 @njit(fastmath=_FAST, nogil=True, cache=True)
@@ -509,9 +338,9 @@ def _update_rows(
     n_latents, d_model = param.shape
     lr, beta1, beta2, eps, correction1, correction2, decay, rest1, rest2, rest = adam
     rate, one = lr * correction1, np.float32(1)
-    for chunk in prange(-(-n_latents // _CHUNK)):
+    for chunk in prange(-(-n_latents // CHUNK)):
         grad = np.empty(d_model, np.float32)
-        for n in range(chunk * _CHUNK, min(chunk * _CHUNK + _CHUNK, n_latents)):
+        for n in range(chunk * CHUNK, min(chunk * CHUNK + CHUNK, n_latents)):
             start, end = starts[n], starts[n + 1]
             w, m, v, mean = param[n], exp_avg[n], exp_avg_sq[n], average[n]
             if len(extra_of) and extra_of[n] >= 0:
@@ -545,6 +374,6 @@ def _update_rows(
             if len(operand):
                 rounded = operand[n]
                 for i in range(d_model):
-                    bits = _int(w[i])
+                    bits = to_bits(w[i])
                     # To nearest, ties to even, as torch rounds.
                     rounded[i] = np.uint16((bits + np.int32(0x7FFF) + ((bits >> 16) & 1)) >> 16)

@@ -8,15 +8,13 @@ that once (bfloat16, d_model = 768) costs a quarter of the product, about what a
 epilogue would lose to cuBLAS, and it works for every shape and type.
 """
 
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from saescale.trainers.kernels import eager as sparse_eager
 from saescale.trainers.kernels.eager import gradient_by_z, select_above, transpose
 from saescale.trainers.kernels.interface import (
     AdamStep,
@@ -25,19 +23,16 @@ from saescale.trainers.kernels.interface import (
     Pairs,
     Selected,
     Summands,
-    Term,
     group_size,
     product_rows,
 )
 
 __all__ = [
-    "check", "decode", "encode_select", "gradient_by_z", "latent_sums", "select_above", "transpose", "update_rows",
+    "decode", "encode_select", "gradient_by_z", "latent_sums", "select_above", "transpose", "update_rows",
 ]  # fmt: skip
 
-Function = Callable[..., Any]
-
 _PIECES = 2**13  # at most, of the segments that are summed apart from the rest
-_PIECE = 512  # pairs, at least, of such a piece
+PIECE = 512  # pairs, at least, of such a piece
 _TILE = 4096  # entries of rows of d_model that a program loads at once: enough are on their way to hide the latency
 
 
@@ -99,7 +94,7 @@ def update_rows(
         extra_of = torch.full((n_latents,), -1, dtype=torch.int32, device=latents.device)
         extra_of.index_copy_(0, latents, numbers)
     # Follows from shapes alone: how many pairs a latent has is known on the device only.
-    piece = max(_PIECE, triton.cdiv(len(rows), _PIECES))
+    piece = max(PIECE, triton.cdiv(len(rows), _PIECES))
     block, tile, warps = _row_tile(d_model)
     with torch.cuda.device_of(parameter):
         before, partial = _sums_of_pieces(gradient, piece)
@@ -162,94 +157,6 @@ def _row_tile(d_model: int) -> tuple[int, int, int]:
     block = triton.next_power_of_2(d_model)
     rows = min(16, max(1, _TILE // block))
     return block, rows, min(32, max(1, rows * block // 1024, block // 512))
-
-
-# --- what stands between a user and a kernel that does not work on his device
-
-_FUNCTIONS = ("encode_select", "decode", "transpose", "latent_sums", "update_rows")
-
-
-def check(device: torch.device) -> str | None:
-    """What is wrong with these functions on `device`, in words; None where they agree with sparse_eager's on a CPU."""
-    mine, theirs = [globals()[name] for name in _FUNCTIONS], [getattr(sparse_eager, name) for name in _FUNCTIONS]
-    # On a CPU, whose products nobody has set to TF32.
-    expected = _small_step(torch.device("cpu"), *theirs)
-    try:
-        for (name, result), (_, wanted) in zip(_small_step(device, *mine), expected, strict=True):
-            got = result.cpu().double()
-            if not torch.allclose(got, wanted.double(), rtol=1e-4, atol=1e-4):
-                return f"{name}: off by up to {float((got - wanted.double()).abs().max()):.3g}"
-    except Exception as error:  # whatever a compiler or a driver may raise
-        return f"{type(error).__name__}: {(str(error).strip().splitlines() or ['no message'])[0]}"
-    return None
-
-
-@torch.no_grad()
-def _small_step(
-    device: torch.device,
-    encode_select: Function,
-    decode: Function,
-    transpose: Function,
-    latent_sums: Function,
-    update_rows: Function,
-    batch: int = 20,
-    d_model: int = 24,
-    n_latents: int = 70,
-    ks: tuple[int, ...] = (3, 12),
-) -> Iterator[tuple[str, Tensor]]:
-    """What each function makes of the same random input at every call, by name; none gets what another returned."""
-    generator = torch.Generator().manual_seed(0)
-
-    def normal(*shape: int) -> Tensor:
-        return torch.randn(shape, generator=generator).to(device)
-
-    def whole(low: int, high: int, *shape: int) -> Tensor:
-        return torch.randint(low, high, shape, generator=generator).to(device)
-
-    # Of such small numbers neither a sum nor its rounding to bfloat16 is inexact, and many of them are the same.
-    x, W_enc = whole(-3, 4, batch, d_model).float(), whole(-3, 4, n_latents, d_model).float()
-    bias = whole(-8, 9, n_latents) / 4
-    for dtype in (torch.bfloat16, torch.float32):
-        for indices, z in encode_select(x.to(dtype), W_enc.to(dtype), bias, ks):
-            order = indices.argsort(dim=1)
-            yield f"the selection from {dtype}", indices.gather(1, order)
-            yield f"z from {dtype}", z.gather(1, order)
-
-    selections = sparse_eager.encode_select(x, W_enc, bias, ks)
-    offset, W_dec, terms = normal(d_model), normal(n_latents, d_model), []
-    for selected in selections:
-        for scale in (0.5, None):
-            error = torch.empty_like(x)
-            decoded = decode(x, offset, selected, W_dec, scale, error)
-            yield from zip(("the error", "its square", "dz"), (error, decoded.squared, decoded.dz), strict=True)
-        terms.append(Term(selected, normal(*selected.z.shape), 0.5))
-    pairs = transpose(terms, n_latents)
-    active = torch.arange(len(pairs.rows), device=device) < pairs.starts[-1]
-    for name, values in pairs._asdict().items():
-        yield f"{name} of the pairs", values if name == "starts" else values * active
-    yield "the sums by latent", latent_sums(sparse_eager.transpose(terms, n_latents))
-
-    # One latent has enough pairs for several pieces, and there is something after the last one.
-    lengths = whole(0, 4, n_latents)
-    lengths[1] = 3 * _PIECE - 5
-    starts = torch.nn.functional.pad(lengths.cumsum(0), (1, 0))
-    size, latents = int(starts[-1]) + 9, torch.arange(0, n_latents, 9, device=device)
-    rows, weights, extra = whole(0, 2 * batch, size).int(), normal(size) / 10, normal(len(latents), d_model)
-    of_decoder = Summands(
-        starts, rows, weights, normal(2 * batch, d_model), None, offset, latents[:0], extra[:0]
-    )  # fmt: skip
-    of_encoder = Summands(starts, rows, weights, x, normal(n_latents), offset, latents, extra)
-    rounded = torch.empty(n_latents, d_model, dtype=torch.bfloat16, device=device)
-    adam = AdamStep(0.01, 0.9, 0.999, 1e-8, 1.5, 2.0, 0.99)
-    for gradient, unit_rows, operand in ((of_decoder, True, None), (of_encoder, False, rounded)):
-        parameter = torch.nn.functional.normalize(normal(n_latents, d_model))
-        # Far from 0, where the last bit of a gradient would decide the sign of a step.
-        moments = Moments(*(1 + normal(n_latents, d_model).square() for _ in Moments._fields))
-        update_rows(parameter, moments, gradient, adam, unit_rows, operand)
-        yield "the updated rows", parameter
-        yield from zip(("Adam's mean", "Adam's mean square", "the average of rows"), moments, strict=True)
-        if operand is not None:
-            yield "the rounding of rows", operand.float() - parameter.bfloat16().float()
 
 
 # --- kernels
