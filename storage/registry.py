@@ -5,9 +5,9 @@
     ARCHITECTURES.load("topk")     # the module, imported now
     ARCHITECTURES.give("my/toy.py")  # from now on "toy" is one of them
 
-A file of the room belongs to it when it defines the room's `marker` at its top level; door and helpers do not. Folders
-named in SAESCALE_PATH (separated like PATH) are rooms of the user's own: `$SAESCALE_PATH/architectures/mine.py` is an
-architecture `mine`.
+A file of the room, or of a room within it, belongs to it when it defines the room's `marker` at its top level; door and
+helpers do not. Folders named in SAESCALE_PATH (separated like PATH) are rooms of the user's own:
+`$SAESCALE_PATH/architectures/mine.py` is an architecture `mine`.
 """
 
 import ast
@@ -17,6 +17,7 @@ import importlib
 import importlib.util
 import os
 import sys
+from collections.abc import Iterable
 from functools import lru_cache
 from pathlib import Path
 from types import ModuleType
@@ -103,7 +104,7 @@ class Room(NamedTuple):
         """The user's file of that name; None where it is one of the product's. Raises SaescaleError as `check` does."""
         self.check(name)
         path = self._files()[_stem(name)]
-        return None if path.parent == self._folder() else path
+        return None if path.is_relative_to(self._folder()) else path
 
     def about(self, name: str) -> str:
         """The first paragraph of what its file says of itself, as one line. Imports nothing."""
@@ -117,9 +118,10 @@ class Room(NamedTuple):
             return known
         self.check(name)
         path = self._files()[_stem(name)]
-        if path.parent != self._folder():
+        if not path.is_relative_to(self._folder()):
             return load_file(path, self.what)
-        module = importlib.import_module(f"{self.package}.{path.stem}")
+        inside = path.relative_to(self._folder()).with_suffix("").parts
+        module = importlib.import_module(".".join((self.package, *inside)))
         return _OWN.setdefault((self.package, path.stem), module)
 
     def _folder(self) -> Path:
@@ -136,14 +138,14 @@ class Room(NamedTuple):
     def _files(self) -> dict[str, Path]:
         # The product's own last: a user's file never takes the place of one of them.
         found: dict[str, Path] = {}
-        for folder in (*self._own_folders(), None, self._folder()):
-            if folder is None:
-                found |= {stem: path for (package, stem), path in _GIVEN.items() if package == self.package}
-                continue
-            for path in sorted(folder.glob("*.py")):
-                if self.marker in _defined(str(path), path.stat().st_mtime_ns):
-                    found[path.stem] = path
-        return found
+        for folder in self._own_folders():
+            found |= self._of(folder.glob("*.py"))
+        found |= {stem: path for (package, stem), path in _GIVEN.items() if package == self.package}
+        return found | self._of(self._folder().rglob("*.py"))
+
+    def _of(self, paths: Iterable[Path]) -> dict[str, Path]:
+        marked = (path for path in sorted(paths) if self.marker in _defined(str(path), path.stat().st_mtime_ns))
+        return {path.stem: path for path in marked}
 
 
 def load_file(path: Path, what: str) -> ModuleType:

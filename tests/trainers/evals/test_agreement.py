@@ -5,7 +5,7 @@ import re
 import torch
 
 from saescale.storage.store import ActivationStore
-from saescale.trainers.evals.agreement import last_activations, sentences
+from saescale.trainers.evals.texts.agreement import last_activations, sentences
 from saescale.trainers.subjects.subject import Subject
 
 PLURAL = re.compile(r"(men|[^aeious]s|[aeiou]s)$")

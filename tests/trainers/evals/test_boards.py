@@ -13,11 +13,11 @@ from saescale.storage.errors import SaescaleError
 from saescale.storage.rundir import RunDirectory
 from saescale.storage.store import ActivationStore
 from saescale.trainers.cell import Cell, EvalSpec
-from saescale.trainers.evals.board_picture import boards_of_cell, seen
-from saescale.trainers.evals.board_probe import probe, read_boards
-from saescale.trainers.evals.board_recovery import BESIDE, properties, reconstruct, recovered
-from saescale.trainers.evals.boards import Boards, heldout_boards
-from saescale.trainers.evals.detectors import Active, active_of_neurons
+from saescale.trainers.evals.boards.board_probe import probe, read_boards
+from saescale.trainers.evals.boards.board_recovery import BESIDE, properties, reconstruct, recovered
+from saescale.trainers.evals.boards.boards import Boards, heldout_boards
+from saescale.trainers.evals.boards.detectors import Active, active_of_neurons
+from saescale.trainers.evals.boards.picture import boards_of_cell, seen
 from saescale.trainers.evals.evaluation import Measurement
 from saescale.trainers.evals.run import evaluate_run
 from saescale.trainers.evals.streams import streams_of_rows

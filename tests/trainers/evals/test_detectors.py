@@ -5,7 +5,7 @@ import pytest
 import torch
 from scipy.stats import mannwhitneyu
 
-from saescale.trainers.evals.detectors import (
+from saescale.trainers.evals.boards.detectors import (
     THRESHOLDS,
     Active,
     active_of,

@@ -15,18 +15,18 @@ from saescale.storage.store import ActivationStore
 from saescale.trainers.architectures.architecture import Shape
 from saescale.trainers.architectures.sae import SAE
 from saescale.trainers.cell import Cell, EvalSpec
-from saescale.trainers.evals import maze_edits, maze_features
-from saescale.trainers.evals.maze_changes import (
+from saescale.trainers.evals.mazes import maze_edits, maze_features
+from saescale.trainers.evals.mazes.changes import (
     edits_to_add,
     edits_to_remove,
     few_of_each_edge,
     succeeded,
     told_as_tokens,
 )
-from saescale.trainers.evals.maze_edits import EdgeLatents
-from saescale.trainers.evals.maze_features import at_places, probed
-from saescale.trainers.evals.maze_heads import attention_to_cells
-from saescale.trainers.evals.mazes import PLACES, Told, heldout_connections
+from saescale.trainers.evals.mazes.connections import PLACES, Told, heldout_connections
+from saescale.trainers.evals.mazes.maze_edits import EdgeLatents
+from saescale.trainers.evals.mazes.maze_features import at_places, probed
+from saescale.trainers.evals.mazes.maze_heads import attention_to_cells
 from saescale.trainers.evals.run import evaluate_run
 from saescale.trainers.exchange.trained import Trained
 from saescale.trainers.harvest.conduct import harvest
@@ -120,7 +120,7 @@ def test_the_place_where_connections_are_told_better_is_that_of_the_cell(told: d
 
 
 def test_an_edge_on_no_row_is_one_line(store: ActivationStore, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("saescale.trainers.evals.mazes.ROWS", 40)
+    monkeypatch.setattr("saescale.trainers.evals.mazes.connections.ROWS", 40)
     with pytest.raises(SaescaleError, match=r"connections, \(\d,\d\)-\(\d,\d\) the first, are on no held-out row"):
         heldout_connections(store, get_subject(store.subject))
 
@@ -277,7 +277,7 @@ def test_a_trained_cell_is_measured_beside_what_needs_no_sae(
     run.write_spec({"name": "mazes", "store": store.url, "resolved": {}})
     spec = EvalSpec(tokens=512, every_tokens=2_048)
     run.write_results(train_pack(PackJob(cells=[cell], store=store.url, run=run.url, sweep="mazes", eval=spec)).results)
-    monkeypatch.setattr("saescale.trainers.evals.maze_edits.MAZES", 96)
+    monkeypatch.setattr("saescale.trainers.evals.mazes.maze_edits.MAZES", 96)
     done = evaluate_run(run.url, ["maze_features", "maze_heads", "maze_edits"])
     assert any("solves none of 96 mazes" in line for line in done.why)
     rows = pq.read_table(tmp_path / "run" / "evals.parquet").to_pylist()

@@ -5,8 +5,8 @@ import re
 import numpy as np
 import pytest
 
-from saescale.trainers.evals import text_tasks as module
-from saescale.trainers.evals.text_tasks import text_tasks
+from saescale.trainers.evals.texts.spelling import tasks as module
+from saescale.trainers.evals.texts.tasks import text_tasks
 
 # A context and what is true of it: the numbers of tokens.
 FIRST = [

@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import pytest
 
 from saescale.storage.errors import SaescaleError
-from saescale.trainers.evals.texts import token_texts
+from saescale.trainers.evals.texts.spelling import token_texts
 from saescale.trainers.subjects.subject import get_subject
 
 

@@ -5,7 +5,7 @@ from itertools import product
 import numpy as np
 import pytest
 
-from saescale.trainers.evals.trees import Split, Splits, Tree, best_tree
+from saescale.trainers.evals.mazes.trees import Split, Splits, Tree, best_tree
 
 
 def f1(said: np.ndarray, truth: np.ndarray) -> float:

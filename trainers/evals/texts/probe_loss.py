@@ -2,7 +2,7 @@
 
 Of each binary task the minimum over latents of the cross-entropy of a logistic probe on one latent's pre-activation,
 sigmoid(w a + b), fitted by Newton-Raphson (probes.py); the mean over tasks, in nats a token. Tasks are computed from
-text (text_tasks.py) where the subject reads one, and two of sentences with a singular or plural subject (agreement.py)
+text (tasks.py) where the subject reads one, and two of sentences with a singular or plural subject (agreement.py)
 come to them; else its labels are the tasks: one for each value that a label takes, or for the second of two, up to 8
 values and 64 tasks. The paper has 61 classification sets of its own instead.
 
@@ -40,13 +40,13 @@ from saescale.storage.source import Source
 from saescale.storage.store import ActivationStore
 from saescale.trainers.architectures.architecture import unit_rows
 from saescale.trainers.architectures.dense import CHUNK_ENTRIES
-from saescale.trainers.evals.agreement import last_activations, sentences
 from saescale.trainers.evals.evaluation import Measurement, Need, Unsuited
 from saescale.trainers.evals.intervals import SEED, Sums, by_document
 from saescale.trainers.evals.labels import heldout_labels
-from saescale.trainers.evals.probes import best_probes
-from saescale.trainers.evals.text_tasks import text_tasks
-from saescale.trainers.evals.texts import token_texts
+from saescale.trainers.evals.texts.agreement import last_activations, sentences
+from saescale.trainers.evals.texts.probes import best_probes
+from saescale.trainers.evals.texts.spelling import token_texts
+from saescale.trainers.evals.texts.tasks import text_tasks
 from saescale.trainers.exchange.trained import Trained
 from saescale.trainers.harvest.make_shard import prefix_of
 from saescale.trainers.harvest.retrace import heldout_places

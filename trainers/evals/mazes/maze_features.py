@@ -27,7 +27,7 @@ from saescale.scaling.metrics import Metric
 from saescale.storage.source import Source
 from saescale.trainers.evals.evaluation import Measurement, Need
 from saescale.trainers.evals.intervals import SEED, Sums, by_document
-from saescale.trainers.evals.mazes import (
+from saescale.trainers.evals.mazes.connections import (
     PLACES,
     Found,
     Told,

@@ -9,10 +9,10 @@ import numpy as np
 from saescale.storage.errors import SaescaleError
 from saescale.storage.rundir import RunDirectory
 from saescale.trainers.evals.bench import Bench
-from saescale.trainers.evals.board_probe import read_boards
-from saescale.trainers.evals.board_recovery import Reconstruction, reconstruct
-from saescale.trainers.evals.boards import Boards, heldout_boards
-from saescale.trainers.evals.detectors import active_latents
+from saescale.trainers.evals.boards.board_probe import read_boards
+from saescale.trainers.evals.boards.board_recovery import Reconstruction, reconstruct
+from saescale.trainers.evals.boards.boards import Boards, heldout_boards
+from saescale.trainers.evals.boards.detectors import active_latents
 from saescale.trainers.evals.plan import finished_cells
 from saescale.trainers.subjects.othello_labels import TILES
 

@@ -19,7 +19,7 @@ from torch import Tensor
 from saescale.storage.source import Source
 from saescale.trainers.evals.evaluation import Measurement, Need
 from saescale.trainers.evals.intervals import SEED, Estimate, mean_of
-from saescale.trainers.evals.mazes import maze_of
+from saescale.trainers.evals.mazes.connections import maze_of
 from saescale.trainers.exchange.trained import Trained
 from saescale.trainers.subjects.drawn import parts_of
 from saescale.trainers.subjects.maze import Maze

@@ -11,7 +11,7 @@ from saescale.storage.errors import SaescaleError
 from saescale.storage.source import Source
 from saescale.trainers.evals.evaluation import require_kind
 from saescale.trainers.evals.labels import heldout_halves
-from saescale.trainers.evals.trees import Single, Splits, Tree
+from saescale.trainers.evals.mazes.trees import Single, Splits, Tree
 from saescale.trainers.exchange.trained import Trained
 from saescale.trainers.subjects.maze import Maze
 from saescale.trainers.subjects.maze_labels import KINDS

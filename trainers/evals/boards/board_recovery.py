@@ -32,8 +32,8 @@ import numpy as np
 
 from saescale.scaling.metrics import Metric
 from saescale.storage.source import Source
-from saescale.trainers.evals.boards import Boards, heldout_boards, othello_of
-from saescale.trainers.evals.detectors import (
+from saescale.trainers.evals.boards.boards import Boards, heldout_boards, othello_of
+from saescale.trainers.evals.boards.detectors import (
     THRESHOLDS,
     Active,
     active_latents,

@@ -42,7 +42,7 @@ from saescale.trainers.evals.decoder import directions_of
 from saescale.trainers.evals.evaluation import Measurement, Need
 from saescale.trainers.evals.firing import Firing, firing
 from saescale.trainers.evals.intervals import SEED, Sums, by_document, mean_of
-from saescale.trainers.evals.texts import token_texts
+from saescale.trainers.evals.texts.spelling import token_texts
 from saescale.trainers.exchange.trained import Trained
 from saescale.trainers.preprocess import normalise, to_tensor
 from saescale.trainers.subjects.subject import Subject

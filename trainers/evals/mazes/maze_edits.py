@@ -5,7 +5,7 @@ goes on greedily (Spies et al. 2024). To add edge e, which would shorten the pat
 on average where e is told, x + sum_f (mean_f - z_f) W_dec[f], at a connection drawn at random: a success is the path of
 the maze with e. To remove e, which the path crosses, z_f becomes 0 where e is told: a success is a way that never
 crosses e. The latents of an edge are those that are large where its tree says yes (trees.py), chosen on held-out rows.
-Changes are at the `;` of a connection or at its second cell, wherever the trees are better (mazes.py).
+Changes are at the `;` of a connection or at its second cell, wherever the trees are better (connections.py).
 
 | metric | what |
 |---|---|
@@ -34,7 +34,7 @@ from saescale.storage.source import Source
 from saescale.trainers.evals.decoder import directions_of
 from saescale.trainers.evals.evaluation import Measurement, Need
 from saescale.trainers.evals.intervals import SEED, Sums, by_document, mean_of, ratio
-from saescale.trainers.evals.maze_changes import (
+from saescale.trainers.evals.mazes.changes import (
     Change,
     Edits,
     Kind,
@@ -44,7 +44,14 @@ from saescale.trainers.evals.maze_changes import (
     succeeded,
     told_as_tokens,
 )
-from saescale.trainers.evals.mazes import Told, better_place, find_connections, heldout_connections, latents_of, maze_of
+from saescale.trainers.evals.mazes.connections import (
+    Told,
+    better_place,
+    find_connections,
+    heldout_connections,
+    latents_of,
+    maze_of,
+)
 from saescale.trainers.exchange.trained import Trained
 from saescale.trainers.subjects.drawn import those
 from saescale.trainers.subjects.maze import Maze
