@@ -1,6 +1,7 @@
 """The door of evaluations: what is measured on a trained cell beside the nmse of its training.
 
-An evaluation is a file of this folder that defines `needs` and `measure` at its top level: see README.md.
+An evaluation is a file of this folder, or of a room in it, that defines `needs` and `measure` at its top level: see
+README.md.
 """
 
 from __future__ import annotations
