@@ -13,8 +13,11 @@ import torch.multiprocessing as mp
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from saescale.storage.errors import SaescaleError
+from saescale.storage.live import open_source
 from saescale.trainers.architectures.architecture import Batch
 from saescale.trainers.cell import Cell
+from saescale.trainers.evals.nmse import HeldOut
+from saescale.trainers.exchange import native
 from saescale.trainers.mesh.distributed import Processes, join
 from saescale.trainers.mesh.layout import Layout
 from saescale.trainers.mesh.mesh import ONE, Group
@@ -170,6 +173,14 @@ def train(group: Processes, job: PackJob, stop_after: int | None = None) -> Any:
         return train_pack(job, should_stop=stop, group=group, device=torch.device("cpu"))
     except SaescaleError as error:
         return str(error)
+
+
+def load(group: Processes, url: str, job: PackJob) -> tuple[float, float, int]:
+    """nmse and L0 of a finished SAE of which each process has its share, and how many numbers its W_enc has."""
+    trained = native.read(url, group.mesh(job.cells[0].n_latents))
+    held_out = HeldOut(open_source(job.store), job.eval.tokens, torch.device("cpu"), job.store)
+    (quality,) = held_out.evaluate([lambda: trained.sae], trained.origin, False)
+    return quality.nmse, quality.l0, trained.sae.params["W_enc"].numel()
 
 
 def nothing(group: Group) -> None:

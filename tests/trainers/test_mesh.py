@@ -14,10 +14,11 @@ import pytest
 import torch
 
 from saescale.storage import checkpoint
-from saescale.storage.errors import SaescaleError
+from saescale.storage.errors import Damaged, SaescaleError
 from saescale.storage.rundir import RunDirectory
 from saescale.storage.store import ActivationStore
 from saescale.trainers.cell import Cell, EvalSpec
+from saescale.trainers.exchange import native
 from saescale.trainers.exchange.native import read
 from saescale.trainers.mesh import traffic
 from saescale.trainers.mesh.layout import Layout
@@ -168,7 +169,9 @@ def elsewhere(job: PackJob, tmp_path: Path, **more: Any) -> PackJob:
     return job.model_copy(update={"run": str(tmp_path / "run"), **more})
 
 
-def assert_same(job: PackJob, result: dict[str, Any], unbroken: dict[str, Any], original: PackJob) -> None:
+def assert_same(
+    job: PackJob, result: dict[str, Any], unbroken: dict[str, Any], original: PackJob, shards: int = 1
+) -> None:
     assert result["nmse"] == pytest.approx(unbroken["nmse"], abs=1e-5)
     assert {k: result[k] for k in ("status", "l0", "flops", "dead_fraction", "tokens")} == {
         k: unbroken[k] for k in ("status", "l0", "flops", "dead_fraction", "tokens")
@@ -180,9 +183,14 @@ def assert_same(job: PackJob, result: dict[str, Any], unbroken: dict[str, Any], 
     got, wanted = read(run.cell_url(name)).sae.params, read(first.cell_url(name)).sae.params
     for key, t in wanted.items():
         assert float((got[key] - t).norm()) <= 1e-2 * float(t.norm()), key
+    weights = ["sae.safetensors"]
+    if shards > 1:
+        weights = [f"sae-{shard + 1:05d}-of-{shards:05d}.safetensors" for shard in range(shards)]
+        weights += ["sae.safetensors.index.json"]
     assert sorted(path.name for path in Path(run.cell_url(name)).iterdir()) == [
-        "curve.parquet", "result.json", "sae.safetensors",
+        "curve.parquet", "result.json", *weights
     ]  # fmt: skip
+    assert run.cells_with_weights() == [name]
 
 
 def test_a_checkpoint_goes_on_at_any_other_sharding(
@@ -225,7 +233,27 @@ def test_a_damaged_part_is_one_generation_lost(
     content[-5] ^= 1
     damaged.write_bytes(content)
     outcomes = crowd.ask(mesh.train, 2, 1, mine)
-    assert_same(mine, outcomes[0].results[0], unbroken, job)
+    assert_same(mine, outcomes[0].results[0], unbroken, job, shards=2)
+    # What two wrote: by any other number, one process among them, and once more as one file or smaller ones.
+    url, result = RunDirectory(mine.run).cell_url(mine.cells[0].cell_id), outcomes[0].results[0]
+    native.copy(url, str(tmp_path / "one"))
+    native.copy(url, str(tmp_path / "many"), 4096)
+    assert (tmp_path / "one" / "sae.safetensors").is_file()
+    for where in (url, str(tmp_path / "one"), str(tmp_path / "many")):
+        for shards, replicas in ((3, 1), (1, 2)):
+            for nmse, l0, held in crowd.ask(mesh.load, shards, replicas, where, mine):
+                assert nmse == pytest.approx(result["nmse"], rel=1e-6)
+                assert l0 == pytest.approx(result["l0"], rel=1e-6)
+                assert held <= 101 * D_MODEL // shards + D_MODEL
+    # A part that is damaged concerns whoever has its rows.
+    damaged = Path(url) / "sae-00002-of-00002.safetensors"
+    content = bytearray(damaged.read_bytes())
+    content[-5] ^= 1
+    damaged.write_bytes(content)
+    with pytest.raises(Damaged, match=r"sae-00002-of-00002.safetensors has a wrong checksum; restore it"):
+        read(url)
+    with pytest.raises(Damaged, match=r"sae-00002-of-00002.safetensors is damaged .*result.json"):
+        RunDirectory(mine.run).check_cell(mine.cells[0].cell_id)
 
 
 def test_several_processes_are_refused_by_what_cannot_be_shared(crowd: Crowd, job: PackJob, tmp_path: Path) -> None:
@@ -264,5 +292,5 @@ def test_a_rank_that_is_lost_or_hangs_is_named_and_the_next_try_ends_alike(
     assert hit
     assert f"pid {hit[0]}" in str(caught.value)
     assert "\n" not in str(caught.value)
-    assert_same(mine, train_sharded(mine, 2).results[0], unbroken, job)
+    assert_same(mine, train_sharded(mine, 2).results[0], unbroken, job, shards=2)
     assert json.loads((Path(mine.run) / "cells" / mine.cells[0].cell_id / "result.json").read_text())["turn"] == 2
