@@ -11,6 +11,7 @@ from saescale.trainers.architectures.topk_sparse import Chosen, Reconstructed, T
 from saescale.trainers.kernels.choose import KernelKind
 from saescale.trainers.kernels.interface import Kept
 from saescale.trainers.mesh.mesh import Mesh
+from saescale.trainers.mesh.traffic import Said
 from saescale.trainers.precision import Precision
 
 
@@ -20,12 +21,17 @@ class HierarchicalTopKStep(TopKStep):
         kept: Kept | None,
     ) -> Chosen:  # fmt: skip
         active = select(params, operands, batch, offset, [settings.k], mesh, kept)[0]
-        return Chosen(active, by_rank(active, settings.levels()), settings.weights())
+        return Chosen(active, by_rank(active, settings.levels(), mesh), settings.weights())
 
     def decode(
         self, chosen: Chosen, target: Tensor, offset: Tensor, W_dec: Tensor, scale: float, errors: Tensor, mesh: Mesh
     ) -> Reconstructed:
-        return decode_nested(chosen, target, offset, W_dec, scale, errors)
+        return decode_nested(chosen, target, offset, W_dec, scale, errors, mesh)
+
+    def said(self, settings: Any, n_latents: int) -> Said:
+        levels = settings.levels()
+        # What is active, then which of it each level has.
+        return Said([settings.k, *levels], len(levels), settings.k)
 
     def parts(self, losses: Sequence[float], chosen: Chosen) -> dict[str, float]:
         return {"nested": mean_of(losses, chosen.weights)}
