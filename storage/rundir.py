@@ -5,7 +5,7 @@ import re
 import uuid
 import warnings
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence, Set
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
 
@@ -28,6 +28,7 @@ from saescale.storage.documents import (
 )
 from saescale.storage.errors import Damaged, SaescaleWarning, Superseded
 from saescale.storage.lease import require_owner
+from saescale.storage.sharded import index_name
 
 T = TypeVar("T")
 Rows = list[dict[str, Any]]
@@ -39,7 +40,14 @@ _BEGIN, _END = b"---\n", b"...\n"  # YAML's own marks: a file that has the first
 FITS_FORMAT = 1
 METRICS = b"saescale.metrics"  # a key of the metadata of evals.parquet's schema: what evaluations declare of theirs
 _ASKED_AT_A_TIME = 16  # an answer of an object store takes a while
-_OF_TURN = re.compile(r"(?:sae|curve)-turn-(\d+)(?:-shard-\d+-of-\d+)?\.\w+")
+_WEIGHTS = re.compile(r"sae(?:-\d+-of-\d+)?\.safetensors(?:\.index\.json)?")
+# Of earlier versions `-shard-I-of-P` besides.
+_OF_TURN = re.compile(r"(?:sae|curve)(?:-\d+-of-\d+)?-turn-(\d+)(?:-shard-\d+-of-\d+)?\.[\w.]+")
+
+
+def has_weights(names: Set[str]) -> bool:
+    """Whether an SAE is among the files of a cell: one file, or the index of several."""
+    return not names.isdisjoint((WEIGHTS, index_name(WEIGHTS)))
 
 
 def of_turn(name: str, turn: int) -> str:
@@ -124,13 +132,15 @@ class RunDirectory:
         # It may have been given one just then, and the turns before this one been removed.
         return self.read_cell_result(cell_id)
 
-    def weights_url(self, cell_id: str) -> str:
-        """Where the weights of a cell are put before `write_cell_result`, which makes them `sae.safetensors`."""
-        return files.join(self.cell_url(cell_id), self._own(cell_id, WEIGHTS))
+    def name_now(self, cell_id: str, name: str) -> str:
+        """What a file of a cell is called before `write_cell_result`, which gives it its `name`."""
+        return of_turn(name, self._turns.get(cell_id, 0))
 
-    def write_cell_result(self, cell_id: str, result: dict[str, Any], keep: bool = False) -> None:
+    def write_cell_result(
+        self, cell_id: str, result: dict[str, Any], keep: bool = False, weights: Mapping[str, str] | None = None
+    ) -> None:
         """Marks the cell as finished, with what it reached, and removes its checkpoints; `keep`: those of a cell that
-        failed stay, for another try.
+        failed stay, for another try. `weights`: the XXH3-64 of the files that have them, where it is not one alone.
 
         With it the curve and the weights of this turn become the cell's. Raises Superseded, and changes nothing, where
         another one has taken the cell since `take_cell`.
@@ -138,7 +148,8 @@ class RunDirectory:
         self.require_owner()
         turn = self._turns.get(cell_id, 0)
         if turn:
-            sums = {name: self._checksum(cell_id, self._own(cell_id, name)) for name in (WEIGHTS, CURVE)}
+            read = (CURVE,) if weights else (WEIGHTS, CURVE)
+            sums = {name: self._checksum(cell_id, self.name_now(cell_id, name)) for name in read} | (weights or {})
             written = {"turn": turn, "by": uuid.uuid4().hex, "xxh3": {name: sum for name, sum in sums.items() if sum}}
             result = plain(result | written)
             checkpoint.end(self.checkpoint_url(cell_id), turn, result, keep)
@@ -153,7 +164,8 @@ class RunDirectory:
             self._tidy(cell_id, there)
             raise Superseded(f"{self.cell_url(cell_id)} has the result of another worker; this one stops")
         if turn:
-            for name in (WEIGHTS, CURVE):
+            # The index of several files last: readers go by it.
+            for name in dict.fromkeys((*result.get("xxh3", {}), WEIGHTS, CURVE)):
                 files.move(*(files.join(self.cell_url(cell_id), each) for each in (of_turn(name, turn), name)))
         self.write_json(f"cells/{cell_id}/result.json", result)
         self._tidy(cell_id, result)
@@ -165,7 +177,10 @@ class RunDirectory:
 
     def _tidy(self, cell_id: str, result: Mapping[str, Any]) -> None:
         for name in files.list_names(self.cell_url(cell_id)):
-            if (match := _OF_TURN.fullmatch(name)) and int(match[1]) <= result.get("turn", 0):
+            match = _OF_TURN.fullmatch(name)
+            # Of a cell that was trained once more, and by another number of processes.
+            others = _WEIGHTS.fullmatch(name) and result.get("status") == "done" and result.get("xxh3")
+            if (match and int(match[1]) <= result.get("turn", 0)) or (others and name not in result["xxh3"]):
                 files.remove(files.join(self.cell_url(cell_id), name))
         checkpoint.clear(self.checkpoint_url(cell_id), failed=result.get("status") == "failed")
 
@@ -175,7 +190,7 @@ class RunDirectory:
         remedies = {CURVE: "remove it: the cell keeps its result and has no curve then"}
         for name, sum in ((self.read_cell_result(cell_id) or {}).get("xxh3") or {}).items():
             found = self._checksum(cell_id, name)
-            if found != sum and (found is not None or name == WEIGHTS):
+            if found != sum and (found is not None or name != CURVE):
                 remedy = remedies.get(name, f"remove {url} and run the same sweep again, which trains the cell anew")
                 raise damaged(files.join(url, name), "the cell's result.json was written with another", remedy)
 
@@ -188,9 +203,6 @@ class RunDirectory:
         except FileNotFoundError:
             return None
         return checksum.hexdigest()
-
-    def _own(self, cell_id: str, name: str) -> str:
-        return of_turn(name, self._turns.get(cell_id, 0))
 
     def read_cell_result(self, cell_id: str) -> dict[str, Any] | None:
         """What the cell reached, or None while it is unfinished."""
@@ -211,7 +223,7 @@ class RunDirectory:
     def write_cell_curve(self, cell_id: str, rows: list[dict[str, Any]]) -> None:
         """Writes the whole curve of a cell, one row per evaluation; `cell_id` is filled in."""
         table = pa.Table.from_pylist([row | {"cell_id": cell_id} for row in rows], CURVES)
-        self._write_table(f"cells/{cell_id}/{self._own(cell_id, CURVE)}", table)
+        self._write_table(f"cells/{cell_id}/{self.name_now(cell_id, CURVE)}", table)
 
     def read_cell_curve(self, cell_id: str) -> list[dict[str, Any]]:
         """The curve of a cell that has its result; [] when it has none."""
@@ -268,7 +280,9 @@ class RunDirectory:
 
     def cells_with_weights(self) -> list[str]:
         """The ids of the cells that are finished and have an SAE, in the order of the alphabet."""
-        return sorted(cell for cell, names in self.cell_files().items() if {"result.json", WEIGHTS} <= names)
+        return sorted(
+            cell for cell, names in self.cell_files().items() if "result.json" in names and has_weights(names)
+        )
 
     # --- tables and documents of the whole run
 

@@ -4,9 +4,9 @@ from collections.abc import Mapping
 from typing import Any
 
 from saescale.storage.errors import SaescaleError
-from saescale.storage.files import exists, join
+from saescale.storage.files import exists, join, list_names
 from saescale.storage.recorded import recorded_sources
-from saescale.storage.rundir import RunDirectory
+from saescale.storage.rundir import RunDirectory, has_weights
 from saescale.storage.store import ActivationStore
 
 
@@ -16,7 +16,7 @@ def describe(url: str, verify: bool = False) -> dict[str, str]:
         return _store(url, verify)
     if exists(join(url, "sweep.yaml")):
         return _run(RunDirectory(url))
-    if exists(join(url, "sae.safetensors")):
+    if has_weights(set(list_names(url))):
         return _cell(url)
     raise SaescaleError(
         f"{url}: no activation store (manifest.json), run directory (sweep.yaml) or cell (sae.safetensors)"

@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 from saescale.cluster.sweep.work import work_of_step
 from saescale.scaling.planning.devices import Device, Work
 from saescale.scaling.planning.network import Network
+from saescale.trainers.architectures.sae import step_of
 from saescale.trainers.cell import Cell
 from saescale.trainers.mesh.layout import Layout
 from saescale.trainers.mesh.traffic import Sent, sent
@@ -29,9 +30,11 @@ class Step(NamedTuple):
 def step_on(cell: Cell, mesh: Layout, taken: float, device: Device, network: Network) -> Step:
     """`taken`: bytes that one process has in its memory."""
     whole = work_of_step(cell)
-    settings: Any = cell.whole_settings  # TopK's, which alone can be shared
-    ks = [k for k, _ in settings.reconstructions(cell.n_latents)]
-    told = sent(mesh, cell.d_model, cell.n_latents, ks, cell.batch_tokens)
+    told = Sent()
+    if mesh.ranks > 1:
+        step: Any = step_of(cell.architecture, cell.n_latents)  # one that can be shared is TopK's, or made of it
+        said = step.said(cell.whole_settings, cell.n_latents)
+        told = sent(mesh, cell.d_model, cell.n_latents, said, cell.batch_tokens)
     # What each does: products and pairs of its rows and latents; its own weights and scores. Half of a pair's work are
     # the gradient's rows, which each replica sums over all of the batch.
     traffic = 8 * weights_bytes(cell) / mesh.shards + 4.0 * cell.batch_tokens * cell.n_latents / mesh.ranks

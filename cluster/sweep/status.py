@@ -18,7 +18,7 @@ from saescale.storage.documents import YAML_LOADER, yaml_reason
 from saescale.storage.errors import Damaged, SaescaleError, SaescaleWarning
 from saescale.storage.lease import Driver, RunningCell, Standing, WaitsFor, read_driver
 from saescale.storage.recorded import recorded_sources
-from saescale.storage.rundir import SPEC, RunDirectory
+from saescale.storage.rundir import SPEC, RunDirectory, has_weights
 
 # Files of single cells, such as a checkpoint's pointer, are read for so many cells at most: details of a few that just
 # changed, not of thousands.
@@ -269,7 +269,7 @@ def _with_files(cells: list[CellStatus], run: RunDirectory) -> list[CellStatus]:
         if "result.json" in names:
             result = (_result(run, cell.cell_id) if read <= MAX_READ else None) or {}
             # Weights are written before the result, and only of a cell that did not fail.
-            status = "done" if "sae.safetensors" in names else "failed"
+            status = "done" if has_weights(names) else "failed"
             found += _recorded([cell.model_dump() | {"status": status} | result], run.url)
         else:
             steps = checkpoint.steps(run.checkpoint_url(cell.cell_id)) if read <= MAX_READ else []

@@ -19,7 +19,7 @@ from saescale.scaling.reproduce import PUBLISHED
 from saescale.storage.errors import SaescaleError
 from saescale.trainers.cell import Cell
 from saescale.trainers.mesh.layout import Layout
-from saescale.trainers.mesh.traffic import Sent, sent
+from saescale.trainers.mesh.traffic import Said, Sent, sent
 from saescale.trainers.training.memory import StreamSize, pack_memory
 from tests.cluster.command import ROOT, assert_one_line, saescale_here
 
@@ -82,11 +82,11 @@ def test_what_a_mesh_says_goes_at_the_rates_of_the_network() -> None:
     assert network.seconds(8, 1, 8e9, 0, 0) == 8
     assert network.seconds(2, 2, 4e9, 4e9, 0) == 2
     assert network.seconds(2, 1, 0, 0, 1000) > 0
-    assert sent(Layout(), 512, 65_536, [32], 8192) == Sent()
+    assert sent(Layout(), 512, 65_536, Said([32], 1, 32), 8192) == Sent()
     # Many candidates are counted and not gathered: never more than gathering would be at that point.
-    assert sent(Layout(128), 512, 2**23, [256], 4096).selection < 127 * 4096 * 256 * 8 / 100
+    assert sent(Layout(128), 512, 2**23, Said([256], 1, 256), 4096).selection < 127 * 4096 * 256 * 8 / 100
     # k larger than a shard: no more candidates than there are latents.
-    assert sent(Layout(4), 512, 40, [32], 4096).selection == 3 * 4096 * 10 * 8
+    assert sent(Layout(4), 512, 40, Said([32], 1, 32), 4096).selection == 3 * 4096 * 10 * 8
 
 
 def test_hours_of_a_sweep_by_hand(tmp_path: Path) -> None:

@@ -112,7 +112,10 @@ def assert_as_alone(spec: SweepSpec, run: RunDirectory) -> None:
         assert row["nmse"] == pytest.approx(wanted[name]["nmse"], abs=1e-5)
         assert row["flops"] == pytest.approx(wanted[name]["flops"], rel=1e-4)
         run.check_cell(name)
-    assert all(names == {"curve.parquet", "result.json", "sae.safetensors"} for names in run.cell_files().values())
+    assert run.cells_with_weights() == sorted(found)
+    parts = {"sae.safetensors.index.json", *(f"sae-0000{i}-of-00002.safetensors" for i in (1, 2))}
+    for names in run.cell_files().values():
+        assert names - {"curve.parquet", "result.json"} in ({"sae.safetensors"}, parts)
 
 
 @pytest.mark.slow

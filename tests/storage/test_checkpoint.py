@@ -9,7 +9,6 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
-from safetensors import safe_open
 
 from saescale.storage import checkpoint, files
 from saescale.storage.errors import SaescaleError, SaescaleWarning
@@ -252,16 +251,3 @@ def test_a_damaged_part_is_seen_by_whom_it_concerns(tmp_path: Path) -> None:
     for rows in (None, slice(4, 6)):
         with pytest.warns(UserWarning, match="shard-00002-of-00003.safetensors has a wrong checksum; going back"):
             assert checkpoint.load(url, rows=rows)[2] == 1
-
-
-def test_parts_become_one_file(tmp_path: Path) -> None:
-    url = str(tmp_path)
-    whole, tensors = shared(1)
-    parts = [checkpoint.write_tensors(url, f"w-{shard}.safetensors", own) for shard, own in enumerate(tensors)]
-    checkpoint.join(url, parts, "w.safetensors", {"cell": "{}"})
-    assert [path.name for path in tmp_path.iterdir()] == ["w.safetensors"]
-    with safe_open(tmp_path / "w.safetensors", "numpy") as file:
-        assert file.metadata() == {"cell": "{}"}
-        assert set(file.keys()) == set(whole)
-        for name, expected in whole.items():
-            np.testing.assert_array_equal(file.get_tensor(name), expected, strict=True)

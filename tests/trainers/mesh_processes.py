@@ -13,8 +13,11 @@ import torch.multiprocessing as mp
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from saescale.storage.errors import SaescaleError
+from saescale.storage.live import open_source
 from saescale.trainers.architectures.architecture import Batch
 from saescale.trainers.cell import Cell
+from saescale.trainers.evals.nmse import HeldOut
+from saescale.trainers.exchange import native
 from saescale.trainers.mesh.distributed import Processes, join
 from saescale.trainers.mesh.layout import Layout
 from saescale.trainers.mesh.mesh import ONE, Group
@@ -74,7 +77,7 @@ class Whole(AssertionError):
 
 
 class Guard(TorchDispatchMode):
-    """Raises Whole for every tensor of at least `whole` columns and a quarter of a batch of rows."""
+    """Raises Whole for every tensor of `whole` columns, or a few more, and a quarter of a batch of rows."""
 
     def __init__(self, whole: int) -> None:
         super().__init__()
@@ -85,7 +88,7 @@ class Guard(TorchDispatchMode):
         for t in out if isinstance(out, tuple | list) else (out,):
             if isinstance(t, torch.Tensor) and t.dim() > 1:
                 self.seen += 1
-                if t.shape[-1] >= self.whole and t.numel() >= BATCH // 4 * t.shape[-1]:
+                if self.whole <= t.shape[-1] <= self.whole + 8 and t.numel() >= BATCH // 4 * t.shape[-1]:
                     raise Whole(f"{function}: {tuple(t.shape)}")
         return out
 
@@ -107,6 +110,11 @@ def cell_of(**more: Any) -> Cell:
         "dead_after_tokens": WINDOW, "settings": {"k_aux": K_AUX, "multi_topk": True},
     }  # fmt: skip
     return Cell(**(fields | more))
+
+
+def of(architecture: str) -> dict[str, Any]:
+    """Fields of a cell of that architecture."""
+    return {} if architecture == "topk" else {"architecture": architecture, "settings": {"k_aux": K_AUX}}
 
 
 def batches(count: int) -> list[torch.Tensor]:
@@ -156,6 +164,14 @@ def alone(steps: int, fields: dict[str, Any] | None = None) -> Stepped:
     return take_steps(ONE, steps, None, fields)
 
 
+def whole(answers: list[Stepped], shards: int) -> dict[str, torch.Tensor]:
+    """The parameters of the first replica's shards, put together."""
+    return {
+        name: t if name in ("b_pre", "threshold") else torch.cat([answer.params[name] for answer in answers[:shards]])
+        for name, t in answers[0].params.items()
+    }
+
+
 def add(group: Processes, numbers: int) -> dict[str, int]:
     """What is sent to sum so many numbers over the shards."""
     group.mesh(N).sum_shards(torch.ones(numbers))
@@ -170,6 +186,14 @@ def train(group: Processes, job: PackJob, stop_after: int | None = None) -> Any:
         return train_pack(job, should_stop=stop, group=group, device=torch.device("cpu"))
     except SaescaleError as error:
         return str(error)
+
+
+def load(group: Processes, url: str, job: PackJob) -> tuple[float, float, int]:
+    """nmse and L0 of a finished SAE of which each process has its share, and how many numbers its W_enc has."""
+    trained = native.read(url, group.mesh(job.cells[0].n_latents))
+    held_out = HeldOut(open_source(job.store), job.eval.tokens, torch.device("cpu"), job.store)
+    (quality,) = held_out.evaluate([lambda: trained.sae], trained.origin, False)
+    return quality.nmse, quality.l0, trained.sae.params["W_enc"].numel()
 
 
 def nothing(group: Group) -> None:

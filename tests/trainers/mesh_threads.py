@@ -57,6 +57,7 @@ def on_threads(layout: Layout, n_latents: int, work: Callable[[ProcessMesh], Any
     """What `work` gives in each of the mesh's threads, in the order of the ranks."""
     shards = [Place(layout.shards) for _ in range(layout.replicas)]
     replicas = [Place(layout.replicas) for _ in range(layout.shards)]
+    everyone = Place(layout.ranks)
 
     def one(rank: int) -> Any:
         processes = _Processes(layout, rank)
@@ -66,10 +67,12 @@ def on_threads(layout: Layout, n_latents: int, work: Callable[[ProcessMesh], Any
             n_latents,
             ThreadChannel(shards[replica], shard, processes.traffic),  # type: ignore[arg-type]
             ThreadChannel(replicas[shard], replica, processes.traffic),  # type: ignore[arg-type]
+            ThreadChannel(everyone, rank, processes.traffic),  # type: ignore[arg-type]
         )
         try:
             return work(mesh)
         except BaseException:
+            everyone.barrier.abort()
             shards[replica].barrier.abort()
             replicas[shard].barrier.abort()
             raise

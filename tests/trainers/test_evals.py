@@ -384,8 +384,16 @@ def test_export_and_import_give_the_same_file(run: RunDirectory) -> None:
     assert "Next: saescale import out/a.safetensors" in said.output
     said = CliRunner().invoke(app, ["import", "out/a.safetensors", "--format", "native", "--out", "out/b.safetensors"])
     assert said.exit_code == 0, said.output
-    assert same_sae(f"{cell}/sae.safetensors", "out/a.safetensors", "out/b.safetensors")
+    said = CliRunner().invoke(app, ["export", cell, "--out", "out/cut", "--max-shard-size", "4kB"])
+    assert said.exit_code == 0, said.output
+    assert "out/cut/sae.safetensors.index.json" in said.output
+    said = CliRunner().invoke(app, ["import", "out/cut", "--out", "out/c.safetensors"])
+    assert said.exit_code == 0, said.output
+    assert same_sae(f"{cell}/sae.safetensors", "out/a.safetensors", "out/b.safetensors", "out/c.safetensors")
     for arguments, words in (
+        (["export", cell, "--out", "x", "--max-shard-size", "5 GX"], "a size such as 200 GB or 1.5 TiB, not '5 GX'"),
+        (["export", cell, "--out", "x", "--format", "toy", "--max-shard-size", "5GB"], "is of the format native"),
+        (["export", cell, "--out", cell], "the SAE lies at"),
         (["export", "nowhere", "--out", "x"], "no SAE at nowhere"),
         (["export", cell, "--format", "natve", "--out", "x"], "did you mean native"),
         (["import", "store/manifest.json", "--out", "x"], "no SAE at store/manifest.json"),

@@ -14,13 +14,15 @@ import pytest
 import torch
 
 from saescale.storage import checkpoint
-from saescale.storage.errors import SaescaleError
+from saescale.storage.errors import Damaged, SaescaleError
 from saescale.storage.rundir import RunDirectory
 from saescale.storage.store import ActivationStore
 from saescale.trainers.cell import Cell, EvalSpec
+from saescale.trainers.exchange import native
 from saescale.trainers.exchange.native import read
 from saescale.trainers.mesh import traffic
 from saescale.trainers.mesh.layout import Layout
+from saescale.trainers.mesh.traffic import Said
 from saescale.trainers.training.together import train_sharded
 from saescale.trainers.training.train import PackJob, train_pack
 from tests.trainers import mesh_processes as mesh
@@ -48,14 +50,6 @@ def one() -> Stepped:
     return made
 
 
-def whole(answers: list[Any], shards: int) -> dict[str, torch.Tensor]:
-    """The parameters of the first replica's shards, put together."""
-    return {
-        name: t if name == "b_pre" else torch.cat([answer.params[name] for answer in answers[:shards]])
-        for name, t in answers[0].params.items()
-    }
-
-
 @pytest.mark.parametrize(("shards", "replicas"), LAYOUTS)
 def test_processes_train_what_one_does(crowd: Crowd, one: Stepped, shards: int, replicas: int) -> None:
     """With AuxK at work on fewer dead latents than k_aux and on more, Multi-TopK, N no multiple of the shards. The
@@ -75,9 +69,27 @@ def test_processes_train_what_one_does(crowd: Crowd, one: Stepped, shards: int, 
                 assert torch.equal(t, answers[replica * shards + shard].params[name]), name
     assert answers[0].losses == pytest.approx(one.losses, rel=1e-5)
     assert answers[0].dead == pytest.approx(one.dead, abs=1e-6)
-    for name, t in whole(answers, shards).items():
+    for name, t in mesh.whole(answers, shards).items():
         # Adam divides by the root of a square: where a gradient is all but 0 its last bits are a step.
         assert float((t - one.params[name]).norm()) <= 1e-3 * float(one.params[name].norm()), name
+
+
+@pytest.mark.parametrize("architecture", ["batchtopk", "matryoshka", "hierarchical_topk"])
+def test_others_made_of_topk_are_shared_as_well(crowd: Crowd, architecture: str) -> None:
+    """BatchTopK's selection is over the rows of all replicas too, and its threshold of use the same everywhere."""
+    threads, fields = torch.get_num_threads(), mesh.of(architecture)
+    torch.set_num_threads(1)
+    alone = mesh.alone(STEPS, fields)
+    torch.set_num_threads(threads)
+    assert 0 < alone.idle[0] < mesh.K_AUX < max(alone.idle)
+    for shards, replicas in LAYOUTS if architecture == "batchtopk" else [(2, 2)]:
+        answers = crowd.ask(mesh.take_steps, shards, replicas, STEPS, None, fields)
+        for answer in answers:
+            assert (answer.losses, answer.dead, answer.pairs) == (answers[0].losses, answers[0].dead, alone.pairs)
+            assert answer.guarded > 100
+        # The last of the losses is that of use, by the threshold.
+        assert answers[0].losses == pytest.approx(alone.losses, rel=1e-5)
+        assert answers[0].dead == pytest.approx(alone.dead, abs=1e-6)
 
 
 def test_the_case_above_has_few_and_many_dead_latents(one: Stepped) -> None:
@@ -117,7 +129,7 @@ def test_nan_on_one_rank_is_the_same_error_on_all(crowd: Crowd) -> None:
 def test_what_a_step_says_is_counted(crowd: Crowd) -> None:
     """One key for each candidate of a shard, one [batch, d_model] each for x_hat, and little else."""
     fields = {"settings": {"k_aux": 0}}
-    rows = mesh.BATCH
+    rows, told = mesh.BATCH, Said([mesh.K], 1, mesh.K)
     for shards in (2, 4):
         sent = crowd.ask(mesh.take_steps, shards, 1, 3, None, fields)[0].sent
         assert sent["select"] == (shards - 1) * rows * mesh.K * 8
@@ -125,20 +137,22 @@ def test_what_a_step_says_is_counted(crowd: Crowd) -> None:
         # Beside it d_model numbers for b_pre's gradient, and two counts.
         assert sent["sum_shards"] == reduction + (shards - 1) * (mesh.D * 4 + 2 * 8)
         assert set(sent) == {"select", "sum_shards"}
-        planned = traffic.sent(Layout(shards), mesh.D, mesh.N, [mesh.K], rows)
+        planned = traffic.sent(Layout(shards), mesh.D, mesh.N, told, rows)
         assert planned.selection == sent["select"]
         assert planned.reductions == pytest.approx(sent["sum_shards"], rel=0.02)
         assert crowd.ask(mesh.add, shards, 1, 8192)[0] == {"sum_shards": 2 * (shards - 1) * 8192 * 4 // shards}
     sent = crowd.ask(mesh.take_steps, 1, 2, 3, None, fields)[0].sent
     # Errors of a replica's rows, then index, z and dz of its pairs; no gradient of N x d_model.
     assert sent["gather_replicas"] == rows // 2 * (mesh.D * 4 + mesh.K * 12)
-    assert traffic.sent(Layout(1, 2), mesh.D, mesh.N, [mesh.K], rows).replicas == sent["gather_replicas"]
+    assert (
+        traffic.sent(Layout(1, 2), mesh.D, mesh.N, Said([mesh.K], 1, mesh.K), rows).replicas == sent["gather_replicas"]
+    )
     # Both at once, with a second reconstruction of 4 k: what plans say is what is counted, but for a few numbers.
     fields = {"settings": {"k_aux": 0, "multi_topk": True}}
     counted = sum(crowd.ask(mesh.take_steps, 2, 2, 3, None, fields)[0].sent.values())
-    assert traffic.sent(Layout(2, 2), mesh.D, mesh.N, [mesh.K, 4 * mesh.K], rows).bytes == pytest.approx(
-        counted, rel=0.02
-    )
+    assert traffic.sent(
+        Layout(2, 2), mesh.D, mesh.N, Said([mesh.K, 4 * mesh.K], 2, 5 * mesh.K), rows
+    ).bytes == pytest.approx(counted, rel=0.02)
 
 
 # --- whole trainings
@@ -168,7 +182,9 @@ def elsewhere(job: PackJob, tmp_path: Path, **more: Any) -> PackJob:
     return job.model_copy(update={"run": str(tmp_path / "run"), **more})
 
 
-def assert_same(job: PackJob, result: dict[str, Any], unbroken: dict[str, Any], original: PackJob) -> None:
+def assert_same(
+    job: PackJob, result: dict[str, Any], unbroken: dict[str, Any], original: PackJob, shards: int = 1
+) -> None:
     assert result["nmse"] == pytest.approx(unbroken["nmse"], abs=1e-5)
     assert {k: result[k] for k in ("status", "l0", "flops", "dead_fraction", "tokens")} == {
         k: unbroken[k] for k in ("status", "l0", "flops", "dead_fraction", "tokens")
@@ -180,9 +196,14 @@ def assert_same(job: PackJob, result: dict[str, Any], unbroken: dict[str, Any], 
     got, wanted = read(run.cell_url(name)).sae.params, read(first.cell_url(name)).sae.params
     for key, t in wanted.items():
         assert float((got[key] - t).norm()) <= 1e-2 * float(t.norm()), key
+    weights = ["sae.safetensors"]
+    if shards > 1:
+        weights = [f"sae-{shard + 1:05d}-of-{shards:05d}.safetensors" for shard in range(shards)]
+        weights += ["sae.safetensors.index.json"]
     assert sorted(path.name for path in Path(run.cell_url(name)).iterdir()) == [
-        "curve.parquet", "result.json", "sae.safetensors",
+        "curve.parquet", "result.json", *weights
     ]  # fmt: skip
+    assert run.cells_with_weights() == [name]
 
 
 def test_a_checkpoint_goes_on_at_any_other_sharding(
@@ -225,14 +246,36 @@ def test_a_damaged_part_is_one_generation_lost(
     content[-5] ^= 1
     damaged.write_bytes(content)
     outcomes = crowd.ask(mesh.train, 2, 1, mine)
-    assert_same(mine, outcomes[0].results[0], unbroken, job)
+    assert_same(mine, outcomes[0].results[0], unbroken, job, shards=2)
+    # What two wrote: by any other number, one process among them, and once more as one file or smaller ones.
+    url, result = RunDirectory(mine.run).cell_url(mine.cells[0].cell_id), outcomes[0].results[0]
+    native.copy(url, str(tmp_path / "one"))
+    native.copy(url, str(tmp_path / "many"), 4096)
+    assert (tmp_path / "one" / "sae.safetensors").is_file()
+    for where in (url, str(tmp_path / "one"), str(tmp_path / "many")):
+        for shards, replicas in ((3, 1), (1, 2)):
+            for nmse, l0, held in crowd.ask(mesh.load, shards, replicas, where, mine):
+                assert nmse == pytest.approx(result["nmse"], rel=1e-6)
+                assert l0 == pytest.approx(result["l0"], rel=1e-6)
+                assert held <= 101 * D_MODEL // shards + D_MODEL
+    # A part that is damaged concerns whoever has its rows.
+    damaged = Path(url) / "sae-00002-of-00002.safetensors"
+    content = bytearray(damaged.read_bytes())
+    content[-5] ^= 1
+    damaged.write_bytes(content)
+    with pytest.raises(Damaged, match=r"sae-00002-of-00002.safetensors has a wrong checksum; restore it"):
+        read(url)
+    with pytest.raises(Damaged, match=r"sae-00002-of-00002.safetensors is damaged .*result.json"):
+        RunDirectory(mine.run).check_cell(mine.cells[0].cell_id)
 
 
 def test_several_processes_are_refused_by_what_cannot_be_shared(crowd: Crowd, job: PackJob, tmp_path: Path) -> None:
     cell = Cell(**(job.cells[0].model_dump(exclude={"settings"}) | {"architecture": "jumprelu"}))
     answers = crowd.ask(mesh.train, 2, 1, elsewhere(job, tmp_path, cells=[cell]))
     for answer in answers:
-        assert answer.startswith("jumprelu trains in one process alone; of the architectures, topk can be shared")
+        assert answer.startswith(
+            "jumprelu trains in one process alone; of the architectures, batchtopk, hierarchical_topk"
+        )
 
 
 def test_what_cannot_be_is_said_before_a_process_starts(job: PackJob, tmp_path: Path) -> None:
@@ -264,5 +307,5 @@ def test_a_rank_that_is_lost_or_hangs_is_named_and_the_next_try_ends_alike(
     assert hit
     assert f"pid {hit[0]}" in str(caught.value)
     assert "\n" not in str(caught.value)
-    assert_same(mine, train_sharded(mine, 2).results[0], unbroken, job)
+    assert_same(mine, train_sharded(mine, 2).results[0], unbroken, job, shards=2)
     assert json.loads((Path(mine.run) / "cells" / mine.cells[0].cell_id / "result.json").read_text())["turn"] == 2

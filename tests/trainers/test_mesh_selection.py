@@ -3,10 +3,14 @@
 Processes are threads here, so that many cases cost nothing; test_mesh.py has real ones.
 """
 
+from functools import partial
+
 import pytest
 import torch
 
 from saescale.storage.errors import SaescaleError
+from saescale.trainers.architectures.batchtopk_sparse import batch_top_k
+from saescale.trainers.kernels import eager
 from saescale.trainers.kernels.interface import Selected
 from saescale.trainers.mesh import distributed, radix
 from saescale.trainers.mesh.distributed import ProcessMesh
@@ -72,6 +76,35 @@ def test_shards_select_what_one_process_does(kind: str, way: str, monkeypatch: p
         wanted = reference(scores, k) & (scores > 0)
         for shards in (2, 3, 4, 5):
             assert torch.equal(chosen_by(Layout(shards), scores, k), wanted), (n, k, shards)
+
+
+@pytest.mark.parametrize("kind", ["random", "bf16", "equal", "one_shard", "negative", "one_row"])
+def test_a_batch_is_selected_from_as_in_one_process(kind: str) -> None:
+    """BatchTopK: one selection over the rows of all replicas and the latents of all shards, ties to the lower row, then
+    to the lower latent; against a plain sort of all scores."""
+    for n, k in ((37, 3), (37, 9), (10, 8), (7, 1)):
+        scores = scores_of(kind, n)
+        if kind == "one_row":  # nearly all winners are of one token
+            scores = scores.abs() * torch.where(torch.arange(BATCH) == 5, 100.0, 1.0)[:, None]
+        flat = [(-score, place) for place, score in enumerate(scores.flatten().tolist()) if score > 0]
+        wanted = torch.zeros(BATCH * n, dtype=torch.bool)
+        wanted[[place for _, place in sorted(flat)[: k * BATCH]]] = True
+        for shards, replicas in ((1, 2), (2, 1), (3, 2), (2, 4), (5, 3)):
+            layout = Layout(shards, replicas)
+            found = on_threads(layout, n, partial(_batch_chosen, scores=scores, k=k))
+            rows = [torch.cat(found[r * shards : (r + 1) * shards], dim=1) for r in range(replicas)]
+            assert torch.equal(torch.cat(rows), wanted.view(BATCH, n)), (n, k, layout)
+
+
+def _batch_chosen(mesh: ProcessMesh, scores: torch.Tensor, k: int) -> torch.Tensor:
+    """bool [rows, latents] of this process."""
+    mine, own = mesh.rows(BATCH), slice(mesh.first, mesh.first + mesh.size)
+    given = scores[mine, own]
+    selected = batch_top_k(eager, torch.eye(len(given)), given.T.contiguous(), torch.zeros(mesh.size), k, None, mesh)
+    chosen = torch.zeros(len(given), mesh.size + 1, dtype=torch.bool)
+    chosen.scatter_(1, torch.where(selected.indices < 0, mesh.size, selected.indices).long(), True)
+    assert torch.equal(selected.z > 0, selected.indices >= 0)
+    return chosen[:, :-1]
 
 
 @pytest.mark.parametrize("kind", ["random", "bf16", "equal", "negative", "zeros"])

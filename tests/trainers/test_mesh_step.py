@@ -2,10 +2,12 @@
 
 import pytest
 
+from saescale.trainers.architectures.sae import step_of
 from saescale.trainers.kernels import choose, eager
 from saescale.trainers.mesh import distributed
 from saescale.trainers.mesh.layout import Layout
 from saescale.trainers.mesh.mesh import One
+from saescale.trainers.mesh.traffic import sent
 from tests.trainers import mesh_processes as mesh
 from tests.trainers.mesh_threads import on_threads
 
@@ -28,19 +30,47 @@ def plain(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(choose, "kernels", lambda device: eager)
 
 
+@pytest.mark.parametrize("architecture", ["topk", "batchtopk", "matryoshka", "hierarchical_topk"])
 @pytest.mark.parametrize(("shards", "replicas"), [(2, 1), (3, 2), (1, 2)])
-def test_a_mesh_steps_as_one_process_does(shards: int, replicas: int) -> None:
+def test_a_mesh_steps_as_one_process_does(shards: int, replicas: int, architecture: str) -> None:
     """With AuxK on fewer dead latents than k_aux, all on one shard, and on more; nothing [batch, N] is ever made."""
-    one = mesh.alone(STEPS)
+    fields = mesh.of(architecture)
+    one = mesh.alone(STEPS, fields)
     assert 0 < one.idle[0] < mesh.K_AUX < max(one.idle)
-    answers = on_threads(Layout(shards, replicas), mesh.N, lambda of: mesh.take_steps(Given(of), STEPS))
+    answers = on_threads(
+        Layout(shards, replicas), mesh.N, lambda of: mesh.take_steps(Given(of), STEPS, None, fields)
+    )  # fmt: skip
     for answer in answers:
         assert answer.error is None
         assert (answer.losses, answer.dead, answer.pairs) == (answers[0].losses, answers[0].dead, one.pairs)
         assert answer.guarded > 100
     assert answers[0].losses == pytest.approx(one.losses, rel=1e-5)
+    for name, t in mesh.whole(answers, shards).items():
+        assert float((t - one.params[name]).norm()) <= 1e-3 * float(one.params[name].norm()), name
     assert answers[0].dead == pytest.approx(one.dead, abs=1e-6)
     assert answers[0].idle == one.idle
+
+
+@pytest.mark.parametrize("architecture", ["batchtopk", "matryoshka", "hierarchical_topk"])
+@pytest.mark.parametrize(("shards", "replicas"), [(3, 1), (2, 2)])
+def test_what_a_step_says_is_what_plans_say(architecture: str, shards: int, replicas: int) -> None:
+    """No more than BatchTopK's widths, of which only the mean is known before."""
+    fields = mesh.of(architecture) | {"settings": {"k_aux": 0}}
+    layout = Layout(shards, replicas)
+    answer = on_threads(layout, mesh.N, lambda of: mesh.take_steps(Given(of), 3, None, fields))[0]
+    cell = mesh.cell_of(**fields)
+    said = step_of(architecture, mesh.N).said(cell.whole_settings, mesh.N)  # type: ignore[attr-defined]
+    planned = sent(layout, mesh.D, mesh.N, said, mesh.BATCH)
+    # Beside them d_model numbers for b_pre's gradient and counts.
+    assert answer.sent["sum_shards"] == pytest.approx(planned.reductions, rel=0.02)
+    if architecture == "hierarchical_topk":
+        assert answer.sent["select"] == planned.selection
+        assert answer.sent.get("gather_replicas", 0) == pytest.approx(planned.replicas, rel=0.5)
+    else:
+        # What ties and a second look take, and less where fewer digits decide.
+        assert 0 < answer.sent["select"] <= 4 * planned.selection
+        assert answer.sent["gather_all"] < 1024
+        assert planned.replicas <= answer.sent.get("gather_replicas", 0) <= 6 * planned.replicas
 
 
 def test_nan_on_one_shard_is_the_same_error_on_all() -> None:

@@ -267,7 +267,7 @@ class FastStep(Protocol):
     def reconstruct(self, params: Params, operands: Params, batch: Batch, settings: Any, mesh: Mesh) -> Reconstruction:
         """The forward pass alone."""
 
-    def calibrate(self, params: Params, operands: Params, batch: Batch, settings: Any) -> None:
+    def calibrate(self, params: Params, operands: Params, batch: Batch, settings: Any, mesh: Mesh) -> None:
         """May be left out: writes to `params` what `Architecture.calibrated` gives."""
 
     def training_bytes(

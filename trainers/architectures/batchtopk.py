@@ -12,6 +12,7 @@ from saescale.scaling.compute import Flops
 from saescale.trainers.architectures import parts, topk
 from saescale.trainers.architectures.architecture import Forward, Losses, Parameter, Params, Shape, State, Worked
 from saescale.trainers.architectures.batchtopk_sparse import BatchTopKStep
+from saescale.trainers.mesh.mesh import Mesh
 from saescale.trainers.preprocess import Centre
 
 
@@ -23,7 +24,12 @@ class Settings(topk.AuxKSettings):
 
 def parameters(shape: Shape, settings: Settings, centre: Centre, seed: int) -> dict[str, Parameter]:
     started = topk.parameters(shape, settings, centre, seed)
-    return started | {"threshold": Parameter(torch.zeros(1), trained=False)}
+    return started | {"threshold": Parameter(torch.zeros(1), trained=False, common=True)}
+
+
+def share(shape: Shape, settings: Settings, centre: Centre, seed: int, mesh: Mesh) -> dict[str, Parameter]:
+    started = topk.share(shape, settings, centre, seed, mesh)
+    return started | {"threshold": Parameter(torch.zeros(1), trained=False, common=True)}
 
 
 def forward(params: Params, x: Tensor, settings: Settings) -> Forward:

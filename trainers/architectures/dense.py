@@ -87,7 +87,7 @@ class DenseStep:
                 params[name].copy_(value)
 
     @torch.no_grad()
-    def calibrate(self, params: Params, operands: Params, batch: Batch, settings: Any) -> None:
+    def calibrate(self, params: Params, operands: Params, batch: Batch, settings: Any, mesh: Mesh) -> None:
         """Writes to `params` what the architecture is calibrated to on `batch`, where it is at all."""
         if hasattr(self.architecture, "calibrated"):
             for name, value in self.architecture.calibrated(params, batch.x + batch.origin, settings).items():

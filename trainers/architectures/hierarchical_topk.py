@@ -27,6 +27,7 @@ class Settings(topk.AuxKSettings):
 
 
 parameters = topk.parameters
+share = topk.share
 
 
 def forward(params: Params, x: Tensor, settings: Settings) -> Forward:

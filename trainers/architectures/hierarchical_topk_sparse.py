@@ -11,6 +11,7 @@ from saescale.trainers.architectures.topk_sparse import Chosen, TopKStep
 from saescale.trainers.kernels.choose import KernelKind
 from saescale.trainers.kernels.interface import Kept
 from saescale.trainers.mesh.mesh import Mesh
+from saescale.trainers.mesh.traffic import Said
 from saescale.trainers.precision import Precision
 
 
@@ -20,7 +21,12 @@ class HierarchicalTopKStep(Nested, TopKStep):
         kept: Kept | None,
     ) -> Chosen:  # fmt: skip
         active = select(params, operands, batch, offset, [settings.k], mesh, kept)[0]
-        return Chosen(active, by_rank(active, settings.levels()), settings.weights())
+        return Chosen(active, by_rank(active, settings.levels(), mesh), settings.weights())
+
+    def said(self, settings: Any, n_latents: int) -> Said:
+        levels = settings.levels()
+        # What is active, then which of it each level has.
+        return Said([settings.k, *levels], len(levels), settings.k)
 
     def training_bytes(
         self, shape: Shape, settings: Any, batch: int, precision: Precision, kernels: KernelKind

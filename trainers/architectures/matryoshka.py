@@ -15,6 +15,7 @@ PREFIXES = (1 / 16, 1 / 8, 1 / 4, 1 / 2)
 
 Settings = batchtopk.Settings
 parameters = batchtopk.parameters
+share = batchtopk.share
 training_forward = batchtopk.training_forward
 calibrated = batchtopk.calibrated
 

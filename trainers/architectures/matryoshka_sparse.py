@@ -12,6 +12,7 @@ from saescale.trainers.architectures.topk_sparse import Chosen
 from saescale.trainers.kernels.choose import KernelKind
 from saescale.trainers.kernels.interface import Kept
 from saescale.trainers.mesh.mesh import Mesh
+from saescale.trainers.mesh.traffic import Said
 from saescale.trainers.precision import Precision
 
 
@@ -26,9 +27,13 @@ class MatryoshkaStep(Nested, BatchTopKStep):
         kept: Kept | None,
     ) -> Chosen:  # fmt: skip
         active = super().choose(params, operands, batch, offset, settings, mesh, kept).active
-        n_latents = len(params["W_dec"])
+        n_latents = mesh.whole(len(params["W_dec"]))
         ends = [*self.prefixes(n_latents), n_latents]
-        return Chosen(active, by_index(active, ends), [1 / len(ends)] * len(ends))
+        own = [min(max(0, end - mesh.first), len(params["W_dec"])) for end in ends]
+        return Chosen(active, by_index(active, own, mesh), [1 / len(ends)] * len(ends))
+
+    def said(self, settings: Any, n_latents: int) -> Said:
+        return super().said(settings, n_latents)._replace(sums=len(self.prefixes(n_latents)) + 1)
 
     def training_bytes(
         self, shape: Shape, settings: Any, batch: int, precision: Precision, kernels: KernelKind

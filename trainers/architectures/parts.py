@@ -40,7 +40,7 @@ def tied_parameters(
         "W_enc": Parameter(W / norms.mean()),
         "b_enc": Parameter(torch.zeros(shape.n_latents), gate=gates),
         "W_dec": Parameter(W, unit_rows=True),
-        "b_pre": Parameter(centre.b_pre),
+        "b_pre": Parameter(centre.b_pre, common=True),
     }
 
 

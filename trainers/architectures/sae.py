@@ -74,7 +74,7 @@ class SAE:
         """Writes what its architecture measures with finished weights on the last batch of training, if anything."""
         calibrate = getattr(self.step, "calibrate", None)
         if calibrate is not None:
-            calibrate(self.params, self.operands, batch, self.settings)
+            calibrate(self.params, self.operands, batch, self.settings, self.mesh)
 
     def at(self, k: int) -> "SAE":
         """The same parameters with k latents a token, of an architecture that serves several (Settings.levels)."""

@@ -41,6 +41,7 @@ from saescale.trainers.kernels.eager import ENTRIES as EAGER_ENTRIES
 from saescale.trainers.kernels.eager import adam_rows
 from saescale.trainers.kernels.interface import Kept, Pairs, Selected, Summands, Term, group_size, product_rows
 from saescale.trainers.mesh.mesh import Mesh
+from saescale.trainers.mesh.traffic import Said
 from saescale.trainers.precision import Precision
 
 _FLOAT = 4
@@ -80,6 +81,7 @@ class Reconstructed(NamedTuple):
     terms: list[Term]
     squared: list[Tensor]  # float64 scalars: ||x - x_hat||^2 of each reconstruction
     own: int  # which of them is the SAE's own
+    active: Selected  # its latents, of the rows of all replicas
     b_pre: Tensor  # [d_model]: the gradient, without the part through the encoder
 
 
@@ -118,11 +120,16 @@ class TopKStep:
             terms.append(term)
             squared.append(square)
             b_pre.add_(error.sum(dim=0), alpha=scale * weight)
-        return Reconstructed(terms, squared, 0, b_pre)
+        return Reconstructed(terms, squared, 0, terms[0].selected, b_pre)
 
     def parts(self, losses: Sequence[float], chosen: Chosen) -> dict[str, float]:
         """Losses.parts, but for AuxK, from the nmse of each reconstruction."""
         return {"multi": losses[1] if len(losses) > 1 else 0.0}
+
+    def said(self, settings: Any, n_latents: int) -> Said:
+        """What it asks a mesh for."""
+        ks = [k for k, _ in settings.reconstructions(n_latents)]
+        return Said(ks, len(ks), sum(ks))
 
     @torch.no_grad()
     def measure(
@@ -150,7 +157,7 @@ class TopKStep:
         active = torch.stack([active_pairs(term.selected) for term in terms]).sum()
 
         # Has to go before AuxK: a latent that came back to life in this batch is no longer dead.
-        dead.update(chosen.active if mesh.alone else terms[made.own].selected)
+        dead.update(made.active)
         idle = dead.after(conditions.dead_after_tokens)
         count, scatter = active.new_zeros(()), offset.new_zeros(())
         if settings.k_aux:
@@ -224,16 +231,20 @@ class TopKStep:
             moments, adam, unit_rows = updates[name]
             adam_rows(params[name], moments, dense, adam, unit_rows)
 
+    def used(
+        self, params: Params, operands: Params, batch: Batch, offset: Tensor, settings: Any, mesh: Mesh
+    ) -> Selected:  # fmt: skip
+        """The latents that a token has when the SAE is used, of this shard."""
+        return select(params, operands, batch, offset, [settings.k], mesh)[0]
+
     @torch.no_grad()
-    def reconstruct(
-        self, params: Params, operands: Params, batch: Batch, settings: TopKSettings, mesh: Mesh
-    ) -> Reconstruction:
+    def reconstruct(self, params: Params, operands: Params, batch: Batch, settings: Any, mesh: Mesh) -> Reconstruction:
         offset = params["b_pre"] - batch.origin
         mine = rows_of(batch, mesh)
         if not len(mine.x):  # the rest of a set of rows may have fewer than there are replicas
             nothing = batch.x.new_zeros((), dtype=torch.float64)
             return Reconstruction(mine.x, *sum_replicas(nothing, nothing.long(), mesh))
-        selected = select(params, operands, mine, offset, [settings.k], mesh)[0]
+        selected = self.used(params, operands, mine, offset, settings, mesh)
         error = torch.empty_like(mine.x)
         squared = error_of(target_of(mine), offset, selected, params["W_dec"], error, mesh)
         return Reconstruction(error, *sum_replicas(squared, mesh.sum_shards(active_pairs(selected)), mesh))

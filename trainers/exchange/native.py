@@ -1,11 +1,12 @@
 """saescale's own format: `cells/CELL_ID/sae.safetensors`, the averaged weights that a cell's nmse was measured with.
 
 The tensors are the architecture's parameters, float32, under its names; the header holds the cell, as JSON, and says
-how rows are preprocessed.
+how rows are preprocessed. An SAE that several processes trained, or that was exported so, lies in several files with an
+index (storage/sharded.py), which says the same.
 """
 
 import io
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from itertools import islice
 from typing import Any
 
@@ -14,16 +15,18 @@ import xxhash
 from pydantic import ValidationError
 from safetensors.torch import load, save
 
-from saescale.storage import files
-from saescale.storage.checkpoint import read_header
+from saescale.storage import files, sharded
 from saescale.storage.documents import problem_of, read_json
 from saescale.storage.errors import Damaged, SaescaleError
 from saescale.storage.rundir import RunDirectory
-from saescale.trainers.architectures.architecture import Shape, find_architecture
+from saescale.storage.sharded import INDEX, SUFFIX, index_name
+from saescale.storage.tensors import File, Part, Tensors, read_header
+from saescale.trainers.architectures.architecture import Parameter, Shape, find_architecture
 from saescale.trainers.architectures.own import digests, own_files, require_same
 from saescale.trainers.architectures.sae import SAE
 from saescale.trainers.cell import Cell
 from saescale.trainers.exchange.trained import Trained
+from saescale.trainers.mesh.mesh import ALONE, Mesh
 from saescale.trainers.preprocess import Centre
 
 FILE = "sae.safetensors"
@@ -46,23 +49,87 @@ def metadata(cell: Cell) -> dict[str, str]:
     return {"cell": cell.model_dump_json(), "preprocessing": "unit-norm"}
 
 
-def read(url: str) -> Trained:
-    """Reads what `write` wrote, on the CPU; that of a cell is held to the checksum in its result.
+def read(url: str, mesh: Mesh = ALONE) -> Trained:
+    """Reads what `write`, `copy` or a mesh wrote, on the CPU; that of a cell is held to the checksums in its result.
 
+    `url`: the folder, the file or the index. `mesh`: of a process that is to have its share, and no more in memory.
     Raises SaescaleError where no such SAE is, or it is damaged, or none that can be run.
     """
-    where = _file(url)
-    try:
-        data = files.read_bytes(where)
-    except FileNotFoundError as error:
-        raise SaescaleError(f"there is no SAE at {where}; a cell has one when it is done") from error
+    where = _find(url)
+    if where.endswith(INDEX) or not mesh.alone:
+        return _of_stored(where, mesh)
+    data = files.read_bytes(where)
     try:
         header, _ = read_header(io.BytesIO(data), len(data), where)
-        _require_result(where, data)
+        _require_result(where, xxhash.xxh3_64_hexdigest(data))
     except Damaged as error:
         raise Damaged(f"{error}; {_REMEDY}", where) from error
+    cell = _cell(where, header.pop("__metadata__", None))
+    _require_shapes(where, cell, {name: (entry["dtype"], entry["shape"]) for name, entry in header.items()})
+    shape = Shape(cell.d_model, cell.n_latents)
+    return Trained(SAE(cell.architecture, shape, cell.whole_settings, load(data), cell.precision), cell)
+
+
+def copy(url: str, out: str, max_bytes: int | None = None) -> list[str]:
+    """The SAE at `url` once more, in the file `out`, or where it takes more than `max_bytes` in several with an index
+    (storage/sharded.py); some megabytes of it are in memory at a time. The URLs of what was written.
+
+    Raises SaescaleError as `read` does, and where `out` is the place that it lies in.
+    """
+    where, target = _find(url), _file(out)
+    if files.filesystem(index_name(where)) == files.filesystem(index_name(target)):
+        raise SaescaleError(f"the SAE lies at {where} itself; give another place to write to")
+    tensors, cell = _stored(where)
+    return sharded.copy(tensors, target, metadata(cell), max_bytes)
+
+
+def _of_stored(where: str, mesh: Mesh) -> Trained:
+    """Tensor by tensor, so that nothing is in memory twice."""
+    tensors, cell = _stored(where, mesh)
+    own = _own(cell, mesh)
+    common = {name for name, parameter in _small(cell).items() if parameter.common}
+    params = {name: torch.from_numpy(tensors.rows(name, None if name in common else own)) for name in tensors}
+    shape = Shape(cell.d_model, cell.n_latents)
+    return Trained(SAE(cell.architecture, shape, cell.whole_settings, params, cell.precision, mesh), cell)
+
+
+def _stored(where: str, mesh: Mesh = ALONE) -> tuple[Tensors, Cell]:
+    """What lies in a file or by an index, as far as it concerns the mesh's process checked."""
+    folder, name = sharded.split(where)
     try:
-        cell = Cell.model_validate_json(header["__metadata__"]["cell"])
+        if where.endswith(INDEX):
+            index = sharded.read_index(where, _REMEDY)
+            _require_result(where, xxhash.xxh3_64_hexdigest(files.read_bytes(where)))
+            cell = _cell(where, index.metadata)
+            tensors = index.tensors(where, _own(cell, mesh))
+        else:
+            part = Part(file=name, bytes=files.size(where), xxh3=_sum(where) or "")
+            cell = _cell(where, File(folder, part).metadata)
+            tensors = Tensors(folder, [part], _own(cell, mesh))
+    except Damaged as error:
+        raise Damaged(str(error) if _REMEDY in str(error) else f"{error}; {_REMEDY}", where) from error
+    _require_shapes(where, cell, tensors.entries())
+    return tensors, cell
+
+
+def _own(cell: Cell, mesh: Mesh) -> slice | None:
+    """The latents that a process of the mesh holds; None for all."""
+    return None if mesh.shards == 1 else slice(mesh.first, mesh.first + mesh.here(cell.n_latents))
+
+
+def _find(url: str) -> str:
+    """The file or the index that there is."""
+    where = url if url.endswith((SUFFIX, INDEX)) else files.join(url, FILE)
+    for each in dict.fromkeys((where, index_name(where) if where.endswith(SUFFIX) else where)):
+        if files.exists(each):
+            return each
+    raise SaescaleError(f"there is no SAE at {where}; a cell has one when it is done")
+
+
+def _cell(where: str, told: Any) -> Cell:
+    """The cell that a header or an index tells of."""
+    try:
+        cell = Cell.model_validate_json(told["cell"])
     except (KeyError, TypeError) as error:
         raise SaescaleError(
             f"{where} is not an SAE written by saescale: its header holds no cell; give the library it is of: "
@@ -72,20 +139,23 @@ def read(url: str) -> Trained:
         newer = "; was it written by a newer saescale?" if error.errors()[0]["type"] == "extra_forbidden" else ""
         raise SaescaleError(f"{where} holds no cell that this version can run ({problem_of(error)}){newer}") from error
     _require_file(where, cell)
-    _require_shapes(where, cell, {name: entry for name, entry in header.items() if name != "__metadata__"})
-    shape = Shape(cell.d_model, cell.n_latents)
-    return Trained(SAE(cell.architecture, shape, cell.whole_settings, load(data), cell.precision), cell)
+    return cell
 
 
-def _require_result(where: str, data: bytes) -> None:
+def _require_result(where: str, found: str) -> None:
     """Of a cell: the bytes that its result was written with (storage/RUN.md)."""
-    folder, _, name = where.rpartition("/")
+    if _sum(where) not in (None, found):
+        raise Damaged(f"{where} is damaged: it is not what the cell's result.json was written with", where)
+
+
+def _sum(where: str) -> str | None:
+    """The checksum that the result of the cell has of its file; None where nothing says what it should be."""
+    folder, name = sharded.split(where)
     try:
         sums = read_json(files.join(folder, "result.json"), "").get("xxh3")
     except (FileNotFoundError, Damaged):
-        return  # then nothing says what they should be
-    if name == FILE and isinstance(sums, dict) and sums.get(FILE) not in (None, xxhash.xxh3_64_hexdigest(data)):
-        raise Damaged(f"{where} is damaged: it is not what the cell's result.json was written with", where)
+        return None
+    return sums.get(name) if isinstance(sums, dict) and name in (FILE, index_name(FILE)) else None
 
 
 def _require_file(where: str, cell: Cell) -> None:
@@ -98,11 +168,11 @@ def _require_file(where: str, cell: Cell) -> None:
     require_same(recorded if isinstance(recorded, Mapping) else {}, here, run)
 
 
-def _require_shapes(where: str, cell: Cell, entries: Mapping[str, Any]) -> None:
-    """Each parameter as the cell has it, before anything of its size is built."""
-    found = {name: tuple(entry["shape"]) for name, entry in entries.items()}
+def _require_shapes(where: str, cell: Cell, entries: Mapping[str, tuple[str, Sequence[int]]]) -> None:
+    """Each parameter as the cell has it, before anything of its size is built; type and shape of each."""
+    found = {name: tuple(shape) for name, (_, shape) in entries.items()}
     sizes = {size for shape in found.values() for size in shape}
-    floats = all(entry["dtype"] == "F32" for entry in entries.values())
+    floats = all(kind == "F32" for kind, _ in entries.values())
     if floats and {cell.d_model, cell.n_latents} <= sizes and found == _shapes(cell):
         return
     raise Damaged(
@@ -114,21 +184,11 @@ def _require_shapes(where: str, cell: Cell, entries: Mapping[str, Any]) -> None:
 
 def _shapes(cell: Cell) -> dict[str, tuple[int, ...]]:
     """Of each parameter, drawn on from those that two small SAEs of the cell's settings have."""
-    settings = cell.whole_settings
-
-    def can_be(n_latents: int) -> bool:
-        try:
-            settings.check(n_latents)
-        except ValueError:
-            return False
-        return True
 
     def of(n_latents: int) -> dict[str, tuple[int, ...]]:
-        centre, shape = Centre(torch.zeros(cell.d_model), 1.0), Shape(cell.d_model, n_latents)
-        made = find_architecture(cell.architecture).parameters(shape, settings, centre, 0)
-        return {name: tuple(parameter.data.shape) for name, parameter in made.items()}
+        return {name: tuple(parameter.data.shape) for name, parameter in _parameters(cell, n_latents).items()}
 
-    small = list(islice(filter(can_be, range(max(16, cell.k), cell.n_latents)), 2))
+    small = _sizes(cell)
     if len(small) < 2:  # it is small itself, or its settings have none that is
         return of(cell.n_latents)
     (few, there), (more, then) = ((n_latents, of(n_latents)) for n_latents in small)
@@ -140,5 +200,28 @@ def _shapes(cell: Cell) -> dict[str, tuple[int, ...]]:
     }
 
 
+def _small(cell: Cell) -> dict[str, Parameter]:
+    """The parameters of a small SAE of the cell's settings."""
+    return _parameters(cell, next(iter(_sizes(cell)), cell.n_latents))
+
+
+def _sizes(cell: Cell) -> list[int]:
+    """Up to two numbers of latents below the cell's that its settings can have."""
+
+    def can_be(n_latents: int) -> bool:
+        try:
+            cell.whole_settings.check(n_latents)
+        except ValueError:
+            return False
+        return True
+
+    return list(islice(filter(can_be, range(max(16, cell.k), cell.n_latents)), 2))
+
+
+def _parameters(cell: Cell, n_latents: int) -> dict[str, Parameter]:
+    centre, shape = Centre(torch.zeros(cell.d_model), 1.0), Shape(cell.d_model, n_latents)
+    return find_architecture(cell.architecture).parameters(shape, cell.whole_settings, centre, 0)
+
+
 def _file(url: str) -> str:
-    return url if url.endswith(".safetensors") else files.join(url, FILE)
+    return url if url.endswith(SUFFIX) else files.join(url, FILE)

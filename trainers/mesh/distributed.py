@@ -23,7 +23,7 @@ from saescale.trainers.mesh.channel import Channel, Traffic, close
 from saescale.trainers.mesh.keys import NONE, candidates, kept
 from saescale.trainers.mesh.layout import Layout, MeshBroken
 from saescale.trainers.mesh.sums import sum_in_order
-from saescale.trainers.mesh.traffic import KEYS
+from saescale.trainers.mesh.traffic import BITS_OF_ALL, KEYS
 from saescale.trainers.mesh.watch import Watch
 
 Backend = Literal["gloo", "nccl"]
@@ -50,7 +50,7 @@ class Processes:
         )
 
     def mesh(self, n_latents: int) -> "ProcessMesh":
-        return ProcessMesh(self, n_latents, self._shards, self._replicas)
+        return ProcessMesh(self, n_latents, self._shards, self._replicas, self._whole)
 
     def tell(self, said: Any) -> list[Any]:
         """What every process says, in the order of the ranks; small things, as Python has them."""
@@ -134,14 +134,16 @@ def joined(
 class ProcessMesh:
     """Mesh of one cell of `n_latents`."""
 
-    def __init__(self, processes: Processes, n_latents: int, shards: Channel, replicas: Channel) -> None:
+    def __init__(
+        self, processes: Processes, n_latents: int, shards: Channel, replicas: Channel, everyone: Channel
+    ) -> None:
         layout = processes.layout
         self.shard, self.shards = processes.shard, layout.shards
         self.replica, self.replicas = processes.replica, layout.replicas
         self.first, self.size = layout.share(n_latents, self.shard)
         self.traffic = processes.traffic
         self._layout, self._n_latents = layout, n_latents
-        self._of_shards, self._of_replicas = shards, replicas
+        self._of_shards, self._of_replicas, self._of_all = shards, replicas, everyone
 
     @property
     def alone(self) -> bool:
@@ -160,14 +162,22 @@ class ProcessMesh:
         if self.shards == 1:
             return local
         keys = candidates(local, self.first)
+        return kept(local, keys, self.kth_of_rows(keys, k))
+
+    def kth_of_rows(self, keys: Tensor, k: int) -> Tensor:
         # What every shard knows decides, so that all go the same way: the first share is the largest.
         width = min(k, self._layout.share(self._n_latents, 0).size)
-        if self.shards * width <= KEYS:
-            padded = torch.nn.functional.pad(keys, (0, width - keys.shape[1]), value=NONE)
-            least = gathered.kth_of_all(self._of_shards, padded, k)
-        else:
-            least = radix.kth_of_all(self._of_shards, keys, k)
-        return kept(local, keys, least)
+        if self.shards * width > KEYS:
+            return radix.kth_of_all(self._of_shards, keys, k)
+        most = keys if keys.shape[1] <= width else keys.topk(width, dim=1).values
+        padded = torch.nn.functional.pad(most, (0, width - most.shape[1]), value=NONE)
+        return gathered.kth_of_all(self._of_shards, padded, k)
+
+    def kth_largest(self, keys: Tensor, k: int) -> Tensor:
+        return radix.kth_of_all(self._of_all, keys[None], k, BITS_OF_ALL)[0]
+
+    def gather_all(self, t: Tensor) -> Tensor:
+        return self._of_all.gather(t, "gather_all")
 
     def sum_shards(self, t: Tensor) -> Tensor:
         return sum_in_order(self._of_shards, t, "sum_shards")

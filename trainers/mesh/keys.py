@@ -24,6 +24,11 @@ def keys_of(scores: Tensor, latents: Tensor) -> Tensor:
     return (ordered.long() << 32) | (_LOW - latents.long())
 
 
+def scores_of(keys: Tensor) -> Tensor:
+    """float32: the scores in keys of positive ones; 0 for what has none."""
+    return (keys.clamp_min(0) >> 32).int().view(torch.float32)
+
+
 def candidates(local: Selected, first: int) -> Tensor:
     """Keys [batch, width] of what a shard offers whose latents begin at `first`; NONE where it has no more."""
     keys = keys_of(local.z, local.indices.long() + first)

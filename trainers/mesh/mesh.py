@@ -7,9 +7,11 @@ shards and for the rows of other replicas; the training of a cell for what is to
 from collections.abc import Sequence
 from typing import Any, Protocol
 
+import torch
 from torch import Tensor
 
 from saescale.trainers.kernels.interface import Selected
+from saescale.trainers.mesh.keys import kth_largest
 
 
 class Mesh(Protocol):
@@ -41,6 +43,16 @@ class Mesh(Protocol):
         """Of all shards' candidates for each token (`local`, indices of this shard) those that are among the k largest
         of all latents and of this shard. Exact; ties go to the lower index of the whole."""
 
+    def kth_of_rows(self, keys: Tensor, k: int) -> Tensor:
+        """[batch]: of keys [batch, width] of all shards one that the k largest of each row reach, and no other does."""
+
+    def kth_largest(self, keys: Tensor, k: int) -> Tensor:
+        """Of what all processes give, int64 [n] of any n, a key that the k largest reach and no other does but for
+        equal ones; the lowest int64 where there are no more than k. The same on each."""
+
+    def gather_all(self, t: Tensor) -> Tensor:
+        """[processes, *t.shape]: of every process of the cell, in their order."""
+
     def sum_shards(self, t: Tensor) -> Tensor:
         """The sum over the shards of a replica, the same on each, in the order of the shards."""
 
@@ -69,6 +81,17 @@ class Alone:
 
     def select(self, local: Selected, k: int) -> Selected:
         return local
+
+    def kth_of_rows(self, keys: Tensor, k: int) -> Tensor:
+        return kth_largest(keys, k)
+
+    def kth_largest(self, keys: Tensor, k: int) -> Tensor:
+        if len(keys) <= k:
+            return torch.tensor(torch.iinfo(torch.int64).min, device=keys.device)
+        return keys.topk(k, sorted=False).values.amin()
+
+    def gather_all(self, t: Tensor) -> Tensor:
+        return t[None]
 
     def sum_shards(self, t: Tensor) -> Tensor:
         return t

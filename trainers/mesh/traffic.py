@@ -8,7 +8,8 @@ from typing import NamedTuple
 from saescale.trainers.mesh.layout import Layout
 
 KEYS = 1024  # of all shards for a token, up to which gathering them sends less than the counts of radix.py take
-BITS = 4  # of a key, that a round of radix.py finds
+BITS = 4  # of a key of each token, that a round of radix.py finds
+BITS_OF_ALL = 8  # where there is one key for all tokens
 SMALL = 512  # numbers, up to which all go to all to be summed (sums.py): one message instead of two
 _KEY, _NUMBER = 8, 4
 _COUNTS = 40  # of keys' size, that the counts of a token take where they are held
@@ -27,24 +28,38 @@ class Sent(NamedTuple):
         return self.selection + self.reductions + self.replicas
 
 
-def sent(layout: Layout, d_model: int, n_latents: int, ks: Sequence[int], batch_tokens: int) -> Sent:
-    """`ks`: latents of a token that each reconstruction selects; AuxK, while latents are dead, is one more."""
+class Said(NamedTuple):
+    """What a step asks its mesh for, AuxK apart, which while latents are dead is one selection and sum more."""
+
+    ks: Sequence[int]  # latents of a token, of each selection for itself
+    sums: int  # over shards, of [rows, d_model]
+    pairs: int  # latents of a token that it decodes, of all shards
+    of_batch: int = 0  # selections over all tokens at once
+
+
+def sent(layout: Layout, d_model: int, n_latents: int, said: Said, batch_tokens: int) -> Sent:
+    """Of one step."""
     shards, replicas = layout.shards, layout.replicas
     rows = batch_tokens / replicas
     selection = reductions = copies = 0.0
     collectives = 0
-    for k in ks:
-        width, gathered = _offered(layout, n_latents, k)
-        if shards > 1:
-            rounds = 64 // BITS  # at most: mostly fewer decide
+    here = layout.share(n_latents, 0).size
+    if shards > 1:
+        rounds = 64 // BITS  # at most: mostly fewer decide
+        for width, gathered in (_offered(layout, n_latents, k) for k in said.ks):
             keys, counts = (shards - 1) * rows * width * _KEY, rounds * _summed(rows * 2**BITS, shards)
             selection += keys if gathered else counts
-            reductions += _summed(rows * d_model, shards)
-            collectives += (1 if gathered else 2 * rounds) + 2
-        if replicas > 1:
-            # The error of a row, and of its pairs index, z and dz.
-            copies += (replicas - 1) * rows * (d_model + 3 * width) * _NUMBER
-            collectives += 5
+            collectives += 1 if gathered else 2 * rounds
+        reductions += said.sums * _summed(rows * d_model, shards)
+        collectives += 2 * said.sums
+    if layout.ranks > 1 and said.of_batch:
+        rounds = 32 // BITS_OF_ALL  # of the scores' bits; ties take some more
+        selection += said.of_batch * rounds * _summed(2**BITS_OF_ALL, layout.ranks)
+        collectives += said.of_batch * (rounds + 3)  # whether more candidates are needed, how wide, how many
+    if replicas > 1:
+        # The error of a row, and of its pairs index, z and dz.
+        copies += (replicas - 1) * rows * (said.sums * d_model + 3 * min(said.pairs, here * said.sums)) * _NUMBER
+        collectives += 5 * said.sums
     if shards > 1:
         reductions += _summed(d_model, shards)  # the gradient of b_pre
         collectives += 2

@@ -70,7 +70,7 @@ def pack_memory(
         # The batch is preprocessed whole, and worked on by rows.
         rows, whole, d_model = cells[0].batch_tokens // layout.replicas, cells[0].batch_tokens, cells[0].d_model
         batch = _preprocessed(whole, whole, d_model) - _preprocessed(rows, rows, d_model)
-        return shared._replace(training=shared.training + batch + max(_said(cell, layout) for cell in cells))
+        return shared._replace(training=shared.training + batch + max(_of_others(cell, layout) for cell in cells))
     d_model, batch = cells[0].d_model, cells[0].batch_tokens
     host = kernels == "cpu"
     windows = 3 * min(stream.mixed or 8 * stream.row_group_rows, stream.rows) * d_model * 2
@@ -93,8 +93,8 @@ def _share(cell: Cell, layout: Layout) -> Cell:
     return cell.model_copy(update={"n_latents": max(n_latents, cell.k, most), "batch_tokens": rows})
 
 
-def _said(cell: Cell, layout: Layout) -> float:
-    """What processes have from each other in a step: in that selection of it which says most."""
+def _of_others(cell: Cell, layout: Layout) -> float:
+    """What processes have from each other in a step: in that selection of it which takes most."""
     settings = cell.whole_settings
     k = max(settings.pairs_per_token(cell.n_latents), getattr(settings, "k_aux", 0))
     return held(layout, cell.d_model, cell.n_latents, k, cell.batch_tokens)

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any, NamedTuple, Self
 
 from saescale.scaling.compute import Flops
@@ -59,11 +60,13 @@ class Records:
             cell.cell, self.provenance, cell.tokens, cell.flops, cell.wall_s, last, cell.error, device=cell.device_kind,
             levels=cell.levels,
         )  # fmt: skip
+        weights = None
         if cell.error is None:
             self.run.require_owner()
-            write_weights(Trained(cell.averaged(), cell.cell), self.run.weights_url(name), cell.common, self.group)
+            trained, folder = Trained(cell.averaged(), cell.cell), self.run.cell_url(name)
+            weights = write_weights(trained, folder, partial(self.run.name_now, name), cell.common, self.group)
         if self.group.rank == 0:
-            self.run.write_cell_result(name, result)
+            self.run.write_cell_result(name, result, weights=weights)
             self.logger.finish(cell.cell, result)
         self.results[name] = result
 

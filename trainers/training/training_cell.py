@@ -8,8 +8,8 @@ import numpy as np
 import torch
 
 from saescale.scaling.compute import Flops, forward_flops
-from saescale.storage.checkpoint import Tensors
 from saescale.storage.columns import CurveRow
+from saescale.storage.tensors import Tensors
 from saescale.trainers.architectures.architecture import (
     Batch,
     Conditions,
