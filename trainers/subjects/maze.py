@@ -19,8 +19,9 @@ from saescale.storage.manifest import Site, Split
 from saescale.trainers.device import default_device
 from saescale.trainers.subjects.drawn import first_of, parts_of
 from saescale.trainers.subjects.maze_labels import LABELS, labels_of_tokens
-from saescale.trainers.subjects.maze_mazes import Mazes, mazes_of_split
+from saescale.trainers.subjects.maze_mazes import Mazes, mazes_of_split, other_ends
 from saescale.trainers.subjects.maze_tokens import (
+    ADJLIST_END,
     FIRST_CELL,
     PAD,
     PATH_END,
@@ -40,7 +41,7 @@ from saescale.trainers.subjects.own_model import (
     load_own,
     read_folder,
 )
-from saescale.trainers.subjects.subject import NO_TARGET, Lesson, Patch, Sequence
+from saescale.trainers.subjects.subject import NO_BRANCH, NO_TARGET, Lesson, Patch, Sequence
 
 NAMES_A_PATH = True
 SHIPPED = "maze-5x5"
@@ -57,6 +58,7 @@ class Settings(BaseModel):
     n_layers: int = Field(4, ge=1)
     d_model: int = Field(128, ge=1)
     n_heads: int = Field(4, ge=1)
+    paths: int = Field(1, ge=1, le=64)  # that are learned of each maze, which is read once for all of them
 
 
 class Maze(OwnModel):
@@ -65,8 +67,9 @@ class Maze(OwnModel):
 
     labels: tuple[str, ...] = LABELS
 
-    def __init__(self, name: str, model: Any, fingerprint: str) -> None:
+    def __init__(self, name: str, model: Any, fingerprint: str, paths: int = 1) -> None:
         super().__init__(name, model, fingerprint)
+        self.paths = paths  # of a maze in a lesson
         self.size = size_of_mazes(name, self.embedded, self.max_positions)
 
     def sequences(self, split: Split, seed: int) -> Iterator[Sequence]:
@@ -82,11 +85,16 @@ class Maze(OwnModel):
         return labels_of_tokens(self.size, ids)
 
     def lessons(self, seed: int, batch: int, first: int) -> Iterator[Lesson]:
-        """Training mazes from number `first` on; only the path and its end are to be predicted."""
+        """Training mazes from number `first` on; only paths and their ends are to be predicted. Several of a maze
+        (`paths` of Settings) branch behind its list of connections, which takes most of the tokens."""
 
-        def drawn() -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        def drawn() -> Iterator[tuple[Tensor, ...]]:
             for numbers, mazes in mazes_of_split(self.size, "train", seed, first, self.model.device):
-                yield numbers, *_to_learn(mazes)
+                if self.paths == 1:
+                    yield numbers, *_to_learn(mazes)
+                    continue
+                more = (other_ends(self.size, seed, numbers, mazes, which) for which in range(1, self.paths))
+                yield numbers, *_branches([_to_learn(each) for each in (mazes, *more)])
 
         return lessons_of(drawn(), batch)
 
@@ -144,7 +152,7 @@ def blank(settings: Settings, seed: int) -> Maze:
     config = llama_config if settings.positions == "rotary" else gpt2_config
     size = settings.grid
     shape = vocabulary(size), longest(size), settings.n_layers, settings.d_model, settings.n_heads
-    return Maze("maze", blank_model(config(*shape), seed).to(default_device()), "untrained")
+    return Maze("maze", blank_model(config(*shape), seed).to(default_device()), "untrained", settings.paths)
 
 
 def size_of_mazes(name: str, tokens: int, positions: int | None) -> int:
@@ -174,3 +182,19 @@ def _to_learn(mazes: Mazes) -> tuple[Tensor, Tensor]:
     targets = tokens[:, 1:].masked_fill(tokens[:, 1:] == PAD, NO_TARGET)
     targets[:, : prompt_length(mazes.listed.shape[1]) - 1] = NO_TARGET
     return tokens[:, :-1], targets
+
+
+def _branches(learned: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor, Tensor]:
+    """Ids, targets and branches, int64 [mazes, length], of the same mazes with several ends, from ids and targets of
+    each: their lists of connections once, then what follows them, one behind the other without gaps."""
+    listed = int((learned[0][0][0] == ADJLIST_END).nonzero()[0]) + 1
+    parts = [(ids[:, :listed], targets[:, :listed], torch.zeros_like(ids[:, :listed])) for ids, targets in learned[:1]]
+    for number, (ids, targets) in enumerate(learned, 1):
+        parts.append((ids[:, listed:], targets[:, listed:], torch.full_like(ids[:, listed:], number)))
+    ids, targets, branch = (torch.cat(each, dim=1) for each in zip(*parts, strict=True))
+    idle = (ids == PAD) | (ids == PATH_END)
+    order = idle.byte().argsort(dim=1, stable=True)
+    ids, targets, branch = (
+        each.gather(1, order) for each in (ids.masked_fill(idle, PAD), targets, branch.masked_fill(idle, NO_BRANCH))
+    )
+    return ids, targets, branch

@@ -45,9 +45,21 @@ def random_mazes(size: int, seed: int, numbers: Tensor) -> Mazes:
     turned = (_bits(key[:, None], _TURN + edges) & 1).bool().gather(1, order)
     listed = grid.ends[order]
     listed = torch.where(turned[..., None], listed.flip(2), listed)
-    origin = _bits(key, _ENDS) % grid.n_cells
-    target = (origin + 1 + _bits(key, _ENDS + 1) % (grid.n_cells - 1)) % grid.n_cells
-    return Mazes(present, listed, origin, target, shortest_paths(grid, present, origin, target))
+    return Mazes(present, listed, *_ends(grid, present, key, 0))
+
+
+def other_ends(size: int, seed: int, numbers: Tensor, mazes: Mazes, which: int) -> Mazes:
+    """The same mazes between two other cells: the draw of that number, where 0 is that of `random_mazes`."""
+    grid = lattice(size).to(numbers.device)
+    key = hashed(torch.full_like(numbers, seed), numbers)
+    return Mazes(mazes.present, mazes.listed, *_ends(grid, mazes.present, key, which))
+
+
+def _ends(grid: Lattice, present: Tensor, key: Tensor, which: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Origin, target and path of each maze."""
+    origin = _bits(key, _ENDS + 2 * which) % grid.n_cells
+    target = (origin + 1 + _bits(key, _ENDS + 2 * which + 1) % (grid.n_cells - 1)) % grid.n_cells
+    return origin, target, shortest_paths(grid, present, origin, target)
 
 
 def random_trees(grid: Lattice, key: Tensor) -> Tensor:

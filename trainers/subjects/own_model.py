@@ -144,14 +144,15 @@ def frozen(model: Any) -> Any:
     return model.eval().requires_grad_(False)
 
 
-def lessons_of(drawn: Iterator[tuple[Tensor, Tensor, Tensor]], batch: int) -> Iterator[Lesson]:
-    """Lessons of `batch` sequences from parts of any number of them: their numbers [some], ascending, ids and targets
-    int64 [some, length] each. Columns at the end that no sequence of a lesson has a target in are left out."""
+def lessons_of(drawn: Iterator[tuple[Tensor, ...]], batch: int) -> Iterator[Lesson]:
+    """Lessons of `batch` sequences from parts of any number of them: their numbers [some], ascending, ids, targets and,
+    where they branch, branches, int64 [some, length] each. Columns at the end that no sequence of a lesson has a target
+    in are left out."""
     waiting: tuple[Tensor, ...] = ()
     for part in drawn:
         waiting = tuple(map(torch.cat, zip(waiting, part, strict=True))) if waiting else part
         while len(waiting[0]) >= batch:
-            numbers, ids, targets = (each[:batch] for each in waiting)
+            numbers, ids, targets, *branch = (each[:batch] for each in waiting)
             waiting = tuple(each[batch:] for each in waiting)
             used = int((targets != NO_TARGET).any(dim=0).nonzero().max()) + 1
-            yield Lesson(ids[:, :used], targets[:, :used], int(numbers[-1]) + 1)
+            yield Lesson(ids[:, :used], targets[:, :used], int(numbers[-1]) + 1, *(each[:, :used] for each in branch))

@@ -117,15 +117,34 @@ class Generates(Protocol):
 
 
 NO_TARGET = -100
+NO_BRANCH = -1
 
 
 class Lesson(NamedTuple):
     """What a subject learns from at a step: `ids` and `targets` int64 [batch, length], where NO_TARGET does not count;
-    `next` is the number of the sequence with which the next lesson begins."""
+    `next` is the number of the sequence with which the next lesson begins. Where one beginning has several
+    continuations, `branch` int64 [batch, length] numbers them: 0 is what all of them see, and the tokens of a branch
+    see no other one, as if each stood alone behind the beginning. NO_BRANCH is what fills up."""
 
     ids: Tensor
     targets: Tensor
     next: int
+    branch: Tensor | None = None
+
+    def inputs(self) -> dict[str, Tensor]:
+        """What a model of transformers takes: ids and, where they branch, positions as of each branch alone and what
+        each token sees, float32 [batch, 1, length, length], 0 or -inf."""
+        if self.branch is None:
+            return {"input_ids": self.ids}
+        shared = self.branch == 0
+        begun = self.branch[:, :, None] == self.branch[:, None, :]
+        places = torch.arange(self.ids.shape[1], device=self.ids.device)
+        first = begun.byte().argmax(dim=2)  # where the branch of each token begins
+        positions = torch.where(shared, places, places - first + shared.sum(dim=1, keepdim=True))
+        positions = positions.masked_fill(self.branch == NO_BRANCH, 0)
+        hidden = ~(begun | shared[:, None, :]) | (places[:, None] < places)
+        weights = torch.zeros(hidden.shape, device=hidden.device).masked_fill(hidden, -torch.inf)
+        return {"input_ids": self.ids, "position_ids": positions, "attention_mask": weights[:, None]}
 
 
 @runtime_checkable

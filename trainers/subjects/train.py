@@ -245,7 +245,7 @@ class _Pupil(L.LightningModule):
         return DataLoader(_Lessons(self), batch_size=None)
 
     def training_step(self, lesson: Lesson, number: int) -> Tensor:
-        logits = self.model(input_ids=lesson.ids).logits
+        logits = self.model(**lesson.inputs()).logits
         loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), lesson.targets.flatten(), ignore_index=NO_TARGET)
         self.next, self._loss = int(lesson.next), loss.detach()
         return loss

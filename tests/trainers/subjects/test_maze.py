@@ -3,7 +3,7 @@
 import json
 from collections import Counter
 from importlib.resources import files
-from itertools import combinations, islice
+from itertools import combinations, islice, pairwise
 from pathlib import Path
 
 import numpy as np
@@ -32,7 +32,7 @@ from saescale.trainers.subjects.maze_tokens import (
     vocabulary,
 )
 from saescale.trainers.subjects.own_model import blank_model, gpt2_config, llama_config
-from saescale.trainers.subjects.subject import Generates, Learns, ReadsText, Resumes, get_subject
+from saescale.trainers.subjects.subject import NO_TARGET, Generates, Learns, ReadsText, Resumes, get_subject
 from tests.trainers.subjects.slow_maze import read, ways, words
 
 SIZE = 4
@@ -172,6 +172,46 @@ def test_what_is_no_maze_has_no_labels() -> None:
     broken[3] = broken[1]
     with pytest.raises(SaescaleError, match=r"maze 0 is none of 4x4: the `;` at position 4 ends no connection"):
         labels_of_tokens(4, broken[None])
+
+
+# --- lessons
+
+
+@pytest.mark.parametrize("positions", POSITIONS)
+def test_several_paths_of_a_maze_are_learned_as_if_each_stood_alone(positions: str) -> None:
+    shape = {"grid": 3, "positions": positions, "n_layers": 2, "d_model": 16, "n_heads": 2}
+    subject = blank(Settings.model_validate(shape | {"paths": 5}), seed=0)
+    lessons = list(islice(subject.lessons(seed=4, batch=6, first=0), 2))
+    (again,) = islice(subject.lessons(seed=4, batch=6, first=lessons[0].next), 1)
+    assert all(torch.equal(one, other) for one, other in zip(lessons[1][:2], again[:2], strict=True))
+    (alone,) = islice(blank(Settings.model_validate(shape), seed=0).lessons(seed=4, batch=6, first=0), 1)
+    lesson, listed = lessons[0], 4 * 8 + 2
+    with torch.no_grad():
+        logits = subject.model(**lesson.inputs()).logits
+    assert lesson.branch is not None
+    ends = set()
+    for row, branch in enumerate(lesson.branch):
+        edges = {frozenset(pair) for pair in lesson.ids[row, 1 : listed - 1].view(8, 4)[:, ::2].tolist()}
+        for number in range(1, 6):
+            mine = branch == number
+            tail, wanted = lesson.ids[row, mine], lesson.targets[row, mine]
+            path = [int(tail[7]), *wanted[7:].tolist()] if len(tail) > 7 else []
+            assert tail[7:].tolist() == wanted[6:-1].tolist(), "each token is the target of that before it"
+            assert (wanted[:6] == NO_TARGET).all()
+            assert (path[0], path[-2], path[-1]) == (int(tail[1]), int(tail[4]), PATH_END)
+            assert all(frozenset(step) in edges for step in pairwise(path[:-1]))
+            assert len({*path}) == len(path)
+            ends.add((row, path[0], path[-2]))
+            with torch.no_grad():
+                single = subject.model(input_ids=torch.cat([lesson.ids[row, :listed], tail])[None]).logits[0, listed:]
+            torch.testing.assert_close(logits[row, mine], single, atol=1e-5, rtol=1e-5)
+            if number == 1:
+                assert (
+                    tail.tolist() == [token for token in alone.ids[row, listed:].tolist() if token != PAD][: len(tail)]
+                )
+    assert len(ends) > 20
+    counted = (lesson.targets != NO_TARGET).sum()
+    assert counted == (lesson.targets[lesson.branch > 0] != NO_TARGET).sum()
 
 
 # --- the model
