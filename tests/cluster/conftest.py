@@ -16,6 +16,7 @@ from saescale.storage.lease import Standing
 from saescale.storage.rundir import RunDirectory
 from saescale.storage.store import ActivationStore
 from saescale.trainers.training.train import PackJob, train_pack
+from tests.cluster.forked_workers import forked_workers
 from tests.survival import reached
 from tests.trainers.synthetic import sparse_rows, write_store
 
@@ -42,13 +43,15 @@ def three_nodes(s3_endpoint: str) -> Iterator[Any]:
     # Ray's own ten seconds between two exports of its metrics are longer than the tests' sweeps.
     monkeypatch = pytest.MonkeyPatch()
     monkeypatch.setenv("RAY_metrics_report_interval_ms", "1000")
-    cluster = Cluster(initialize_head=True, head_node_args=NODE | {"include_dashboard": False})
-    for _ in range(2):
-        cluster.add_node(**NODE)
-    ray.init(address=cluster.address, log_to_driver=False, logging_level="ERROR")
-    yield cluster
-    ray.shutdown()
-    cluster.shutdown()
+    with forked_workers() as forked:
+        NODE.update(forked)
+        cluster = Cluster(initialize_head=True, head_node_args=NODE | {"include_dashboard": False})
+        for _ in range(2):
+            cluster.add_node(**NODE)
+        ray.init(address=cluster.address, log_to_driver=False, logging_level="ERROR")
+        yield cluster
+        ray.shutdown()
+        cluster.shutdown()
     monkeypatch.undo()
 
 
