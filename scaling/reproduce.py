@@ -16,7 +16,7 @@ from saescale.scaling.laws.forms.n_k import GPT4, N_K
 from saescale.scaling.laws.settings import FitSettings
 from saescale.scaling.tables import load_results
 from saescale.storage.errors import SaescaleError
-from saescale.storage.rundir import RunDirectory
+from saescale.storage.runs.rundir import RunDirectory
 
 _NOISE = 0.005
 _SIZES = 2.0 ** np.arange(11, 22, 2)

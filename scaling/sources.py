@@ -17,7 +17,7 @@ from saescale.scaling.where import Condition, select_where
 from saescale.storage.columns import EVALS
 from saescale.storage.errors import SaescaleError
 from saescale.storage.files import join
-from saescale.storage.rundir import METRICS, RunDirectory
+from saescale.storage.runs.rundir import METRICS, RunDirectory
 
 Reader = Callable[[str], Loaded]
 _PREFIX = "wandb:"

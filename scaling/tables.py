@@ -16,7 +16,7 @@ from saescale.scaling.words import listed
 from saescale.storage.columns import COLUMNS, columns_of
 from saescale.storage.errors import SaescaleError
 from saescale.storage.files import exists, join
-from saescale.storage.rundir import RunDirectory
+from saescale.storage.runs.rundir import RunDirectory
 from saescale.storage.secrets import hide_secrets
 
 _POSITIVE = tuple(column.name for column in COLUMNS.values() if column.positive)

@@ -69,7 +69,7 @@ def fit(
     from saescale.scaling.sources import load_evals, load_sources
     from saescale.scaling.where import parse_condition
     from saescale.scaling.words import listed
-    from saescale.storage.rundir import RunDirectory
+    from saescale.storage.runs.rundir import RunDirectory
     from saescale.storage.writable import require_writable
 
     own = tuple(dict.fromkeys(found.name for path in law_file or () for found in load_laws(path)))

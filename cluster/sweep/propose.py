@@ -37,7 +37,7 @@ from saescale.scaling.sources import load_sources
 from saescale.scaling.tables import Table, load_rows
 from saescale.storage import files
 from saescale.storage.errors import SaescaleError
-from saescale.storage.rundir import RunDirectory
+from saescale.storage.runs.rundir import RunDirectory
 
 _DRAWS = 12  # of the fit's bootstrap, beside its best coefficients: guesses that the design is made for
 _WIDER = 16  # how far beyond the largest n of a run cells may go

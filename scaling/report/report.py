@@ -41,7 +41,7 @@ from saescale.scaling.report.side_by_side import comparison_tables, depth_table,
 from saescale.scaling.tables import Table, load_curves, load_results
 from saescale.storage.errors import SaescaleError
 from saescale.storage.files import exists, join, write_atomic
-from saescale.storage.rundir import RunDirectory
+from saescale.storage.runs.rundir import RunDirectory
 
 Format = Literal["html", "md"]
 REPORT = "report.html"

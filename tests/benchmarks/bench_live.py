@@ -28,7 +28,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from saescale.storage.live import open_source, read_making
+from saescale.storage.sources.live import open_source, read_making
 from saescale.trainers.cell import Cell, EvalSpec
 from saescale.trainers.device import set_threads
 from saescale.trainers.harvest.conduct import harvest

@@ -30,7 +30,7 @@ import torch
 import torch.multiprocessing as mp
 
 from saescale.storage.errors import one_line
-from saescale.storage.store import ActivationStore
+from saescale.storage.sources.store import ActivationStore
 from saescale.trainers.architectures.architecture import Batch, Parameter
 from saescale.trainers.cell import Cell, EvalSpec, auto_k_aux
 from saescale.trainers.device import fast_precision, is_out_of_memory, set_threads, usable_cores

@@ -16,7 +16,7 @@ from saescale.scaling.sources import load_evals, load_sources
 from saescale.scaling.tables import Table
 from saescale.storage.columns import EVALS
 from saescale.storage.errors import SaescaleError
-from saescale.storage.rundir import RunDirectory
+from saescale.storage.runs.rundir import RunDirectory
 
 NOTHING = EVALS.empty_table()
 SIZES, KS = (512, 1024, 2048, 4096, 8192, 16384), (8, 16, 32, 64)

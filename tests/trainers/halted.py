@@ -19,7 +19,7 @@ import psutil
 
 from saescale.storage import files
 from saescale.storage.errors import Superseded
-from saescale.storage.lease import Lease
+from saescale.storage.runs.lease import Lease
 from saescale.trainers.training.train import PackJob, train_pack
 
 SUPERSEDED = 3  # exit status

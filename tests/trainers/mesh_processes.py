@@ -13,7 +13,7 @@ import torch.multiprocessing as mp
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from saescale.storage.errors import SaescaleError
-from saescale.storage.live import open_source
+from saescale.storage.sources.live import open_source
 from saescale.trainers.architectures.architecture import Batch
 from saescale.trainers.cell import Cell
 from saescale.trainers.evals.nmse import HeldOut

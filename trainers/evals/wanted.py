@@ -20,7 +20,7 @@ from saescale.scaling.where import Condition, no_row, parse_condition, rows_wher
 from saescale.storage.columns import columns_of, folded
 from saescale.storage.documents import problem_of
 from saescale.storage.errors import SaescaleError
-from saescale.storage.rundir import RunDirectory
+from saescale.storage.runs.rundir import RunDirectory
 from saescale.trainers.evals.evaluation import EVALUATIONS
 
 ALL = "all"

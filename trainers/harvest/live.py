@@ -1,4 +1,4 @@
-"""Makes the blocks of a live source (storage/live.py) ahead of those who stream, and removes them behind.
+"""Makes the blocks of a live source (storage/sources/live.py) ahead of those who stream, and removes them behind.
 
     with LiveHarvest(spec, "folder", crew) as live:     # makes the held-out rows, writes live.json
         live.run(should_stop)                           # until it says so; or in a thread
@@ -29,7 +29,7 @@ import xxhash
 from saescale.storage import files
 from saescale.storage.documents import read_json
 from saescale.storage.errors import SaescaleError
-from saescale.storage.live import (
+from saescale.storage.sources.live import (
     BEAT_S,
     CONSUMERS,
     LIVE,
@@ -44,8 +44,8 @@ from saescale.storage.live import (
     open_source,
     read_making,
 )
-from saescale.storage.manifest import MANIFEST
-from saescale.storage.store import ActivationStore
+from saescale.storage.sources.manifest import MANIFEST
+from saescale.storage.sources.store import ActivationStore
 from saescale.trainers.harvest import contexts
 from saescale.trainers.harvest.assignment import ShardTokens
 from saescale.trainers.harvest.conduct import (

@@ -7,9 +7,9 @@ from typing import Any, NamedTuple, Self
 
 from saescale.scaling.compute import Flops
 from saescale.storage.columns import RESULTS, CurveRow
-from saescale.storage.rundir import RunDirectory
-from saescale.storage.source import Source
-from saescale.storage.store import ActivationStore
+from saescale.storage.runs.rundir import RunDirectory
+from saescale.storage.sources.source import Source
+from saescale.storage.sources.store import ActivationStore
 from saescale.trainers.cell import Cell
 from saescale.trainers.exchange.trained import Trained
 from saescale.trainers.loggers.interface import CellLogger
@@ -34,7 +34,7 @@ class Provenance(NamedTuple):
 
 
 class Records:
-    """Writes into the run, and tells the logger. Raises Superseded where the run's owner lost it (storage/lease.py).
+    """Writes into the run, and tells the logger. Raises Superseded where the run's owner lost it.
 
     Of processes that share a cell the first one writes, but for the weights, of which each shard writes its own.
     """
