@@ -17,6 +17,7 @@ import psutil
 import pytest
 import yaml
 
+from saescale.cluster.crew.train_crew import TrainCrew
 from saescale.cluster.sweep import execute
 from saescale.cluster.sweep import packing as plan
 from saescale.cluster.sweep.driver import run_sweep
@@ -337,6 +338,7 @@ def test_an_object_store_that_fails_dawdles_and_goes_away_changes_no_result(
     store: Any,
     s3_url: str,
     s3_faults: Faults,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     import fsspec
 
@@ -347,9 +349,17 @@ def test_an_object_store_that_fails_dawdles_and_goes_away_changes_no_result(
 
     def go_away() -> None:
         training.wait()
-        with s3_faults.outage():  # longer than reads are tried again for
-            over.wait(30)
+        with s3_faults.outage():
+            over.wait(600)
 
+    usual = TrainCrew.warn
+
+    def warn(crew: TrainCrew, text: str) -> None:
+        usual(crew, text)
+        if "go on when it answers" in text:  # a worker has tried as often as it does
+            over.set()
+
+    monkeypatch.setattr(TrainCrew, "warn", warn)
     away = threading.Thread(target=go_away)
     away.start()
     try:
