@@ -84,20 +84,20 @@ def serve(starter: socket.socket) -> None:
         while starter not in select.select([starter, server], [], [])[0]:
             asking, _ = server.accept()
             with asking:
-                _, outputs, _, _ = socket.recv_fds(asking, 1, 2)
-                message = b"".join(iter(lambda: asking.recv(2**16), b""))  # noqa: B023
                 if os.fork() == 0:
-                    for kept in (starter, server, asking):
-                        kept.close()
-                    become(*json.loads(message), outputs)
-            for output in outputs:
-                os.close(output)
+                    starter.close()
+                    server.close()
+                    become(asking)
 
 
-def become(command: list[str], environment: dict[str, str], folder: str, outputs: list[int]) -> NoReturn:
-    """Runs the program that `command` begins with, as `python` would."""
+def become(asking: socket.socket) -> NoReturn:
+    """Does what is asked for: runs the program that a command begins with, as `python` would."""
     os.setpgid(0, 0)  # a node ends the group of a worker after it
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    with asking:
+        _, outputs, _, _ = socket.recv_fds(asking, 1, 2)
+        message = b"".join(iter(lambda: asking.recv(2**16), b""))
+    command, environment, folder = json.loads(message)
     for output, number in zip(outputs, (1, 2), strict=True):
         os.dup2(output, number)
         os.close(output)

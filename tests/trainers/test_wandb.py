@@ -155,6 +155,10 @@ input()
     assert process.stdout
     assert process.stdout.readline() == "logged\n"
     time.sleep(4 * wandb_client.FLUSH_INTERVAL)
+    deadline = time.monotonic() + 120
+    while not any('"history"' in inspect(folder) for folder in (tmp_path / "wandb").glob("offline-run-*")):
+        assert time.monotonic() < deadline  # W&B's own process may find no processor
+        time.sleep(0.2)
     process.kill()
     process.communicate()
     (run,) = runs(tmp_path)
