@@ -22,7 +22,6 @@ from typing import Any, NoReturn
 
 ADDRESS = "SAESCALE_TEST_FORKS"  # in the environment: the socket of the process that is forked
 _CONTEXT = "--serialized-runtime-env-context="
-_GIVEN = {"env_vars", "py_executable"}  # of a runtime environment: what a child can be given
 
 
 @contextlib.contextmanager
@@ -51,9 +50,10 @@ def hand_over(arguments: list[str]) -> None:
     """Has a child made that does what this process is asked for."""
     context = next((each for each in arguments if each.startswith(_CONTEXT)), _CONTEXT)
     asked = {name: value for name, value in json.loads(context[len(_CONTEXT) :] or "{}").items() if value}
-    assert asked.keys() <= _GIVEN, asked
-    command = [each for each in arguments if not each.startswith((_CONTEXT, "--language="))]
-    environment = os.environ | asked.get("env_vars", {})
+    environment = os.environ | asked.pop("env_vars", {})
+    assert asked.pop("py_executable", sys.executable) == sys.executable
+    assert not asked, f"a child cannot be given {asked}"
+    command = [each for each in arguments if not each.startswith((_CONTEXT, "--language=", "-S", "-s"))]
     with socket.socket(socket.AF_UNIX) as server:
         server.connect(os.environ[ADDRESS])
         socket.send_fds(server, [b"0"], [1, 2])
