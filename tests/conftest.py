@@ -20,12 +20,16 @@ os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 SaveSubject = Callable[..., str]
 
 
+# What takes long to make is made once: tests that use it stay in one process of `make test`, the rest goes to whichever
+# is free.
+SHARED = {"three_nodes": "cluster", "head": "head", "crowd": "mesh", "smollm2_store": "smollm2"}
+
+
 @pytest.hookimpl(tryfirst=True)  # before pytest-xdist looks for groups
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """What shares the Ray cluster stays in one process of `make test`; the rest goes to whichever is free."""
     for item in items:
-        if "three_nodes" in getattr(item, "fixturenames", ()):
-            item.add_marker(pytest.mark.xdist_group("cluster"))
+        for fixture in SHARED.keys() & set(getattr(item, "fixturenames", ())):
+            item.add_marker(pytest.mark.xdist_group(SHARED[fixture]))
 
 
 @pytest.fixture(scope="session")

@@ -66,6 +66,7 @@ def same_sae(*paths: str) -> bool:
     return all(one == found[0] for one in found)
 
 
+@pytest.mark.slow
 def test_toys_of_every_kind_are_harvested_swept_measured_exchanged_and_fitted(
     toys: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

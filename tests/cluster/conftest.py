@@ -1,11 +1,13 @@
 """One Ray cluster of three nodes for all tests of this folder, and sweeps small enough to run on it."""
 
 import base64
+import contextlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 import pyarrow as pa
 import pytest
 import yaml
@@ -60,6 +62,13 @@ def unpainted(monkeypatch: pytest.MonkeyPatch) -> None:
     """Sweeps of this process end with blank still pictures: painting them takes longer than training. What they
     show is held by tests/scaling; a process of its own paints them."""
     monkeypatch.setattr("saescale.scaling.figures.paper.draw", lambda view: BLANK)
+
+
+@pytest.fixture(autouse=True)
+def watched_closely(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Sweeps of this process are looked at ten times a second: those of the tests are over after a few of the usual
+    turns, and who waits for a moment in one might miss it."""
+    monkeypatch.setattr("saescale.cluster.crew.crew.POLL_S", 0.1)
 
 
 @pytest.fixture(scope="session")
@@ -122,6 +131,16 @@ def sweep_file(tmp_path: Path) -> Callable[[dict[str, Any]], str]:
         return str(path)
 
     return write
+
+
+def processes(title: str) -> list[psutil.Process]:
+    """Actors on the nodes that this process started, by the title that Ray gives them."""
+    found = []
+    for process in psutil.Process().children(recursive=True):
+        with contextlib.suppress(psutil.NoSuchProcess):
+            if process.cmdline()[:1] and process.cmdline()[0].startswith(f"ray::{title}"):
+                found.append(process)
+    return found
 
 
 class Recorder:

@@ -22,7 +22,6 @@ from typing import Any, NoReturn
 
 ADDRESS = "SAESCALE_TEST_FORKS"  # in the environment: the socket of the process that is forked
 _CONTEXT = "--serialized-runtime-env-context="
-_GIVEN = {"env_vars", "py_executable"}  # of a runtime environment: what a child can be given
 
 
 @contextlib.contextmanager
@@ -51,9 +50,10 @@ def hand_over(arguments: list[str]) -> None:
     """Has a child made that does what this process is asked for."""
     context = next((each for each in arguments if each.startswith(_CONTEXT)), _CONTEXT)
     asked = {name: value for name, value in json.loads(context[len(_CONTEXT) :] or "{}").items() if value}
-    assert asked.keys() <= _GIVEN, asked
-    command = [each for each in arguments if not each.startswith((_CONTEXT, "--language="))]
-    environment = os.environ | asked.get("env_vars", {})
+    environment = os.environ | asked.pop("env_vars", {})
+    assert asked.pop("py_executable", sys.executable) == sys.executable
+    assert not asked, f"a child cannot be given {asked}"
+    command = [each for each in arguments if not each.startswith((_CONTEXT, "--language=", "-S", "-s"))]
     with socket.socket(socket.AF_UNIX) as server:
         server.connect(os.environ[ADDRESS])
         socket.send_fds(server, [b"0"], [1, 2])
@@ -84,20 +84,20 @@ def serve(starter: socket.socket) -> None:
         while starter not in select.select([starter, server], [], [])[0]:
             asking, _ = server.accept()
             with asking:
-                _, outputs, _, _ = socket.recv_fds(asking, 1, 2)
-                message = b"".join(iter(lambda: asking.recv(2**16), b""))  # noqa: B023
                 if os.fork() == 0:
-                    for kept in (starter, server, asking):
-                        kept.close()
-                    become(*json.loads(message), outputs)
-            for output in outputs:
-                os.close(output)
+                    starter.close()
+                    server.close()
+                    become(asking)
 
 
-def become(command: list[str], environment: dict[str, str], folder: str, outputs: list[int]) -> NoReturn:
-    """Runs the program that `command` begins with, as `python` would."""
+def become(asking: socket.socket) -> NoReturn:
+    """Does what is asked for: runs the program that a command begins with, as `python` would."""
     os.setpgid(0, 0)  # a node ends the group of a worker after it
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    with asking:
+        _, outputs, _, _ = socket.recv_fds(asking, 1, 2)
+        message = b"".join(iter(lambda: asking.recv(2**16), b""))
+    command, environment, folder = json.loads(message)
     for output, number in zip(outputs, (1, 2), strict=True):
         os.dup2(output, number)
         os.close(output)

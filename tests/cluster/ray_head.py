@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import random
 import shutil
 import socket
 import subprocess
@@ -106,8 +107,14 @@ def _end(process: subprocess.Popen[bytes], temporary: Path) -> None:
 
 
 def _free_ports(count: int) -> list[int]:
+    """None of those that the system gives to whoever asks for any (from 32,768 on): until the head listens, it would
+    give them to others."""
+    found: list[int] = []
     with contextlib.ExitStack() as stack:
-        sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
-        for found in sockets:
-            found.bind(("127.0.0.1", 0))
-        return [found.getsockname()[1] for found in sockets]
+        for port in random.SystemRandom().sample(range(22_000, 32_000), 1_000):
+            with contextlib.suppress(OSError):
+                stack.enter_context(socket.socket()).bind(("127.0.0.1", port))
+                found.append(port)
+            if len(found) == count:
+                return found
+    raise AssertionError("no ports")

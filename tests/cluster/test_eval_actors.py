@@ -24,7 +24,7 @@ from saescale.trainers.cell import Cell, EvalSpec
 from saescale.trainers.evals.run import evaluate_run
 from saescale.trainers.training.train import PackJob, train_pack
 from tests.cluster.command import SAESCALE, environment
-from tests.cluster.conftest import Recorder
+from tests.cluster.conftest import Recorder, processes
 
 SIZES = (16, 24, 32, 40)
 ROWS = {"nmse": 2, "noted": 20, "core": 20}  # of a cell
@@ -115,7 +115,7 @@ def test_actors_measure_what_one_process_measures(three_nodes: Any, run: RunDire
     for there, here in zip(on_actors, rows(run, "core"), strict=True):
         measured = {"value": 0, "low": 0, "high": 0, "seconds": 0, "shared_seconds": 0}
         assert there | measured == here | measured
-        assert there["value"] == pytest.approx(here["value"], rel=1e-6)
+        assert there["value"] == pytest.approx(here["value"], rel=1e-5, abs=1e-7)
 
 
 def test_a_sweep_ends_with_its_evaluations(
@@ -172,7 +172,10 @@ def test_killed_again_and_again_it_goes_on(three_nodes: Any, run: RunDirectory, 
         again = noted.read_text().split()[len(before) :]
         assert not {sizes[cell] for cell, name in there if name == "noted"} & set(again)
         there = set(pairs)
-        time.sleep(1.0 if actors else 0.0)  # what the driver left behind ends
+        left_s = time.monotonic() + 120
+        while processes("EvalActor"):  # what the driver left behind ends
+            assert time.monotonic() < left_s
+            time.sleep(0.05)
     done = evaluate_run(run.url, ["nmse", "noted", "core"])
     assert (done.measured, done.there, done.failed) == (12 - len(there), len(there), 0)
     assert 0 < len(there) < 12

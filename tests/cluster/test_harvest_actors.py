@@ -1,21 +1,20 @@
 """Harvests on a real Ray cluster: the store of one process, whatever the number of actors and whoever dies."""
 
-import contextlib
 import json
+import os
 import random
 import signal
 import subprocess
-import threading
 import time
 from pathlib import Path
 from typing import Any
 
-import psutil
 import pytest
 
 from saescale.cluster.crew import crew
 from saescale.cluster.crew import harvest_crew as module
 from saescale.cluster.crew.harvest import harvest_on_actors
+from saescale.cluster.crew.harvest_worker import HarvestActor
 from saescale.cluster.crew.shares import share_out
 from saescale.storage import files
 from saescale.storage.errors import SaescaleError, SaescaleWarning
@@ -25,6 +24,7 @@ from saescale.trainers.harvest.conduct import harvest, harvest_each
 from saescale.trainers.harvest.layers import each_layer
 from saescale.trainers.harvest.spec import HarvestSpec
 from tests.cluster.command import SAESCALE, assert_one_line, environment, saescale, saescale_here
+from tests.cluster.conftest import processes
 
 
 @pytest.fixture(scope="module")
@@ -62,14 +62,11 @@ def everything(url: str) -> dict[str, bytes | None]:
     return {str(path.relative_to(url)): path.read_bytes() if path.is_file() else None for path in paths}
 
 
-def actor_processes() -> list[psutil.Process]:
-    """The actors on the nodes that this process started, by the title that Ray gives them."""
-    found = []
-    for process in psutil.Process().children(recursive=True):
-        with contextlib.suppress(psutil.NoSuchProcess):
-            if process.cmdline()[:1] and process.cmdline()[0].startswith("ray::HarvestActor"):
-                found.append(process)
-    return found
+class Dying(HarvestActor):
+    """Is gone as soon as it begins to come up."""
+
+    def __init__(self, *_: Any) -> None:
+        os.kill(os.getpid(), signal.SIGKILL)
 
 
 def quiet(*_: Any) -> None:
@@ -108,7 +105,7 @@ def test_layers_in_one_pass_are_the_stores_of_one_process_whoever_dies(
 
     def kill(done: int, total: int, rate: float, stage: str, rates: list[float]) -> None:
         if done > 4_000 and not killed:
-            victim = min(actor_processes(), key=lambda process: process.pid)
+            victim = min(processes("HarvestActor"), key=lambda process: process.pid)
             victim.kill()
             killed.append(victim.pid)
 
@@ -135,18 +132,18 @@ def test_killed_actors_change_no_byte(three_nodes: Any, spec: HarvestSpec, tmp_p
     moments = sorted(chance.uniform(0, 10_000) for _ in range(2))
     killed: list[int] = []
 
-    def kill_now() -> None:
-        victim = chance.choice(sorted(actor_processes(), key=lambda process: process.pid))
-        victim.kill()
-        killed.append(victim.pid)
-
     def kill(done: int, total: int, rate: float, stage: str, rates: list[float]) -> None:
-        if stage.startswith("tokenizing"):
-            kill_now()
-        elif moments and done > moments[0]:
+        tokenizing = stage.startswith("tokenizing")
+        there = sorted(processes("HarvestActor"), key=lambda process: process.pid)
+        if not there or not (tokenizing or (moments and done > moments[0])):
+            return
+        if not tokenizing:
             moments.pop(0)
             time.sleep(chance.uniform(0, 0.05))
-            kill_now()
+        victim = chance.choice(there)
+        victim.kill()
+        victim.wait(60)  # or it may be found once more
+        killed.append(victim.pid)
 
     again = spec.model_copy(update={"out": str(tmp_path / "store")})
     with pytest.warns(SaescaleWarning, match="died"):
@@ -162,7 +159,7 @@ def test_actors_that_die_too_often_end_in_one_error_and_leave_no_manifest(
 
     def kill_all(done: int, total: int, rate: float, stage: str, rates: list[float]) -> None:
         if rates:
-            for process in actor_processes():
+            for process in processes("HarvestActor"):
                 process.kill()
 
     again = spec.model_copy(update={"out": str(tmp_path / "store")})
@@ -179,22 +176,9 @@ def test_actors_that_do_not_come_up_end_in_one_error(
     three_nodes: Any, spec: HarvestSpec, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(module, "MAX_ATTEMPTS", 1)
-    up = threading.Event()
-
-    def kill_the_first() -> None:
-        while not up.wait(0.02):
-            for process in actor_processes():
-                process.kill()
-                return
-
-    killer = threading.Thread(target=kill_the_first)
-    killer.start()
-    try:
-        with pytest.raises(SaescaleError, match=r"1 actors in a row died while they started: The actor is dead"):
-            harvest_on_actors([spec.model_copy(update={"out": str(tmp_path / "store")})], 1, None, quiet)
-    finally:
-        up.set()
-        killer.join()
+    monkeypatch.setattr(module, "HarvestActor", Dying)
+    with pytest.raises(SaescaleError, match=r"1 actors in a row died while they started: The actor is dead"):
+        harvest_on_actors([spec.model_copy(update={"out": str(tmp_path / "store")})], 1, None, quiet)
 
 
 @pytest.mark.chaos

@@ -15,7 +15,7 @@ import psutil
 import pytest
 import yaml
 
-from saescale.cluster.crew import crew, harvest_crew
+from saescale.cluster.crew import harvest_crew
 from saescale.cluster.sweep.driver import run_sweep
 from saescale.cluster.sweep.spec import parse_spec
 from saescale.scaling.laws.settings import FitSettings
@@ -24,7 +24,7 @@ from saescale.storage.sources.live import read_making
 from saescale.trainers.harvest import contexts
 from saescale.trainers.harvest.room import Room
 from tests.cluster.command import SAESCALE, assert_one_line, environment, saescale_here
-from tests.cluster.conftest import Recorder
+from tests.cluster.conftest import Recorder, processes
 from tests.cluster.test_survival import Killer, one_result_each
 from tests.survival import assert_same, reached
 from tests.trainers.live_case import Watch
@@ -37,7 +37,6 @@ FIELDS += ["--context-length", "32", "--shard-rows", str(BLOCK), "--compute-dtyp
 @pytest.fixture(autouse=True)
 def small_steps(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(contexts, "BLOCK_CHARACTERS", 2**13)
-    monkeypatch.setattr(crew, "POLL_S", 0.02)
     monkeypatch.setattr(harvest_crew, "BACKOFF_S", (0.05, 0.2))
 
 
@@ -127,15 +126,6 @@ def test_workers_that_share_a_cell_share_a_live_source(
     assert not list(Path(folder).glob("train-*"))
 
 
-def processes(title: str) -> list[psutil.Process]:
-    found = []
-    for process in psutil.Process().children(recursive=True):
-        with contextlib.suppress(psutil.NoSuchProcess):
-            if process.cmdline()[:1] and process.cmdline()[0].startswith(f"ray::{title}"):
-                found.append(process)
-    return found
-
-
 @pytest.mark.chaos
 @pytest.mark.filterwarnings("ignore::saescale.storage.errors.SaescaleWarning")
 def test_producers_and_consumers_killed_at_random_change_no_result(
@@ -154,7 +144,7 @@ def test_producers_and_consumers_killed_at_random_change_no_result(
             chance.choice(there).send_signal(signal.SIGKILL)
         return True
 
-    with Killer(kill, kills=5, seed=3, pause_s=(0.5, 2.0)) as killer:
+    with Killer(kill, kills=5, seed=3, pause_s=(0.2, 1.0)) as killer:
         outcome = run_sweep(spec, Recorder(), settings=FitSettings(0))
     assert killer.done >= 2
     one_result_each(outcome.run, 4)

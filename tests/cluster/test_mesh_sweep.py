@@ -180,6 +180,7 @@ def test_a_worker_of_a_mesh_that_is_lost_or_hangs_changes_no_result(
 ) -> None:
     """The group starts again from its checkpoint, with another worker in the place of that one."""
     monkeypatch.setattr(execute, "DEADLINE_S", 20.0)
+    monkeypatch.setattr(execute, "COMPANY_S", 3.0)  # one that is halted leaves nothing
     shared["train"]["tokens"] = 98_304
     shared["grid"]["k"] = 4
     spec, hit, notes = parse_spec(shared, "test"), [], []

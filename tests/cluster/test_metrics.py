@@ -83,7 +83,7 @@ def labels_of(query: dict[str, Any]) -> set[str]:
 @pytest.mark.slow
 def test_what_a_sweep_exports_is_what_the_dashboard_asks_for(three_nodes: Any, document: dict[str, Any]) -> None:
     document |= {"name": "watched", "grid": {"n_latents": [32, 64], "k": [2, 4]}}
-    document["train"]["tokens"] = 131_072
+    document["train"]["tokens"] = 524_288  # some seconds, or no export falls into them
     document["train"]["lr"] = {"at": 32, "value": 1e-3, "exponent": 70.0}  # the cells of 64 latents fail
     recorder = Recorder()
     with scraping() as seen:
@@ -127,7 +127,9 @@ def check_values(seen: list[list[Sample]], run: RunDirectory) -> None:
         assert values >= {(cell_id, row[column]) for cell_id, row in rows.items() if row["status"] == "done"}
         for labels in (sample.labels for sample in cells):
             assert all(labels[key] == str(rows[labels["cell_id"]][key]) for key in ("n_latents", "k", "seed"))
-    assert max(total(samples, "ray_saescale_cells_running") for samples in seen) == 2
+    running = {total(samples, "ray_saescale_cells_running") for samples in seen}
+    assert 2 in running
+    assert max(running) <= 4  # before those that fail have failed
     assert max(total(samples, "ray_saescale_sae_tokens_per_second") for samples in seen) > 0
     assert all(0 <= sample.value <= 1 for sample in exported if sample.name == "ray_saescale_stream_wait_ratio")
     assert total(seen[-1], "ray_saescale_cells_running") == total(seen[-1], "ray_saescale_sae_tokens_per_second") == 0

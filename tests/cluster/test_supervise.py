@@ -22,7 +22,8 @@ module.LEAVE_S = 0.5
 
 def work():
     what, run = sys.argv[1], sys.argv[2]
-    print("began", os.getpid(), flush=True)
+    if what != "stops":
+        print("began", os.getpid(), flush=True)
     if what.startswith("lease"):
         from saescale.storage.runs.lease import Lease
         watched.tell(cluster="10.0.0.1:6379" if "cluster" in what else "")
@@ -51,6 +52,7 @@ def work():
         sys.exit(3)
     if what == "stops":
         try:
+            print("began", flush=True)
             time.sleep(600)
         except KeyboardInterrupt:
             print("saving", flush=True)

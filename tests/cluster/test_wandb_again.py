@@ -30,7 +30,6 @@ def ledger(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     monkeypatch.setattr(driver, "is_current", lambda *_, **__: True)
     monkeypatch.setattr(driver, "provenance_of", lambda *_: {"subject": "toy"})
     monkeypatch.setattr(run.__class__, "read_results", lambda _: RESULTS)
-    monkeypatch.setattr(wandb_client, "INIT_TIMEOUT", 3.0)
     return SimpleNamespace(run=run, document={}, settle=lambda: None)
 
 
@@ -47,10 +46,12 @@ def summarised(server: WandbServer) -> bool:
     return any(name == f"{SUMMARY}/wandb-summary.json" for name in server.files)
 
 
-def test_after_a_server_that_refused(server: WandbServer, ledger: Any) -> None:
+def test_after_a_server_that_refused(server: WandbServer, ledger: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     server.refuse = lambda path: True
     found: list[Any] = []
-    assert len(messages(lambda: found.append(analyse(ledger)))) == 1
+    with monkeypatch.context() as patch:
+        patch.setattr(wandb_client, "INIT_TIMEOUT", 3.0)
+        assert len(messages(lambda: found.append(analyse(ledger)))) == 1
     assert found[0][0].endswith("the summary was not sent whole, run the sweep again to send it")
     assert json.loads((Path(ledger.run.url) / "wandb.json").read_text())["whole"] is False
     assert not summarised(server)

@@ -115,7 +115,11 @@ def test_a_driver_halted_before_it_wrote_its_beat_takes_nothing_back(any_url: st
     with Lease(any_url) as first:
         plain = first._check
         first._check = lambda: plain() or (elsewhere(any_url) and None)  # type: ignore[method-assign]
-        first._thread.join(timeout=0.5)
+        deadline = time.monotonic() + 60
+        while (found := read_driver(any_url)) is None or found.driver != "other":
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        first._thread.join(timeout=0.3)  # some beats more
         found = read_driver(any_url)
         assert found is not None
         assert found.driver == "other"

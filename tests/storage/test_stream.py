@@ -21,6 +21,7 @@ from saescale.storage.sources.rows import RowGroup, to_float32
 from saescale.storage.sources.source import SourceBatch
 from saescale.storage.sources.store import ActivationStore
 from saescale.storage.sources.stream import Stream
+from saescale.storage.waiting import waits
 
 BuildStore = Callable[..., ActivationStore]
 
@@ -289,7 +290,9 @@ def test_waiting_is_counted(store: ActivationStore, monkeypatch: pytest.MonkeyPa
     original = Stream._read_window
 
     def slow(self: Stream, *args: object) -> np.ndarray:
-        time.sleep(0.2)
+        while not (waits(0.0) or self._closed):  # the consumer does not wait yet
+            time.sleep(0.01)
+        time.sleep(0.1)
         return original(self, *args)
 
     monkeypatch.setattr(stream_module.Stream, "_read_window", slow)
@@ -299,9 +302,11 @@ def test_waiting_is_counted(store: ActivationStore, monkeypatch: pytest.MonkeyPa
         assert stream.wait_seconds > 0.05
 
 
-def test_at_most_three_windows_are_in_memory(store: ActivationStore, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_at_most_three_windows_are_in_memory(build_store: BuildStore, monkeypatch: pytest.MonkeyPatch) -> None:
     """The one that batches are cut from, the next, and one that is read; two while the consumer is slow. So many the
     planner counts with."""
+    # Of whole row groups: after a window of less than a batch another one is read at once.
+    store = build_store(f"memory://{uuid.uuid4().hex}", train=(40, 24, 16))
     original, windows, at_once = Stream._read_window, list[weakref.ref[np.ndarray]](), list[int]()
 
     def alive(most: int) -> int:

@@ -6,7 +6,6 @@ The process stands between its last look at who owns the run and what it does ne
 suspended there; `wake` sends SIGCONT and waits for its end.
 """
 
-import multiprocessing
 import os
 import re
 import signal
@@ -21,6 +20,7 @@ from saescale.storage import files
 from saescale.storage.errors import Superseded
 from saescale.storage.runs.lease import Lease
 from saescale.trainers.training.train import PackJob, train_pack
+from tests.trainers.forked import forked
 
 SUPERSEDED = 3  # exit status
 
@@ -61,10 +61,7 @@ class Halted:
 @contextmanager
 def halted_before(operation: str, pattern: str, which: int, job: PackJob) -> Iterator[Halted]:
     """Such a process once it has halted."""
-    # Imports once for all of them, and has started no thread of torch's when it forks.
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["saescale.trainers.training.train"])
-    process = context.Process(target=run, args=(operation, pattern, which, job, dict(os.environ)), daemon=True)
+    process = forked().Process(target=run, args=(operation, pattern, which, job, dict(os.environ)), daemon=True)
     process.start()
     try:
         deadline = time.monotonic() + 120

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-import torch.multiprocessing as mp
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from saescale.storage.errors import SaescaleError
@@ -24,6 +23,7 @@ from saescale.trainers.mesh.mesh import ONE, Group
 from saescale.trainers.preprocess import Centre
 from saescale.trainers.training.train import PackJob, train_pack
 from saescale.trainers.training.training_cell import TrainingCell
+from tests.trainers.forked import forked
 
 N, D, BATCH, K, K_AUX = 301, 16, 64, 8, 12
 WINDOW = 3 * BATCH  # tokens after which a latent counts as dead
@@ -34,7 +34,7 @@ class Crowd:
     """`ask` gives what the function gave in each process, in the order of the ranks; an error as its text."""
 
     def __init__(self, folder: Path, size: int = 4) -> None:
-        context = mp.get_context("spawn")
+        context = forked()
         self._folder, self._asked = folder, 0
         self._ways = [context.Pipe() for _ in range(size)]
         self.processes = [

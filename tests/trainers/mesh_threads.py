@@ -16,7 +16,7 @@ class Place:
     """What the members of one group of threads hand to each other."""
 
     def __init__(self, size: int) -> None:
-        self.size, self.barrier, self.there = size, threading.Barrier(size, timeout=20), [torch.empty(0)] * size
+        self.size, self.barrier, self.there = size, threading.Barrier(size, timeout=120), [torch.empty(0)] * size
 
 
 class ThreadChannel:

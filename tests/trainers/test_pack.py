@@ -6,7 +6,6 @@ import random
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -32,6 +31,7 @@ from saescale.trainers.exchange import native
 from saescale.trainers.preprocess import geometric_median, measure_centre, normalise
 from saescale.trainers.training.report import Progress
 from saescale.trainers.training.train import PackJob, PackOutcome, train_pack
+from tests.trainers.killed import killed_after
 from tests.trainers.synthetic import D_MODEL, sparse_rows, true_dictionary, write_store
 from tests.trainers.topk_case import in_float64, new_sae
 
@@ -160,29 +160,10 @@ def test_sigkill_at_any_moment_loses_nothing(
 ) -> None:
     cells = [make_cell(tokens=49_152), make_cell(n_latents=96, k=5, tokens=49_152)]
     undisturbed = train_pack(job(cells, sparse_store, str(tmp_path / "a"), checkpoint_every_s=0.05))
-    request = job(cells, sparse_store, str(tmp_path / "b"), checkpoint_every_s=0.05)
-    script = (
-        "import sys; from saescale.trainers.training.train import PackJob, train_pack; "
-        "train_pack(PackJob.model_validate_json(sys.argv[1]))"
-    )
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
-    run = RunDirectory(str(tmp_path / "b"))
-    rng, kills = np.random.default_rng(0), 0
-    for _ in range(4):
-        process = subprocess.Popen([sys.executable, "-c", script, request.model_dump_json()], env=environment)
-        deadline = time.monotonic() + 120
-        before = len(run.cells_with_results())
-        first = checkpoint.steps(run.checkpoint_url(cells[0].cell_id))
-        while process.poll() is None and time.monotonic() < deadline:
-            if checkpoint.steps(run.checkpoint_url(cells[0].cell_id)) != first or before:
-                break
-            time.sleep(0.01)
-        time.sleep(float(rng.uniform(0, 0.3)))
-        if process.poll() is None:
-            process.send_signal(signal.SIGKILL)
-            kills += 1
-        process.wait()
-    assert kills >= 2
+    request = job(cells, sparse_store, str(tmp_path / "b"), checkpoint_every_s=0.02)
+    rng = np.random.default_rng(0)
+    kills = [killed_after(int(rng.integers(1, 40)), float(rng.uniform(0, 0.1)), request) for _ in range(6)]
+    assert sum(kills) >= 2
     resumed = train_pack(request)
     assert comparable(resumed) == comparable(undisturbed)
     for cell in cells:

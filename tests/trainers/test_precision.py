@@ -9,7 +9,7 @@ from saescale.trainers.cell import Cell, EvalSpec
 from saescale.trainers.harvest.conduct import HarvestSpec, harvest
 from saescale.trainers.precision import Precision
 from saescale.trainers.training.train import PackJob, train_pack
-from tests.trainers.dense_training import train_dense
+from tests.trainers.dense_training import Outcome, train_dense
 
 HELD_OUT = 4_096
 pytestmark = [pytest.mark.network, pytest.mark.slow]
@@ -25,18 +25,27 @@ def smollm2_store(tmp_path_factory: pytest.TempPathFactory) -> ActivationStore:
     return ActivationStore.open(url)
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_held_out_nmse_within_half_a_percent_and_dead_fraction_within_a_point(
-    smollm2_store: ActivationStore, tmp_path: Path, precision: Precision
-) -> None:
-    cell = Cell(
-        store=smollm2_store.fingerprint, d_model=576, n_latents=2_048, k=32, tokens=98_304, batch_tokens=512,
+def cell_of(store: ActivationStore, precision: Precision) -> Cell:
+    return Cell(
+        store=store.fingerprint, d_model=576, n_latents=2_048, k=32, tokens=98_304, batch_tokens=512,
         lr=2e-3, settings={"k_aux": 256}, dead_after_tokens=512, ema=0.95, precision=precision,
     )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def dense(smollm2_store: ActivationStore) -> Outcome:
+    """In float32, whatever the precision of the fast path."""
+    return train_dense(smollm2_store, cell_of(smollm2_store, "fp32"), HELD_OUT)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_held_out_nmse_within_half_a_percent_and_dead_fraction_within_a_point(
+    smollm2_store: ActivationStore, dense: Outcome, tmp_path: Path, precision: Precision
+) -> None:
+    cell = cell_of(smollm2_store, precision)
     settings = EvalSpec(tokens=HELD_OUT, every_tokens=98_304)
     job = PackJob(cells=[cell], store=smollm2_store.url, run=str(tmp_path / "run"), sweep="precision", eval=settings)
     fast = train_pack(job).results[0]
-    dense = train_dense(smollm2_store, cell, HELD_OUT)
     assert fast["nmse"] == pytest.approx(dense.nmse, rel=0.005)
     assert fast["dead_fraction"] == pytest.approx(dense.dead_fraction, abs=0.01)
     assert dense.dead_fraction > 0.01  # or AuxK had nothing to do

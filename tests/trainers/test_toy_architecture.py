@@ -1,12 +1,7 @@
 """An architecture of the user's own, the page's example: trained beside TopK, killed, resumed, read back."""
 
 import math
-import os
 import re
-import signal
-import subprocess
-import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -27,6 +22,7 @@ from saescale.trainers.preprocess import Centre, normalise
 from saescale.trainers.training.memory import StreamSize, pack_memory
 from saescale.trainers.training.train import PackJob, train_pack
 from tests.trainers.dense_training import dense_nmse, train_dense
+from tests.trainers.killed import killed_after
 from tests.trainers.synthetic import D_MODEL, sparse_rows
 
 MakeCell = Callable[..., Cell]
@@ -57,7 +53,7 @@ def test_it_trains_beside_topk_and_goes_on_after_sigkill_to_the_same_bits(
     def job(name: str) -> PackJob:
         return PackJob(
             cells=cells, store=sparse_store.url, run=str(tmp_path / name), sweep="toy", threads=1,
-            eval=EvalSpec(tokens=2_048, every_tokens=4_096), checkpoint_every_s=0.02,
+            eval=EvalSpec(tokens=2_048, every_tokens=4_096), checkpoint_every_s=0.005,
         )  # fmt: skip
 
     outcome = train_pack(job("a"))
@@ -77,25 +73,14 @@ def test_it_trains_beside_topk_and_goes_on_after_sigkill_to_the_same_bits(
     # It has no fast path, so its steps were dense, and it says 12 d a pair of those.
     assert result["flops"] == result["flops_dense"] == 12 * 256 * D_MODEL * own.tokens
 
-    run = RunDirectory(str(tmp_path / "b"))
-    script = (
-        "import sys; from saescale.trainers.training.train import PackJob, train_pack; "
-        "train_pack(PackJob.model_validate_json(sys.argv[1]))"
-    )
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
     calls = iter(range(10**6))
     late = RunDirectory(str(tmp_path / "c"))
     assert train_pack(job("c"), should_stop=lambda: next(calls) == 70).stopped
     train_pack(job("c"))
     assert comparable(late, cells) == comparable(RunDirectory(str(tmp_path / "a")), cells)
 
-    process = subprocess.Popen([sys.executable, "-c", script, job("b").model_dump_json()], env=environment)
-    deadline = time.monotonic() + 120
-    while not checkpoint.steps(run.checkpoint_url(own.cell_id)) and time.monotonic() < deadline:
-        assert process.poll() is None
-        time.sleep(0.005)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+    run = RunDirectory(str(tmp_path / "b"))
+    assert killed_after(40, 0.0, job("b"))
     reached = checkpoint.steps(run.checkpoint_url(own.cell_id))
     assert reached
     assert 0 < reached[0] < own.steps

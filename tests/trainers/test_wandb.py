@@ -141,9 +141,11 @@ def test_a_resumed_cell_has_the_same_run(tmp_path: Path) -> None:
 
 def test_a_killed_process_leaves_its_points(tmp_path: Path) -> None:
     script = f"""
+from saescale.trainers.loggers import wandb_client
 from saescale.trainers.loggers.wandb_cells import *
 from saescale.storage.columns import CurveRow
 from saescale.trainers.cell import Cell
+wandb_client.FLUSH_INTERVAL = 0.2
 cell = Cell(**{cell().model_dump()!r})
 logger = WandbLogger(WandbSettings(mode="offline"), "sweep", {str(tmp_path)!r})
 logger.open([cell], {{}})
@@ -154,7 +156,10 @@ input()
     process = subprocess.Popen([sys.executable, "-c", script], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     assert process.stdout
     assert process.stdout.readline() == "logged\n"
-    time.sleep(4 * wandb_client.FLUSH_INTERVAL)
+    deadline = time.monotonic() + 120
+    while not any('"history"' in inspect(folder) for folder in (tmp_path / "wandb").glob("offline-run-*")):
+        assert time.monotonic() < deadline
+        time.sleep(0.2)
     process.kill()
     process.communicate()
     (run,) = runs(tmp_path)
