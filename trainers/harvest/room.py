@@ -7,6 +7,7 @@ from saescale.storage.errors import SaescaleError
 from saescale.storage.live import most_bytes
 from saescale.storage.writable import free_bytes
 from saescale.trainers.harvest import contexts
+from saescale.trainers.harvest.live_places import KEY_BYTES, NOTE_BYTES
 from saescale.trainers.harvest.live_spec import HELDOUT_EVERY, LiveSpec
 from saescale.trainers.harvest.spec import HarvestSpec
 
@@ -46,7 +47,7 @@ class Room:
         # Ids of the blocks of a window and of those ahead; documents that are held out or repeated have some too.
         self.tokens = 32 * contexts.BLOCK_CHARACTERS + 16 * size * (spec.window_blocks + AHEAD)
         self.tokens += 6 * HELDOUT_EVERY * harvest.heldout_tokens
-        self.notes = _NOTES + 40 * -(-harvest.tokens // size)
+        self.notes = _NOTES + (40 + NOTE_BYTES) * -(-harvest.tokens // size) + KEY_BYTES * harvest.heldout_tokens
         self.blocks = (spec.max_bytes - self.beside) // self.block
 
     @property

@@ -81,9 +81,9 @@ class Served:
     def path(self, number: int) -> str:
         return str(self._folder / self._names[number])
 
-    def each(self) -> Iterator[ServedFile | None]:
-        """All files from the first on; None while the next one is not there."""
-        number = 0
+    def each(self, first: int = 0) -> Iterator[ServedFile | None]:
+        """All files from number `first` on; None while the next one is not there."""
+        number = first
         while True:
             if number == len(self._names) and not self._take():
                 yield None
