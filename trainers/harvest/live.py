@@ -113,7 +113,7 @@ class LiveHarvest:
         facts = self.crew.load([self.spec.harvest(self.url, reads_text=False)], asked)
         self._harvest = harvest = self.spec.harvest(self.url, facts.reads_text)
         self.room = Room(self.spec, harvest, facts.d_model)
-        self.room.require(min(self.spec.window_blocks, self._blocks_of_pass))
+        self._count_served()
         self._told.begin()
         self._facts, self._plan = facts, _plan(harvest, facts)
         if self._served is not None:
@@ -218,16 +218,21 @@ class LiveHarvest:
             raise
 
     def clear(self) -> None:
-        """Removes all blocks: nobody needs them any more. The held-out rows stay."""
+        """Removes all blocks, and a server's files that may be removed: nobody needs them any more. The held-out rows
+        stay."""
         if not self._sealed:
             self._tidy()
             for block in blocks_in(self.url):
                 files.remove(files.join(self.url, name_of(block)))
+        if self._served is not None and self.spec.remove_hidden_states:
+            self._served.forget(self._served.count)
 
     def _items(self, blocks: Blocks, should_stop: Callable[[], bool]) -> Iterator[Block | ShardJob | None]:
         needs = Needs(self.url, self._blocks_of_pass, self.room)
         while not should_stop():
             if needs.look():
+                self._forget_served(needs)
+                self._count_served()
                 self._clean(blocks, needs)
                 self._tell(blocks, needs)
             lacking = blocks.lacking(needs.wanted())
@@ -242,6 +247,25 @@ class LiveHarvest:
         while len(blocks) > self.room.blocks and self._make_room(blocks, needs):
             pass
         self._tokens.forget(needs.passed % self._blocks_of_pass, blocks.making)
+
+    def _forget_served(self, needs: Needs) -> None:
+        """Removes the server's files that no block is made from any more, where it may."""
+        if not self.spec.remove_hidden_states or self._served is None:
+            return
+        if needs.furthest is None or needs.furthest > self._blocks_of_pass:
+            raise SaescaleError(
+                f"live: remove_hidden_states removes files after one pass, and a cell trains on more than the "
+                f"{self.spec.tokens:,} tokens of a pass; give it fewer tokens, or keep the files"
+            )
+        # A producer that begins again reads on from that place, and needs no file before it.
+        if needs.passed and (begin := self._places.before(needs.passed)) is not None:
+            self._served.forget(begin.text)
+
+    def _count_served(self) -> None:
+        """SaescaleError where a server's files leave no room for a window."""
+        if self._served is not None:
+            self.room.foreign = self._served.bytes()
+        self.room.require()
 
     def _next_job(self, blocks: Blocks, needs: Needs, lacking: list[int]) -> ShardJob | None:
         """The next block to make, where there is room for it."""
@@ -259,7 +283,7 @@ class LiveHarvest:
         if blocks.making:
             state = f"making block {min(blocks.making)}"
         elif any(block not in blocks.present for block in needs.wanted()):
-            state = "reading the corpus"
+            state = "reading the corpus" if self._served is None else "waiting for the server's next files"
         else:
             state = "waiting for the slowest consumer" if needs.living else "waiting for somebody to stream"
         taken = len(blocks) * self.room.block + self._tokens.bytes + self.room.heldout + self.room.notes

@@ -17,7 +17,7 @@ class Needs:
         self._url, self._blocks, self._room = url, blocks, room
         self._heard = Heard()
         self._looked = 0.0
-        self._until: int | None = None  # of the consumer that goes furthest
+        self.furthest: int | None = blocks  # behind the last block that anybody will need; None: without end
         self.need = self.passed = self.living = 0
 
     def look(self) -> bool:
@@ -34,7 +34,7 @@ class Needs:
         elif places.gone:
             self.need = min(place.passed for place in places.gone.values())  # where they will go on
         ends = [place.end for place in known.values()] or [self._blocks]
-        self._until = None if None in ends else max(end for end in ends if end is not None)
+        self.furthest = None if None in ends else max(end for end in ends if end is not None)
         self.passed = min((place.passed for place in known.values()), default=self.need)
         self.living = len(places.living)
         return True
@@ -53,7 +53,7 @@ class Needs:
     def wanted(self) -> list[int]:
         """The blocks that are to lie on the disk, the most urgent first."""
         last = self.need + min(self._room.blocks, self._blocks)
-        last = last if self._until is None else min(last, self._until)
+        last = last if self.furthest is None else min(last, self.furthest)
         return [number % self._blocks for number in range(self.need, last)]
 
     def kept(self) -> set[int]:
