@@ -34,6 +34,24 @@ def share_out(nodes: Sequence[Mapping[str, float]], actors: int | str, shards: i
     return Shares(size, max(1, int(cpus)), cpus, each)
 
 
+def share_beside(nodes: Sequence[Mapping[str, float]], actors: int | str, blocks: int, spread: bool = False) -> Shares:
+    """What each of `actors` has that harvest beside workers, to whom at least half of these nodes is left.
+
+    "auto": one for each GPU of the other half, for each node of it with `spread` (a subject over several GPUs of a
+    node), or for each node where there are no GPUs; no more than `blocks`. An only GPU is shared.
+    """
+    cpus, gpus = (sum(node.get(name, 0.0) for node in nodes) for name in ("CPU", "GPU"))
+    useful = sum(node.get("GPU" if gpus else "CPU", 0.0) >= 1 for node in nodes)
+    of_half = useful if not gpus else useful // 2 if spread else int(gpus) // 2
+    size = max(1, min(blocks, of_half)) if isinstance(actors, str) else actors
+    if gpus:
+        most = min(gpus_each(nodes, size), int(gpus) // (2 * size)) if spread else 1
+        each = max(1.0, float(most)) if gpus > size else gpus / (2 * size)
+        return Shares(size, max(1, int(each * cpus / (2 * gpus))), 1.0, each)
+    share = (cpus or 1.0) / (2 * size)
+    return Shares(size, max(1, int(share)), float(int(share)) if share >= 1 else share, 0.0)
+
+
 def gpus_each(nodes: Sequence[Mapping[str, float]], processes: int) -> int:
     """The most GPUs, all of one node, that each of `processes` can have; 0 where there are too few."""
     of_nodes = [int(node.get("GPU", 0)) for node in nodes]
