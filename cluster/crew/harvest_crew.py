@@ -130,7 +130,7 @@ class HarvestCrew(Crew[Loaded]):
 
     def _share_out(self, shards: int) -> Shares:
         """How many there are, and what each has."""
-        return share_out(nodes(), self._wanted, shards)
+        return share_out(nodes(), self._wanted, shards, spread=self._specs[0].device_map is not None)
 
     def _create(self) -> tuple[Any, Any]:
         shares = self._shares

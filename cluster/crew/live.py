@@ -10,8 +10,8 @@ from typing import Any
 
 from saescale.cluster.crew.harvest import for_other_nodes
 from saescale.cluster.crew.harvest_crew import HarvestCrew
-from saescale.cluster.crew.head import resources
-from saescale.cluster.crew.shares import Shares
+from saescale.cluster.crew.head import nodes
+from saescale.cluster.crew.shares import Shares, share_beside
 from saescale.storage import files
 from saescale.storage.errors import SaescaleWarning
 from saescale.trainers.harvest.conduct import SPOOL_PREFIX
@@ -34,12 +34,7 @@ class LiveCrew(HarvestCrew):
         return super().load([for_other_nodes(spec) for spec in specs], computed_in)
 
     def _share_out(self, shards: int) -> Shares:
-        there, actors = resources(), int(self._wanted)
-        cpus, gpus = there.get("CPU", 1.0), there.get("GPU", 0.0)
-        if gpus:
-            return Shares(actors, max(1, int(cpus / (2 * gpus))), 1.0, 1.0 if gpus > actors else gpus / (2 * actors))
-        each = cpus / (2 * actors)
-        return Shares(actors, max(1, int(each)), float(int(each)) if each >= 1 else each, 0.0)
+        return share_beside(nodes(), self._wanted, shards, spread=self._specs[0].device_map is not None)
 
     def _half_done(self, item: Any) -> None:
         """Its bytes are counted no more, so they go at once."""

@@ -15,20 +15,47 @@ class Shares(NamedTuple):
     gpus: float
 
 
-def share_out(nodes: Sequence[Mapping[str, float]], actors: int | str, shards: int) -> Shares:
+def share_out(nodes: Sequence[Mapping[str, float]], actors: int | str, shards: int, spread: bool = False) -> Shares:
     """What each of `actors` ("auto": one for each GPU, or for each node where there are none, no more than `shards`)
     has of nodes with these resources ("CPU", "GPU").
 
-    An actor has one GPU where there are any, and the CPU cores are shared out. Raises SaescaleError when there are
+    An actor has one GPU where there are any, and the CPU cores are shared out. With `spread`, of a subject over several
+    GPUs, it has as many of a node as all can have, and "auto" is one for each node. Raises SaescaleError when there are
     fewer GPUs than actors.
     """
     gpus = sum(int(node.get("GPU", 0)) for node in nodes)
-    useful = sum(node.get("CPU", 0) >= 1 for node in nodes)
-    size = max(1, min(shards, gpus or useful)) if isinstance(actors, str) else actors
+    useful = sum(node.get("GPU" if gpus else "CPU", 0) >= 1 for node in nodes)
+    most = gpus if gpus and not spread else useful
+    size = max(1, min(shards, most)) if isinstance(actors, str) else actors
     if gpus and size > gpus:
         raise SaescaleError(f"{size} actors with a GPU each, but the cluster has {gpus}; ask for fewer (--actors)")
-    cpus = cpus_each(nodes, size, 1.0 if gpus else 0.0)
-    return Shares(size, max(1, int(cpus)), cpus, 1 if gpus else 0)
+    each = gpus_each(nodes, size) if spread else min(1, gpus)
+    cpus = cpus_each(nodes, size, float(each))
+    return Shares(size, max(1, int(cpus)), cpus, each)
+
+
+def share_beside(nodes: Sequence[Mapping[str, float]], actors: int | str, blocks: int, spread: bool = False) -> Shares:
+    """What each of `actors` has that harvest beside workers, to whom at least half of these nodes is left.
+
+    "auto": one for each GPU of the other half, for each node of it with `spread` (a subject over several GPUs of a
+    node), or for each node where there are no GPUs; no more than `blocks`. An only GPU is shared.
+    """
+    cpus, gpus = (sum(node.get(name, 0.0) for node in nodes) for name in ("CPU", "GPU"))
+    useful = sum(node.get("GPU" if gpus else "CPU", 0.0) >= 1 for node in nodes)
+    of_half = useful if not gpus else useful // 2 if spread else int(gpus) // 2
+    size = max(1, min(blocks, of_half)) if isinstance(actors, str) else actors
+    if gpus:
+        most = min(gpus_each(nodes, size), int(gpus) // (2 * size)) if spread else 1
+        each = max(1.0, float(most)) if gpus > size else gpus / (2 * size)
+        return Shares(size, max(1, int(each * cpus / (2 * gpus))), 1.0, each)
+    share = (cpus or 1.0) / (2 * size)
+    return Shares(size, max(1, int(share)), float(int(share)) if share >= 1 else share, 0.0)
+
+
+def gpus_each(nodes: Sequence[Mapping[str, float]], processes: int) -> int:
+    """The most GPUs, all of one node, that each of `processes` can have; 0 where there are too few."""
+    of_nodes = [int(node.get("GPU", 0)) for node in nodes]
+    return next((n for n in range(max(of_nodes, default=0), 0, -1) if sum(g // n for g in of_nodes) >= processes), 0)
 
 
 def cpus_each(nodes: Sequence[Mapping[str, float]], processes: int, gpus: float) -> float:

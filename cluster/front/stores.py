@@ -76,6 +76,10 @@ def harvest(
     revision: Annotated[
         str | None, typer.Option(help="Branch, tag or commit: of hf:<org>/<name>, as @<revision> behind it.")
     ] = None,
+    device_map: Annotated[
+        str | None,
+        typer.Option(help="Of a model larger than one GPU: auto, or the most on each device: 0=70GB,1=70GB,cpu=200GB."),
+    ] = None,
     trust_remote_code: TrustRemoteCode = False,
     address: Address = None,
 ) -> None:
@@ -101,7 +105,7 @@ def harvest(
         "subject": subject, "out": out, "layer": layer, "corpus": corpus, "text_column": text_column, "tokens": tokens,
         "heldout_tokens": heldout_tokens, "heldout_from": heldout_from, "context_length": context_length,
         "cut_documents": cut_documents, "dtype": dtype, "compute_dtype": compute_dtype,
-        "batch_contexts": batch_contexts, "shard_rows": shard_rows, "seed": seed,
+        "batch_contexts": batch_contexts, "shard_rows": shard_rows, "seed": seed, "device_map": device_map,
     }  # fmt: skip
     given |= {"subject": at_revision(subject, revision), "trust_remote_code": trust_remote_code}
     try:

@@ -97,7 +97,8 @@ class Place(BaseModel):
 
 
 class Making(BaseModel):
-    """What a producer does, in producer.json; `bytes` are those of blocks and temporary files that it counts with."""
+    """What a producer does, in producer.json; `bytes` are those that it counts with, of blocks, temporary files and a
+    server's files."""
 
     beat: int = 0
     state: str = "starting"  # in words
@@ -108,6 +109,7 @@ class Making(BaseModel):
     blocks: int = 0  # on the disk
     bytes: int = 0
     max_bytes: int | None = None
+    server_bytes_left: int | None = None  # that an inference server may still write
     consumers: int = 0
     error: str | None = None  # why it ended
 

@@ -1,6 +1,6 @@
 """Benchmark (f): a live source beside the stored blocks, as tokens/s that one pack trains on.
 
-    python -m tests.benchmarks.bench_live                     on the CPU: about a minute
+    python -m tests.benchmarks.bench_live                     on the CPU: about two minutes
     python -m tests.benchmarks.bench_live --device cuda       on a GPU; no Ray, no network
 
 The subject is a Llama with random weights and a small tokenizer, the corpus random words, both made in a temporary
@@ -11,6 +11,9 @@ in a thread of the same process or, with --producer process, in one beside it, w
 Every time is of the whole: loading the subject, the held-out rows, the first blocks, but nothing is compiled (a round
 before the others does that). One cannot ask a live source for more than the slower of the two gives, the subject or the
 training, and where both share one device hardly for more than one after the other gives: the last column compares that.
+
+A second table has the seconds that a producer which begins again takes until somebody can train on, far into a corpus:
+with the notes of where blocks begin there (trainers/harvest/live_places.py), and without, when it tokenizes all before.
 """
 
 import argparse
@@ -29,22 +32,28 @@ import numpy as np
 import torch
 
 from saescale.storage.sources.live import open_source, read_making
+from saescale.storage.sources.source import Order
 from saescale.trainers.cell import Cell, EvalSpec
 from saescale.trainers.device import set_threads
 from saescale.trainers.harvest.conduct import harvest
 from saescale.trainers.harvest.live import live_here
+from saescale.trainers.harvest.live_corpus import Pass
+from saescale.trainers.harvest.live_places import PLACES, Places
 from saescale.trainers.harvest.live_spec import LiveSpec
+from saescale.trainers.harvest.make_shard import Harvester
 from saescale.trainers.harvest.room import Room
+from saescale.trainers.subjects.text import corpus_digest
 from saescale.trainers.training.train import PackJob, train_pack
 from tests.benchmarks.harness import BenchmarkError, console, machine, quartiles, run, show_table, write_result
 
 # d_model, blocks of the subject, the layer, tokens, context, contexts at a time, rows of a block, N, k, batch, cells
 SIZES = {
-    "cpu": (128, 4, 2, 131_072, 64, 32, 4_096, 1_024, 16, 1_024, 1),
+    "cpu": (128, 4, 2, 98_304, 64, 32, 4_096, 1_024, 16, 1_024, 1),
     "cuda": (1_024, 8, 5, 1_048_576, 128, 256, 32_768, 16_384, 32, 4_096, 2),
 }
 NAMES = ("d_model", "depth", "layer", "tokens", "context", "contexts", "block_rows", "n", "k", "batch", "cells")
 HELDOUT, WINDOW, ROOM_WINDOWS = 8_192, 4, 3
+FAR, SHARES = 16, (0.5, 0.95)  # times the tokens of the corpus that a producer begins again in, and how far into it
 
 
 def main() -> None:
@@ -62,11 +71,12 @@ def main() -> None:
             shutil.rmtree(Path(folder, str(number)))
             console.print(f"round {number}: " + ", ".join(f"{name} {s[-1]:.1f} s" for name, s in found.items()))
         taken = spec.tokens * (2 * size["d_model"] + 12)
+        begun = _begin_again(folder, size, arguments.rounds)
     seconds = {name: values[1:] or values for name, values in found.items()}
     _show(seconds, size, spec, taken)
     result = {
         "machine": where, **size, "window_blocks": WINDOW, "max_bytes": spec.max_bytes, "stored_bytes": taken,
-        "producer": arguments.producer, "rounds": arguments.rounds, "seconds": seconds,
+        "producer": arguments.producer, "rounds": arguments.rounds, "seconds": seconds, "begun_again": begun,
     }  # fmt: skip
     console.print(f"wrote {os.path.relpath(write_result('live', result, arguments.out))}")
 
@@ -85,6 +95,44 @@ def _show(seconds: dict[str, list[float]], size: dict[str, int], spec: LiveSpec,
         rows,
         f"on the disk: {taken / 1e6:,.0f} MB stored, at most {spec.max_bytes / 1e6:,.0f} MB live",
     )
+
+
+def _begin_again(folder: str, size: dict[str, int], rounds: int) -> list[dict[str, Any]]:
+    """Seconds until the first batch from there, with and without notes, taking turns."""
+    spec = _spec(folder, size | {"tokens": FAR * size["tokens"]})
+    url = str(Path(folder, "again"))
+    with live_here(spec, url):
+        pass
+    _note_all(spec, url)
+    found = []
+    for share in SHARES:
+        batch = int(share * spec.tokens) // size["batch"]
+        seconds: dict[str, list[float]] = {"noted": [], "from the start": []}
+        for way in list(seconds) * rounds:
+            if way == "from the start":
+                Path(url, PLACES).rename(Path(folder, "away"))
+            stream, began = open_source(url).batches(Order("train", 0, size["batch"]), batch), time.perf_counter()
+            with stream, live_here(spec, url) as live:
+                next(stream)
+                seconds[way].append(time.perf_counter() - began)
+            live.clear()
+            if way == "from the start":
+                shutil.rmtree(Path(url, PLACES), ignore_errors=True)
+                Path(folder, "away").rename(Path(url, PLACES))
+        found.append({"tokens_before": batch * size["batch"], "seconds": seconds})
+        shown = ", ".join(f"{way} {quartiles(each)[1]:.1f} s" for way, each in seconds.items())
+        console.print(f"begun again after {batch * size['batch']:,} tokens: {shown}")
+    return found
+
+
+def _note_all(spec: LiveSpec, url: str) -> None:
+    """Where all blocks begin, as a producer that made them has noted it."""
+    harvest_spec = spec.harvest(url, reads_text=True)
+    with tempfile.TemporaryDirectory() as spool:
+        harvester = Harvester([harvest_spec], spool, "auto")
+        reading = Pass(harvest_spec, harvester.facts, None, Places(url, corpus_digest(harvest_spec.corpus)))
+        while reading.next_block < spec.tokens // spec.block_rows:
+            reading.add(harvester.tokenize(reading.next()))
 
 
 def _round(spec: LiveSpec, size: dict[str, int], folder: Path, producer: str) -> dict[str, float]:
@@ -234,7 +282,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--device", choices=sorted(SIZES), default="cpu")
     parser.add_argument("--producer", choices=["thread", "process"], default="thread")
     parser.add_argument("--tokens", type=int, help="instead of those of the size")
-    parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--folder", help="where the temporary folder lies")
     parser.add_argument("--out", type=Path, help="the JSON, instead of results/live.json")
     return parser.parse_args()

@@ -15,7 +15,7 @@ from saescale.cluster.crew import crew
 from saescale.cluster.crew import harvest_crew as module
 from saescale.cluster.crew.harvest import harvest_on_actors
 from saescale.cluster.crew.harvest_worker import HarvestActor
-from saescale.cluster.crew.shares import share_out
+from saescale.cluster.crew.shares import share_beside, share_out
 from saescale.storage import files
 from saescale.storage.errors import SaescaleError, SaescaleWarning
 from saescale.storage.sources.store import ActivationStore
@@ -250,6 +250,47 @@ def test_an_actor_has_a_gpu_or_its_share_of_the_cores(
     nodes: list[dict[str, float]], actors: int | str, shares: tuple[int, int, float, int]
 ) -> None:
     assert share_out(nodes, actors, shards=5) == shares
+
+
+@pytest.mark.parametrize(
+    ("nodes", "actors", "shares"),
+    [
+        ([GPUS, BOX], "auto", (1, 32, 32.0, 8)),  # one for each node that has some
+        ([GPUS, GPUS], 4, (4, 16, 16.0, 4)),
+        ([GPUS, {"CPU": 8.0, "GPU": 2.0}], 3, (3, 8, 8.0, 2)),  # with three each, the third would find none
+        ([BOX, BOX], "auto", (2, 16, 16.0, 0)),
+    ],
+)
+def test_an_actor_of_a_spread_subject_has_several_gpus_of_one_node(
+    nodes: list[dict[str, float]], actors: int | str, shares: tuple[int, int, float, int]
+) -> None:
+    assert share_out(nodes, actors, shards=5, spread=True) == shares
+
+
+@pytest.mark.parametrize(
+    ("nodes", "actors", "spread", "shares"),
+    [
+        ([BOX, BOX], "auto", False, (2, 8, 8.0, 0)),
+        ([SMALL], "auto", False, (1, 1, 1.0, 0)),
+        ([{"CPU": 1.0}], "auto", False, (1, 1, 0.5, 0)),
+        ([BOX], 3, False, (3, 2, 2.0, 0)),
+        ([GPUS, BOX], "auto", False, (4, 3, 1.0, 1)),
+        ([GPUS], 8, False, (8, 1, 1.0, 0.5)),
+        ([{"CPU": 8.0, "GPU": 1.0}], "auto", False, (1, 2, 1.0, 0.5)),
+        ([GPUS], "auto", True, (1, 8, 1.0, 4)),
+        ([GPUS] * 4, "auto", True, (2, 16, 1.0, 8)),
+        ([BOX, BOX], "auto", True, (2, 8, 8.0, 0)),
+    ],
+)
+def test_actors_beside_workers_have_half(
+    nodes: list[dict[str, float]], actors: int | str, spread: bool, shares: tuple[int, int, float, float]
+) -> None:
+    found = share_beside(nodes, actors, blocks=5, spread=spread)
+    assert found == shares
+    name, each = ("GPU", found.gpus) if found.gpus else ("CPU", found.cpus)
+    has = [node.get(name, 0.0) for node in nodes]
+    assert each * found.actors <= sum(has) / 2
+    assert sum(int(one // each) for one in has) >= found.actors  # all find room
 
 
 def test_more_actors_than_gpus_are_refused() -> None:

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from pydantic import ValidationError
 
+from saescale.storage.errors import SaescaleError
 from saescale.storage.runs.rundir import RunDirectory
 from saescale.storage.sources.live import LiveSource, open_source
 from saescale.storage.sources.source import Order, SourceBatch
@@ -98,6 +99,35 @@ def test_blocks_that_are_gone_are_made_again(spec: LiveSpec, stored: ActivationS
             assert equal(third, 16, 2 * batches)
         assert live.making.again > 0
         assert live.making.error is None
+
+
+def test_a_producer_that_begins_again_reads_no_more_of_the_corpus_than_it_needs(
+    spec: LiveSpec, stored: ActivationStore, tmp_path: Path
+) -> None:
+    """What was read before may be anything by then; where the notes are of other files, all is read again."""
+    corpus, order = tmp_path / "corpus", Order("train", 0, 512)
+    corpus.mkdir()
+    content = Path(spec.corpus).read_bytes()
+    (corpus / "a.jsonl").write_bytes(content)
+    here = tight(spec, WINDOW + 1).model_copy(update={"corpus": str(corpus)})
+    with live_here(spec, stored.url), open_source(stored.url).batches(order, stop=TOKENS // 512) as stream:
+        expected = [batch.x.copy() for batch in stream]
+    url = str(tmp_path / "live")
+    with live_here(here, url):
+        stream = open_source(url).batches(order, stop=TOKENS // 512)
+        found = [next(stream).x.copy() for _ in range(24)]
+        state = stream.state()
+    third = content.index(b"\n", len(content) // 3)
+    (corpus / "a.jsonl").write_bytes(b"\xff" * third + content[third:])
+    with stream, live_here(here, url):
+        found += [batch.x.copy() for batch in stream]
+    assert np.array_equal(np.stack(found), np.stack(expected))
+    (corpus / "b.jsonl").write_bytes(content)
+    for block in Path(url).glob("train-*"):
+        block.unlink()
+    stream = open_source(url).resume(state, stop=TOKENS // 512)
+    with stream, live_here(here, url), pytest.raises(SaescaleError, match=r"a\.jsonl, line 1: not UTF-8"):
+        list(stream)
 
 
 @pytest.mark.slow

@@ -12,11 +12,13 @@ from pydantic import ValidationError
 from safetensors.torch import save_file
 
 from saescale.storage.errors import SaescaleError
-from saescale.storage.sources.live import LiveSource, open_source
+from saescale.storage.sources.live import LiveSource, open_source, read_making
 from saescale.storage.sources.source import Order
 from saescale.trainers.harvest import contexts
 from saescale.trainers.harvest.live import live_here
 from saescale.trainers.harvest.live_spec import LiveSpec
+from saescale.trainers.harvest.room import Room
+from tests.trainers.live_case import Watch
 
 D, LAYERS, TOKENS, HELDOUT, BLOCK = 16, 3, 1_024, 64, 256
 
@@ -97,6 +99,85 @@ def test_rows_of_a_server_that_goes_on_writing(tmp_path: Path) -> None:
     assert np.array_equal(again.view(np.uint16), rows.view(np.uint16))
 
 
+def paced(folder: Path, url: str, numbers: range, watch: Watch, stop: threading.Event) -> None:
+    """A client of the server that looks whether there is room before it sends a request."""
+    for number in numbers:
+        while not stop.is_set():
+            making = read_making(url)
+            if making is None or making.server_bytes_left is None or making.server_bytes_left > 8_192:
+                break
+            time.sleep(0.05)
+        serve(folder, range(number, number + 1))
+        watch.look()
+
+
+def test_files_that_all_have_passed_are_removed_and_max_bytes_holds_with_those_that_wait(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The producer is ended in between, and begins again where its next block does."""
+    serve(tmp_path / "kept", range(90))
+    with live_here(spec_of(tmp_path / "kept"), str(tmp_path / "whole")):
+        _, expected = streamed(str(tmp_path / "whole"))
+    both = tmp_path / "both"
+    folder, url = both / "served", str(both / "live")
+    spec = spec_of(folder, remove_hidden_states=True)
+    room = Room(spec, spec.harvest("x", reads_text=True), D)
+    spec = spec.model_copy(update={"max_bytes": room.beside + 2 * room.block + 150_000})
+    both.mkdir()
+    watch, stop = Watch(str(both), monkeypatch), threading.Event()
+    serve(folder, range(3))
+    client = threading.Thread(target=paced, args=(folder, url, range(3, 90), watch, stop))
+    client.start()
+    found: list[np.ndarray] = []
+    try:
+        with live_here(spec, url):
+            stream = open_source(url).batches(Order("train", 1, 128), stop=TOKENS // 128)
+            for batch in range(5):
+                found.append(next(stream).x.copy())
+                stream.passed(batch + 1)
+        with stream, live_here(spec, url) as live:
+            for batch in range(5, TOKENS // 128):
+                found.append(next(stream).x.copy())
+                stream.passed(batch + 1)
+            left = len(list(folder.iterdir()))
+            live.clear()
+    finally:
+        stop.set()
+        client.join()
+    assert np.array_equal(np.concatenate(found), expected)
+    assert watch.bytes <= spec.max_bytes
+    assert left < 60
+    assert not any(path.name < "cmpl-0040" for path in folder.iterdir())
+
+
+def test_a_server_that_takes_all_the_room_is_named(tmp_path: Path) -> None:
+    folder, url = tmp_path / "served", str(tmp_path / "live")
+    spec = spec_of(folder)
+    room = Room(spec, spec.harvest("x", reads_text=True), D)
+    serve(folder, range(30))
+    files = sum(path.stat().st_size for path in folder.iterdir())
+    tight = spec.model_copy(update={"max_bytes": room.beside + 2 * room.block + files + 1_000})
+    with live_here(tight, url):
+        stream = open_source(url).batches(Order("train", 1, 128))
+        serve(folder, range(30, 32))
+        with stream, pytest.raises(SaescaleError, match=r"the server's files take [\d,]+ bytes, .* nothing is lost"):
+            for _ in stream:
+                pass
+    with live_here(spec, url):  # with more room it goes on
+        serve(folder, range(32, 90))
+        assert len(streamed(url)[1]) == TOKENS
+
+
+def test_files_are_not_removed_where_they_are_needed_twice(tmp_path: Path) -> None:
+    serve(tmp_path / "served", range(90))
+    with live_here(spec_of(tmp_path / "served", remove_hidden_states=True), str(tmp_path / "live")):
+        stream = open_source(str(tmp_path / "live")).batches(Order("train", 1, 128), stop=2 * TOKENS // 128)
+        with stream, pytest.raises(SaescaleError, match="removes files after one pass, and a cell trains on more"):
+            for _ in stream:
+                pass
+    assert len(list((tmp_path / "served").iterdir())) == 90
+
+
 def test_a_file_of_another_width_is_named(tmp_path: Path) -> None:
     folder = tmp_path / "served"
     serve(folder, range(30))
@@ -117,6 +198,8 @@ def test_what_sweep_yaml_says_is_read_again(tmp_path: Path) -> None:
     [
         ({"corpus": "x.jsonl"}, "corpus says nothing to hidden states"),
         ({"hidden_states": None}, "hidden_states_index is of hidden_states"),
+        ({"hidden_states": None, "hidden_states_index": 0, "remove_hidden_states": True}, "remove_hidden_states is of"),
+        ({"device_map": "auto"}, "device_map says nothing to hidden states"),
         ({"max_bytes": "1 furlong"}, "should be a size such as 200 GB"),
     ],
 )

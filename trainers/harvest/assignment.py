@@ -76,6 +76,15 @@ class ShardTokens(NamedTuple):
         return f"{self.split}-{self.ordinal:05d}.parquet"
 
 
+class Reached(NamedTuple):
+    """How far an assignment whose held-out rows are all there is between two blocks: train rows so far, the last
+    document, and whether that is held out."""
+
+    rows: int
+    doc: int
+    held: bool
+
+
 class Assignment:
     """Gives the rows of blocks to the two splits, block after block, until both are full.
 
@@ -84,6 +93,10 @@ class Assignment:
     tokens, by a seeded hash of its content, or to the other split when the one is full: so a corpus suffices whenever
     it has enough different texts. A piece goes where its document began, and a text where its like went; where those
     differ, or that split is full, it is not used. A sequence says where it belongs.
+
+    Where the held-out rows are drawn from the first tokens alone (`heldout_from`), what is not held out when they are
+    all there is trained on: other texts are forgotten then, so that memory does not grow with the corpus and little
+    says how far it is (`reached`).
     """
 
     def __init__(self, spec: HarvestSpec, divisible: bool) -> None:
@@ -98,6 +111,32 @@ class Assignment:
         self._given: dict[Split, int] = dict.fromkeys(self._wanted, 0)  # rows of `next_shards`
         self._before: dict[Split, int] = dict.fromkeys(self._wanted, 0)  # rows that are forgotten
         self.longest = 0  # ids of a document
+
+    @classmethod
+    def resumed(cls, spec: HarvestSpec, divisible: bool, reached: Reached, held: Iterable[int]) -> Assignment:
+        """One that goes on where an earlier one `reached`; `held`: its `held_keys`."""
+        found = cls(spec, divisible)
+        found._have |= {"train": reached.rows} | ({"heldout": spec.heldout_tokens} if divisible else {})
+        found._before["train"] = reached.rows
+        found._given |= {"train": min(-(-reached.rows // spec.shard_rows) * spec.shard_rows, spec.tokens)}
+        found._given["heldout"] = found._have["heldout"]
+        found._document = reached.doc, SPLITS[reached.held]
+        found._splits = dict.fromkeys(held, "heldout")
+        return found
+
+    def reached(self) -> Reached | None:
+        """How far it is; None while held-out rows are missing, since then it cannot be said in a few words."""
+        if self._divisible and not self._settled:
+            return None
+        return Reached(self._have["train"], self._document[0], self._document[1] == "heldout")
+
+    def held_keys(self) -> list[int]:
+        """The contents that are held out; they stay the same from when all held-out rows are there."""
+        return [key for key, split in self._splits.items() if split == "heldout"]
+
+    @property
+    def _settled(self) -> bool:
+        return self._spec.heldout_from is not None and self.full(["heldout"])
 
     def full(self, splits: Iterable[Split] = SPLITS) -> bool:
         """Whether those splits have all their rows."""
@@ -116,6 +155,8 @@ class Assignment:
                 taken[split].append((counted.block, doc, start, took if self._divisible else tokens, 0, took))
                 have[split] += took
             start += tokens
+        if self._settled:
+            self._splits = dict.fromkeys(self.held_keys(), SPLITS[1])
         self._seen += start
         self.longest = max(self.longest, int(counted.tokens.max(initial=0)))
         for split, stretches in taken.items():
@@ -127,6 +168,8 @@ class Assignment:
             self._equal += key in self._splits
             self._document = doc, self._splits.get(key) or self._draw(key)
         split = self._document[1]
+        if self._settled:
+            return split if self._splits.get(key, split) == split else None
         return split if self._splits.setdefault(key, split) == split else None
 
     def _draw(self, key: int) -> Split:

@@ -16,7 +16,7 @@ from saescale.storage.errors import SaescaleError
 from saescale.storage.sources.manifest import Split
 from saescale.trainers.subjects.numbered import BLOCK_SEQUENCES, draw_block
 from saescale.trainers.subjects.subject import Generates, ReadsText
-from saescale.trainers.subjects.text import TEXT_COLUMN, Piece, content_key, pieces
+from saescale.trainers.subjects.text import TEXT_COLUMN, Piece, Place, content_key, placed_pieces
 
 SPLITS: tuple[Split, ...] = ("train", "heldout")
 BLOCK_CHARACTERS = 2**18  # about 64,000 tokens
@@ -35,10 +35,11 @@ class Counted(NamedTuple):
 
 
 class Texts(NamedTuple):
-    """Block number `block` of a corpus."""
+    """Block number `block` of a corpus, which begins at `place` there."""
 
     block: int
     pieces: list[Piece]
+    place: Place
 
     def spool(self, spool: str, subject: ReadsText) -> Counted:
         """Tokenizes the block into its file in the folder `spool`, which is written whole or not at all."""
@@ -70,23 +71,33 @@ class Draw(NamedTuple):
 Block = Texts | Draw
 
 
-def text_blocks(corpus: str, seed: int, column: str = TEXT_COLUMN, cut: int | None = None) -> Iterator[Texts]:
-    """The documents of the corpus in their order, cut into blocks; raises what `pieces` raises."""
-    block = characters = 0
+def text_blocks(
+    corpus: str,
+    seed: int,
+    column: str = TEXT_COLUMN,
+    cut: int | None = None,
+    first: int = 0,
+    begin: Place | None = None,
+) -> Iterator[Texts]:
+    """The documents of the corpus in their order, cut into blocks; raises what `pieces` raises. From block `first` on,
+    whose `place` is `begin`."""
+    block, characters = first, 0
     found: list[Piece] = []
-    for piece in pieces(corpus, seed, column, cut):
+    for piece, place in placed_pieces(corpus, seed, column, cut, begin):
+        begin = begin or place
         found.append(piece)
         characters += len(piece.text)
         if characters >= BLOCK_CHARACTERS:
-            yield Texts(block, found)
-            block, found, characters = block + 1, [], 0
-    if found:
-        yield Texts(block, found)
+            yield Texts(block, found, begin)
+            block, found, characters, begin = block + 1, [], 0, None
+    if found and begin is not None:
+        yield Texts(block, found, begin)
 
 
-def draws(split: Split, seed: int) -> Iterator[Draw]:
-    """Blocks of a split without end. Even numbers are of one split and odd ones of the other: no two are the same."""
-    number = SPLITS.index(split)
+def draws(split: Split, seed: int, first: int = 0) -> Iterator[Draw]:
+    """Blocks of a split without end, from number `first` on. Even numbers are of one split and odd ones of the other:
+    no two are the same."""
+    number = max(first, SPLITS.index(split))
     while True:
         yield Draw(number, split, seed)
         number += len(SPLITS)

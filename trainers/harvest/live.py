@@ -5,19 +5,18 @@
 
 It is a harvest whose corpus is read while its shards are made: the same plan decides what is in which block
 (assignment.py), the same code makes it (make_shard.py), and `saescale harvest` of the same spec writes the same bytes.
-What is made next follows from where the consumers are, nothing else, so that a producer that was killed needs no
-memory of its own: the next one finds the blocks that lie there and where the slowest consumer is.
+What is made next follows from where the consumers are (live_needs.py), nothing else, so that a producer that was killed
+needs no memory of its own: the next one finds the blocks that lie there (live_blocks.py), where their tokens stand in
+the corpus (live_places.py), and where the slowest consumer is.
 
-At every moment the files below the folder take no more than `max_bytes`: room is taken before anything is written. Of
-what there is room for, the slowest consumer decides: blocks from the one that it needs on are made, and nobody runs
-further ahead of it than the disk holds. So no block is made twice while its consumers live.
+At every moment the files below the folder take no more than `max_bytes`: room is taken before anything is written
+(room.py). Of what there is room for, the slowest consumer decides: blocks from the one that it needs on are made, and
+nobody runs further ahead of it than the disk holds. So no block is made twice while its consumers live.
 """
 
 import json
 import os
-import re
 import threading
-import time
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -29,24 +28,9 @@ import xxhash
 from saescale.storage import files
 from saescale.storage.documents import read_json
 from saescale.storage.errors import SaescaleError
-from saescale.storage.sources.live import (
-    BEAT_S,
-    CONSUMERS,
-    LIVE,
-    PRODUCER,
-    Heard,
-    Live,
-    LiveSource,
-    Making,
-    Place,
-    Places,
-    name_of,
-    open_source,
-    read_making,
-)
+from saescale.storage.sources.live import LIVE, Live, LiveSource, Making, name_of, open_source
 from saescale.storage.sources.manifest import MANIFEST
 from saescale.storage.sources.store import ActivationStore
-from saescale.trainers.harvest import contexts
 from saescale.trainers.harvest.assignment import ShardTokens
 from saescale.trainers.harvest.conduct import (
     PLAN_FORMAT,
@@ -57,18 +41,18 @@ from saescale.trainers.harvest.conduct import (
     check_first,
     heldout_manifest,
 )
-from saescale.trainers.harvest.contexts import Block, Counted, draws, text_blocks
-from saescale.trainers.harvest.live_corpus import Pass, most_ids
+from saescale.trainers.harvest.contexts import Block
+from saescale.trainers.harvest.live_blocks import MADE, Blocks, blocks_in
+from saescale.trainers.harvest.live_needs import LOOK_S, Needs
+from saescale.trainers.harvest.live_places import PLACES, Places
 from saescale.trainers.harvest.live_spec import LiveSpec
+from saescale.trainers.harvest.live_tokens import Tokens
+from saescale.trainers.harvest.live_told import Told, require_alone
 from saescale.trainers.harvest.make_shard import Facts, Made, ShardJob
-from saescale.trainers.harvest.room import AHEAD, Room
+from saescale.trainers.harvest.room import Room
 from saescale.trainers.harvest.served import Served, ServedCrew
 from saescale.trainers.harvest.spec import PLAN, HarvestSpec, read_plan, refuse_difference
-
-MADE = "made"  # a folder of the checksums of blocks, a file for each thousand
-_BLOCK = re.compile(r"train-(\d+)\.parquet")
-LOOK_S = 0.1  # between two looks at the folder
-_ALONE_S = 3.0  # a producer that does not move for so long is dead
+from saescale.trainers.subjects.text import corpus_digest
 
 
 class LiveHarvest:
@@ -90,31 +74,21 @@ class LiveHarvest:
     ) -> None:
         self.spec, self.url, self.crew, self.spool, self._say = spec, url, crew, spool, say
         self._served = served
-        self.making = Making(max_bytes=spec.max_bytes)
-        self._ended = threading.Event()
-        self._beat: threading.Thread | None = None
+        self._told = Told(url, spec.max_bytes)
         self._sealed = False  # the folder is a whole store: there is nothing to do
-        self._heard = Heard()
-        # What is where.
-        self._present: set[int] = set()  # blocks on the disk
-        self._outstanding: set[int] = set()  # blocks that somebody makes
-        self._ready: dict[int, ShardTokens] = {}  # blocks whose tokens lie in the spool
-        self._spooled: dict[int, int] = {}  # bytes of blocks of text in the spool
-        self._last_user: dict[int, int] = {}  # the last block that takes tokens of a block of text
-        self._reserved: dict[int, int] = {}  # bytes of blocks of text that are tokenized now, at most
-        self._pass: Pass | None = None
-        self._sums: dict[int, dict[str, str]] = {}  # checksums of blocks that were made once, by thousands
-        self._need = self._passed = 0  # of the slowest consumer; blocks are counted on over passes
-        self._until: int | None = None  # of that which goes furthest
-        self._looked = 0.0
+
+    @property
+    def making(self) -> Making:
+        """What it says of itself."""
+        return self._told.making
 
     # --- before anybody can stream
 
     def __enter__(self) -> Self:
-        self._require_alone()
+        require_alone(self.url)
         try:
             self.live = self._prepare()
-            self._keep_beating()
+            self._told.begin()
         except BaseException as error:
             self._end(error)
             raise
@@ -124,17 +98,6 @@ class LiveHarvest:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._end(error)
-
-    def _require_alone(self) -> None:
-        found = read_making(self.url)
-        if found is None or found.state == "ended":
-            return
-        until = time.monotonic() + _ALONE_S
-        while time.monotonic() < until:
-            time.sleep(BEAT_S / 4)
-            now = read_making(self.url)
-            if now is not None and now.beat != found.beat:
-                raise SaescaleError(f"{self.url}: another producer makes the blocks of this live source; end it first")
 
     def _prepare(self) -> Live:
         harvest = self.spec.harvest(self.url, reads_text=True)
@@ -150,13 +113,16 @@ class LiveHarvest:
         facts = self.crew.load([self.spec.harvest(self.url, reads_text=False)], asked)
         self._harvest = harvest = self.spec.harvest(self.url, facts.reads_text)
         self.room = Room(self.spec, harvest, facts.d_model)
-        self.room.require(min(self.spec.window_blocks, self._blocks))
-        self._keep_beating()
+        self._count_served()
+        self._told.begin()
         self._facts, self._plan = facts, _plan(harvest, facts)
         if self._served is not None:
             self._plan |= {"hidden_states_index": self.spec.hidden_states_index}
         if begun is not None:
             refuse_difference(self.url, begun, self._plan)
+        text = facts.reads_text and self._served is None
+        self._places = Places(self.url, corpus_digest(harvest.corpus) if text else "")
+        self._tokens = Tokens(harvest, facts, self._served, self._places, self.spool, self.room)
         if files.exists(files.join(self.url, LIVE)):
             live = open_source(self.url)
             assert isinstance(live, LiveSource)
@@ -167,37 +133,31 @@ class LiveHarvest:
 
     def _seal_heldout(self) -> Live:
         """Makes the held-out rows from the first tokens of the corpus, then says what the source is."""
-        self._pass = self._new_pass(heldout=True)
-        self._heldout: list[ShardTokens] = []
+        reading = self._tokens.begin_heldout()
+        heldout: list[ShardTokens] = []
         made: list[Made] = []
 
         def items() -> Iterator[Block | ShardJob | None]:
-            assert self._pass is not None
             given = 0
             while given < -(-self._harvest.heldout_tokens // self._harvest.shard_rows):
-                if given < len(self._heldout):
-                    yield ShardJob(self._heldout[given], self._plan)
+                if given < len(heldout):
+                    yield ShardJob(heldout[given], self._plan)
                     given += 1
-                elif self._reserved or self._pass.peek() is None:
-                    yield None
                 else:
-                    yield self._next_text(self._pass.next())
+                    yield self._tokens.next_heldout()
 
         for result in self.crew.serve(items()):
             if isinstance(result, Made):
                 made.append(result)
                 continue
-            self._counted(result)
-            self._heldout += self._pass.assignment.next_shards("heldout")
-        manifest = heldout_manifest(self._harvest, self._facts, self._pass.assignment.longest, made)
+            self._tokens.counted(result)
+            heldout += reading.assignment.next_shards("heldout")
+        manifest = heldout_manifest(self._harvest, self._facts, reading.assignment.longest, made)
         if self._served is not None:
-            length = self._pass.assignment.longest
+            length = reading.assignment.longest
             manifest = manifest.model_copy(update={"context_length": length, "contexts_cross_documents": False})
-        if not self._facts.reads_text:
-            self._pass = None  # that was of the held-out sequences alone
-        live = self._live(manifest)
-        files.write_atomic(files.join(self.url, LIVE), live.model_dump_json(indent=1, exclude_none=True).encode())
-        return live
+        self._tokens.end_heldout()
+        return self._sealed_as(self._live(manifest))
 
     def _of_store(self) -> Live:
         """The folder is a finished store of the same harvest: all blocks are there, and stay."""
@@ -208,7 +168,9 @@ class LiveHarvest:
         self._plan = {key: value for key, value in found.items() if key != "tokens_xxh3"}
         self._sealed = True
         heldout = [shard for shard in store.manifest.shards if shard.split == "heldout"]
-        live = self._live(store.manifest.model_copy(update={"shards": heldout}))
+        return self._sealed_as(self._live(store.manifest.model_copy(update={"shards": heldout})))
+
+    def _sealed_as(self, live: Live) -> Live:
         files.write_atomic(files.join(self.url, LIVE), live.model_dump_json(indent=1, exclude_none=True).encode())
         return live
 
@@ -230,7 +192,7 @@ class LiveHarvest:
         return live
 
     @property
-    def _blocks(self) -> int:
+    def _blocks_of_pass(self) -> int:
         return -(-self.spec.tokens // self.spec.block_rows)
 
     # --- while somebody streams
@@ -238,276 +200,114 @@ class LiveHarvest:
     def run(self, should_stop: Callable[[], bool]) -> None:
         """Makes blocks until `should_stop`. What it raises, consumers that wait for a block raise too."""
         if self._sealed:
-            self.making = self.making.model_copy(update={"state": "the whole store is there"})
-            while not should_stop() and not self._ended.wait(LOOK_S):
+            self._told.say(state="the whole store is there")
+            while not should_stop() and not self._told.ended.wait(LOOK_S):
                 pass
             return
         try:
-            for result in self.crew.serve(self._items(should_stop)):
-                if isinstance(result, Made):
-                    self._made(result)
-                else:
-                    self._counted(result)
+            blocks = Blocks(self.url, self.room)
+            for result in self.crew.serve(self._items(blocks, should_stop)):
+                if not isinstance(result, Made):
+                    self._tokens.counted(result)
+                    continue
+                again = blocks.made(result)
+                if result.computed:
+                    self._told.made(result, again)
         except BaseException as error:
             self._end(error)
             raise
 
     def clear(self) -> None:
-        """Removes all blocks: nobody needs them any more. The held-out rows stay."""
+        """Removes all blocks, and a server's files that may be removed: nobody needs them any more. The held-out rows
+        stay."""
         if not self._sealed:
             self._tidy()
-            for block in _found(self.url):
+            for block in blocks_in(self.url):
                 files.remove(files.join(self.url, name_of(block)))
+        if self._served is not None and self.spec.remove_hidden_states:
+            self._served.forget(self._served.count)
 
-    def _items(self, should_stop: Callable[[], bool]) -> Iterator[Block | ShardJob | None]:
-        self._present = self._with_checksums(_found(self.url))
+    def _items(self, blocks: Blocks, should_stop: Callable[[], bool]) -> Iterator[Block | ShardJob | None]:
+        needs = Needs(self.url, self._blocks_of_pass, self.room)
         while not should_stop():
-            self._look()
-            yield self._next_job() or self._next_tokens()
+            if needs.look():
+                self._forget_served(needs)
+                self._count_served()
+                self._clean(blocks, needs)
+                self._tell(blocks, needs)
+            lacking = blocks.lacking(needs.wanted())
+            yield self._next_job(blocks, needs, lacking) or self._tokens.next(lacking, blocks.making, needs.first)
 
-    def _look(self) -> None:
-        """Where the consumers are, and what they have passed."""
-        if time.monotonic() - self._looked < LOOK_S:
-            return
-        self._looked = time.monotonic()
-        places = Places.of(self.url, self._heard)
-        known = places.living or places.gone
-        if places.living:
-            self._need = min(map(self._needed, places.living.values()))
-            for name in places.gone:
-                files.remove(files.join(self.url, CONSUMERS, name))
-        elif places.gone:
-            self._need = min(place.passed for place in places.gone.values())  # where they will go on
-        ends = [place.end for place in known.values()] or [self._blocks]
-        self._until = None if None in ends else max(end for end in ends if end is not None)
-        self._passed = min((place.passed for place in known.values()), default=self._need)
-        self._present |= _found(self.url) & self._outstanding
-        wanted = self._wanted()
-        keep = {number % self._blocks for number in range(self._passed, self._need)} | set(wanted)
-        for block in self._present - keep - self._outstanding:
-            if self._all_passed(block):
-                self._remove(block)
-        while len(self._present | self._outstanding) > self.room.blocks and self._make_room():
+    def _clean(self, blocks: Blocks, needs: Needs) -> None:
+        """Removes what all have passed, and what there is no room for any more."""
+        blocks.see()
+        for block in blocks.present - needs.kept() - blocks.making:
+            if needs.all_passed(block):
+                blocks.remove(block)
+        while len(blocks) > self.room.blocks and self._make_room(blocks, needs):
             pass
-        self._forget_tokens(self._passed)
-        self._tell(len(places.living))
+        self._tokens.forget(needs.passed % self._blocks_of_pass, blocks.making)
 
-    def _needed(self, place: Place) -> int:
-        """The first block that a consumer is to find. Where all of them have room it keeps those behind it too: it may
-        only have looked at the first rows, or go back to them."""
-        short = place.end is not None and place.end - place.passed <= self.room.blocks
-        return place.passed if short else place.need
-
-    def _all_passed(self, block: int) -> bool:
-        return block < self._passed % self._blocks or self._passed >= self._blocks
-
-    def _wanted(self) -> list[int]:
-        """The blocks that are to lie on the disk, the most urgent first."""
-        last = self._need + min(self.room.blocks, self._blocks)
-        last = last if self._until is None else min(last, self._until)
-        return [number % self._blocks for number in range(self._need, last)]
-
-    def _next_job(self) -> ShardJob | None:
-        """The next block to make, where there is room for it."""
-        wanted = self._wanted()
-        block = next((b for b in wanted if b not in self._present and b not in self._outstanding), None)
-        if block is None or block not in self._ready:
-            return None
-        if len(self._present | self._outstanding) >= self.room.blocks and not self._make_room():
-            return None
-        self._outstanding.add(block)
-        return ShardJob(self._ready[block], self._plan)
-
-    def _make_room(self) -> bool:
-        """Removes a block that nobody needs now, if there is one."""
-        spare = self._present - set(self._wanted()) - self._outstanding
-        if spare:
-            self._remove(max(spare, key=self._distance))
-        return bool(spare)
-
-    def _distance(self, block: int) -> int:
-        """How long it takes until a block that nobody needs now is needed: those that were just passed go last."""
-        return (self._need - 1 - block) % self._blocks
-
-    def _next_tokens(self) -> Block | None:
-        """The next block of text, where a block that is wanted lacks its tokens."""
-        lacking = [b for b in self._wanted() if b not in self._present and b not in self._outstanding]
-        ahead = [b for b in lacking if b in self._ready]
-        if not lacking or len(ahead) == len(lacking) or len(ahead) > AHEAD:
-            return None
-        missing = next(b for b in lacking if b not in self._ready)
-        if self._pass is None or self._pass.next_block > missing:
-            if self._reserved or self._outstanding or missing != lacking[0]:
-                return None  # their tokens are still needed, or those of what is made before
-            self._drop_tokens()
-            self._pass = self._new_pass()
-        used = sum(self._spooled.values()) + sum(self._reserved.values())
-        if used > self.room.tokens // 2:
-            self._forget_tokens(self._need)
-            used = sum(self._spooled.values()) + sum(self._reserved.values())
-        block = self._pass.peek()
-        if block is None:
-            return None
-        if used + most_ids(block, self._spooled) > self.room.tokens:
-            if not self._reserved and not ahead and not self._outstanding:
-                raise SaescaleError(
-                    f"live: the tokens of block {missing} do not fit into the {self.room.tokens:,} bytes that are kept "
-                    "for them: most of the corpus is held out or repeated; raise max_bytes and block_rows"
-                )
-            return None
-        return self._next_text(self._pass.next())
-
-    def _new_pass(self, heldout: bool = False) -> Pass:
-        harvest, facts = self._harvest, self._facts
-        blocks: Iterator[Any]
-        if self._served is not None:
-            blocks = self._served.each()
-        elif facts.reads_text:
-            harvest.check_contexts()
-            blocks = text_blocks(harvest.corpus, harvest.seed, harvest.text_column, harvest.cut_documents)
-        else:
-            harvest.refuse_text()
-            blocks = draws("heldout" if heldout else "train", harvest.seed)
-        return Pass(harvest, facts, blocks)
-
-    def _next_text(self, block: Block) -> Block:
-        self._reserved[block.block] = most_ids(block, self._spooled)
-        return block
-
-    # --- what was done
-
-    def _counted(self, counted: Counted) -> None:
-        assert self._pass is not None
-        del self._reserved[counted.block]
-        self._spooled[counted.block] = int(counted.tokens.sum()) * 4
-        self._pass.assignment.add(counted)
-        rows = max(self._pass.assignment.have("train") - 1, 0)
-        self._last_user[counted.block] = rows // self.spec.block_rows
-        for tokens in self._pass.assignment.next_shards("train"):
-            self._pass.next_block = tokens.ordinal + 1
-            self._ready[tokens.ordinal] = tokens
-
-    def _made(self, made: Made) -> None:
-        shard = made.records[0].shard
-        match = _BLOCK.fullmatch(shard.name)
-        assert match is not None
-        block = int(match[1])
-        self._outstanding.discard(block)
-        self._present.add(block)
-        known = self._checksums(block)
-        if (before := known.get(str(block))) not in (None, shard.xxh3):
-            self._remove(block)
+    def _forget_served(self, needs: Needs) -> None:
+        """Removes the server's files that no block is made from any more, where it may."""
+        if not self.spec.remove_hidden_states or self._served is None:
+            return
+        if needs.furthest is None or needs.furthest > self._blocks_of_pass:
             raise SaescaleError(
-                f"{self.url}: block {block} was made again with other bytes ({shard.xxh3}, not {before}): the corpus "
-                "or the subject was changed, or machines of another kind round otherwise; restore it, or begin anew "
-                "in another folder"
+                f"live: remove_hidden_states removes files after one pass, and a cell trains on more than the "
+                f"{self.spec.tokens:,} tokens of a pass; give it fewer tokens, or keep the files"
             )
-        if made.computed:
-            self.making = self.making.model_copy(update={
-                "made": self.making.made + made.rows,
-                "again": self.making.again + (made.rows if before else 0),
-                "tokens_per_s": made.rows / max(1e-9, made.seconds),
-            })  # fmt: skip
-        if before is None:
-            known[str(block)] = shard.xxh3
-            files.write_atomic(files.join(self.url, MADE, f"{block // 1000:05d}.json"), json.dumps(known).encode())
+        # A producer that begins again reads on from that place, and needs no file before it.
+        if needs.passed and (begin := self._places.before(needs.passed)) is not None:
+            self._served.forget(begin.text)
 
-    def _checksums(self, block: int) -> dict[str, str]:
-        thousand = block // 1000
-        if thousand not in self._sums:
-            where = files.join(self.url, MADE, f"{thousand:05d}.json")
-            try:
-                self._sums[thousand] = read_json(where, f"remove {self.url}, or name another folder")
-            except FileNotFoundError:
-                self._sums[thousand] = {}
-        return self._sums[thousand]
+    def _count_served(self) -> None:
+        """SaescaleError where a server's files leave no room for a window."""
+        if self._served is not None:
+            self.room.foreign = self._served.bytes()
+        self.room.require()
 
-    def _with_checksums(self, found: set[int]) -> set[int]:
-        """Of the blocks that lie there those that were told of; others may be half of something, and go."""
-        known = {block for block in found if str(block) in self._checksums(block)}
-        for block in found - known:
-            files.remove(files.join(self.url, name_of(block)))
-        return known
+    def _next_job(self, blocks: Blocks, needs: Needs, lacking: list[int]) -> ShardJob | None:
+        """The next block to make, where there is room for it."""
+        if not lacking or lacking[0] not in self._tokens.ready:
+            return None
+        if blocks.full and not self._make_room(blocks, needs):
+            return None
+        blocks.making.add(lacking[0])
+        return ShardJob(self._tokens.ready[lacking[0]], self._plan)
 
-    # --- what goes
+    def _make_room(self, blocks: Blocks, needs: Needs) -> bool:
+        return blocks.make_room(set(needs.wanted()), needs.need, self._blocks_of_pass)
 
-    def _remove(self, block: int) -> None:
-        files.remove(files.join(self.url, name_of(block)))
-        self._present.discard(block)
+    def _tell(self, blocks: Blocks, needs: Needs) -> None:
+        if blocks.making:
+            state = f"making block {min(blocks.making)}"
+        elif any(block not in blocks.present for block in needs.wanted()):
+            state = "reading the corpus" if self._served is None else "waiting for the server's next files"
+        else:
+            state = "waiting for the slowest consumer" if needs.living else "waiting for somebody to stream"
+        taken = len(blocks) * self.room.block + self._tokens.bytes + self.room.heldout + self.room.notes
+        self._told.say(state=state, first=needs.first, blocks=len(blocks.present), bytes=taken, consumers=needs.living)
 
-    def _forget_tokens(self, before: int) -> None:
-        """Those of blocks before that one, which nobody makes; of this pass over the corpus alone."""
-        first = before % self._blocks
-        for block in [b for b in self._ready if b < first and b not in self._outstanding]:
-            del self._ready[block]
-        needed = min([*self._ready, *self._outstanding, *([self._pass.next_block] if self._pass else [])], default=0)
-        for text in [text for text, last in self._last_user.items() if last < needed]:
-            files.remove(contexts.block_file(self.spool, text))
-            del self._last_user[text], self._spooled[text]
-
-    def _drop_tokens(self) -> None:
-        for text in self._spooled:
-            files.remove(contexts.block_file(self.spool, text))
-        self._ready, self._spooled, self._last_user = {}, {}, {}
+    # --- what is left
 
     def _tidy(self) -> None:
         """Removes what killed producers left behind."""
         for name in files.list_names(self.url):
             if name.startswith(SPOOL_PREFIX) and not self.spool.rstrip("/").endswith(name):
                 files.remove(files.join(self.url, name))
-        files.remove_partials(self.url)
-        files.remove_partials(files.join(self.url, MADE))
-
-    # --- what is told
-
-    def _tell(self, consumers: int) -> None:
-        missing = [b for b in self._wanted() if b not in self._present]
-        first = self._need % self._blocks
-        if self._outstanding:
-            state = f"making block {min(self._outstanding)}"
-        elif missing:
-            state = "reading the corpus"
-        else:
-            state = "waiting for the slowest consumer" if consumers else "waiting for somebody to stream"
-        tokens = sum(self._spooled.values()) + sum(self._reserved.values())
-        blocks = len(self._present | self._outstanding)
-        taken = blocks * self.room.block + tokens + self.room.heldout + self.room.notes
-        self.making = self.making.model_copy(update={
-            "state": state, "first": first, "blocks": len(self._present), "bytes": taken, "consumers": consumers,
-        })  # fmt: skip
-
-    def _keep_beating(self) -> None:
-        if self._beat is None:
-            self._beat = threading.Thread(target=self._keep, name="saescale-live-producer", daemon=True)
-            self._beat.start()
-
-    def _keep(self) -> None:
-        while True:
-            with suppress(SaescaleError):
-                self._write()
-            if self._ended.wait(BEAT_S):
-                return
-
-    def _write(self) -> None:
-        self.making = self.making.model_copy(update={"beat": self.making.beat + 1})
-        files.write_atomic(files.join(self.url, PRODUCER), self.making.model_dump_json().encode())
+        for folder in ("", MADE, PLACES):
+            files.remove_partials(files.join(self.url, folder) if folder else self.url)
 
     def _end(self, error: BaseException | None) -> None:
-        if self._ended.is_set():
+        if self._told.ended.is_set():
             return
-        self._ended.set()
+        began = self._told.end(error)
         with suppress(SaescaleError):
             files.remove(self.spool)
-        if self._beat is None:  # it never began: nothing is left of it
-            if (local := files.local_path(self.url)) is not None:
-                with suppress(OSError):
-                    os.removedirs(local)
-            return
-        self._beat.join()
-        why = str(error) if isinstance(error, Exception) else None
-        self.making = self.making.model_copy(update={"state": "ended", "error": why})
-        with suppress(SaescaleError):
-            self._write()
+        if not began and (local := files.local_path(self.url)) is not None:
+            with suppress(OSError):
+                os.removedirs(local)
 
 
 @contextmanager
@@ -548,8 +348,3 @@ def _begun(url: str) -> dict[str, Any] | None:
         return read_json(files.join(url, PLAN), f"remove {url} or name another folder")
     except FileNotFoundError:
         return None
-
-
-def _found(url: str) -> set[int]:
-    """Blocks on the disk."""
-    return {int(match[1]) for name in files.list_names(url) if (match := _BLOCK.fullmatch(name))}

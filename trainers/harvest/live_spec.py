@@ -20,9 +20,12 @@ _UNITS = {"": 1, "b": 1} | {
 }
 _SIZE = re.compile(r"\s*([\d._]+(?:e[+-]?\d+)?)\s*([a-z]*)\s*", re.IGNORECASE)
 _OF_TEXT = ("corpus", "text_column", "cut_documents", "context_length", "batch_contexts", "compute_dtype")
+_NOT_OF_A_SERVER = (*_OF_TEXT, "actors", "device_map")
 _NOT_OF_A_HARVEST = {
     "max_bytes", "block_rows", "window_blocks", "actors", "folder", "hidden_states", "hidden_states_index",
+    "remove_hidden_states",
 }  # fmt: skip
+_NOT_OF_ITS_ROWS = {"max_bytes", "actors", "folder", "remove_hidden_states", "device_map"}
 HELDOUT_EVERY = 8  # the held-out rows are drawn from so many times as many tokens
 
 
@@ -56,7 +59,7 @@ class LiveSpec(BaseModel):
     `tokens` are the train rows of one pass. A block has `block_rows` of them and is what `shard_rows` is to a harvest;
     the rows of `window_blocks` blocks are mixed. `folder`: beside the run where it is not named; it may be a store that
     `saescale harvest` has finished with the same fields, from which the same batches come. `actors` harvest, on a
-    cluster. Raises ValidationError.
+    cluster ("auto": as many as it has GPUs for them, or nodes). Raises ValidationError.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True, hide_input_in_errors=True)
@@ -67,18 +70,20 @@ class LiveSpec(BaseModel):
     corpus: str | None = None
     hidden_states: str | None = None  # a folder of files of an inference server (served.py), in place of the corpus
     hidden_states_index: Annotated[int, Field(ge=0, strict=True)] = 0  # of its layers
+    remove_hidden_states: Annotated[bool, Field(strict=True)] = False  # files that all cells have passed
     text_column: str | None = None
     cut_documents: Count | None = None
     heldout_tokens: Count = 32_768
     context_length: Count | None = None
     dtype: Literal["float16", "bfloat16"] = "float16"
     compute_dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    device_map: str | None = None
     seed: Annotated[int, Field(ge=0, strict=True)] = 0
     batch_contexts: Count | None = None
     block_rows: Count = 32_768
     row_group_rows: Count | None = None
     window_blocks: Count = 4
-    actors: Count = 1
+    actors: Count | Literal["auto"] = "auto"
     folder: str | None = None
 
     @model_validator(mode="before")
@@ -92,10 +97,10 @@ class LiveSpec(BaseModel):
     def _can_be(self) -> Self:
         if self.hidden_states is not None:
             fields = type(self).model_fields  # what sweep.yaml says has all of them
-            if given := [name for name in (*_OF_TEXT, "actors") if getattr(self, name) != fields[name].default]:
+            if given := [name for name in _NOT_OF_A_SERVER if getattr(self, name) != fields[name].default]:
                 raise ValueError(f"{given[0]} says nothing to hidden states that a server makes: leave it out")
-        elif self.hidden_states_index:
-            raise ValueError("hidden_states_index is of hidden_states, the folder to which a server writes: name that")
+        elif given := [name for name in ("hidden_states_index", "remove_hidden_states") if getattr(self, name)]:
+            raise ValueError(f"{given[0]} is of hidden_states, the folder to which a server writes: name that")
         for name in ("folder", "corpus", "hidden_states"):
             if (value := getattr(self, name)) and (found := secret_in_url(value)):
                 raise ValueError(f"{name}: {found}; {ADVICE}")
@@ -122,5 +127,5 @@ class LiveSpec(BaseModel):
         """Where its blocks lie, for the run directory `run`."""
         if self.folder is not None:
             return self.folder
-        what = json.dumps(self.model_dump(mode="json", exclude={"max_bytes", "actors", "folder"}), sort_keys=True)
+        what = json.dumps(self.model_dump(mode="json", exclude=_NOT_OF_ITS_ROWS), sort_keys=True)
         return files.join(run, "live", xxhash.xxh3_64_hexdigest(what.encode()))

@@ -96,7 +96,7 @@ class Harvester:
         self._spec = spec = specs[0]
         layers, trusted = [each.layer for each in specs], spec.trust_remote_code
         check_sites_before_loading(spec.subject, layers, spec.context_length, cache, notify, trusted)
-        self._subject: Subject = get_subject(spec.subject, cache, computed_in, notify, trusted)
+        self._subject: Subject = get_subject(spec.subject, cache, computed_in, notify, trusted, spec.device_map)
         subject = self._subject
         prefix, dropped = prefix_of(subject)
         reads_text = not isinstance(subject, Generates)

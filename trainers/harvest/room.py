@@ -7,6 +7,7 @@ from saescale.storage.errors import SaescaleError
 from saescale.storage.sources.live import most_bytes
 from saescale.storage.writable import free_bytes
 from saescale.trainers.harvest import contexts
+from saescale.trainers.harvest.live_places import KEY_BYTES, NOTE_BYTES
 from saescale.trainers.harvest.live_spec import HELDOUT_EVERY, LiveSpec
 from saescale.trainers.harvest.spec import HarvestSpec
 
@@ -46,23 +47,42 @@ class Room:
         # Ids of the blocks of a window and of those ahead; documents that are held out or repeated have some too.
         self.tokens = 32 * contexts.BLOCK_CHARACTERS + 16 * size * (spec.window_blocks + AHEAD)
         self.tokens += 6 * HELDOUT_EVERY * harvest.heldout_tokens
-        self.notes = _NOTES + 40 * -(-harvest.tokens // size)
-        self.blocks = (spec.max_bytes - self.beside) // self.block
+        self.notes = _NOTES + (40 + NOTE_BYTES) * -(-harvest.tokens // size) + KEY_BYTES * harvest.heldout_tokens
+        self._max_bytes, self._window = spec.max_bytes, min(spec.window_blocks, -(-harvest.tokens // size))
+        self.foreign = 0  # what the files of a server take now
+
+    @property
+    def blocks(self) -> int:
+        """How many there is room for."""
+        return (self._max_bytes - self.beside - self.foreign) // self.block
+
+    @property
+    def left(self) -> int:
+        """Bytes that a server may still write until a window of blocks has no room any more."""
+        return self._max_bytes - self.beside - self.foreign - self._window * self.block
 
     @property
     def beside(self) -> int:
         """Bytes that are kept for what is no block."""
         return self.heldout + self.tokens + self.notes
 
-    def require(self, blocks: int) -> None:
-        """Raises SaescaleError where there is no room for a window of so many."""
-        if self.blocks < blocks:
-            window = blocks * self.block
+    def require(self) -> None:
+        """Raises SaescaleError where there is no room for a window of blocks."""
+        if self.left >= 0:
+            return
+        window = self._window * self.block
+        holds = f"a window of {self._window} blocks, which takes {window:,} bytes, and {self.beside:,} beside it"
+        least = window + self.beside + self.foreign
+        if not self.foreign:
             raise SaescaleError(
-                f"live: max_bytes must hold a window of {blocks} blocks, which takes {window:,} bytes, and "
-                f"{self.beside:,} beside it; give at least {window + self.beside:,}, or lower block_rows or "
-                "window_blocks"
+                f"live: max_bytes must hold {holds}; give at least {least:,}, or lower block_rows or window_blocks"
             )
+        raise SaescaleError(
+            f"live: the server's files take {self.foreign:,} bytes, and max_bytes must hold them with {holds}; let "
+            "whoever sends it requests wait while producer.json says that server_bytes_left is small, have files "
+            f"removed that all cells have passed (remove_hidden_states: true), or give at least {least:,}; then run "
+            "again, nothing is lost"
+        )
 
 
 def _ranges(layers: list[int]) -> str:

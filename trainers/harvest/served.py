@@ -4,7 +4,7 @@ vLLM's `extract_hidden_states` leaves a file for each request, REQUEST.safetenso
 `hidden_states` [tokens, layers, d_model], in a folder; of a layer id i it has what enters block i, resid_post of layer
 i - 1. The folder is watched: each file, once it is whole, gets the next number and is a document whose first position
 is left out. `served/` of the live source keeps which file has which number, so that a block is made again from the
-same rows for as long as the files are there.
+same rows for as long as the files are there. What they take counts as the source's disk (live.py).
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import os
 import struct
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -76,14 +77,21 @@ class Served:
             where = files.join(url, SERVED, thousand)
             self._names += read_json(where, f"remove {url}, or name another folder")["names"]
         self._taken = set(self._names)
+        self._sizes: dict[str, int] = {}  # of whole files: they stay
+        self._removed = 0  # all files before that number were
         self.shape: Shape | None = None  # of the first one: all have its layers and width
+
+    @property
+    def count(self) -> int:
+        """How many files have a number."""
+        return len(self._names)
 
     def path(self, number: int) -> str:
         return str(self._folder / self._names[number])
 
-    def each(self) -> Iterator[ServedFile | None]:
-        """All files from the first on; None while the next one is not there."""
-        number = 0
+    def each(self, first: int = 0) -> Iterator[ServedFile | None]:
+        """All files from number `first` on; None while the next one is not there."""
+        number = first
         while True:
             if number == len(self._names) and not self._take():
                 yield None
@@ -95,13 +103,30 @@ class Served:
     def first(self) -> Shape:
         """The shape of the first file, which is waited for."""
         with waiting(f"the first file of hidden states in {self._folder}"):
-            while not self._names and not self._take():
+            while (there := self._first_there()) is None:
+                self._take()
                 time.sleep(NOTHING_S)
-        return self._checked(self.path(0))
+        return self._checked(there)
 
-    def forget(self, number: int) -> None:
-        """Removes a file that nobody needs any more."""
-        files.remove(self.path(number))
+    def _first_there(self) -> str | None:
+        """Of those that have a number; earlier ones may have been removed."""
+        return next((path for path in map(self.path, range(len(self._names))) if os.path.exists(path)), None)
+
+    def forget(self, before: int) -> None:
+        """Removes the files before that number, which nobody needs any more."""
+        for number in range(self._removed, before):
+            files.remove(self.path(number))
+        self._removed = max(self._removed, before)
+
+    def bytes(self) -> int:
+        """What all files of the folder take, those that the server is still writing included."""
+        found: dict[str, int] = {}
+        with suppress(FileNotFoundError), os.scandir(self._folder) as entries:  # that it is gone is said elsewhere
+            for entry in entries:
+                with suppress(FileNotFoundError):  # a temporary one of the server's
+                    found[entry.name] = self._sizes.get(entry.name) or entry.stat().st_size
+        self._sizes = {name: size for name, size in found.items() if name in self._taken}
+        return sum(found.values())
 
     def _take(self) -> bool:
         """Gives numbers to the files that are new and whole."""
@@ -225,7 +250,10 @@ def _opened(path: str) -> Any:
     try:
         return safe_open(path, framework="pt")
     except FileNotFoundError as error:
-        raise SaescaleError(f"{path}: the file of hidden states is gone, and its rows are asked for again") from error
+        raise SaescaleError(
+            f"{path}: the file of hidden states is gone, and its rows are asked for again; bring it back, or leave "
+            "remove_hidden_states out where cells do not all train at one time, or go over the tokens twice"
+        ) from error
     except (SafetensorError, OSError) as error:
         raise SaescaleError(f"{path}: no readable safetensors file ({one_line(error)}); remove it") from error
 

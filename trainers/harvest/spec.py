@@ -11,6 +11,7 @@ from saescale.storage import files
 from saescale.storage.documents import read_json
 from saescale.storage.errors import SaescaleError
 from saescale.storage.secrets import hide_secrets
+from saescale.trainers.subjects.spread import most_memory
 from saescale.trainers.subjects.subject import check_subject_name
 from saescale.trainers.subjects.text import PYTHON_PROSE, TEXT_COLUMN
 
@@ -52,10 +53,13 @@ class HarvestSpec(BaseModel):
     batch_contexts: int = 16
     compute_dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     trust_remote_code: bool = Field(False, exclude=True)  # decides whether the subject is loaded, and no byte
+    device_map: str | None = Field(None, exclude=True)  # decides where its layers lie (trainers/subjects/spread.py)
 
     @model_validator(mode="after")
     def _check(self) -> Self:
         check_subject_name(self.subject)
+        if self.device_map is not None:
+            most_memory(self.device_map)
         for name in ("out", "corpus", "text_column"):
             if not getattr(self, name).strip():
                 raise SaescaleError(f"harvest: {_option(name)} is empty")

@@ -11,14 +11,24 @@ from saescale.trainers.subjects.subject import Outline, Subject
 READS_TEXT = True
 
 
-def load(rest: str, cache: Path, dtype: str, notify: Callable[[str], None], trust_remote_code: bool = False) -> Subject:
-    """The model `rest`, from the hub (its own cache) or a folder. Raises SaescaleError where it cannot be had."""
+def load(
+    rest: str,
+    cache: Path,
+    dtype: str,
+    notify: Callable[[str], None],
+    trust_remote_code: bool = False,
+    device_map: str | None = None,
+) -> Subject:
+    """The model `rest`, from the hub (its own cache) or a folder, over several devices with `device_map` (spread.py).
+    Raises SaescaleError where it cannot be had."""
     _check_name(rest)
     found = find_weights(find_small_files(rest), notify)
     # transformers takes seconds to import, and a mistyped name should not.
     from saescale.trainers.subjects.language_model import load_model
 
-    return load_model(found.name, found.folder, dtype=dtype, trust_remote_code=trust_remote_code)
+    return load_model(
+        found.name, found.folder, dtype=dtype, trust_remote_code=trust_remote_code, device_map=device_map, notify=notify
+    )
 
 
 def outline(rest: str, cache: Path, notify: Callable[[str], None], trust_remote_code: bool = False) -> Outline:

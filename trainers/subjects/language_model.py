@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ from saescale.storage.errors import SaescaleError, one_line
 from saescale.trainers.device import OutOfMemory, fast_precision, is_out_of_memory
 from saescale.trainers.subjects.checkpoint import CONFIG
 from saescale.trainers.subjects.layout import max_positions
+from saescale.trainers.subjects.spread import Spread, words
 from saescale.trainers.subjects.subject import Outline
 from saescale.trainers.subjects.tokens import ids_of_texts
 from saescale.trainers.subjects.transformer import Transformer
@@ -31,6 +32,7 @@ class LanguageModel(Transformer):
 
     def __init__(self, name: str, model: Any, tokenizer: Any, fingerprint: str, absent: Sequence[str] = ()) -> None:
         super().__init__(name, model, fingerprint, absent)
+        self.spread: Spread | None = None  # what lies on the disk lies there for as long as this is held
         self.tokenizer = tokenizer
         self.bos_token_id: int | None = tokenizer.bos_token_id
         self.eos_token_id: int | None = tokenizer.eos_token_id
@@ -57,11 +59,18 @@ class LanguageModel(Transformer):
 
 
 def load_model(
-    name: str, source: Path, dtype: str = "auto", fingerprint: str | None = None, trust_remote_code: bool = False
+    name: str,
+    source: Path,
+    dtype: str = "auto",
+    fingerprint: str | None = None,
+    trust_remote_code: bool = False,
+    device_map: str | None = None,
+    notify: Callable[[str], None] = lambda stage: None,
 ) -> LanguageModel:
     """Loads the subject `name` from the folder `source`.
 
-    Without `fingerprint` the weights are hashed as they are stored. Raises SaescaleError when something of the model is
+    Without `fingerprint` the weights are hashed as they are stored. With `device_map` (spread.py) the layers may lie on
+    several devices; how they do, `notify` is told. Raises SaescaleError when something of the model is
     missing or damaged, and when it is no causal language model, by its configuration or as it turns out.
     """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -71,9 +80,15 @@ def load_model(
     with told(name, f"the tokenizer in {source} cannot be read"):
         tokenizer = read_tokenizer(source, trust_remote_code)
     with told(name, f"the weights in {source} cannot be read"):
-        found, fingerprint = read_identified(name, source, wanted, fingerprint, trust_remote_code)
-    found.model.eval().requires_grad_(False)
-    subject = LanguageModel(name, found.model.to(device), tokenizer, fingerprint, found.absent)
+        spread = None if device_map is None else Spread(device_map)
+        found, fingerprint = read_identified(name, source, wanted, fingerprint, trust_remote_code, spread)
+    model = found.model.eval().requires_grad_(False)
+    if spread is None:
+        model = model.to(device)
+    else:
+        notify(f"{name} is spread: {words(model)}")
+    subject = LanguageModel(name, model, tokenizer, fingerprint, found.absent)
+    subject.spread = spread
     check_by_trial(subject)
     return subject
 

@@ -170,9 +170,9 @@ class Composed(Protocol):
 
 
 class SubjectFile(Protocol):
-    """What the file of a subject defines at its top level; `load` may take `trust_remote_code` besides, and a file may
-    define `outline(rest, cache, notify)`, which gives an `Outline` without the weights. `NAMES_A_PATH = True` says that
-    what follows the colon is a path or URL in any case."""
+    """What the file of a subject defines at its top level; `load` may take `trust_remote_code` and `device_map`
+    besides, and a file may define `outline(rest, cache, notify)`, which gives an `Outline` without the weights.
+    `NAMES_A_PATH = True` says that what follows the colon is a path or URL in any case."""
 
     def load(self, rest: str, cache: Path, dtype: str, notify: Callable[[str], None]) -> Subject:
         """The subject. `rest` is what follows the colon in its name ("" without one), `cache` a folder for downloads,
@@ -232,13 +232,15 @@ def get_subject(
     dtype: str = "auto",
     notify: Callable[[str], None] | None = None,
     trust_remote_code: bool = False,
+    device_map: str | None = None,
 ) -> Subject:
     """Loads a subject by its name; see SubjectFile for the rest (`cache`: `cache_folder()` unless given).
 
-    With `trust_remote_code` Python code that comes with a model is run. Raises SaescaleError for an unknown name and
+    With `trust_remote_code` Python code that comes with a model is run; with `device_map` ("auto", or the most bytes on
+    each device: spread.py) its layers may lie on several devices. Raises SaescaleError for an unknown name and
     when the model cannot be had or is not usable.
     """
-    found, rest, more = _find(name, trust_remote_code)
+    found, rest, more = _find(name, trust_remote_code, device_map)
     return found.load(rest, Path(cache) if cache else cache_folder(), dtype, notify or _tell_nobody, **more)
 
 
@@ -279,7 +281,7 @@ def _outline(
     return outline
 
 
-def _find(name: str, trust_remote_code: bool) -> tuple[Any, str, dict[str, bool]]:
+def _find(name: str, trust_remote_code: bool, device_map: str | None = None) -> tuple[Any, str, dict[str, Any]]:
     check_subject_name(name)
     file, _, rest = name.partition(":")
     found = SUBJECTS.load(file)
@@ -287,7 +289,10 @@ def _find(name: str, trust_remote_code: bool) -> tuple[Any, str, dict[str, bool]
         raise SaescaleError(
             f"{name} comes with no code of a model that could be trusted; leave --trust-remote-code out"
         )
-    return found, rest, {"trust_remote_code": True} if trust_remote_code else {}
+    if device_map is not None and "device_map" not in inspect.signature(found.load).parameters:
+        raise SaescaleError(f"{name} lies on one device; leave device_map out, which is of large models (hf:...)")
+    more = {"trust_remote_code": True} if trust_remote_code else {}
+    return found, rest, more | ({} if device_map is None else {"device_map": device_map})
 
 
 def _tell_nobody(stage: str) -> None:

@@ -14,7 +14,7 @@ import numpy as np
 import xxhash
 
 from saescale.storage.errors import SaescaleError, SaescaleWarning
-from saescale.trainers.subjects.text_files import find_files
+from saescale.trainers.subjects.text_files import START, Fragment, Where, find_files
 from saescale.trainers.subjects.text_formats import Odd
 
 PYTHON_PROSE = "python-prose"
@@ -34,6 +34,15 @@ class Piece(NamedTuple):
     text: str
 
 
+class Place(NamedTuple):
+    """Where a piece of a corpus begins: so much of it, and the number of its document, of which pieces stand before it
+    or not (`inside`)."""
+
+    where: Where
+    doc: int
+    inside: bool
+
+
 def pieces(corpus: str, seed: int, column: str = TEXT_COLUMN, cut: int | None = None) -> Iterator[Piece]:
     """The documents of a corpus in an order that is a pure function of (corpus, seed); no piece is blank.
 
@@ -47,12 +56,32 @@ def pieces(corpus: str, seed: int, column: str = TEXT_COLUMN, cut: int | None = 
     were not read are said in a SaescaleWarning when the reading ends. Raises SaescaleError naming the file and line
     that cannot be read; no match is told at once.
     """
-    odd = Odd()
+    return (piece for piece, _ in placed_pieces(corpus, seed, column, cut))
+
+
+def placed_pieces(
+    corpus: str, seed: int, column: str = TEXT_COLUMN, cut: int | None = None, begin: Place | None = None
+) -> Iterator[tuple[Piece, Place]]:
+    """The same with the place of each, from `begin` on, the place of a piece: what stands before it is not read, or
+    where it has to be (packed files, CSV, arrays of JSON) not looked at."""
+    odd, where = Odd(), START if begin is None else begin.where
     if corpus == PYTHON_PROSE:
         prose = python_prose()
         order = np.random.default_rng(seed).permutation(len(prose)).tolist()
-        return _numbered(((index, prose[index]) for index in order), cut, corpus, odd)
-    return _numbered(find_files(corpus, odd).fragments(column, odd), cut, corpus, odd)
+        found = (
+            Fragment(at, prose[order[at]][skipped:], Where(0, at, -1, skipped))
+            for at in range(where.record, len(order))
+            for skipped in [where.character if at == where.record else 0]
+        )
+        return _numbered(found, cut, corpus, odd, begin)
+    return _numbered(find_files(corpus, odd).fragments(column, odd, where), cut, corpus, odd, begin)
+
+
+def corpus_digest(corpus: str) -> str:
+    """By which it shows that a corpus has other files, or other prose, than when a `Place` was noted; texts that were
+    changed in a file do not show. Raises what `pieces` raises."""
+    parts = python_prose() if corpus == PYTHON_PROSE else find_files(corpus, Odd()).paths
+    return xxhash.xxh3_128_hexdigest("\0".join(parts).encode("utf-8", "surrogateescape"))
 
 
 def check_corpus(corpus: str, column: str = TEXT_COLUMN) -> None:
@@ -62,7 +91,7 @@ def check_corpus(corpus: str, column: str = TEXT_COLUMN) -> None:
         return
     odd = Odd()
     found = find_files(corpus, odd)
-    if not any(text.strip() for _, text in found.fragments(column, odd)):
+    if not any(fragment.text.strip() for fragment in found.fragments(column, odd)):
         files = f"{len(found.paths)} file{'s' * (len(found.paths) != 1)}"
         passed = "".join(f"; {line}" for line in odd.said())
         raise SaescaleError(f"the corpus {corpus} holds no text: {files}, of empty or blank texts{passed}")
@@ -82,53 +111,57 @@ def _plain(text: str) -> str:
 
 # --- documents, their numbers and their pieces
 
-_Fragment = tuple[object, str]  # of which document, equal for all that belongs to one and stands together; and text
 
-
-def _numbered(fragments: Iterable[_Fragment], cut: int | None, corpus: str, odd: Odd) -> Iterator[Piece]:
-    doc = -1
+def _numbered(
+    fragments: Iterable[Fragment], cut: int | None, corpus: str, odd: Odd, begin: Place | None
+) -> Iterator[tuple[Piece, Place]]:
+    inside = begin is not None and begin.inside
+    doc = -1 if begin is None else begin.doc - (not inside)
     try:
-        for _, group in groupby(fragments, key=lambda each: each[0]):
-            document = (text for _, text in group)
-            started = False
-            for text in _cut_words(document, cut) if cut else _cut_lines(document):
+        for _, document in groupby(fragments, key=lambda each: each.document):
+            for text, where in _cut_words(document, cut) if cut else _cut_lines(document):
                 if text.strip():
-                    doc += bool(cut) or not started
-                    started = True
-                    yield Piece(doc, text)
+                    inside = inside and not cut
+                    doc += not inside
+                    yield Piece(doc, text), Place(where, doc, inside)
+                    inside = True
+            inside = False
     finally:
         for line in odd.said():
             warnings.warn(f"{corpus}: {line}", SaescaleWarning, stacklevel=2)
 
 
-def _cut_lines(document: Iterator[str]) -> Iterator[str]:
+def _cut_lines(document: Iterator[Fragment]) -> Iterator[tuple[str, Where]]:
     """Pieces of a .txt file, which comes line by line; other documents come whole, and stay so."""
     parts: list[str] = []
-    characters = 0
+    where, characters = START, 0
     for line in document:
-        parts.append(line)
-        plain = _plain(line)
+        where = where if parts else line.where
+        parts.append(line.text)
+        plain = _plain(line.text)
         characters += len(plain) + bool(plain)
         if characters > TXT_CHARACTERS_MOST or (characters > TXT_CHARACTERS and not plain):
-            yield "".join(parts)
+            yield "".join(parts), where
             parts, characters = [], 0
-    yield "".join(parts)
+    yield "".join(parts), where
 
 
-def _cut_words(document: Iterator[str], most: int) -> Iterator[str]:
+def _cut_words(document: Iterator[Fragment], most: int) -> Iterator[tuple[str, Where]]:
     """Parts of at most so many characters; texts that are equal but for whitespace are cut alike."""
     word = re.compile(rf"\S{{1,{most}}}\s*|\s+")
     parts: list[str] = []
-    characters = 0
+    where, characters = START, 0
     for fragment in document:
-        for found in word.finditer(fragment):
+        for found in word.finditer(fragment.text):
             plain = len(found[0].rstrip())
             if plain and characters + plain > most:
-                yield "".join(parts)
+                yield "".join(parts), where
                 parts, characters = [], 0
+            if not parts:
+                where = fragment.where._replace(character=fragment.where.character + found.start())
             parts.append(found[0])
             characters += plain + bool(plain)
-    yield "".join(parts)
+    yield "".join(parts), where
 
 
 # --- what CPython ships

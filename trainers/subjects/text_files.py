@@ -14,7 +14,7 @@ from fsspec import AbstractFileSystem
 
 from saescale.storage import files
 from saescale.storage.errors import SaescaleError, one_line
-from saescale.trainers.subjects.text_formats import Odd, Record, read_csv, read_json, read_parquet
+from saescale.trainers.subjects.text_formats import Odd, read_csv, read_json, read_parquet
 
 FORMATS = (".txt", ".jsonl", ".ndjson", ".parquet")
 # What often lies beside a corpus to describe it: of a folder read only where there is nothing of FORMATS.
@@ -31,18 +31,42 @@ _MARKS = {b"\xff\xfe\x00\x00": "utf-32", b"\x00\x00\xfe\xff": "utf-32", b"\xff\x
 _BUFFER = 2**16
 
 
+class Where(NamedTuple):
+    """A place in a corpus: number `file` of its files; the line, row or entry `record` there; the byte at which that
+    begins, -1 where one cannot begin to read there (packed files, arrays); a character of its text."""
+
+    file: int
+    record: int
+    byte: int
+    character: int
+
+
+class Fragment(NamedTuple):
+    """A text, or a line of a .txt file, and where it begins. `document` is equal for all that belongs to one document
+    and stands together."""
+
+    document: object
+    text: str
+    where: Where
+
+
+START = Where(0, 0, -1, 0)
+
+
 class Files(NamedTuple):
     """The files of a corpus in the order of their names."""
 
     fs: AbstractFileSystem
     paths: list[str]
 
-    def fragments(self, column: str, odd: Odd) -> Iterator[tuple[object, str]]:
-        """Each text, that of `column` where a format has columns, behind what tells its document from others; a .txt
-        file line by line."""
-        for path in self.paths:
-            for record, text in _read(self.fs, path, column, odd):
-                yield (path, record), text
+    def fragments(self, column: str, odd: Odd, begin: Where = START) -> Iterator[Fragment]:
+        """Each text, that of `column` where a format has columns; a .txt file line by line. From `begin` on, where an
+        earlier reading found one."""
+        for file in range(begin.file, len(self.paths)):
+            first = begin if file == begin.file else START
+            for document, text, record, byte in _read(self.fs, self.paths[file], column, odd, first.record, first.byte):
+                skipped = first.character if record == first.record else 0
+                yield Fragment((file, document), text[skipped:], Where(file, record, byte, skipped))
 
 
 def find_files(corpus: str, odd: Odd) -> Files:
@@ -134,22 +158,26 @@ def _name(path: str) -> str:
     return (path.partition("?")[0] if web else path).lower()
 
 
-def _read(fs: AbstractFileSystem, path: str, column: str, odd: Odd) -> Iterator[Record]:
+def _read(
+    fs: AbstractFileSystem, path: str, column: str, odd: Odd, first: int, byte: int
+) -> Iterator[tuple[int, str, int, int]]:
+    """From record `first` on, which begins at `byte` if that is known: which of the file's documents, the text, the
+    number of its record, and the byte at which that begins, if one can begin there."""
     try:
         with fs.open(path, "rb") as file:
             if (kind := _format(path)) == ".parquet":
                 if not _name(path).endswith(kind):
                     raise SaescaleError(f"{path}: Parquet compresses by itself and is not read packed; unpack the file")
-                yield from read_parquet(file, path, column, odd)
+                yield from ((row, text, row, -1) for row, text in read_parquet(file, path, column, odd, first))
                 return
-            with _unpacked(file, path) as stream:
-                lines = _lines(stream, path)
+            with _begun(file, path, first, byte) as lines:
                 if kind == ".txt":
-                    yield from ((0, line) for _, line in lines)
+                    yield from ((0, line, number, lines.byte) for number, line in lines if number >= first)
                 elif kind in (".csv", ".tsv"):
-                    yield from read_csv(lines, path, kind, column, odd)
+                    yield from ((row, text, row, -1) for row, text in read_csv(iter(lines), path, kind, column, first))
                 else:
-                    yield from read_json(lines, path, kind == ".json", column, odd)
+                    found = read_json(iter(lines), path, kind == ".json", column, odd, first, by_lines=byte > 0)
+                    yield from ((row, text, row, lines.byte) for row, text in found)
     except SaescaleError:
         raise
     except Exception as error:  # compressors, Arrow and object stores raise classes of their own
@@ -159,15 +187,44 @@ def _read(fs: AbstractFileSystem, path: str, column: str, odd: Odd) -> Iterator[
 # --- bytes and lines
 
 
+class _Lines:
+    """Lines with their numbers from 1, ended by `\\n` alone; `byte` is where the last one begins, -1 behind the end
+    and where one cannot begin to read there."""
+
+    def __init__(self, found: Iterator[tuple[int, str, int]]) -> None:
+        self._found, self.byte = found, -1
+
+    def __iter__(self) -> Iterator[tuple[int, str]]:
+        for number, text, byte in self._found:
+            self.byte = byte
+            yield number, text
+        self.byte = -1
+
+
 @contextmanager
-def _unpacked(file: BinaryIO, path: str) -> Iterator[io.BufferedReader]:
+def _begun(file: BinaryIO, path: str, number: int, byte: int) -> Iterator[_Lines]:
+    """The lines of the file: all, or those from line `number` on where that begins at a known byte."""
+    if byte <= 0:
+        with _unpacked(file, path) as (stream, packed):
+            yield _Lines(_lines(stream, path, packed))
+        return
+    file.seek(byte - 1)
+    with io.BufferedReader(cast(Any, file), _BUFFER) as stream:
+        if stream.read(1) != b"\n":
+            raise SaescaleError(f"{path}: no line begins at byte {byte} any more; restore the corpus as it was")
+        yield _Lines(_utf8_lines(stream, path, number, byte))
+
+
+@contextmanager
+def _unpacked(file: BinaryIO, path: str) -> Iterator[tuple[io.BufferedReader, bool]]:
+    """And whether it was packed."""
     with io.BufferedReader(cast(Any, file), _BUFFER) as stream:
         packed = _packed_by(stream, path)
         if packed is None:
-            yield stream
+            yield stream, False
             return
         with io.BufferedReader(_COMPRESSED[packed][1](cast(BinaryIO, stream)), _BUFFER) as unpacked:
-            yield unpacked
+            yield unpacked, True
 
 
 def _packed_by(stream: io.BufferedReader, path: str) -> str | None:
@@ -186,8 +243,8 @@ def _packed_by(stream: io.BufferedReader, path: str) -> str | None:
     return named
 
 
-def _lines(stream: io.BufferedReader, path: str) -> Iterator[tuple[int, str]]:
-    """Lines with their numbers from 1, ended by `\\n` alone; UTF-8, or what a byte order mark says."""
+def _lines(stream: io.BufferedReader, path: str, packed: bool) -> Iterator[tuple[int, str, int]]:
+    """As `_Lines` has them; UTF-8, or what a byte order mark says."""
     ahead = stream.peek()
     begins = ahead[:64]
     marked = next((encoding for mark, encoding in _MARKS.items() if begins.startswith(mark)), None)
@@ -196,20 +253,32 @@ def _lines(stream: io.BufferedReader, path: str) -> Iterator[tuple[int, str]]:
     # Lines end in `\r` alone where the first do; in others, it is a character. One at the end may be half of `\r\n`.
     start = ahead.decode(marked or "utf-8", "ignore")
     end = "\r" if "\r" in start[:-1] and "\n" not in start else "\n"
+    if marked is None and end == "\n":
+        for number, text, byte in _utf8_lines(stream, path, 1, 0):
+            yield number, text, -1 if packed else byte
+        return
     number = 0
     try:
-        if marked is None and end == "\n":
-            for number, line in enumerate(stream, start=1):
-                yield number, _one_end((line.removeprefix(b"\xef\xbb\xbf") if number == 1 else line).decode("utf-8"))
-        else:
-            for number, text in enumerate(io.TextIOWrapper(stream, marked or "utf-8-sig", newline=end), start=1):
-                yield number, _one_end(text) if end == "\n" else text.replace("\r", "\n")
+        for number, text in enumerate(io.TextIOWrapper(stream, marked or "utf-8-sig", newline=end), start=1):
+            yield number, _one_end(text) if end == "\n" else text.replace("\r", "\n"), -1
     except UnicodeDecodeError as error:
-        # A text wrapper decodes ahead of the line, and bytes are decoded in it.
-        ahead_of = marked is not None or end == "\r"
-        where, at = (f"after line {number}", "") if ahead_of else (f"line {number}", f" at byte {error.start}")
-        encoding = (marked or "utf-8").upper()
-        raise SaescaleError(f"{path}, {where}: not {encoding} ({error.reason}{at}); convert the file") from error
+        raise _not_text(f"after line {number}", path, marked, error, "") from error  # it decodes ahead of the line
+
+
+def _utf8_lines(stream: io.BufferedReader, path: str, number: int, byte: int) -> Iterator[tuple[int, str, int]]:
+    """From line `number` on, which begins at `byte`."""
+    for line in stream:
+        try:
+            text = (line.removeprefix(b"\xef\xbb\xbf") if number == 1 else line).decode("utf-8")
+        except UnicodeDecodeError as error:
+            raise _not_text(f"line {number}", path, None, error, f" at byte {error.start}") from error
+        yield number, _one_end(text), byte
+        number, byte = number + 1, byte + len(line)
+
+
+def _not_text(where: str, path: str, marked: str | None, error: UnicodeDecodeError, at: str) -> SaescaleError:
+    encoding = (marked or "utf-8").upper()
+    return SaescaleError(f"{path}, {where}: not {encoding} ({error.reason}{at}); convert the file")
 
 
 def _one_end(line: str) -> str:

@@ -18,7 +18,7 @@ from saescale.storage.errors import SaescaleError, one_line
 _BATCH_ROWS = 256  # of Parquet, read at a time
 
 Lines = Iterator[tuple[int, str]]  # with their numbers from 1
-Record = tuple[int, str]  # which of its file's documents, and its text, or of a .txt file a line of it
+Record = tuple[int, str]  # the number of a line, row or entry of a file, and its text
 
 
 class Odd:
@@ -37,15 +37,23 @@ class Odd:
         return [line.encode(errors="backslashreplace").decode() for line in lines]  # names of files may be no text
 
 
-def read_json(lines: Lines, path: str, may_be_one: bool, column: str, odd: Odd) -> Iterator[Record]:
-    """A record a line; or one array of records, known by its bracket, and in .json also one record over many lines."""
-    started = False
+def read_json(
+    lines: Lines, path: str, may_be_one: bool, column: str, odd: Odd, first: int, by_lines: bool
+) -> Iterator[Record]:
+    """A record a line; or one array of records, known by its bracket, and in .json also one record over many lines.
+
+    From record number `first` on; `by_lines`: the lines begin there, and each is a record.
+    """
+    started = by_lines
     for number, line in lines:
         if not line.strip():
             continue
         if not started and line.lstrip().startswith("["):
-            yield from _array(_rest(number, line, lines, path), path, column, odd)
+            yield from _array(_rest(number, line, lines, path), path, column, odd, first)
             return
+        if number < first:
+            started = True
+            continue
         try:
             record = _parsed(line, path, number)
         except SaescaleError:
@@ -57,9 +65,9 @@ def read_json(lines: Lines, path: str, may_be_one: bool, column: str, odd: Odd) 
             yield number, text
 
 
-def _array(records: list[Any], path: str, column: str, odd: Odd) -> Iterator[Record]:
+def _array(records: list[Any], path: str, column: str, odd: Odd, first: int) -> Iterator[Record]:
     for number, record in enumerate(records, start=1):
-        if (text := _field(record, f"{path}, entry {number}", column, odd)) is not None:
+        if number >= first and (text := _field(record, f"{path}, entry {number}", column, odd)) is not None:
             yield number, text
 
 
@@ -118,7 +126,8 @@ def _names(names: Iterable[str], column: str, texts: list[str]) -> str:
     return f"it has {shown}: name the one that is meant with --text-column {likely}"
 
 
-def read_csv(lines: Lines, path: str, kind: str, column: str, odd: Odd) -> Iterator[Record]:
+def read_csv(lines: Lines, path: str, kind: str, column: str, first: int) -> Iterator[Record]:
+    """A record a row, by the line on which it begins; from that of line `first` on."""
     csv.field_size_limit(2**31 - 1)  # of this process; texts are longer than csv's own limit
     header = next((each for each in lines if each[1].strip()), None)
     if header is None:
@@ -134,7 +143,7 @@ def read_csv(lines: Lines, path: str, kind: str, column: str, odd: Odd) -> Itera
                 raise SaescaleError(
                     f"{path}, line {began}: {fields}; quote texts that hold {separator!r} or a line end"
                 )
-            if row:
+            if row and began >= first:
                 yield began, row[at]
     except csv.Error as error:
         where = f"{path}, line {line + 1}"
@@ -159,7 +168,8 @@ def _one_column(path: str, names: list[str], column: str, texts: list[str]) -> N
         raise SaescaleError(f"{path}: {names.count(column)} columns are called {column!r}; give them different names")
 
 
-def read_parquet(file: BinaryIO, path: str, column: str, odd: Odd) -> Iterator[Record]:
+def read_parquet(file: BinaryIO, path: str, column: str, odd: Odd, first: int) -> Iterator[Record]:
+    """A record a row, from row `first` on."""
     table = pq.ParquetFile(file)
     schema = table.schema_arrow
     texts = [field.name for field in schema if _holds_text(field.type)]
@@ -169,13 +179,16 @@ def read_parquet(file: BinaryIO, path: str, column: str, odd: Odd) -> Iterator[R
         raise SaescaleError(
             f"{path}: the column {column!r} holds {kind}, no text; {_names(schema.names, column, texts)}"
         )
-    row = 0
-    for batch in table.iter_batches(_BATCH_ROWS, columns=[column], use_threads=False):
+    sizes = [table.metadata.row_group(group).num_rows for group in range(table.num_row_groups)]
+    groups, row = list(range(len(sizes))), 0
+    while groups and row + sizes[groups[0]] <= first:
+        row += sizes[groups.pop(0)]
+    for batch in table.iter_batches(_BATCH_ROWS, row_groups=groups, columns=[column], use_threads=False):
         for value in _bytes(batch.column(0)):
             where = f"{path}, row {row} (from 0)"
-            if value is None:
+            if row >= first and value is None:
                 odd.count("texts that are null, passed over", where)
-            else:
+            elif row >= first and value is not None:
                 yield row, _decoded(value, where)
             row += 1
 

@@ -22,6 +22,7 @@ from saescale.trainers.subjects.layout import (
     max_positions,
     text_model,
 )
+from saescale.trainers.subjects.spread import device_of
 from saescale.trainers.subjects.subject import Outline, Patch, Run
 
 
@@ -56,6 +57,11 @@ class Transformer:
         return {}
 
     @property
+    def device(self) -> torch.device:
+        """Of ids, streams and logits; the layers of a large model may lie on others too."""
+        return device_of(self.model)
+
+    @property
     def n_heads(self) -> int:
         """Of each block."""
         return int(self.model.config.get_text_config().num_attention_heads)
@@ -76,12 +82,12 @@ class Transformer:
         try:
             self.model.set_attn_implementation("eager")  # others never make the whole matrix
             with torch.inference_mode():
-                found = self.model(input_ids=ids.to(self.model.device), use_cache=False, output_attentions=True)
+                found = self.model(input_ids=ids.to(self.device), use_cache=False, output_attentions=True)
         finally:
             self.model.set_attn_implementation(before)
         if not found.attentions or any(each is None for each in found.attentions):
             raise SaescaleError(f"{self.name} does not give the attention of its heads")
-        return torch.stack([each.float() for each in found.attentions])
+        return torch.stack([each.float().to(self.device) for each in found.attentions])
 
     def check_ids(self, ids: np.ndarray) -> None:
         """Raises SaescaleError for an id of which the model has no embedding."""
@@ -124,13 +130,15 @@ class Transformer:
             def hook(module: nn.Module, inputs: object, output: Any) -> Any:
                 stream = output[0] if isinstance(output, tuple | list) else output
                 self._check_stream(layer, stream, ids)
-                resid[layer] = _patched(stream, patches[layer]) if layer in patches else stream
+                here = stream.to(self.device)
+                resid[layer] = _patched(here, patches[layer]) if layer in patches else here
                 if layer == last:
                     raise _Reached
                 if layer not in patches:
-                    resid[layer] = stream.clone()  # or a later block that adds in place would move it
+                    if here is stream:
+                        resid[layer] = stream.clone()  # or a later block that adds in place would move it
                     return None
-                first = [resid[layer]]
+                first = [resid[layer].to(stream.device)]
                 return type(output)([*first, *output[1:]]) if isinstance(output, tuple | list) else first[0]
 
             return hook
@@ -141,7 +149,7 @@ class Transformer:
         try:
             with torch.inference_mode():
                 kept = {"past_key_values": cache, "use_cache": True} if cache is not None else {"use_cache": False}
-                output = model(input_ids=ids.to(self.model.device), **kept)
+                output = model(input_ids=ids.to(self.device), **kept)
         except _Reached:
             pass
         except IndexError as error:  # a table of the model's own that ends: of positions, as ids were checked
@@ -156,7 +164,7 @@ class Transformer:
             raise SaescaleError(
                 f"{self.name}: the forward pass never reached layer {missing[0]}; the layout is unknown"
             )
-        return Run(tuple(resid[layer] for layer in asked), output.logits if logits else None)
+        return Run(tuple(resid[layer] for layer in asked), output.logits.to(self.device) if logits else None)
 
     def neurons(self, ids: Tensor, layer: int) -> Tensor:
         """The activations of the neurons of a layer's MLP, behind their nonlinearity, [batch, length, neurons].
@@ -168,13 +176,13 @@ class Transformer:
         found: list[Tensor] = []
 
         def hook(module: nn.Module, inputs: tuple[Tensor]) -> None:
-            found.append(inputs[0])
+            found.append(inputs[0].to(self.device))
             raise _Reached
 
         handle = find_projection(self.name, self._layers[layer], self.d_model).register_forward_pre_hook(hook)
         try:
             with torch.inference_mode(), suppress(_Reached):
-                self.model.base_model(input_ids=ids.to(self.model.device), use_cache=False)
+                self.model.base_model(input_ids=ids.to(self.device), use_cache=False)
         finally:
             handle.remove()
         (neurons,) = found
@@ -218,7 +226,7 @@ class Transformer:
 
     def _without_blocks(self, ids: Tensor, site: Site, resid: Tensor, how: type, last: int | None = None) -> Tensor:
         """A forward pass in which every block up to the site just gives `resid`."""
-        resid = resid.to(self.model.device, self.dtype)
+        resid = resid.to(self.device, self.dtype)
         blocks = [self._layers[layer] for layer in range(site.layer + 1)]
         own = [vars(block).get("forward") for block in blocks]
         # The last positions of several contexts do not lie side by side, and torch would copy the whole head for each.
@@ -227,8 +235,8 @@ class Transformer:
         try:
             for block in blocks:
                 block.forward = lambda *_, **__: (resid,) if how is tuple else resid
-            logits: Tensor = self.model(input_ids=ids.to(self.model.device), use_cache=False, **self._few(last)).logits
-            return logits
+            logits: Tensor = self.model(input_ids=ids.to(self.device), use_cache=False, **self._few(last)).logits
+            return logits.to(self.device)
         finally:
             if joined is not None:
                 joined.remove()

@@ -25,6 +25,7 @@ from transformers.models.auto.modeling_auto import (
 
 from saescale.storage.errors import SaescaleError, SaescaleWarning, one_line
 from saescale.trainers.subjects.checkpoint import CONFIG, Checkpoint, listed, read_header
+from saescale.trainers.subjects.spread import Spread, weight_of
 
 # Tables that models make themselves and that older versions of transformers wrote with the weights.
 _TABLE = re.compile(r"(masked_bias|inv_freq|position_ids|causal_mask)$")
@@ -55,8 +56,10 @@ def read_config(folder: Path, trust_remote_code: bool) -> Any:
     return config
 
 
-def read_model(folder: Path, dtype: torch.dtype | str, trust_remote_code: bool) -> Weighted:
-    """The model in that arithmetic ("auto": as it is stored).
+def read_model(
+    folder: Path, dtype: torch.dtype | str, trust_remote_code: bool, spread: Spread | None = None
+) -> Weighted:
+    """The model in that arithmetic ("auto": as it is stored), `spread` over several devices or whole in memory.
 
     Raises SaescaleError that names weights which the model has and the files lack, or the files have and the model
     lacks, or that are of another shape. Heads are put aside: a site needs none.
@@ -69,6 +72,7 @@ def read_model(folder: Path, dtype: torch.dtype | str, trust_remote_code: bool) 
             trust_remote_code=trust_remote_code,
             output_loading_info=True,
             ignore_mismatched_sizes=True,  # refused below, with names
+            **({} if spread is None else spread.options),
         )
     except UnpicklingError as error:
         raise SaescaleError(
@@ -109,15 +113,21 @@ def read_model(folder: Path, dtype: torch.dtype | str, trust_remote_code: bool) 
 
 
 def read_identified(
-    subject: str, folder: Path, dtype: torch.dtype, fingerprint: str | None = None, trust_remote_code: bool = False
+    subject: str,
+    folder: Path,
+    dtype: torch.dtype,
+    fingerprint: str | None = None,
+    trust_remote_code: bool = False,
+    spread: Spread | None = None,
 ) -> tuple[Weighted, str]:
     """The model in that arithmetic, and what identifies its weights: a hash of them as they are stored, unless
     `fingerprint` is known. Raises what `read_model` and `hash_weights` raise."""
-    found = read_model(folder, dtype if fingerprint else "auto", trust_remote_code)
+    found = read_model(folder, dtype if fingerprint else "auto", trust_remote_code, spread)
     fingerprint = fingerprint or hash_weights(subject, found)
     if found.model.dtype != dtype:
         # Loaded again rather than cast: a cast would round buffers (rotary frequencies) as well.
-        found = read_model(folder, dtype, trust_remote_code)
+        del found
+        found = read_model(folder, dtype, trust_remote_code, spread)
     return found, fingerprint
 
 
@@ -131,7 +141,7 @@ def hash_weights(subject: str, weighted: Weighted) -> str:
     for name, parameter in sorted(weighted.model.named_parameters()):
         if name in weighted.absent:
             continue
-        data = parameter.detach().contiguous().flatten().cpu()
+        data = weight_of(weighted.model, name).contiguous().flatten().cpu()
         digest.update(f"{name} {tuple(parameter.shape)} {parameter.dtype}\n".encode())
         digest.update(data.view(torch.uint8).numpy().data)
         if data.dtype in (torch.float16, torch.bfloat16, torch.float32, torch.float64) and len(data):

@@ -12,8 +12,8 @@ from saescale.trainers.architectures.sae import SAE
 from saescale.trainers.cell import Cell
 from saescale.trainers.evals.evaluation import Measurement
 from saescale.trainers.evals.firing import firing
+from saescale.trainers.evals.texts import absorption
 from saescale.trainers.evals.texts.absorption import Prepared, main_latents, measure, prepared_of
-from saescale.trainers.evals.texts.spelling import absorption
 from saescale.trainers.exchange.trained import Trained
 from tests.trainers.evals.cases import a_trained
 

@@ -15,6 +15,7 @@ from saescale.storage.sources.store import ActivationStore
 from saescale.trainers.architectures.architecture import Shape
 from saescale.trainers.architectures.sae import SAE
 from saescale.trainers.cell import Cell, EvalSpec
+from saescale.trainers.evals.mazes import maze_edits, maze_features
 from saescale.trainers.evals.mazes.changes import (
     edits_to_add,
     edits_to_remove,
@@ -22,7 +23,7 @@ from saescale.trainers.evals.mazes.changes import (
     succeeded,
     told_as_tokens,
 )
-from saescale.trainers.evals.mazes.connections import PLACES, Told, heldout_connections, maze_edits, maze_features
+from saescale.trainers.evals.mazes.connections import PLACES, Told, heldout_connections
 from saescale.trainers.evals.mazes.maze_edits import EdgeLatents
 from saescale.trainers.evals.mazes.maze_features import at_places, probed
 from saescale.trainers.evals.mazes.maze_heads import attention_to_cells

@@ -15,8 +15,8 @@ from saescale.trainers.architectures.architecture import Shape
 from saescale.trainers.architectures.sae import SAE
 from saescale.trainers.cell import Cell
 from saescale.trainers.evals.evaluation import Measurement
+from saescale.trainers.evals.texts import n2g
 from saescale.trainers.evals.texts.n2g import ANY, Pattern, explain, matches, measure, prepare
-from saescale.trainers.evals.texts.spelling import n2g
 from saescale.trainers.exchange.trained import Trained
 from saescale.trainers.harvest.retrace import Places
 from saescale.trainers.subjects.subject import Subject

@@ -13,9 +13,10 @@ from saescale.storage.errors import SaescaleError, SaescaleWarning
 from saescale.storage.sources.store import ActivationStore
 from saescale.trainers.architectures.architecture import unit_rows
 from saescale.trainers.evals.evaluation import Measurement
+from saescale.trainers.evals.texts import probe_loss, probes
 from saescale.trainers.evals.texts.probe_loss import LEAST, Group
 from saescale.trainers.evals.texts.probes import RIDGE
-from saescale.trainers.evals.texts.spelling import probe_loss, probes, token_texts
+from saescale.trainers.evals.texts.spelling import token_texts
 from saescale.trainers.exchange.trained import Trained
 from saescale.trainers.preprocess import normalise
 from saescale.trainers.subjects.subject import Subject

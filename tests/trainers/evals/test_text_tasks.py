@@ -5,7 +5,7 @@ import re
 import numpy as np
 import pytest
 
-from saescale.trainers.evals.texts.spelling import tasks as module
+from saescale.trainers.evals.texts import tasks as module
 from saescale.trainers.evals.texts.tasks import text_tasks
 
 # A context and what is true of it: the numbers of tokens.

@@ -1,0 +1,88 @@
+"""Models whose layers lie in memory and on the disk: the streams and logits of the whole model, bit for bit."""
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from saescale.storage.errors import SaescaleError
+from saescale.storage.sources.manifest import Site
+from saescale.trainers.harvest.conduct import harvest
+from saescale.trainers.harvest.spec import HarvestSpec
+from saescale.trainers.subjects.spread import most_memory
+from saescale.trainers.subjects.subject import get_subject
+
+
+@pytest.fixture(scope="module")
+def device_map(tiny_subject: str) -> str:
+    """Of half of the model in memory."""
+    parameters = get_subject(tiny_subject).model.parameters()  # type: ignore[attr-defined]
+    return f"cpu={sum(each.numel() * each.element_size() for each in parameters) // 2}"
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_streams_and_logits_of_a_spread_model_are_those_of_the_whole(
+    tiny_subject: str, device_map: str, dtype: str
+) -> None:
+    told: list[str] = []
+    whole: Any = get_subject(tiny_subject, dtype=dtype)
+    spread: Any = get_subject(tiny_subject, dtype=dtype, device_map=device_map, notify=told.append)
+    assert {each.device.type for each in spread.model.parameters()} == {"cpu", "meta"}  # meta: on the disk
+    assert "parts on cpu" in told[-1]
+    assert "parts on disk" in told[-1]
+    assert spread.fingerprint == whole.fingerprint
+    ids = torch.randint(whole.embedded, (3, 24), generator=torch.Generator().manual_seed(0))
+    sites = [Site(layer=layer, positions="all") for layer in range(whole.n_layers)]
+    middle = sites[whole.n_layers // 2]
+
+    def answers(subject: Any) -> list[torch.Tensor]:
+        plain = subject.run(ids, sites, logits=True)
+        patched = subject.run(ids, sites, {middle: lambda stream: stream * 0.5}, logits=True)
+        early = subject.run(ids, sites[:1])
+        resumed = subject.resume(ids, middle, plain.resid[middle.layer])
+        return [*plain.resid, plain.logits, *patched.resid, patched.logits, *early.resid, resumed]
+
+    for found, expected in zip(answers(spread), answers(whole), strict=True):
+        assert torch.equal(found, expected)
+
+
+def test_a_harvest_of_a_spread_model_writes_the_same_store(
+    tiny_subject: str, tiny_corpus: str, device_map: str, tmp_path: Path
+) -> None:
+    def spec(name: str, **more: str) -> HarvestSpec:
+        return HarvestSpec(
+            subject=tiny_subject, layer=2, corpus=tiny_corpus, out=str(tmp_path / name), tokens=1_024,
+            heldout_tokens=256, context_length=32, compute_dtype="float32", **more,
+        )  # fmt: skip
+
+    harvest(spec("whole"))
+    harvest(spec("spread", device_map=device_map))
+    names = sorted(path.name for path in (tmp_path / "whole").iterdir())
+    assert sorted(path.name for path in (tmp_path / "spread").iterdir()) == names
+    for name in names:
+        assert (tmp_path / "whole" / name).read_bytes() == (tmp_path / "spread" / name).read_bytes()
+    # One that was begun on one device may be finished on several.
+    (tmp_path / "spread" / "manifest.json").unlink()
+    harvest(spec("spread"))
+    shutil.rmtree(tmp_path / "spread")
+
+
+@pytest.mark.parametrize(
+    ("given", "read"),
+    [("auto", None), ("0=70GB, 1=1.5GiB,cpu=10", {0: 70 * 10**9, 1: 3 * 2**29, "cpu": 10})],
+)
+def test_device_maps_are_read(given: str, read: object) -> None:
+    assert most_memory(given) == read
+
+
+@pytest.mark.parametrize("given", ["", "0", "0=many", "gpu=1GB", "0=70 GB cpu=1GB"])
+def test_what_is_no_device_map_is_said(given: str) -> None:
+    with pytest.raises(SaescaleError, match="is no memory of a device: give auto, or as 0=70GB"):
+        most_memory(given)
+
+
+def test_subjects_of_one_device_say_so() -> None:
+    with pytest.raises(SaescaleError, match="othello lies on one device; leave device_map out"):
+        get_subject("othello", device_map="auto")
