@@ -33,6 +33,15 @@ class Metric(NamedTuple):
     beside: tuple[str, ...] = ()
 
 
+def shares(names: Mapping[str, Sequence[str]], beside: Sequence[str]) -> dict[str, Metric]:
+    """Metrics in [0, 1] that are better high: each read beside the same of others, called NAME_OTHER, which are those of
+    `beside` and its own of `names`."""
+    return {
+        name: Metric("higher", bounded=True, beside=tuple(f"{name}_{other}" for other in (*beside, *own)))
+        for name, own in names.items()
+    }
+
+
 class Values(NamedTuple):
     """A metric of each cell with its own 95 % interval, float64 [cells] each; NaN where there is none."""
 

@@ -30,7 +30,7 @@ from scipy import sparse
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
-from saescale.scaling.metrics import Metric
+from saescale.scaling.metrics import shares
 from saescale.storage.sources.source import Source
 from saescale.storage.sources.store import ActivationStore
 from saescale.trainers.evals.core import BIN_NAMES, bin_of
@@ -47,13 +47,11 @@ FOUND = 0.9
 CHUNK_ROWS = 1_024
 
 needs: frozenset[Need] = frozenset({"subject", "labels"})
-metrics = {
-    name: Metric("higher", bounded=True, beside=(f"{name}_random", f"{name}_true"))
-    for name in (
-        "mcc", "uniqueness", "precision", "recall", "f1", "mmcs", "found", "feature_precision", "feature_recall",
-        "feature_f1",
-    )
-}  # fmt: skip
+_NAMES = (
+    "mcc", "uniqueness", "precision", "recall", "f1", "mmcs", "found", "feature_precision", "feature_recall",
+    "feature_f1",
+)  # fmt: skip
+metrics = shares(dict.fromkeys(_NAMES, ()), ("random", "true"))
 
 
 class Truth(NamedTuple):

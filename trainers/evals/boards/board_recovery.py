@@ -30,7 +30,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from saescale.scaling.metrics import Metric
+from saescale.scaling.metrics import shares
 from saescale.storage.sources.source import Source
 from saescale.trainers.evals.boards.boards import Boards, heldout_boards, othello_of
 from saescale.trainers.evals.boards.detectors import (
@@ -54,10 +54,7 @@ from saescale.trainers.subjects.subject import Subject
 
 needs: frozenset[Need] = frozenset({"labels"})
 BESIDE = ("channels", "neurons", "untrained", "random")
-metrics = {
-    name: Metric("higher", bounded=True, beside=tuple(f"{name}_{other}" for other in (*BESIDE, *more)))
-    for name, more in (("reconstruction", ()), ("coverage", ("always",)), ("tiles_told", ()))
-}
+metrics = shares({"reconstruction": (), "coverage": ("always",), "tiles_told": ()}, BESIDE)
 
 TILE_AUROC, STABLE_AUROC = 0.7, 0.8
 PRECISION, LEAST = 0.95, 10  # of a latent that is a sign of a property

@@ -23,7 +23,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from saescale.scaling.metrics import Metric
+from saescale.scaling.metrics import shares
 from saescale.storage.sources.source import Source
 from saescale.trainers.evals.evaluation import Measurement, Need
 from saescale.trainers.evals.intervals import SEED, Sums, by_document
@@ -44,10 +44,7 @@ from saescale.trainers.subjects.subject import Subject
 
 needs: frozenset[Need] = frozenset({"labels"})
 BESIDE = ("channels", "probe", "untrained", "probe_untrained")
-metrics = {
-    name: Metric("higher", bounded=True, beside=tuple(f"{name}_{other}" for other in (*BESIDE, *more)))
-    for name, more in (("edges_found", ()), ("edges_single", ()), ("tree", ()), ("single", ("always",)))
-}
+metrics = shares({"edges_found": (), "edges_single": (), "tree": (), "single": ("always",)}, BESIDE)
 
 F1 = 0.9  # from which a connection is found
 RIDGE = 1e-3  # of the mean variance of the columns
