@@ -34,7 +34,7 @@ class Metric(NamedTuple):
 
 
 def shares(names: Mapping[str, Sequence[str]], beside: Sequence[str]) -> dict[str, Metric]:
-    """Metrics in [0, 1] that are better high: each read beside the same of others, called NAME_OTHER, which are those of
+    """Metrics in [0, 1] that are better high: each read beside the same of others, called NAME_OTHER: those of
     `beside` and its own of `names`."""
     return {
         name: Metric("higher", bounded=True, beside=tuple(f"{name}_{other}" for other in (*beside, *own)))
