@@ -10,11 +10,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from saescale.scaling.cells.tables import load_results
 from saescale.scaling.laws.estimate import Fit, fit_law
 from saescale.scaling.laws.forms.n_d import N_D
 from saescale.scaling.laws.forms.n_k import GPT4, N_K
 from saescale.scaling.laws.settings import FitSettings
-from saescale.scaling.tables import load_results
 from saescale.storage.errors import SaescaleError
 from saescale.storage.runs.rundir import RunDirectory
 

@@ -9,10 +9,10 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
+from saescale.scaling.cells.tables import load_rows
 from saescale.scaling.laws.settings import FitSettings
 from saescale.scaling.metrics import document
 from saescale.scaling.report.report import analyse
-from saescale.scaling.tables import load_rows
 from saescale.storage.runs.rundir import RunDirectory
 from saescale.storage.sources.store import ActivationStore
 from saescale.trainers.cell import Cell, EvalSpec

@@ -7,14 +7,14 @@ from typing import Any
 import numpy as np
 import pytest
 
+from saescale.scaling.cells.sources import load_evals, load_sources
+from saescale.scaling.cells.tables import Table
 from saescale.scaling.fit_sources import fit
 from saescale.scaling.laws.fit import LawsOfKinds, fit_laws
 from saescale.scaling.laws.over_metrics import MetricLaws, distinct_metrics, fit_metrics
 from saescale.scaling.laws.predict import metric_predictions, predict
 from saescale.scaling.laws.settings import FitSettings
 from saescale.scaling.metrics import Metric, declared, document
-from saescale.scaling.sources import load_evals, load_sources
-from saescale.scaling.tables import Table
 from saescale.storage.columns import EVALS
 from saescale.storage.errors import SaescaleError
 from saescale.storage.runs.rundir import RunDirectory

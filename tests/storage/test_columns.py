@@ -5,7 +5,7 @@ from pathlib import Path
 import pyarrow as pa
 import pytest
 
-from saescale.scaling.tables import load_rows
+from saescale.scaling.cells.tables import load_rows
 from saescale.storage.columns import COLUMNS, CURVES, EVALS, RESULTS, CurveRow, conform
 from saescale.storage.runs.rundir import RunDirectory
 

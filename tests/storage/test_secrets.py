@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from saescale.cluster.front.console import console
-from saescale.scaling.tables import Table
+from saescale.scaling.cells.tables import Table
 from saescale.storage import files
 from saescale.storage.errors import SaescaleError, SaescaleWarning, Unavailable, one_line
 from saescale.storage.runs.rundir import RunDirectory

@@ -15,8 +15,8 @@ from pydantic import (
     model_validator,
 )
 
-from saescale.scaling.tables import Table
-from saescale.scaling.where import Condition, no_row, parse_condition, rows_where
+from saescale.scaling.cells.tables import Table
+from saescale.scaling.cells.where import Condition, no_row, parse_condition, rows_where
 from saescale.storage.columns import columns_of, folded
 from saescale.storage.documents import problem_of
 from saescale.storage.errors import SaescaleError

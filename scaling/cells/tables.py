@@ -9,9 +9,9 @@ import numpy as np
 import pyarrow as pa
 import xxhash
 
-from saescale.scaling.headers import missing_words, named_columns, other_name
-from saescale.scaling.reading import is_table, read_file
-from saescale.scaling.values import either, is_grouped, numbers, texts
+from saescale.scaling.cells.headers import missing_words, named_columns, other_name
+from saescale.scaling.cells.reading import is_table, read_file
+from saescale.scaling.cells.values import either, is_grouped, numbers, texts
 from saescale.scaling.words import listed
 from saescale.storage.columns import COLUMNS, columns_of
 from saescale.storage.errors import SaescaleError
