@@ -85,7 +85,7 @@ def save_subject(tmp_path_factory: pytest.TempPathFactory) -> SaveSubject:
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedTokenizerFast
 
-    from saescale.trainers.subjects.text import python_prose
+    from saescale.trainers.subjects.texts.text import python_prose
 
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -132,7 +132,7 @@ def tiny_subject(save_subject: SaveSubject) -> str:
 @pytest.fixture(scope="session")
 def tiny_corpus(tmp_path_factory: pytest.TempPathFactory) -> str:
     """120 short documents, about 30,000 tokens of the tiny subject, as a JSON lines file."""
-    from saescale.trainers.subjects.text import python_prose
+    from saescale.trainers.subjects.texts.text import python_prose
 
     folder: Path = tmp_path_factory.mktemp("corpus")
     texts = [text[:600] for text in python_prose()[-120:]]

@@ -6,7 +6,7 @@ from saescale.storage.errors import SaescaleError
 from saescale.storage.files import join, write_atomic
 from saescale.storage.runs.rundir import RunDirectory
 from saescale.trainers.evals.boards.picture import boards_of_cell
-from saescale.trainers.subjects.othello_labels import MINE, YOURS
+from saescale.trainers.subjects.othello.labels import MINE, YOURS
 
 METRICS = ("board_recovery.reconstruction", "board_probe.accuracy_x_hat")
 PICTURE = "figures/boards.png"

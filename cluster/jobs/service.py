@@ -29,7 +29,7 @@ from saescale.cluster.sweep.status import JobStatus
 from saescale.scaling.laws.settings import FitSettings
 from saescale.storage import files
 from saescale.storage.errors import SaescaleError, one_line
-from saescale.trainers.subjects.text import PYTHON_PROSE
+from saescale.trainers.subjects.texts.text import PYTHON_PROSE
 
 # How long a driver that is told to stop may take until Ray kills it: its workers save their checkpoints meanwhile.
 STOP_WAIT_S = 60

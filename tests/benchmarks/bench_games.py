@@ -13,9 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from saescale.trainers.subjects.maze_mazes import random_mazes
-from saescale.trainers.subjects.othello_board import SIZES
-from saescale.trainers.subjects.othello_games import random_games
+from saescale.trainers.subjects.maze.mazes import random_mazes
+from saescale.trainers.subjects.othello.board import SIZES
+from saescale.trainers.subjects.othello.games import random_games
 from tests.benchmarks.harness import machine, run, show_table, write_result
 
 AT_A_TIME = (512, 2_048, 8_192, 32_768)

@@ -42,7 +42,7 @@ from saescale.trainers.harvest.live_places import PLACES, Places
 from saescale.trainers.harvest.live_spec import LiveSpec
 from saescale.trainers.harvest.make_shard import Harvester
 from saescale.trainers.harvest.room import Room
-from saescale.trainers.subjects.text import corpus_digest
+from saescale.trainers.subjects.texts.text import corpus_digest
 from saescale.trainers.training.train import PackJob, train_pack
 from tests.benchmarks.harness import BenchmarkError, console, machine, quartiles, run, show_table, write_result
 
@@ -221,7 +221,7 @@ def _subject(folder: str, size: dict[str, int]) -> str:
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-    from saescale.trainers.subjects.text import python_prose
+    from saescale.trainers.subjects.texts.text import python_prose
 
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -251,7 +251,7 @@ def _subject(folder: str, size: dict[str, int]) -> str:
 
 def _corpus(folder: str, size: dict[str, int]) -> str:
     """Documents of about 400 words each, drawn with the frequencies that they have in prose."""
-    from saescale.trainers.subjects.text import python_prose
+    from saescale.trainers.subjects.texts.text import python_prose
 
     words = np.array(" ".join(python_prose()).split())
     rng = np.random.default_rng(0)

@@ -25,7 +25,7 @@ from saescale.trainers.harvest.make_shard import Facts, Harvester, Made, ShardJo
 from saescale.trainers.harvest.room import check_room
 from saescale.trainers.harvest.spec import OWN_SEQUENCES, HarvestSpec, read_plan, refuse_difference
 from saescale.trainers.subjects.subject import surely_reads_text
-from saescale.trainers.subjects.text import TEXT_COLUMN, check_corpus
+from saescale.trainers.subjects.texts.text import TEXT_COLUMN, check_corpus
 
 PLAN_FORMAT = 2  # 1 split texts by their numbers
 SPOOL_PREFIX = ".tokens-"  # folders of token ids in the store's folder while a harvest goes on

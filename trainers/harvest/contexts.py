@@ -16,7 +16,7 @@ from saescale.storage.errors import SaescaleError
 from saescale.storage.sources.manifest import Split
 from saescale.trainers.subjects.numbered import BLOCK_SEQUENCES, draw_block
 from saescale.trainers.subjects.subject import Generates, ReadsText
-from saescale.trainers.subjects.text import TEXT_COLUMN, Piece, Place, content_key, placed_pieces
+from saescale.trainers.subjects.texts.text import TEXT_COLUMN, Piece, Place, content_key, placed_pieces
 
 SPLITS: tuple[Split, ...] = ("train", "heldout")
 BLOCK_CHARACTERS = 2**18  # about 64,000 tokens

@@ -52,7 +52,7 @@ from saescale.trainers.harvest.make_shard import Facts, Made, ShardJob
 from saescale.trainers.harvest.room import Room
 from saescale.trainers.harvest.served import Served, ServedCrew
 from saescale.trainers.harvest.spec import PLAN, HarvestSpec, read_plan, refuse_difference
-from saescale.trainers.subjects.text import corpus_digest
+from saescale.trainers.subjects.texts.text import corpus_digest
 
 
 class LiveHarvest:

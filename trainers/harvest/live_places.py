@@ -11,8 +11,8 @@ from typing import Any, NamedTuple
 from saescale.storage import files
 from saescale.storage.documents import read_json
 from saescale.trainers.harvest.assignment import Reached
-from saescale.trainers.subjects.text import Place
-from saescale.trainers.subjects.text_files import Where
+from saescale.trainers.subjects.texts.text import Place
+from saescale.trainers.subjects.texts.text_files import Where
 
 PLACES = "places"  # a folder: held.json, and a file for each thousand blocks
 _HELD = "held.json"

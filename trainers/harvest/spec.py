@@ -13,7 +13,7 @@ from saescale.storage.errors import SaescaleError
 from saescale.storage.secrets import hide_secrets
 from saescale.trainers.subjects.spread import most_memory
 from saescale.trainers.subjects.subject import check_subject_name
-from saescale.trainers.subjects.text import PYTHON_PROSE, TEXT_COLUMN
+from saescale.trainers.subjects.texts.text import PYTHON_PROSE, TEXT_COLUMN
 
 PLAN = "harvest.json"
 # Fields that say nothing to a subject that makes its own sequences.
@@ -29,7 +29,7 @@ class HarvestSpec(BaseModel):
     `tokens` and `heldout_tokens` are rows of the two splits; `layer` counts from 0 (resid_post of layer L is the output
     of block L); `batch_contexts` contexts go through the subject at a time; `compute_dtype` is the arithmetic of the
     forward pass ("auto": its device's). The rest is of subjects that read text and is not given for others: `corpus`,
-    its `text_column`, `cut_documents` (trainers/subjects/text.py), `heldout_from`, and `context_length`, of which the
+    its `text_column`, `cut_documents` (subjects/texts/text.py), `heldout_from`, and `context_length`, of which the
     rows of splits and shards are multiples; those that are not given come down to one. `heldout_from`: the held-out
     rows are drawn from about so many of the first tokens (None: from all that are asked for), which a live source needs
     (live_spec.py). Raises SaescaleError on values that make no harvest.

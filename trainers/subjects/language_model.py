@@ -18,7 +18,7 @@ from saescale.trainers.subjects.checkpoint import CONFIG
 from saescale.trainers.subjects.layout import max_positions
 from saescale.trainers.subjects.spread import Spread, words
 from saescale.trainers.subjects.subject import Outline
-from saescale.trainers.subjects.tokens import ids_of_texts
+from saescale.trainers.subjects.texts.tokens import ids_of_texts
 from saescale.trainers.subjects.transformer import Transformer
 from saescale.trainers.subjects.trial import check_by_trial
 from saescale.trainers.subjects.weights import read_config, read_identified

@@ -1,7 +1,7 @@
 """The door of subjects: the frozen models whose residual stream is decomposed.
 
-A subject is a file of this folder that defines `load` at its top level: see README.md. Its name is the file's, with `-`
-for `_`; what follows a colon is for the file to read (`hf:openai-community/gpt2`).
+A subject is a file of this folder, or of a room in it, that defines `load` at its top level: see README.md. Its name is
+the file's, with `-` for `_`; what follows a colon is for the file to read (`hf:openai-community/gpt2`).
 """
 
 import difflib

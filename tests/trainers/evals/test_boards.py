@@ -23,9 +23,9 @@ from saescale.trainers.evals.run import evaluate_run
 from saescale.trainers.evals.streams import streams_of_rows
 from saescale.trainers.harvest.conduct import harvest
 from saescale.trainers.harvest.spec import HarvestSpec
-from saescale.trainers.subjects.othello import Othello
-from saescale.trainers.subjects.othello_labels import MINE, TILES, YOURS
-from saescale.trainers.subjects.othello_weights import board_config
+from saescale.trainers.subjects.othello.labels import MINE, TILES, YOURS
+from saescale.trainers.subjects.othello.othello import Othello
+from saescale.trainers.subjects.othello.weights import board_config
 from saescale.trainers.subjects.own_model import blank_model
 from saescale.trainers.subjects.subject import get_subject
 from saescale.trainers.training.train import PackJob, train_pack

@@ -31,10 +31,10 @@ from saescale.trainers.evals.run import evaluate_run
 from saescale.trainers.exchange.trained import Trained
 from saescale.trainers.harvest.conduct import harvest
 from saescale.trainers.harvest.spec import HarvestSpec
-from saescale.trainers.subjects.maze import Maze, Settings, blank
-from saescale.trainers.subjects.maze_lattice import lattice
-from saescale.trainers.subjects.maze_mazes import random_mazes
-from saescale.trainers.subjects.maze_tokens import FIRST_CELL, PAD, PATH_END, prompts
+from saescale.trainers.subjects.maze.lattice import lattice
+from saescale.trainers.subjects.maze.maze import Maze, Settings, blank
+from saescale.trainers.subjects.maze.mazes import random_mazes
+from saescale.trainers.subjects.maze.tokens import FIRST_CELL, PAD, PATH_END, prompts
 from saescale.trainers.subjects.own_model import frozen
 from saescale.trainers.subjects.subject import get_subject
 from saescale.trainers.training.train import PackJob, train_pack

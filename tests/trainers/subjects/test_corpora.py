@@ -24,7 +24,7 @@ from saescale.trainers.harvest import make_shard
 from saescale.trainers.harvest.conduct import harvest
 from saescale.trainers.harvest.spec import HarvestSpec
 from saescale.trainers.subjects.subject import get_subject
-from saescale.trainers.subjects.text import Piece, pieces
+from saescale.trainers.subjects.texts.text import Piece, pieces
 
 TEXTS = ["alpha\n\nbeta", 'gämma, "quoted"\tand; more', "delta\x00 \U0001f600"]
 

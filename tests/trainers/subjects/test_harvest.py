@@ -23,7 +23,7 @@ from saescale.trainers.harvest import contexts
 from saescale.trainers.harvest import make_shard as module
 from saescale.trainers.harvest.conduct import HarvestSpec, harvest
 from saescale.trainers.subjects.subject import get_subject
-from saescale.trainers.subjects.text import pieces
+from saescale.trainers.subjects.texts.text import pieces
 
 REPOSITORY = Path(__file__).parents[3]
 

@@ -17,11 +17,11 @@ from saescale.trainers.evals.labels import heldout_labels
 from saescale.trainers.harvest.conduct import harvest
 from saescale.trainers.harvest.retrace import heldout_places
 from saescale.trainers.harvest.spec import HarvestSpec
-from saescale.trainers.subjects.maze import Maze, Settings, blank, load
-from saescale.trainers.subjects.maze_labels import KINDS, LABELS, labels_of_tokens
-from saescale.trainers.subjects.maze_lattice import lattice, shortest_paths
-from saescale.trainers.subjects.maze_mazes import mazes_of_split, random_mazes
-from saescale.trainers.subjects.maze_tokens import (
+from saescale.trainers.subjects.maze.labels import KINDS, LABELS, labels_of_tokens
+from saescale.trainers.subjects.maze.lattice import lattice, shortest_paths
+from saescale.trainers.subjects.maze.maze import Maze, Settings, blank, load
+from saescale.trainers.subjects.maze.mazes import mazes_of_split, random_mazes
+from saescale.trainers.subjects.maze.tokens import (
     PAD,
     PATH_END,
     SEMICOLON,

@@ -18,10 +18,10 @@ from saescale.trainers.evals.labels import heldout_labels
 from saescale.trainers.harvest.conduct import harvest
 from saescale.trainers.harvest.retrace import heldout_places
 from saescale.trainers.harvest.spec import HarvestSpec
-from saescale.trainers.subjects.othello import Othello, Settings, blank, load
-from saescale.trainers.subjects.othello_games import PAD, games_of_split, squares_of_tokens
-from saescale.trainers.subjects.othello_labels import EMPTY, LABELS
-from saescale.trainers.subjects.othello_weights import board_config
+from saescale.trainers.subjects.othello.games import PAD, games_of_split, squares_of_tokens
+from saescale.trainers.subjects.othello.labels import EMPTY, LABELS
+from saescale.trainers.subjects.othello.othello import Othello, Settings, blank, load
+from saescale.trainers.subjects.othello.weights import board_config
 from saescale.trainers.subjects.own_model import blank_model
 from saescale.trainers.subjects.subject import Generates, Learns, ReadsText, Resumes, get_subject
 from tests.trainers.subjects.slow_othello import Board

@@ -8,9 +8,8 @@ import torch
 
 from saescale.storage.errors import SaescaleError
 from saescale.trainers.harvest.contexts import SPLITS
-from saescale.trainers.subjects import othello_board as board
-from saescale.trainers.subjects import othello_games as games
-from saescale.trainers.subjects.othello_labels import LABELS, labels_of_tokens
+from saescale.trainers.subjects.othello import board, games
+from saescale.trainers.subjects.othello.labels import LABELS, labels_of_tokens
 from tests.trainers.subjects.slow_othello import Board, random_game, token_of
 
 

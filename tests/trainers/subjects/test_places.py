@@ -10,7 +10,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from saescale.storage.errors import SaescaleError
-from saescale.trainers.subjects.text import corpus_digest, placed_pieces
+from saescale.trainers.subjects.texts.text import corpus_digest, placed_pieces
 
 # What is said of null texts is tried in test_corpora.py.
 pytestmark = pytest.mark.filterwarnings("ignore::saescale.storage.errors.SaescaleWarning")

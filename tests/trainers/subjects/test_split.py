@@ -18,9 +18,9 @@ from saescale.trainers.harvest.conduct import harvest
 from saescale.trainers.harvest.contexts import SPLITS, text_blocks
 from saescale.trainers.harvest.make_shard import mixed
 from saescale.trainers.harvest.spec import HarvestSpec
-from saescale.trainers.subjects import text as module
 from saescale.trainers.subjects.subject import get_subject
-from saescale.trainers.subjects.text import python_prose
+from saescale.trainers.subjects.texts import text as module
+from saescale.trainers.subjects.texts.text import python_prose
 
 
 def plain(text: str) -> str:

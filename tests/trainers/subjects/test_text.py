@@ -10,7 +10,7 @@ import pytest
 
 from saescale.storage import files
 from saescale.storage.errors import SaescaleError
-from saescale.trainers.subjects.text import (
+from saescale.trainers.subjects.texts.text import (
     TXT_CHARACTERS,
     TXT_CHARACTERS_MOST,
     Piece,

@@ -14,7 +14,7 @@ from saescale.trainers.harvest.conduct import harvest
 from saescale.trainers.harvest.spec import HarvestSpec
 from saescale.trainers.subjects.language_model import LanguageModel
 from saescale.trainers.subjects.subject import get_subject
-from saescale.trainers.subjects.tokens import ids_of_texts
+from saescale.trainers.subjects.texts.tokens import ids_of_texts
 
 SPELLED = "a<s>b <s> b</s> <|user|> a <pad>b"
 NAMES = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", "pad_token": "<pad>"}

@@ -27,7 +27,7 @@ from saescale.trainers.evals.evaluation import Measurement, Need
 from saescale.trainers.evals.intervals import SEED, Estimate, by_document, ratio
 from saescale.trainers.evals.streams import streams_of_rows
 from saescale.trainers.exchange.trained import Trained
-from saescale.trainers.subjects.othello_labels import TILES
+from saescale.trainers.subjects.othello.labels import TILES
 from saescale.trainers.subjects.subject import Subject
 
 needs: frozenset[Need] = frozenset({"labels"})

@@ -49,7 +49,7 @@ from saescale.trainers.evals.evaluation import Measurement, Need
 from saescale.trainers.evals.intervals import SEED, by_document
 from saescale.trainers.evals.streams import of_rows, streams_of_rows
 from saescale.trainers.exchange.trained import Trained
-from saescale.trainers.subjects.othello_labels import MINE, TILES, YOURS
+from saescale.trainers.subjects.othello.labels import MINE, TILES, YOURS
 from saescale.trainers.subjects.subject import Subject
 
 needs: frozenset[Need] = frozenset({"labels"})

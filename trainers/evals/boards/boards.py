@@ -9,14 +9,14 @@ from saescale.storage.errors import SaescaleError
 from saescale.storage.sources.source import Source
 from saescale.trainers.evals.evaluation import require_kind
 from saescale.trainers.evals.labels import heldout_halves
-from saescale.trainers.subjects.othello import Othello
+from saescale.trainers.subjects.othello.othello import Othello
 from saescale.trainers.subjects.subject import Subject
 
 ROWS = 16_384
 
 
 class Boards(NamedTuple):
-    """Rows of a store: activations [rows, d_model] as stored, game of each, labels (othello_labels.py). Something is
+    """Rows of a store: activations [rows, d_model] as stored, game of each, labels (othello/labels.py). Something is
     chosen or fitted on the rows of `first`, bool [rows], and measured on the others, which are of other games."""
 
     size: int

@@ -14,7 +14,7 @@ from saescale.trainers.evals.boards.board_recovery import Reconstruction, recons
 from saescale.trainers.evals.boards.boards import Boards, heldout_boards
 from saescale.trainers.evals.boards.detectors import active_latents
 from saescale.trainers.evals.plan import finished_cells
-from saescale.trainers.subjects.othello_labels import TILES
+from saescale.trainers.subjects.othello.labels import TILES
 
 _BEGINNING = 4  # discs that lie there before any move
 

@@ -9,10 +9,10 @@ from torch import Tensor
 from saescale.storage.sources.manifest import Site
 from saescale.trainers.evals.intervals import SEED
 from saescale.trainers.subjects.drawn import those
-from saescale.trainers.subjects.maze import Maze
-from saescale.trainers.subjects.maze_lattice import NOWHERE, Lattice, lattice, shortest_paths
-from saescale.trainers.subjects.maze_mazes import Mazes
-from saescale.trainers.subjects.maze_tokens import FIRST_CELL, PER_CONNECTION, answers, prompts
+from saescale.trainers.subjects.maze.lattice import NOWHERE, Lattice, lattice, shortest_paths
+from saescale.trainers.subjects.maze.maze import Maze
+from saescale.trainers.subjects.maze.mazes import Mazes
+from saescale.trainers.subjects.maze.tokens import FIRST_CELL, PER_CONNECTION, answers, prompts
 
 Kind = Literal["add", "remove"]
 Change = Callable[[Tensor], Tensor]  # x where each edit is made [edits, d_model] -> what is added to it

@@ -13,9 +13,9 @@ from saescale.trainers.evals.evaluation import require_kind
 from saescale.trainers.evals.labels import heldout_halves
 from saescale.trainers.evals.mazes.trees import Single, Splits, Tree
 from saescale.trainers.exchange.trained import Trained
-from saescale.trainers.subjects.maze import Maze
-from saescale.trainers.subjects.maze_labels import KINDS
-from saescale.trainers.subjects.maze_lattice import Lattice, lattice
+from saescale.trainers.subjects.maze.labels import KINDS
+from saescale.trainers.subjects.maze.lattice import Lattice, lattice
+from saescale.trainers.subjects.maze.maze import Maze
 from saescale.trainers.subjects.subject import Subject
 
 ROWS = 16_384

@@ -54,10 +54,10 @@ from saescale.trainers.evals.mazes.connections import (
 )
 from saescale.trainers.exchange.trained import Trained
 from saescale.trainers.subjects.drawn import those
-from saescale.trainers.subjects.maze import Maze
-from saescale.trainers.subjects.maze_lattice import lattice
-from saescale.trainers.subjects.maze_mazes import Mazes
-from saescale.trainers.subjects.maze_tokens import SEMICOLON, answers, prompts
+from saescale.trainers.subjects.maze.lattice import lattice
+from saescale.trainers.subjects.maze.maze import Maze
+from saescale.trainers.subjects.maze.mazes import Mazes
+from saescale.trainers.subjects.maze.tokens import SEMICOLON, answers, prompts
 from saescale.trainers.subjects.subject import Subject
 
 needs: frozenset[Need] = frozenset({"labels"})

@@ -22,8 +22,8 @@ from saescale.trainers.evals.intervals import SEED, Estimate, mean_of
 from saescale.trainers.evals.mazes.connections import maze_of
 from saescale.trainers.exchange.trained import Trained
 from saescale.trainers.subjects.drawn import parts_of
-from saescale.trainers.subjects.maze import Maze
-from saescale.trainers.subjects.maze_tokens import SEMICOLON, prompts
+from saescale.trainers.subjects.maze.maze import Maze
+from saescale.trainers.subjects.maze.tokens import SEMICOLON, prompts
 from saescale.trainers.subjects.subject import Subject
 
 needs: frozenset[Need] = frozenset({"labels"})

@@ -18,9 +18,9 @@ from saescale.storage.errors import SaescaleError
 from saescale.storage.sources.manifest import Site, Split
 from saescale.trainers.device import default_device
 from saescale.trainers.subjects.drawn import first_of, parts_of
-from saescale.trainers.subjects.maze_labels import LABELS, labels_of_tokens
-from saescale.trainers.subjects.maze_mazes import Mazes, mazes_of_split, other_ends
-from saescale.trainers.subjects.maze_tokens import (
+from saescale.trainers.subjects.maze.labels import LABELS, labels_of_tokens
+from saescale.trainers.subjects.maze.mazes import Mazes, mazes_of_split, other_ends
+from saescale.trainers.subjects.maze.tokens import (
     ADJLIST_END,
     FIRST_CELL,
     PAD,
@@ -81,7 +81,7 @@ class Maze(OwnModel):
                 yield Sequence(maze[:length], keep=end | np.roll(end, -1))
 
     def label(self, ids: np.ndarray) -> dict[str, np.ndarray]:
-        """See maze_labels.py. Raises SaescaleError where `ids` are no mazes of this size."""
+        """See labels.py. Raises SaescaleError where `ids` are no mazes of this size."""
         return labels_of_tokens(self.size, ids)
 
     def lessons(self, seed: int, batch: int, first: int) -> Iterator[Lesson]:

@@ -22,8 +22,8 @@ import torch
 from torch import Tensor
 
 from saescale.storage.errors import SaescaleError
-from saescale.trainers.subjects.othello_board import Position, flipped, moved, play, signed, spread, start
-from saescale.trainers.subjects.othello_games import moves_of_tokens
+from saescale.trainers.subjects.othello.board import Position, flipped, moved, play, signed, spread, start
+from saescale.trainers.subjects.othello.games import moves_of_tokens
 
 EMPTY, MINE, YOURS = 0, 1, 2
 TILES = ("empty", "mine", "yours")

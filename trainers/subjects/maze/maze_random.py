@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from pathlib import Path
 
-from saescale.trainers.subjects import maze
+from saescale.trainers.subjects.maze import maze
 
 NAMES_A_PATH = True
 

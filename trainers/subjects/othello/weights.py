@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from saescale.storage.errors import SaescaleError, one_line
-from saescale.trainers.subjects.othello_board import SIZES
+from saescale.trainers.subjects.othello.board import SIZES
 from saescale.trainers.subjects.own_model import gpt2_config, read_folder
 from saescale.trainers.subjects.weights import Weighted, hash_weights
 

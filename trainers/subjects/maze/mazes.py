@@ -14,7 +14,7 @@ from torch import Tensor
 from saescale.storage.sources.manifest import Split
 from saescale.trainers.subjects.drawn import Drawn, draw_split
 from saescale.trainers.subjects.hashed import hashed, positive
-from saescale.trainers.subjects.maze_lattice import Lattice, lattice, shortest_paths
+from saescale.trainers.subjects.maze.lattice import Lattice, lattice, shortest_paths
 
 AT_A_TIME = {"cpu": 1_024, "cuda": 32_768}  # on a GPU calls weigh more than mazes
 # Where in a maze's row of hashes each kind of draw begins; a search takes fewer steps than lie between.

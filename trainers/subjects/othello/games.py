@@ -15,7 +15,7 @@ from torch import Tensor
 from saescale.storage.sources.manifest import Split
 from saescale.trainers.subjects.drawn import Drawn, draw_split
 from saescale.trainers.subjects.hashed import hashed, positive
-from saescale.trainers.subjects.othello_board import count, play, signed, spread, start
+from saescale.trainers.subjects.othello.board import count, play, signed, spread, start
 
 PAD = 0
 AT_A_TIME = {"cpu": 2_048, "cuda": 65_536}  # on a GPU calls weigh more than boards

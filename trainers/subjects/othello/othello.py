@@ -16,10 +16,10 @@ from torch import Tensor
 from saescale.storage.sources.manifest import Split
 from saescale.trainers.device import default_device
 from saescale.trainers.subjects.drawn import first_of
-from saescale.trainers.subjects.othello_board import spread
-from saescale.trainers.subjects.othello_games import PAD, games_of_split, squares_of_tokens
-from saescale.trainers.subjects.othello_labels import LABELS, labels_of_tokens, replay
-from saescale.trainers.subjects.othello_weights import board_config, read_checkpoint, size_of_board
+from saescale.trainers.subjects.othello.board import spread
+from saescale.trainers.subjects.othello.games import PAD, games_of_split, squares_of_tokens
+from saescale.trainers.subjects.othello.labels import LABELS, labels_of_tokens, replay
+from saescale.trainers.subjects.othello.weights import board_config, read_checkpoint, size_of_board
 from saescale.trainers.subjects.own_model import OwnModel, blank_model, lessons_of, load_own
 from saescale.trainers.subjects.subject import NO_TARGET, Lesson, Sequence
 
@@ -57,7 +57,7 @@ class Othello(OwnModel):
                 yield Sequence(ids, keep=np.arange(len(ids)) >= FIRST_MOVE)
 
     def label(self, ids: np.ndarray) -> dict[str, np.ndarray]:
-        """See othello_labels.py. Raises SaescaleError where `ids` are no games on this board."""
+        """See labels.py. Raises SaescaleError where `ids` are no games on this board."""
         return labels_of_tokens(self.size, ids)
 
     def lessons(self, seed: int, batch: int, first: int) -> Iterator[Lesson]:

@@ -14,8 +14,8 @@ import numpy as np
 import xxhash
 
 from saescale.storage.errors import SaescaleError, SaescaleWarning
-from saescale.trainers.subjects.text_files import START, Fragment, Where, find_files
-from saescale.trainers.subjects.text_formats import Odd
+from saescale.trainers.subjects.texts.text_files import START, Fragment, Where, find_files
+from saescale.trainers.subjects.texts.text_formats import Odd
 
 PYTHON_PROSE = "python-prose"
 TEXT_COLUMN = "text"

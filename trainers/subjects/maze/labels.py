@@ -7,14 +7,14 @@
 | `origin`, `target` | [...] int8 | the cell; NOWHERE before it was told |
 | `kind` | [...] int8 | what stands here, of KINDS |
 
-Edges are those of maze_lattice.py.
+Edges are those of lattice.py.
 """
 
 import numpy as np
 
 from saescale.storage.errors import SaescaleError
-from saescale.trainers.subjects.maze_lattice import NOWHERE, lattice
-from saescale.trainers.subjects.maze_tokens import (
+from saescale.trainers.subjects.maze.lattice import NOWHERE, lattice
+from saescale.trainers.subjects.maze.tokens import (
     CONNECTOR,
     FIRST_CELL,
     ORIGIN_START,

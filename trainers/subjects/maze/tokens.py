@@ -9,7 +9,7 @@ The vocabulary is that of maze-dataset: what is no cell comes first, then the ce
 import torch
 from torch import Tensor
 
-from saescale.trainers.subjects.maze_mazes import Mazes
+from saescale.trainers.subjects.maze.mazes import Mazes
 
 WORDS = (
     "<ADJLIST_START>", "<ADJLIST_END>", "<TARGET_START>", "<TARGET_END>", "<ORIGIN_START>", "<ORIGIN_END>",

@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from pathlib import Path
 
-from saescale.trainers.subjects import othello
+from saescale.trainers.subjects.othello import othello
 
 NAMES_A_PATH = True
 

@@ -14,7 +14,7 @@ from fsspec import AbstractFileSystem
 
 from saescale.storage import files
 from saescale.storage.errors import SaescaleError, one_line
-from saescale.trainers.subjects.text_formats import Odd, read_csv, read_json, read_parquet
+from saescale.trainers.subjects.texts.text_formats import Odd, read_csv, read_json, read_parquet
 
 FORMATS = (".txt", ".jsonl", ".ndjson", ".parquet")
 # What often lies beside a corpus to describe it: of a folder read only where there is nothing of FORMATS.
