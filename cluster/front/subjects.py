@@ -74,6 +74,9 @@ def show(
         str | None, typer.Option(help="A task: how well it does it, and which heads and MLPs it needs for it.")
     ] = None,
     prompts: Annotated[int, typer.Option(help="Of the task.", min=2)] = 16,
+    compute_dtype: Annotated[
+        str, typer.Option(help="Of the task: float32, bfloat16 (which rounds small effects away) or auto.")
+    ] = "float32",
     trust_remote_code: TrustRemoteCode = False,
     json_: Json = False,
 ) -> None:
@@ -91,7 +94,7 @@ def show(
         from saescale.trainers.tasks.task import TASKS
 
         TASKS.check(task)
-        model = get_subject(subject, trust_remote_code=trust_remote_code)
+        model = get_subject(subject, dtype=compute_dtype, trust_remote_code=trust_remote_code)
         if json_:  # and nothing else
             print(json.dumps(circuit(model, task, prompts), indent=1))
             return

@@ -19,7 +19,7 @@ from saescale.trainers.tasks.circuit import circuit
 from saescale.trainers.tasks.heads import scores_by_attention
 from saescale.trainers.tasks.patching import Part, patch_parts
 from saescale.trainers.tasks.task import METRIC, TASKS, Prompts, find_task, measure_task, read
-from tests.trainers.slow_circuit import ByHand, by_hand, recomputed
+from tests.trainers.slow_circuit import WIDTH, ByHand, by_hand, recomputed
 
 
 @pytest.fixture(scope="module")
@@ -106,6 +106,24 @@ def test_with_the_stream_of_the_corrupted_prompts_a_task_is_measured_as_on_them(
 
 def _read(subject: ByHand, prompts: Prompts, site: Site, stream: torch.Tensor) -> torch.Tensor:
     return read(prompts, subject.resume(prompts.ids, site, stream, prompts.last))
+
+
+def test_a_massive_first_token_hides_no_block_in_bfloat16_that_gives_something_else() -> None:
+    """As of SmolLM2, whose first token is a hundred times as long as others: what rounding does to it is no mistake."""
+    model = by_hand().model
+    model.transformer.wte.weight[0, WIDTH - 1] = 3_000.0
+    subject = ByHand("by hand", model.to(torch.bfloat16), "by hand")
+    prompts, task = induction.prompts(subject, number=3, seed=3), find_task("induction")
+    assert patch_parts(subject, task, prompts).effects[Part(1, 0)].noising > 0.9
+
+    def more(module: Any, given: Any, output: Any) -> Any:
+        stream = output[0] if isinstance(output, tuple) else output
+        stream[:, 1:] += 0.2
+        return output
+
+    model.transformer.h[1].register_forward_hook(more)
+    with pytest.raises(SaescaleError, match="block 1 give is not what it adds to the stream"):
+        patch_parts(subject, task, prompts)
 
 
 def test_heads_are_what_they_were_made_for(subject: ByHand) -> None:

@@ -6,15 +6,19 @@ norm put back; the task's metric is read, and
 
     recovered = (metric with x_hat - metric with the mean) / (metric as it is - metric with the mean)
 
-where the mean is that of x over all those positions of all prompts, in which nothing is left of any of them.
+where the mean is that of x over all those positions of all prompts, in which nothing is left of any of them. That is
+whether x_hat is sufficient. Whether it is necessary says the rest, with x - x_hat + the mean in place of x (Makelov et
+al. 2024):
+
+    necessary = (metric as it is - metric with the rest) / (metric as it is - metric with the mean)
 
 | metric, behind the task's name | what |
 |---|---|
-| `recovered` | as above |
+| `recovered`, `necessary` | as above |
 | `sae`, `clean`, `mean` | the metric with x_hat, as it is, and with the mean |
-| `end_recovered` | the same as `recovered`, where x is replaced at the positions alone that the metric is read from |
-| `end_supervised` | of a dictionary made with the truth in hand (circuit_supervised.py), at those positions |
-| `end_gap` | what the SAE lacks of it |
+| `end_recovered`, `end_necessary` | the same, where x is replaced at the positions alone that the metric is read from |
+| `end_supervised`, `end_supervised_necessary` | of a dictionary made with the truth in hand (circuit_supervised.py) there |
+| `end_gap` | what the SAE lacks of `end_supervised` |
 
 Intervals are over prompts. circuit_latents.py says how few latents carry what is recovered.
 """
@@ -24,6 +28,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from saescale.scaling.metrics import Metric
 from saescale.storage.sources.source import Source
@@ -39,19 +44,25 @@ needs: frozenset[Need] = frozenset({"subject"})
 metrics = {
     f"{task}_{name}": Metric("higher", limit=1.0, beside=tuple(f"{task}_{other}" for other in beside))
     for task in TASKS.names()
-    for name, beside in (("recovered", ()), ("end_recovered", ("end_supervised",)))
+    for name, beside in (
+        ("recovered", ()),
+        ("necessary", ()),
+        ("end_recovered", ("end_supervised",)),
+        ("end_necessary", ("end_supervised_necessary",)),
+    )
 }
 
 
 class Prepared(NamedTuple):
     """A task, and its metric of each prompt, [prompts]: as it is, with the mean everywhere, and where it is read from
-    alone; and with the supervised dictionary there, None where the task has no attributes."""
+    alone; and there with the supervised dictionary and with what that leaves, none where the task has no attributes."""
 
     case: Case
+    average: Tensor  # of x, [d_model]
     clean: np.ndarray
     mean: np.ndarray
     end_mean: np.ndarray
-    end_supervised: np.ndarray | None
+    supervised: dict[str, np.ndarray]
 
 
 def prepare(source: Source, subject: Subject | None) -> list[Prepared]:
@@ -68,45 +79,50 @@ def measure(
 
 
 def _prepared(case: Case) -> Prepared:
-    mean = case.raw.mean(dim=0).expand(int(case.replaced.sum()), -1)
-    truth = None
+    average = case.raw.mean(dim=0)
+    everywhere = average.expand(len(case.raw), -1)
+    truth: dict[str, np.ndarray] = {}
     if case.prompts.attributes:
-        rows = supervised(case.subject, case.site, case.task, case.prompts)
-        stream = case.resid.clone()
-        stream[torch.arange(len(stream))[:, None], case.prompts.reads] = rows.to(stream)
-        truth = case.measured(stream)
-    return Prepared(
-        case,
-        case.measured(case.resid),
-        case.measured(case.with_rows(mean)),
-        case.measured(case.with_rows(mean, case.read_from)),
-        truth,
-    )
+        found = supervised(case.subject, case.site, case.task, case.prompts)
+        at = torch.arange(len(found))[:, None], case.prompts.reads
+        for name, rows in (("truth", found), ("truth_rest", case.resid[at].float() - found + average)):
+            stream = case.resid.clone()
+            stream[at] = rows.to(stream)
+            truth[name] = case.measured(stream)
+    mean, end_mean = (case.measured(case.with_rows(everywhere, at)) for at in (None, case.read_from))
+    return Prepared(case, average, case.measured(case.resid), mean, end_mean, truth)
 
 
 def _recovered(trained: Trained, of: Prepared) -> Iterator[Measurement]:
     case = of.case
     rows = trained.reconstruct(case.raw)
+    rest = case.raw - rows.to(case.raw) + of.average
     columns = {
         "sae": case.measured(case.with_rows(rows)),
+        "rest": case.measured(case.with_rows(rest)),
         "end": case.measured(case.with_rows(rows, case.read_from)),
+        "end_rest": case.measured(case.with_rows(rest, case.read_from)),
         "clean": of.clean,
         "mean": of.mean,
         "end_mean": of.end_mean,
         "prompts": np.ones(len(of.clean)),
+        **of.supervised,
     }
     statistics = {
-        "recovered": _share("sae", "mean"),
-        "end_recovered": _share("end", "end_mean"),
+        "recovered": _share("sae", "mean", "mean", "clean"),
+        "necessary": _share("clean", "rest", "mean", "clean"),
+        "end_recovered": _share("end", "end_mean", "end_mean", "clean"),
+        "end_necessary": _share("clean", "end_rest", "end_mean", "clean"),
         **{name: ratio(name, "prompts") for name in ("sae", "clean", "mean")},
     }
-    if of.end_supervised is not None:
-        columns["truth"] = of.end_supervised
-        statistics["end_supervised"] = _share("truth", "end_mean")
-        statistics["end_gap"] = lambda sums: (sums["truth"] - sums["end"]) / (sums["clean"] - sums["end_mean"])
+    if of.supervised:
+        statistics["end_supervised"] = _share("truth", "end_mean", "end_mean", "clean")
+        statistics["end_supervised_necessary"] = _share("clean", "truth_rest", "end_mean", "clean")
+        statistics["end_gap"] = _share("truth", "end", "end_mean", "clean")
     for name, found in by_document(np.arange(len(of.clean)), columns, statistics).items():
         yield Measurement(name, *found, n=len(of.clean), seed=SEED)
 
 
-def _share(of: str, zero: str) -> Callable[[Sums], np.ndarray]:
-    return lambda sums: np.asarray((sums[of] - sums[zero]) / (sums["clean"] - sums[zero]))
+def _share(of: str, less: str, low: str, high: str) -> Callable[[Sums], np.ndarray]:
+    """(of - less) / (high - low)."""
+    return lambda sums: np.asarray((sums[of] - sums[less]) / (sums[high] - sums[low]))

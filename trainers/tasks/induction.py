@@ -18,14 +18,15 @@ unit = "nats a token of the first time less those of the second"
 TOKENS, LEAST = 20, 4
 
 
-def prompts(subject: Subject, number: int, seed: int) -> Prompts:
+def prompts(subject: Subject, number: int, seed: int, tokens: int = TOKENS) -> Prompts:
     """`answers` [prompts, reads]: the token that follows each position that is read, of the first R and the second.
+    `tokens` of R, or as many as the vocabulary and the contexts let it have.
 
     Raises SaescaleError where contexts are too short, or the vocabulary too small.
     """
     vocabulary = _vocabulary(subject)
     most = steerable(subject).max_positions
-    repeated = min(TOKENS, len(vocabulary) // 2, TOKENS if most is None else (most - 1) // 2)
+    repeated = min(tokens, len(vocabulary) // 2, tokens if most is None else (most - 1) // 2)
     if repeated < LEAST:
         raise SaescaleError(
             f"induction repeats {LEAST} tokens at least, drawn from twice as many; {subject.name} has "

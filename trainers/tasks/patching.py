@@ -21,7 +21,7 @@ from saescale.trainers.subjects.transformer import Transformer
 from saescale.trainers.tasks.task import METRIC, Prompts, Task, read
 
 Progress = Callable[[int, int], None]  # parts done, in all
-ADDS_UP = 0.05  # of what a block adds: bfloat16 rounds a stream that is much larger
+ADDS_UP = 0.05  # of what a block adds to a token's stream, beside what rounding the stream may do
 
 
 class Part(NamedTuple):
@@ -124,14 +124,16 @@ def _check_that_they_add_up(
     """Raises SaescaleError unless what a block adds to the stream is what its heads and its MLP give: names alone do
     not tell (MLPs that give the whole stream, norms behind them, heads elsewhere)."""
     for layer, (before, after) in enumerate(pairwise(streams), 1):
-        added = subject.parts()[layer].mixing(mixed[layer]).float()
-        if layer in mlp:
-            added = added + mlp[layer].float()
-        off = float((before.float() + added - after.float()).norm() / added.norm().clamp_min(1e-30))
-        if off > ADDS_UP:
+        added = [subject.parts()[layer].mixing(mixed[layer]).float()] + ([mlp[layer].float()] if layer in mlp else [])
+        off = (before.float() + sum(added) - after.float()).norm(dim=-1)
+        # A stream is rounded twice in a block, and may be a thousand times as long as what is added (first tokens).
+        rounded = torch.finfo(after.dtype).eps * torch.maximum(before.float().norm(dim=-1), after.float().norm(dim=-1))
+        size = torch.stack([each.norm(dim=-1) for each in added]).sum(dim=0)
+        beyond = float(((off - rounded) / size.clamp_min(1e-30)).max())
+        if beyond > ADDS_UP:
             raise SaescaleError(
                 f"{subject.name}: what the heads and the MLP of block {layer} give is not what it adds to the stream "
-                f"(off by {off:.2g} of it); parts of {type(subject.model).__name__} cannot be patched"
+                f"(off by {beyond:.2g} of it); parts of {type(subject.model).__name__} cannot be patched"
             )
 
 

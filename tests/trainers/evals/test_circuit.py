@@ -30,9 +30,11 @@ def measured(prepared: list[circuit.Prepared], reconstruct: object) -> dict[str,
 def test_recovered_is_1_of_x_itself_and_0_of_its_mean(prepared: list[circuit.Prepared]) -> None:
     assert [of.case.name for of in prepared] == ["induction"]  # it reads no text
     whole = measured(prepared, lambda raw: raw)
-    assert whole["induction_recovered"] == pytest.approx(1)
+    assert whole["induction_recovered"] == whole["induction_necessary"] == pytest.approx(1)
     assert whole["induction_sae"] == whole["induction_clean"] > whole["induction_mean"] + 1
-    assert measured(prepared, lambda raw: raw.mean(dim=0).expand_as(raw))["induction_recovered"] == pytest.approx(0)
+    nothing = measured(prepared, lambda raw: raw.mean(dim=0).expand_as(raw))
+    assert nothing["induction_recovered"] == pytest.approx(0)
+    assert nothing["induction_necessary"] == pytest.approx(0, abs=1e-5)
 
     def without(raw: torch.Tensor, first: int) -> torch.Tensor:
         raw = raw.clone()
@@ -40,8 +42,32 @@ def test_recovered_is_1_of_x_itself_and_0_of_its_mean(prepared: list[circuit.Pre
         return raw
 
     # The second layer reads the token before; what no head has written yet is missed by nobody.
-    assert measured(prepared, lambda raw: without(raw, BEFORE))["induction_recovered"] < 0.8
+    lacking = measured(prepared, lambda raw: without(raw, BEFORE))
+    assert lacking["induction_recovered"] < 0.8
+    assert lacking["induction_necessary"] < 1  # the rest has it
+    # What x_hat lacks is what the rest has, and the other way round.
+    (case,), mean = [of.case for of in prepared], prepared[0].case.raw.mean(dim=0)
+    rest = measured(prepared, lambda raw: raw - without(raw, BEFORE) + mean)
+    for of, other in ((rest, lacking), (lacking, rest)):
+        left = (other["induction_sae"] - of["induction_mean"]) / (of["induction_clean"] - of["induction_mean"])
+        assert of["induction_necessary"] == pytest.approx(1 - left, abs=1e-5)
     assert measured(prepared, lambda raw: without(raw, FORESEEN))["induction_recovered"] == pytest.approx(1, abs=1e-3)
+
+
+@pytest.mark.parametrize("exact", [True, False])
+def test_a_dictionary_that_has_all_is_sufficient_and_necessary_and_one_of_the_mean_alone_is_neither(
+    prepared: list[circuit.Prepared], exact: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    case = prepared[0].case
+    case = case._replace(prompts=case.prompts._replace(attributes={"any": case.prompts.lengths}))
+    at = torch.arange(len(case.resid))[:, None], case.prompts.reads
+    rows = case.resid[at].float() if exact else case.raw.mean(dim=0).expand(*case.prompts.reads.shape, -1)
+    monkeypatch.setattr(circuit, "supervised", lambda *given: rows)
+    found = measured([circuit._prepared(case)], lambda raw: raw)
+    for name in ("end_supervised", "end_supervised_necessary"):
+        assert found[f"induction_{name}"] == pytest.approx(float(exact), abs=1e-5)
+    assert found["induction_end_gap"] == pytest.approx(float(exact) - 1, abs=1e-5)
+    assert found["induction_end_necessary"] == pytest.approx(1, abs=1e-5)
 
 
 def test_a_subject_that_can_have_no_task_is_unsuited() -> None:
