@@ -12,7 +12,7 @@ import sys
 
 import numpy as np
 
-from saescale.trainers.subjects.text import python_prose
+from saescale.trainers.subjects.texts.text import python_prose
 from saescale.trainers.tasks.ioi import NAMES
 
 STORIES, SENTENCES, SEED = 3_000, 5, 0
