@@ -46,6 +46,7 @@ def over_live(document: dict[str, Any], tiny_subject: str, tiny_corpus: str) -> 
     source = {
         "subject": tiny_subject, "corpus": tiny_corpus, "layer": 2, "tokens": "1.6384e4", "heldout_tokens": HELDOUT,
         "context_length": 32, "block_rows": BLOCK, "window_blocks": 2, "compute_dtype": "float32", "max_bytes": "1 GB",
+        "actors": 1,
     }  # fmt: skip
     document["store"] = {"live": source}
     document["grid"] = {"n_latents": [32, 64], "k": [2, 4]}
@@ -132,6 +133,7 @@ def test_producers_and_consumers_killed_at_random_change_no_result(
     over_live: dict[str, Any], stored: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     expected = stored(over_live)
+    del over_live["store"]["live"]["actors"]  # one on each of the nodes
     spec = parse_spec(over_live, "test")
     (folder,) = spec.lives
     watch = Watch(folder, monkeypatch)

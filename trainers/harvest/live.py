@@ -287,7 +287,10 @@ class LiveHarvest:
         else:
             state = "waiting for the slowest consumer" if needs.living else "waiting for somebody to stream"
         taken = len(blocks) * self.room.block + self._tokens.bytes + self.room.heldout + self.room.notes
-        self._told.say(state=state, first=needs.first, blocks=len(blocks.present), bytes=taken, consumers=needs.living)
+        self._told.say(
+            state=state, first=needs.first, blocks=len(blocks.present), bytes=taken + self.room.foreign,
+            consumers=needs.living, server_bytes_left=None if self._served is None else self.room.left,
+        )  # fmt: skip
 
     # --- what is left
 

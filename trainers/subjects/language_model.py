@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -86,7 +87,7 @@ def load_model(
     if spread is None:
         model = model.to(device)
     else:
-        notify(f"{name} is spread: {words(model)}")
+        notify(f"{name} is spread: of its parts {words(model)}")
     subject = LanguageModel(name, model, tokenizer, fingerprint, found.absent)
     subject.spread = spread
     check_by_trial(subject)
@@ -152,14 +153,18 @@ def _shortened(text: str, most: int = 300) -> str:
 
 @contextmanager
 def quiet_transformers() -> Iterator[None]:
-    """Keeps transformers' progress bars and advice off a terminal on which a progress display may stand."""
+    """Keeps progress bars and advice of transformers and accelerate off a terminal on which a progress display may stand."""
     verbosity = transformers_logging.get_verbosity()
     bars = transformers_logging.is_progress_bar_enabled()
+    accelerate = logging.getLogger("accelerate")
+    level = accelerate.level
+    accelerate.setLevel(logging.ERROR)
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
     try:
         yield
     finally:
         transformers_logging.set_verbosity(verbosity)
+        accelerate.setLevel(level)
         if bars:
             transformers_logging.enable_progress_bar()

@@ -69,4 +69,4 @@ def weight_of(model: Any, name: str) -> torch.Tensor:
 def words(model: Any) -> str:
     """How many of its parts lie where."""
     where = [f"GPU {each}" if isinstance(each, int) else str(each) for each in model.hf_device_map.values()]
-    return ", ".join(f"{where.count(each)} parts on {each}" for each in dict.fromkeys(where))
+    return ", ".join(f"{where.count(each)} on {each}" for each in dict.fromkeys(where))
