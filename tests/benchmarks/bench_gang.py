@@ -152,7 +152,7 @@ class Gang:
     def _drive(self, job: PackJob) -> None:
         while not self._ended.is_set():
             while len(self.workers) < LAYOUT.ranks:
-                self.workers.append(ray.remote(Worker).options(num_cpus=1).remote(1, 0))
+                self.workers.append(_actor())
             ray.get([worker.describe.remote() for worker in self.workers])
             meeting = self.workers[0].meeting.remote()
             running = {
@@ -167,7 +167,7 @@ class Gang:
                 except ray.exceptions.RayActorError:
                     self.workers.remove(worker)
                     # At once, while the others find out.
-                    self.workers.append(ray.remote(Worker).options(num_cpus=1).remote(1, 0))
+                    self.workers.append(_actor())
                 except ray.exceptions.RayTaskError:
                     pass
 
@@ -186,6 +186,11 @@ class Gang:
         for worker in self.workers:
             ray.kill(worker)
         self.workers = []
+
+
+def _actor() -> Any:
+    # Threads beside the one that trains: it is asked things meanwhile.
+    return ray.remote(Worker).options(num_cpus=1, max_concurrency=4).remote(1, 0)
 
 
 class Train:

@@ -234,6 +234,24 @@ def test_a_checkpoint_goes_on_at_any_other_sharding(
     assert_same(mine, train_pack(mine).results[0], unbroken, job)
 
 
+@pytest.mark.parametrize("architecture", ["batchtopk", "matryoshka", "hierarchical_topk"])
+def test_those_made_of_topk_go_on_at_another_sharding(
+    crowd: Crowd, job: PackJob, tmp_path: Path, architecture: str
+) -> None:
+    """The threshold of use among the weights; nmse is that of one process."""
+    fields = job.cells[0].model_dump(exclude={"settings"}) | {"settings": {"k_aux": 16}, "architecture": architecture}
+    mine = elsewhere(job, tmp_path, cells=[Cell(**fields)])
+    one = mine.model_copy(update={"run": str(tmp_path / "one")})
+    unbroken = train_pack(one).results[0]
+    assert crowd.ask(mesh.train, 2, 2, mine, 12)[0].stopped
+    (result,) = crowd.ask(mesh.train, 3, 1, mine)[0].results
+    assert_same(mine, result, unbroken, one, shards=3)
+    if architecture != "hierarchical_topk":
+        got, wanted = (read(RunDirectory(of.run).cell_url(result["cell_id"])).sae for of in (mine, one))
+        assert float(got.params["threshold"]) == pytest.approx(float(wanted.params["threshold"]), rel=1e-3)
+        assert float(wanted.params["threshold"]) > 0
+
+
 def test_a_damaged_part_is_one_generation_lost(
     crowd: Crowd, job: PackJob, unbroken: dict[str, Any], tmp_path: Path
 ) -> None:

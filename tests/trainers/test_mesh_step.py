@@ -30,9 +30,14 @@ def plain(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(choose, "kernels", lambda device: eager)
 
 
-@pytest.mark.parametrize("architecture", ["topk", "batchtopk", "matryoshka", "hierarchical_topk"])
-@pytest.mark.parametrize(("shards", "replicas"), [(2, 1), (3, 2), (1, 2)])
-def test_a_mesh_steps_as_one_process_does(shards: int, replicas: int, architecture: str) -> None:
+@pytest.mark.parametrize(
+    ("architecture", "shards", "replicas"),
+    [
+        *(("topk", *layout) for layout in ((2, 1), (3, 2), (1, 2))),
+        ("batchtopk", 3, 2), ("batchtopk", 1, 2), ("matryoshka", 3, 2), ("hierarchical_topk", 3, 2),
+    ],
+)  # fmt: skip
+def test_a_mesh_steps_as_one_process_does(architecture: str, shards: int, replicas: int) -> None:
     """With AuxK on fewer dead latents than k_aux, all on one shard, and on more; nothing [batch, N] is ever made."""
     fields = mesh.of(architecture)
     one = mesh.alone(STEPS, fields)
