@@ -7,7 +7,7 @@
 
 PYTHON ?= python3
 BIN := .venv/bin
-# Tests that share the Ray cluster stay together; all others go to whichever process is free.
+# Tests that share what takes long to make stay together; all others go to whichever process is free.
 PARALLEL := --numprocesses logical --maxprocesses 8 --dist loadgroup
 
 .PHONY: quickstart test test-all bench soak lint install clean

@@ -17,7 +17,6 @@ import psutil
 import pytest
 import yaml
 
-from saescale.cluster.crew.train_crew import TrainCrew
 from saescale.cluster.sweep import execute
 from saescale.cluster.sweep import packing as plan
 from saescale.cluster.sweep.driver import run_sweep
@@ -343,14 +342,13 @@ def test_an_object_store_that_fails_dawdles_and_goes_away_changes_no_result(
         with s3_faults.outage():
             over.wait(600)
 
-    usual = TrainCrew.warn
+    usual = execute.Execution._again
 
-    def warn(crew: TrainCrew, text: str) -> None:
-        usual(crew, text)
-        if "go on when it answers" in text:  # a worker has tried as often as it does
-            over.set()
+    def again(*arguments: Any, **more: Any) -> None:
+        over.set()  # a worker has tried as often as it does
+        usual(*arguments, **more)
 
-    monkeypatch.setattr(TrainCrew, "warn", warn)
+    monkeypatch.setattr(execute.Execution, "_again", again)
     away = threading.Thread(target=go_away)
     away.start()
     try:
