@@ -27,9 +27,11 @@ def test_a_file_with_the_marker_is_found_by_its_name_and_imported_when_it_is_ask
         ROOM.load("my-eval")
 
 
-def test_a_users_file_never_takes_the_place_of_one_of_the_products(mine: Path) -> None:
-    (mine / "nmse.py").write_text("measure = None\n")
-    assert ROOM.load("nmse").measure is not None
+@pytest.mark.parametrize("name", ["nmse", "board_probe"])  # in the room, and in a room within it
+def test_a_users_file_never_takes_the_place_of_one_of_the_products(name: str, mine: Path) -> None:
+    (mine / f"{name}.py").write_text("measure = None\n")
+    assert ROOM.own(name) is None
+    assert ROOM.load(name).measure is not None
 
 
 @pytest.mark.parametrize(
