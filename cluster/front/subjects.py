@@ -1,7 +1,7 @@
 """The commands about subjects: what there is, what one of them is, and the training of those whose truth is known."""
 
 import json
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 import yaml
@@ -75,7 +75,8 @@ def show(
     ] = None,
     prompts: Annotated[int, typer.Option(help="Of the task.", min=2)] = 16,
     compute_dtype: Annotated[
-        str, typer.Option(help="Of the task: float32, bfloat16 (which rounds small effects away) or auto.")
+        Literal["float32", "bfloat16", "auto"],
+        typer.Option(help="Of the task: bfloat16 and auto may round small effects away."),
     ] = "float32",
     trust_remote_code: TrustRemoteCode = False,
     json_: Json = False,

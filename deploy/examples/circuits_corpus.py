@@ -19,9 +19,10 @@ STORIES, SENTENCES, SEED = 3_000, 5, 0
 CHARACTERS = 800_000  # of Python's documentation, about 210,000 tokens of SmolLM2
 
 OTHERS = (
-    "Joshua", "Amanda", "Joseph", "Ryan", "Jason", "Justin", "Jonathan", "Nicole", "Anthony", "Eric", "Elizabeth", "Adam",
-    "Kyle", "Jeremy", "Benjamin", "Emily", "Aaron", "Rebecca", "Jacob", "Stephen", "Patrick", "Sean", "Kelly", "Nathan",
-    "Sara", "Tyler", "Katherine", "Andrea", "Gregory", "Erica", "Kenneth", "Alexander", "Christine", "Samuel", "Victoria",
+    "Joshua", "Amanda", "Joseph", "Ryan", "Jason", "Justin", "Jonathan", "Nicole", "Anthony", "Eric", "Elizabeth",
+    "Adam", "Kyle", "Jeremy", "Benjamin", "Emily", "Aaron", "Rebecca", "Jacob", "Stephen", "Patrick", "Sean",
+    "Kelly", "Nathan", "Sara", "Tyler", "Katherine", "Andrea", "Gregory", "Erica", "Kenneth", "Alexander", "Christine",
+    "Samuel", "Victoria",
 )  # fmt: skip
 SAID = (
     "{A} told {B} about the {thing} that lay at the {place}.",
@@ -41,7 +42,7 @@ SAID = (
 )
 PLACES = ("harbour", "farm", "bakery", "hotel", "museum", "bridge", "theatre", "hospital", "river", "church")
 THINGS = ("map", "coat", "lamp", "bottle", "painting", "clock", "violin", "photograph", "rope", "newspaper")
-EVENTS = ("rebellion", "trial", "festival", "project", "experiment", "truce", "debate", "tour", "plague", "school")
+EVENTS = ("rebellion", "trial", "festival", "project", "experiment", "truce", "debate", "tour", "plague", "census")
 
 
 def stories(names: tuple[str, ...], number: int, seed: int) -> list[str]:

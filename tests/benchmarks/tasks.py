@@ -1,4 +1,4 @@
-"""How well a subject does the tasks, behind its first token (BOS) and without one: the tables of trainers/tasks/README.md.
+"""How well a subject does the tasks, behind its first token (BOS) and without it: a table of trainers/tasks/README.md.
 
     python -m tests.benchmarks.tasks smollm2-135m [--prompts 120]
 

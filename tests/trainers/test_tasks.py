@@ -1,9 +1,10 @@
 """Tasks and circuits: on a model whose circuit was made by hand, against slow code, and on tokenizers that cannot."""
 
 import re
+import runpy
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -16,8 +17,8 @@ from saescale.storage.sources.manifest import Site
 from saescale.trainers.subjects.subject import get_subject
 from saescale.trainers.tasks import greater_than, induction, ioi
 from saescale.trainers.tasks.circuit import circuit
-from saescale.trainers.tasks.heads import scores_by_attention
-from saescale.trainers.tasks.patching import Part, patch_parts
+from saescale.trainers.tasks.heads import scores_by_attention, scores_of_names
+from saescale.trainers.tasks.patching import Effect, Part, Patched, patch_parts
 from saescale.trainers.tasks.task import METRIC, TASKS, Prompts, find_task, measure_task, read
 from tests.trainers.slow_circuit import WIDTH, ByHand, by_hand, recomputed
 
@@ -246,6 +247,28 @@ def test_prompts_of_ioi_name_who_they_should() -> None:
     assert 16 < int(found.attributes["order"].sum()) < 48
 
 
+def test_heads_of_names_are_told_by_where_they_look_and_what_they_give() -> None:
+    places = {"io": torch.tensor([2, 4]), "s2": torch.tensor([6, 7]), "end": torch.tensor([8, 9])}
+    prompts: Any = SimpleNamespace(ids=torch.zeros(2, 10), places=places)
+    attention = torch.full((2, 2, 3, 10, 10), 0.01)
+    at = {Part(0, 0): "io", Part(0, 1): "io", Part(1, 0): "s2", Part(1, 1): "s2", Part(1, 2): "s2"}
+    for (layer, head), place in at.items():
+        attention[layer, torch.arange(2), head, places["end"], places[place]] = torch.tensor([0.6, 0.8])
+    attention[0, :, 2, 5, 2] = 0.9  # from elsewhere than the end
+    straight = {Part(0, 0): 0.5, Part(0, 1): -0.4, Part(0, 2): 0.9, Part(1, 0): 0.3, Part(1, 2): 0.0}
+    effects = {part: Effect(0.35, 0, straight.get(part, 0.0)) for part in (*at, Part(0, 2))} | {
+        Part(1, None): Effect(2, 2, 2)
+    }
+    found = scores_of_names(SimpleNamespace(attention=lambda ids: attention), prompts, Patched(1, 0, effects))  # type: ignore[arg-type]
+    assert {kind: max(of, key=of.__getitem__) for kind, of in found.items()} == {
+        "name_mover": Part(0, 0), "s_suppression": Part(1, 0), "s_inhibition": Part(1, 1),
+    }  # fmt: skip
+    assert found["name_mover"][Part(0, 0)] == pytest.approx(0.7 * 0.5)
+    assert found["name_mover"][Part(0, 1)] == 0  # it gives the other name
+    assert found["s_suppression"][Part(1, 0)] == pytest.approx(0.7 * 0.3)
+    assert found["s_inhibition"][Part(1, 0)] == pytest.approx(0.7 * 0.05)
+
+
 @pytest.mark.parametrize(("pattern", "reads"), [(DIGITS, 2), (PAIRS, 1)], ids=["digits", "pairs"])
 def test_greater_than_is_the_mass_of_later_years(pattern: str, reads: int) -> None:
     """Whatever the tokens of years: held to a sum over all of them, by a model that says what it likes."""
@@ -305,6 +328,7 @@ def test_a_subject_without_text_or_of_short_contexts_is_one_line(subject: ByHand
         ioi.prompts(subject, 8, 0)
     short = by_hand()
     short.max_positions = 8
+    assert induction.prompts(subject, 2, 0, tokens=4).reads.tolist() == [[1, 2, 3, 5, 6, 7]] * 2
     with pytest.raises(SaescaleError, match="induction repeats 4 tokens at least"):
         induction.prompts(short, 8, 0)
     with pytest.raises(SaescaleError, match="did you mean ioi"):
@@ -322,3 +346,20 @@ def test_the_example_of_the_page_is_a_task(subject: ByHand, tmp_path: Path, monk
     assert found["clean"]["metric"] > found["corrupt"]["metric"]
     assert [part["part"] for part in found["parts"][:1]] == ["head 1.0"]
     assert found["heads"]["induction"][0]["part"] == "head 1.0"
+
+
+def test_stories_of_the_corpus_have_the_names_and_no_prompt_of_a_task() -> None:
+    found = runpy.run_path(str(Path(__file__).parents[2] / "deploy/examples/circuits_corpus.py"))
+    stories = found["stories"]((*ioi.NAMES, *found["OTHERS"]), 300, 0)
+    assert len(set(stories)) == 300
+    said = re.compile("|".join(re.sub(r"{\w+}", r"\\w+", template) for template in ioi.TEMPLATES))
+    assert said.search("When Mary and John went to the store, John gave a drink to Mary.")
+    assert not said.search(" ".join(stories))
+    words = set(re.findall(r"\w+", " ".join(stories)))
+    assert words > {*ioi.NAMES, *found["OTHERS"]}
+    assert not words & {*greater_than.NOUNS, *ioi.PLACES, *ioi.THINGS}
+    spans = re.findall(r"(\d{4}) (?:to|and ended in) (\d{4})", " ".join(stories))
+    assert len(spans) > 100
+    assert all(0 < int(last) - int(first) <= 100 - int(first) % 100 for first, last in spans)
+    others = set(re.findall(r"\w+", " ".join(found["stories"](found["OTHERS"], 300, 0))))
+    assert not others & {*ioi.NAMES}

@@ -17,7 +17,7 @@ al. 2024):
 | `recovered`, `necessary` | as above |
 | `sae`, `clean`, `mean` | the metric with x_hat, as it is, and with the mean |
 | `end_recovered`, `end_necessary` | the same, where x is replaced at the positions alone that the metric is read from |
-| `end_supervised`, `end_supervised_necessary` | of a dictionary made with the truth in hand (circuit_supervised.py) there |
+| `end_supervised`, `end_supervised_necessary` | there, of a dictionary made with the truth (circuit_supervised.py) |
 | `end_gap` | what the SAE lacks of `end_supervised` |
 
 Intervals are over prompts. circuit_latents.py says how few latents carry what is recovered.

@@ -119,7 +119,8 @@ def blank(settings: Settings, seed: int) -> AttentionOnly:
     """A model to be trained, with random weights in float32. Raises SaescaleError where the heads do not share d_model
     evenly."""
     shape = settings.n_layers, settings.d_model, settings.n_heads
-    model = blank_model(gpt2_config(settings.tokens, LENGTH, *shape, d_mlp=1), seed)
+    # With the 0.02 of GPT-2, which is wider, attention stays flat: tokens are then told by how long ago they were said.
+    model = blank_model(gpt2_config(settings.tokens, LENGTH, *shape, d_mlp=1, spread=settings.d_model**-0.5), seed)
     for block in model.transformer.h:
         block.mlp.requires_grad_(False)
         block.mlp.c_fc.bias.data.fill_(SHUT)

@@ -35,9 +35,16 @@ class OwnModel(Transformer):
 
 
 def gpt2_config(
-    vocabulary: int, positions: int, n_layers: int, d_model: int, n_heads: int, d_mlp: int | None = None
+    vocabulary: int,
+    positions: int,
+    n_layers: int,
+    d_model: int,
+    n_heads: int,
+    d_mlp: int | None = None,
+    spread: float = 0.02,
 ) -> GPT2Config:
-    """Learned positions; without dropout, and with an LM head of its own.
+    """Learned positions; without dropout, and with an LM head of its own. `spread` is the standard deviation of random
+    weights.
 
     Raises SaescaleError where the heads do not share d_model evenly.
     """
@@ -49,6 +56,7 @@ def gpt2_config(
         n_layer=n_layers,
         n_head=n_heads,
         n_inner=d_mlp,
+        initializer_range=spread,
         activation_function="gelu",
         resid_pdrop=0.0,
         embd_pdrop=0.0,

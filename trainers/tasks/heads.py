@@ -1,4 +1,4 @@
-"""What heads do, by scores (Olsson et al. 2022, Wang et al. 2022).
+"""What heads do, by scores (Olsson et al. 2022, Wang et al. 2022, McDougall et al. 2023).
 
 | kind | score |
 |---|---|
@@ -6,9 +6,10 @@
 | duplicate_token | attention of the second R to the same token in the first one |
 | induction | attention of the second R to the token behind the same one in the first |
 | name_mover | of `ioi`: attention from the end to IO, times what the head gives the metric straight (patching.py) |
-| s_inhibition | of `ioi`: attention from the end to the second S, times what it gives the metric through later heads |
+| s_suppression | of `ioi`: attention from the end to the second S, times what it gives the metric straight |
+| s_inhibition | of `ioi`: attention from the end to the second S, times what it gives the metric through later parts |
 
-The first three are of random tokens, and lie in [0, 1]; the last two are zero where either part of them is negative.
+The first three are of random tokens, and lie in [0, 1]; the last three are zero where either part of them is negative.
 """
 
 import torch
@@ -52,6 +53,7 @@ def scores_of_names(subject: Transformer, prompts: Prompts, patched: Patched) ->
     through = {part: patched.effects[part].noising - straight[part] for part in heads}
     return {
         "name_mover": {part: to_io[part] * max(straight[part], 0.0) for part in heads},
+        "s_suppression": {part: to_s[part] * max(straight[part], 0.0) for part in heads},
         "s_inhibition": {part: to_s[part] * max(through[part], 0.0) for part in heads},
     }
 

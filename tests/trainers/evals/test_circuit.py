@@ -46,7 +46,7 @@ def test_recovered_is_1_of_x_itself_and_0_of_its_mean(prepared: list[circuit.Pre
     assert lacking["induction_recovered"] < 0.8
     assert lacking["induction_necessary"] < 1  # the rest has it
     # What x_hat lacks is what the rest has, and the other way round.
-    (case,), mean = [of.case for of in prepared], prepared[0].case.raw.mean(dim=0)
+    mean = prepared[0].case.raw.mean(dim=0)
     rest = measured(prepared, lambda raw: raw - without(raw, BEFORE) + mean)
     for of, other in ((rest, lacking), (lacking, rest)):
         left = (other["induction_sae"] - of["induction_mean"]) / (of["induction_clean"] - of["induction_mean"])
