@@ -106,9 +106,9 @@ def paced(folder: Path, url: str, numbers: range, most: list[int], stop: threadi
         until = time.monotonic() + 30
         while time.monotonic() < until and not stop.is_set():
             making = read_making(url)
-            if making is None or making.server_bytes_left is None or making.server_bytes_left > 8_192:
+            if making and making.server_max_bytes and taken(folder) + 4_096 <= making.server_max_bytes:
                 break
-            time.sleep(0.05)
+            time.sleep(0.02)
         serve(folder, range(number, number + 1))
         most.append(taken(folder))
 
@@ -180,13 +180,13 @@ def test_a_server_that_takes_all_the_room_is_named(tmp_path: Path) -> None:
 
 
 def test_files_are_not_removed_where_they_are_needed_twice(tmp_path: Path) -> None:
-    serve(tmp_path / "served", range(90))
+    serve(tmp_path / "served", range(30))
     with live_here(spec_of(tmp_path / "served", remove_hidden_states=True), str(tmp_path / "live")):
         stream = open_source(str(tmp_path / "live")).batches(Order("train", 1, 128), stop=2 * TOKENS // 128)
         with stream, pytest.raises(SaescaleError, match="removes files after one pass, and a cell trains on more"):
             for _ in stream:
                 pass
-    assert len(list((tmp_path / "served").iterdir())) == 90
+    assert len(list((tmp_path / "served").iterdir())) == 30
 
 
 def test_a_file_of_another_width_is_named(tmp_path: Path) -> None:
