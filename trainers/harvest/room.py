@@ -79,8 +79,8 @@ class Room:
             )
         raise SaescaleError(
             f"live: the server's files take {self.foreign:,} bytes, and max_bytes must hold them with {holds}; let "
-            "whoever sends it requests wait while its files take what server_max_bytes of producer.json says, have files "
-            f"removed that all cells have passed (remove_hidden_states: true), or give at least {least:,}; then run "
+            "whoever sends it requests wait where its files take server_max_bytes (producer.json), have files removed "
+            f"that all cells have passed (remove_hidden_states: true), or give at least {least:,}; then run "
             "again, nothing is lost"
         )
 
