@@ -127,8 +127,8 @@ def test_files_that_all_have_passed_are_removed_and_max_bytes_holds_with_those_t
     """The producer is ended in between, and begins again where its next block does."""
     serve(tmp_path / "kept", range(90))
     allowed = taken(tmp_path / "kept") // 2
-    with live_here(spec_of(tmp_path / "kept"), str(tmp_path / "whole")):
-        _, expected = streamed(str(tmp_path / "whole"))
+    with live_here(spec_of(tmp_path / "kept"), str(tmp_path / "all")):
+        _, expected = streamed(str(tmp_path / "all"))
     both = tmp_path / "both"
     folder, url = both / "served", str(both / "live")
     spec = spec_of(folder, remove_hidden_states=True)
