@@ -109,7 +109,7 @@ class Making(BaseModel):
     blocks: int = 0  # on the disk
     bytes: int = 0
     max_bytes: int | None = None
-    server_bytes_left: int | None = None  # that an inference server may still write
+    server_max_bytes: int | None = None  # that all files of an inference server may take
     consumers: int = 0
     error: str | None = None  # why it ended
 

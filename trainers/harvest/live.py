@@ -265,6 +265,7 @@ class LiveHarvest:
         """SaescaleError where a server's files leave no room for a window."""
         if self._served is not None:
             self.room.foreign = self._served.bytes()
+            self._told.say(server_max_bytes=max(0, self.room.most_foreign))
         self.room.require()
 
     def _next_job(self, blocks: Blocks, needs: Needs, lacking: list[int]) -> ShardJob | None:
@@ -289,7 +290,7 @@ class LiveHarvest:
         taken = len(blocks) * self.room.block + self._tokens.bytes + self.room.heldout + self.room.notes
         self._told.say(
             state=state, first=needs.first, blocks=len(blocks.present), bytes=taken + self.room.foreign,
-            consumers=needs.living, server_bytes_left=None if self._served is None else self.room.left,
+            consumers=needs.living,
         )  # fmt: skip
 
     # --- what is left

@@ -57,9 +57,9 @@ class Room:
         return (self._max_bytes - self.beside - self.foreign) // self.block
 
     @property
-    def left(self) -> int:
-        """Bytes that a server may still write until a window of blocks has no room any more."""
-        return self._max_bytes - self.beside - self.foreign - self._window * self.block
+    def most_foreign(self) -> int:
+        """Bytes that the files of a server may take until a window of blocks has no room any more."""
+        return self._max_bytes - self.beside - self._window * self.block
 
     @property
     def beside(self) -> int:
@@ -68,7 +68,7 @@ class Room:
 
     def require(self) -> None:
         """Raises SaescaleError where there is no room for a window of blocks."""
-        if self.left >= 0:
+        if self.foreign <= self.most_foreign:
             return
         window = self._window * self.block
         holds = f"a window of {self._window} blocks, which takes {window:,} bytes, and {self.beside:,} beside it"
@@ -79,8 +79,8 @@ class Room:
             )
         raise SaescaleError(
             f"live: the server's files take {self.foreign:,} bytes, and max_bytes must hold them with {holds}; let "
-            "whoever sends it requests wait while producer.json says that server_bytes_left is small, have files "
-            f"removed that all cells have passed (remove_hidden_states: true), or give at least {least:,}; then run "
+            "whoever sends it requests wait where its files take server_max_bytes (producer.json), have files removed "
+            f"that all cells have passed (remove_hidden_states: true), or give at least {least:,}; then run "
             "again, nothing is lost"
         )
 

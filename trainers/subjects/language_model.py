@@ -153,7 +153,7 @@ def _shortened(text: str, most: int = 300) -> str:
 
 @contextmanager
 def quiet_transformers() -> Iterator[None]:
-    """Keeps progress bars and advice of transformers and accelerate off a terminal on which a progress display may stand."""
+    """Keeps progress bars and advice of transformers and accelerate off a terminal on which a display may stand."""
     verbosity = transformers_logging.get_verbosity()
     bars = transformers_logging.is_progress_bar_enabled()
     accelerate = logging.getLogger("accelerate")
