@@ -10,6 +10,7 @@ import pytest
 from saescale.scaling.cells.sources import load_evals, load_sources
 from saescale.scaling.cells.tables import Table
 from saescale.scaling.fit_sources import fit
+from saescale.scaling.laws import over_cells
 from saescale.scaling.laws.fit import LawsOfKinds, fit_laws
 from saescale.scaling.laws.over_metrics import MetricLaws, distinct_metrics, fit_metrics
 from saescale.scaling.laws.predict import metric_predictions, predict
@@ -207,8 +208,10 @@ def test_metrics_of_several_runs_are_put_together(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_intervals_hold_the_truth(tmp_path: Path) -> None:
+def test_intervals_hold_the_truth(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of 40 simulated sweeps; 95 % intervals hold in 32 or fewer by chance less than once in a thousand times."""
+    # What is looked at besides takes most of the time, and moves no interval.
+    monkeypatch.setattr(over_cells, "_checked", lambda fit, **_: fit)
     names, holds = ("falling", "share"), Counter[str]()
     for seed in range(40):
         run = write_run(tmp_path / str(seed), 0.02, seed)
