@@ -150,8 +150,9 @@ class RunDirectory:
         turn = self._turns.get(cell_id, 0)
         if turn:
             read = (CURVE,) if weights else (WEIGHTS, CURVE)
-            sums = {name: self._checksum(cell_id, self.name_now(cell_id, name)) for name in read} | (weights or {})
-            written = {"turn": turn, "by": uuid.uuid4().hex, "xxh3": {name: sum for name, sum in sums.items() if sum}}
+            found = {name: self._checksum(cell_id, self.name_now(cell_id, name)) for name in read}
+            sums = {name: sum for name, sum in found.items() if sum} | dict(weights or {})
+            written = {"turn": turn, "by": uuid.uuid4().hex, "xxh3": sums}
             result = plain(result | written)
             checkpoint.end(self.checkpoint_url(cell_id), turn, result, keep)
         self._publish(cell_id, result)

@@ -95,7 +95,8 @@ def finish(run: RunDirectory, cell: Cell, ledger: Ledger) -> None:
     module = find_architecture(cell.architecture)
     params = {name: p.data for name, p in module.parameters(shape, cell.whole_settings, centre, 0).items()}
     native.write(
-        Trained(SAE(cell.architecture, shape, cell.whole_settings, params), cell), run.weights_url(cell.cell_id)
+        Trained(SAE(cell.architecture, shape, cell.whole_settings, params), cell),
+        f"{run.cell_url(cell.cell_id)}/{run.name_now(cell.cell_id, 'sae.safetensors')}",
     )
     nmse = 0.9 * cell.n_latents**-0.3 * cell.k**-0.2
     points = [

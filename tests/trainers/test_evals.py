@@ -385,7 +385,7 @@ def test_export_and_import_give_the_same_file(run: RunDirectory) -> None:
     assert "Next: saescale import out/a.safetensors" in said.output
     said = CliRunner().invoke(app, ["import", "out/a.safetensors", "--format", "native", "--out", "out/b.safetensors"])
     assert said.exit_code == 0, said.output
-    said = CliRunner().invoke(app, ["export", cell, "--out", "out/cut", "--max-shard-size", "4kB"])
+    said = CliRunner().invoke(app, ["export", cell, "--out", "out/cut", "--max-shard-size", "1 kB"])
     assert said.exit_code == 0, said.output
     assert "out/cut/sae.safetensors.index.json" in said.output
     said = CliRunner().invoke(app, ["import", "out/cut", "--out", "out/c.safetensors"])
