@@ -122,13 +122,12 @@ def test_a_kill_in_the_middle_leaves_the_old_content(tmp_path: Path, monkeypatch
     files.write_atomic(url, b"old")
     program = (
         "import os, signal, sys\n"
-        "from storage import files\n"
+        "from saescale.storage import files\n"
         "def half(file):\n"
         "    file.write(b'half'); file.flush(); os.kill(os.getpid(), signal.SIGKILL)\n"
         "files.write_atomic(sys.argv[1], half)\n"
     )
-    root = Path(files.__file__).parents[1]
-    killed = subprocess.run([sys.executable, "-c", program, url], cwd=root, check=False)
+    killed = subprocess.run([sys.executable, "-c", program, url], check=False)
     assert killed.returncode == -signal.SIGKILL
     assert files.read_bytes(url) == b"old"
     assert len(os.listdir(tmp_path)) == 2
