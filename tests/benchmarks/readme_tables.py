@@ -15,9 +15,7 @@ SHOWN = {
 
 def tables() -> dict[str, str]:
     """Markdown by benchmark."""
-    return {
-        name: make(json.loads((RESULTS / f"{_OF.get(name, name)}.json").read_text())) for name, make in _MAKERS.items()
-    }
+    return {name: make(json.loads((RESULTS / f"{name}.json").read_text())) for name, make in _MAKERS.items()}
 
 
 def _step(result: dict[str, Any]) -> str:
@@ -173,17 +171,8 @@ def _live(result: dict[str, Any]) -> str:
         after = [h + s for h, s in zip(seconds["harvest"], seconds["stored"], strict=True)]
         over = _median([both / value for both, value in zip(after, seconds[name], strict=True)])
         rows.append([*row, f"{over:.2f}x" if name == "live" else ""])
-    head = ["tokens/s, loading and the first blocks included", "", "over stored", "over a harvest, then training"]
+    head = ["", "tokens/s, loading and the first blocks included", "over stored", "over a harvest, then training"]
     return _markdown(head, rows)
-
-
-def _live_again(result: dict[str, Any]) -> str:
-    """Seconds of a producer that begins again."""
-    rows = [
-        [f"{each['tokens_before']:,}", *(f"{_median(each['seconds'][way]):.1f}" for way in ("noted", "from the start"))]
-        for each in result["begun_again"]
-    ]
-    return _markdown(["tokens before", "s until the first batch", "without the notes of where blocks begin"], rows)
 
 
 def _markdown(head: list[str], rows: list[list[str]]) -> str:
@@ -207,9 +196,7 @@ _MAKERS = {
     "cuda": _cuda,
     "auxk_cuda": _auxk_cuda,
     "live": _live,
-    "live_again": _live_again,
 }
-_OF = {"live_again": "live"}  # the result of another name
 
 
 if __name__ == "__main__":
