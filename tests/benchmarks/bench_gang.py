@@ -165,6 +165,8 @@ class Gang:
                 try:
                     ray.get(ended)
                 except ray.exceptions.RayActorError:
+                    if self._ended.is_set():
+                        return
                     self.workers.remove(worker)
                     # At once, while the others find out.
                     self.workers.append(_actor())

@@ -8,9 +8,6 @@ the code), then of two processes as two shards and as two replicas: with the sha
 collectives, waiting for each other included, and the bytes that each sends a step, counted where they are sent. Every
 process has as many threads, half of the cores unless --threads says otherwise.
 
-On CPUs also the memory that training takes (`--memory` alone): of each process of several meshes the peak of its
-resident memory in `train_pack`, from a store to the weights, over what the planner counts with (training/memory.py).
-
 On a GPU also the largest N that trains: by halving, then between what fits and what does not. `--largest` does it on
 CPUs too, within the memory that is free.
 """
@@ -25,14 +22,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 import torch.multiprocessing as mp
 
 from saescale.storage.errors import one_line
-from saescale.storage.sources.store import ActivationStore
 from saescale.trainers.architectures.architecture import Batch, Parameter
-from saescale.trainers.cell import Cell, EvalSpec, auto_k_aux
+from saescale.trainers.cell import Cell, auto_k_aux
 from saescale.trainers.device import fast_precision, is_out_of_memory, set_threads, usable_cores
 from saescale.trainers.kernels.choose import kernel_kind
 from saescale.trainers.mesh.distributed import Processes, join
@@ -41,15 +36,11 @@ from saescale.trainers.preprocess import Centre
 from saescale.trainers.training import training_cell
 from saescale.trainers.training.memory import StreamSize, pack_memory
 from saescale.trainers.training.together import place
-from saescale.trainers.training.train import PackJob, train_pack
 from saescale.trainers.training.training_cell import TrainingCell
 from tests.benchmarks.harness import BenchmarkError, alternate, console, machine, run, show_table, write_result
 from tests.benchmarks.protocol import Size
-from tests.trainers.peak_memory import reset_peak, resident
-from tests.trainers.synthetic import write_store
 
 SIZES = {"cpu": [Size(2048, 512, 16384, 32)], "cuda": [Size(16384, 768, 131072, 64), Size(16384, 768, 1048576, 64)]}
-HELD, HELD_ROWS, HELD_OUT, ROW_GROUP = Size(2048, 512, 32_768, 32), 32_768, 8_192, 4_096  # where memory is measured
 LARGEST = Size(8192, 768, 2**23, 64)  # N is where the search begins
 NEVER = 10**9  # tokens after which a latent counts as dead
 DEADLINE_S = 120.0
@@ -65,7 +56,6 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=10, help="steps that count (default: 10)")
     parser.add_argument("--size", help="B,D,N,K of one size in place of the usual ones")
     parser.add_argument("--threads", type=int, help="CPU threads of each process")
-    parser.add_argument("--memory", action="store_true", help="measure memory alone")
     parser.add_argument("--largest", action="store_true", help="look for the largest N on CPUs too")
     parser.add_argument("--out", type=Path, help="JSON file (default: tests/benchmarks/results/mesh-DEVICE.json)")
     arguments = parser.parse_args()
@@ -76,15 +66,10 @@ def main() -> None:
     if arguments.device == "cuda":
         where |= {"gpu": torch.cuda.get_device_name(), "gpus": torch.cuda.device_count()}
     sizes = [Size(*map(int, arguments.size.split(",")))] if arguments.size else SIZES[arguments.device]
-    if arguments.memory:
-        sizes = []
     result: dict[str, Any] = {"machine": where, "sizes": []}
     path = None
     for size in sizes:
         result["sizes"].append(_measure(size, arguments.device, arguments.rounds))
-        path = write_result(f"mesh-{arguments.device}", result, arguments.out)
-    if arguments.device == "cpu":
-        result["memory"] = _memory()
         path = write_result(f"mesh-{arguments.device}", result, arguments.out)
     if arguments.device == "cuda" or arguments.largest:
         result["largest"] = _largest(arguments.device)
@@ -172,56 +157,15 @@ def _steps(group: Processes, size: Size, rounds: int) -> dict[str, Any]:
         "calls_per_step": {kind: count / rounds for kind, count in traffic.calls.items()},
         "gpu_bytes": torch.cuda.max_memory_allocated() if group.device.type == "cuda" else None,
         "predicted_bytes": pack_memory(
-            [turn.cell.cell], size.batch_tokens, StreamSize(8192, 2**18), kernel_kind(group.device), layout=group.layout
+            [turn.cell.cell],
+            size.batch_tokens,
+            StreamSize(8192, 2**18),
+            kernel_kind(group.device),
+            layout=group.layout,
         ).total,
         "threads": torch.get_num_threads(),
         "loss": turn.cell.loss,
     }
-
-
-# --- memory
-
-
-def _memory() -> list[dict[str, Any]]:
-    """Of each mesh the process whose peak is the highest, over what is predicted."""
-    found, rows = [], []
-    with tempfile.TemporaryDirectory(prefix="saescale-memory-") as folder:
-        rng = np.random.default_rng(0)
-        act = [rng.normal(size=(count, HELD.d_model)).astype(np.float16) for count in (HELD_ROWS, HELD_OUT)]
-        store = write_store(f"{folder}/store", *act, ROW_GROUP)
-        for shards, replicas in ((1, 1), (2, 1), (4, 1), (1, 2), (2, 2)):
-            layout = Layout(shards, replicas)
-            peaks = _spawned(_peak, layout, "cpu", store, f"{folder}/{shards}-{replicas}", everyone=True)
-            if faults := [peak for peak in peaks if isinstance(peak, str)]:
-                raise BenchmarkError("; ".join(faults))
-            cell = _job(store, "", HELD).cells[0]
-            predicted = pack_memory([cell], HELD_OUT, StreamSize(ROW_GROUP, HELD_ROWS), layout=layout).total
-            found.append({**layout._asdict(), "predicted": predicted, "peaks": peaks, "ratio": max(peaks) / predicted})
-            rows.append([
-                str(layout), f"{predicted / 2**20:,.0f}", ", ".join(f"{peak / 2**20:,.0f}" for peak in peaks),
-                f"{max(peaks) / predicted:.2f}",
-            ])  # fmt: skip
-    show_table(f"memory of {HELD}, fp32, MiB", ["", "predicted", "peak of each process", "highest / predicted"], rows)
-    return found
-
-
-def _job(store: str, run: str, size: Size) -> PackJob:
-    cell = Cell(
-        store=ActivationStore.open(store).identity, d_model=size.d_model, n_latents=size.n_latents, k=size.k,
-        tokens=8 * size.batch_tokens, batch_tokens=size.batch_tokens, lr=1e-3, settings={"k_aux": 64},
-        dead_after_tokens=2 * size.batch_tokens,
-    )  # fmt: skip
-    evaluate = EvalSpec(tokens=HELD_OUT, every_tokens=2 * size.batch_tokens)
-    return PackJob(cells=[cell], store=store, run=run, sweep="memory", eval=evaluate, checkpoint_every_s=0.3)
-
-
-def _peak(group: Processes, store: str, run: str) -> int:
-    """By how much this process grows at most; a small cell before has compiled the kernels."""
-    train_pack(_job(store, f"{run}-small", Size(512, HELD.d_model, 128, 4)), group=group, device=group.device)
-    before = resident("VmRSS")
-    reset_peak()
-    train_pack(_job(store, run, HELD), group=group, device=group.device)
-    return resident("VmHWM") - before
 
 
 # --- the largest N

@@ -1,12 +1,10 @@
-"""Commands do not depend on what a shell, a batch system, a notebook or a locale hands to them, nor on packages of the
-user's that have the names of saescale's floors."""
+"""Commands do not depend on what a shell, a batch system, a notebook or a locale hands to them."""
 
 import contextlib
 import os
 import re
 import shutil
 import subprocess
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -19,17 +17,16 @@ from saescale.cluster.front.console import command
 from saescale.cluster.front.environment import _spell, prepare
 from saescale.cluster.sweep.status import read_status
 from tests.cluster.command import ROOT, SAESCALE, environment, saescale_here
-from tests.cluster.shadows import FLOORS, cast_shadows
 
 RUN = str(ROOT / "tests" / "data" / "run-0.1.0")
 NO_UTF8 = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
 
 
-def shell(
-    line: str, program: str = " ".join(SAESCALE), cwd: Path | None = None, **extra: str
-) -> subprocess.CompletedProcess[bytes]:
-    command = ["bash", "-o", "pipefail", "-c", line.format(program)]
-    return subprocess.run(command, env=environment(**extra), cwd=cwd, capture_output=True)
+def shell(line: str, **extra: str) -> subprocess.CompletedProcess[bytes]:
+    program = " ".join(SAESCALE)
+    return subprocess.run(
+        ["bash", "-o", "pipefail", "-c", line.format(program)], env=environment(**extra), capture_output=True
+    )
 
 
 def test_letters_that_a_terminal_lacks() -> None:
@@ -88,30 +85,18 @@ def test_what_is_said_to_be_next_can_be_pasted(tmp_path: Path) -> None:
     assert f"wrote {tmp_path}/[/x] y/fits.json" in fitted.stdout
 
 
-def test_the_shadows_are_cast(tmp_path: Path) -> None:
-    for name in FLOORS:
-        result = subprocess.run(
-            [sys.executable, "-c", f"import {name}"], cwd=cast_shadows(tmp_path / name), capture_output=True, text=True
-        )
-        assert f"this is the {name} of the user" in result.stderr
-
-
 @pytest.mark.slow
 def test_a_sweep_where_nothing_is_as_it_should_be(
     document: dict[str, Any], sweep_file: Callable[[Any], str], tmp_path: Path
 ) -> None:
-    """On a Ray of its own, of which nothing stays behind. Packages of the user's are in the current folder, which Ray
-    shows to the workers, and found before what is installed."""
-    shadows = cast_shadows(tmp_path / "shadows")
+    """On a Ray of its own, of which nothing stays behind."""
     long = tmp_path / ("x" * 90)
     long.mkdir()
     document |= {"grid": {"n_latents": [32], "k": [2, 4]}, "resources": {"workers": 1}}
     hostile = NO_UTF8 | {"TMPDIR": str(long), "RAY_TMPDIR": str(long), "HOME": "/proc/no-home", "COLUMNS": "5"}
     hostile |= {"MPLBACKEND": "module://matplotlib_inline.backend_inline", "TERM": "dumb", "RAY_AUTH_MODE": ""}
-    hostile |= {"PYTHONPATH": str(shadows)}
     before = folders_of_ray()
-    installed = str(Path(sys.executable).with_name("saescale"))
-    done = shell(f"{{}} sweep '{sweep_file(document)}' --bootstraps 0", installed, shadows, **hostile)
+    done = shell(f"{{}} sweep '{sweep_file(document)}' --bootstraps 0", **hostile)
     assert (done.returncode, done.stderr) == (0, b""), done.stdout + done.stderr
     assert read_status(document["out"]).state == "finished"
     deadline = time.monotonic() + 60

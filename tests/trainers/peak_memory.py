@@ -26,14 +26,9 @@ def measure(warm_up: PackJob, jobs: Sequence[PackJob], stopped: int = 0) -> list
     return [int(peak) for peak in json.loads(done.stdout.split("peaks ")[-1])]
 
 
-def resident(field: str) -> int:
-    """Bytes: VmRSS, what this process has in memory now, or VmHWM, the most since `reset_peak`."""
+def _memory(field: str) -> int:
     line = next(line for line in _STATUS.read_text().splitlines() if line.startswith(field))
     return int(line.split()[1]) * 1024
-
-
-def reset_peak() -> None:
-    _RESET.write_text("5")
 
 
 def _after_three_batches() -> Callable[[], bool]:
@@ -44,11 +39,11 @@ def _after_three_batches() -> Callable[[], bool]:
 def _main(text: str, stopped: int) -> None:
     warm_up, *jobs = (PackJob.model_validate(job) for job in json.loads(text))
     train_pack(warm_up)
-    before, peaks = resident("VmRSS"), []
+    before, peaks = _memory("VmRSS"), []
     for number, job in enumerate(jobs):
-        reset_peak()
+        _RESET.write_text("5")  # the peak is counted from here
         train_pack(job, should_stop=_after_three_batches() if number < stopped else lambda: False)
-        peaks.append(resident("VmHWM") - before)
+        peaks.append(_memory("VmHWM") - before)
     print("peaks", json.dumps(peaks))
 
 

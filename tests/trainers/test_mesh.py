@@ -27,7 +27,6 @@ from saescale.trainers.training import together
 from saescale.trainers.training.together import train_sharded
 from saescale.trainers.training.train import PackJob, train_pack
 from tests.trainers import mesh_processes as mesh
-from tests.trainers.forked import forked
 from tests.trainers.mesh_processes import Crowd, Stepped
 from tests.trainers.synthetic import D_MODEL, sparse_rows, write_store
 
@@ -311,7 +310,6 @@ def test_a_rank_that_is_lost_or_hangs_is_named_and_the_next_try_ends_alike(
 ) -> None:
     if how == signal.SIGSTOP:
         monkeypatch.setattr(together, "_LEAVE_S", 3.0)  # one that is halted has no last word
-        monkeypatch.setattr(together.mp, "get_context", lambda kind: forked())  # the other case begins as users do
     mine = elsewhere(job, tmp_path, checkpoint_every_s=1e-6)
     folder = RunDirectory(mine.run).checkpoint_url(mine.cells[0].cell_id)
     hit: list[int] = []
