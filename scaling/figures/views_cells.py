@@ -61,7 +61,7 @@ def nmse_against_n(laws: Laws, what: str = "nmse", label: str = NMSE_LABEL) -> V
         key = "Points: cells. Dotted lines join the cells of one k; no law is fitted."
     return View(
         "nmse_against_n", "nmse against the number of latents",
-        "Held-out nmse of every cell against the number of latents N, with the fitted law.", key,
+        "Held-out nmse of every cell against the number of latents N.", key,
         count_axis(N_LABEL, results["n_latents"]),
         log_axis(label, np.clip(np.concatenate(shown), least, most)),
         tuple(ks_of(laws)), tuple(layers), formula,

@@ -45,7 +45,7 @@ def metric_against_n(laws: MetricLaws) -> View:
         view,
         name=_named("metric_against_n", laws),
         title=_titled(f"{laws.name} against the number of latents", laws),
-        caption=f"{_what(laws)} of every cell against the number of latents N, with the fitted law.",
+        caption=f"{_what(laws)} of every cell against the number of latents N.",
         key=view.key + _key(beside, f"k = {ks[len(ks) // 2]:g}"),
         y=log_axis(_words(laws), shown) if beside else view.y,
         layers=(*_drawn(beside), *view.layers),

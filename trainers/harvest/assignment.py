@@ -116,9 +116,10 @@ class Assignment:
     def resumed(cls, spec: HarvestSpec, divisible: bool, reached: Reached, held: Iterable[int]) -> Assignment:
         """One that goes on where an earlier one `reached`; `held`: its `held_keys`."""
         found = cls(spec, divisible)
-        found._have |= {"train": reached.rows} | ({"heldout": spec.heldout_tokens} if divisible else {})
+        found._have["train"] = reached.rows
+        found._have["heldout"] = spec.heldout_tokens if divisible else 0
         found._before["train"] = reached.rows
-        found._given |= {"train": min(-(-reached.rows // spec.shard_rows) * spec.shard_rows, spec.tokens)}
+        found._given["train"] = min(-(-reached.rows // spec.shard_rows) * spec.shard_rows, spec.tokens)
         found._given["heldout"] = found._have["heldout"]
         found._document = reached.doc, SPLITS[reached.held]
         found._splits = dict.fromkeys(held, "heldout")
