@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from saescale.scaling.fit_sources import fit
     from saescale.scaling.laws.predict import predict
     from saescale.storage.errors import SaescaleError
-    from saescale.storage.sources.store import ActivationStore
+    from saescale.storage.store import ActivationStore
     from saescale.trainers.architectures import ARCHITECTURES
     from saescale.trainers.exchange.native import read as load
     from saescale.trainers.exchange.run import open_run
@@ -30,7 +30,7 @@ _WHERE = {
     "fit": ("scaling.fit_sources", "fit"),
     "load": ("trainers.exchange.native", "read"),
     "open_run": ("trainers.exchange.run", "open_run"),
-    "open_store": ("storage.sources.store", "ActivationStore.open"),
+    "open_store": ("storage.store", "ActivationStore.open"),
     "predict": ("scaling.laws.predict", "predict"),
     "use_architecture": ("trainers.architectures", "ARCHITECTURES.give"),
 }

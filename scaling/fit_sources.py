@@ -3,14 +3,14 @@
 from collections.abc import Sequence
 from typing import Any
 
-from saescale.scaling.cells.sources import load_evals, load_sources
-from saescale.scaling.cells.where import parse_condition
 from saescale.scaling.comparison.compare import side_by_side
 from saescale.scaling.comparison.peaks import find_peaks
 from saescale.scaling.laws.fit import fit_laws
 from saescale.scaling.laws.over_metrics import fit_metrics, metrics_in, require_metric
 from saescale.scaling.laws.settings import DEFAULT_LAWS, FitSettings
 from saescale.scaling.metrics import measured
+from saescale.scaling.sources import load_evals, load_sources
+from saescale.scaling.where import parse_condition
 from saescale.storage.columns import EVALS
 
 

@@ -12,7 +12,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from saescale.storage.runs.rundir import METRICS
+from saescale.storage.rundir import METRICS
 
 Better = Literal["lower", "higher"]
 

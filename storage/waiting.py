@@ -1,5 +1,5 @@
 """What a process waits for. Whoever waits says so here, whatever it is that does not answer; what lasts is said by
-those who look: the console (cluster/front/waits.py), and the driver's file (runs/lease.py), of which a status tells it.
+those who look: the console (cluster/front/waits.py), and the driver's file (lease.py), of which a status tells it.
 
     with waiting("an answer of s3://bucket/run", limit_s=60):
         ...

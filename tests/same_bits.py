@@ -39,7 +39,7 @@ def quickstart(folder: Path) -> Iterator[tuple[str, str]]:
     from saescale.cluster.front.recipes import TINY
     from saescale.cluster.sweep.driver import run_sweep
     from saescale.scaling.laws.settings import FitSettings
-    from saescale.storage.sources.store import ActivationStore
+    from saescale.storage.store import ActivationStore
     from saescale.trainers.harvest.conduct import harvest
     from tests.cluster.conftest import Recorder
 
@@ -56,7 +56,7 @@ def quickstart(folder: Path) -> Iterator[tuple[str, str]]:
 
 def packs(folder: Path) -> Iterator[tuple[str, str]]:
     """A pack of cells most of whose latents die, so that AuxK works on few and on many dead latents."""
-    from saescale.storage.sources.store import ActivationStore
+    from saescale.storage.store import ActivationStore
     from saescale.trainers.cell import Cell, EvalSpec
     from saescale.trainers.training.train import PackJob, train_pack
     from tests.trainers.synthetic import D_MODEL, sparse_rows, write_store

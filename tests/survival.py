@@ -3,7 +3,7 @@
 from typing import Any
 
 from saescale.storage import files
-from saescale.storage.runs.rundir import RunDirectory
+from saescale.storage.rundir import RunDirectory
 
 TIMES = ("wall_s", "tokens_per_s")
 

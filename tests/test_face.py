@@ -12,8 +12,8 @@ import torch
 
 import saescale
 from saescale.storage.errors import SaescaleError
-from saescale.storage.runs.rundir import RunDirectory
-from saescale.storage.sources.store import ActivationStore
+from saescale.storage.rundir import RunDirectory
+from saescale.storage.store import ActivationStore
 from saescale.trainers.cell import Cell, EvalSpec
 from saescale.trainers.harvest.conduct import HarvestSpec, harvest
 from saescale.trainers.preprocess import to_tensor

@@ -9,12 +9,12 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from saescale.scaling.cells.tables import load_rows
 from saescale.scaling.laws.settings import FitSettings
 from saescale.scaling.metrics import document
 from saescale.scaling.report.report import analyse
-from saescale.storage.runs.rundir import RunDirectory
-from saescale.storage.sources.store import ActivationStore
+from saescale.scaling.tables import load_rows
+from saescale.storage.rundir import RunDirectory
+from saescale.storage.store import ActivationStore
 from saescale.trainers.cell import Cell, EvalSpec
 from saescale.trainers.evals import downstream_loss
 from saescale.trainers.training.train import PackJob, train_pack

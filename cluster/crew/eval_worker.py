@@ -9,7 +9,7 @@ import ray
 
 from saescale.storage.errors import SaescaleError
 from saescale.storage.files import exists, join
-from saescale.storage.runs.rundir import SPEC, RunDirectory
+from saescale.storage.rundir import SPEC, RunDirectory
 from saescale.storage.waiting import Wait, waits
 from saescale.trainers.architectures.own import take
 from saescale.trainers.device import set_threads

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 
 from saescale.cluster.crew.eval_crew import EvalCrew
-from saescale.storage.runs.rundir import RunDirectory
+from saescale.storage.rundir import RunDirectory
 from saescale.trainers.architectures import ARCHITECTURES
 from saescale.trainers.architectures.own import own_files
 from saescale.trainers.evals.bench import Bench

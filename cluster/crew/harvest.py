@@ -9,8 +9,8 @@ from saescale.cluster.crew.harvest_crew import HarvestCrew, ShowHarvest
 from saescale.cluster.crew.harvest_worker import ActorRow
 from saescale.storage import files
 from saescale.storage.errors import SaescaleError
+from saescale.storage.manifest import Manifest
 from saescale.storage.secrets import hide_secrets
-from saescale.storage.sources.manifest import Manifest
 from saescale.trainers.harvest.conduct import SPOOL_PREFIX, conduct, is_sealed
 from saescale.trainers.harvest.spec import HarvestSpec
 from saescale.trainers.subjects.subject import name_for_other_processes

@@ -15,7 +15,7 @@ from saescale.cluster.crew.head import nodes, resources
 from saescale.cluster.crew.shares import cpus_each, without
 from saescale.cluster.crew.train_worker import Worker, WorkerInfo
 from saescale.storage.errors import SaescaleError, SaescaleWarning
-from saescale.storage.sources.store import ActivationStore
+from saescale.storage.store import ActivationStore
 from saescale.trainers.cell import Cell
 from saescale.trainers.mesh.layout import Layout
 from saescale.trainers.precision import Precision

@@ -16,7 +16,7 @@ from saescale.cluster.crew.claims import CPU_SHARE, GPU_SHARE
 from saescale.cluster.crew.metrics import WorkerMetrics
 from saescale.storage.errors import SaescaleError, SaescaleWarning
 from saescale.storage.files import exists, join
-from saescale.storage.sources.live import is_source
+from saescale.storage.live import is_source
 from saescale.storage.waiting import Wait, waits
 from saescale.trainers.device import default_device, fast_precision
 from saescale.trainers.kernels.choose import KernelKind, kernel_kind

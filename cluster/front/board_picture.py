@@ -4,7 +4,7 @@ from saescale.scaling.figures.boards import draw_boards
 from saescale.scaling.metrics import measured
 from saescale.storage.errors import SaescaleError
 from saescale.storage.files import join, write_atomic
-from saescale.storage.runs.rundir import RunDirectory
+from saescale.storage.rundir import RunDirectory
 from saescale.trainers.evals.boards.picture import boards_of_cell
 from saescale.trainers.subjects.othello.labels import MINE, YOURS
 

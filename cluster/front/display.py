@@ -14,7 +14,7 @@ from rich.table import Table
 
 from saescale.cluster.front.waits import SaysWaits, duration
 from saescale.storage.errors import SaescaleWarning
-from saescale.storage.runs.lease import Standing
+from saescale.storage.lease import Standing
 
 if TYPE_CHECKING:
     from saescale.cluster.crew.harvest_worker import ActorRow

@@ -48,7 +48,7 @@ def evaluate(
 
     Example: [bold]saescale eval runs/quickstart --evals core,downstream_loss --where n_latents=512[/]
     """
-    from saescale.storage.runs.rundir import RunDirectory
+    from saescale.storage.rundir import RunDirectory
     from saescale.storage.writable import require_writable
     from saescale.trainers.device import set_threads, usable_cores
     from saescale.trainers.evals.run import evaluate_run
@@ -80,7 +80,7 @@ def _show(run: str, names: list[str]) -> None:
     of single latents, labels or positions are only counted."""
     import numpy as np
 
-    from saescale.storage.runs.rundir import RunDirectory
+    from saescale.storage.rundir import RunDirectory
 
     rows = [row for row in RunDirectory(run).read_evals().to_pylist() if row["evaluation"] in names]
     of_whole_cells = {row["evaluation"] for row in rows if not row["at"]}

@@ -5,9 +5,9 @@ from typing import Any
 
 from saescale.storage.errors import SaescaleError
 from saescale.storage.files import exists, join, list_names
-from saescale.storage.runs.rundir import RunDirectory, has_weights
-from saescale.storage.sources.recorded import recorded_sources
-from saescale.storage.sources.store import ActivationStore
+from saescale.storage.recorded import recorded_sources
+from saescale.storage.rundir import RunDirectory, has_weights
+from saescale.storage.store import ActivationStore
 
 
 def describe(url: str, verify: bool = False) -> dict[str, str]:

@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from saescale.cluster.jobs.service import Service
     from saescale.cluster.sweep.spec import SweepSpec
     from saescale.cluster.sweep.status import SweepStatus
-    from saescale.storage.runs.lease import Driver
+    from saescale.storage.lease import Driver
 
 REFRESH_S = 2.0
 REFRESH_THERE_S = 20.0  # where each look is a job on the cluster
@@ -273,7 +273,7 @@ def _require_writable(run: str) -> None:
 
 def _require_free(run: str) -> None:
     """Refuses early what the driver would refuse after a minute; where the run is not readable here, it will."""
-    from saescale.storage.runs.lease import read_driver
+    from saescale.storage.lease import read_driver
 
     try:
         driver = read_driver(run)
@@ -289,7 +289,7 @@ def _require_free(run: str) -> None:
 def _caution(spec: "SweepSpec") -> None:
     """Says now what the driver would say in the job's log."""
     from saescale.cluster.sweep.cautions import cautions_of_each
-    from saescale.storage.sources.live import open_source
+    from saescale.storage.live import open_source
 
     widths: dict[str, int | None] = {}
     for url in spec.stores:
@@ -342,7 +342,7 @@ def _stop_job(job: str, address: str | None) -> None:
 
 
 def _stop_run(run: str, address: str | None) -> None:
-    from saescale.storage.runs.lease import read_driver
+    from saescale.storage.lease import read_driver
 
     driver = read_driver(run)
     if driver is None or not driver.lives():

@@ -55,8 +55,6 @@ def fit(
     Of a metric: [bold]saescale fit runs/quickstart --metric downstream_loss.kl[/]
     """
     from saescale.cluster.front.display import coefficient_table
-    from saescale.scaling.cells.sources import load_evals, load_sources
-    from saescale.scaling.cells.where import parse_condition
     from saescale.scaling.comparison.compare import side_by_side
     from saescale.scaling.comparison.peaks import find_peaks
     from saescale.scaling.comparison.sentences import limits
@@ -68,8 +66,10 @@ def fit(
     from saescale.scaling.laws.settings import DEFAULT_LAWS, FitSettings
     from saescale.scaling.metrics import measured
     from saescale.scaling.report.metrics import peak_documents, peak_sentences
+    from saescale.scaling.sources import load_evals, load_sources
+    from saescale.scaling.where import parse_condition
     from saescale.scaling.words import listed
-    from saescale.storage.runs.rundir import RunDirectory
+    from saescale.storage.rundir import RunDirectory
     from saescale.storage.writable import require_writable
 
     own = tuple(dict.fromkeys(found.name for path in law_file or () for found in load_laws(path)))
@@ -188,8 +188,8 @@ def _show_metrics(document: dict[str, Any]) -> None:
 
 def _show_side_by_side(sides: "SideBySide") -> None:
     """Architectures in their order, and laws over depth."""
-    from saescale.scaling.cells.kinds import kind_label
     from saescale.scaling.comparison.sentences import hierarchy, outcome
+    from saescale.scaling.kinds import kind_label
     from saescale.scaling.report.side_by_side import depth_table, heading, overall_table
 
     shown = [(heading(found), overall_table(found, one_k=True)) for found in sides.comparisons]
@@ -233,7 +233,7 @@ def _each(found: Any) -> list[dict[str, Any]]:
 
 
 def _kind(found: dict[str, Any]) -> str:
-    from saescale.scaling.cells.kinds import kind_label
+    from saescale.scaling.kinds import kind_label
 
     label = kind_label(found.get("of", {}))
     return f"{label}: " if label else ""

@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from saescale.storage.errors import SaescaleError
-from saescale.storage.runs.rundir import RunDirectory
+from saescale.storage.rundir import RunDirectory
 
 NOTE = "quickstart.json"  # in the run directory: which recipe, and what the machine was found to do
 WITHIN_S = 11 * 60.0  # of the quarter of an hour: timings of a few seconds are no promise

@@ -16,7 +16,7 @@ from saescale.cluster.front.waits import duration, waits_line
 from saescale.cluster.sweep.status import CellStatus, JobStatus, SweepStatus
 from saescale.scaling.order import in_order
 from saescale.storage.columns import is_diverged
-from saescale.storage.runs.lease import LiveStanding
+from saescale.storage.lease import LiveStanding
 from saescale.storage.waiting import Wait
 
 _STYLES = {

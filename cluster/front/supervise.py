@@ -167,7 +167,7 @@ class _Watch:
         state, line, status = self._reason(code)
         driver = self._facts.get("driver")
         if driver is not None:
-            from saescale.storage.runs.lease import close_for
+            from saescale.storage.lease import close_for
 
             with suppress(SaescaleError, OSError):
                 close_for(driver["file"], driver["id"], state, line)

@@ -125,7 +125,7 @@ def report(
     from saescale.cluster.sweep.identity import provenance_of
     from saescale.scaling.laws.settings import FitSettings
     from saescale.scaling.report.report import FILES, analyse
-    from saescale.storage.runs.rundir import RunDirectory
+    from saescale.storage.rundir import RunDirectory
     from saescale.storage.writable import require_writable
 
     wanted = [name for name in FILES if name in (formats or ()) or name == "html"]
@@ -143,7 +143,7 @@ def report(
 def _summary(outcome: "SweepOutcome", wall_s: float) -> None:
     """What a sweep did, its coefficients, and where things lie."""
     from saescale.cluster.front.display import duration
-    from saescale.storage.sources.recorded import recorded_sources
+    from saescale.storage.recorded import recorded_sources
 
     url = outcome.run.url
     if outcome.trained:

@@ -7,11 +7,11 @@ from typing import Any, NamedTuple
 
 import pyarrow as pa
 
-from saescale.scaling.cells.tables import Table, check_cells, finished
 from saescale.scaling.metrics import document
+from saescale.scaling.tables import Table, check_cells, finished
 from saescale.storage.columns import COLUMNS, CURVES, EVALS, OLD_NAMES, RESULTS
 from saescale.storage.errors import SaescaleError, one_line
-from saescale.storage.runs.rundir import METRICS
+from saescale.storage.rundir import METRICS
 from saescale.trainers.evals.evaluation import EVALUATIONS, find_evaluation, metrics_of
 
 _TIMEOUT_S = 30

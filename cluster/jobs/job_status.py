@@ -7,7 +7,7 @@ from saescale.cluster.jobs.service import Service
 from saescale.cluster.sweep.status import NoRun, SweepStatus, read_status, with_job
 from saescale.storage import files
 from saescale.storage.errors import SaescaleError
-from saescale.storage.runs.lease import read_driver
+from saescale.storage.lease import read_driver
 
 HELPER_S = 120.0
 

@@ -12,7 +12,7 @@ from saescale.cluster.sweep.planned import Planned
 from saescale.cluster.sweep.settings import told_apart
 from saescale.cluster.sweep.spec import parse_recorded
 from saescale.cluster.sweep.train import Way
-from saescale.scaling.cells.tables import Table
+from saescale.scaling.tables import Table
 from saescale.storage.errors import SaescaleError
 from saescale.trainers.precision import Precision
 

@@ -17,8 +17,8 @@ from saescale.cluster.sweep.sharding import step_on
 from saescale.scaling.planning.devices import Device
 from saescale.scaling.planning.network import Network
 from saescale.scaling.planning.schedule import Cluster, Outcome, best_interval, courses, simulate
+from saescale.storage.checkpoint import KEPT
 from saescale.storage.errors import SaescaleError
-from saescale.storage.runs.checkpoint import KEPT
 from saescale.trainers.cell import Cell
 from saescale.trainers.kernels.choose import KernelKind
 from saescale.trainers.mesh.layout import Layout

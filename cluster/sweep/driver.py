@@ -18,9 +18,9 @@ from saescale.scaling.laws.settings import FitSettings
 from saescale.scaling.report.report import analyse, is_current
 from saescale.storage.errors import SaescaleError, SaescaleWarning, one_line
 from saescale.storage.files import join, list_names, local_path, read_bytes
-from saescale.storage.runs.lease import Lease, read_driver, require_free
-from saescale.storage.runs.rundir import RunDirectory
-from saescale.storage.sources.live import is_live
+from saescale.storage.lease import Lease, read_driver, require_free
+from saescale.storage.live import is_live
+from saescale.storage.rundir import RunDirectory
 from saescale.storage.waiting import waiting
 from saescale.storage.writable import require_writable
 from saescale.trainers.loggers.wandb_cells import how_to_read, log_summary, resolve_mode, wandb_directory

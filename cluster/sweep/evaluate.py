@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from saescale.cluster.sweep.spec import SweepSpec
 from saescale.cluster.sweep.watcher import SweepDisplay
 from saescale.storage.errors import SaescaleError, SaescaleWarning, Superseded
-from saescale.storage.runs.rundir import RunDirectory
+from saescale.storage.rundir import RunDirectory
 from saescale.trainers.evals.plan import Plan, plan_evaluations
 
 

@@ -34,9 +34,9 @@ from saescale.cluster.sweep.stop import stop
 from saescale.cluster.sweep.watcher import SweepDisplay
 from saescale.storage import files
 from saescale.storage.errors import SaescaleError, Superseded, Unavailable, one_line
-from saescale.storage.runs.lease import Lease
-from saescale.storage.sources.live import LiveSource
-from saescale.storage.sources.store import ActivationStore
+from saescale.storage.lease import Lease
+from saescale.storage.live import LiveSource
+from saescale.storage.store import ActivationStore
 from saescale.storage.waiting import hear
 from saescale.trainers.cell import Cell, axes_of
 from saescale.trainers.device import OutOfMemory

@@ -15,7 +15,7 @@ from saescale.cluster.sweep.train import Way
 from saescale.storage import files
 from saescale.storage.documents import read_yaml
 from saescale.storage.errors import SaescaleError
-from saescale.storage.runs.rundir import RunDirectory
+from saescale.storage.rundir import RunDirectory
 
 # What decides how a cell is trained and measured: cells of one law must agree in it.
 _SHARED = ("train", "eval")

@@ -15,7 +15,7 @@ import numpy as np
 from saescale.cluster.sweep.work import work_of
 from saescale.scaling.planning.devices import Work, rates_of
 from saescale.scaling.reproduce import PUBLISHED
-from saescale.storage.runs.rundir import RunDirectory
+from saescale.storage.rundir import RunDirectory
 from saescale.trainers.cell import Cell, traits_of
 
 RUNS = ("quickstart", "architectures")  # in deploy/results

@@ -7,9 +7,9 @@ from typing import Any, NamedTuple
 from saescale.cluster.sweep.planned import Planned
 from saescale.cluster.sweep.spec import SweepSpec, parse_recorded
 from saescale.storage.errors import SaescaleError, one_line
-from saescale.storage.runs.rundir import SPEC, RunDirectory
-from saescale.storage.sources.recorded import recorded_sources
-from saescale.storage.sources.store import ActivationStore
+from saescale.storage.recorded import recorded_sources
+from saescale.storage.rundir import SPEC, RunDirectory
+from saescale.storage.store import ActivationStore
 from saescale.trainers.architectures.own import digests, require_same
 from saescale.trainers.precision import Precision
 

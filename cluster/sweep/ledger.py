@@ -13,12 +13,12 @@ import pyarrow.compute as pc
 from saescale.cluster.sweep.identity import document_of, taken_up
 from saescale.cluster.sweep.spec import SweepSpec
 from saescale.scaling.compute import Flops
+from saescale.storage import checkpoint
 from saescale.storage.columns import CURVES, CurveRow
 from saescale.storage.errors import Damaged, SaescaleError, SaescaleWarning, Unavailable
 from saescale.storage.files import local_path, remove
-from saescale.storage.runs import checkpoint
-from saescale.storage.runs.rundir import RunDirectory
-from saescale.storage.sources.store import ActivationStore
+from saescale.storage.rundir import RunDirectory
+from saescale.storage.store import ActivationStore
 from saescale.trainers.architectures.own import own_files
 from saescale.trainers.cell import Cell
 from saescale.trainers.evals.nmse import HeldOut

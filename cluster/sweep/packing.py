@@ -10,8 +10,8 @@ from collections.abc import Mapping, Sequence, Set
 from heapq import heappop, heappush
 
 from saescale.cluster.crew.claims import Needs
+from saescale.storage.checkpoint import KEPT
 from saescale.storage.errors import SaescaleError
-from saescale.storage.runs.checkpoint import KEPT
 from saescale.trainers.cell import Cell
 
 PACKS_PER_WORKER = 2  # enough to even out several workers of different speed; each pack reads the stream once

@@ -12,7 +12,7 @@ from saescale.cluster.sweep.ledger import Ledger
 from saescale.cluster.sweep.packing import cost, split
 from saescale.cluster.sweep.standing import Pack
 from saescale.storage.errors import SaescaleError, Unavailable
-from saescale.storage.sources.live import is_source
+from saescale.storage.live import is_source
 from saescale.trainers.cell import Cell
 
 

@@ -12,10 +12,7 @@ from saescale.cluster.sweep.best import Best, best_way
 from saescale.cluster.sweep.proposal import Prior, Proposal, ProposedCell, Request
 from saescale.cluster.sweep.spec import NO_STORE, SweepSpec, parse_recorded, parse_spec
 from saescale.cluster.sweep.work import work_of
-from saescale.scaling.cells.kinds import kind_label, largest_kind, without_diverged
-from saescale.scaling.cells.reading import is_table
-from saescale.scaling.cells.sources import load_sources
-from saescale.scaling.cells.tables import Table, load_rows
+from saescale.scaling.kinds import kind_label, largest_kind, without_diverged
 from saescale.scaling.laws.best import find_best
 from saescale.scaling.laws.estimate import Fit, fit_law
 from saescale.scaling.laws.forms.n_k import GPT4, N_K
@@ -35,9 +32,12 @@ from saescale.scaling.planning.design import (
     wanted,
 )
 from saescale.scaling.planning.devices import Device, as_measured
+from saescale.scaling.reading import is_table
+from saescale.scaling.sources import load_sources
+from saescale.scaling.tables import Table, load_rows
 from saescale.storage import files
 from saescale.storage.errors import SaescaleError
-from saescale.storage.runs.rundir import RunDirectory
+from saescale.storage.rundir import RunDirectory
 
 _DRAWS = 12  # of the fit's bootstrap, beside its best coefficients: guesses that the design is made for
 _WIDER = 16  # how far beyond the largest n of a run cells may go

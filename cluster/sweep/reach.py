@@ -9,14 +9,14 @@ from saescale.cluster.sweep.proposal import Prior, Request
 from saescale.cluster.sweep.propose import grid_of, levels_of, prior_of
 from saescale.cluster.sweep.spec import SweepSpec, parse_spec
 from saescale.cluster.sweep.work import work_of
-from saescale.scaling.cells.kinds import largest_kind, without_diverged
-from saescale.scaling.cells.sources import load_evals, load_sources
+from saescale.scaling.kinds import largest_kind, without_diverged
 from saescale.scaling.laws.fit import fit_laws
 from saescale.scaling.laws.over_metrics import fit_metrics, metrics_in, require_metric
 from saescale.scaling.laws.settings import FitSettings
 from saescale.scaling.metrics import measured
 from saescale.scaling.planning.devices import Work
 from saescale.scaling.planning.reach import Reached, smallest, target_of, target_words
+from saescale.scaling.sources import load_evals, load_sources
 from saescale.storage.documents import yaml_text
 from saescale.storage.errors import SaescaleError
 

@@ -13,8 +13,8 @@ from saescale.cluster.crew.train_worker import WorkerInfo, WorkerState
 from saescale.cluster.sweep.ledger import Ledger
 from saescale.cluster.sweep.packing import cost
 from saescale.storage.errors import Unavailable
-from saescale.storage.runs.lease import LiveStanding, RunningCell, RunningWorker, Standing
-from saescale.storage.sources.live import LiveSource, read_making
+from saescale.storage.lease import LiveStanding, RunningCell, RunningWorker, Standing
+from saescale.storage.live import LiveSource, read_making
 from saescale.storage.waiting import SAY_AFTER_S, Wait
 from saescale.trainers.cell import Cell
 from saescale.trainers.mesh.layout import Layout

@@ -12,13 +12,13 @@ from typing import Any, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
 
+from saescale.storage import checkpoint
 from saescale.storage.columns import is_diverged, misses_k
 from saescale.storage.documents import YAML_LOADER, yaml_reason
 from saescale.storage.errors import Damaged, SaescaleError, SaescaleWarning
-from saescale.storage.runs import checkpoint
-from saescale.storage.runs.lease import Driver, RunningCell, Standing, WaitsFor, read_driver
-from saescale.storage.runs.rundir import SPEC, RunDirectory, has_weights
-from saescale.storage.sources.recorded import recorded_sources
+from saescale.storage.lease import Driver, RunningCell, Standing, WaitsFor, read_driver
+from saescale.storage.recorded import recorded_sources
+from saescale.storage.rundir import SPEC, RunDirectory, has_weights
 
 # Files of single cells, such as a checkpoint's pointer, are read for so many cells at most: details of a few that just
 # changed, not of thousands.

@@ -11,7 +11,7 @@ from saescale.cluster.sweep.ledger import Ledger
 from saescale.cluster.sweep.standing import Attempt, ask
 from saescale.cluster.sweep.watcher import SweepDisplay
 from saescale.storage.errors import SaescaleError, one_line
-from saescale.storage.runs.lease import Lease
+from saescale.storage.lease import Lease
 from saescale.storage.waiting import waiting
 
 TIMEOUT_S = 45.0  # less than a job that is stopped gets (service.STOP_WAIT_S)

@@ -5,8 +5,8 @@ from collections.abc import Sequence
 from saescale.cluster.sweep.spec import SweepSpec
 from saescale.cluster.sweep.watcher import SweepDisplay
 from saescale.storage.errors import SaescaleError
-from saescale.storage.sources.live import open_source
-from saescale.storage.sources.store import ActivationStore
+from saescale.storage.live import open_source
+from saescale.storage.store import ActivationStore
 
 FULL_VERIFY_BYTES = 2 * 2**30  # stores of up to this size together are read whole before training starts
 

@@ -2,7 +2,7 @@
 
 from typing import Protocol
 
-from saescale.storage.runs.lease import Standing
+from saescale.storage.lease import Standing
 
 
 class SweepDisplay(Protocol):

@@ -4,9 +4,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from saescale.scaling.cells.kinds import Kind, kinds_in
-from saescale.scaling.cells.tables import Table, known
+from saescale.scaling.kinds import Kind, kinds_in
 from saescale.scaling.order import in_order
+from saescale.scaling.tables import Table, known
 from saescale.storage.columns import COLUMNS
 
 NEEDED = ("architecture", "n_latents", "k", "nmse")

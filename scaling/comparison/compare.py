@@ -6,7 +6,6 @@ from typing import Any
 
 import numpy as np
 
-from saescale.scaling.cells.tables import Table
 from saescale.scaling.comparison.arms import Arms, find_arms
 from saescale.scaling.comparison.depth import AtDepth, find_depth
 from saescale.scaling.comparison.equal_l0 import Order, Places, Unbeaten, find_order, find_places, find_unbeaten
@@ -14,6 +13,7 @@ from saescale.scaling.comparison.equal_nmse import Envelope, Ratios, find_envelo
 from saescale.scaling.comparison.hierarchy import Gaps, find_gaps
 from saescale.scaling.comparison.scatter import Scatter, find_scatter
 from saescale.scaling.laws.fit import LawsOfKinds
+from saescale.scaling.tables import Table
 
 REFERENCE = "topk"
 

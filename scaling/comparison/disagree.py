@@ -10,10 +10,10 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
-from saescale.scaling.cells.kinds import Kind
-from saescale.scaling.cells.tables import Table
+from saescale.scaling.kinds import Kind
 from saescale.scaling.laws.over_metrics import MetricLaws
 from saescale.scaling.laws.scales import Scale
+from saescale.scaling.tables import Table
 
 Equal = Literal["compute", "L0"]
 WITHIN: Mapping[Equal, float] = {"compute": 1.25, "L0": 1.1}  # factors up to which two cells count as equal

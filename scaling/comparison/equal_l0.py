@@ -7,10 +7,10 @@ from itertools import combinations
 
 import numpy as np
 
-from saescale.scaling.cells.tables import number
 from saescale.scaling.comparison.arms import Arms
 from saescale.scaling.comparison.scatter import Interval, interval
 from saescale.scaling.order import BASELINES, in_order
+from saescale.scaling.tables import number
 
 _SIGNS = {-1: " < ", 0: " ~ ", 1: " > "}  # of neighbours in an order, by the sign of their difference
 _SAME = 0.005  # relative difference of L0 that is none

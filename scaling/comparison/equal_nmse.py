@@ -6,10 +6,10 @@ from typing import Literal
 
 import numpy as np
 
-from saescale.scaling.cells.tables import Table
 from saescale.scaling.comparison.arms import Arms
 from saescale.scaling.comparison.scatter import Interval, interval
 from saescale.scaling.laws.frontier import at_its_k
+from saescale.scaling.tables import Table
 
 _GRID = 160
 _WARM_UP = 0.05  # of every curve, as for the frontier of law c

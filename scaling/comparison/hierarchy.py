@@ -5,9 +5,9 @@ from dataclasses import dataclass
 import numpy as np
 from scipy.stats import t
 
-from saescale.scaling.cells.levels import read_levels
 from saescale.scaling.comparison.arms import Arms
 from saescale.scaling.comparison.scatter import Interval, interval
+from saescale.scaling.levels import read_levels
 
 ONE_TRAINING, APART = "hierarchical_topk", "topk"
 

@@ -17,8 +17,8 @@ from scipy.interpolate import CubicSpline
 from scipy.stats import norm
 from scipy.stats import t as student
 
-from saescale.scaling.cells.kinds import Kind
 from saescale.scaling.comparison.scatter import DRAWS, Interval, about_surface
+from saescale.scaling.kinds import Kind
 from saescale.scaling.laws.over_metrics import MetricLaws
 
 Along = Literal["k", "n_latents"]

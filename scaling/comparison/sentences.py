@@ -4,12 +4,12 @@ from collections.abc import Iterable, Sequence
 
 import numpy as np
 
-from saescale.scaling.cells.kinds import kind_label
-from saescale.scaling.cells.tables import number
 from saescale.scaling.comparison.compare import Comparison
 from saescale.scaling.comparison.hierarchy import ONE_TRAINING
 from saescale.scaling.comparison.scatter import Interval
+from saescale.scaling.kinds import kind_label
 from saescale.scaling.order import BASELINES
+from saescale.scaling.tables import number
 from saescale.scaling.words import listed
 
 

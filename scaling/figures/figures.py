@@ -8,8 +8,6 @@ from typing import Literal, NamedTuple
 
 import pyarrow as pa
 
-from saescale.scaling.cells.kinds import Kind, kind_label
-from saescale.scaling.cells.tables import Table
 from saescale.scaling.comparison.compare import Comparison, SideBySide
 from saescale.scaling.figures import paper
 from saescale.scaling.figures.bars import slug
@@ -30,9 +28,11 @@ from saescale.scaling.figures.views_depth import views_of_depth
 from saescale.scaling.figures.views_laws import compute_optimal, exponents, holdout, isoflop, nmse_against_compute
 from saescale.scaling.figures.views_metrics import leading, metric_against_k, metric_against_n, metric_against_nmse
 from saescale.scaling.figures.views_profile import profile, tradeoff
+from saescale.scaling.kinds import Kind, kind_label
 from saescale.scaling.laws.estimate import Fit
 from saescale.scaling.laws.fit import Laws, LawsOfKinds
 from saescale.scaling.laws.over_metrics import MetricLaws
+from saescale.scaling.tables import Table
 from saescale.storage.files import join, list_names, remove, write_atomic
 
 # Every name that a view can have, before what it is of ("frontier-n512"): files of these names that were not drawn are

@@ -4,13 +4,13 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from saescale.scaling.cells.levels import measured_k
-from saescale.scaling.cells.tables import Table, number
 from saescale.scaling.figures.axes import count_axis, linear_axis, log_axis
 from saescale.scaling.figures.views import Band, Label, Layer, Line, Points, Rule, View, how_thinned, thinned
 from saescale.scaling.laws.estimate import Fit
 from saescale.scaling.laws.fit import Laws
 from saescale.scaling.laws.forms.n_k import N_K
+from saescale.scaling.levels import measured_k
+from saescale.scaling.tables import Table, number
 from saescale.storage.columns import COLUMNS
 
 N_LABEL, NMSE_LABEL, DEAD_LABEL = (COLUMNS[name].title for name in ("n_latents", "nmse", "dead_fraction"))

@@ -4,8 +4,6 @@ from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 
-from saescale.scaling.cells.levels import measured_k
-from saescale.scaling.cells.tables import number
 from saescale.scaling.comparison.compare import Comparison
 from saescale.scaling.comparison.scatter import interval
 from saescale.scaling.figures.axes import count_axis, log_axis, power_axis
@@ -14,7 +12,9 @@ from saescale.scaling.figures.views import Label, Layer, Line, Points, View
 from saescale.scaling.figures.views_cells import N_LABEL, NMSE_LABEL
 from saescale.scaling.figures.views_rows import compute_ratios, dead, hierarchy, order
 from saescale.scaling.laws.estimate import Fit
+from saescale.scaling.levels import measured_k
 from saescale.scaling.order import BASELINES
+from saescale.scaling.tables import number
 from saescale.scaling.words import listed
 from saescale.storage.columns import COLUMNS
 

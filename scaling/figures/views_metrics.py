@@ -7,11 +7,11 @@ from typing import NamedTuple
 
 import numpy as np
 
-from saescale.scaling.cells.kinds import kind_label
 from saescale.scaling.figures.axes import count_axis, linear_axis, log_axis
 from saescale.scaling.figures.bars import slug
 from saescale.scaling.figures.views import Label, Layer, Level, Line, Points, View
 from saescale.scaling.figures.views_cells import NMSE_LABEL, ks_of, nmse_against_n
+from saescale.scaling.kinds import kind_label
 from saescale.scaling.laws.over_metrics import MetricLaws
 from saescale.storage.columns import COLUMNS
 

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from saescale.scaling.cells.kinds import Kind
+from saescale.scaling.kinds import Kind
 from saescale.scaling.laws.checks import fit_warnings, holdout_warnings, unstable_exponent
 from saescale.scaling.laws.estimate import Fit
 from saescale.scaling.laws.holdout import hold_out

@@ -19,8 +19,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from scipy.stats import norm
 
-from saescale.scaling.cells.kinds import IDENTITY
-from saescale.scaling.cells.tables import Table, known, number
+from saescale.scaling.kinds import IDENTITY
+from saescale.scaling.tables import Table, known, number
 from saescale.scaling.words import listed
 
 SETTING = "settings."  # before the name of a setting of an architecture, which has no column

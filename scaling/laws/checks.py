@@ -7,12 +7,12 @@ from typing import Any
 import numpy as np
 from scipy.stats import binom, spearmanr
 
-from saescale.scaling.cells.kinds import mostly_above_one, said_of_kinds
-from saescale.scaling.cells.tables import KIND, Table, number, size_of
+from saescale.scaling.kinds import mostly_above_one, said_of_kinds
 from saescale.scaling.laws.convergence import Convergence, unconverged
 from saescale.scaling.laws.estimate import Fit
 from saescale.scaling.laws.frontier import Frontier
 from saescale.scaling.laws.law import SYMBOLS, Law
+from saescale.scaling.tables import KIND, Table, number, size_of
 from saescale.scaling.words import listed
 
 _RANGE = 8.0

@@ -6,10 +6,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from saescale.scaling.cells.tables import Table, size_of
 from saescale.scaling.laws.estimate import Fit, fit_law
 from saescale.scaling.laws.law import Exponent, Law, Term
 from saescale.scaling.laws.settings import FitSettings
+from saescale.scaling.tables import Table, size_of
 from saescale.scaling.words import listed
 from saescale.storage.errors import SaescaleError
 

@@ -8,7 +8,7 @@ import numpy as np
 from scipy.optimize import nnls
 from scipy.stats import norm, t
 
-from saescale.scaling.cells.kinds import Kind
+from saescale.scaling.kinds import Kind
 from saescale.scaling.laws.huber import Problem, losses, minimise, polish
 from saescale.scaling.laws.identify import Bound, Conditioning, Profile, bounds_reached, condition
 from saescale.scaling.laws.lack_of_fit import LackOfFit, f_test, resampled_errors, smoothed

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from saescale.scaling.cells.kinds import (
+from saescale.scaling.kinds import (
     Kind,
     diverged_rows,
     kinds_in,
@@ -15,8 +15,6 @@ from saescale.scaling.cells.kinds import (
     with_kinds,
     without_diverged,
 )
-from saescale.scaling.cells.levels import with_levels
-from saescale.scaling.cells.tables import Table, check_cells, fingerprint
 from saescale.scaling.laws.attempt import Skipped
 from saescale.scaling.laws.best import CHOICES, Best, find_best
 from saescale.scaling.laws.checks import data_warnings
@@ -29,6 +27,8 @@ from saescale.scaling.laws.over_cells import by_k, fit_cells
 from saescale.scaling.laws.over_compute import find_frontiers, fit_compute, fit_optimum
 from saescale.scaling.laws.rates import Rates, find_rates
 from saescale.scaling.laws.settings import DEFAULT_LAWS, LEAST_BOOTSTRAPS, FitSettings
+from saescale.scaling.levels import with_levels
+from saescale.scaling.tables import Table, check_cells, fingerprint
 from saescale.scaling.words import listed
 
 FORMAT = 1

@@ -9,10 +9,10 @@ from typing import NamedTuple
 
 import numpy as np
 
-from saescale.scaling.cells.tables import Table
 from saescale.scaling.laws.estimate import Fit, Fitted, Resamples, chunks, draw_counts, fit_law
 from saescale.scaling.laws.law import Law
 from saescale.scaling.laws.settings import FitSettings
+from saescale.scaling.tables import Table
 from saescale.storage.errors import SaescaleError
 
 _POINTS = 48

@@ -8,11 +8,11 @@ from typing import Any
 
 import numpy as np
 
-from saescale.scaling.cells.tables import Table
 from saescale.scaling.laws.estimate import Fit, Fitted, Resamples, chunks, draw_counts, fit_law
 from saescale.scaling.laws.frontier import Frontier
 from saescale.scaling.laws.law import Law
 from saescale.scaling.laws.settings import FitSettings
+from saescale.scaling.tables import Table
 
 _LEAST_MINIMA = 3
 _LEAST_SIZES = 3

@@ -7,8 +7,8 @@ from typing import Any
 import numpy as np
 from scipy.stats import f as f_distribution
 
-from saescale.scaling.cells.tables import Table
 from saescale.scaling.laws.huber import Problem, minimise
+from saescale.scaling.tables import Table
 from saescale.storage.columns import COLUMNS
 
 _LEVEL = 0.05

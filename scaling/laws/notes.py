@@ -4,7 +4,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-from saescale.scaling.cells.kinds import Kind, kind_label
+from saescale.scaling.kinds import Kind, kind_label
 from saescale.scaling.words import MOST, listed
 
 Entry = Mapping[str, Any]

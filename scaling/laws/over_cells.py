@@ -6,8 +6,6 @@ from typing import Any
 
 import numpy as np
 
-from saescale.scaling.cells.levels import measured_k
-from saescale.scaling.cells.tables import Table, number, size_of
 from saescale.scaling.laws.attempt import Skipped, fit_forms, held_out
 from saescale.scaling.laws.estimate import Fit, centred, fit_law
 from saescale.scaling.laws.holdout import compare_without_last, hold_out
@@ -16,6 +14,8 @@ from saescale.scaling.laws.lack_of_fit import kinds_of
 from saescale.scaling.laws.law import SYMBOLS, Law
 from saescale.scaling.laws.leading import far_cells, leading_cells
 from saescale.scaling.laws.settings import FitSettings
+from saescale.scaling.levels import measured_k
+from saescale.scaling.tables import Table, number, size_of
 from saescale.scaling.words import listed
 from saescale.storage.errors import SaescaleError
 

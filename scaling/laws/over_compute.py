@@ -3,7 +3,6 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
-from saescale.scaling.cells.tables import Table, number
 from saescale.scaling.laws.attempt import Skipped, fit_forms, held_out
 from saescale.scaling.laws.checks import fit_warnings, frontier_warnings
 from saescale.scaling.laws.estimate import Fit
@@ -12,6 +11,7 @@ from saescale.scaling.laws.isoflop import IsoFlop, fit_isoflop
 from saescale.scaling.laws.law import Law
 from saescale.scaling.laws.over_cells import by_k
 from saescale.scaling.laws.settings import FitSettings
+from saescale.scaling.tables import Table, number
 from saescale.storage.errors import SaescaleError
 
 

@@ -17,8 +17,7 @@ import numpy as np
 import pyarrow as pa
 from scipy.stats import spearmanr
 
-from saescale.scaling.cells.kinds import Kind
-from saescale.scaling.cells.tables import Table, size_of
+from saescale.scaling.kinds import Kind
 from saescale.scaling.laws.attempt import Skipped
 from saescale.scaling.laws.checks import rises
 from saescale.scaling.laws.estimate import Fit
@@ -29,6 +28,7 @@ from saescale.scaling.laws.over_compute import find_frontiers, fit_compute
 from saescale.scaling.laws.scales import Scale, scale_of
 from saescale.scaling.laws.settings import FitSettings
 from saescale.scaling.metrics import Better, Measured, Metric, Values, declared, measured, values_of
+from saescale.scaling.tables import Table, size_of
 from saescale.scaling.words import listed
 from saescale.storage.columns import COLUMNS
 from saescale.storage.errors import SaescaleError

@@ -6,11 +6,11 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from saescale.scaling.cells.tables import Table, number
 from saescale.scaling.laws.estimate import Fit
 from saescale.scaling.laws.law import SYMBOLS, find_law, forms_of, law_names
 from saescale.scaling.laws.over_metrics import MetricLaws
 from saescale.scaling.laws.scales import Scale
+from saescale.scaling.tables import Table, number
 from saescale.scaling.words import listed
 from saescale.storage.columns import COLUMNS
 from saescale.storage.errors import SaescaleError

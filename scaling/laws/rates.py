@@ -18,8 +18,8 @@ import numpy as np
 from scipy.stats import f as f_distribution
 from scipy.stats import t as student
 
-from saescale.scaling.cells.tables import Table, known, number
 from saescale.scaling.laws.best import find_best
+from saescale.scaling.tables import Table, known, number
 from saescale.scaling.words import listed
 
 _LEAST_RATES = 3

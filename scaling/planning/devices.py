@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from saescale.scaling.cells.tables import Table
+from saescale.scaling.tables import Table
 from saescale.storage.errors import SaescaleError
 
 _GIVEN = "as given"

@@ -6,9 +6,9 @@ from typing import NamedTuple
 
 import numpy as np
 
-from saescale.scaling.cells.tables import number
 from saescale.scaling.laws.over_metrics import MetricLaws
 from saescale.scaling.laws.scales import Scale
+from saescale.scaling.tables import number
 from saescale.storage.errors import SaescaleError
 
 _STEPS = 64  # of N to a doubling: it is found within 1.1 %

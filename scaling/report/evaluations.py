@@ -3,8 +3,8 @@
 import numpy as np
 import pyarrow as pa
 
-from saescale.scaling.cells.tables import Table, number
 from saescale.scaling.report.text import TextTable, scientific
+from saescale.scaling.tables import Table, number
 from saescale.storage.columns import COLUMNS
 
 _MOST_ROWS = 200

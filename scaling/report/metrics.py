@@ -6,15 +6,15 @@ from typing import Any
 
 import numpy as np
 
-from saescale.scaling.cells.kinds import kind_label
-from saescale.scaling.cells.tables import number
 from saescale.scaling.comparison.disagree import WITHIN, Cell, Contradiction, Disagreement, Ranked
 from saescale.scaling.comparison.peaks import Along, Best, Peaks
 from saescale.scaling.comparison.sentences import between
 from saescale.scaling.figures.views_metrics import leading
+from saescale.scaling.kinds import kind_label
 from saescale.scaling.laws.notes import about, fit_notes, metric_document, with_ends
 from saescale.scaling.laws.over_metrics import MetricLaws
 from saescale.scaling.report.text import TextTable, scientific, typeset
+from saescale.scaling.tables import number
 from saescale.scaling.words import listed
 
 _SHOWN = 3  # pairs of cells, or peaks, that a sentence names

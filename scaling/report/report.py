@@ -13,8 +13,6 @@ import pyarrow as pa
 import xxhash
 from markupsafe import Markup
 
-from saescale.scaling.cells.kinds import kind_label
-from saescale.scaling.cells.tables import Table, load_curves, load_results
 from saescale.scaling.comparison.compare import SideBySide, side_by_side
 from saescale.scaling.comparison.disagree import find_disagreements
 from saescale.scaling.comparison.peaks import find_peaks
@@ -23,6 +21,7 @@ from saescale.scaling.figures.figures import MOST_KINDS, Figure, Part, draw_figu
 from saescale.scaling.figures.interactive import theme
 from saescale.scaling.figures.palette import colour
 from saescale.scaling.figures.views_metrics import leading
+from saescale.scaling.kinds import kind_label
 from saescale.scaling.laws.fit import FORMAT, describe_input, fit_laws
 from saescale.scaling.laws.notes import fit_notes, kinds_of_document
 from saescale.scaling.laws.over_metrics import DEFAULT, distinct_metrics, fit_metrics, nmse_scatter
@@ -39,9 +38,10 @@ from saescale.scaling.report.metrics import (
     peak_sentences,
 )
 from saescale.scaling.report.side_by_side import comparison_tables, depth_table, heading, said, summary
+from saescale.scaling.tables import Table, load_curves, load_results
 from saescale.storage.errors import SaescaleError
 from saescale.storage.files import exists, join, write_atomic
-from saescale.storage.runs.rundir import RunDirectory
+from saescale.storage.rundir import RunDirectory
 
 Format = Literal["html", "md"]
 REPORT = "report.html"

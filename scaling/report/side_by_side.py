@@ -4,8 +4,6 @@ from collections.abc import Iterable
 
 import numpy as np
 
-from saescale.scaling.cells.kinds import kind_label
-from saescale.scaling.cells.tables import number
 from saescale.scaling.comparison.compare import Comparison, SideBySide
 from saescale.scaling.comparison.depth import AtDepth
 from saescale.scaling.comparison.equal_nmse import Ratio, Ratios, Reached
@@ -13,7 +11,9 @@ from saescale.scaling.comparison.scatter import Interval
 from saescale.scaling.comparison.sentences import between, hierarchy, outcome, ratios
 from saescale.scaling.figures.figures import MOST_COMPARISONS
 from saescale.scaling.figures.views import shortened
+from saescale.scaling.kinds import kind_label
 from saescale.scaling.report.text import TextTable, typeset
+from saescale.scaling.tables import number
 
 _MOST_POINTS = 12  # of N and L0 in one table
 

@@ -6,9 +6,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from saescale.scaling.cells.kinds import kind_label
-from saescale.scaling.cells.tables import Table
+from saescale.scaling.kinds import kind_label
 from saescale.scaling.laws.notes import kinds_of_document, law_label, rate_rows
+from saescale.scaling.tables import Table
 from saescale.storage.columns import COLUMNS, columns_of
 
 Document = Mapping[str, Any]

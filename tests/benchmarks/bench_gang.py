@@ -26,9 +26,9 @@ import ray
 import torch
 
 from saescale.cluster.crew.train_worker import Place, Worker
-from saescale.storage.runs import checkpoint
-from saescale.storage.runs.rundir import RunDirectory
-from saescale.storage.sources.store import ActivationStore
+from saescale.storage import checkpoint
+from saescale.storage.rundir import RunDirectory
+from saescale.storage.store import ActivationStore
 from saescale.trainers.cell import Cell, EvalSpec
 from saescale.trainers.mesh.distributed import joined
 from saescale.trainers.mesh.layout import Layout

@@ -31,8 +31,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from saescale.storage.sources.live import open_source, read_making
-from saescale.storage.sources.source import Order
+from saescale.storage.live import open_source, read_making
+from saescale.storage.source import Order
 from saescale.trainers.cell import Cell, EvalSpec
 from saescale.trainers.device import set_threads
 from saescale.trainers.harvest.conduct import harvest

@@ -28,10 +28,10 @@ from saescale.cluster.front.quickstart import full_sweep
 from saescale.cluster.sweep.driver import run_sweep
 from saescale.cluster.sweep.spec import SweepSpec, parse_spec
 from saescale.scaling.laws.settings import FitSettings
-from saescale.storage.runs.lease import Standing
-from saescale.storage.runs.rundir import RunDirectory
-from saescale.storage.sources.store import ActivationStore
-from saescale.storage.sources.stream import Stream
+from saescale.storage.lease import Standing
+from saescale.storage.rundir import RunDirectory
+from saescale.storage.store import ActivationStore
+from saescale.storage.stream import Stream
 from saescale.trainers.device import default_device, fast_precision, set_threads
 from saescale.trainers.evals.nmse import HeldOut
 from saescale.trainers.loggers.interface import NoLogger

@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 import torch
 
 from saescale.cluster.front.quickstart import full_sweep
-from saescale.storage.sources.store import ActivationStore
+from saescale.storage.store import ActivationStore
 from saescale.trainers.cell import Cell, EvalSpec
 from saescale.trainers.device import fast_precision, set_threads
 from saescale.trainers.training.train import PackJob, train_pack

@@ -19,9 +19,9 @@ import numpy as np
 import torch
 
 from saescale.cluster.front.quickstart import full_sweep
-from saescale.storage.runs.rundir import RunDirectory
-from saescale.storage.sources.store import ActivationStore
-from saescale.storage.sources.stream import Stream
+from saescale.storage.rundir import RunDirectory
+from saescale.storage.store import ActivationStore
+from saescale.storage.stream import Stream
 from saescale.trainers.architectures.architecture import Shape
 from saescale.trainers.architectures.sae import SAE
 from saescale.trainers.cell import Cell, EvalSpec

@@ -1,4 +1,4 @@
-"""Benchmark (c): how fast storage/sources/stream.py hands out batches, beside the fastest reading of the same bytes.
+"""Benchmark (c): how fast storage/stream.py hands out batches, beside the fastest reading of the same bytes.
 
     python -m tests.benchmarks.bench_stream          writes about 1 GB to a temporary folder
 
@@ -23,8 +23,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from saescale.storage.sources.store import ActivationStore
-from saescale.storage.sources.stream import Stream
+from saescale.storage.store import ActivationStore
+from saescale.storage.stream import Stream
 from tests.benchmarks.harness import alternate, console, machine, quartiles, run, show_table, write_result
 from tests.trainers.synthetic import write_store
 

@@ -24,10 +24,10 @@ from sae_lens import TopKSAE, TopKSAEConfig  # type: ignore[import-not-found]
 from torch import Tensor
 from transformer_lens.hook_points import HookedRootModule, HookPoint  # type: ignore[import-not-found]
 
-from saescale.storage.runs.rundir import RunDirectory
-from saescale.storage.sources.manifest import Site
-from saescale.storage.sources.recorded import recorded_sources
-from saescale.storage.sources.store import ActivationStore
+from saescale.storage.manifest import Site
+from saescale.storage.recorded import recorded_sources
+from saescale.storage.rundir import RunDirectory
+from saescale.storage.store import ActivationStore
 from saescale.trainers.evals import core, downstream_loss
 from saescale.trainers.evals.evaluation import Measurement
 from saescale.trainers.evals.splice import heldout_contexts

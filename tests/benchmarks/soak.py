@@ -24,10 +24,10 @@ import psutil
 import yaml
 from rich.progress import Progress
 
+from saescale.storage import checkpoint
 from saescale.storage.files import exists
-from saescale.storage.runs import checkpoint
-from saescale.storage.runs.lease import Driver, read_driver
-from saescale.storage.runs.rundir import RunDirectory
+from saescale.storage.lease import Driver, read_driver
+from saescale.storage.rundir import RunDirectory
 from tests.benchmarks.harness import ROOT, BenchmarkError, console, machine, run, show_table, write_result
 from tests.survival import reached
 from tests.trainers.synthetic import sparse_rows, write_store

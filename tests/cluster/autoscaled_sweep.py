@@ -16,7 +16,7 @@ import ray
 from saescale.cluster.sweep import execute
 from saescale.cluster.sweep.driver import run_sweep
 from saescale.cluster.sweep.spec import load_spec
-from saescale.storage.runs.lease import Standing
+from saescale.storage.lease import Standing
 
 PATIENCE_S = 60.0
 

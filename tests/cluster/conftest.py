@@ -14,9 +14,9 @@ import yaml
 
 from saescale.cluster.sweep.spec import SweepSpec
 from saescale.storage.columns import CURVES
-from saescale.storage.runs.lease import Standing
-from saescale.storage.runs.rundir import RunDirectory
-from saescale.storage.sources.store import ActivationStore
+from saescale.storage.lease import Standing
+from saescale.storage.rundir import RunDirectory
+from saescale.storage.store import ActivationStore
 from saescale.trainers.training.train import PackJob, train_pack
 from tests.cluster.forked_workers import forked_workers
 from tests.survival import reached

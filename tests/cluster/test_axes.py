@@ -17,8 +17,8 @@ from saescale.cluster.sweep.propose import Request, make_proposal
 from saescale.cluster.sweep.spec import SweepSpec, load_spec, parse_spec
 from saescale.scaling.planning.devices import find_device
 from saescale.storage.errors import SaescaleError
-from saescale.storage.runs.rundir import RunDirectory
-from saescale.storage.sources.store import ActivationStore
+from saescale.storage.rundir import RunDirectory
+from saescale.storage.store import ActivationStore
 from saescale.trainers.cell import Cell, axes_of
 from saescale.trainers.loggers.wandb_cells import _name
 from saescale.trainers.training.results import Provenance, result_row

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from saescale.cluster.sweep.status import read_status
-from saescale.storage.runs.lease import read_driver
+from saescale.storage.lease import read_driver
 from tests.cluster.command import SAESCALE, assert_one_line, environment, interruptible, saescale, saescale_here
 from tests.trainers.synthetic import sparse_rows, write_store
 

@@ -16,13 +16,13 @@ from saescale.cluster.sweep.ledger import Ledger, open_ledger
 from saescale.cluster.sweep.spec import SweepSpec, load_spec, parse_spec
 from saescale.scaling.laws.settings import FitSettings
 from saescale.scaling.report.report import analyse, is_current
+from saescale.storage import checkpoint
 from saescale.storage.columns import RESULTS, CurveRow
 from saescale.storage.documents import yaml_text
 from saescale.storage.errors import SaescaleError, SaescaleWarning
-from saescale.storage.runs import checkpoint
-from saescale.storage.runs.lease import Lease
-from saescale.storage.runs.rundir import RunDirectory
-from saescale.storage.sources.store import ActivationStore
+from saescale.storage.lease import Lease
+from saescale.storage.rundir import RunDirectory
+from saescale.storage.store import ActivationStore
 from saescale.trainers.architectures.architecture import Shape, find_architecture
 from saescale.trainers.architectures.sae import SAE
 from saescale.trainers.cell import Cell, EvalSpec

@@ -15,8 +15,8 @@ from saescale.cluster.front.display import Display, actor_table, coefficient_tab
 from saescale.cluster.front.sweeps import _summary
 from saescale.cluster.sweep.driver import SweepOutcome
 from saescale.storage.errors import SaescaleWarning
-from saescale.storage.runs.lease import Standing
-from saescale.storage.runs.rundir import RunDirectory
+from saescale.storage.lease import Standing
+from saescale.storage.rundir import RunDirectory
 
 
 def progress(done: int, fraction: float) -> Standing:

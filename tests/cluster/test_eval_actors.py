@@ -18,8 +18,8 @@ from saescale.cluster.sweep.driver import run_sweep
 from saescale.cluster.sweep.spec import parse_spec
 from saescale.scaling.laws.settings import FitSettings
 from saescale.storage.errors import SaescaleWarning
-from saescale.storage.runs.rundir import RunDirectory
-from saescale.storage.sources.store import ActivationStore
+from saescale.storage.rundir import RunDirectory
+from saescale.storage.store import ActivationStore
 from saescale.trainers.cell import Cell, EvalSpec
 from saescale.trainers.evals.run import evaluate_run
 from saescale.trainers.training.train import PackJob, train_pack

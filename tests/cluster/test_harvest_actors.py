@@ -18,7 +18,7 @@ from saescale.cluster.crew.harvest_worker import HarvestActor
 from saescale.cluster.crew.shares import share_beside, share_out
 from saescale.storage import files
 from saescale.storage.errors import SaescaleError, SaescaleWarning
-from saescale.storage.sources.store import ActivationStore
+from saescale.storage.store import ActivationStore
 from saescale.trainers.harvest import contexts
 from saescale.trainers.harvest.conduct import harvest, harvest_each
 from saescale.trainers.harvest.layers import each_layer

@@ -12,7 +12,7 @@ import pytest
 
 from saescale.cluster.sweep.spec import load_spec
 from saescale.cluster.sweep.stores import open_stores
-from saescale.storage.sources.store import ActivationStore
+from saescale.storage.store import ActivationStore
 from tests.cluster.command import assert_one_line, saescale_here
 
 SIZES = ["--tokens", "640", "--heldout-tokens", "128", "--context-length", "16"]

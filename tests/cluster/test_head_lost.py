@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from saescale.cluster.sweep.status import read_status
-from saescale.storage.runs.lease import read_driver
+from saescale.storage.lease import read_driver
 from tests.cluster.command import SAESCALE, environment, interruptible, saescale
 
 pytestmark = pytest.mark.chaos

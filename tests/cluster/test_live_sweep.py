@@ -19,8 +19,8 @@ from saescale.cluster.crew import harvest_crew
 from saescale.cluster.sweep.driver import run_sweep
 from saescale.cluster.sweep.spec import parse_spec
 from saescale.scaling.laws.settings import FitSettings
-from saescale.storage.runs.rundir import RunDirectory
-from saescale.storage.sources.live import read_making
+from saescale.storage.live import read_making
+from saescale.storage.rundir import RunDirectory
 from saescale.trainers.harvest import contexts
 from saescale.trainers.harvest.room import Room
 from tests.cluster.command import SAESCALE, assert_one_line, environment, saescale_here

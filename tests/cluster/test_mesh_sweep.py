@@ -16,11 +16,11 @@ from saescale.cluster.sweep.meshes import check_meshes, plan_meshes
 from saescale.cluster.sweep.packing import cost
 from saescale.cluster.sweep.spec import SweepSpec, parse_spec
 from saescale.scaling.laws.settings import FitSettings
+from saescale.storage import checkpoint
 from saescale.storage.errors import SaescaleError
-from saescale.storage.runs import checkpoint
-from saescale.storage.runs.lease import Standing
-from saescale.storage.runs.rundir import RunDirectory
-from saescale.storage.sources.store import ActivationStore
+from saescale.storage.lease import Standing
+from saescale.storage.rundir import RunDirectory
+from saescale.storage.store import ActivationStore
 from saescale.trainers.cell import Cell
 from saescale.trainers.mesh.layout import Layout
 from tests.cluster.conftest import Recorder, trained_alone

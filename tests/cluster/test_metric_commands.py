@@ -7,7 +7,7 @@ import pytest
 import yaml
 
 from saescale.scaling.laws.notes import about
-from saescale.storage.runs.rundir import RunDirectory
+from saescale.storage.rundir import RunDirectory
 from tests.cluster.command import assert_one_line, saescale_here
 from tests.scaling.test_over_metrics import distance, write_run
 

@@ -20,7 +20,7 @@ from saescale.cluster.sweep.driver import run_sweep
 from saescale.cluster.sweep.spec import parse_spec
 from saescale.scaling.laws.settings import FitSettings
 from saescale.storage.errors import SaescaleWarning
-from saescale.storage.runs.rundir import RunDirectory
+from saescale.storage.rundir import RunDirectory
 from saescale.trainers.training.train import PackJob
 from tests.cluster.conftest import Recorder
 

@@ -20,12 +20,12 @@ from saescale.cluster.sweep.grid import Grid
 from saescale.cluster.sweep.ledger import open_ledger
 from saescale.cluster.sweep.propose import Request, make_proposal
 from saescale.cluster.sweep.spec import NO_STORE, SweepSpec, load_spec, parse_spec
-from saescale.scaling.cells.tables import load_results
 from saescale.scaling.laws.settings import FitSettings
 from saescale.scaling.planning.devices import find_device
+from saescale.scaling.tables import load_results
 from saescale.storage.errors import SaescaleError
-from saescale.storage.runs.rundir import RunDirectory
-from saescale.storage.sources.store import ActivationStore
+from saescale.storage.rundir import RunDirectory
+from saescale.storage.store import ActivationStore
 from tests.cluster.command import assert_one_line, saescale, saescale_here
 from tests.cluster.conftest import Recorder
 from tests.scaling.conftest import _cells

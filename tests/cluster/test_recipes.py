@@ -12,7 +12,7 @@ from saescale.cluster.sweep.axes import several
 from saescale.cluster.sweep.spec import load_spec
 from saescale.scaling.laws.forms.n_k import N_K
 from saescale.storage.errors import SaescaleError
-from saescale.storage.runs.rundir import RunDirectory
+from saescale.storage.rundir import RunDirectory
 
 ZEN_4 = Speed("bf16", 375e9, 2.1e-6)  # measured on two cores
 AVX2 = Speed("fp32", 150e9, 3.5e-6)

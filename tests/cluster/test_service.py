@@ -27,7 +27,7 @@ from saescale.cluster.sweep.spec import parse_spec
 from saescale.cluster.sweep.status import read_status
 from saescale.storage import registry
 from saescale.storage.errors import SaescaleError
-from saescale.storage.runs.lease import Lease, newest_file
+from saescale.storage.lease import Lease, newest_file
 from saescale.trainers.architectures import ARCHITECTURES
 from tests.cluster.command import ROOT, assert_one_line, environment, saescale, saescale_here
 from tests.cluster.ray_head import Head, ray_head

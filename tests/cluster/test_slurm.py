@@ -17,7 +17,7 @@ from typing import Any
 import psutil
 import pytest
 
-from saescale.storage.runs.lease import read_driver
+from saescale.storage.lease import read_driver
 from tests.cluster.command import ROOT
 
 # Starts the command once for each node, with its number, and ends them all when it is told to.

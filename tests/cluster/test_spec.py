@@ -10,7 +10,7 @@ import yaml
 from saescale.cluster.front.quickstart import full_sweep
 from saescale.cluster.sweep.spec import load_spec, parse_spec
 from saescale.storage.errors import SaescaleError
-from saescale.storage.sources.store import ActivationStore
+from saescale.storage.store import ActivationStore
 
 EXAMPLES = sorted((Path(__file__).parents[2] / "deploy" / "sweeps").glob("*.yaml"))
 

@@ -18,17 +18,17 @@ from rich.console import Console
 from saescale.cluster.front.inspection import describe
 from saescale.cluster.front.status_view import cells_lines, jobs_table, line, render
 from saescale.cluster.sweep.status import MAX_READ, CellStatus, JobStatus, SweepStatus, read_status, with_job
+from saescale.storage import checkpoint
 from saescale.storage.errors import SaescaleError
-from saescale.storage.runs import checkpoint
-from saescale.storage.runs.lease import Lease, RunningCell, Standing, newest_file
-from saescale.storage.runs.rundir import RunDirectory
+from saescale.storage.lease import Lease, RunningCell, Standing, newest_file
+from saescale.storage.rundir import RunDirectory
 from saescale.storage.waiting import waiting, waits
 from tests.cluster.command import ROOT, SAESCALE, assert_one_line, environment, interruptible, saescale, saescale_here
 
 
 @pytest.fixture(autouse=True)
 def quick_beat(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("saescale.storage.runs.lease.BEAT_S", 0.2)
+    monkeypatch.setattr("saescale.storage.lease.BEAT_S", 0.2)
 
 
 def row(n_latents: int, k: int, status: str = "pending", seed: int = 0, **more: Any) -> dict[str, Any]:
@@ -158,7 +158,7 @@ def test_how_a_driver_ended(tmp_path: Path, state: Any, error: str | None) -> No
 
 def test_a_driver_that_was_killed_is_said_to_have_died(tmp_path: Path) -> None:
     run = make_run(str(tmp_path / "run"), ROWS)
-    code = "import os, sys; from saescale.storage.runs.lease import Lease; Lease(sys.argv[1]); os.kill(os.getpid(), 9)"
+    code = "import os, sys; from saescale.storage.lease import Lease; Lease(sys.argv[1]); os.kill(os.getpid(), 9)"
     subprocess.run([sys.executable, "-c", code, run.url], cwd=ROOT, check=False)
     found = read_status(run.url)
     assert found.state == "died"
@@ -298,9 +298,9 @@ def test_who_ends_watching_ends_nothing_else(tmp_path: Path) -> None:
 def test_stop_ends_a_driver_on_this_machine(tmp_path: Path) -> None:
     run = make_run(str(tmp_path / "run"), ROWS)
     code = (
-        "import signal, sys, time, saescale.storage.runs.lease\n"
+        "import signal, sys, time, saescale.storage.lease\n"
         "signal.signal(signal.SIGTERM, lambda *_: sys.exit(130))\n"
-        "with saescale.storage.runs.lease.Lease(sys.argv[1]): time.sleep(300)"
+        "with saescale.storage.lease.Lease(sys.argv[1]): time.sleep(300)"
     )
     driver = subprocess.Popen([sys.executable, "-c", code, run.url], cwd=ROOT)
     until(lambda: read_status(run.url).state == "running")

@@ -19,9 +19,9 @@ from saescale.cluster.sweep.spec import load_spec, parse_spec
 from saescale.cluster.sweep.status import read_status
 from saescale.cluster.sweep.stores import open_stores
 from saescale.storage.errors import SaescaleError
-from saescale.storage.runs.rundir import RunDirectory
-from saescale.storage.sources.recorded import recorded_sources
-from saescale.storage.sources.store import ActivationStore
+from saescale.storage.recorded import recorded_sources
+from saescale.storage.rundir import RunDirectory
+from saescale.storage.store import ActivationStore
 from tests.cluster.command import assert_one_line, saescale_here
 from tests.cluster.test_status import shown
 from tests.trainers.synthetic import sparse_rows, write_store

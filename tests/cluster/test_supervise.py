@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from saescale.storage.runs.lease import read_driver
+from saescale.storage.lease import read_driver
 from tests.cluster.command import environment, interruptible
 
 PLAY = """
@@ -25,7 +25,7 @@ def work():
     if what != "stops":
         print("began", os.getpid(), flush=True)
     if what.startswith("lease"):
-        from saescale.storage.runs.lease import Lease
+        from saescale.storage.lease import Lease
         watched.tell(cluster="10.0.0.1:6379" if "cluster" in what else "")
         Lease(run)
         os.write(2, b"*** StackTrace Information ***\\n_raylet.so(+0x1812b9a)\\n")

@@ -24,8 +24,8 @@ from saescale.cluster.sweep.spec import parse_spec
 from saescale.scaling.laws.settings import FitSettings
 from saescale.storage import files
 from saescale.storage.errors import SaescaleError, SaescaleWarning
-from saescale.storage.runs.lease import Standing, read_driver
-from saescale.storage.runs.rundir import RunDirectory
+from saescale.storage.lease import Standing, read_driver
+from saescale.storage.rundir import RunDirectory
 from tests.cluster.command import SAESCALE, environment, saescale_here
 from tests.cluster.conftest import NODE, Recorder, processes, trained_alone
 from tests.s3_faults import Faults

@@ -22,8 +22,8 @@ from saescale.scaling.laws.settings import FitSettings
 from saescale.scaling.report.report import analyse
 from saescale.storage import registry
 from saescale.storage.errors import SaescaleError, SaescaleWarning
-from saescale.storage.runs.lease import Lease, Standing
-from saescale.storage.runs.rundir import RunDirectory
+from saescale.storage.lease import Lease, Standing
+from saescale.storage.rundir import RunDirectory
 from saescale.trainers.architectures import ARCHITECTURES
 from saescale.trainers.evals.run import evaluate_run
 from saescale.trainers.exchange import native

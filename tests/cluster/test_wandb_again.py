@@ -9,7 +9,7 @@ import pytest
 import wandb
 
 from saescale.cluster.sweep import driver
-from saescale.storage.runs.rundir import RunDirectory
+from saescale.storage.rundir import RunDirectory
 from saescale.trainers.loggers import wandb_client
 from saescale.trainers.loggers.wandb_cells import WandbSettings
 from tests.cluster.conftest import Recorder

@@ -14,7 +14,7 @@ import pytest
 from saescale.cluster.front.wandb_source import read_project
 from saescale.scaling.metrics import document
 from saescale.storage.errors import SaescaleError
-from saescale.storage.runs.rundir import RunDirectory
+from saescale.storage.rundir import RunDirectory
 from saescale.trainers.evals import downstream_loss
 from saescale.trainers.loggers.wandb_evals import metrics_of_cells
 from tests.cluster.command import assert_one_line, saescale, saescale_here

@@ -9,7 +9,7 @@ import pyarrow.csv
 import pyarrow.parquet as pq
 
 from saescale.scaling.metrics import metrics_table
-from saescale.storage.runs.rundir import RunDirectory
+from saescale.storage.rundir import RunDirectory
 from tests.published.page import ROOT, DataSet, Fits, Rows, interval, table
 
 FOLDER = ROOT / "deploy" / "results" / "othello"

@@ -2,8 +2,8 @@
 
 import numpy as np
 
-from saescale.scaling.cells.tables import Table
 from saescale.scaling.comparison.arms import find_arms
+from saescale.scaling.tables import Table
 from tests.scaling.known_arms import Known, known_arms
 
 TWO = {"relu": Known(1.2), "topk": Known()}

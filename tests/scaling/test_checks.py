@@ -7,14 +7,14 @@ from typing import Any
 import numpy as np
 import pytest
 
-from saescale.scaling.cells.kinds import without_diverged
-from saescale.scaling.cells.tables import Table
+from saescale.scaling.kinds import without_diverged
 from saescale.scaling.laws.checks import data_warnings
 from saescale.scaling.laws.fit import fit_all, fit_laws
 from saescale.scaling.laws.law import forms_of
 from saescale.scaling.laws.leading import far_cells
 from saescale.scaling.laws.notes import fit_notes
 from saescale.scaling.laws.settings import FitSettings
+from saescale.scaling.tables import Table
 from saescale.scaling.words import listed
 
 Rows = list[dict[str, Any]]

@@ -6,7 +6,6 @@ from typing import Any
 import numpy as np
 import pytest
 
-from saescale.scaling.cells.tables import Table
 from saescale.scaling.comparison.compare import Comparison, compare, side_by_side
 from saescale.scaling.comparison.sentences import hierarchy, limits, outcome, ratios
 from saescale.scaling.figures.interactive import plot
@@ -14,6 +13,7 @@ from saescale.scaling.figures.views_compare import views_of_comparison
 from saescale.scaling.laws.fit import fit_laws
 from saescale.scaling.laws.settings import FitSettings
 from saescale.scaling.report.side_by_side import comparison_tables
+from saescale.scaling.tables import Table
 from tests.scaling.known_arms import ALL, KS, SIZES, Known, Rows, known_arms, known_curves
 
 THREE = {"relu": Known(1.2), "topk": Known(), "pca": Known(1.9)}

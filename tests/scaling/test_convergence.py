@@ -6,10 +6,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from saescale.scaling.cells.tables import Table
 from saescale.scaling.laws.convergence import WITHIN, find_convergence
 from saescale.scaling.laws.fit import fit_all, fit_laws
 from saescale.scaling.laws.settings import FitSettings
+from saescale.scaling.tables import Table
 
 Rows = list[dict[str, Any]]
 SIZES, KS = (512, 1024, 2048, 4096, 8192), (8, 16, 32)

@@ -3,10 +3,10 @@
 import numpy as np
 import pytest
 
-from saescale.scaling.cells.tables import Table
 from saescale.scaling.comparison.depth import find_depth, layer_of
 from saescale.scaling.laws.fit import fit_laws
 from saescale.scaling.laws.settings import FitSettings
+from saescale.scaling.tables import Table
 from tests.scaling.known_arms import Rows
 
 LAYERS = {2: (0.30, 0.05), 6: (0.36, 0.08), 11: (0.42, 0.12)}  # exponent and floor of each

@@ -4,13 +4,13 @@ import numpy as np
 import pytest
 from scipy.stats import t
 
-from saescale.scaling.cells.tables import Table
 from saescale.scaling.compute import topk_flops
 from saescale.scaling.laws.estimate import fit_law
 from saescale.scaling.laws.forms.n_k import GPT4, N_K
 from saescale.scaling.laws.settings import FitSettings
 from saescale.scaling.planning.design import Candidates, Design, best_rectangle, candidates, expected, propose, wanted
 from saescale.scaling.planning.devices import Work, as_measured, find_device
+from saescale.scaling.tables import Table
 from saescale.storage.errors import SaescaleError
 
 NOISE = 0.005

@@ -7,12 +7,12 @@ from typing import Any
 import numpy as np
 import pytest
 
-from saescale.scaling.cells.tables import Table
 from saescale.scaling.comparison.disagree import Disagreement, find_disagreements
 from saescale.scaling.laws.over_metrics import MetricLaws
 from saescale.scaling.laws.scales import scale_of
 from saescale.scaling.metrics import Metric, Values
 from saescale.scaling.report.metrics import metric_sentences
+from saescale.scaling.tables import Table
 
 # Each pair of lines has equal compute; the last two are those that nmse and the metric order otherwise.
 CELLS = [

@@ -5,9 +5,9 @@ from itertools import combinations
 import numpy as np
 import pytest
 
-from saescale.scaling.cells.tables import Table
 from saescale.scaling.comparison.compare import Comparison, compare
 from saescale.scaling.comparison.sentences import outcome
+from saescale.scaling.tables import Table
 from tests.scaling.known_arms import KS, SIZES, Known, Rows, known_arms, law
 
 

@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
-from saescale.scaling.cells.tables import Table
 from saescale.scaling.comparison.compare import Comparison, compare
+from saescale.scaling.tables import Table
 from tests.scaling.known_arms import KS, Known, Rows, known_arms, known_curves
 
 

@@ -12,7 +12,6 @@ import plotly.graph_objects
 import pyarrow as pa
 import pytest
 
-from saescale.scaling.cells.tables import Table
 from saescale.scaling.figures import paper
 from saescale.scaling.figures.axes import count_axis, linear_axis, log_axis, power_axis
 from saescale.scaling.figures.figures import NAMES, Part, draw_figures, views_of
@@ -24,6 +23,7 @@ from saescale.scaling.figures.views_laws import compute_optimal
 from saescale.scaling.figures.views_profile import profile, tradeoff
 from saescale.scaling.laws.fit import Laws, fit_laws
 from saescale.scaling.laws.settings import FitSettings
+from saescale.scaling.tables import Table
 from tests.scaling.test_convergence import chinchilla_curves
 
 Rows = list[dict[str, Any]]

@@ -7,7 +7,6 @@ from typing import Any
 import numpy as np
 import pytest
 
-from saescale.scaling.cells.tables import Table
 from saescale.scaling.laws.estimate import fit_law
 from saescale.scaling.laws.fit import fit_all
 from saescale.scaling.laws.forms.n import N_FLOOR, N
@@ -15,6 +14,7 @@ from saescale.scaling.laws.forms.n_k import GPT4, N_K
 from saescale.scaling.laws.notes import coefficient_rows, fit_notes
 from saescale.scaling.laws.predict import predict
 from saescale.scaling.laws.settings import FitSettings
+from saescale.scaling.tables import Table
 from saescale.storage.errors import SaescaleError
 
 SIZES = tuple(2 ** np.arange(11, 22, 2))

@@ -7,11 +7,11 @@ import pytest
 
 import saescale.scaling.laws.estimate
 import saescale.scaling.laws.frontier
-from saescale.scaling.cells.tables import Table
 from saescale.scaling.laws.forms.c import C
 from saescale.scaling.laws.frontier import Curve, find_frontier, fit_frontier, frontier_of_ends, read_curves
 from saescale.scaling.laws.huber import Problem
 from saescale.scaling.laws.settings import FitSettings
+from saescale.scaling.tables import Table
 from saescale.storage.errors import SaescaleError
 
 

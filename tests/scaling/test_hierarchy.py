@@ -5,10 +5,10 @@ import json
 import numpy as np
 import pytest
 
-from saescale.scaling.cells.tables import Table
 from saescale.scaling.comparison.arms import find_arms
 from saescale.scaling.comparison.hierarchy import Gaps, find_gaps
 from saescale.scaling.comparison.scatter import find_scatter
+from saescale.scaling.tables import Table
 from tests.scaling.known_arms import KS, SIZES, Known, Rows, known_arms
 
 TWO = {"topk": Known(), "hierarchical_topk": Known(1.04)}

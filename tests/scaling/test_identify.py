@@ -6,7 +6,6 @@ from typing import Any
 import numpy as np
 import pytest
 
-from saescale.scaling.cells.tables import Table
 from saescale.scaling.figures.views import Points
 from saescale.scaling.figures.views_profile import profile
 from saescale.scaling.laws.checks import fit_warnings
@@ -19,6 +18,7 @@ from saescale.scaling.laws.identify import profile_floor
 from saescale.scaling.laws.law import Exponent, Law, Term
 from saescale.scaling.laws.predict import parse_point, predictions
 from saescale.scaling.laws.settings import FitSettings
+from saescale.scaling.tables import Table
 from saescale.storage.errors import SaescaleError
 
 Rows = list[dict[str, Any]]

@@ -8,12 +8,12 @@ import pytest
 from scipy.optimize import minimize
 from scipy.special import huber
 
-from saescale.scaling.cells.tables import load_results
 from saescale.scaling.laws.estimate import fit_law
 from saescale.scaling.laws.forms.n_d import N_D
 from saescale.scaling.laws.forms.n_k import N_K
 from saescale.scaling.laws.settings import FitSettings
 from saescale.scaling.reproduce import PUBLISHED
+from saescale.scaling.tables import load_results
 
 
 def best_of(loss: object, starts: np.ndarray) -> tuple[np.ndarray, float]:

@@ -7,12 +7,12 @@ import numpy as np
 import pytest
 from scipy.stats import binom, f_oneway
 
-from saescale.scaling.cells.tables import Table
 from saescale.scaling.laws.estimate import Fit, fit_law
 from saescale.scaling.laws.fit import fit_all
 from saescale.scaling.laws.forms.n import N
 from saescale.scaling.laws.lack_of_fit import LackOfFit, kinds_of
 from saescale.scaling.laws.settings import FitSettings
+from saescale.scaling.tables import Table
 
 TRUE = {"A": 3.0, "a": 0.2}
 SIZES = 2.0 ** np.arange(9, 17)

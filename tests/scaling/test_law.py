@@ -5,7 +5,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from saescale.scaling.cells.tables import Table
 from saescale.scaling.laws.estimate import fit_law
 from saescale.scaling.laws.fit import fit_all
 from saescale.scaling.laws.forms.n import N_FLOOR, N
@@ -14,6 +13,7 @@ from saescale.scaling.laws.forms.n_k import GPT4, N_K
 from saescale.scaling.laws.forms.n_steepens import N_STEEPENS
 from saescale.scaling.laws.law import Law, find_law, forms_of, law_names, load_laws, log_sum
 from saescale.scaling.laws.settings import FitSettings
+from saescale.scaling.tables import Table
 from saescale.storage.errors import SaescaleError
 
 EVERY = [form for name in law_names() for form in forms_of(name)]

@@ -7,13 +7,13 @@ from typing import Any
 import numpy as np
 import pytest
 
-from saescale.scaling.cells.levels import with_levels
-from saescale.scaling.cells.tables import Table
 from saescale.scaling.figures.figures import views_of
 from saescale.scaling.figures.views import Points
 from saescale.scaling.laws.fit import fit_laws
 from saescale.scaling.laws.forms.n_k import GPT4, N_K
 from saescale.scaling.laws.settings import FitSettings
+from saescale.scaling.levels import with_levels
+from saescale.scaling.tables import Table
 
 Rows = list[dict[str, Any]]
 SIZES, KS = (512, 1024, 2048, 4096), (8, 16, 32, 64)

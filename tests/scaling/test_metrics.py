@@ -6,9 +6,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from saescale.scaling.cells.sources import load_evals
 from saescale.scaling.metrics import Metric, declared, document, measured, metrics_table, values_of
-from saescale.storage.runs.rundir import RunDirectory
+from saescale.scaling.sources import load_evals
+from saescale.storage.rundir import RunDirectory
 from saescale.trainers.evals.evaluation import EVALUATIONS, find_evaluation, metrics_of
 
 CELLS = pa.table({"cell_id": ["a", "b"], "n_latents": [64, 128]})

@@ -4,7 +4,6 @@ from typing import Any
 
 import numpy as np
 
-from saescale.scaling.cells.tables import Table
 from saescale.scaling.laws.fit import fit_laws
 from saescale.scaling.laws.notes import (
     coefficient_rows,
@@ -16,6 +15,7 @@ from saescale.scaling.laws.notes import (
     rate_rows,
 )
 from saescale.scaling.laws.settings import FitSettings
+from saescale.scaling.tables import Table
 
 Rows = list[dict[str, Any]]
 SIZES = (512, 1024, 2048, 4096, 8192)

@@ -7,8 +7,6 @@ from typing import Any
 import numpy as np
 import pytest
 
-from saescale.scaling.cells.sources import load_evals, load_sources
-from saescale.scaling.cells.tables import Table
 from saescale.scaling.fit_sources import fit
 from saescale.scaling.laws import over_cells
 from saescale.scaling.laws.fit import LawsOfKinds, fit_laws
@@ -16,9 +14,11 @@ from saescale.scaling.laws.over_metrics import MetricLaws, distinct_metrics, fit
 from saescale.scaling.laws.predict import metric_predictions, predict
 from saescale.scaling.laws.settings import FitSettings
 from saescale.scaling.metrics import Metric, declared, document
+from saescale.scaling.sources import load_evals, load_sources
+from saescale.scaling.tables import Table
 from saescale.storage.columns import EVALS
 from saescale.storage.errors import SaescaleError
-from saescale.storage.runs.rundir import RunDirectory
+from saescale.storage.rundir import RunDirectory
 
 NOTHING = EVALS.empty_table()
 SIZES, KS = (512, 1024, 2048, 4096, 8192, 16384), (8, 16, 32, 64)

@@ -13,7 +13,7 @@ import pytest
 from saescale.scaling.laws.settings import FitSettings
 from saescale.scaling.report.report import analyse
 from saescale.storage.columns import RESULTS
-from saescale.storage.runs.rundir import RunDirectory
+from saescale.storage.rundir import RunDirectory
 from tests.browser import Page, chromium, find_chromium
 from tests.scaling.known_arms import SIZES as SIZES_OF_ARMS
 from tests.scaling.known_arms import Known, known_arms, known_curves

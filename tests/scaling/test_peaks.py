@@ -5,12 +5,12 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from saescale.scaling.cells.tables import Table
 from saescale.scaling.comparison.peaks import Best, Peaks, find_peaks
 from saescale.scaling.laws.over_metrics import MetricLaws
 from saescale.scaling.laws.scales import scale_of
 from saescale.scaling.metrics import Metric, Values
 from saescale.scaling.report.metrics import metric_tables, peak_sentences
+from saescale.scaling.tables import Table
 
 # Of TopK SAEs behind the sixth layer of an OthelloGPT on 8x8 (Karvonen et al. 2024, by what they saved): k, share of
 # the variance explained, F1 of the reconstructed board, coverage. Of two sizes from k = 110 on.

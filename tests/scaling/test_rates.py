@@ -5,10 +5,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from saescale.scaling.cells.tables import Table
 from saescale.scaling.laws.fit import fit_all
 from saescale.scaling.laws.rates import Rates, find_rates
 from saescale.scaling.laws.settings import FitSettings
+from saescale.scaling.tables import Table
 
 SIZES, KS = (256, 512, 1024, 2048, 4096), (8, 32)
 RATES = tuple(1e-4 * 2.0 ** np.arange(9))

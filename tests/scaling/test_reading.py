@@ -12,8 +12,8 @@ import pyarrow as pa
 import pyarrow.parquet
 import pytest
 
-from saescale.scaling.cells.sources import load_sources
-from saescale.scaling.cells.tables import Table, load_results
+from saescale.scaling.sources import load_sources
+from saescale.scaling.tables import Table, load_results
 from saescale.storage.errors import SaescaleError
 
 PLAIN = "n_latents,k,nmse\n512,8,0.25\n1024,16,0.125\n"

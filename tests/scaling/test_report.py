@@ -14,7 +14,7 @@ from saescale.scaling.laws.settings import FitSettings
 from saescale.scaling.report import text
 from saescale.scaling.report.report import analyse, is_current
 from saescale.scaling.report.text import duration, scientific, typeset
-from saescale.storage.runs.rundir import RunDirectory
+from saescale.storage.rundir import RunDirectory
 from tests.scaling.test_over_metrics import write_run
 
 Rows = list[dict[str, Any]]

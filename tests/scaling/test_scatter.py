@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 from scipy.stats import t
 
-from saescale.scaling.cells.tables import Table
 from saescale.scaling.comparison.arms import Arms, find_arms
 from saescale.scaling.comparison.scatter import Interval, find_scatter, interval
+from saescale.scaling.tables import Table
 from tests.scaling.known_arms import Known, known_arms
 
 TWO = {"topk": Known(), "relu": Known(1.2)}

@@ -1,10 +1,10 @@
 """Tables of a report that set kinds of cells side by side."""
 
-from saescale.scaling.cells.tables import Table
 from saescale.scaling.comparison.compare import Comparison, compare
 from saescale.scaling.comparison.depth import AtDepth
 from saescale.scaling.comparison.scatter import Interval
 from saescale.scaling.report.side_by_side import comparison_tables, depth_table, heading, overall_table
+from saescale.scaling.tables import Table
 from tests.scaling.known_arms import Known, known_arms, known_curves
 
 

@@ -9,12 +9,12 @@ import pyarrow.csv
 import pyarrow.parquet
 import pytest
 
-from saescale.scaling.cells.sources import load_sources
 from saescale.scaling.laws.fit import fit_all
 from saescale.scaling.laws.notes import fit_notes
 from saescale.scaling.laws.settings import FitSettings
+from saescale.scaling.sources import load_sources
 from saescale.storage.errors import SaescaleError
-from saescale.storage.runs.rundir import RunDirectory
+from saescale.storage.rundir import RunDirectory
 
 OLD = Path(__file__).parents[1] / "data" / "run-0.1.0"
 Rows = list[dict[str, Any]]

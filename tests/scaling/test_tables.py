@@ -9,10 +9,10 @@ import numpy as np
 import pyarrow.csv
 import pytest
 
-from saescale.scaling.cells.kinds import kind_label, kinds_in, largest_kind
-from saescale.scaling.cells.tables import Table, check_cells, fingerprint, finished, load_curves, load_results
+from saescale.scaling.kinds import kind_label, kinds_in, largest_kind
+from saescale.scaling.tables import Table, check_cells, fingerprint, finished, load_curves, load_results
 from saescale.storage.errors import SaescaleError
-from saescale.storage.runs.rundir import RunDirectory
+from saescale.storage.rundir import RunDirectory
 
 Rows = list[dict[str, Any]]
 

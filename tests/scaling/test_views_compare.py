@@ -6,7 +6,6 @@ import numpy as np
 import plotly.graph_objects
 import pytest
 
-from saescale.scaling.cells.tables import Table
 from saescale.scaling.comparison.compare import Comparison, compare, side_by_side
 from saescale.scaling.comparison.depth import AtDepth
 from saescale.scaling.comparison.scatter import Interval
@@ -20,6 +19,7 @@ from saescale.scaling.figures.views_depth import views_of_depth
 from saescale.scaling.laws.fit import fit_laws
 from saescale.scaling.laws.settings import FitSettings
 from saescale.scaling.order import in_order
+from saescale.scaling.tables import Table
 from tests.scaling.known_arms import ALL, KS, SIZES, Known, known_arms, known_curves
 
 _FOUND: list[Comparison] = []

@@ -5,7 +5,6 @@ from pathlib import Path
 
 import numpy as np
 
-from saescale.scaling.cells.sources import load_sources
 from saescale.scaling.figures import paper
 from saescale.scaling.figures.interactive import plot
 from saescale.scaling.figures.views import Line, Points
@@ -14,6 +13,7 @@ from saescale.scaling.laws.fit import fit_laws
 from saescale.scaling.laws.over_metrics import MetricLaws, fit_metrics
 from saescale.scaling.laws.settings import FitSettings
 from saescale.scaling.metrics import Metric, Values, document
+from saescale.scaling.sources import load_sources
 from tests.scaling.test_over_metrics import write_run
 
 

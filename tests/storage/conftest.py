@@ -7,9 +7,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from saescale.storage.sources.manifest import Manifest, Site, write_manifest
-from saescale.storage.sources.rows import Rows, write_shard
-from saescale.storage.sources.store import ActivationStore
+from saescale.storage.manifest import Manifest, Site, write_manifest
+from saescale.storage.rows import Rows, write_shard
+from saescale.storage.store import ActivationStore
 
 BuildStore = Callable[..., ActivationStore]
 

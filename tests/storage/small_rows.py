@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from saescale.storage.sources.rows import Rows
+from saescale.storage.rows import Rows
 
 
 def rows_of(act: np.ndarray) -> Rows:

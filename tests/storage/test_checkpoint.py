@@ -10,9 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from saescale.storage import files
+from saescale.storage import checkpoint, files
 from saescale.storage.errors import SaescaleError, SaescaleWarning
-from saescale.storage.runs import checkpoint
 
 
 def tensors_of(step: int) -> dict[str, np.ndarray]:

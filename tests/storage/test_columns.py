@@ -5,9 +5,9 @@ from pathlib import Path
 import pyarrow as pa
 import pytest
 
-from saescale.scaling.cells.tables import load_rows
+from saescale.scaling.tables import load_rows
 from saescale.storage.columns import COLUMNS, CURVES, EVALS, RESULTS, CurveRow, conform
-from saescale.storage.runs.rundir import RunDirectory
+from saescale.storage.rundir import RunDirectory
 
 OLD = Path(__file__).parents[1] / "data" / "run-0.1.0"
 

@@ -10,15 +10,14 @@ from pathlib import Path
 
 import pytest
 
-from saescale.storage import files
+from saescale.storage import files, lease
 from saescale.storage.errors import SaescaleError, SaescaleWarning
-from saescale.storage.runs import lease
-from saescale.storage.runs.lease import Driver, Lease, Standing, Superseded, read_driver, require_free, require_owner
+from saescale.storage.lease import Driver, Lease, Standing, Superseded, read_driver, require_free, require_owner
 
 ROOT = Path(__file__).parents[2]
 HOLD = """
 import sys, time
-from saescale.storage.runs.lease import Lease
+from saescale.storage.lease import Lease
 with Lease(sys.argv[1]):
     print("held", flush=True)
     time.sleep(600)

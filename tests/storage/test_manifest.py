@@ -8,9 +8,9 @@ import pytest
 
 from saescale.storage import files
 from saescale.storage.errors import SaescaleError
-from saescale.storage.sources.manifest import Manifest, Shard, write_manifest
-from saescale.storage.sources.rows import write_shard
-from saescale.storage.sources.store import ActivationStore
+from saescale.storage.manifest import Manifest, Shard, write_manifest
+from saescale.storage.rows import write_shard
+from saescale.storage.store import ActivationStore
 from tests.storage.small_rows import rows_of, varied
 
 BuildStore = Callable[..., ActivationStore]

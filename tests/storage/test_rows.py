@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from saescale.storage.errors import SaescaleError
-from saescale.storage.sources.rows import find_bad_row, to_float32, write_shard
-from saescale.storage.sources.store import ActivationStore
+from saescale.storage.rows import find_bad_row, to_float32, write_shard
+from saescale.storage.store import ActivationStore
 from tests.storage.small_rows import rows_of, varied
 
 BuildStore = Callable[..., ActivationStore]

@@ -11,8 +11,8 @@ import pytest
 from saescale.storage import files
 from saescale.storage.columns import CURVES, RESULTS
 from saescale.storage.errors import Damaged, SaescaleError
-from saescale.storage.runs.lease import Lease, Superseded
-from saescale.storage.runs.rundir import RunDirectory
+from saescale.storage.lease import Lease, Superseded
+from saescale.storage.rundir import RunDirectory
 
 
 def test_everything_comes_back_on_every_file_system(any_url: str) -> None:

@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 
 from saescale.cluster.front.console import console
-from saescale.scaling.cells.tables import Table
+from saescale.scaling.tables import Table
 from saescale.storage import files
 from saescale.storage.errors import SaescaleError, SaescaleWarning, Unavailable, one_line
-from saescale.storage.runs.rundir import RunDirectory
+from saescale.storage.rundir import RunDirectory
 from saescale.storage.secrets import hide_secrets, secret_in_url
 
 WITH_SECRETS = {

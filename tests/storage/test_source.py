@@ -11,8 +11,8 @@ import pytest
 
 from saescale.storage.errors import SaescaleError
 from saescale.storage.registry import load_file
-from saescale.storage.sources.source import Batches, Order, Source
-from saescale.storage.sources.store import ActivationStore
+from saescale.storage.source import Batches, Order, Source
+from saescale.storage.store import ActivationStore
 
 README = Path(__file__).parents[2] / "storage" / "README.md"
 MakeSource = Callable[[int], Source]

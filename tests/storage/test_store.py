@@ -18,9 +18,9 @@ from hypothesis.extra import numpy as hnp
 
 from saescale.storage import files
 from saescale.storage.errors import SaescaleError
-from saescale.storage.sources.manifest import Manifest, write_manifest
-from saescale.storage.sources.rows import RowGroup, to_float32, write_shard
-from saescale.storage.sources.store import ActivationStore
+from saescale.storage.manifest import Manifest, write_manifest
+from saescale.storage.rows import RowGroup, to_float32, write_shard
+from saescale.storage.store import ActivationStore
 from tests.storage.small_rows import rows_of, varied
 from tests.trainers.synthetic import sparse_rows, write_store
 

@@ -15,12 +15,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from saescale.storage import stream as stream_module
 from saescale.storage.errors import SaescaleError
-from saescale.storage.sources import stream as stream_module
-from saescale.storage.sources.rows import RowGroup, to_float32
-from saescale.storage.sources.source import SourceBatch
-from saescale.storage.sources.store import ActivationStore
-from saescale.storage.sources.stream import Stream
+from saescale.storage.rows import RowGroup, to_float32
+from saescale.storage.source import SourceBatch
+from saescale.storage.store import ActivationStore
+from saescale.storage.stream import Stream
 from saescale.storage.waiting import waits
 
 BuildStore = Callable[..., ActivationStore]
@@ -271,8 +271,8 @@ def test_a_process_that_forgets_to_close_ends_all_the_same(build_store: BuildSto
     build_store(str(tmp_path))
     program = (
         "import sys\n"
-        "from saescale.storage.sources.store import ActivationStore\n"
-        "from saescale.storage.sources.stream import Stream\n"
+        "from saescale.storage.store import ActivationStore\n"
+        "from saescale.storage.stream import Stream\n"
         "print(next(Stream(ActivationStore.open(sys.argv[1]), batch_tokens=4, seed=0)).x.shape)\n"
     )
     ended = subprocess.run(

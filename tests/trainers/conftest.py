@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from saescale.storage.sources.store import ActivationStore
+from saescale.storage.store import ActivationStore
 from saescale.trainers.cell import Cell
 from tests.trainers.synthetic import D_MODEL, sparse_rows, write_store
 

@@ -7,8 +7,8 @@ from typing import NamedTuple
 
 import torch
 
-from saescale.storage.sources.store import ActivationStore
-from saescale.storage.sources.stream import Stream
+from saescale.storage.store import ActivationStore
+from saescale.storage.stream import Stream
 from saescale.trainers.architectures.architecture import Shape, State, find_architecture
 from saescale.trainers.architectures.sae import SAE
 from saescale.trainers.cell import Cell

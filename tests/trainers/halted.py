@@ -18,7 +18,7 @@ import psutil
 
 from saescale.storage import files
 from saescale.storage.errors import Superseded
-from saescale.storage.runs.lease import Lease
+from saescale.storage.lease import Lease
 from saescale.trainers.training.train import PackJob, train_pack
 from tests.trainers.forked import forked
 

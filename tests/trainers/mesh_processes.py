@@ -12,7 +12,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from saescale.storage.errors import SaescaleError
-from saescale.storage.sources.live import open_source
+from saescale.storage.live import open_source
 from saescale.trainers.architectures.architecture import Batch
 from saescale.trainers.cell import Cell
 from saescale.trainers.evals.nmse import HeldOut

@@ -2,8 +2,8 @@
 
 import numpy as np
 
-from saescale.storage.sources.manifest import Manifest, Site, write_manifest
-from saescale.storage.sources.rows import Rows, write_shard
+from saescale.storage.manifest import Manifest, Site, write_manifest
+from saescale.storage.rows import Rows, write_shard
 
 D_MODEL, N_TRUE, ACTIVE = 32, 64, 3
 

@@ -13,8 +13,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from saescale.storage.runs.rundir import RunDirectory
-from saescale.storage.sources.store import ActivationStore
+from saescale.storage.rundir import RunDirectory
+from saescale.storage.store import ActivationStore
 from saescale.trainers.architectures import ARCHITECTURES, batchtopk, matryoshka, pca, switch
 from saescale.trainers.architectures.architecture import (
     FOUND_AT,

@@ -10,7 +10,7 @@ import torch
 from pydantic import ValidationError
 
 from saescale.storage.errors import SaescaleError
-from saescale.storage.runs.rundir import RunDirectory
+from saescale.storage.rundir import RunDirectory
 from saescale.trainers.cell import Cell
 from saescale.trainers.exchange import native
 

@@ -17,8 +17,8 @@ from typer.testing import CliRunner
 from saescale.cluster.cli import app
 from saescale.storage.columns import EVALS
 from saescale.storage.errors import SaescaleError
-from saescale.storage.runs.rundir import RunDirectory
-from saescale.storage.sources.store import ActivationStore
+from saescale.storage.rundir import RunDirectory
+from saescale.storage.store import ActivationStore
 from saescale.trainers.cell import Cell, EvalSpec
 from saescale.trainers.evals import bench as module
 from saescale.trainers.evals.run import evaluate_run

@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 
 from saescale.storage import files
-from saescale.storage.runs.lease import Lease, read_driver
-from saescale.storage.runs.rundir import RunDirectory
-from saescale.storage.sources.store import ActivationStore
+from saescale.storage.lease import Lease, read_driver
+from saescale.storage.rundir import RunDirectory
+from saescale.storage.store import ActivationStore
 from saescale.trainers.cell import Cell, EvalSpec
 from saescale.trainers.training.train import PackJob, train_pack
 from tests.trainers.halted import SUPERSEDED, halted_before

@@ -8,10 +8,10 @@ import pytest
 from pydantic import ValidationError
 
 from saescale.storage.errors import SaescaleError
-from saescale.storage.runs.rundir import RunDirectory
-from saescale.storage.sources.live import LiveSource, open_source
-from saescale.storage.sources.source import Order, SourceBatch
-from saescale.storage.sources.store import ActivationStore
+from saescale.storage.live import LiveSource, open_source
+from saescale.storage.rundir import RunDirectory
+from saescale.storage.source import Order, SourceBatch
+from saescale.storage.store import ActivationStore
 from saescale.trainers.harvest import contexts
 from saescale.trainers.harvest.conduct import harvest
 from saescale.trainers.harvest.live import live_here

@@ -13,10 +13,10 @@ from typing import Any
 import pytest
 import torch
 
+from saescale.storage import checkpoint
 from saescale.storage.errors import Damaged, SaescaleError
-from saescale.storage.runs import checkpoint
-from saescale.storage.runs.rundir import RunDirectory
-from saescale.storage.sources.store import ActivationStore
+from saescale.storage.rundir import RunDirectory
+from saescale.storage.store import ActivationStore
 from saescale.trainers.cell import Cell, EvalSpec
 from saescale.trainers.exchange import native
 from saescale.trainers.exchange.native import read

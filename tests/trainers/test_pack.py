@@ -16,13 +16,13 @@ import pytest
 import torch
 from safetensors.numpy import load_file
 
+from saescale.storage import checkpoint
 from saescale.storage.errors import SaescaleError
 from saescale.storage.files import exists
-from saescale.storage.runs import checkpoint
-from saescale.storage.runs.lease import Lease, Superseded
-from saescale.storage.runs.rundir import RunDirectory
-from saescale.storage.sources.source import Order
-from saescale.storage.sources.store import ActivationStore
+from saescale.storage.lease import Lease, Superseded
+from saescale.storage.rundir import RunDirectory
+from saescale.storage.source import Order
+from saescale.storage.store import ActivationStore
 from saescale.trainers.architectures.topk_sparse import TopKStep
 from saescale.trainers.cell import Cell, EvalSpec
 from saescale.trainers.device import OutOfMemory

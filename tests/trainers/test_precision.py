@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from saescale.storage.sources.store import ActivationStore
+from saescale.storage.store import ActivationStore
 from saescale.trainers.cell import Cell, EvalSpec
 from saescale.trainers.harvest.conduct import HarvestSpec, harvest
 from saescale.trainers.precision import Precision

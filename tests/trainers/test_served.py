@@ -13,8 +13,8 @@ from pydantic import ValidationError
 from safetensors.torch import save_file
 
 from saescale.storage.errors import SaescaleError
-from saescale.storage.sources.live import LiveSource, open_source, read_making
-from saescale.storage.sources.source import Order
+from saescale.storage.live import LiveSource, open_source, read_making
+from saescale.storage.source import Order
 from saescale.trainers.harvest import contexts
 from saescale.trainers.harvest.live import live_here
 from saescale.trainers.harvest.live_spec import LiveSpec

@@ -13,7 +13,7 @@ import torch
 import transformers as tf
 
 from saescale.storage.errors import SaescaleError
-from saescale.storage.sources.manifest import Site
+from saescale.storage.manifest import Site
 from saescale.trainers.subjects.subject import get_subject
 from saescale.trainers.tasks import greater_than, induction, ioi
 from saescale.trainers.tasks.circuit import circuit

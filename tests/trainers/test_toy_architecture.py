@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from saescale.storage.runs import checkpoint
-from saescale.storage.runs.rundir import RunDirectory
-from saescale.storage.sources.store import ActivationStore
+from saescale.storage import checkpoint
+from saescale.storage.rundir import RunDirectory
+from saescale.storage.store import ActivationStore
 from saescale.trainers.architectures import ARCHITECTURES
 from saescale.trainers.architectures.architecture import Batch, Conditions, Settings, Shape
 from saescale.trainers.architectures.dead import DeadLatents

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 import torch
 
-from saescale.storage.runs.rundir import RunDirectory
-from saescale.storage.sources.store import ActivationStore
+from saescale.storage.rundir import RunDirectory
+from saescale.storage.store import ActivationStore
 from saescale.trainers.cell import Cell, EvalSpec
 from saescale.trainers.evals import nmse
 from saescale.trainers.exchange import native, trained

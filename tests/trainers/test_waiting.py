@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from saescale.storage.sources.store import ActivationStore
+from saescale.storage.store import ActivationStore
 from saescale.trainers.architectures import auxk as auxk_path
 from saescale.trainers.architectures.architecture import Batch
 from saescale.trainers.architectures.sae import SAE

@@ -8,7 +8,7 @@ from typing import Any
 import pyarrow as pa
 
 from saescale.scaling.metrics import Metric, document
-from saescale.storage.runs.rundir import RunDirectory
+from saescale.storage.rundir import RunDirectory
 from saescale.trainers.loggers import wandb_client
 from saescale.trainers.loggers.wandb_cells import WandbSettings, log_summary
 from saescale.trainers.loggers.wandb_evals import log_metrics

@@ -7,11 +7,11 @@ from typing import Any, NamedTuple
 from saescale.scaling.metrics import document
 from saescale.storage.errors import SaescaleError, one_line
 from saescale.storage.files import join
-from saescale.storage.runs.rundir import RunDirectory
-from saescale.storage.sources.live import open_source
-from saescale.storage.sources.manifest import Manifest
-from saescale.storage.sources.recorded import recorded_sources
-from saescale.storage.sources.store import ActivationStore
+from saescale.storage.live import open_source
+from saescale.storage.manifest import Manifest
+from saescale.storage.recorded import recorded_sources
+from saescale.storage.rundir import RunDirectory
+from saescale.storage.store import ActivationStore
 from saescale.trainers.architectures import ARCHITECTURES
 from saescale.trainers.architectures.own import digests, not_here, own_files, require_same
 from saescale.trainers.device import default_device

@@ -31,7 +31,7 @@ import torch
 from torch import Tensor
 
 from saescale.scaling.metrics import Metric
-from saescale.storage.sources.source import Source
+from saescale.storage.source import Source
 from saescale.trainers.evals.circuit_cases import Case, cases
 from saescale.trainers.evals.circuit_supervised import supervised
 from saescale.trainers.evals.evaluation import Measurement, Need

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from saescale.storage.errors import SaescaleError
-from saescale.storage.sources.manifest import Site
+from saescale.storage.manifest import Site
 from saescale.trainers.evals.evaluation import Unsuited
 from saescale.trainers.evals.intervals import SEED
 from saescale.trainers.evals.splice import TOKENS_AT_A_TIME

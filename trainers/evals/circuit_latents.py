@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 
 from saescale.scaling.metrics import Metric as Declared
-from saescale.storage.sources.source import Source
+from saescale.storage.source import Source
 from saescale.trainers.evals.circuit_cases import Case, cases
 from saescale.trainers.evals.decoder import TRIED_ROWS, linear_decoder
 from saescale.trainers.evals.evaluation import Measurement, Need

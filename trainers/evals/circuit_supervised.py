@@ -12,7 +12,7 @@ attributes.
 import torch
 from torch import Tensor
 
-from saescale.storage.sources.manifest import Site
+from saescale.storage.manifest import Site
 from saescale.trainers.evals.intervals import SEED
 from saescale.trainers.subjects.transformer import Transformer
 from saescale.trainers.tasks.task import Prompts, Task

@@ -23,7 +23,7 @@ import torch
 
 from saescale.scaling.metrics import Metric
 from saescale.storage.errors import SaescaleError
-from saescale.storage.sources.source import Source
+from saescale.storage.source import Source
 from saescale.trainers.architectures.dense import CHUNK_ENTRIES
 from saescale.trainers.evals.evaluation import Measurement, Need
 from saescale.trainers.evals.intervals import SEED, by_document, ratio

@@ -20,7 +20,7 @@ import torch
 
 from saescale.scaling.metrics import Metric
 from saescale.storage.errors import SaescaleError
-from saescale.storage.sources.source import Source
+from saescale.storage.source import Source
 from saescale.trainers.architectures.dense import CHUNK_ENTRIES
 from saescale.trainers.evals.core import BIN_NAMES, bin_of
 from saescale.trainers.evals.decoder import directions_of

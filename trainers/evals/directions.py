@@ -9,7 +9,7 @@ from torch import Tensor
 
 from saescale.storage.columns import columns_of
 from saescale.storage.errors import SaescaleError
-from saescale.storage.sources.source import Source
+from saescale.storage.source import Source
 from saescale.trainers.architectures.dense import CHUNK_ENTRIES
 from saescale.trainers.evals.decoder import directions_of
 from saescale.trainers.evals.evaluation import Measurement

@@ -26,8 +26,8 @@ from torch import Tensor
 
 from saescale.scaling.metrics import Metric
 from saescale.storage.errors import SaescaleError
-from saescale.storage.sources.manifest import Site
-from saescale.storage.sources.source import Source
+from saescale.storage.manifest import Site
+from saescale.storage.source import Source
 from saescale.trainers.evals.evaluation import Measurement, Need, Unsuited
 from saescale.trainers.evals.intervals import SEED, Sums, by_document, ratio
 from saescale.trainers.evals.splice import Contexts, heldout_contexts, logits_from

@@ -14,7 +14,7 @@ from saescale.storage.registry import Room
 
 if TYPE_CHECKING:
     from saescale.scaling.metrics import Metric
-    from saescale.storage.sources.source import Source
+    from saescale.storage.source import Source
     from saescale.trainers.exchange.trained import Trained
     from saescale.trainers.subjects.subject import Subject
 

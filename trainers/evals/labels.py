@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from saescale.storage.errors import SaescaleError
-from saescale.storage.sources.source import Source
-from saescale.storage.sources.store import ActivationStore
+from saescale.storage.source import Source
+from saescale.storage.store import ActivationStore
 from saescale.trainers.harvest.retrace import heldout_places
 from saescale.trainers.preprocess import to_tensor
 from saescale.trainers.subjects.subject import Subject

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from saescale.scaling.metrics import Metric
 from saescale.storage.errors import SaescaleError
-from saescale.storage.sources.source import Source
+from saescale.storage.source import Source
 from saescale.trainers.architectures.architecture import Batch
 from saescale.trainers.architectures.sae import SAE
 from saescale.trainers.evals.evaluation import Measurement, Need

@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 
 from saescale.storage.columns import RESULTS
 from saescale.storage.errors import SaescaleError, one_line
-from saescale.storage.runs.rundir import RunDirectory
+from saescale.storage.rundir import RunDirectory
 from saescale.trainers.evals.evaluation import EVALUATIONS
 from saescale.trainers.evals.wanted import Wanted
 

@@ -29,7 +29,7 @@ from torch import Tensor
 
 from saescale.scaling.metrics import Metric
 from saescale.storage.errors import SaescaleError
-from saescale.storage.sources.source import Source
+from saescale.storage.source import Source
 from saescale.trainers.architectures.architecture import Forward
 from saescale.trainers.architectures.dense import CHUNK_ENTRIES
 from saescale.trainers.architectures.sae import SAE

@@ -31,8 +31,8 @@ from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
 from saescale.scaling.metrics import shares
-from saescale.storage.sources.source import Source
-from saescale.storage.sources.store import ActivationStore
+from saescale.storage.source import Source
+from saescale.storage.store import ActivationStore
 from saescale.trainers.evals.core import BIN_NAMES, bin_of
 from saescale.trainers.evals.decoder import directions_of
 from saescale.trainers.evals.directions import largest, over_latents, random_directions

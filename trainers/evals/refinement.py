@@ -25,7 +25,7 @@ from torch import Tensor
 
 from saescale.scaling.metrics import Metric
 from saescale.storage.errors import SaescaleError
-from saescale.storage.sources.source import Source
+from saescale.storage.source import Source
 from saescale.trainers.architectures.dense import CHUNK_ENTRIES
 from saescale.trainers.evals.decoder import Decoder, linear_decoder
 from saescale.trainers.evals.evaluation import Measurement, Need

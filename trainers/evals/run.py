@@ -7,7 +7,7 @@ moment, the same call goes on from there.
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple, Protocol
 
-from saescale.storage.runs.rundir import RunDirectory
+from saescale.storage.rundir import RunDirectory
 from saescale.trainers.evals.bench import Bench, Measured
 from saescale.trainers.evals.costs import Costs, earlier_costs
 from saescale.trainers.evals.plan import Pair, Plan, plan_evaluations
@@ -46,7 +46,7 @@ def evaluate_run(
 
     The source of each cell is the store of sweep.yaml that it was trained on. What fails for a cell is told in `why`,
     and so are evaluations that no cell can have; the others go on. `owner`: the driver on whose behalf rows are written
-    (storage/runs/lease.py); for the others see Bench.
+    (storage/lease.py); for the others see Bench.
 
     Raises SaescaleError for an unknown evaluation, cell or column, where no cell can have anything of what is wanted,
     and where `url` is no run with a finished cell or none of its stores can be opened.

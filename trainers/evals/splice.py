@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from saescale.storage.errors import SaescaleError
-from saescale.storage.sources.manifest import Site
-from saescale.storage.sources.source import Source
-from saescale.storage.sources.store import ActivationStore
+from saescale.storage.manifest import Site
+from saescale.storage.source import Source
+from saescale.storage.store import ActivationStore
 from saescale.trainers.evals.evaluation import Unsuited
 from saescale.trainers.harvest.retrace import Places, heldout_places
 from saescale.trainers.subjects.subject import Resumes, Subject

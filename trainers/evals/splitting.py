@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from saescale.scaling.metrics import Metric
-from saescale.storage.sources.source import Source
+from saescale.storage.source import Source
 from saescale.trainers.evals.directions import SAME, Directions, alike, nearest, over_latents
 from saescale.trainers.evals.evaluation import Measurement, Need
 from saescale.trainers.exchange.trained import Trained

@@ -26,7 +26,7 @@ from torch import Tensor
 
 from saescale.scaling.metrics import Metric
 from saescale.storage.errors import SaescaleError
-from saescale.storage.sources.source import Source
+from saescale.storage.source import Source
 from saescale.trainers.evals.directions import SAME, Directions, alike, cosines, nearest, over_latents
 from saescale.trainers.evals.evaluation import Measurement, Need
 from saescale.trainers.exchange.trained import Trained

@@ -6,9 +6,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from saescale.storage.sources.manifest import Site
-from saescale.storage.sources.source import Source
-from saescale.storage.sources.store import ActivationStore
+from saescale.storage.manifest import Site
+from saescale.storage.source import Source
+from saescale.storage.store import ActivationStore
 from saescale.trainers.harvest.retrace import heldout_places
 from saescale.trainers.subjects.subject import Subject
 

@@ -15,12 +15,12 @@ from pydantic import (
     model_validator,
 )
 
-from saescale.scaling.cells.tables import Table
-from saescale.scaling.cells.where import Condition, no_row, parse_condition, rows_where
+from saescale.scaling.tables import Table
+from saescale.scaling.where import Condition, no_row, parse_condition, rows_where
 from saescale.storage.columns import columns_of, folded
 from saescale.storage.documents import problem_of
 from saescale.storage.errors import SaescaleError
-from saescale.storage.runs.rundir import RunDirectory
+from saescale.storage.rundir import RunDirectory
 from saescale.trainers.evals.evaluation import EVALUATIONS
 
 ALL = "all"

@@ -18,7 +18,7 @@ from safetensors.torch import load, save
 from saescale.storage import files, sharded
 from saescale.storage.documents import problem_of, read_json
 from saescale.storage.errors import Damaged, SaescaleError
-from saescale.storage.runs.rundir import RunDirectory
+from saescale.storage.rundir import RunDirectory
 from saescale.storage.sharded import INDEX, SUFFIX, index_name
 from saescale.storage.tensors import File, Part, Tensors, read_header
 from saescale.trainers.architectures.architecture import Parameter, Shape, find_architecture

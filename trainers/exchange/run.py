@@ -8,7 +8,7 @@ import pyarrow as pa
 from saescale.scaling.metrics import metrics_table
 from saescale.storage.columns import RESULTS, columns_of
 from saescale.storage.errors import SaescaleError
-from saescale.storage.runs.rundir import RunDirectory
+from saescale.storage.rundir import RunDirectory
 
 if TYPE_CHECKING:
     from saescale.trainers.exchange.trained import Trained

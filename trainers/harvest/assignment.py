@@ -11,7 +11,7 @@ import numpy as np
 import xxhash
 
 from saescale.storage.errors import SaescaleError
-from saescale.storage.sources.manifest import Split
+from saescale.storage.manifest import Split
 from saescale.trainers.harvest.contexts import (
     SPLITS,
     Context,

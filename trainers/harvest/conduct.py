@@ -14,9 +14,9 @@ import numpy as np
 
 from saescale.storage import files
 from saescale.storage.errors import SaescaleError
+from saescale.storage.manifest import FORMAT, MANIFEST, Manifest, Shard, Split, write_manifest
 from saescale.storage.secrets import hide_secrets
-from saescale.storage.sources.manifest import FORMAT, MANIFEST, Manifest, Shard, Split, write_manifest
-from saescale.storage.sources.store import ActivationStore
+from saescale.storage.store import ActivationStore
 from saescale.storage.writable import require_writable
 from saescale.trainers.harvest.assignment import Assignment
 from saescale.trainers.harvest.contexts import SPLITS, Block, Counted, draws, text_blocks

@@ -13,7 +13,7 @@ import numpy as np
 
 from saescale.storage import files
 from saescale.storage.errors import SaescaleError
-from saescale.storage.sources.manifest import Split
+from saescale.storage.manifest import Split
 from saescale.trainers.subjects.numbered import BLOCK_SEQUENCES, draw_block
 from saescale.trainers.subjects.subject import Generates, ReadsText
 from saescale.trainers.subjects.texts.text import TEXT_COLUMN, Piece, Place, content_key, placed_pieces

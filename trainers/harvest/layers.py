@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable
 
 from saescale.storage import files
 from saescale.storage.errors import SaescaleError
-from saescale.storage.sources.manifest import MANIFEST, Site
+from saescale.storage.manifest import MANIFEST, Site
 from saescale.trainers.harvest.spec import PLAN, HarvestSpec
 from saescale.trainers.subjects.subject import count_layers
 

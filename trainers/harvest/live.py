@@ -1,4 +1,4 @@
-"""Makes the blocks of a live source (storage/sources/live.py) ahead of those who stream, and removes them behind.
+"""Makes the blocks of a live source (storage/live.py) ahead of those who stream, and removes them behind.
 
     with LiveHarvest(spec, "folder", crew) as live:     # makes the held-out rows, writes live.json
         live.run(should_stop)                           # until it says so; or in a thread
@@ -28,9 +28,9 @@ import xxhash
 from saescale.storage import files
 from saescale.storage.documents import read_json
 from saescale.storage.errors import SaescaleError
-from saescale.storage.sources.live import LIVE, Live, LiveSource, Making, name_of, open_source
-from saescale.storage.sources.manifest import MANIFEST
-from saescale.storage.sources.store import ActivationStore
+from saescale.storage.live import LIVE, Live, LiveSource, Making, name_of, open_source
+from saescale.storage.manifest import MANIFEST
+from saescale.storage.store import ActivationStore
 from saescale.trainers.harvest.assignment import ShardTokens
 from saescale.trainers.harvest.conduct import (
     PLAN_FORMAT,

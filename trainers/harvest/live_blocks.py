@@ -7,7 +7,7 @@ from collections.abc import Sequence, Set
 from saescale.storage import files
 from saescale.storage.documents import read_json
 from saescale.storage.errors import SaescaleError
-from saescale.storage.sources.live import name_of
+from saescale.storage.live import name_of
 from saescale.trainers.harvest.make_shard import Made
 from saescale.trainers.harvest.room import Room
 

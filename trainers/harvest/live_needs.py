@@ -1,9 +1,9 @@
-"""Which blocks of a live source those who stream from it need now, by what they say (storage/sources/live.py)."""
+"""Which blocks of a live source those who stream from it need now, by what they say (storage/live.py)."""
 
 import time
 
 from saescale.storage import files
-from saescale.storage.sources.live import CONSUMERS, Heard, Place, Places
+from saescale.storage.live import CONSUMERS, Heard, Place, Places
 from saescale.trainers.harvest.room import Room
 
 LOOK_S = 0.1  # between two looks at the folder

@@ -7,7 +7,7 @@ from typing import Any
 
 from saescale.storage import files
 from saescale.storage.errors import SaescaleError
-from saescale.storage.sources.live import BEAT_S, PRODUCER, Making, read_making
+from saescale.storage.live import BEAT_S, PRODUCER, Making, read_making
 from saescale.trainers.harvest.make_shard import Made
 
 _ALONE_S = 3.0  # a producer that does not move for so long is dead

@@ -20,8 +20,8 @@ import xxhash
 
 from saescale.storage import files
 from saescale.storage.errors import SaescaleError
-from saescale.storage.sources.manifest import Shard, Site, Split
-from saescale.storage.sources.rows import Rows, find_bad_row, raw_dtype, to_float32, write_shard
+from saescale.storage.manifest import Shard, Site, Split
+from saescale.storage.rows import Rows, find_bad_row, raw_dtype, to_float32, write_shard
 from saescale.trainers.harvest.assignment import ShardTokens
 from saescale.trainers.harvest.contexts import SPLITS, Batch, Block, Context, Counted, batches
 from saescale.trainers.harvest.spec import HarvestSpec, note_plan

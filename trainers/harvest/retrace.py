@@ -5,7 +5,7 @@ from typing import NamedTuple
 import numpy as np
 
 from saescale.storage.errors import SaescaleError
-from saescale.storage.sources.store import ActivationStore
+from saescale.storage.store import ActivationStore
 from saescale.trainers.harvest.make_shard import mixed, prefix_of
 from saescale.trainers.subjects.numbered import find_sequences
 from saescale.trainers.subjects.subject import Generates, Subject

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 from saescale.storage import files
 from saescale.storage.errors import SaescaleError
-from saescale.storage.sources.live import most_bytes
+from saescale.storage.live import most_bytes
 from saescale.storage.writable import free_bytes
 from saescale.trainers.harvest import contexts
 from saescale.trainers.harvest.live_places import KEY_BYTES, NOTE_BYTES

@@ -25,7 +25,7 @@ from safetensors import SafetensorError, safe_open
 from saescale.storage import files
 from saescale.storage.documents import read_json
 from saescale.storage.errors import SaescaleError, one_line
-from saescale.storage.sources.rows import Rows, raw_dtype, write_shard
+from saescale.storage.rows import Rows, raw_dtype, write_shard
 from saescale.storage.waiting import waiting
 from saescale.trainers.harvest.assignment import Stretches
 from saescale.trainers.harvest.conduct import NOTHING_S

@@ -19,7 +19,7 @@ from torch import Tensor
 from transformers import GPT2LMHeadModel
 
 from saescale.storage.errors import SaescaleError
-from saescale.storage.sources.manifest import Split
+from saescale.storage.manifest import Split
 from saescale.trainers.device import default_device
 from saescale.trainers.subjects.drawn import Drawn, draw_split, first_of, parts_of
 from saescale.trainers.subjects.hashed import hashed, positive

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from saescale.storage.errors import SaescaleError
-from saescale.storage.sources.manifest import Site, Split
+from saescale.storage.manifest import Site, Split
 from saescale.trainers.device import default_device
 from saescale.trainers.subjects.dictionary_spec import DictionarySpec, Hierarchy, read_spec
 from saescale.trainers.subjects.hashed import hashed, normal, uniform

@@ -7,7 +7,7 @@ et al. 2014), which is exact everywhere, so that what was drawn once can be draw
 import torch
 from torch import Tensor
 
-from saescale.storage.sources.manifest import Split
+from saescale.storage.manifest import Split
 
 HELDOUT_ONE_IN = 4
 _GOLDEN = 0x9E3779B97F4A7C15 - 2**64

@@ -11,7 +11,7 @@ from itertools import groupby, islice
 import xxhash
 
 from saescale.storage.errors import SaescaleError
-from saescale.storage.sources.manifest import Split
+from saescale.storage.manifest import Split
 from saescale.trainers.subjects.subject import Generates, Sequence
 
 BLOCK_SEQUENCES = 256

@@ -17,8 +17,8 @@ from torch import Tensor
 
 from saescale.storage.cache import cache_folder
 from saescale.storage.errors import SaescaleError
+from saescale.storage.manifest import Site, Split
 from saescale.storage.registry import Room
-from saescale.storage.sources.manifest import Site, Split
 
 SUBJECTS = Room("saescale.trainers.subjects", "subject", marker="load")
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from saescale.storage.errors import SaescaleError, one_line
-from saescale.storage.sources.manifest import Site
+from saescale.storage.manifest import Site
 from saescale.trainers.subjects.checkpoint import listed
 from saescale.trainers.subjects.layout import (
     Parts,

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from saescale.storage.errors import SaescaleError, one_line
-from saescale.storage.sources.manifest import Site
+from saescale.storage.manifest import Site
 from saescale.trainers.device import OutOfMemory, spoils_the_process
 from saescale.trainers.subjects.subject import Run
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from saescale.storage.errors import SaescaleError
-from saescale.storage.sources.manifest import Site
+from saescale.storage.manifest import Site
 from saescale.trainers.subjects.transformer import Transformer
 from saescale.trainers.tasks.task import METRIC, Prompts, Task, read
 

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from saescale.storage.errors import SaescaleError
+from saescale.storage.manifest import Site
 from saescale.storage.registry import Room
-from saescale.storage.sources.manifest import Site
 from saescale.trainers.subjects.subject import Patch, ReadsText, Subject
 from saescale.trainers.subjects.transformer import Transformer
 

@@ -8,10 +8,10 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
+from saescale.storage import checkpoint
 from saescale.storage.errors import SaescaleError, SaescaleWarning, one_line
-from saescale.storage.runs import checkpoint
-from saescale.storage.runs.rundir import RunDirectory
-from saescale.storage.sources.source import Batches
+from saescale.storage.rundir import RunDirectory
+from saescale.storage.source import Batches
 from saescale.trainers.cell import Cell
 from saescale.trainers.mesh.mesh import ONE, Group, Mesh
 from saescale.trainers.preprocess import Centre

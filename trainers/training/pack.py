@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset
 
 from saescale.storage.errors import one_line
-from saescale.storage.sources.source import Batches
+from saescale.storage.source import Batches
 from saescale.trainers.architectures.architecture import Batch
 from saescale.trainers.cell import Cell
 from saescale.trainers.device import spoils_the_process

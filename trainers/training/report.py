@@ -4,7 +4,7 @@ import time
 from collections.abc import Callable
 from typing import NamedTuple
 
-from saescale.storage.sources.source import Batches
+from saescale.storage.source import Batches
 from saescale.trainers.training.pack import Pack
 from saescale.trainers.training.training_cell import TrainingCell
 

@@ -7,9 +7,9 @@ from typing import Any, NamedTuple, Self
 
 from saescale.scaling.compute import Flops
 from saescale.storage.columns import RESULTS, CurveRow
-from saescale.storage.runs.rundir import RunDirectory
-from saescale.storage.sources.source import Source
-from saescale.storage.sources.store import ActivationStore
+from saescale.storage.rundir import RunDirectory
+from saescale.storage.source import Source
+from saescale.storage.store import ActivationStore
 from saescale.trainers.cell import Cell
 from saescale.trainers.exchange.trained import Trained
 from saescale.trainers.loggers.interface import CellLogger

@@ -24,10 +24,10 @@ from lightning.pytorch.plugins.environments import LightningEnvironment
 from pydantic import BaseModel, Field
 
 from saescale.storage.errors import SaescaleError, one_line
-from saescale.storage.runs.rundir import RunDirectory
-from saescale.storage.sources.live import open_source
-from saescale.storage.sources.source import Order, Source
-from saescale.storage.sources.store import ActivationStore
+from saescale.storage.live import open_source
+from saescale.storage.rundir import RunDirectory
+from saescale.storage.source import Order, Source
+from saescale.storage.store import ActivationStore
 from saescale.trainers.architectures.own import take
 from saescale.trainers.cell import Cell, EvalSpec
 from saescale.trainers.device import OutOfMemory, default_device, is_out_of_memory, set_threads
@@ -57,7 +57,7 @@ class PackJob(BaseModel):
     threads: int | None = None  # CPU threads; None leaves torch's own setting
     architectures: dict[str, str] = {}  # of the user's own: the text of their files, by name
     axes: tuple[str, ...] = ()  # in what cells of the sweep differ beside architecture, n, k and seed
-    driver: str | None = None  # who holds the run (storage/runs/lease.py); None: nobody has to
+    driver: str | None = None  # who holds the run (storage/lease.py); None: nobody has to
 
 
 class PackOutcome(NamedTuple):

@@ -5,7 +5,7 @@ from collections.abc import Callable, Set
 import xxhash
 
 from saescale.storage import files, sharded
-from saescale.storage.runs.rundir import WEIGHTS
+from saescale.storage.rundir import WEIGHTS
 from saescale.storage.tensors import cut_name, write_tensors
 from saescale.trainers.exchange import native
 from saescale.trainers.exchange.trained import Trained

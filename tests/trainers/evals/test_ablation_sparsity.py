@@ -9,8 +9,8 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from saescale.storage.errors import SaescaleError
-from saescale.storage.sources.manifest import Site
-from saescale.storage.sources.store import ActivationStore
+from saescale.storage.manifest import Site
+from saescale.storage.store import ActivationStore
 from saescale.trainers.evals import ablation_sparsity
 from saescale.trainers.evals.ablation_sparsity import POSITIONS, Prepared, prepare, sparsities
 from saescale.trainers.exchange.trained import Trained

@@ -4,7 +4,7 @@ import re
 
 import torch
 
-from saescale.storage.sources.store import ActivationStore
+from saescale.storage.store import ActivationStore
 from saescale.trainers.evals.texts.agreement import last_activations, sentences
 from saescale.trainers.subjects.subject import Subject
 

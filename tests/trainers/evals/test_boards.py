@@ -10,8 +10,8 @@ import torch
 
 from saescale.scaling.figures.boards import draw_boards
 from saescale.storage.errors import SaescaleError
-from saescale.storage.runs.rundir import RunDirectory
-from saescale.storage.sources.store import ActivationStore
+from saescale.storage.rundir import RunDirectory
+from saescale.storage.store import ActivationStore
 from saescale.trainers.cell import Cell, EvalSpec
 from saescale.trainers.evals.boards.board_probe import probe, read_boards
 from saescale.trainers.evals.boards.board_recovery import BESIDE, properties, reconstruct, recovered

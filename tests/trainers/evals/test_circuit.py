@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from saescale.storage.sources.manifest import Site
+from saescale.storage.manifest import Site
 from saescale.trainers.evals import circuit, circuit_latents
 from saescale.trainers.evals.circuit_latents import Kept, Latents, fewest
 from saescale.trainers.evals.circuit_supervised import composed

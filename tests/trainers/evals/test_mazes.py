@@ -9,9 +9,9 @@ import pytest
 import torch
 
 from saescale.storage.errors import SaescaleError
-from saescale.storage.runs.rundir import RunDirectory
-from saescale.storage.sources.manifest import Site
-from saescale.storage.sources.store import ActivationStore
+from saescale.storage.manifest import Site
+from saescale.storage.rundir import RunDirectory
+from saescale.storage.store import ActivationStore
 from saescale.trainers.architectures.architecture import Shape
 from saescale.trainers.architectures.sae import SAE
 from saescale.trainers.cell import Cell, EvalSpec

@@ -10,7 +10,7 @@ import torch
 from scipy.optimize import minimize
 
 from saescale.storage.errors import SaescaleError, SaescaleWarning
-from saescale.storage.sources.store import ActivationStore
+from saescale.storage.store import ActivationStore
 from saescale.trainers.architectures.architecture import unit_rows
 from saescale.trainers.evals.evaluation import Measurement
 from saescale.trainers.evals.texts import probe_loss, probes

@@ -10,7 +10,7 @@ import yaml
 from scipy import sparse
 
 from saescale.storage.errors import SaescaleError
-from saescale.storage.sources.store import ActivationStore
+from saescale.storage.store import ActivationStore
 from saescale.trainers.architectures.architecture import Shape
 from saescale.trainers.architectures.sae import SAE
 from saescale.trainers.cell import Cell

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from saescale.storage.errors import SaescaleError
-from saescale.storage.runs.rundir import RunDirectory
+from saescale.storage.rundir import RunDirectory
 from saescale.trainers.evals.evaluation import EVALUATIONS
 from saescale.trainers.evals.sample import latents_to_look_at
 from saescale.trainers.evals.wanted import Wanted, each_once, entries

@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from saescale.storage.errors import SaescaleError, SaescaleWarning
-from saescale.storage.sources.manifest import Site
+from saescale.storage.manifest import Site
 from saescale.trainers.harvest.spec import HarvestSpec
 from saescale.trainers.subjects.subject import check_sites_before_loading, get_subject
 

@@ -14,8 +14,8 @@ import yaml
 from scipy import stats
 
 from saescale.storage.errors import SaescaleError
-from saescale.storage.sources.manifest import Site
-from saescale.storage.sources.store import ActivationStore
+from saescale.storage.manifest import Site
+from saescale.storage.store import ActivationStore
 from saescale.trainers.evals.labels import heldout_labels
 from saescale.trainers.harvest.conduct import harvest
 from saescale.trainers.harvest.spec import HarvestSpec

@@ -17,8 +17,8 @@ from pydantic import ValidationError
 
 from saescale.storage import files
 from saescale.storage.errors import SaescaleError
-from saescale.storage.sources.rows import to_float32
-from saescale.storage.sources.store import ActivationStore
+from saescale.storage.rows import to_float32
+from saescale.storage.store import ActivationStore
 from saescale.trainers.harvest import contexts
 from saescale.trainers.harvest import make_shard as module
 from saescale.trainers.harvest.conduct import HarvestSpec, harvest

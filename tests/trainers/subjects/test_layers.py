@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from saescale.storage.errors import SaescaleError
-from saescale.storage.sources.manifest import Site
-from saescale.storage.sources.store import ActivationStore
+from saescale.storage.manifest import Site
+from saescale.storage.store import ActivationStore
 from saescale.trainers.harvest import make_shard as module
 from saescale.trainers.harvest import room
 from saescale.trainers.harvest.conduct import harvest, harvest_layers

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from saescale.storage.errors import SaescaleError
-from saescale.storage.sources.rows import Rows, write_shard
-from saescale.storage.sources.store import ActivationStore
+from saescale.storage.rows import Rows, write_shard
+from saescale.storage.store import ActivationStore
 from saescale.trainers.evals.labels import heldout_labels
 from saescale.trainers.harvest import conduct
 from saescale.trainers.harvest.conduct import harvest, harvest_layers

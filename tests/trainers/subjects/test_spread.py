@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from saescale.storage.errors import SaescaleError
-from saescale.storage.sources.manifest import Site
+from saescale.storage.manifest import Site
 from saescale.trainers.harvest.conduct import harvest
 from saescale.trainers.harvest.spec import HarvestSpec
 from saescale.trainers.subjects.spread import most_memory

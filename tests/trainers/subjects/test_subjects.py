@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, GPT2Config, GPTNeoXConfig, OPTCon
 
 from saescale.storage.cache import cache_folder
 from saescale.storage.errors import SaescaleError
-from saescale.storage.sources.manifest import Site
+from saescale.storage.manifest import Site
 from saescale.trainers.subjects import smollm2_135m as smollm2
 from saescale.trainers.subjects.language_model import LanguageModel
 from saescale.trainers.subjects.subject import check_subject_name, get_subject, name_for_other_processes

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from saescale.scaling.metrics import Metric
-from saescale.storage.sources.source import Source
+from saescale.storage.source import Source
 from saescale.trainers.evals.boards.boards import Boards, heldout_boards, othello_of
 from saescale.trainers.evals.evaluation import Measurement, Need
 from saescale.trainers.evals.intervals import SEED, Estimate, by_document, ratio

@@ -31,7 +31,7 @@ from typing import NamedTuple
 import numpy as np
 
 from saescale.scaling.metrics import shares
-from saescale.storage.sources.source import Source
+from saescale.storage.source import Source
 from saescale.trainers.evals.boards.boards import Boards, heldout_boards, othello_of
 from saescale.trainers.evals.boards.detectors import (
     THRESHOLDS,

@@ -6,7 +6,7 @@ import numpy as np
 from torch import Tensor
 
 from saescale.storage.errors import SaescaleError
-from saescale.storage.sources.source import Source
+from saescale.storage.source import Source
 from saescale.trainers.evals.evaluation import require_kind
 from saescale.trainers.evals.labels import heldout_halves
 from saescale.trainers.subjects.othello.othello import Othello

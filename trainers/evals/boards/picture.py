@@ -7,7 +7,7 @@ from typing import NamedTuple
 import numpy as np
 
 from saescale.storage.errors import SaescaleError
-from saescale.storage.runs.rundir import RunDirectory
+from saescale.storage.rundir import RunDirectory
 from saescale.trainers.evals.bench import Bench
 from saescale.trainers.evals.boards.board_probe import read_boards
 from saescale.trainers.evals.boards.board_recovery import Reconstruction, reconstruct

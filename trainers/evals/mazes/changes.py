@@ -6,7 +6,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from saescale.storage.sources.manifest import Site
+from saescale.storage.manifest import Site
 from saescale.trainers.evals.intervals import SEED
 from saescale.trainers.subjects.drawn import those
 from saescale.trainers.subjects.maze.lattice import NOWHERE, Lattice, lattice, shortest_paths

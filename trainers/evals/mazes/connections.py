@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from saescale.storage.errors import SaescaleError
-from saescale.storage.sources.source import Source
+from saescale.storage.source import Source
 from saescale.trainers.evals.evaluation import require_kind
 from saescale.trainers.evals.labels import heldout_halves
 from saescale.trainers.evals.mazes.trees import Single, Splits, Tree

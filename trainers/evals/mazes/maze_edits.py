@@ -29,8 +29,8 @@ from torch import Tensor
 
 from saescale.scaling.metrics import Metric
 from saescale.storage.errors import SaescaleError
-from saescale.storage.sources.manifest import Site
-from saescale.storage.sources.source import Source
+from saescale.storage.manifest import Site
+from saescale.storage.source import Source
 from saescale.trainers.evals.decoder import directions_of
 from saescale.trainers.evals.evaluation import Measurement, Need
 from saescale.trainers.evals.intervals import SEED, Sums, by_document, mean_of, ratio

@@ -24,7 +24,7 @@ from typing import NamedTuple
 import numpy as np
 
 from saescale.scaling.metrics import shares
-from saescale.storage.sources.source import Source
+from saescale.storage.source import Source
 from saescale.trainers.evals.evaluation import Measurement, Need
 from saescale.trainers.evals.intervals import SEED, Sums, by_document
 from saescale.trainers.evals.mazes.connections import (

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from saescale.storage.sources.source import Source
+from saescale.storage.source import Source
 from saescale.trainers.evals.evaluation import Measurement, Need
 from saescale.trainers.evals.intervals import SEED, Estimate, mean_of
 from saescale.trainers.evals.mazes.connections import maze_of

@@ -37,7 +37,7 @@ from torch import Tensor
 
 from saescale.scaling.metrics import Metric
 from saescale.storage.errors import SaescaleError
-from saescale.storage.sources.source import Source
+from saescale.storage.source import Source
 from saescale.trainers.evals.decoder import directions_of
 from saescale.trainers.evals.evaluation import Measurement, Need
 from saescale.trainers.evals.firing import Firing, firing

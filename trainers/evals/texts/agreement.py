@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from saescale.storage.sources.manifest import Site
+from saescale.storage.manifest import Site
 from saescale.trainers.evals.intervals import SEED
 from saescale.trainers.harvest.make_shard import prefix_of
 from saescale.trainers.subjects.subject import ReadsText, Subject

@@ -34,8 +34,8 @@ from torch import Tensor
 
 from saescale.scaling.metrics import Metric
 from saescale.storage.errors import SaescaleError
-from saescale.storage.sources.manifest import Site
-from saescale.storage.sources.source import Source
+from saescale.storage.manifest import Site
+from saescale.storage.source import Source
 from saescale.trainers.architectures.dense import CHUNK_ENTRIES
 from saescale.trainers.evals.evaluation import Measurement, Need
 from saescale.trainers.evals.firing import Firing, firing

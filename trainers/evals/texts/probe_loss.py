@@ -36,8 +36,8 @@ from torch import Tensor
 
 from saescale.scaling.metrics import Metric
 from saescale.storage.errors import SaescaleError, SaescaleWarning
-from saescale.storage.sources.source import Source
-from saescale.storage.sources.store import ActivationStore
+from saescale.storage.source import Source
+from saescale.storage.store import ActivationStore
 from saescale.trainers.architectures.architecture import unit_rows
 from saescale.trainers.architectures.dense import CHUNK_ENTRIES
 from saescale.trainers.evals.evaluation import Measurement, Need, Unsuited

@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from saescale.storage.errors import SaescaleError
-from saescale.storage.sources.manifest import Site, Split
+from saescale.storage.manifest import Site, Split
 from saescale.trainers.device import default_device
 from saescale.trainers.subjects.drawn import first_of, parts_of
 from saescale.trainers.subjects.maze.labels import LABELS, labels_of_tokens

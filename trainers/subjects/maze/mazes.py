@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from saescale.storage.sources.manifest import Split
+from saescale.storage.manifest import Split
 from saescale.trainers.subjects.drawn import Drawn, draw_split
 from saescale.trainers.subjects.hashed import hashed, positive
 from saescale.trainers.subjects.maze.lattice import Lattice, lattice, shortest_paths

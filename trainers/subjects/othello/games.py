@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from saescale.storage.sources.manifest import Split
+from saescale.storage.manifest import Split
 from saescale.trainers.subjects.drawn import Drawn, draw_split
 from saescale.trainers.subjects.hashed import hashed, positive
 from saescale.trainers.subjects.othello.board import count, play, signed, spread, start

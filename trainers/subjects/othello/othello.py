@@ -13,7 +13,7 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
-from saescale.storage.sources.manifest import Split
+from saescale.storage.manifest import Split
 from saescale.trainers.device import default_device
 from saescale.trainers.subjects.drawn import first_of
 from saescale.trainers.subjects.othello.board import spread

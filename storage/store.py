@@ -12,10 +12,10 @@ import xxhash
 from saescale.storage import files
 from saescale.storage.documents import read_model
 from saescale.storage.errors import SaescaleError, Unavailable, one_line
-from saescale.storage.sources.manifest import FORMAT, MANIFEST, Dtype, Manifest, Shard, Site, check_size
-from saescale.storage.sources.rows import CHUNK_BYTES, RowGroup, Rows, find_bad_row, raw_dtype
-from saescale.storage.sources.source import Order
-from saescale.storage.sources.stream import Stream
+from saescale.storage.manifest import FORMAT, MANIFEST, Dtype, Manifest, Shard, Site, check_size
+from saescale.storage.rows import CHUNK_BYTES, RowGroup, Rows, find_bad_row, raw_dtype
+from saescale.storage.source import Order
+from saescale.storage.stream import Stream
 
 _PLACES = {"token": np.int32, "pos": np.int16, "doc": np.int32}  # of a row: columns of Rows beside act
 

@@ -8,8 +8,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from saescale.scaling.cells.headers import nearest
-from saescale.scaling.cells.tables import Table, shown
+from saescale.scaling.headers import nearest
+from saescale.scaling.tables import Table, shown
 from saescale.scaling.words import listed
 from saescale.storage.columns import COLUMNS, folded
 from saescale.storage.errors import SaescaleError

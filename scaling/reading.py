@@ -14,8 +14,8 @@ from typing import NamedTuple
 
 import pyarrow as pa
 
-from saescale.scaling.cells.headers import KNOWN
-from saescale.scaling.cells.values import has_decimal_comma
+from saescale.scaling.headers import KNOWN
+from saescale.scaling.values import has_decimal_comma
 from saescale.scaling.words import listed
 from saescale.storage.columns import columns_of, folded
 from saescale.storage.documents import parquet_table

@@ -9,8 +9,8 @@ from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
-from saescale.storage.sources.manifest import Dtype, Site, Split
-from saescale.storage.sources.rows import Rows
+from saescale.storage.manifest import Dtype, Site, Split
+from saescale.storage.rows import Rows
 
 
 class Order(NamedTuple):

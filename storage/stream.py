@@ -16,10 +16,10 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 
 from saescale.storage.errors import SaescaleError
+from saescale.storage.manifest import Dtype
+from saescale.storage.rows import RowGroup, raw_dtype
 from saescale.storage.secrets import hide_secrets
-from saescale.storage.sources.manifest import Dtype
-from saescale.storage.sources.rows import RowGroup, raw_dtype
-from saescale.storage.sources.source import SourceBatch
+from saescale.storage.source import SourceBatch
 from saescale.storage.waiting import waiting
 
 _READERS = 4

@@ -21,11 +21,11 @@ from pydantic import BaseModel, ConfigDict, Field
 from saescale.storage import files
 from saescale.storage.documents import read_model
 from saescale.storage.errors import SaescaleError, Unavailable, one_line
-from saescale.storage.sources.manifest import MANIFEST, MOST, Dtype, Manifest
-from saescale.storage.sources.rows import RowGroup, raw_dtype
-from saescale.storage.sources.source import Order
-from saescale.storage.sources.store import ActivationStore
-from saescale.storage.sources.stream import Stream, Window
+from saescale.storage.manifest import MANIFEST, MOST, Dtype, Manifest
+from saescale.storage.rows import RowGroup, raw_dtype
+from saescale.storage.source import Order
+from saescale.storage.store import ActivationStore
+from saescale.storage.stream import Stream, Window
 
 LIVE = "live.json"
 PRODUCER = "producer.json"  # what the producer does now

@@ -7,8 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from saescale.scaling.cells.kinds import IDENTITY
-from saescale.scaling.cells.tables import Table
+from saescale.scaling.kinds import IDENTITY
+from saescale.scaling.tables import Table
 from saescale.scaling.words import listed
 from saescale.storage.columns import COLUMNS
 

@@ -14,8 +14,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import xxhash
 
-from saescale.storage.runs import checkpoint
-from saescale.storage import files
+from saescale.storage import checkpoint, files
 from saescale.storage.columns import CURVES, EVALS, RESULTS, conform, current_names
 from saescale.storage.documents import (
     damaged,
@@ -28,7 +27,7 @@ from saescale.storage.documents import (
     yaml_text,
 )
 from saescale.storage.errors import Damaged, SaescaleWarning, Superseded
-from saescale.storage.runs.lease import require_owner
+from saescale.storage.lease import require_owner
 from saescale.storage.sharded import index_name
 
 T = TypeVar("T")

@@ -9,14 +9,14 @@ import numpy as np
 import pyarrow as pa
 import xxhash
 
-from saescale.scaling.cells.headers import missing_words, named_columns, other_name
-from saescale.scaling.cells.reading import is_table, read_file
-from saescale.scaling.cells.values import either, is_grouped, numbers, texts
+from saescale.scaling.headers import missing_words, named_columns, other_name
+from saescale.scaling.reading import is_table, read_file
+from saescale.scaling.values import either, is_grouped, numbers, texts
 from saescale.scaling.words import listed
 from saescale.storage.columns import COLUMNS, columns_of
 from saescale.storage.errors import SaescaleError
 from saescale.storage.files import exists, join
-from saescale.storage.runs.rundir import RunDirectory
+from saescale.storage.rundir import RunDirectory
 from saescale.storage.secrets import hide_secrets
 
 _POSITIVE = tuple(column.name for column in COLUMNS.values() if column.positive)

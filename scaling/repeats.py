@@ -6,8 +6,8 @@ from typing import TypeVar
 
 import numpy as np
 
-from saescale.scaling.cells.kinds import IDENTITY
-from saescale.scaling.cells.tables import Table, known
+from saescale.scaling.kinds import IDENTITY
+from saescale.scaling.tables import Table, known
 from saescale.storage.columns import COLUMNS
 
 T = TypeVar("T", Table, Table | None)

@@ -6,8 +6,8 @@ from dataclasses import replace
 
 import numpy as np
 
-from saescale.scaling.cells.tables import KIND, Table, known, shown
 from saescale.scaling.order import in_order
+from saescale.scaling.tables import KIND, Table, known, shown
 from saescale.scaling.words import listed
 from saescale.storage.columns import COLUMNS, columns_of
 

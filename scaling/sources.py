@@ -9,15 +9,15 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from saescale.scaling.cells.kinds import TOLD_APART
-from saescale.scaling.cells.reading import is_table, read_file
-from saescale.scaling.cells.repeats import Loaded, once
-from saescale.scaling.cells.tables import Table, check_cells, known, load_curves, load_results, number
-from saescale.scaling.cells.where import Condition, select_where
+from saescale.scaling.kinds import TOLD_APART
+from saescale.scaling.reading import is_table, read_file
+from saescale.scaling.repeats import Loaded, once
+from saescale.scaling.tables import Table, check_cells, known, load_curves, load_results, number
+from saescale.scaling.where import Condition, select_where
 from saescale.storage.columns import EVALS
 from saescale.storage.errors import SaescaleError
 from saescale.storage.files import join
-from saescale.storage.runs.rundir import METRICS, RunDirectory
+from saescale.storage.rundir import METRICS, RunDirectory
 
 Reader = Callable[[str], Loaded]
 _PREFIX = "wandb:"

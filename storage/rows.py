@@ -9,7 +9,7 @@ import xxhash
 
 from saescale.storage import files
 from saescale.storage.errors import SaescaleError
-from saescale.storage.sources.manifest import MANIFEST, Dtype, Shard, Split
+from saescale.storage.manifest import MANIFEST, Dtype, Shard, Split
 
 # All exponent bits set means NaN or Inf; with the sign bit masked off, magnitudes compare like integers.
 _EXPONENT = {"float16": np.uint16(0x7C00), "bfloat16": np.uint16(0x7F80)}
