@@ -292,7 +292,7 @@ def test_the_shipped_one_is_the_one_whose_training_is_noted_and_solves_mazes() -
     assert (subject.fingerprint, subject.size) == (record["fingerprint"], record["settings"]["grid"])
     found = subject.score(200)["solved"]
     assert found == pytest.approx(record["score"]["solved"], abs=0.12)
-    assert found > 0.4
+    assert found > 0.7
     mazes = subject.heldout_mazes(64, 0)
     rollouts = (subject.rollout(prompts(mazes)) == answers(mazes)).all(dim=1)
     assert float(rollouts.float().mean()) == pytest.approx(subject.score(64)["solved"])
