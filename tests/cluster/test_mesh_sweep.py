@@ -10,7 +10,7 @@ import pytest
 
 from saescale.cluster.crew.claims import MeshShape, Resources
 from saescale.cluster.crew.train_crew import TrainCrew
-from saescale.cluster.sweep import execute
+from saescale.cluster.sweep import execute, gang
 from saescale.cluster.sweep.driver import run_sweep
 from saescale.cluster.sweep.meshes import check_meshes, plan_meshes
 from saescale.cluster.sweep.packing import cost
@@ -180,7 +180,7 @@ def test_a_worker_of_a_mesh_that_is_lost_or_hangs_changes_no_result(
 ) -> None:
     """The group starts again from its checkpoint, with another worker in the place of that one."""
     monkeypatch.setattr(execute, "DEADLINE_S", 20.0)
-    monkeypatch.setattr(execute, "COMPANY_S", 3.0)  # one that is halted leaves nothing
+    monkeypatch.setattr(gang, "COMPANY_S", 3.0)  # one that is halted leaves nothing
     shared["train"]["tokens"] = 98_304
     shared["grid"]["k"] = 4
     spec, hit, notes = parse_spec(shared, "test"), [], []
