@@ -54,8 +54,8 @@ def _peak(found: Peaks, best: Best) -> str:
     axis, name = _SYMBOLS[found.along], found.name.rpartition(".")[2]
     lowest = best.lowest
     return (
-        f"{_at(found, best)} at {axis} = {_interval(best)} ({name} {best.best.value:.3g} at {axis} = "
-        f"{number(best.best.place)}, nmse {best.best.nmse:.3g}; {lowest.value:.3g} at {axis} = {number(lowest.place)}, "
+        f"{_at(found, best)} at {axis} = {_interval(best)} ({name} {_about(best.best.value)} at {axis} = "
+        f"{number(best.best.place)}, nmse {best.best.nmse:.3g}; {_about(lowest.value)} at {axis} = {number(lowest.place)}, "
         f"nmse {lowest.nmse:.3g})"
     )
 
@@ -70,10 +70,15 @@ def _interval(best: Best) -> str:
     place = best.place
     assert place is not None
     if place.low is None and place.high is None:
-        return f"{place.value:.3g}"
-    low = f"below {best.first:g}" if place.low is None else f"{place.low:.3g}"
-    high = f"above {best.last:g}" if place.high is None else f"{place.high:.3g}"
-    return f"{place.value:.3g} [{low}, {high}]"
+        return _about(place.value)
+    low = f"below {number(best.first)}" if place.low is None else _about(place.low)
+    high = f"above {number(best.last)}" if place.high is None else _about(place.high)
+    return f"{_about(place.value)} [{low}, {high}]"
+
+
+def _about(value: float) -> str:
+    """To three digits, and as N and k are written elsewhere: 1060, never 1.06e+03."""
+    return number(float(f"{value:.3g}"))
 
 
 def _other(found: Peaks) -> str:
@@ -134,7 +139,7 @@ def _other_best(found: Disagreement, ranked: Ranked) -> str:
 def _pair(found: Disagreement, pair: Contradiction) -> str:
     """Such as "nmse prefers N = 512, k = 32 (nmse 0.21, kl 0.41) to N = 1024, k = 8 (nmse 0.23, kl 0.33)"."""
     ends = [
-        f"{_cell(found, cell)} (nmse {cell.nmse:.3g}, {found.name.rpartition('.')[2]} {cell.value:.3g})"
+        f"{_cell(found, cell)} (nmse {cell.nmse:.3g}, {found.name.rpartition('.')[2]} {_about(cell.value)})"
         for cell in pair
     ]
     return f"nmse prefers {ends[0]} to {ends[1]}"

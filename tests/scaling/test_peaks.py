@@ -113,6 +113,16 @@ def test_the_report_says_so_and_at_which_k() -> None:
     assert [row[1] for row in table.rows] == ["128", "256", "512", "1024", "all"]
 
 
+def test_places_of_n_are_written_as_n_is() -> None:
+    turned = laws_of(lambda n, k: np.log(n / 265) ** 2, 0)
+    wider = turned.cells.columns | {"n_latents": 4 * turned.cells["n_latents"]}
+    turned = replace(turned, cells=replace(turned.cells, columns=wider))
+    (said,) = peak_sentences([peaks for peaks in find_peaks([turned]) if peaks.along == "n_latents"])
+    plain = said.replace("\u00a0", " ")
+    assert " at N = 10" in plain, plain
+    assert "10³" not in plain
+
+
 def test_a_peak_that_all_sizes_have_is_seen_over_all_of_them() -> None:
     """Each by itself scatters too much to be sure of it."""
 
