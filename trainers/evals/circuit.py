@@ -42,7 +42,9 @@ from saescale.trainers.tasks.task import TASKS
 
 needs: frozenset[Need] = frozenset({"subject"})
 metrics = {
-    f"{task}_{name}": Metric("higher", limit=1.0, beside=tuple(f"{task}_{other}" for other in beside))
+    f"{task}_{name}": Metric(
+        "higher", limit=1.0, beside=tuple(f"{task}_{other}" for other in beside), leads=name == "recovered"
+    )
     for task in TASKS.names()
     for name, beside in (
         ("recovered", ()),

@@ -54,6 +54,11 @@ def test_recovered_is_1_of_x_itself_and_0_of_its_mean(prepared: list[circuit.Pre
     assert measured(prepared, lambda raw: without(raw, FORESEEN))["induction_recovered"] == pytest.approx(1, abs=1e-3)
 
 
+def test_what_is_left_of_each_task_has_its_figure() -> None:
+    leading = {name for name, metric in circuit.metrics.items() if metric.leads}
+    assert leading == {"greater_than_recovered", "induction_recovered", "ioi_recovered"}
+
+
 @pytest.mark.parametrize("exact", [True, False])
 def test_a_dictionary_that_has_all_is_sufficient_and_necessary_and_one_of_the_mean_alone_is_neither(
     prepared: list[circuit.Prepared], exact: bool, monkeypatch: pytest.MonkeyPatch
