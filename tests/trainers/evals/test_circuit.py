@@ -54,6 +54,18 @@ def test_recovered_is_1_of_x_itself_and_0_of_its_mean(prepared: list[circuit.Pre
     assert measured(prepared, lambda raw: without(raw, FORESEEN))["induction_recovered"] == pytest.approx(1, abs=1e-3)
 
 
+def test_of_a_task_that_the_subject_does_not_do_no_share_is_told(prepared: list[circuit.Prepared]) -> None:
+    of = prepared[0]
+    # As good with the mean, but for how prompts differ.
+    around = of.clean - np.where(np.arange(len(of.clean)) % 2, 0.3, -0.29)
+    nowhere, at_end = of._replace(mean=around, end_mean=around), of._replace(mean=around)
+    told = {"sae", "clean", "mean"}
+    for instead, shares in ((nowhere, set()), (at_end, {"end_recovered", "end_necessary"})):
+        found = measured([instead], lambda raw: raw)
+        assert set(found) == {f"induction_{name}" for name in told | shares}
+        assert np.isfinite(list(found.values())).all()
+
+
 def test_what_is_left_of_each_task_has_its_figure() -> None:
     leading = {name for name, metric in circuit.metrics.items() if metric.leads}
     assert leading == {"greater_than_recovered", "induction_recovered", "ioi_recovered"}
