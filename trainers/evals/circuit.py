@@ -20,8 +20,9 @@ al. 2024):
 | `end_supervised`, `end_supervised_necessary` | there, of a dictionary made with the truth (circuit_supervised.py) |
 | `end_gap` | what the SAE lacks of `end_supervised` |
 
-Shares are told only of a subject that does the task: where the metric as it is may be what it is with the mean (its 95 %
-interval over prompts), there is nothing to recover. Intervals are over prompts. circuit_latents.py says how few latents carry what is recovered.
+Shares are told only of a subject that does the task: where the metric as it is may be what it is with the mean (its
+95 % interval over prompts), there is nothing to recover. Intervals are over prompts. circuit_latents.py says how few
+latents carry what is recovered.
 """
 
 from collections.abc import Callable, Iterator
