@@ -119,6 +119,16 @@ def test_latents_at_all_their_values_are_the_reconstruction_and_attribution_is_w
     torch.testing.assert_close(latents.rows(torch.tensor([3])), by_hand_rows, rtol=1e-4, atol=1e-4)
 
 
+def test_an_sae_none_of_whose_latents_is_active_carries_nothing() -> None:
+    trained = a_trained(n_latents=48, k=4)
+    trained.sae.params["b_enc"] -= 100
+    raw = torch.from_numpy(raw_rows(60)).float()
+    latents = Latents(trained, raw)
+    torch.testing.assert_close(latents.rows(), trained.reconstruct(raw), rtol=1e-4, atol=1e-4)
+    found = {each.metric: each.value for each in circuit_latents.carriers(latents, lambda rows: rows.sum(dim=1))}
+    assert found == {"active": 0, "gain": 0}
+
+
 @pytest.mark.parametrize("seed", [0, 1, 2])
 def test_the_fewest_are_those_of_a_search_through_all_numbers(seed: int) -> None:
     draw = np.random.default_rng(seed)
