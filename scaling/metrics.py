@@ -24,13 +24,15 @@ class Metric(NamedTuple):
     loses nothing, where that is known: 1 of explained variance, or the name of another metric of the evaluation, as
     "ce_original" of the cross-entropy. Laws are of how far a metric is from there (laws/scales.py); of one that falls
     that is 0 unless said otherwise, of a share its other end. `beside`: other metrics of the evaluation that it is read
-    beside, such as the same of random latents.
+    beside, such as the same of random latents. `leads`: of an evaluation with several tasks, one of those that have
+    figures; without any its first metric has.
     """
 
     better: Better
     bounded: bool = False
     limit: float | str | None = None
     beside: tuple[str, ...] = ()
+    leads: bool = False
 
 
 def shares(names: Mapping[str, Sequence[str]], beside: Sequence[str]) -> dict[str, Metric]:

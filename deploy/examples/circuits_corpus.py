@@ -7,8 +7,8 @@ sentences than the task's, in other places and with other things, so no prompt o
 leave of it is said of names that they have not seen.
 """
 
+import argparse
 import json
-import sys
 
 import numpy as np
 
@@ -77,6 +77,10 @@ def corpus(which: str) -> list[str]:
 
 
 if __name__ == "__main__":
-    with open(sys.argv[1], "w", encoding="utf-8") as file:
-        for text in corpus(*sys.argv[2:] or ["all"]):
+    parser = argparse.ArgumentParser(description="Writes a corpus for deploy/sweeps/circuits.yaml.")
+    parser.add_argument("out", help="the file to write, such as circuits.jsonl")
+    parser.add_argument("names", nargs="?", default="all", choices=["all", "others"], help="of the stories")
+    given = parser.parse_args()
+    with open(given.out, "w", encoding="utf-8") as file:
+        for text in corpus(given.names):
             file.write(json.dumps({"text": text}) + "\n")

@@ -3,7 +3,9 @@ what was to be found.
 
 Along one axis, at each value of the other, a cubic spline goes through ln distance (laws/scales.py) over the logarithm
 of the axis; the best place is its least value between the neighbours of the best cells. It is a peak where both ends
-of what was tried are worse than the best cells by more than cells scatter. Intervals are of a bootstrap over cells:
+of what was tried are worse than the best cells by more than cells scatter, and by more than the cells' own intervals
+(those of an evaluation, over its prompts or documents) allow for: what a few prompts tell may be theirs alone. Where
+only the first holds, it cannot be told. Intervals are of a bootstrap over cells:
 each is drawn about what was measured as far as equal cells scatter, by their seeds where they repeat, else by what a
 surface of third order in ln N and ln k leaves over. Over all N (or k) the curves are averaged, and what counts is how
 they differ from each other: a peak that all of them share is seen there though each by itself scatters too much.
@@ -37,10 +39,19 @@ class Point(NamedTuple):
     nmse: float
 
 
+class _Mean(NamedTuple):
+    """Of the cells at one place of a curve; `ends` [3]: value, low and high of the metric."""
+
+    log_distance: float
+    log_nmse: float
+    ends: np.ndarray
+
+
 class Best(NamedTuple):
     """Where the metric is best along an axis at the value `at` of the other, None over all of them. `best` are the best
     cells, `lowest` those of the lowest nmse, `first` and `last` the ends of what was tried; `place` is that of the
-    peak, in units of the axis, None where there is none. `nmse_falls`: at every step along the axis."""
+    peak, in units of the axis, None where there is none, or where it is `untold`, as the cells' own intervals allow for
+    the difference from an end. `nmse_falls`: at every step along the axis."""
 
     at: float | None
     best: Point
@@ -49,11 +60,17 @@ class Best(NamedTuple):
     last: float
     nmse_falls: bool
     place: Interval | None
+    untold: bool = False
 
     @property
     def peaks_alone(self) -> bool:
         """Whether it peaks, and nmse is lower elsewhere."""
         return self.place is not None and self.lowest.place != self.best.place
+
+    @property
+    def untold_alone(self) -> bool:
+        """Whether that is what cannot be told."""
+        return self.untold and self.lowest.place != self.best.place
 
 
 class Peaks(NamedTuple):
@@ -68,9 +85,14 @@ class Peaks(NamedTuple):
     power: Interval | None
 
     @property
+    def everywhere(self) -> list[Best]:
+        """First over all."""
+        return [*([] if self.overall is None else [self.overall]), *self.found]
+
+    @property
     def alone(self) -> list[Best]:
-        """Where it peaks and nmse is lower elsewhere, first over all."""
-        return [best for best in (self.overall, *self.found) if best is not None and best.peaks_alone]
+        """Where it peaks and nmse is lower elsewhere."""
+        return [best for best in self.everywhere if best.peaks_alone]
 
     def document(self) -> dict[str, Any]:
         """An entry of `peaks` of fits.json."""
@@ -80,7 +102,7 @@ class Peaks(NamedTuple):
             "best": [
                 {
                     other: b.at, "tried": [b.first, b.last], "peak": b.place and b.place.document(),
-                    "nmse_falls": b.nmse_falls,
+                    "untold": b.untold, "nmse_falls": b.nmse_falls,
                     "best_cells": {self.along: b.best.place, "value": b.best.value, "nmse": b.best.nmse},
                     "lowest_nmse": {self.along: b.lowest.place, "value": b.lowest.value, "nmse": b.lowest.nmse},
                 } for b in (*self.found, *([self.overall] if self.overall else []))
@@ -118,7 +140,7 @@ def _scatter(laws: MetricLaws) -> tuple[float, int]:
 def _along(laws: MetricLaws, along: Along, sd: float, free: int, rng: np.random.Generator) -> Iterator[Peaks]:
     other = "n_latents" if along == "k" else "k"
     rows: list[Best] = []
-    curves: list[dict[float, tuple[float, float]]] = []  # ln distance and ln nmse by place
+    curves: list[dict[float, _Mean]] = []  # by place
     places: dict[float, np.ndarray] = {}  # ln of the peak, at each value of the other axis: as measured, then drawn
     # One chance for the scatter, not one for each cell.
     chance = np.sqrt(free / rng.chisquare(free, DRAWS)) if free else np.zeros(DRAWS)
@@ -130,47 +152,74 @@ def _along(laws: MetricLaws, along: Along, sd: float, free: int, rng: np.random.
         x = np.log([point.place for point in points])
         best = int(np.argmin(log_distance))
         sure = np.sqrt((1 / seeds[best] + 1 / seeds[[0, -1]]) / 2) * _SURE * sd
+        ends = _ends(laws, along, own)
+        worse = (log_distance[[0, -1]] - log_distance[best] > sure).all()
+        untold = bool(worse) and not _beyond(laws, ends[[best]], ends[[0, -1]])
         place = None
-        if (log_distance[[0, -1]] - log_distance[best] > sure).all():
+        if worse and not untold:
             noise = rng.standard_normal((DRAWS, len(points))) * chance[:, None] * sd / np.sqrt(seeds)
             drawn = _lowest(x, np.concatenate([log_distance[None], log_distance + noise]))
             place = _interval(drawn, x) if free else Interval(float(np.exp(drawn[0])), None, None)
             places[float(at)] = drawn
-        rows.append(_best(float(at), points, best, place))
-        curves.append({p.place: (y, float(np.log(p.nmse))) for p, y in zip(points, log_distance.tolist(), strict=True)})
+        rows.append(_best(float(at), points, best, place, untold))
+        means = zip(points, log_distance.tolist(), ends, strict=True)
+        curves.append({point.place: _Mean(y, float(np.log(point.nmse)), each) for point, y, each in means})
     if rows:
         yield Peaks(laws.name, laws.of, along, tuple(rows), _overall(laws, curves, rng), _power(places, free))
 
 
-def _best(at: float | None, points: Sequence[Point], best: int, place: Interval | None) -> Best:
+def _best(at: float | None, points: Sequence[Point], best: int, place: Interval | None, untold: bool) -> Best:
     nmse = np.array([point.nmse for point in points])
     falls = bool((np.diff(nmse) < 0).all())
-    return Best(at, points[best], points[int(np.argmin(nmse))], points[0].place, points[-1].place, falls, place)
+    lowest = points[int(np.argmin(nmse))]
+    return Best(at, points[best], lowest, points[0].place, points[-1].place, falls, place, untold)
 
 
-def _overall(
-    laws: MetricLaws, curves: Sequence[dict[float, tuple[float, float]]], rng: np.random.Generator
-) -> Best | None:
+def _beyond(laws: MetricLaws, best: np.ndarray, others: np.ndarray) -> bool:
+    """Whether the 95 % intervals of the differences of `best` [1, 3] from all `others` [others, 3] lie on its better
+    side. Each is of both cells' own (value, low, high): the squares of how far they reach towards each other add up
+    (Zou and Donner 2008), as if measured apart."""
+    if laws.metric.better == "lower":
+        best, others = -best[:, [0, 2, 1]], -others[:, [0, 2, 1]]
+    reach = np.hypot(best[:, 0] - best[:, 1], others[:, 2] - others[:, 0])
+    return bool((best[:, 0] - others[:, 0] > reach).all())
+
+
+def _overall(laws: MetricLaws, curves: Sequence[dict[float, _Mean]], rng: np.random.Generator) -> Best | None:
     """Of the mean of several curves, at the places that all of them have: a peak where both ends are worse than the
     best by Student's t over the curves; its interval is of a bootstrap over them, expanded as their number asks for."""
     shared = sorted(set.intersection(*(set(curve) for curve in curves)))
     n = len(curves)
     if n < _LEAST or len(shared) < _LEAST:
         return None
-    y, log_nmse = (np.array([[curve[place][i] for place in shared] for curve in curves]) for i in (0, 1))
+    y = np.array([[curve[place].log_distance for place in shared] for curve in curves])
+    log_nmse = np.array([[curve[place].log_nmse for place in shared] for curve in curves])
+    # The same prompts measured them all: a mean over curves is known no better than each of them.
+    ends = np.mean([[curve[place].ends for place in shared] for curve in curves], axis=0)
     mean = y.mean(axis=0)
     best = int(np.argmin(mean))
     values = laws.scale.value(np.exp(mean)), np.exp(log_nmse.mean(axis=0))
     points = [Point(*map(float, each)) for each in zip(shared, *values, strict=True)]
     worse = y[:, [0, -1]] - y[:, [best]]
     quantile = student.ppf(0.975, n - 1)
-    place = None
+    place, untold = None, False
     if (worse.mean(axis=0) > quantile * worse.std(axis=0, ddof=1) / np.sqrt(n)).all():
+        untold = not _beyond(laws, ends[[best]], ends[[0, -1]])
         x = np.log(shared)
         again = y[rng.integers(n, size=(DRAWS, n))].mean(axis=1)
         tail = 100 * norm.cdf(-np.sqrt(n / (n - 1)) * quantile)
-        place = _interval(_lowest(x, np.concatenate([mean[None], again])), x, (tail, 100 - tail))
-    return _best(None, points, best, place)
+        if not untold:
+            place = _interval(_lowest(x, np.concatenate([mean[None], again])), x, (tail, 100 - tail))
+    return _best(None, points, best, place, untold)
+
+
+def _ends(laws: MetricLaws, along: Along, own: np.ndarray) -> np.ndarray:
+    """(value, low, high) of the metric at each place of the axis, [places, 3]: means over seeds, which the same prompts
+    measured. Where a cell has no interval its value is that."""
+    value, low, high = (column[own] for column in laws.values)
+    rows = np.stack([value, np.where(np.isfinite(low), low, value), np.where(np.isfinite(high), high, value)], axis=1)
+    places, group = np.unique(laws.cells[along][own], return_inverse=True)
+    return np.array([rows[group == each].mean(axis=0) for each in range(len(places))])
 
 
 def _points(laws: MetricLaws, along: Along, own: np.ndarray) -> tuple[list[Point], np.ndarray, np.ndarray]:

@@ -16,19 +16,25 @@ from saescale.scaling.laws.over_metrics import MetricLaws
 from saescale.storage.columns import COLUMNS
 
 SHOWN = 6  # metrics with figures, of each kind of cells
+_EACH = 3  # of them of one evaluation
 _LONGEST = 30  # letters of what an axis says
 _FIRST, _LAST = "downstream_loss", "core"  # what an SAE is for before all else; what is mostly nmse again
 
 
 def leading(metrics: Sequence[MetricLaws], least: int = 2) -> list[MetricLaws]:
-    """Those that figures and sentences are about: of each evaluation its first metric, for each kind of cells of which
-    `least` have it; at most six metrics, that of the downstream loss before the others and core's behind them."""
+    """Those that figures and sentences are about: of each evaluation its first metric, or the first three that it says
+    lead, for each kind of cells of which `least` have it; at most six metrics, that of the downstream loss before the
+    others and core's behind them. Every evaluation has its first before any has a second."""
     there = [laws for laws in metrics if len(laws.cells) >= least]
-    names: dict[str, str] = {}
-    for laws in there:
-        names.setdefault(laws.name.partition(".")[0], laws.name)
-    order = sorted(names, key=lambda name: (name == _LAST) - (name == _FIRST))
-    chosen = [names[evaluation] for evaluation in order][:SHOWN]
+    names: dict[str, list[str]] = {}
+    for laws in sorted(there, key=lambda laws: not laws.metric.leads):
+        own = names.setdefault(laws.name.partition(".")[0], [])
+        if laws.name not in own and len(own) < (_EACH if laws.metric.leads else 1):
+            own.append(laws.name)
+    evaluations = dict.fromkeys(laws.name.partition(".")[0] for laws in there)
+    order = sorted(evaluations, key=lambda name: (name == _LAST) - (name == _FIRST))
+    places = sorted((rank, order.index(name), own) for name in order for rank, own in enumerate(names[name]))
+    chosen = [own for _, _, own in sorted(places[:SHOWN], key=lambda place: (place[1], place[0]))]
     return [laws for name in chosen for laws in there if laws.name == name]
 
 

@@ -23,7 +23,8 @@ _SYMBOLS: Mapping[Along, str] = {"k": "k", "n_latents": "N"}
 
 
 def peak_sentences(peaks: Sequence[Peaks]) -> list[str]:
-    """For each metric that peaks along k or N where nmse does not: at which k or N, and what is lost beyond."""
+    """For each metric that peaks along k or N where nmse does not: at which k or N, and what is lost beyond; or that
+    it cannot be told, as the intervals of its cells allow for what seems to be lost."""
     return [typeset(text) for found in peaks if (text := _peaking(found))]
 
 
@@ -33,11 +34,17 @@ def peak_documents(peaks: Sequence[Peaks]) -> list[dict[str, Any]]:
 
 
 def _peaking(found: Peaks) -> str:
-    alone = found.alone
-    if not alone:
-        return ""
+    alone, untold = found.alone, [best for best in found.everywhere if best.untold_alone]
     where = f" ({label})" if (label := kind_label(found.of)) else ""
     axis = _SYMBOLS[found.along]
+    if not alone and untold:
+        cases = listed((f"{_at(found, best)} {_both(found, best)}" for best in untold), "; ", _SHOWN)
+        return (
+            f"Whether {found.name}{where} peaks in {axis} cannot be told: the intervals of single cells allow for the "
+            f"difference from an end ({cases})."
+        )
+    if not alone:
+        return ""
     falls = f"falls with {axis} at every step" if all(best.nmse_falls for best in alone) else "is lowest elsewhere"
     cases = listed((_peak(found, best) for best in alone), "; ", _SHOWN)
     text = f"{found.name}{where} peaks in {axis} while nmse {falls}: {cases}."
@@ -51,13 +58,17 @@ def _peaking(found: Peaks) -> str:
 def _peak(found: Peaks, best: Best) -> str:
     """Such as "at N = 512 at k = 8.4 [7.1, 9.9] (mcc 0.87 at k = 8, and 0.77 at k = 32, where nmse is lowest)"."""
     assert best.place is not None
+    return f"{_at(found, best)} at {_SYMBOLS[found.along]} = {_interval(best)} ({_both(found, best)})"
+
+
+def _both(found: Peaks, best: Best) -> str:
+    """The best cells, and those of the lowest nmse."""
     axis, name = _SYMBOLS[found.along], found.name.rpartition(".")[2]
-    lowest = best.lowest
-    return (
-        f"{_at(found, best)} at {axis} = {_interval(best)} ({name} {best.best.value:.3g} at {axis} = "
-        f"{number(best.best.place)}, nmse {best.best.nmse:.3g}; {lowest.value:.3g} at {axis} = {number(lowest.place)}, "
-        f"nmse {lowest.nmse:.3g})"
+    first, lowest = (
+        f"{_about(point.value)} at {axis} = {number(point.place)}, nmse {point.nmse:.3g}"
+        for point in (best.best, best.lowest)
     )
+    return f"{name} {first}; {lowest}"
 
 
 def _no_peak(found: Peaks, best: Best) -> str:
@@ -70,10 +81,15 @@ def _interval(best: Best) -> str:
     place = best.place
     assert place is not None
     if place.low is None and place.high is None:
-        return f"{place.value:.3g}"
-    low = f"below {best.first:g}" if place.low is None else f"{place.low:.3g}"
-    high = f"above {best.last:g}" if place.high is None else f"{place.high:.3g}"
-    return f"{place.value:.3g} [{low}, {high}]"
+        return _about(place.value)
+    low = f"below {number(best.first)}" if place.low is None else _about(place.low)
+    high = f"above {number(best.last)}" if place.high is None else _about(place.high)
+    return f"{_about(place.value)} [{low}, {high}]"
+
+
+def _about(value: float) -> str:
+    """To three digits, and as N and k are written elsewhere: 1060, never 1.06e+03."""
+    return number(float(f"{value:.3g}"))
 
 
 def _other(found: Peaks) -> str:
@@ -134,7 +150,7 @@ def _other_best(found: Disagreement, ranked: Ranked) -> str:
 def _pair(found: Disagreement, pair: Contradiction) -> str:
     """Such as "nmse prefers N = 512, k = 32 (nmse 0.21, kl 0.41) to N = 1024, k = 8 (nmse 0.23, kl 0.33)"."""
     ends = [
-        f"{_cell(found, cell)} (nmse {cell.nmse:.3g}, {found.name.rpartition('.')[2]} {cell.value:.3g})"
+        f"{_cell(found, cell)} (nmse {cell.nmse:.3g}, {found.name.rpartition('.')[2]} {_about(cell.value)})"
         for cell in pair
     ]
     return f"nmse prefers {ends[0]} to {ends[1]}"
@@ -169,14 +185,17 @@ def _best(peaks: Sequence[Peaks]) -> TextTable:
     for found in peaks:
         for best in (*found.found, *([found.overall] if found.overall else [])) if found.along == "k" else ():
             kind = [kind_label(found.of)] if several else []
-            place = "at an end, or flat" if best.place is None else _interval(best)
+            nowhere = "cannot be told" if best.untold else "at an end, or flat"
+            place = nowhere if best.place is None else _interval(best)
             cells = [f"k = {number(p.place)}: {p.value:.3g}, {p.nmse:.3g}" for p in (best.best, best.lowest)]
             rows.append([found.name, *kind, "all" if best.at is None else number(best.at), place, *cells])
     header = ("metric", *(["kind"] if several else []), "N", "peak in k", "best cells: metric, nmse",
               "lowest nmse: metric, nmse")  # fmt: skip
     note = (
         "Along k at each N. A peak is a place from which a metric gets worse to both sides by more than cells scatter; "
-        "95 % intervals from a bootstrap over cells."
+        "it cannot be told where the 95 % intervals of single cells, over the prompts or documents that they were "
+        "measured on, allow for the difference from an end. Intervals of peaks are "
+        "of a bootstrap over cells, 95 %."
     )
     return TextTable("Where metrics are best in k", note, header, rows, numbers=False)
 

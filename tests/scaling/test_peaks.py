@@ -113,6 +113,57 @@ def test_the_report_says_so_and_at_which_k() -> None:
     assert [row[1] for row in table.rows] == ["128", "256", "512", "1024", "all"]
 
 
+def with_ends(laws: MetricLaws, half: float) -> MetricLaws:
+    value = laws.values.value
+    return replace(laws, values=Values(value, value - half, value + half))
+
+
+@pytest.mark.parametrize("metric", [SHARE, Metric("lower")])
+def test_what_the_intervals_of_cells_allow_for_is_no_peak(metric: Metric) -> None:
+    laws = laws_of(peaking, 0, metric=metric)
+    value = laws.values.value
+    sure = with_ends(laws, 1e-3 * float(np.ptp(value)))
+    assert peak_sentences(find_peaks([sure])) == peak_sentences(find_peaks([laws])) != []
+    wide = with_ends(laws, float(np.ptp(value)))
+    peaks = find_peaks([wide])
+    assert all(best.place is None for found in peaks for best in found.everywhere)
+    first = along_k(wide).found[0]
+    assert first.untold
+    said = [text.replace("\u00a0", " ") for text in peak_sentences(peaks)]
+    assert said[0].startswith("Whether a.m peaks in k cannot be told: the intervals of single cells allow for the ")
+    assert f"at N = 128 m {first.best.value:.3g} at k = " in said[0]
+    assert not any(" peaks in k while" in text for text in said)
+    (table,) = (table for table in metric_tables([wide], [], peaks) if table.title == "Where metrics are best in k")
+    assert {row[2] for row in table.rows} <= {"cannot be told", "at an end, or flat"}
+    assert table.rows[0][2] == "cannot be told"
+
+
+def test_the_difference_of_two_cells_counts_and_only_how_far_they_reach_towards_each_other() -> None:
+    """0.9 is told from 0.6 where each may be 0.2 off, though their intervals overlap, and not where they may be 0.22
+    off; how far either reaches away from the other has no say."""
+    table = Table.from_rows([{"cell_id": str(k), "n_latents": 64.0, "k": k, "nmse": 1 / k} for k in (4.0, 8.0, 16.0)])
+    value = np.array([0.6, 0.9, 0.6])
+    for low, high, told in ((0.2, 0.2, True), (0.22, 0.22, False), (0.05, 0.4, False), (0.4, 0.05, False)):
+        ends = Values(value, value - low, value + high)
+        scale = scale_of("a.m", SHARE)
+        cells = replace(table, columns=table.columns | {"nmse": scale.distance(value)})
+        (best,) = along_k(MetricLaws("a.m", SHARE, scale, cells, ends, table["nmse"])).found
+        assert (best.place is not None, best.untold) == (told, not told)
+    away = Values(value, value - np.array([0.5, 0.05, 0.5]), value + np.array([0.05, 0.5, 0.05]))
+    (best,) = along_k(MetricLaws("a.m", SHARE, scale, cells, away, table["nmse"])).found
+    assert best.place is not None
+
+
+def test_places_of_n_are_written_as_n_is() -> None:
+    turned = laws_of(lambda n, k: np.log(n / 265) ** 2, 0)
+    wider = turned.cells.columns | {"n_latents": 4 * turned.cells["n_latents"]}
+    turned = replace(turned, cells=replace(turned.cells, columns=wider))
+    (said,) = peak_sentences([peaks for peaks in find_peaks([turned]) if peaks.along == "n_latents"])
+    plain = said.replace("\u00a0", " ")
+    assert " at N = 10" in plain, plain
+    assert "10³" not in plain
+
+
 def test_a_peak_that_all_sizes_have_is_seen_over_all_of_them() -> None:
     """Each by itself scatters too much to be sure of it."""
 

@@ -11,9 +11,11 @@ from saescale.scaling.figures.views import Line, Points
 from saescale.scaling.figures.views_metrics import leading, metric_against_k, metric_against_n, metric_against_nmse
 from saescale.scaling.laws.fit import fit_laws
 from saescale.scaling.laws.over_metrics import MetricLaws, fit_metrics
+from saescale.scaling.laws.scales import scale_of
 from saescale.scaling.laws.settings import FitSettings
 from saescale.scaling.metrics import Metric, Values, document
 from saescale.scaling.sources import load_sources
+from saescale.scaling.tables import Table
 from tests.scaling.test_over_metrics import write_run
 
 
@@ -43,6 +45,35 @@ def test_of_each_evaluation_the_first_metric_and_the_downstream_loss_first(tmp_p
     for view in (of_n, of_nmse):
         assert paper.draw(view)["png"][:4] == b"\x89PNG"
         assert plot(view)["data"]
+
+
+def test_the_tasks_of_an_evaluation_have_a_figure_each_and_a_few_of_them() -> None:
+    nothing = np.zeros(2)
+
+    def laws(name: str, leads: bool = False, cells: int = 2) -> MetricLaws:
+        table = Table.from_rows([{"cell_id": str(i), "n_latents": 64.0, "k": 4.0, "nmse": 0.5} for i in range(cells)])
+        metric = Metric("lower", leads=leads)
+        return MetricLaws(name, metric, scale_of(name, metric), table, Values(*[nothing] * 3), nothing)
+
+    def shown(*metrics: MetricLaws) -> list[str]:
+        return [own.name for own in leading(metrics)]
+
+    tasks = [laws("circuit.a_rest"), *(laws(f"circuit.{task}", leads=True) for task in "abcd")]
+    assert shown(*tasks, laws("core.nmse")) == ["circuit.a", "circuit.b", "circuit.c", "core.nmse"]
+    # One that no law can follow leaves its place to another.
+    assert shown(*tasks[:2], laws("circuit.b", leads=True, cells=1)) == ["circuit.a"]
+    assert shown(tasks[0], laws("circuit.b", leads=True, cells=1)) == ["circuit.a_rest"]
+    others = [laws(f"{name}.m") for name in ("one", "two", "three")]
+    assert shown(*tasks, *others, laws("core.nmse")) == [
+        "circuit.a",
+        "circuit.b",
+        "one.m",
+        "two.m",
+        "three.m",
+        "core.nmse",
+    ]
+    kinds = [replace(laws("circuit.a", leads=True), of={"site": site}) for site in ("one", "two")]
+    assert shown(*kinds, tasks[2]) == ["circuit.a", "circuit.a", "circuit.b"]
 
 
 def beside(tmp_path: Path, architectures: tuple[str, ...] = ("topk",)) -> list[MetricLaws]:

@@ -363,3 +363,22 @@ def test_stories_of_the_corpus_have_the_names_and_no_prompt_of_a_task() -> None:
     assert all(0 < int(last) - int(first) <= 100 - int(first) % 100 for first, last in spans)
     others = set(re.findall(r"\w+", " ".join(found["stories"](found["OTHERS"], 300, 0))))
     assert not others & {*ioi.NAMES}
+
+
+@pytest.mark.parametrize(
+    ("given", "said"), [((), "required: out"), (("out.jsonl", "other"), "invalid choice: 'other'")]
+)
+def test_the_script_of_the_corpus_says_what_it_takes(
+    given: tuple[str, ...],
+    said: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    script = str(Path(__file__).parents[2] / "deploy/examples/circuits_corpus.py")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.argv", [script, *given])
+    with pytest.raises(SystemExit, match="2"):
+        runpy.run_path(script, run_name="__main__")
+    assert said in capsys.readouterr().err
+    assert not any(tmp_path.iterdir())

@@ -20,7 +20,9 @@ al. 2024):
 | `end_supervised`, `end_supervised_necessary` | there, of a dictionary made with the truth (circuit_supervised.py) |
 | `end_gap` | what the SAE lacks of `end_supervised` |
 
-Intervals are over prompts. circuit_latents.py says how few latents carry what is recovered.
+Shares are told only of a subject that does the task: where the metric as it is may be what it is with the mean (its
+95 % interval over prompts), there is nothing to recover. Intervals are over prompts. circuit_latents.py says how few
+latents carry what is recovered.
 """
 
 from collections.abc import Callable, Iterator
@@ -35,14 +37,16 @@ from saescale.storage.source import Source
 from saescale.trainers.evals.circuit_cases import Case, cases
 from saescale.trainers.evals.circuit_supervised import supervised
 from saescale.trainers.evals.evaluation import Measurement, Need
-from saescale.trainers.evals.intervals import SEED, Sums, by_document, ratio
+from saescale.trainers.evals.intervals import SEED, Sums, by_document, mean_of, ratio
 from saescale.trainers.exchange.trained import Trained
 from saescale.trainers.subjects.subject import Subject
 from saescale.trainers.tasks.task import TASKS
 
 needs: frozenset[Need] = frozenset({"subject"})
 metrics = {
-    f"{task}_{name}": Metric("higher", limit=1.0, beside=tuple(f"{task}_{other}" for other in beside))
+    f"{task}_{name}": Metric(
+        "higher", limit=1.0, beside=tuple(f"{task}_{other}" for other in beside), leads=name == "recovered"
+    )
     for task in TASKS.names()
     for name, beside in (
         ("recovered", ()),
@@ -108,19 +112,26 @@ def _recovered(trained: Trained, of: Prepared) -> Iterator[Measurement]:
         "prompts": np.ones(len(of.clean)),
         **of.supervised,
     }
-    statistics = {
-        "recovered": _share("sae", "mean", "mean", "clean"),
-        "necessary": _share("clean", "rest", "mean", "clean"),
-        "end_recovered": _share("end", "end_mean", "end_mean", "clean"),
-        "end_necessary": _share("clean", "end_rest", "end_mean", "clean"),
-        **{name: ratio(name, "prompts") for name in ("sae", "clean", "mean")},
-    }
-    if of.supervised:
+    statistics = {name: ratio(name, "prompts") for name in ("sae", "clean", "mean")}
+    if _does(of.clean - of.mean):
+        statistics["recovered"] = _share("sae", "mean", "mean", "clean")
+        statistics["necessary"] = _share("clean", "rest", "mean", "clean")
+    does_at_end = _does(of.clean - of.end_mean)
+    if does_at_end:
+        statistics["end_recovered"] = _share("end", "end_mean", "end_mean", "clean")
+        statistics["end_necessary"] = _share("clean", "end_rest", "end_mean", "clean")
+    if of.supervised and does_at_end:
         statistics["end_supervised"] = _share("truth", "end_mean", "end_mean", "clean")
         statistics["end_supervised_necessary"] = _share("clean", "truth_rest", "end_mean", "clean")
         statistics["end_gap"] = _share("truth", "end", "end_mean", "clean")
     for name, found in by_document(np.arange(len(of.clean)), columns, statistics).items():
         yield Measurement(name, *found, n=len(of.clean), seed=SEED)
+
+
+def _does(gain: np.ndarray) -> bool:
+    """Whether the mean of `gain` [prompts] is surely above 0."""
+    low = mean_of(gain).low
+    return low is not None and low > 0
 
 
 def _share(of: str, less: str, low: str, high: str) -> Callable[[Sums], np.ndarray]:

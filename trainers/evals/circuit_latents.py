@@ -86,10 +86,10 @@ class Latents:
         """Of the rows `raw` [rows, d_model]. Raises Unsuited where x_hat is not z W + b of latents without signs."""
         decoder = linear_decoder(trained.sae, normalise(raw[:TRIED_ROWS].to(trained.origin.device)))
         sparse = trained.encode_sparse(raw)
-        self.ids = sparse.indices[sparse.indices >= 0].unique()  # of those that are active, ascending
-        place = torch.searchsorted(self.ids, sparse.indices.clamp_min(int(self.ids[0])))  # padding adds 0 somewhere
+        active = sparse.indices >= 0
+        self.ids, place = sparse.indices[active].unique(return_inverse=True)  # of those that are active, ascending
         z = torch.zeros(len(raw), len(self.ids), device=sparse.values.device)
-        z.scatter_add_(1, place, sparse.values)
+        z[active.nonzero()[:, 0], place] = sparse.values[active]
         self.mean = z.mean(dim=0)
         self.away = z - self.mean  # [rows, active]
         self.W = decoder.W[self.ids]

@@ -26,7 +26,10 @@ def most_memory(device_map: str) -> dict[int | str, int] | None:
                 f"device_map: {entry.strip()!r} is no memory of a device: give auto, or as 0=70GB,1=70GB,cpu=200GB the "
                 "most that weights may take on each GPU and in memory"
             )
-        found[int(match[1]) if match[1].isdigit() else match[1]] = int(float(match[2]) * _UNITS[match[3]])
+        device = int(match[1]) if match[1].isdigit() else match[1]
+        if device in found:
+            raise SaescaleError(f"device_map names the device {device} twice; give each one memory")
+        found[device] = int(float(match[2]) * _UNITS[match[3]])
     return found
 
 

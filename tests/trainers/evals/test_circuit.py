@@ -54,6 +54,23 @@ def test_recovered_is_1_of_x_itself_and_0_of_its_mean(prepared: list[circuit.Pre
     assert measured(prepared, lambda raw: without(raw, FORESEEN))["induction_recovered"] == pytest.approx(1, abs=1e-3)
 
 
+def test_of_a_task_that_the_subject_does_not_do_no_share_is_told(prepared: list[circuit.Prepared]) -> None:
+    of = prepared[0]
+    # As good with the mean, but for how prompts differ.
+    around = of.clean - np.where(np.arange(len(of.clean)) % 2, 0.3, -0.29)
+    nowhere, at_end = of._replace(mean=around, end_mean=around), of._replace(mean=around)
+    told = {"sae", "clean", "mean"}
+    for instead, shares in ((nowhere, set()), (at_end, {"end_recovered", "end_necessary"})):
+        found = measured([instead], lambda raw: raw)
+        assert set(found) == {f"induction_{name}" for name in told | shares}
+        assert np.isfinite(list(found.values())).all()
+
+
+def test_what_is_left_of_each_task_has_its_figure() -> None:
+    leading = {name for name, metric in circuit.metrics.items() if metric.leads}
+    assert leading == {"greater_than_recovered", "induction_recovered", "ioi_recovered"}
+
+
 @pytest.mark.parametrize("exact", [True, False])
 def test_a_dictionary_that_has_all_is_sufficient_and_necessary_and_one_of_the_mean_alone_is_neither(
     prepared: list[circuit.Prepared], exact: bool, monkeypatch: pytest.MonkeyPatch
@@ -100,6 +117,16 @@ def test_latents_at_all_their_values_are_the_reconstruction_and_attribution_is_w
         dim=1, keepdim=True
     )
     torch.testing.assert_close(latents.rows(torch.tensor([3])), by_hand_rows, rtol=1e-4, atol=1e-4)
+
+
+def test_an_sae_none_of_whose_latents_is_active_carries_nothing() -> None:
+    trained = a_trained(n_latents=48, k=4)
+    trained.sae.params["b_enc"] -= 100
+    raw = torch.from_numpy(raw_rows(60)).float()
+    latents = Latents(trained, raw)
+    torch.testing.assert_close(latents.rows(), trained.reconstruct(raw), rtol=1e-4, atol=1e-4)
+    found = {each.metric: each.value for each in circuit_latents.carriers(latents, lambda rows: rows.sum(dim=1))}
+    assert found == {"active": 0, "gain": 0}
 
 
 @pytest.mark.parametrize("seed", [0, 1, 2])

@@ -77,6 +77,12 @@ def test_what_is_no_device_map_is_said(given: str) -> None:
         most_memory(given)
 
 
+@pytest.mark.parametrize(("given", "device"), [("0=70GB,0=10GB", "0"), ("cpu=1GB,1=70GB, cpu=1GB", "cpu")])
+def test_a_device_has_one_memory(given: str, device: str) -> None:
+    with pytest.raises(SaescaleError, match=f"device_map names the device {device} twice"):
+        most_memory(given)
+
+
 def test_subjects_of_one_device_say_so() -> None:
     with pytest.raises(SaescaleError, match="othello lies on one device; leave device_map out"):
         get_subject("othello", device_map="auto")

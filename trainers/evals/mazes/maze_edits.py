@@ -62,8 +62,8 @@ from saescale.trainers.subjects.subject import Subject
 
 needs: frozenset[Need] = frozenset({"labels"})
 metrics = {
-    "add": Metric("higher", bounded=True, beside=("add_random", "add_means", "add_tokens")),
-    "remove": Metric("higher", bounded=True, beside=("remove_random", "remove_means")),
+    "add": Metric("higher", bounded=True, beside=("add_random", "add_means", "add_tokens"), leads=True),
+    "remove": Metric("higher", bounded=True, beside=("remove_random", "remove_means"), leads=True),
     "add_gain": Metric("higher"),
     "remove_gain": Metric("higher"),
     "solved_x_hat": Metric("higher", bounded=True, beside=("solved",)),
