@@ -214,6 +214,7 @@ def test_what_sweep_yaml_says_is_read_again(tmp_path: Path) -> None:
         ({"device_map": "auto"}, "device_map says nothing to hidden states"),
         ({"actors": 2}, "actors says nothing to hidden states"),
         ({"max_bytes": "1 furlong"}, "should be a size such as 200 GB"),
+        ({"max_bytes": "1.5.2 GB"}, "should be a size such as 200 GB"),
     ],
 )
 def test_what_does_not_go_together(tmp_path: Path, fields: dict[str, Any], said: str) -> None:

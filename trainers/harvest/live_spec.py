@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 _UNITS = {"": 1, "b": 1} | {
     f"{p}{b}": base**e for e, p in enumerate("kmgtp", 1) for b, base in (("b", 1000), ("ib", 1024))
 }
-_SIZE = re.compile(r"\s*([\d._]+(?:e[+-]?\d+)?)\s*([a-z]*)\s*", re.IGNORECASE)
+_SIZE = re.compile(r"\s*((?:\d[\d_]*\.?\d*|\.\d+)(?:e[+-]?\d{1,3})?)\s*([a-z]*)\s*", re.IGNORECASE)
 _OF_TEXT = ("corpus", "text_column", "cut_documents", "context_length", "batch_contexts", "compute_dtype")
 _NOT_OF_A_SERVER = (*_OF_TEXT, "actors", "device_map")
 _AS_IT_IS = {"actors": 1}  # a server's files are one process's to take; a sweep.yaml of before `auto` says so
