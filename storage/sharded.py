@@ -154,3 +154,5 @@ def _before(url: str) -> set[str]:
         return found | set(read_index(index).weight_map.values()) | {index_name(name)}
     except FileNotFoundError:
         return found
+    except Damaged:  # what it named is not known any more
+        return found | {index_name(name)}

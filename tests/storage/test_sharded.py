@@ -107,6 +107,17 @@ def test_each_row_lies_in_one_file_and_none_is_larger_than_asked(shapes: list[li
     assert seen == {name: list(range(shape[0] if shape else 1)) for name, (_, shape) in entries.items()}
 
 
+@pytest.mark.parametrize("most", [None, 100])
+def test_a_damaged_index_is_written_anew(tmp_path: Path, most: int | None) -> None:
+    url, index = str(tmp_path / "a" / "sae.safetensors"), tmp_path / "a" / "sae.safetensors.index.json"
+    sharded.copy(stored(tmp_path), url, {}, 100)
+    index.write_text('{"x')
+    made = sharded.copy(stored(tmp_path), url, {}, most)
+    assert index.exists() == (str(index) in made) == (most is not None)
+    if most is not None:
+        assert_whole(found(index))
+
+
 def test_damage_is_named_by_whom_it_concerns(tmp_path: Path) -> None:
     sharded.copy(stored(tmp_path), str(tmp_path / "sae.safetensors"), {}, 100)
     index = tmp_path / "sae.safetensors.index.json"

@@ -395,6 +395,7 @@ def test_export_and_import_give_the_same_file(run: RunDirectory) -> None:
         (["export", cell, "--out", "x", "--max-shard-size", "5 GX"], "a size such as 200 GB or 1.5 TiB, not '5 GX'"),
         (["export", cell, "--out", "x", "--format", "toy", "--max-shard-size", "5GB"], "is of the format native"),
         (["export", cell, "--out", cell], "the SAE lies at"),
+        (["export", "out/cut", "--out", "out/cut", "--max-shard-size", "2 kB"], "the SAE lies at"),
         (["export", "nowhere", "--out", "x"], "no SAE at nowhere"),
         (["export", cell, "--format", "natve", "--out", "x"], "did you mean native"),
         (["import", "store/manifest.json", "--out", "x"], "no SAE at store/manifest.json"),

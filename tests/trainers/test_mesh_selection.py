@@ -104,6 +104,8 @@ def _batch_chosen(mesh: ProcessMesh, scores: torch.Tensor, k: int) -> torch.Tens
     chosen = torch.zeros(len(given), mesh.size + 1, dtype=torch.bool)
     chosen.scatter_(1, torch.where(selected.indices < 0, mesh.size, selected.indices).long(), True)
     assert torch.equal(selected.z > 0, selected.indices >= 0)
+    # As wide as that of the other replicas, or they could not have it.
+    assert mesh.gather_replicas(selected.z).shape == (BATCH, selected.z.shape[1])
     return chosen[:, :-1]
 
 

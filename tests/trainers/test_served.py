@@ -200,6 +200,9 @@ def test_a_file_of_another_width_is_named(tmp_path: Path) -> None:
 def test_what_sweep_yaml_says_is_read_again(tmp_path: Path) -> None:
     spec = spec_of(tmp_path)
     assert LiveSpec.model_validate(spec.model_dump(mode="json")) == spec
+    # Of a run that was begun when one actor was what nobody had to ask for: the same rows, in the same folder.
+    fields = spec.model_dump(mode="json", exclude={"device_map", "remove_hidden_states"}) | {"actors": 1}
+    assert LiveSpec.model_validate(fields).folder_of("run") == spec.folder_of("run")
 
 
 @pytest.mark.parametrize(
@@ -209,7 +212,9 @@ def test_what_sweep_yaml_says_is_read_again(tmp_path: Path) -> None:
         ({"hidden_states": None}, "hidden_states_index is of hidden_states"),
         ({"hidden_states": None, "hidden_states_index": 0, "remove_hidden_states": True}, "remove_hidden_states is of"),
         ({"device_map": "auto"}, "device_map says nothing to hidden states"),
+        ({"actors": 2}, "actors says nothing to hidden states"),
         ({"max_bytes": "1 furlong"}, "should be a size such as 200 GB"),
+        ({"max_bytes": "1.5.2 GB"}, "should be a size such as 200 GB"),
     ],
 )
 def test_what_does_not_go_together(tmp_path: Path, fields: dict[str, Any], said: str) -> None:

@@ -123,6 +123,8 @@ def _kept(best: Selected, bound: Tensor, wanted: int, n_latents: int, mesh: Mesh
     indices, order = indices.sort(dim=1)
     widest = max(1, int(mesh.gather_all((indices < n_latents).sum(dim=1).amax()).amax()))
     indices, z = indices[:, :widest], best.z.gather(1, order[:, :widest])
+    if (short := widest - indices.shape[1]) > 0:  # as wide in all replicas, of which another one looked further
+        indices, z = (torch.nn.functional.pad(t, (0, short), value=v) for t, v in ((indices, n_latents), (z, 0)))
     z.masked_fill_(indices == n_latents, 0)
     surplus = int(mesh.gather_all((z > 0).sum()).sum()) - wanted
     if surplus > 0:

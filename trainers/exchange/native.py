@@ -77,7 +77,7 @@ def copy(url: str, out: str, max_bytes: int | None = None) -> list[str]:
     Raises SaescaleError as `read` does, and where `out` is the place that it lies in.
     """
     where, target = _find(url), _file(out)
-    if files.filesystem(index_name(where)) == files.filesystem(index_name(target)):
+    if files.filesystem(_index_of(where)) == files.filesystem(_index_of(target)):
         raise SaescaleError(f"the SAE lies at {where} itself; give another place to write to")
     tensors, cell = _stored(where)
     return sharded.copy(tensors, target, metadata(cell), max_bytes)
@@ -120,7 +120,7 @@ def _own(cell: Cell, mesh: Mesh) -> slice | None:
 def _find(url: str) -> str:
     """The file or the index that there is."""
     where = url if url.endswith((SUFFIX, INDEX)) else files.join(url, FILE)
-    for each in dict.fromkeys((where, index_name(where) if where.endswith(SUFFIX) else where)):
+    for each in dict.fromkeys((where, _index_of(where))):
         if files.exists(each):
             return each
     raise SaescaleError(f"there is no SAE at {where}; a cell has one when it is done")
@@ -221,6 +221,11 @@ def _sizes(cell: Cell) -> list[int]:
 def _parameters(cell: Cell, n_latents: int) -> dict[str, Parameter]:
     centre, shape = Centre(torch.zeros(cell.d_model), 1.0), Shape(cell.d_model, n_latents)
     return find_architecture(cell.architecture).parameters(shape, cell.whole_settings, centre, 0)
+
+
+def _index_of(where: str) -> str:
+    """Of a file of tensors; an index's own."""
+    return where if where.endswith(INDEX) else index_name(where)
 
 
 def _file(url: str) -> str:

@@ -18,9 +18,10 @@ if TYPE_CHECKING:
 _UNITS = {"": 1, "b": 1} | {
     f"{p}{b}": base**e for e, p in enumerate("kmgtp", 1) for b, base in (("b", 1000), ("ib", 1024))
 }
-_SIZE = re.compile(r"\s*([\d._]+(?:e[+-]?\d+)?)\s*([a-z]*)\s*", re.IGNORECASE)
+_SIZE = re.compile(r"\s*((?:\d[\d_]*\.?\d*|\.\d+)(?:e[+-]?\d{1,3})?)\s*([a-z]*)\s*", re.IGNORECASE)
 _OF_TEXT = ("corpus", "text_column", "cut_documents", "context_length", "batch_contexts", "compute_dtype")
 _NOT_OF_A_SERVER = (*_OF_TEXT, "actors", "device_map")
+_AS_IT_IS = {"actors": 1}  # a server's files are one process's to take; a sweep.yaml of before `auto` says so
 _NOT_OF_A_HARVEST = {
     "max_bytes", "block_rows", "window_blocks", "actors", "folder", "hidden_states", "hidden_states_index",
     "remove_hidden_states",
@@ -97,7 +98,8 @@ class LiveSpec(BaseModel):
     def _can_be(self) -> Self:
         if self.hidden_states is not None:
             fields = type(self).model_fields  # what sweep.yaml says has all of them
-            if given := [name for name in _NOT_OF_A_SERVER if getattr(self, name) != fields[name].default]:
+            nothing = {name: (fields[name].default, _AS_IT_IS.get(name)) for name in _NOT_OF_A_SERVER}
+            if given := [name for name in nothing if getattr(self, name) not in nothing[name]]:
                 raise ValueError(f"{given[0]} says nothing to hidden states that a server makes: leave it out")
         elif given := [name for name in ("hidden_states_index", "remove_hidden_states") if getattr(self, name)]:
             raise ValueError(f"{given[0]} is of hidden_states, the folder to which a server writes: name that")

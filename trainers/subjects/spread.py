@@ -35,10 +35,15 @@ def most_memory(device_map: str) -> dict[int | str, int] | None:
 
 class Spread:
     """How transformers is to lay out a model: on the GPUs first, then in memory, then on the disk, from where layers
-    are read whenever they run. Some weights have to be written anew for that: they lie in a temporary folder."""
+    are read whenever they run. Some weights have to be written anew for that: they lie in a temporary folder.
+
+    Raises SaescaleError for a GPU that is not here.
+    """
 
     def __init__(self, device_map: str) -> None:
-        self._most = most_memory(device_map)
+        self._most, there = most_memory(device_map), torch.cuda.device_count()
+        if missing := [each for each in self._most or () if isinstance(each, int) and each >= there]:
+            raise SaescaleError(f"device_map: there is no GPU {missing[0]}, counted from 0, of the {there} here")
         self._folder = tempfile.TemporaryDirectory(prefix="saescale-offload-")
 
     @property
@@ -71,5 +76,6 @@ def weight_of(model: Any, name: str) -> torch.Tensor:
 
 def words(model: Any) -> str:
     """How many of its parts lie where."""
-    where = [f"GPU {each}" if isinstance(each, int) else str(each) for each in model.hf_device_map.values()]
+    placed = getattr(model, "hf_device_map", {"": model.device})  # what fits one device has no map
+    where = [f"GPU {each}" if isinstance(each, int) else str(each) for each in placed.values()]
     return ", ".join(f"{where.count(each)} on {each}" for each in dict.fromkeys(where))

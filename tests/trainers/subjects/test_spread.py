@@ -63,6 +63,22 @@ def test_a_harvest_of_a_spread_model_writes_the_same_store(tiny_subject: str, ti
     shutil.rmtree(tmp_path / "spread")
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="where it fits depends on what is free there")
+@pytest.mark.parametrize("device_map", ["auto", "cpu=100GB"])
+def test_a_model_that_fits_one_device_lies_there(tiny_subject: str, device_map: str) -> None:
+    told: list[str] = []
+    whole: Any = get_subject(tiny_subject, dtype="float32")
+    found: Any = get_subject(tiny_subject, dtype="float32", device_map=device_map, notify=told.append)
+    assert told[-1].endswith("is spread: of its parts 1 on cpu")
+    ids = torch.arange(12)[None]
+    assert torch.equal(found.run(ids, [], logits=True).logits, whole.run(ids, [], logits=True).logits)
+
+
+def test_a_gpu_that_is_not_there_is_named(tiny_subject: str) -> None:
+    with pytest.raises(SaescaleError, match=r"device_map: there is no GPU 97, counted from 0, of the \d+ here"):
+        get_subject(tiny_subject, device_map="97=70GB,cpu=1GB")
+
+
 @pytest.mark.parametrize(
     ("given", "read"),
     [("auto", None), ("0=70GB, 1=1.5GiB,cpu=10", {0: 70 * 10**9, 1: 3 * 2**29, "cpu": 10})],
