@@ -23,7 +23,8 @@ if [[ -n "${SAESCALE_VENV:-}" ]]; then export PATH="$SAESCALE_VENV/bin:$PATH"; f
 mapfile -t hosts < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
 # Ray wants an address.
 read -r RAY_HEAD _ < <(getent ahostsv4 "${hosts[0]}")
-RAY_PORT=$((20000 + SLURM_JOB_ID % 10000))
+# Three ports of this job alone: above those of Ray's workers (to 19999), below those that connections take (from 32768).
+RAY_PORT=$((20000 + SLURM_JOB_ID % 4000 * 3))
 # Short, since Unix sockets lie below it, and of this job alone.
 RAY_FOLDER="$(mktemp -d "/tmp/ray-$SLURM_JOB_ID-XXXX")"
 # A token of this job alone: in the environment, and on no command line.
@@ -47,7 +48,7 @@ srun --nodes="$SLURM_JOB_NUM_NODES" --ntasks-per-node=1 --export=ALL bash -c '
     has="--num-cpus=${SLURM_CPUS_PER_TASK:-$(nproc)} ${SLURM_GPUS_ON_NODE:+--num-gpus=$SLURM_GPUS_ON_NODE}"
     if [[ "$SLURM_PROCID" == 0 ]]; then
         exec ray start --head --block --port="$RAY_PORT" --node-ip-address="$RAY_HEAD" --temp-dir="$RAY_FOLDER" \
-            --dashboard-port=$((RAY_PORT + 10000)) --ray-client-server-port=$((RAY_PORT + 20000)) \
+            --dashboard-port=$((RAY_PORT + 1)) --ray-client-server-port=$((RAY_PORT + 2)) \
             --dashboard-agent-listen-port=0 $has
     fi
     until (exec 3<>"/dev/tcp/$RAY_HEAD/$RAY_PORT") 2>/dev/null; do sleep 1; done

@@ -78,12 +78,17 @@ def slurm(tmp_path: Path) -> Iterator[Callable[[str], "subprocess.Popen[str]"]]:
 
 
 def _job() -> str:
-    """The id of a job whose port is free."""
+    """The id of a job whose three ports are free, and none that the system gives to connections."""
     for number in range(1_000, 2_000):
-        with socket.socket() as tried:
-            if tried.connect_ex(("127.0.0.1", 20_000 + number)):
-                return str(number)
+        ports = range(20_000 + 3 * number, 20_003 + 3 * number)
+        if all(_free(port) for port in ports):
+            return str(number)
     raise AssertionError("no port")
+
+
+def _free(port: int) -> bool:
+    with socket.socket() as tried:
+        return bool(tried.connect_ex(("127.0.0.1", port)))
 
 
 def ours(folder: str) -> list[str]:
