@@ -8,6 +8,7 @@ from saescale.scaling.tables import Table, number
 from saescale.storage.columns import COLUMNS
 
 _MOST_ROWS = 200
+_KIND, _CELL = ("subject", "site", "architecture"), ("n_latents", "k", "seed")  # what tells cells apart
 
 
 def evaluation_tables(evals: pa.Table, results: Table) -> list[TextTable]:
@@ -38,18 +39,19 @@ def evaluation_tables(evals: pa.Table, results: Table) -> list[TextTable]:
     return found
 
 
-def _place(results: Table, row: int) -> tuple[float, ...]:
-    return tuple(float(results[name][row]) for name in ("n_latents", "k", "seed") if name in results)
+def _place(results: Table, row: int) -> tuple[str | float, ...]:
+    kind = [str(results[name][row]) for name in _KIND if name in results]
+    return (*kind, *(float(results[name][row]) for name in _CELL if name in results))
 
 
 def _cell(results: Table, row: int) -> str:
-    """Such as "N = 512, k = 8", with what else the cells differ in."""
+    """Such as "N = 512, k = 8", with what else the cells differ in before it and behind it."""
     parts = []
-    for name in ("architecture", "n_latents", "k", "seed"):
+    for name in (*_KIND, *_CELL):
         if name in results and (name in ("n_latents", "k") or len(np.unique(results[name])) > 1):
             value = results[name][row]
             text = str(value) if results[name].dtype.kind == "U" else number(float(value))
-            parts.append(text if name == "architecture" else f"{COLUMNS[name].label} = {text}")
+            parts.append(text if name in _KIND else f"{COLUMNS[name].label} = {text}")
     return ", ".join(parts)
 
 

@@ -12,8 +12,10 @@ import pytest
 from saescale.scaling.laws.notes import fit_notes
 from saescale.scaling.laws.settings import FitSettings
 from saescale.scaling.report import text
+from saescale.scaling.report.evaluations import evaluation_tables
 from saescale.scaling.report.report import analyse, is_current
 from saescale.scaling.report.text import duration, scientific, typeset
+from saescale.scaling.tables import Table
 from saescale.storage.rundir import RunDirectory
 from tests.scaling.test_over_metrics import write_run
 
@@ -219,6 +221,29 @@ def test_the_evaluations_of_cells(tmp_path: Path, cells: Callable[..., Rows]) ->
     assert "2 more rows, of single latents, labels or positions, are in evals.parquet." in lines
     page = (tmp_path / "report.html").read_text()
     assert page.index('id="evaluations"') < page.index("Evaluation downstream_loss") < page.index('id="cells"')
+
+
+def test_cells_of_several_sites_are_told_apart_in_the_evaluations(cells: Callable[..., Rows]) -> None:
+    rows = [
+        row | {"cell_id": f"{site}-{row['cell_id']}", "site": site}
+        for site in ("late", "early")
+        for row in cells((512,), (8,))
+    ]
+    evals = [
+        {
+            "cell_id": row["cell_id"],
+            "evaluation": "core",
+            "metric": "l0",
+            "at": "",
+            "value": 8.0,
+            "low": None,
+            "high": None,
+            "n": 0,
+        }
+        for row in rows
+    ]
+    (table,) = evaluation_tables(pa.Table.from_pylist(evals), Table.from_rows(rows))
+    assert [line[0] for line in table.rows] == ["early, N = 512, k = 8", "late, N = 512, k = 8"]
 
 
 def test_metrics_stand_beside_nmse(tmp_path: Path) -> None:
