@@ -80,6 +80,7 @@ _COLUMNS = (
     Column("n", _INT, _EVALS, "Samples", "samples", unit="samples"),
     Column("latents", _INT, _EVALS, "Latents of the cell that were to be looked at", unit="latents", role="spec"),
     Column("others", _TEXT, _EVALS, "Cells that the cell was compared with", role="spec"),
+    Column("left_out", _TEXT, _EVALS, "Why there is no value", role="spec"),
     Column("seconds", _REAL, _EVALS, "What the evaluation took of the cell", unit="s", role="time"),
     Column("shared_seconds", _REAL, _EVALS, "What was made for all cells before this one took", unit="s", role="time"),
     Column("seed", _INT, ("results", "evals"), "Seed", "seed", "seed", role="spec", listed=True),

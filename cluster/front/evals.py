@@ -82,7 +82,11 @@ def _show(run: str, names: list[str]) -> None:
 
     from saescale.storage.rundir import RunDirectory
 
-    rows = [row for row in RunDirectory(run).read_evals().to_pylist() if row["evaluation"] in names]
+    rows = [
+        row
+        for row in RunDirectory(run).read_evals().to_pylist()
+        if row["evaluation"] in names and row["left_out"] is None
+    ]
     of_whole_cells = {row["evaluation"] for row in rows if not row["at"]}
     found: dict[tuple[str, str, str], list[float]] = {}
     more = 0

@@ -2,6 +2,10 @@
 
 Cells of a larger N and k are better by any measure, and cost more. So only such pairs of cells are compared as a user
 would choose between: those that took about the same training compute, and those that have about the same L0.
+
+They disagree about a pair where both differences are larger than cells scatter about their laws, and that of the metric
+is also larger than the cells' own intervals allow for (those of an evaluation, over its documents or prompts). nmse has
+none: it is of one large set of rows that all cells share.
 """
 
 from collections.abc import Mapping, Sequence
@@ -10,6 +14,7 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
+from saescale.scaling.comparison.scatter import above, with_ends
 from saescale.scaling.kinds import Kind
 from saescale.scaling.laws.over_metrics import MetricLaws
 from saescale.scaling.laws.scales import Scale
@@ -20,6 +25,7 @@ WITHIN: Mapping[Equal, float] = {"compute": 1.25, "L0": 1.1}  # factors up to wh
 _SCATTER = 0.01  # of ln nmse, and of ln distance, where no law says how cells scatter
 _MOST = 2_000  # cells whose pairs are compared; of more as many, evenly taken
 _LISTED = 50  # contradictions of fits.json, the clearest first
+_ENDS = ("value", "value_low", "value_high")  # of the metric of each cell
 _SURE = 2.0 * np.sqrt(2.0)  # standard deviations of the difference of two cells that scatter
 
 
@@ -32,7 +38,8 @@ class Cell(NamedTuple):
 
 
 class Contradiction(NamedTuple):
-    """Two cells of which nmse prefers one and the metric the other, both by more than cells scatter."""
+    """Two cells of which nmse prefers one and the metric the other, both by more than cells scatter, and the metric by
+    more than the cells' own intervals allow for."""
 
     by_nmse: Cell
     by_metric: Cell
@@ -41,12 +48,14 @@ class Contradiction(NamedTuple):
 class Ranked(NamedTuple):
     """Pairs of cells that are equal in compute or L0. `alike` of the `pairs` are ordered alike by both; the
     `correlation` is Kendall's tau over them. `best`: of each group of equal cells those that either measure puts
-    first, the group's largest compute or L0 before them."""
+    first, the group's largest compute or L0 before them. `untold`: pairs that would be contradictions if it were not
+    for the intervals of the metric."""
 
     equal: Equal
     pairs: int
     alike: int
     contradictions: tuple[Contradiction, ...]
+    untold: int
     best: tuple[tuple[float, Cell, Cell], ...]
 
     @property
@@ -55,7 +64,7 @@ class Ranked(NamedTuple):
 
     @property
     def other_best(self) -> tuple[tuple[float, Cell, Cell], ...]:
-        """The groups whose best cells differ, by more than cells scatter."""
+        """The groups whose best cells differ and are told apart."""
         sure = {(found.by_nmse.row, found.by_metric.row) for found in self.contradictions}
         return tuple(group for group in self.best if (group[1].row, group[2].row) in sure)
 
@@ -78,7 +87,7 @@ class Disagreement(NamedTuple):
                 {
                     "in": r.equal, "within": WITHIN[r.equal], "pairs": r.pairs, "alike": r.alike,
                     "rank_correlation": r.correlation,
-                    "contradicting": len(r.contradictions),
+                    "contradicting": len(r.contradictions), "untold": r.untold,
                     "contradictions": [{"by_nmse": self._cell(c.by_nmse), "by_metric": self._cell(c.by_metric)}
                                        for c in r.contradictions[:_LISTED]],
                     "best": [{"at": at, "by_nmse": self._cell(a), "by_metric": self._cell(b)} for at, a, b in r.best],
@@ -112,7 +121,8 @@ def find_disagreements(metrics: Sequence[MetricLaws], nmse_scatter: float | None
 def _together(metrics: Sequence[MetricLaws]) -> Table:
     """The cells of several kinds, with the metric's distance beside their nmse."""
     tables = [
-        replace(m.cells, columns=m.cells.columns | {"distance": m.cells["nmse"], "nmse": m.nmse}) for m in metrics
+        replace(m.cells, columns=m.cells.columns | {"distance": m.cells["nmse"], "nmse": m.nmse} | _ends(m))
+        for m in metrics
     ]
     names = [name for name in tables[0].columns if all(name in table for table in tables)]
     cells = Table({name: np.concatenate([table[name] for table in tables]) for name in names}, tables[0].source)
@@ -121,6 +131,10 @@ def _together(metrics: Sequence[MetricLaws]) -> Table:
     kept = np.zeros(len(cells), dtype=bool)
     kept[np.linspace(0, len(cells) - 1, _MOST).round().astype(int)] = True
     return cells.select(kept)
+
+
+def _ends(laws: MetricLaws) -> dict[str, np.ndarray]:
+    return dict(zip(_ENDS, with_ends(laws.values).T, strict=True))
 
 
 def _ranked(equal: Equal, cells: Table, scale: Scale, scatter: tuple[float, float]) -> Ranked | None:
@@ -137,19 +151,22 @@ def _ranked(equal: Equal, cells: Table, scale: Scale, scatter: tuple[float, floa
     first, second = first[near], second[near]
     by_nmse = np.log(cells["nmse"][second]) - np.log(cells["nmse"][first])
     by_metric = np.log(cells["distance"][second]) - np.log(cells["distance"][first])
-    told = (by_nmse != 0) & (by_metric != 0)
-    if not told.any():
+    differ = (by_nmse != 0) & (by_metric != 0)
+    if not differ.any():
         return None
-    first, second, by_nmse, by_metric = (v[told] for v in (first, second, by_nmse, by_metric))
+    first, second, by_nmse, by_metric = (v[differ] for v in (first, second, by_nmse, by_metric))
     alike = int((np.sign(by_nmse) == np.sign(by_metric)).sum())
     sure = (np.sign(by_nmse) != np.sign(by_metric)) & (np.abs(by_nmse) > _SURE * scatter[0])
     sure &= np.abs(by_metric) > _SURE * scatter[1]
+    ends = np.stack([cells[name] for name in _ENDS], axis=1)
+    told = sure & (above(ends[first], ends[second]) | above(ends[second], ends[first]))
     weight = np.minimum(np.abs(by_nmse) / scatter[0], np.abs(by_metric) / scatter[1])
     contradictions = []
-    for i in sorted(np.flatnonzero(sure).tolist(), key=lambda i: -weight[i]):
+    for i in sorted(np.flatnonzero(told).tolist(), key=lambda i: -weight[i]):
         pair = (int(first[i]), int(second[i])) if by_nmse[i] > 0 else (int(second[i]), int(first[i]))
         contradictions.append(Contradiction(*(_cell(row, cells, scale) for row in pair)))
-    return Ranked(equal, len(first), alike, tuple(contradictions), tuple(_best(equal, size, cells, scale)))
+    best = tuple(_best(equal, size, cells, scale))
+    return Ranked(equal, len(first), alike, tuple(contradictions), int((sure & ~told).sum()), best)
 
 
 def _best(equal: Equal, size: np.ndarray, cells: Table, scale: Scale) -> list[tuple[float, Cell, Cell]]:

@@ -19,7 +19,7 @@ from scipy.interpolate import CubicSpline
 from scipy.stats import norm
 from scipy.stats import t as student
 
-from saescale.scaling.comparison.scatter import DRAWS, Interval, about_surface
+from saescale.scaling.comparison.scatter import DRAWS, Interval, about_surface, above, with_ends
 from saescale.scaling.kinds import Kind
 from saescale.scaling.laws.over_metrics import MetricLaws
 
@@ -176,13 +176,9 @@ def _best(at: float | None, points: Sequence[Point], best: int, place: Interval 
 
 
 def _beyond(laws: MetricLaws, best: np.ndarray, others: np.ndarray) -> bool:
-    """Whether the 95 % intervals of the differences of `best` [1, 3] from all `others` [others, 3] lie on its better
-    side. Each is of both cells' own (value, low, high): the squares of how far they reach towards each other add up
-    (Zou and Donner 2008), as if measured apart."""
-    if laws.metric.better == "lower":
-        best, others = -best[:, [0, 2, 1]], -others[:, [0, 2, 1]]
-    reach = np.hypot(best[:, 0] - best[:, 1], others[:, 2] - others[:, 0])
-    return bool((best[:, 0] - others[:, 0] > reach).all())
+    """Whether the 95 % intervals of the differences of `best` [1, 3] from all `others` [others, 3], of both cells' own
+    (value, low, high), lie on its better side."""
+    return bool((above(others, best) if laws.metric.better == "lower" else above(best, others)).all())
 
 
 def _overall(laws: MetricLaws, curves: Sequence[dict[float, _Mean]], rng: np.random.Generator) -> Best | None:
@@ -216,8 +212,7 @@ def _overall(laws: MetricLaws, curves: Sequence[dict[float, _Mean]], rng: np.ran
 def _ends(laws: MetricLaws, along: Along, own: np.ndarray) -> np.ndarray:
     """(value, low, high) of the metric at each place of the axis, [places, 3]: means over seeds, which the same prompts
     measured. Where a cell has no interval its value is that."""
-    value, low, high = (column[own] for column in laws.values)
-    rows = np.stack([value, np.where(np.isfinite(low), low, value), np.where(np.isfinite(high), high, value)], axis=1)
+    rows = with_ends(laws.values)[own]
     places, group = np.unique(laws.cells[along][own], return_inverse=True)
     return np.array([rows[group == each].mean(axis=0) for each in range(len(places))])
 

@@ -1,7 +1,7 @@
 """All figures of a run: which there are, and their files."""
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from itertools import count
 from typing import Literal, NamedTuple
@@ -12,7 +12,7 @@ from saescale.scaling.comparison.compare import Comparison, SideBySide
 from saescale.scaling.figures import paper
 from saescale.scaling.figures.bars import slug
 from saescale.scaling.figures.interactive import Spec, plot
-from saescale.scaling.figures.views import View
+from saescale.scaling.figures.views import Level, View
 from saescale.scaling.figures.views_cells import (
     dead_fraction,
     dead_over_training,
@@ -93,12 +93,14 @@ def parts_of(
     over_n, over_nmse = ([draw(laws) for laws in shown] for draw in (metric_against_n, metric_against_nmse))
     by_name = {laws.name: [other for other in shown if other.name == laws.name] for laws in shown}
     over_k = [view for own in by_name.values() if (view := metric_against_k(own)) is not None]
+    sizes = fitted.results["n_latents"].tolist()
+    over_k = [_coloured(view, sizes) if view.ramp == "compute" else view for view in over_k]
     if len(fitted.kinds) == 1:
         first, *rest = views_of(fitted.largest, curves, evals)
         found.append(Part("kind", {}, [first, *over_n, *rest]))
         if metrics:
             found.append(Part("metrics", {}, [*over_k, *over_nmse]))
-        return _apart(found)
+        return _apart(_alike(found, fitted))
     if metrics:
         whole = list(by_name)[: max(1, MOST_KINDS // len(fitted.kinds))]  # with as many figures as one of many kinds
         pairs = [pair for *pair, laws in zip(over_n, over_nmse, shown, strict=True) if laws.name in whole]
@@ -109,7 +111,22 @@ def parts_of(
         views = [v for v in (nmse_against_n(laws), nmse_against_compute(laws), residuals(laws)) if v is not None]
         named = [replace(v, name=f"{v.name}-{slug(label)}", title=f"{label}: {v.title}") for v in views]
         found.append(Part("kind", laws.of, named))
-    return _apart(found)
+    return _apart(_alike(found, fitted))
+
+
+def _alike(parts: Sequence[Part], fitted: LawsOfKinds) -> list[Part]:
+    """With the colours of every k of the run, also where a figure has cells of some alone."""
+    ks = {*fitted.results["k"].tolist()}
+    ks |= {k for part in parts for view in part.views if view.ramp == "k" for k in view.levels}
+    return [
+        part._replace(views=[_coloured(view, ks) if view.ramp == "k" else view for view in part.views])
+        for part in parts
+    ]
+
+
+def _coloured(view: View, levels: Iterable[Level]) -> View:
+    """With the colours of all these levels, which are numbers."""
+    return replace(view, levels=tuple(sorted({*view.levels, *levels}, key=float)))
 
 
 def _apart(parts: Sequence[Part]) -> list[Part]:

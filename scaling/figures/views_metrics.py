@@ -51,7 +51,7 @@ def metric_against_n(laws: MetricLaws) -> View:
         view,
         name=_named("metric_against_n", laws),
         title=_titled(f"{laws.name} against the number of latents", laws),
-        caption=f"{_what(laws)} of every cell against the number of latents N.",
+        caption=f"{_what(laws)} of every cell against the number of latents N.{_not_drawn([laws])}",
         key=view.key + _key(beside, f"k = {ks[len(ks) // 2]:g}"),
         y=log_axis(_words(laws), shown) if beside else view.y,
         layers=(*_drawn(beside), *view.layers),
@@ -96,7 +96,7 @@ def metric_against_k(metrics: Sequence[MetricLaws]) -> View | None:
         f"metric_against_k-{slug(first.name)}" if several else _named("metric_against_k", first),
         f"{first.name} against k" if several else _titled(f"{first.name} against k", first),
         f"{first.name} {what} against k, the number of active latents; {first.metric.better} is better. Where it turns "
-        "while nmse falls, more active latents reconstruct more and tell less.",
+        f"while nmse falls, more active latents reconstruct more and tell less.{_not_drawn(metrics)}",
         "Points: cells, with the 95 % interval of each where it has one; dotted lines join them."
         + _key(beside, f"N = {largest:,.0f}"),
         count_axis(COLUMNS["k"].title, np.concatenate(ks)),
@@ -164,12 +164,21 @@ def metric_against_nmse(laws: MetricLaws) -> View:
         _named("metric_against_nmse", laws),
         _titled(f"{laws.name} against nmse", laws),
         f"{_what(laws)} of every cell against its nmse. Where the lines of two k lie apart, cells of equal nmse are "
-        "not equally good by this metric: the lower line is the better k.",
+        f"not equally good by this metric: the lower line is the better k.{_not_drawn([laws])}",
         "Points: cells. Dotted lines join the cells of one k.",
         log_axis(NMSE_LABEL, laws.nmse),
         log_axis(_words(laws), cells["nmse"]),
         tuple(ks_of(laws.laws)),
         tuple(layers),
+    )
+
+
+def _not_drawn(metrics: Sequence[MetricLaws]) -> str:
+    """How many cells a figure does not have, in a sentence; nothing where it has all."""
+    without, name = sum(laws.without for laws in metrics), metrics[0].name
+    of = without + sum(len(laws.cells) for laws in metrics)
+    return (
+        f" {without} of {of} cells have no {name}, or one at or beyond its limit, and are not drawn." if without else ""
     )
 
 

@@ -45,7 +45,8 @@ _SAME = 1e-3  # of ln distance
 class MetricLaws:
     """The laws of one metric of the cells of one kind (`of`). `cells` are those that have it, their column nmse is the
     metric's distance on `scale`, and `nmse` [cells] their own; `values` [cells] are those of the metric itself, and
-    `beside` [cells] of what it is read beside, by name; NaN where a cell has none."""
+    `beside` [cells] of what it is read beside, by name; NaN where a cell has none. `without`: how many cells more there
+    are, which have none, or one at or beyond its limit."""
 
     name: str
     metric: Metric
@@ -58,6 +59,7 @@ class MetricLaws:
     warnings: tuple[str, ...] = ()
     of: Kind = field(default_factory=dict)
     beside: Mapping[str, np.ndarray] = field(default_factory=dict)
+    without: int = 0
 
     @property
     def laws(self) -> Laws:
@@ -207,7 +209,8 @@ def _of_kind(
     evaluation = scale.name.rpartition(".")[0]
     others = {name: of_cells.get(f"{evaluation}.{name}") for name in metric.beside}
     beside = {name: other.value[usable] for name, other in others.items() if other is not None}
-    found = MetricLaws(scale.name, metric, scale, own, kept, nmse, (), (), tuple(warnings), laws.of, beside)
+    found = MetricLaws(scale.name, metric, scale, own, kept, nmse, (), (), tuple(warnings), laws.of, beside,
+                       int((~usable).sum()))  # fmt: skip
     names = settings.laws
     if len(own) < _FEW or usable.sum() < 0.5 * np.isfinite(values.value).sum():
         few = f"{len(own)} of {len(cells)} cells have a {scale.name} that a power law could follow"

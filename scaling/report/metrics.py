@@ -116,7 +116,8 @@ def _said(found: Disagreement) -> list[str]:
         ]
         others = any(r.alike < r.pairs for r in found.ranked)
         text = f"{names} agree about the best (N, k): they order {' and '.join(each)} alike"
-        return [text + (", and the others differ by less than cells scatter." if others else ".")]
+        less = "cells scatter, or than their own intervals allow for" if _untold(found) else "cells scatter"
+        return [text + (f", and the others differ by less than {less}." if others else ".")]
     said: list[str] = []
     for ranked in found.ranked:
         text = (
@@ -124,15 +125,24 @@ def _said(found: Disagreement) -> list[str]:
             f"({ranked.equal} within a factor of {WITHIN[ranked.equal]:g}; rank correlation {ranked.correlation:.2f})"
         )
         count = len(ranked.contradictions)
+        cannot = (
+            f" The intervals of single cells allow for {'one' if ranked.untold == 1 else ranked.untold} more."
+            if ranked.untold
+            else ""
+        )
         if not count:
-            said.append(f"{text}, and disagree on none by more than cells scatter.")
+            said.append(f"{text}, and disagree on none by more than cells scatter.{cannot}")
             continue
         cases = listed((_pair(found, c) for c in ranked.contradictions), "; ", _SHOWN)
         pairs = "one pair" if count == 1 else f"{count} pairs"
         said.append(
-            f"{text}. They disagree on {pairs} by more than cells scatter: {cases}.{_other_best(found, ranked)}"
+            f"{text}. They disagree on {pairs} by more than cells scatter: {cases}.{_other_best(found, ranked)}{cannot}"
         )
     return said
+
+
+def _untold(found: Disagreement) -> bool:
+    return any(ranked.untold for ranked in found.ranked)
 
 
 def _other_best(found: Disagreement, ranked: Ranked) -> str:

@@ -1,12 +1,16 @@
 """Which metrics have figures, and what these show."""
 
+import json
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 
+from saescale.scaling.comparison.compare import side_by_side
 from saescale.scaling.figures import paper
+from saescale.scaling.figures.figures import parts_of
 from saescale.scaling.figures.interactive import plot
+from saescale.scaling.figures.palette import colour
 from saescale.scaling.figures.views import Line, Points
 from saescale.scaling.figures.views_metrics import leading, metric_against_k, metric_against_n, metric_against_nmse
 from saescale.scaling.laws.fit import fit_laws
@@ -17,6 +21,8 @@ from saescale.scaling.metrics import Metric, Values, document
 from saescale.scaling.sources import load_sources
 from saescale.scaling.tables import Table
 from tests.scaling.test_over_metrics import write_run
+
+FALLS, FEW = Metric("lower"), FitSettings(0, laws=("n_k",))
 
 
 def test_of_each_evaluation_the_first_metric_and_the_downstream_loss_first(tmp_path: Path) -> None:
@@ -74,6 +80,37 @@ def test_the_tasks_of_an_evaluation_have_a_figure_each_and_a_few_of_them() -> No
     ]
     kinds = [replace(laws("circuit.a", leads=True), of={"site": site}) for site in ("one", "two")]
     assert shown(*kinds, tasks[2]) == ["circuit.a", "circuit.a", "circuit.b"]
+
+
+def test_a_k_whose_cells_have_no_value_changes_no_colour_and_is_counted(tmp_path: Path) -> None:
+    run = write_run(tmp_path)
+    lost = {8: np.inf, 64: np.nan}  # a half of the cells
+    for row in run.read_results().to_pylist():
+        kl = lost.get(row["k"], 1 / (1 + row["nmse"]))
+        run.write_evals(row["cell_id"], "loss", [{"metric": "kl", "value": kl}], document("loss", {"kl": FALLS}))
+        some = np.inf if row["n_latents"] == 512 else kl
+        run.write_evals(row["cell_id"], "other", [{"metric": "m", "value": some}], document("other", {"m": FALLS}))
+    results, _ = load_sources([run.url])
+    fitted = fit_laws(results, None, FEW)
+    metrics = fit_metrics(fitted, run.read_evals(), ["sim.share", "loss.kl", "other.m"], FEW)
+    views = {
+        view.name: view for part in parts_of(fitted, side_by_side(fitted, None), None, metrics) for view in part.views
+    }
+    for level, ramp, names in (
+        (16.0, "k", [name for name, view in views.items() if view.ramp == "k"]),
+        (8192.0, "compute", [name for name in views if name.startswith("metric_against_k")]),
+    ):
+        assert {f"metric_against_{'n' if ramp == 'k' else 'k'}-{name}" for name in ("loss.kl", "other.m")} < set(names)
+        shades = {name: colour(level, views[name].levels, ramp=views[name].ramp) for name in names}
+        assert len(set(shades.values())) == 1, shades
+        assert all(shade in json.dumps(plot(views[name])) for name, shade in shades.items())
+    for place in ("n", "k", "nmse"):
+        said = {name: views[f"metric_against_{place}-{name}"].caption for name in ("sim.share", "loss.kl", "other.m")}
+        assert "not drawn" not in said["sim.share"]
+        assert said["loss.kl"].endswith(
+            "12 of 24 cells have no loss.kl, or one at or beyond its limit, and are not drawn."
+        )
+        assert "14 of 24 cells have no other.m" in said["other.m"]
 
 
 def beside(tmp_path: Path, architectures: tuple[str, ...] = ("topk",)) -> list[MetricLaws]:

@@ -15,6 +15,9 @@ import pytest
 from typer.testing import CliRunner
 
 from saescale.cluster.cli import app
+from saescale.scaling.metrics import measured as measured_of
+from saescale.scaling.report.evaluations import evaluation_tables
+from saescale.scaling.tables import Table
 from saescale.storage.columns import EVALS
 from saescale.storage.errors import SaescaleError
 from saescale.storage.rundir import RunDirectory
@@ -47,6 +50,19 @@ def measure(trained, source, subject):
     yield Measurement("size", float(trained.cell.n_latents), low=1.0, high=2.0, at="all", n=3, seed=4)
 """
 
+
+SOME = """
+from saescale.trainers.evals.evaluation import LeftOut, Measurement
+
+needs = frozenset()
+
+def measure(trained, source, subject):
+    yield Measurement("size", float(trained.cell.n_latents))
+    if trained.cell.n_latents < 30:
+        yield LeftOut("words", "no word is one token")
+    else:
+        yield Measurement("words", 3.0)
+"""
 
 SHARED = """
 from saescale.trainers.evals.evaluation import Measurement
@@ -228,6 +244,25 @@ def test_what_cells_share_is_made_once(run: RunDirectory) -> None:
     assert done.why == ("broken of 3 cells: no task fits",)
     assert [row["value"] for row in run.read_evals().to_pylist()] == [7, 7, 7]
     assert Path("prepared.txt").read_text() == "once\nonce\n"
+
+
+def test_what_a_cell_has_not_and_others_have_is_said(run: RunDirectory) -> None:
+    """When it is measured, in evals.parquet, and at the table of the report."""
+    Path("mine/evals/some.py").write_text(SOME)
+    done = CliRunner().invoke(app, ["eval", "run", "--evals", "some"], env={"COLUMNS": "200"})
+    assert done.exit_code == 0, done.output
+    assert done.output.count("some of 2 cells: no words: no word is one token") == 1
+    assert re.search(r"some +words +1 +3 ", done.output), done.output
+    assert evaluate_run("run", ["some"]) == (0, 3, 0, ())
+    table = run.read_evals()
+    rows = [row for row in table.to_pylist() if row["metric"] == "words"]
+    assert sorted((row["left_out"] or "", row["value"]) for row in rows) == [
+        ("", 3.0), ("no word is one token", None), ("no word is one token", None),
+    ]  # fmt: skip
+    assert len(measured_of(table)["some.words"]) == 1
+    (shown,) = evaluation_tables(table, Table.from_rows(run.read_results().to_pylist()))
+    assert shown.note == "No words of 2 of 3 cells: no word is one token."
+    assert [row[1] for row in shown.rows] == ["size", "size", "size", "words"]
 
 
 def looked(run: RunDirectory) -> dict[int, dict[str, float]]:

@@ -21,8 +21,8 @@ al. 2024):
 | `end_gap` | what the SAE lacks of `end_supervised` |
 
 Shares are told only of a subject that does the task: where the metric as it is may be what it is with the mean (its
-95 % interval over prompts), there is nothing to recover. Intervals are over prompts. circuit_latents.py says how few
-latents carry what is recovered.
+95 % interval over prompts), there is nothing to recover, and it says so. Intervals are over prompts. circuit_latents.py
+says how few latents carry what is recovered.
 """
 
 from collections.abc import Callable, Iterator
@@ -36,7 +36,7 @@ from saescale.scaling.metrics import Metric
 from saescale.storage.source import Source
 from saescale.trainers.evals.circuit_cases import Case, cases
 from saescale.trainers.evals.circuit_supervised import supervised
-from saescale.trainers.evals.evaluation import Measurement, Need
+from saescale.trainers.evals.evaluation import LeftOut, Measurement, Need
 from saescale.trainers.evals.intervals import SEED, Sums, by_document, mean_of, ratio
 from saescale.trainers.exchange.trained import Trained
 from saescale.trainers.subjects.subject import Subject
@@ -69,15 +69,18 @@ class Prepared(NamedTuple):
     supervised: dict[str, np.ndarray]
 
 
-def prepare(source: Source, subject: Subject | None) -> list[Prepared]:
+def prepare(source: Source, subject: Subject | None) -> list[Prepared | LeftOut]:
     """Raises Unsuited where the subject can have no task."""
-    return [_prepared(case) for case in cases(subject, source.site)]
+    return [case if isinstance(case, LeftOut) else _prepared(case) for case in cases(subject, source.site)]
 
 
 def measure(
-    trained: Trained, source: Source, subject: Subject | None, prepared: list[Prepared]
-) -> Iterator[Measurement]:
+    trained: Trained, source: Source, subject: Subject | None, prepared: list[Prepared | LeftOut]
+) -> Iterator[Measurement | LeftOut]:
     for of_task in prepared:
+        if isinstance(of_task, LeftOut):
+            yield of_task
+            continue
         for each in _recovered(trained, of_task):
             yield each._replace(metric=f"{of_task.case.name}_{each.metric}")
 
@@ -97,7 +100,7 @@ def _prepared(case: Case) -> Prepared:
     return Prepared(case, average, case.measured(case.resid), mean, end_mean, truth)
 
 
-def _recovered(trained: Trained, of: Prepared) -> Iterator[Measurement]:
+def _recovered(trained: Trained, of: Prepared) -> Iterator[Measurement | LeftOut]:
     case = of.case
     rows = trained.reconstruct(case.raw)
     rest = case.raw - rows.to(case.raw) + of.average
@@ -126,6 +129,9 @@ def _recovered(trained: Trained, of: Prepared) -> Iterator[Measurement]:
         statistics["end_gap"] = _share("truth", "end", "end_mean", "clean")
     for name, found in by_document(np.arange(len(of.clean)), columns, statistics).items():
         yield Measurement(name, *found, n=len(of.clean), seed=SEED)
+    for name, where in (("recovered", ""), ("end_recovered", " where it is read from")):
+        if name not in statistics:
+            yield LeftOut(name, f"the subject may not do it: with the mean of x{where} its metric may be the same")
 
 
 def _does(gain: np.ndarray) -> bool:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from saescale.storage.errors import SaescaleError
 from saescale.storage.manifest import Site
-from saescale.trainers.evals.evaluation import Unsuited
+from saescale.trainers.evals.evaluation import LeftOut, Unsuited
 from saescale.trainers.evals.intervals import SEED
 from saescale.trainers.evals.splice import TOKENS_AT_A_TIME
 from saescale.trainers.subjects.subject import Subject
@@ -57,16 +57,17 @@ class Case(NamedTuple):
         return self.metric(stream.detach()).double().cpu().numpy()
 
 
-def cases(subject: Subject | None, site: Site) -> list[Case]:
-    """The tasks that the subject can have, on 32 prompts each. Raises Unsuited where there is none."""
+def cases(subject: Subject | None, site: Site) -> list[Case | LeftOut]:
+    """The tasks on 32 prompts each, and which ones the subject cannot have. Raises Unsuited where it can have none."""
     assert subject is not None, "it is in `needs`"
-    found, why = [], []
+    found: list[Case | LeftOut] = []
     for name in TASKS.names():
         try:
             found.append(_case(subject, site, name))
         except SaescaleError as error:
-            why.append(f"{name}: {error}")
-    if not found:
+            found.append(LeftOut(name, str(error)))
+    why = [f"{each.metric}: {each.left_out}" for each in found if isinstance(each, LeftOut)]
+    if len(why) == len(found):
         raise Unsuited(f"the subject {subject.name} can have no task ({'; '.join(why)})")
     return found
 

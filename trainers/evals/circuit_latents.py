@@ -15,7 +15,7 @@ and, as far as the share rises with m, the least. A row's norm and mean stay its
 | `latents80`, `latents90` | the fewest latents with a share of 80 and 90 % |
 | `random80` | the share of as many latents as `latents80`, by lot among those that are active at all |
 | `active` | how many latents are active anywhere in the prompts |
-| `gain` | the metric with all less that with none; where that may be 0, nothing carries it and no more is told |
+| `gain` | the metric with all less that with none; where that may be 0, nothing carries it, and it says so |
 
 Intervals are over prompts. It costs some 25 passes through the blocks behind the site for each task.
 """
@@ -30,7 +30,7 @@ from saescale.scaling.metrics import Metric as Declared
 from saescale.storage.source import Source
 from saescale.trainers.evals.circuit_cases import Case, cases
 from saescale.trainers.evals.decoder import TRIED_ROWS, linear_decoder
-from saescale.trainers.evals.evaluation import Measurement, Need
+from saescale.trainers.evals.evaluation import LeftOut, Measurement, Need
 from saescale.trainers.evals.intervals import RESAMPLES, SEED, mean_of
 from saescale.trainers.exchange.trained import Trained
 from saescale.trainers.preprocess import normalise
@@ -47,19 +47,24 @@ needs: frozenset[Need] = frozenset({"subject"})
 metrics = {f"{task}_{name}": Declared("lower") for task in TASKS.names() for name in SHARES}
 
 
-def prepare(source: Source, subject: Subject | None) -> list[Case]:
+def prepare(source: Source, subject: Subject | None) -> list[Case | LeftOut]:
     """Raises Unsuited where the subject can have no task."""
     return cases(subject, source.site)
 
 
-def measure(trained: Trained, source: Source, subject: Subject | None, prepared: list[Case]) -> Iterator[Measurement]:
+def measure(
+    trained: Trained, source: Source, subject: Subject | None, prepared: list[Case | LeftOut]
+) -> Iterator[Measurement | LeftOut]:
     for case in prepared:
+        if isinstance(case, LeftOut):
+            yield case
+            continue
         latents = Latents(trained, case.raw)
         for each in carriers(latents, lambda rows, case=case: case.metric(case.with_rows(rows))):  # type: ignore[misc]
             yield each._replace(metric=f"{case.name}_{each.metric}")
 
 
-def carriers(latents: "Latents", metric: Metric) -> Iterator[Measurement]:
+def carriers(latents: "Latents", metric: Metric) -> Iterator[Measurement | LeftOut]:
     """How many latents carry the metric, if the SAE recovers any of it."""
     order = latents.attribution(metric).argsort(descending=True, stable=True)
     none, whole = _measured(metric, latents.none), _measured(metric, latents.rows())
@@ -68,6 +73,7 @@ def carriers(latents: "Latents", metric: Metric) -> Iterator[Measurement]:
     yield Measurement("active", len(order), n=n)
     yield Measurement("gain", *gain, n=n, seed=SEED)
     if gain.low is None or gain.low <= 0:
+        yield LeftOut("latents", "no latents carry it: with none of them the metric may be what it is with all")
         return
     found = fewest(latents, metric, order, Kept(none, whole, len(order)))
     for name, share in SHARES.items():

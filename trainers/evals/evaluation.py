@@ -41,6 +41,13 @@ class Measurement(NamedTuple):
     seed: int | None = None  # where something was drawn
 
 
+class LeftOut(NamedTuple):
+    """In place of measurements that cannot be had, where the rest can: a row of evals.parquet that has no value."""
+
+    metric: str  # or what the names of several begin with
+    left_out: str  # why
+
+
 class Evaluation(Protocol):
     """What the file of an evaluation defines.
 
@@ -63,9 +70,10 @@ class Evaluation(Protocol):
 
     def measure(
         self, trained: Trained, source: Source, subject: Subject | None, *prepared: Any, **asked: Any
-    ) -> Iterable[Measurement]:
+    ) -> Iterable[Measurement | LeftOut]:
         """On the held-out rows of `source`; `trained` lies on this machine's device. Raises SaescaleError for what it
-        cannot be measured on, Unsuited where that is for the kind of subject or SAE."""
+        cannot be measured on, Unsuited where that is for the kind of subject or SAE. What others have and this cell has
+        not is left out by name, so that nobody wonders where it is."""
 
 
 def require_kind(subject: Subject | None, kind: type[Kind], what: str) -> Kind:

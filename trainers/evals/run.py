@@ -23,8 +23,9 @@ class EvalDisplay(Protocol):
 
 
 class Evaluated(NamedTuple):
-    """What a call did, in pairs of cell and evaluation; `why` has a line for each reason of failures, and for each
-    evaluation that no cell, or no subject or SAE of that kind, can have: where there is anything else, no failure."""
+    """What a call did, in pairs of cell and evaluation; `why` has a line for each reason of failures, for each
+    evaluation that no cell, or no subject or SAE of that kind, can have: where there is anything else, no failure; and
+    for what those that were measured leave out."""
 
     measured: int
     there: int
@@ -65,7 +66,7 @@ def record(
     run: RunDirectory, plan: Plan, results: Iterable[Measured], display: EvalDisplay | None, processes: int = 1
 ) -> Evaluated:
     """Writes each of `results`, one for each missing pair of the plan in any order, when it is there."""
-    left, failed, unsuited = dict.fromkeys(plan.missing), _Failures(), _Failures()
+    left, failed, unsuited, left_out = dict.fromkeys(plan.missing), _Reasons(), _Reasons(), _Reasons()
     costs = Costs(processes, earlier_costs(run.read_evals(), [pair.evaluation for pair in left]))
     total, first = len(left), plan.missing[0]
     if display is not None:
@@ -76,6 +77,9 @@ def record(
         if done.error is None:
             took = {"seconds": round(done.seconds, 3), "shared_seconds": round(done.shared_s, 3)}
             rows = [row | took for row in done.rows]
+            for row in done.rows:
+                if why := row.get("left_out"):
+                    left_out.add(done.pair, f"no {row['metric']}: {why}")
             run.write_evals(done.pair.cell, done.pair.evaluation, rows, done.metrics)
         else:
             (unsuited if done.unsuited else failed).add(done.pair, done.error)
@@ -84,10 +88,12 @@ def record(
             display.evals(total - len(left), total, costs.words(left), costs.left_s(left))
     measured = total - len(failed) - len(unsuited)
     failures = len(failed) + (0 if measured or plan.there else len(unsuited))
-    return Evaluated(measured, plan.there, failures, (*failed.lines(), *unsuited.lines(), *plan.none))
+    return Evaluated(
+        measured, plan.there, failures, (*failed.lines(), *unsuited.lines(), *left_out.lines(), *plan.none)
+    )
 
 
-class _Failures:
+class _Reasons:
     """Those of one reason are one line, however many cells they are."""
 
     def __init__(self) -> None:

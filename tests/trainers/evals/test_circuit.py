@@ -10,7 +10,7 @@ from saescale.storage.manifest import Site
 from saescale.trainers.evals import circuit, circuit_latents
 from saescale.trainers.evals.circuit_latents import Kept, Latents, fewest
 from saescale.trainers.evals.circuit_supervised import composed
-from saescale.trainers.evals.evaluation import Unsuited
+from saescale.trainers.evals.evaluation import LeftOut, Unsuited
 from tests.trainers.evals.cases import a_trained, raw_rows
 from tests.trainers.slow_circuit import BEFORE, FORESEEN, TOKENS, by_hand
 
@@ -18,13 +18,31 @@ SOURCE = SimpleNamespace(site=Site(layer=0, positions="all but BOS"))
 
 
 @pytest.fixture(scope="module")
-def prepared() -> list[circuit.Prepared]:
+def everything() -> list[circuit.Prepared | LeftOut]:
     return circuit.prepare(SOURCE, by_hand())  # type: ignore[arg-type]
 
 
+@pytest.fixture(scope="module")
+def prepared(everything: list[circuit.Prepared | LeftOut]) -> list[circuit.Prepared]:
+    return [each for each in everything if not isinstance(each, LeftOut)]
+
+
 def measured(prepared: list[circuit.Prepared], reconstruct: object) -> dict[str, float]:
-    found = circuit.measure(SimpleNamespace(reconstruct=reconstruct), SOURCE, None, prepared)  # type: ignore[arg-type]
-    return {each.metric: each.value for each in found}
+    found = circuit.measure(SimpleNamespace(reconstruct=reconstruct), SOURCE, None, list(prepared))  # type: ignore[arg-type]
+    return {each.metric: each.value for each in found if not isinstance(each, LeftOut)}
+
+
+def test_tasks_that_the_subject_cannot_have_are_left_out_by_name(
+    everything: list[circuit.Prepared | LeftOut],
+) -> None:
+    exact = SimpleNamespace(reconstruct=lambda raw: raw)
+    found = list(circuit.measure(exact, SOURCE, None, everything))  # type: ignore[arg-type]
+    said = {each.metric: each.left_out for each in found if isinstance(each, LeftOut)}
+    assert said.keys() == {"greater_than", "ioi"}
+    assert all("by hand reads no text" in why for why in said.values())
+    assert any(each.metric == "induction_recovered" for each in found)
+    latents = circuit_latents.prepare(SOURCE, by_hand())  # type: ignore[arg-type]
+    assert {each.metric: each.left_out for each in latents if isinstance(each, LeftOut)} == said
 
 
 def test_recovered_is_1_of_x_itself_and_0_of_its_mean(prepared: list[circuit.Prepared]) -> None:
@@ -63,6 +81,12 @@ def test_of_a_task_that_the_subject_does_not_do_no_share_is_told(prepared: list[
     for instead, shares in ((nowhere, set()), (at_end, {"end_recovered", "end_necessary"})):
         found = measured([instead], lambda raw: raw)
         assert set(found) == {f"induction_{name}" for name in told | shares}
+        whole = SimpleNamespace(reconstruct=lambda raw: raw)
+        said = [each for each in circuit.measure(whole, SOURCE, None, [instead]) if isinstance(each, LeftOut)]  # type: ignore[arg-type]
+        assert {each.metric for each in said} == {
+            f"induction_{name}" for name in {"recovered", "end_recovered"} - shares
+        }
+        assert all("the subject may not do it" in each.left_out for each in said)
         assert np.isfinite(list(found.values())).all()
 
 
@@ -125,8 +149,10 @@ def test_an_sae_none_of_whose_latents_is_active_carries_nothing() -> None:
     raw = torch.from_numpy(raw_rows(60)).float()
     latents = Latents(trained, raw)
     torch.testing.assert_close(latents.rows(), trained.reconstruct(raw), rtol=1e-4, atol=1e-4)
-    found = {each.metric: each.value for each in circuit_latents.carriers(latents, lambda rows: rows.sum(dim=1))}
-    assert found == {"active": 0, "gain": 0}
+    *found, lacking = circuit_latents.carriers(latents, lambda rows: rows.sum(dim=1))
+    assert {each.metric: each.value for each in found if not isinstance(each, LeftOut)} == {"active": 0, "gain": 0}
+    assert isinstance(lacking, LeftOut)
+    assert "no latents carry it" in lacking.left_out
 
 
 @pytest.mark.parametrize("seed", [0, 1, 2])
@@ -189,7 +215,8 @@ def test_as_many_latents_as_are_told_do_carry_induction(prepared: list[circuit.P
     assert share(torch.cat([tokens, BEFORE + tokens])) > 0.95
     order = latents.attribution(metric).argsort(descending=True)
     assert len(set(order[:TOKENS].tolist()) & set(tokens.tolist())) >= 10
-    found = {each.metric: each.value for each in circuit_latents.carriers(latents, metric)}
+    carry = circuit_latents.carriers(latents, metric)
+    found = {each.metric: each.value for each in carry if not isinstance(each, LeftOut)}
     for name, least in (("latents80", 0.8), ("latents90", 0.9)):
         assert share(order[: int(found[name])]) >= least - 1e-4
     assert TOKENS < found["latents80"] <= found["latents90"] < 64
