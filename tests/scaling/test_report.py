@@ -213,12 +213,13 @@ def test_the_evaluations_of_cells(tmp_path: Path, cells: Callable[..., Rows]) ->
     start = lines.index("### Evaluation downstream_loss")
     table = [line for line in lines[start:] if line.startswith("|")][:4]
     assert table == [
-        "| cell | metric | value | 95 % interval | samples |",
-        "| --- | ---: | ---: | ---: | ---: |",
-        "| N = 512, k = 8 | ce_recovered | 0.908 | 0.88 to 0.94 | 4,096 |",
-        "| N = 1024, k = 16 | ce_recovered | 0.916 | 0.88 to 0.94 | 4,096 |",
+        "| cell | ce_recovered |",
+        "| --- | ---: |",
+        "| N = 512, k = 8 | 0.908 \\[0.88 to 0.94\\] |",
+        "| N = 1024, k = 16 | 0.916 \\[0.88 to 0.94\\] |",
     ]
-    assert "2 more rows, of single latents, labels or positions, are in evals.parquet." in lines
+    behind = "Samples behind a value: 4,096."
+    assert f"{behind} 2 more rows, of single latents, labels or positions, are in evals.parquet." in lines
     page = (tmp_path / "report.html").read_text()
     assert page.index('id="evaluations"') < page.index("Evaluation downstream_loss") < page.index('id="cells"')
 
@@ -244,6 +245,29 @@ def test_cells_of_several_sites_are_told_apart_in_the_evaluations(cells: Callabl
     ]
     (table,) = evaluation_tables(pa.Table.from_pylist(evals), Table.from_rows(rows))
     assert [line[0] for line in table.rows] == ["early, N = 512, k = 8", "late, N = 512, k = 8"]
+
+
+def test_no_cell_is_left_out_of_the_evaluations(cells: Callable[..., Rows]) -> None:
+    rows = cells(tuple(range(100, 150)), (8, 16))
+    names = [f"metric_{i}" for i in range(5)]
+    evals = [
+        {"cell_id": row["cell_id"], "evaluation": name, "metric": metric, "at": at, "value": row["k"] / 1000,
+         "low": None, "high": None, "n": 3 + (metric == names[0])}
+        for row in reversed(rows) for metric in names for name, at in (("whole", ""), ("parts", "b7"), ("whole", "b7"))
+        if name == "parts" or metric != names[4] or row["k"] == 8
+    ]  # fmt: skip
+    found = {table.title: table for table in evaluation_tables(pa.Table.from_pylist(evals), Table.from_rows(rows))}
+    whole, parts = found["Evaluation whole"], found["Evaluation parts"]
+    assert whole.header == ("cell", *names)
+    assert len(whole.rows) == 100
+    assert whole.rows[:2] == [
+        ["N = 100, k = 8", *["0.008"] * 5],
+        ["N = 100, k = 16", *["0.016"] * 4, ""],
+    ]
+    assert "4 (metric_0); 3 (metric_1, metric_2, metric_3, metric_4). 450 more rows" in whole.note
+    assert len(parts.rows) == 200
+    assert parts.rows[0][:3] == ["N = 100, k = 8", "metric_0", "b7"]
+    assert parts.note.startswith("300 more rows, of single latents")
 
 
 def test_metrics_stand_beside_nmse(tmp_path: Path) -> None:
