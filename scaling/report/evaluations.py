@@ -18,8 +18,8 @@ Row = Mapping[str, Any]
 
 
 def evaluation_tables(evals: pa.Table, results: Table) -> list[TextTable]:
-    """One table for each evaluation of evals.parquet: a row for each cell, a column for each metric of whole cells, with
-    its 95 % interval; where there are none of whole cells, a row for each latent, label or position.
+    """One table for each evaluation of evals.parquet: a row for each cell, a column for each metric of whole cells,
+    with its 95 % interval; where there are none of whole cells, a row for each latent, label or position.
 
     `results` says what the cells are; those that it does not have are left out. What is not shown is counted.
     """

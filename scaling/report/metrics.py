@@ -63,7 +63,7 @@ def _peak(found: Peaks, best: Best) -> str:
 
 def _both(found: Peaks, best: Best) -> str:
     """The best cells, and those of the lowest nmse."""
-    axis, name = _SYMBOLS[found.along], found.name.rpartition(".")[2]
+    axis, name = _SYMBOLS[found.along], found.name.partition(".")[2] or found.name
     first, lowest = (
         f"{_about(point.value)} at {axis} = {number(point.place)}, nmse {point.nmse:.3g}"
         for point in (best.best, best.lowest)
