@@ -26,8 +26,8 @@ class Metric(NamedTuple):
     loses nothing, where that is known: 1 of explained variance, or the name of another metric of the evaluation, as
     "ce_original" of the cross-entropy. Laws are of how far a metric is from there (laws/scales.py); of one that falls
     that is 0 unless said otherwise, of a share its other end. `beside`: other metrics of the evaluation that it is read
-    beside, such as the same of random latents. `leads`: of an evaluation with several tasks, one of those that have
-    figures; without any its first metric has.
+    beside, such as the same of random latents. `leads`: of an evaluation that is about several things, one of those
+    that have figures; without any its first metric has.
     """
 
     better: Better
@@ -37,11 +37,13 @@ class Metric(NamedTuple):
     leads: bool = False
 
 
-def shares(names: Mapping[str, Sequence[str]], beside: Sequence[str]) -> dict[str, Metric]:
+def shares(names: Mapping[str, Sequence[str]], beside: Sequence[str], leads: Sequence[str]) -> dict[str, Metric]:
     """Metrics in [0, 1] that are better high: each read beside the same of others, called NAME_OTHER: those of
-    `beside` and its own of `names`."""
+    `beside` and its own of `names`. `leads` are those that have figures."""
     return {
-        name: Metric("higher", bounded=True, beside=tuple(f"{name}_{other}" for other in (*beside, *own)))
+        name: Metric(
+            "higher", bounded=True, beside=tuple(f"{name}_{other}" for other in (*beside, *own)), leads=name in leads
+        )
         for name, own in names.items()
     }
 

@@ -31,7 +31,8 @@ def fit(
     metric: Annotated[
         list[str] | None,
         typer.Option(
-            help="The laws of what saescale eval measured, such as downstream_loss.kl, in place of nmse; repeatable."
+            help="The laws of what saescale eval measured, such as downstream_loss.kl, in place of nmse; of a part of "
+            "it board_probe.accuracy_x_hat@corner; repeatable."
         ),
     ] = None,
     predict: Annotated[

@@ -128,12 +128,14 @@ def summarise(document: Document, results: Table) -> list[str]:
                 f"Fitted without {n_k['holdout']['held_out']}, it predicts those cells within "
                 f"{n_k['holdout']['rms_log_error']:.2%} rms." + _coverage(n_k["holdout"])
             )
-    frontier = [entry for entry in document["fits"] if entry["law"] == "c" and entry["floor"] and entry["at"]]
+    # On a bound an exponent says nothing, which a warning tells.
+    frontier = [entry for entry in document["fits"] if entry["law"] == "c" and entry["floor"] and entry["at"]
+                and all(bound["interval_only"] for bound in entry.get("bounds_reached", ()))]  # fmt: skip
     if frontier:
         least, most = (pick(entry["coefficients"]["a"]["value"] for entry in frontier) for pick in (min, max))
         sentences.append(
-            f"Along the compute frontier the part above the floor falls as C to the power of −{least:.2f} to "
-            f"−{most:.2f}, by k."
+            f"Along the compute frontier the part above the floor falls as C to the power of −{least:.2f}"
+            + (f" to −{most:.2f}, by k." if len(frontier) > 1 else f" at k = {frontier[0]['at']['k']:g}.")
         )
     if exponent := (document.get("tokens_to_convergence") or {}).get("exponent_of_n"):
         sentences.append(

@@ -328,6 +328,8 @@ def test_metrics_of_several_architectures(tmp_path: Path) -> None:
     assert len(at_l0["contradictions"]) >= 24
     assert {pair["by_nmse"]["architecture"] for pair in at_l0["contradictions"]} == {"gated"}
     page = (tmp_path / "report.md").read_text()
+    lowest = min(row["nmse"] for row in again)
+    assert f"The lowest held-out nmse is {lowest:.4f} (gated), at N" in page
     assert "## nmse and other metrics" in page
     assert "nmse prefers gated, N" in page
     assert "The best cell is another: up to L0\u00a0=" in page
@@ -347,3 +349,18 @@ def run_rows(run: RunDirectory, of: dict[str, Any]) -> Rows:
     """The rows of evals.parquet of one evaluation of one cell."""
     same = ("cell_id", "evaluation")
     return [row for row in run.read_evals().to_pylist() if all(row[name] == of[name] for name in same)]
+
+
+def test_an_exponent_on_its_bound_is_no_outcome(cells: Callable[..., Rows]) -> None:
+    def frontier(k: float, a: float, reached: list[bool]) -> dict[str, Any]:
+        bounds = [{"name": "a", "value": a, "interval_only": alone} for alone in reached]
+        coefficients = {"a": {"value": a, "low": None, "high": None}}
+        return {"law": "c", "floor": True, "at": {"k": k}, "coefficients": coefficients, "bounds_reached": bounds}
+
+    results = Table.from_rows(cells((512, 1024), (8, 16)))
+    document = {"fits": [frontier(8, 3.0, [False]), frontier(16, 0.5, [True]), frontier(32, 0.7, [])], "skipped": []}
+    assert text.summarise(document, results)[-1].endswith("falls as C to the power of −0.50 to −0.70, by k.")
+    del document["fits"][1]
+    assert text.summarise(document, results)[-1].endswith("falls as C to the power of −0.70 at k\u00a0=\u00a032.")
+    del document["fits"][1]
+    assert "frontier" not in " ".join(text.summarise(document, results))
