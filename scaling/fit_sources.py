@@ -6,9 +6,8 @@ from typing import Any
 from saescale.scaling.comparison.compare import side_by_side
 from saescale.scaling.comparison.peaks import find_peaks
 from saescale.scaling.laws.fit import fit_laws
-from saescale.scaling.laws.over_metrics import fit_metrics, metrics_in, require_metric
+from saescale.scaling.laws.over_metrics import fit_metrics, require_metrics
 from saescale.scaling.laws.settings import DEFAULT_LAWS, FitSettings
-from saescale.scaling.metrics import measured
 from saescale.scaling.sources import load_evals, load_sources
 from saescale.scaling.where import parse_condition
 from saescale.storage.columns import EVALS
@@ -35,8 +34,7 @@ def fit(
     results, curves = load_sources(sources, where=conditions)
     settings = FitSettings(bootstraps, seed=seed, laws=tuple(laws))
     evals = load_evals(sources) if metrics else EVALS.empty_table()
-    for name in metrics:  # before anything is fitted
-        require_metric(name, list(metrics_in(results, measured(evals))), results.source)
+    require_metrics(metrics, results, evals)  # before anything is fitted
     fitted = fit_laws(results, curves, settings)
     found = fitted.document() | side_by_side(fitted, curves).document()
     of_metrics = fit_metrics(fitted, evals, metrics, settings) if metrics else ()

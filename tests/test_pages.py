@@ -15,6 +15,8 @@ from saescale.scaling.report.report import analyse
 from saescale.scaling.tables import load_rows
 from saescale.storage.rundir import RunDirectory
 from saescale.storage.store import ActivationStore
+from saescale.trainers.architectures import ARCHITECTURES
+from saescale.trainers.architectures.architecture import find_architecture
 from saescale.trainers.cell import Cell, EvalSpec
 from saescale.trainers.evals import downstream_loss
 from saescale.trainers.training.train import PackJob, train_pack
@@ -46,6 +48,20 @@ def test_every_floor_and_room_with_a_door_has_a_page() -> None:
     folders = ["storage", "scaling", "scaling/laws", "trainers", *(f"trainers/{room}" for room in rooms), "cluster"]
     assert [folder for folder in folders if ROOT / folder / "README.md" not in PAGES] == []
     assert len(README.splitlines()) <= 120
+
+
+def test_every_setting_of_an_architecture_is_on_the_page() -> None:
+    page = (ROOT / "trainers/architectures/README.md").read_text()
+    rows = [line.split(" | ") for line in page.splitlines() if line.startswith("| `")]
+    said = {(name, own) for row in rows for name in re.findall(r"`(\w+)`", row[0]) for own in row[1].split(", ")}
+    there = {
+        (name, architecture)
+        for architecture in ARCHITECTURES.names()
+        for name in find_architecture(architecture).Settings.model_fields
+        if name != "k"
+    }
+    assert there - said == set()
+    assert {pair for pair in said if pair[1] in ARCHITECTURES.names()} - there == set()
 
 
 @pytest.mark.parametrize("path", published.PAGES, ids=lambda path: str(path.relative_to(ROOT)))

@@ -31,7 +31,8 @@ def fit(
     metric: Annotated[
         list[str] | None,
         typer.Option(
-            help="The laws of what saescale eval measured, such as downstream_loss.kl, in place of nmse; repeatable."
+            help="The laws of what saescale eval measured, such as downstream_loss.kl, in place of nmse; of a part of "
+            "it board_probe.accuracy_x_hat@corner; repeatable."
         ),
     ] = None,
     predict: Annotated[
@@ -61,10 +62,9 @@ def fit(
     from saescale.scaling.laws.fit import fit_laws
     from saescale.scaling.laws.law import load_laws
     from saescale.scaling.laws.notes import fit_notes
-    from saescale.scaling.laws.over_metrics import fit_metrics, metrics_in, require_metric
+    from saescale.scaling.laws.over_metrics import fit_metrics, require_metrics
     from saescale.scaling.laws.predict import metric_predictions, parse_point, predictions
     from saescale.scaling.laws.settings import DEFAULT_LAWS, FitSettings
-    from saescale.scaling.metrics import measured
     from saescale.scaling.report.metrics import peak_documents, peak_sentences
     from saescale.scaling.sources import load_evals, load_sources
     from saescale.scaling.where import parse_condition
@@ -82,8 +82,7 @@ def fit(
     project = functools.cache(_read_wandb)  # cells and metrics are asked for one after the other
     results, curves = load_sources(sources, lambda path: project(path)[:2], conditions)
     evals = load_evals(sources if metric else (), lambda path: project(path).evals)
-    for name in metric or ():  # before anything is fitted
-        require_metric(name, list(metrics_in(results, measured(evals))), results.source)
+    require_metrics(metric or (), results, evals)  # before anything is fitted
     fitted = fit_laws(results, curves, settings)
     of_metrics = fit_metrics(fitted, evals, metric, settings) if metric else ()
     sides = side_by_side(fitted, curves)

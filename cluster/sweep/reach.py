@@ -11,9 +11,8 @@ from saescale.cluster.sweep.spec import SweepSpec, parse_spec
 from saescale.cluster.sweep.work import work_of
 from saescale.scaling.kinds import largest_kind, without_diverged
 from saescale.scaling.laws.fit import fit_laws
-from saescale.scaling.laws.over_metrics import fit_metrics, metrics_in, require_metric
+from saescale.scaling.laws.over_metrics import fit_metrics, require_metrics
 from saescale.scaling.laws.settings import FitSettings
-from saescale.scaling.metrics import measured
 from saescale.scaling.planning.devices import Work
 from saescale.scaling.planning.reach import Reached, smallest, target_of, target_words
 from saescale.scaling.sources import load_evals, load_sources
@@ -81,7 +80,7 @@ def make_reach(request: Request, metric: str, within: float | None, reach: float
         raise SaescaleError("--metric plans from the cells of a run that saescale eval measured: name the run")
     results, _ = load_sources([request.source])
     evals = load_evals([request.source])
-    require_metric(metric, list(metrics_in(results, measured(evals))), results.source)
+    require_metrics([metric], results, evals)
     prior, base, d_model = prior_of(request)
     _, own = largest_kind(without_diverged(results))
     (laws,) = fit_metrics(

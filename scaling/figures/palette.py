@@ -56,7 +56,7 @@ def colour(level: Level | None, levels: Iterable[Level], dark: bool = False, ram
     Values of k go from dark to light, from viridis, which the colour-blind tell apart and which survives grey printing.
     On a dark page the hue stays and the lightness is raised. Levels of compute have a ramp of their own. The colour of
     a name of saescale follows from the name alone, that of another also from those beside it: up to 16 differ in colour
-    or mark.
+    or mark, up to four in colour.
     """
     if level is None:
         return SOFT[dark]
@@ -96,13 +96,17 @@ def _named(name: str, levels: Iterable[Level]) -> tuple[str, str, str]:
 
 @cache
 def _others(names: tuple[str, ...]) -> dict[str, tuple[str, str, str]]:
-    """Of names that are not saescale's: each has the place that its hash gives it, or the next one that is free."""
+    """Of names that are not saescale's: each has the place that its hash gives it, or the next one that is free; while
+    there are colours that nobody has, one of those."""
     pairs = [(*shades, mark) for mark in _MARKS for shades in _OTHERS]
     taken: set[int] = set()
     found = {}
     for name in names:
         place = int.from_bytes(hashlib.sha256(name.encode()).digest()[:4]) % len(pairs)
-        while place in taken and len(taken) < len(pairs):
+        shades = {other % len(_OTHERS) for other in taken}
+        while len(taken) < len(pairs) and (
+            place in taken or (len(taken) < len(_OTHERS) and place % len(_OTHERS) in shades)
+        ):
             place = (place + 1) % len(pairs)
         taken.add(place)
         found[name] = pairs[place]

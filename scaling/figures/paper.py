@@ -42,7 +42,8 @@ _MARKS: dict[str, Any] = {
     "triangle-right": ">", "diamond": "D", "diamond-tall": "d", "pentagon": "p", "hexagon": "h", "hexagon2": "H",
     "star": "*", "x": "X", "cross": "P", "star-diamond": (4, 1, 0), "hexagram": (6, 1, 0),
 }  # fmt: skip
-_LARGE = ("o", "s", "D", "X")  # look larger than the others of one size
+# Look larger, and smaller, than the others of one size.
+_LARGE, _SMALL = ("o", "s", "D", "X"), ("*", (4, 1, 0), (6, 1, 0))
 _STROKES: dict[views.Stroke, dict[str, Any]] = {
     "law": {"lw": 1.6, "zorder": 2.4},
     "curve": {"lw": 0.7, "alpha": 0.5, "zorder": 2},
@@ -136,8 +137,8 @@ def _draw(axes: Axes, layer: views.Layer, view: View) -> None:
             bars, place = (axes.hlines, layer.y) if layer.across else (axes.vlines, layer.x)
             bars(place, low, high, color=shade, lw=1.2, zorder=2.7)
         shape = _MARKS[mark(layer.level, view.levels)]
-        size = 5.5 if shape in _LARGE else 9.0 if shape == "*" else 7.0
-        axes.plot(layer.x, layer.y, shape, ls="none", ms=size, color=PAGE[0] if hollow else shade,
+        size = 5.5 if shape in _LARGE else 9.0 if shape in _SMALL else 7.0
+        axes.plot(layer.x, layer.y, marker=shape, ls="none", ms=size, color=PAGE[0] if hollow else shade,
                   mec=shade if hollow else PAGE[0],
                   mew=1.3 if hollow else 0.7, clip_on=False, zorder=3)  # fmt: skip
 

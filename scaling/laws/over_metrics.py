@@ -27,7 +27,18 @@ from saescale.scaling.laws.over_cells import fit_cells
 from saescale.scaling.laws.over_compute import find_frontiers, fit_compute
 from saescale.scaling.laws.scales import Scale, scale_of
 from saescale.scaling.laws.settings import FitSettings
-from saescale.scaling.metrics import Better, Measured, Metric, Values, declared, measured, values_of
+from saescale.scaling.metrics import (
+    PART,
+    Better,
+    Measured,
+    Metric,
+    Values,
+    declared,
+    measured,
+    parts_of,
+    sibling,
+    values_of,
+)
 from saescale.scaling.tables import Table, size_of
 from saescale.scaling.words import listed
 from saescale.storage.columns import COLUMNS
@@ -38,7 +49,7 @@ _ENDS = (".low", ".high")
 _EXPLAINS = 0.5  # the least share of the variance of ln distance that a law must explain
 _UNLIKELY = 0.05
 _FEW = 4  # cells
-_SAME = 1e-3  # of ln distance
+_SAME, _SAME_SHARE = 1e-3, 2e-3  # of ln distance, and of how far it varies: training evaluates in 16 bits
 
 
 @dataclass(frozen=True)
@@ -109,17 +120,28 @@ def metrics_in(cells: Table, of: Measured) -> dict[str, Values]:
     return found
 
 
-def require_metric(name: str, there: Sequence[str], source: str) -> None:
-    """Raises SaescaleError with the nearest name where cells have no metric of that name."""
-    if name in there:
-        return
-    if not there:
-        raise SaescaleError(f"{source} has no metric {name}: nothing was measured on its cells; run saescale eval")
+def require_metrics(names: Sequence[str], cells: Table, evals: pa.Table) -> None:
+    """Raises SaescaleError, with the nearest name, where cells have no metric of one of these names."""
+    there = list(metrics_in(cells, measured(evals, names)))
+    for name in names:
+        if name not in there:
+            raise SaescaleError(f"{cells.source} has no metric {name}{_instead(name, there, evals)}")
+
+
+def _instead(name: str, there: Sequence[str], evals: pa.Table) -> str:
+    """What to ask for in place of a metric that is not there."""
+    whole, asked, _ = name.partition(PART)
+    parts = parts_of(whole, evals)
+    if not there and not parts:
+        return ": nothing was measured on its cells; run saescale eval"
+    if parts and not asked:
+        return f" of whole cells: it was measured of parts of them, {listed(parts, ', ', most=40)}; name one"
+    names = parts or [other for other in there if PART not in other]
     # Most people leave out the evaluation, or write its name alone.
-    own = [other for other in there if name in other.split(".")]
-    close = difflib.get_close_matches(name, there, n=1, cutoff=0.4)
+    own = [other for other in names if name in other.split(".")]
+    close = difflib.get_close_matches(name, names, n=1, cutoff=0.4)
     hint = f"; did you mean {(own or close)[0]}?" if own or close else ""
-    raise SaescaleError(f"{source} has no metric {name}{hint} (there are {listed(there, ', ', most=40)})")
+    return f"{hint} (there are {listed(names, ', ', most=40)})"
 
 
 def distinct_metrics(fitted: LawsOfKinds, evals: pa.Table) -> list[str]:
@@ -145,8 +167,10 @@ def distinct_metrics(fitted: LawsOfKinds, evals: pa.Table) -> list[str]:
 
 def _is_again(logs: Sequence[np.ndarray], others: Sequence[np.ndarray]) -> bool:
     """Whether logarithms of two distances differ by a constant in each kind of cells, so that one law is the other."""
-    ratios = [first - second for first, second in zip(logs, others, strict=True)]
-    return all(np.isfinite(ratio).all() and np.ptp(ratio) < _SAME for ratio in ratios)
+    return all(
+        np.isfinite(first - second).all() and np.ptp(first - second) < max(_SAME, _SAME_SHARE * np.ptp(second))
+        for first, second in zip(logs, others, strict=True)
+    )
 
 
 def nmse_scatter(fitted: LawsOfKinds) -> float | None:
@@ -162,14 +186,14 @@ def fit_metrics(
 
     `evals` is evals.parquet. Raises SaescaleError for a metric that no cell has.
     """
-    known, of = declared(evals), measured(evals)
+    require_metrics(names, fitted.results, evals)
+    known, of = declared(evals), measured(evals, names)
     everything = metrics_in(fitted.results, of)
     kinds = [(laws, metrics_in(laws.results, of)) for laws in fitted.kinds if len(laws.results)]
     found = []
     for name in names:
-        require_metric(name, list(everything), fitted.results.source)
         said: list[str] = []
-        if (metric := known.get(name)) is None:
+        if (metric := known.get(name.partition(PART)[0])) is None:
             metric, said = _read_off(name, everything[name], fitted.results)
         for laws, own in kinds:
             of_kind = _of_kind(laws, own, metric, _scale(name, metric, own), settings)
@@ -179,7 +203,7 @@ def fit_metrics(
 
 def _scale(name: str, metric: Metric, values: Mapping[str, Values]) -> Scale:
     """Where its limit is another metric of the evaluation, that is a number of the subject, alike for all its cells."""
-    other = values.get(f"{name.rpartition('.')[0]}.{metric.limit}")
+    other = values.get(sibling(name, str(metric.limit)))
     there = np.empty(0) if other is None else other.value[np.isfinite(other.value)]
     return scale_of(name, metric, float(there.mean()) if len(there) else None)
 
@@ -206,8 +230,7 @@ def _of_kind(
     own = replace(own, columns=own.columns | {"nmse": distance[usable]})
     kept = Values(*(column[usable] for column in values))
     nmse = cells["nmse"][usable]
-    evaluation = scale.name.rpartition(".")[0]
-    others = {name: of_cells.get(f"{evaluation}.{name}") for name in metric.beside}
+    others = {name: of_cells.get(sibling(scale.name, name)) for name in metric.beside}
     beside = {name: other.value[usable] for name, other in others.items() if other is not None}
     found = MetricLaws(scale.name, metric, scale, own, kept, nmse, (), (), tuple(warnings), laws.of, beside,
                        int((~usable).sum()))  # fmt: skip

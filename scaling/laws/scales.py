@@ -17,7 +17,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from saescale.scaling.metrics import Metric
+from saescale.scaling.metrics import Metric, sibling
 
 
 class Scale(NamedTuple):
@@ -76,7 +76,7 @@ def scale_of(name: str, metric: Metric, limit: float | None = None) -> Scale:
     if metric.bounded:
         return Scale(name, "share" if sign > 0 else "failure", sign)
     if isinstance(metric.limit, str) and limit is not None:
-        return Scale(name, "limit", sign, limit, f"{name.rpartition('.')[0]}.{metric.limit}")
+        return Scale(name, "limit", sign, limit, sibling(name, metric.limit))
     if isinstance(metric.limit, int | float) and (metric.limit or sign < 0):
         return Scale(name, "limit", sign, float(metric.limit), f"{metric.limit:g}")
     return Scale(name, "itself" if sign > 0 else "inverse", sign)

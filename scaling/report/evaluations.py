@@ -9,44 +9,65 @@ import pyarrow as pa
 
 from saescale.scaling.report.text import TextTable, scientific
 from saescale.scaling.tables import Table, number
+from saescale.scaling.words import listed
 from saescale.storage.columns import COLUMNS
 
-_MOST_ROWS = 200
+_MOST_ROWS = 200  # of what single latents, labels or positions have
 _KIND, _CELL = ("subject", "site", "architecture"), ("n_latents", "k", "seed")  # what tells cells apart
+
+Row = Mapping[str, Any]
 
 
 def evaluation_tables(evals: pa.Table, results: Table) -> list[TextTable]:
-    """One table for each evaluation of evals.parquet: a row for each cell and metric, with its 95 % interval.
+    """One table for each evaluation of evals.parquet: a row for each cell, a column for each metric of whole cells,
+    with its 95 % interval; where there are none of whole cells, a row for each latent, label or position.
 
-    `results` says what the cells are; those that it does not have are left out. Where an evaluation measured single
-    latents, labels or positions besides whole cells, only the latter are shown, and the note says so, as it says what
-    was left out.
+    `results` says what the cells are; those that it does not have are left out. What is not shown is counted,
+    and what an evaluation left out is said with the reason.
     """
     cells = {cell: row for row, cell in enumerate(results["cell_id"].tolist())} if "cell_id" in results else {}
-    rows = [row for row in evals.to_pylist() if row["cell_id"] in cells]
-    found = []
-    for name in dict.fromkeys(row["evaluation"] for row in rows):
-        asked = [row for row in rows if row["evaluation"] == name]
-        own = [row for row in asked if not row.get("left_out")]
-        shown = ([row for row in own if not row["at"]] or own)[:_MOST_ROWS]
-        shown.sort(key=lambda row: (row["metric"], _place(results, cells[row["cell_id"]]), row["at"] or ""))
-        described = any(row["at"] for row in shown)
-        left = len(own) - len(shown)
-        more = [f"{left:,} more rows, of single latents, labels or positions, are in evals.parquet."] if left else []
-        note = " ".join([*_left_out(asked), *more])
-        header = ("cell", "metric", *(("of",) if described else ()), "value", "95 % interval", COLUMNS["n"].label)
-        lines = []
-        for row in shown:
-            of = (row["at"] or "",) if described else ()
-            ends, samples = _interval(row["low"], row["high"]), f"{row['n']:,}" if row["n"] else ""
-            lines.append(
-                [_cell(results, cells[row["cell_id"]]), row["metric"], *of, _number(row["value"]), ends, samples]
-            )
-        found.append(TextTable(f"Evaluation {name}", note, header, lines))
-    return found
+    found: dict[str, list[Row]] = {}
+    for row in evals.to_pylist():
+        if row["cell_id"] in cells:
+            found.setdefault(row["evaluation"], []).append(row)
+    tables = []
+    for name, own in found.items():
+        own.sort(key=lambda row: _place(results, cells[row["cell_id"]]))
+        names = {row["cell_id"]: _cell(results, cells[row["cell_id"]]) for row in own}
+        there = [row for row in own if not row.get("left_out")]
+        whole = [row for row in there if not row["at"]]
+        header, note, lines = _whole(whole, names) if whole else _each(there, names)
+        notes = [*_left_out(own), note]
+        if left := len(there) - (len(whole) or len(lines)):
+            notes.append(f"{left:,} more rows, of single latents, labels or positions, are in evals.parquet.")
+        tables.append(TextTable(f"Evaluation {name}", " ".join(filter(None, notes)), header, lines))
+    return tables
 
 
-def _left_out(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+def _whole(rows: Sequence[Row], names: Mapping[str, str]) -> tuple[Sequence[str], str, list[list[str]]]:
+    """A row for each cell."""
+    metrics = list(dict.fromkeys(row["metric"] for row in rows))
+    values = {(row["cell_id"], row["metric"]): _with_interval(row) for row in rows}
+    lines = [[names[cell], *(values.get((cell, metric), "") for metric in metrics)] for cell in names]
+    samples: dict[int, list[str]] = {}
+    for n, metric in dict.fromkeys((row["n"], row["metric"]) for row in rows if row["n"]):
+        samples.setdefault(n, []).append(metric)
+    each = [f"{n:,}" + (f" ({listed(of, ', ')})" if len(samples) > 1 else "") for n, of in samples.items()]
+    return ("cell", *metrics), f"Samples behind a value: {'; '.join(each)}." if each else "", lines
+
+
+def _each(rows: Sequence[Row], names: Mapping[str, str]) -> tuple[Sequence[str], str, list[list[str]]]:
+    """A row for each latent, label or position."""
+    shown = sorted(rows[:_MOST_ROWS], key=lambda row: row["metric"])
+    lines = [
+        [names[row["cell_id"]], row["metric"], row["at"], _number(row["value"]), _interval(row),
+         f"{row['n']:,}" if row["n"] else ""]
+        for row in shown
+    ]  # fmt: skip
+    return ("cell", "metric", "of", "value", "95 % interval", COLUMNS["n"].label), "", lines
+
+
+def _left_out(rows: Sequence[Row]) -> list[str]:
     """A sentence for each reason why there is something that is not in the table."""
     cells = len({row["cell_id"] for row in rows})
     found = Counter((row["metric"], row["left_out"]) for row in rows if row.get("left_out"))
@@ -72,9 +93,15 @@ def _cell(results: Table, row: int) -> str:
     return ", ".join(parts)
 
 
+def _with_interval(row: Row) -> str:
+    interval = _interval(row)
+    return _number(row["value"]) + (f" [{interval}]" if interval else "")
+
+
 def _number(value: float | None) -> str:
-    return "" if value is None or not np.isfinite(value) else scientific(value, 5)
+    return "" if value is None or not np.isfinite(value) else scientific(value, 4)
 
 
-def _interval(low: float | None, high: float | None) -> str:
+def _interval(row: Row) -> str:
+    low, high = row["low"], row["high"]
     return " to ".join(map(_number, (low, high))) if low is not None and high is not None else ""

@@ -25,7 +25,20 @@ _SYMBOLS: Mapping[Along, str] = {"k": "k", "n_latents": "N"}
 def peak_sentences(peaks: Sequence[Peaks]) -> list[str]:
     """For each metric that peaks along k or N where nmse does not: at which k or N, and what is lost beyond; or that
     it cannot be told, as the intervals of its cells allow for what seems to be lost."""
-    return [typeset(text) for found in peaks if (text := _peaking(found))]
+    untold = [found for found in peaks if _is_untold(found)]
+    said = [text for found in peaks if not _is_untold(found) and (text := _peaking(found))]
+    if len(untold) == 1:
+        said.append(_peaking(untold[0]))
+    elif untold:
+        axes: dict[str, list[str]] = {}
+        for found in untold:
+            axes.setdefault(f"{found.name}{_whose(found)}", []).append(_SYMBOLS[found.along])
+        each = "; ".join(f"{name} in {' and '.join(along)}" for name, along in axes.items())
+        said.append(
+            "Whether these peak cannot be told, since the intervals of single cells allow for the difference from an "
+            f"end: {each}."
+        )
+    return [typeset(text) for text in said]
 
 
 def peak_documents(peaks: Sequence[Peaks]) -> list[dict[str, Any]]:
@@ -34,10 +47,9 @@ def peak_documents(peaks: Sequence[Peaks]) -> list[dict[str, Any]]:
 
 
 def _peaking(found: Peaks) -> str:
-    alone, untold = found.alone, [best for best in found.everywhere if best.untold_alone]
-    where = f" ({label})" if (label := kind_label(found.of)) else ""
-    axis = _SYMBOLS[found.along]
-    if not alone and untold:
+    alone, where, axis = found.alone, _whose(found), _SYMBOLS[found.along]
+    if _is_untold(found):
+        untold = (best for best in found.everywhere if best.untold_alone)
         cases = listed((f"{_at(found, best)} {_both(found, best)}" for best in untold), "; ", _SHOWN)
         return (
             f"Whether {found.name}{where} peaks in {axis} cannot be told: the intervals of single cells allow for the "
@@ -55,6 +67,14 @@ def _peaking(found: Peaks) -> str:
     return text
 
 
+def _is_untold(found: Peaks) -> bool:
+    return not found.alone and any(best.untold_alone for best in found.everywhere)
+
+
+def _whose(found: Peaks) -> str:
+    return f" ({label})" if (label := kind_label(found.of)) else ""
+
+
 def _peak(found: Peaks, best: Best) -> str:
     """Such as "at N = 512 at k = 8.4 [7.1, 9.9] (mcc 0.87 at k = 8, and 0.77 at k = 32, where nmse is lowest)"."""
     assert best.place is not None
@@ -63,7 +83,7 @@ def _peak(found: Peaks, best: Best) -> str:
 
 def _both(found: Peaks, best: Best) -> str:
     """The best cells, and those of the lowest nmse."""
-    axis, name = _SYMBOLS[found.along], found.name.rpartition(".")[2]
+    axis, name = _SYMBOLS[found.along], found.name.partition(".")[2] or found.name
     first, lowest = (
         f"{_about(point.value)} at {axis} = {number(point.place)}, nmse {point.nmse:.3g}"
         for point in (best.best, best.lowest)

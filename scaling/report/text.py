@@ -77,7 +77,7 @@ def tiles(document: Document, results: Table) -> list[Tile]:
     found = [
         Tile("cells", f"{len(results)}", f"{_range(results, 'n_latents', 'N')}; {_range(results, 'k', 'k')}"),
         Tile("lowest nmse", f"{results['nmse'][best]:.4f}",
-             f"at N = {results['n_latents'][best]:,.0f}, k = {results['k'][best]:g}"),
+             f"{_whose(results, best, '{} ')}at N = {results['n_latents'][best]:,.0f}, k = {results['k'][best]:g}"),
     ]  # fmt: skip
     n_k = joint(document)
     if n_k is not None and (exponents := n_k.get("exponent_of_n_at_k")):
@@ -102,7 +102,8 @@ def summarise(document: Document, results: Table) -> list[str]:
     best = int(np.argmin(nmse))
     sentences = [
         f"{len(results)} cells, {_range(results, 'n_latents', 'N')} and {_range(results, 'k', 'k')}. "
-        f"The lowest held-out nmse is {nmse[best]:.4f}, at N = {n[best]:,.0f} and k = {k[best]:g}."
+        f"The lowest held-out nmse is {nmse[best]:.4f}{_whose(results, best, ' ({})')}, at N = {n[best]:,.0f} and "
+        f"k = {k[best]:g}."
     ]
     if len(kinds := kinds_of_document(document)) > 1:
         fitted = len({kind_label(entry["of"]) for entry in document["fits"] if "of" in entry})
@@ -127,12 +128,14 @@ def summarise(document: Document, results: Table) -> list[str]:
                 f"Fitted without {n_k['holdout']['held_out']}, it predicts those cells within "
                 f"{n_k['holdout']['rms_log_error']:.2%} rms." + _coverage(n_k["holdout"])
             )
-    frontier = [entry for entry in document["fits"] if entry["law"] == "c" and entry["floor"] and entry["at"]]
+    # On a bound an exponent says nothing, which a warning tells.
+    frontier = [entry for entry in document["fits"] if entry["law"] == "c" and entry["floor"] and entry["at"]
+                and all(bound["interval_only"] for bound in entry.get("bounds_reached", ()))]  # fmt: skip
     if frontier:
         least, most = (pick(entry["coefficients"]["a"]["value"] for entry in frontier) for pick in (min, max))
         sentences.append(
-            f"Along the compute frontier the part above the floor falls as C to the power of −{least:.2f} to "
-            f"−{most:.2f}, by k."
+            f"Along the compute frontier the part above the floor falls as C to the power of −{least:.2f}"
+            + (f" to −{most:.2f}, by k." if len(frontier) > 1 else f" at k = {frontier[0]['at']['k']:g}.")
         )
     if exponent := (document.get("tokens_to_convergence") or {}).get("exponent_of_n"):
         sentences.append(
@@ -140,6 +143,13 @@ def summarise(document: Document, results: Table) -> list[str]:
             "was published for GPT-2 small (Gao et al. 2024)."
         )
     return [typeset(sentence) for sentence in sentences]
+
+
+def _whose(results: Table, row: int, words: str) -> str:
+    """`words` with the kind of that cell, where there are several; else nothing."""
+    names = ("architecture", "subject", "site")
+    of = {name: results[name][row].item() for name in names if name in results and len(np.unique(results[name])) > 1}
+    return words.format(kind_label(of)) if of else ""
 
 
 def joint(document: Document) -> Mapping[str, Any] | None:

@@ -203,6 +203,10 @@ def test_predictions_are_held_to_runs(tmp_path: Path) -> None:
     assert 0.95 < own.ratio < 1.05
     assert 0.9 < own.low < own.high < 1.15
     assert len(rows) == 4
+    page = (ROOT / "scaling" / "README.md").read_text()
+    for row in rows.values():
+        error = f"{row.ratio:.2f} | {row.low:.2f} to {row.high:.2f}"
+        assert f"| {row.run}, {row.seconds:,.0f} s | {row.constants_from} | {row.cells} | {error} |" in page
     assert held_to_runs(tmp_path) == []
 
 

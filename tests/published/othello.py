@@ -19,7 +19,10 @@ BESIDE = {
     "channels": "coordinates of x, both signs", "neurons": "neurons of the layer's MLP",
     "untrained": "coordinates, random weights", "random": "random directions with TopK, the best of any N and k",
 }  # fmt: skip
-OF_LAYERS = ("accuracy", "accuracy_untrained", "stable_pairs", "tile_pairs")
+# What latents of a layer tell, and beside it what neurons, and coordinates with random weights, do.
+TELL = ("tile_pairs", "stable_pairs", "tiles_told", "coverage", "reconstruction")
+WHOSE = ("", "_neurons", "_untrained")
+OF_LAYERS = ("accuracy", "accuracy_untrained", *(f"{name}{whose}" for name in TELL for whose in WHOSE))
 
 
 class Boards(DataSet):
@@ -58,7 +61,7 @@ def parts(rows: Rows, fits: Fits) -> dict[str, str]:
     """Markdown by name."""
     return {
         "grid": _grid(rows), "recovery": _recovery(rows), "beside": _beside(rows), "peaks": _peaks(fits),
-        "laws": _laws(fits), "layers": _layers(),
+        "laws": _laws(fits), **_layers(),
     }  # fmt: skip
 
 
@@ -150,27 +153,31 @@ def _laws(fits: Fits) -> str:
     return table(["subject", "law of", "exponent of n", "", "rms"], lines)
 
 
-def _layers() -> str:
+def _layers() -> dict[str, str]:
     with (FOLDER / "layers.csv").open() as file:
         rows = list(csv.DictReader(file))
     first = min(int(row["k"]) for row in rows)
     found = {(row["site"], row["metric"], row["at"]): float(row["value"]) for row in rows if int(row["k"]) == first}
-    lines = []
+    probes, latents = [], []
     for site in sorted({site for site, _, _ in found}):
+        layer = site.rpartition(".")[2]
         parts = [f"{found[site, 'accuracy', at]:.3f}" for at in ("", "corner", "edge", "inside", "changed")]
-        pairs = [
-            f"{found[site, 'tile_pairs', '']:.0f}",
-            *(f"{found[site, 'stable_pairs', r]:.0f}" for r in ("du2025", "strict")),
-        ]
-        lines.append([site.rpartition(".")[2], *parts, f"{found[site, 'accuracy_untrained', '']:.3f}", *pairs])
-    head = ["layer", "probes: all", "corners", "edges", "inside", "changed discs", "all, random weights",
-            "latents: pairs with a tile", "with a stable disc (du2025)", "(strict)"]  # fmt: skip
-    return table(head, lines)
+        probes.append([layer, *parts, f"{found[site, 'accuracy_untrained', '']:.3f}"])
+        told = [
+            ", ".join(f"{found[site, f'{name}{whose}', at]:{form}}" for whose in WHOSE)
+            for name, at, form in (("tile_pairs", "", ".0f"), ("stable_pairs", "du2025", ".0f"),
+                                   ("stable_pairs", "strict", ".0f"), *((name, "", ".3f") for name in TELL[2:]))
+        ]  # fmt: skip
+        latents.append([layer, *told])
+    of_probes = ["layer", "all", "corners", "edges", "inside", "changed discs", "all, random weights"]
+    of_latents = ["layer", "pairs with a tile", "with a stable disc (du2025)", "(strict)", "tiles told", "coverage",
+                  "reconstruction"]  # fmt: skip
+    return {"layers": table(of_probes, probes), "layers_latents": table(of_latents, latents)}
 
 
 DATA = Boards(
     FOLDER,
-    {FOLDER / "README.md": ("grid", "recovery", "beside", "peaks", "laws", "layers")},
+    {FOLDER / "README.md": ("grid", "recovery", "beside", "peaks", "laws", "layers", "layers_latents")},
     (f"metric_against_k-{RECONSTRUCTION}.png", "boards.png"),
     parts,
 )

@@ -11,6 +11,7 @@ import numpy as np
 import plotly.graph_objects
 import pyarrow as pa
 import pytest
+from matplotlib.figure import Figure
 
 from saescale.scaling.figures import paper
 from saescale.scaling.figures.axes import count_axis, linear_axis, log_axis, power_axis
@@ -23,6 +24,7 @@ from saescale.scaling.figures.views_laws import compute_optimal
 from saescale.scaling.figures.views_profile import profile, tradeoff
 from saescale.scaling.laws.fit import Laws, fit_laws
 from saescale.scaling.laws.settings import FitSettings
+from saescale.scaling.order import KNOWN
 from saescale.scaling.tables import Table
 from tests.scaling.test_convergence import chinchilla_curves
 
@@ -65,6 +67,25 @@ def test_figures_of_an_earlier_analysis_go(fitted: tuple[Laws, Table], tmp_path:
     draw_figures([Part("kind", {}, views[:1])], str(tmp_path))
     drawn = {f"{views[0].name}.{kind}" for kind in ("png", "pdf", "svg", "json")}
     assert {path.name for path in tmp_path.iterdir()} == drawn | {"mine.png", "isoflop.txt"}
+
+
+def test_on_paper_every_point_is_drawn_with_the_mark_of_its_name() -> None:
+    names = (*KNOWN, *(f"mine{i}" for i in range(16)))
+    x = np.array([1.0, 2.0, 4.0])
+    layers = tuple(Points(x, np.full(3, place + 1.0), name, ["", "", ""]) for place, name in enumerate(names))
+    axis = count_axis("N", x)
+    view = View("marks", "", "", "", axis, linear_axis("nmse", np.array([0.0, 30.0])), names, layers, ramp="name")
+    drawn: list[Figure] = []
+
+    def fill(figure: Figure) -> None:
+        drawn.append(figure)
+        paper._fill(figure, view)
+
+    paper.drawn(fill)
+    lines = drawn[0].axes[0].lines
+    assert [line.get_xydata()[:, 1].tolist() for line in lines] == [[place + 1.0] * 3 for place in range(len(names))]
+    marks = {line.get_marker() for line in lines}
+    assert marks == set(paper._MARKS.values())
 
 
 def test_a_figure_shows_the_points_that_its_law_was_fitted_to() -> None:

@@ -107,6 +107,46 @@ def test_an_analysis_fits_what_is_not_another_metric_again(tmp_path: Path) -> No
     assert distinct_metrics(fitted, run.read_evals()) == ["core.other", "sim.falling"]
 
 
+def test_what_is_nmse_but_for_the_rounding_of_training_is_nmse(tmp_path: Path) -> None:
+    run, rng = write_run(tmp_path), np.random.default_rng(1)
+    metrics = document("core", {"nmse": Metric("lower"), "other": Metric("lower")})
+    for row in run.read_results().to_pylist():
+        off = 0.001 * rng.uniform(-1, 1)  # of nmse that spans a factor of 4
+        own = [{"metric": "nmse", "value": row["nmse"] * (1 + off)}, {"metric": "other", "value": row["nmse"] ** 1.01}]
+        run.write_evals(row["cell_id"], "core", own, metrics)
+    results, _ = load_sources([run.url])
+    fitted = fit_laws(results, None, FitSettings(0, laws=("n_k",)))
+    assert distinct_metrics(fitted, run.read_evals()) == ["core.other", "sim.falling"]
+
+
+def test_a_metric_of_a_part_has_its_law_too(tmp_path: Path) -> None:
+    """With the direction, the limit and what stands beside it that were declared of its metric."""
+    run = write_run(tmp_path)
+    said = {"loss": Metric("lower", limit="original", beside=("loss_random",))}
+    for row in run.read_results().to_pylist():
+        d = distance(row["n_latents"], row["k"])
+        values = {("loss", "k' = 0.5"): 2 + d, ("loss_random", "k' = 0.5"): 5.0, ("original", "k' = 0.5"): 2.0,
+                  ("loss", "first"): 9 + d, ("original", "first"): 9.0, ("found", "strict"): 1 / d}  # fmt: skip
+        own = [{"metric": name, "at": at, "value": v} for (name, at), v in values.items()]
+        run.write_evals(row["cell_id"], "parts", own, document("parts", said))
+    half, first, found = laws_of(run, ["parts.loss@k' = 0.5", "parts.loss@first", "parts.found@strict"], 0)
+    assert half.scale.words == "parts.loss@k' = 0.5 - parts.original@k' = 0.5"
+    for laws in (half, first, found):
+        for size, k in ((32768, 16), (4096, 64)):
+            (row,) = metric_predictions([laws], {"n_latents": size, "k": k})
+            assert float(laws.scale.distance(np.array(row["value"]))) == pytest.approx(distance(size, k), rel=0.02)
+    assert {name: values.tolist() for name, values in half.beside.items()} == {"loss_random": [5.0] * len(half.cells)}
+    assert not first.beside
+    assert "higher is taken for better" in found.warnings[0]
+    for name, message in {
+        "parts.found": r"of whole cells: it was measured of parts of them, parts.found@strict; name one",
+        "parts.loss@frist": r"did you mean parts.loss@first\? \(there are parts.loss@k' = 0.5, parts.loss@first\)",
+        "parts.los@first": r"has no metric parts.los@first",
+    }.items():
+        with pytest.raises(SaescaleError, match=message):
+            laws_of(run, [name], 0)
+
+
 def test_what_was_not_declared_is_read_off_the_cells(tmp_path: Path) -> None:
     run = write_run(tmp_path, declare=False)
     falling, rising = laws_of(run, ["sim.falling", "sim.rising"], 0)

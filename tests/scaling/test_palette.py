@@ -59,6 +59,9 @@ def test_a_name_has_its_colour_from_itself_alone() -> None:
     assert len({(colour(name, mine, dark=True), glyph(name, mine)) for name in mine}) == 16
     first = [name for name in mine[:9] if colour(name, mine) == colour(name, ()) and mark(name, mine) == mark(name)]
     assert len(first) >= 4
+    # A few have colours of their own.
+    for names in (("othello", "othello-random"), ("resid_post.0", "resid_post.2", "resid_post.4"), tuple(mine[:4])):
+        assert len({colour(name, names) for name in names}) == len(names)
     assert {colour(name, [*mine, "one too many"]) for name in mine} == {colour(name, mine) for name in mine}
     # Baselines are grey.
     for name in BASELINES:

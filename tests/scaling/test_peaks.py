@@ -133,6 +133,10 @@ def test_what_the_intervals_of_cells_allow_for_is_no_peak(metric: Metric) -> Non
     assert said[0].startswith("Whether a.m peaks in k cannot be told: the intervals of single cells allow for the ")
     assert f"at N = 128 m {first.best.value:.3g} at k = " in said[0]
     assert not any(" peaks in k while" in text for text in said)
+    # Several are one sentence.
+    other = replace(wide, name="a.other")
+    (text,) = peak_sentences(find_peaks([wide, other]))
+    assert text.endswith(" allow for the difference from an end: a.m in k; a.other in k.")
     (table,) = (table for table in metric_tables([wide], [], peaks) if table.title == "Where metrics are best in k")
     assert {row[2] for row in table.rows} <= {"cannot be told", "at an end, or flat"}
     assert table.rows[0][2] == "cannot be told"

@@ -213,12 +213,13 @@ def test_the_evaluations_of_cells(tmp_path: Path, cells: Callable[..., Rows]) ->
     start = lines.index("### Evaluation downstream_loss")
     table = [line for line in lines[start:] if line.startswith("|")][:4]
     assert table == [
-        "| cell | metric | value | 95 % interval | samples |",
-        "| --- | ---: | ---: | ---: | ---: |",
-        "| N = 512, k = 8 | ce_recovered | 0.908 | 0.88 to 0.94 | 4,096 |",
-        "| N = 1024, k = 16 | ce_recovered | 0.916 | 0.88 to 0.94 | 4,096 |",
+        "| cell | ce_recovered |",
+        "| --- | ---: |",
+        "| N = 512, k = 8 | 0.908 \\[0.88 to 0.94\\] |",
+        "| N = 1024, k = 16 | 0.916 \\[0.88 to 0.94\\] |",
     ]
-    assert "2 more rows, of single latents, labels or positions, are in evals.parquet." in lines
+    behind = "Samples behind a value: 4,096."
+    assert f"{behind} 2 more rows, of single latents, labels or positions, are in evals.parquet." in lines
     page = (tmp_path / "report.html").read_text()
     assert page.index('id="evaluations"') < page.index("Evaluation downstream_loss") < page.index('id="cells"')
 
@@ -244,6 +245,29 @@ def test_cells_of_several_sites_are_told_apart_in_the_evaluations(cells: Callabl
     ]
     (table,) = evaluation_tables(pa.Table.from_pylist(evals), Table.from_rows(rows))
     assert [line[0] for line in table.rows] == ["early, N = 512, k = 8", "late, N = 512, k = 8"]
+
+
+def test_no_cell_is_left_out_of_the_evaluations(cells: Callable[..., Rows]) -> None:
+    rows = cells(tuple(range(100, 150)), (8, 16))
+    names = [f"metric_{i}" for i in range(5)]
+    evals = [
+        {"cell_id": row["cell_id"], "evaluation": name, "metric": metric, "at": at, "value": row["k"] / 1000,
+         "low": None, "high": None, "n": 3 + (metric == names[0])}
+        for row in reversed(rows) for metric in names for name, at in (("whole", ""), ("parts", "b7"), ("whole", "b7"))
+        if name == "parts" or metric != names[4] or row["k"] == 8
+    ]  # fmt: skip
+    found = {table.title: table for table in evaluation_tables(pa.Table.from_pylist(evals), Table.from_rows(rows))}
+    whole, parts = found["Evaluation whole"], found["Evaluation parts"]
+    assert whole.header == ("cell", *names)
+    assert len(whole.rows) == 100
+    assert whole.rows[:2] == [
+        ["N = 100, k = 8", *["0.008"] * 5],
+        ["N = 100, k = 16", *["0.016"] * 4, ""],
+    ]
+    assert "4 (metric_0); 3 (metric_1, metric_2, metric_3, metric_4). 450 more rows" in whole.note
+    assert len(parts.rows) == 200
+    assert parts.rows[0][:3] == ["N = 100, k = 8", "metric_0", "b7"]
+    assert parts.note.startswith("300 more rows, of single latents")
 
 
 def test_metrics_stand_beside_nmse(tmp_path: Path) -> None:
@@ -304,6 +328,8 @@ def test_metrics_of_several_architectures(tmp_path: Path) -> None:
     assert len(at_l0["contradictions"]) >= 24
     assert {pair["by_nmse"]["architecture"] for pair in at_l0["contradictions"]} == {"gated"}
     page = (tmp_path / "report.md").read_text()
+    lowest = min(row["nmse"] for row in again)
+    assert f"The lowest held-out nmse is {lowest:.4f} (gated), at N" in page
     assert "## nmse and other metrics" in page
     assert "nmse prefers gated, N" in page
     assert "The best cell is another: up to L0\u00a0=" in page
@@ -323,3 +349,18 @@ def run_rows(run: RunDirectory, of: dict[str, Any]) -> Rows:
     """The rows of evals.parquet of one evaluation of one cell."""
     same = ("cell_id", "evaluation")
     return [row for row in run.read_evals().to_pylist() if all(row[name] == of[name] for name in same)]
+
+
+def test_an_exponent_on_its_bound_is_no_outcome(cells: Callable[..., Rows]) -> None:
+    def frontier(k: float, a: float, reached: list[bool]) -> dict[str, Any]:
+        bounds = [{"name": "a", "value": a, "interval_only": alone} for alone in reached]
+        coefficients = {"a": {"value": a, "low": None, "high": None}}
+        return {"law": "c", "floor": True, "at": {"k": k}, "coefficients": coefficients, "bounds_reached": bounds}
+
+    results = Table.from_rows(cells((512, 1024), (8, 16)))
+    document = {"fits": [frontier(8, 3.0, [False]), frontier(16, 0.5, [True]), frontier(32, 0.7, [])], "skipped": []}
+    assert text.summarise(document, results)[-1].endswith("falls as C to the power of −0.50 to −0.70, by k.")
+    del document["fits"][1]
+    assert text.summarise(document, results)[-1].endswith("falls as C to the power of −0.70 at k\u00a0=\u00a032.")
+    del document["fits"][1]
+    assert "frontier" not in " ".join(text.summarise(document, results))

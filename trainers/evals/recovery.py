@@ -51,7 +51,7 @@ _NAMES = (
     "mcc", "uniqueness", "precision", "recall", "f1", "mmcs", "found", "feature_precision", "feature_recall",
     "feature_f1",
 )  # fmt: skip
-metrics = shares(dict.fromkeys(_NAMES, ()), ("random", "true"))
+metrics = shares(dict.fromkeys(_NAMES, ()), ("random", "true"), leads=("mcc", "f1", "uniqueness"))
 
 
 class Truth(NamedTuple):

@@ -54,7 +54,10 @@ from saescale.trainers.subjects.subject import Subject
 
 needs: frozenset[Need] = frozenset({"labels"})
 BESIDE = ("channels", "neurons", "untrained", "random")
-metrics = shares({"reconstruction": (), "coverage": ("always",), "tiles_told": ()}, BESIDE)
+metrics = shares(
+    {"reconstruction": (), "coverage": ("always",), "tiles_told": ()}, BESIDE,
+    leads=("reconstruction", "coverage", "tiles_told"),
+)  # fmt: skip
 
 TILE_AUROC, STABLE_AUROC = 0.7, 0.8
 PRECISION, LEAST = 0.95, 10  # of a latent that is a sign of a property

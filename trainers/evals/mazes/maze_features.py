@@ -44,7 +44,10 @@ from saescale.trainers.subjects.subject import Subject
 
 needs: frozenset[Need] = frozenset({"labels"})
 BESIDE = ("channels", "probe", "untrained", "probe_untrained")
-metrics = shares({"edges_found": (), "edges_single": (), "tree": (), "single": ("always",)}, BESIDE)
+metrics = shares(
+    {"edges_found": (), "edges_single": (), "tree": (), "single": ("always",)}, BESIDE,
+    leads=("edges_found", "edges_single", "tree"),
+)  # fmt: skip
 
 F1 = 0.9  # from which a connection is found
 RIDGE = 1e-3  # of the mean variance of the columns
