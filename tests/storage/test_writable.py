@@ -35,9 +35,7 @@ def test_what_stands_in_the_way(tmp_path: Path) -> None:
 
 
 def test_the_memory_of_a_process_does_not_last(tmp_path: Path) -> None:
-    with pytest.raises(
-        SaescaleError, match=r"memory://x/y is the memory of one process and ends with it; give"
-    ):
+    with pytest.raises(SaescaleError, match=r"memory://x/y is the memory of one process and ends with it; give"):
         require_lasting("memory://x/y")
     for url in (str(tmp_path), "memory", f"file://{tmp_path}", "s3://bucket/x"):
         require_lasting(url)
