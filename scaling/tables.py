@@ -272,11 +272,18 @@ def _are(count: int, of: int, what: str) -> str:
 
 
 def check_cells(table: Table) -> None:
-    """Raises SaescaleError for a missing nmse, and for values of nmse, n_latents or k that are not positive numbers;
-    an infinite nmse is that of a cell that diverged."""
+    """Raises SaescaleError for a missing nmse, for values of nmse, n_latents or k that are not positive numbers, and
+    for a k above n_latents; an infinite nmse is that of a cell that diverged."""
     there = {*table.columns, *table.unread}
     sizes = [name for name in ("n_latents", "k") if name in there or ("nmse" not in there and other_name(name, there))]
     table.require(("nmse", *sizes), ("nmse",))
+    if {"n_latents", "k"} <= set(sizes) and (above := table["k"] > table["n_latents"]).any():
+        row = int(np.flatnonzero(above)[0])
+        raise SaescaleError(
+            f"{table.source}: k = {number(table['k'][row])} is above n_latents = {number(table['n_latents'][row])} in "
+            f"{table.place(row)}, and an SAE has no more active latents than latents; correct or remove the row, or "
+            "give the columns their right names"
+        )
 
 
 def fingerprint(results: Table, curves: Table | None) -> str:

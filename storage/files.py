@@ -357,6 +357,10 @@ def _read_error(url: str, error: Exception, tries: int) -> SaescaleError:
     require_memory(url, error)
     if isinstance(error, NotADirectoryError):  # nothing lies below a file
         raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), url) from error
+    if isinstance(error, IsADirectoryError):
+        return SaescaleError(f"cannot read {url}: it is a folder where a file should be; name the file")
+    if isinstance(error, PermissionError) and local_path(url) is not None:
+        return _error(url, "read", error, tries, "give this user the right to read it")
     return _error(url, "read", error, tries, "check the address, the network and the credentials")
 
 

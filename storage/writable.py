@@ -9,6 +9,15 @@ from saescale.storage import files
 from saescale.storage.errors import SaescaleError, one_line
 
 
+def require_lasting(url: str) -> None:
+    """Raises SaescaleError for memory://, which is the memory of one process: of what a command writes there nothing is
+    left when it has ended, and no other process sees it before."""
+    if url.startswith("memory:"):
+        raise SaescaleError(
+            f"{url} is the memory of one process and ends with it; give a folder, or an object store (s3://...)"
+        )
+
+
 def require_writable(url: str) -> None:
     """Returns when files can be written into the folder `url`, there or not, and removed from it; leaves nothing there.
 

@@ -131,6 +131,14 @@ def test_fit_and_predict_take_a_table() -> None:
     np.testing.assert_allclose(predicted, [0.2751, 0.1775], rtol=0.02)
 
 
+def test_diverged_cells_are_fitted_where_that_is_asked(tmp_path: Path) -> None:
+    rows = [f"{n},8,{nmse}" for n, nmse in ((64, 0.5), (128, 0.4), (256, 0.33), (512, 0.28), (1_024, 7.0))]
+    (tmp_path / "cells.csv").write_text("\n".join(["n_latents,k,nmse", *rows]))
+    for keep, points in ((False, 4), (True, 5)):
+        found = saescale.fit(str(tmp_path / "cells.csv"), laws=("n",), bootstraps=0, keep_diverged=keep)
+        assert [entry["points"] for entry in found["fits"] if not entry["floor"]] == [points]
+
+
 def test_an_sae_spliced_into_the_model_is_one_call(run_and_store: tuple[str, str]) -> None:
     url, out = run_and_store
     store = saescale.open_store(out)

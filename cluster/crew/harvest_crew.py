@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 import ray
 
+from saescale.cluster.crew.connect import wanted_address
 from saescale.cluster.crew.crew import Crew, Died, Words, back_off, take
 from saescale.cluster.crew.harvest_worker import MARKER, ActorRow, ActorState, HarvestActor, Loaded
 from saescale.cluster.crew.head import nodes
@@ -21,6 +22,7 @@ from saescale.storage.waiting import SAY_AFTER_S, Wait, hear
 from saescale.trainers.harvest.contexts import Block, Counted
 from saescale.trainers.harvest.make_shard import Facts, Made, ShardJob
 from saescale.trainers.harvest.spec import HarvestSpec
+from saescale.trainers.subjects.subject import check_sites_before_loading
 
 MAX_ATTEMPTS = 5  # of a block or shard, and of starting an actor
 SHOW_S = 0.5  # between two looks at the actors at work, and that they get to answer
@@ -89,8 +91,13 @@ class HarvestCrew(Crew[Loaded]):
 
     def load(self, specs: Sequence[HarvestSpec], computed_in: str) -> Facts:
         """Starts the actors; returns when one is up, and the others join when they are."""
-        self.connect()
         self._specs, spec = list(specs), specs[0]
+        if not ray.is_initialized() and wanted_address(self._address) is None:  # a Ray of this machine alone
+            layers = [each.layer for each in specs]
+            check_sites_before_loading(
+                spec.subject, layers, spec.context_length, trust_remote_code=spec.trust_remote_code
+            )
+        self.connect()
         shards = -(-spec.tokens // spec.shard_rows) - (-spec.heldout_tokens // spec.shard_rows)
         self._shares = self._share_out(shards)
         self.claim = {"CPU": self._shares.cpus, "GPU": float(self._shares.gpus)}

@@ -1,12 +1,14 @@
-"""What lies at a URL, in a few lines: an activation store, a run directory, or one cell's folder."""
+"""What lies at a URL, in a few lines: an activation store, a run directory, or a trained SAE."""
 
 from collections.abc import Mapping
 from typing import Any
 
 from saescale.storage.errors import SaescaleError
 from saescale.storage.files import exists, join, list_names
+from saescale.storage.live import LIVE
 from saescale.storage.recorded import recorded_sources
 from saescale.storage.rundir import RunDirectory, has_weights
+from saescale.storage.sharded import INDEX, SUFFIX
 from saescale.storage.store import ActivationStore
 
 
@@ -16,10 +18,21 @@ def describe(url: str, verify: bool = False) -> dict[str, str]:
         return _store(url, verify)
     if exists(join(url, "sweep.yaml")):
         return _run(RunDirectory(url))
-    if has_weights(set(list_names(url))):
-        return _cell(url)
-    raise SaescaleError(
-        f"{url}: no activation store (manifest.json), run directory (sweep.yaml) or cell (sae.safetensors)"
+    if url.endswith((SUFFIX, INDEX)) or has_weights(set(list_names(url))):
+        return _sae(url)
+    raise SaescaleError(_nothing(url))
+
+
+def _nothing(url: str) -> str:
+    """Why there is nothing to describe."""
+    from saescale.trainers.harvest.spec import PLAN  # takes torch
+
+    if exists(join(url, LIVE)):
+        return f"{url} holds blocks of a live source, which come and go with the sweep that streams from it"
+    if exists(join(url, PLAN)):
+        return f"{url} is a harvest that is not finished; run the same harvest again, which goes on"
+    return (
+        f"{url}: no activation store (manifest.json), run directory (sweep.yaml), cell (sae.safetensors) or SAE's file"
     )
 
 
@@ -70,7 +83,7 @@ def _laws(fits: Mapping[str, Any] | None) -> str:
     return ", ".join(dict.fromkeys(entry["law"] for entry in fits["fits"])) or "none could be fitted"
 
 
-def _cell(url: str) -> dict[str, str]:
+def _sae(url: str) -> dict[str, str]:
     from saescale.trainers.exchange import native
 
     sae, cell = native.read(url)

@@ -70,7 +70,7 @@ def fit(
     from saescale.scaling.where import parse_condition
     from saescale.scaling.words import listed
     from saescale.storage.rundir import RunDirectory
-    from saescale.storage.writable import require_writable
+    from saescale.storage.writable import require_lasting, require_writable
 
     own = tuple(dict.fromkeys(found.name for path in law_file or () for found in load_laws(path)))
     asked = (*(law or ()), *(name for name in own if name not in (law or ())))
@@ -78,6 +78,7 @@ def fit(
     settings = FitSettings(bootstraps, laws=asked or DEFAULT_LAWS, keep_diverged=keep_diverged)
     conditions = [parse_condition(text) for text in where or ()]
     if out:
+        require_lasting(out)
         require_writable(out)
     project = functools.cache(_read_wandb)  # cells and metrics are asked for one after the other
     results, curves = load_sources(sources, lambda path: project(path)[:2], conditions)

@@ -77,7 +77,7 @@ def plan(
     from saescale.scaling.laws.predict import parse_point
     from saescale.scaling.planning.devices import find_device
     from saescale.storage.files import join
-    from saescale.storage.writable import require_writable
+    from saescale.storage.writable import require_lasting, require_writable
 
     use_architectures(architecture_file)
     for name, value in (("tokens", tokens), ("flops-per-s", flops_per_s)):
@@ -99,6 +99,7 @@ def plan(
     if within is not None and reach is not None:
         raise SaescaleError("--within and --reach say two things to reach: give one of them")
     if write:
+        require_lasting(write)
         require_writable(os.path.dirname(write) or ".")
     made: Proposal | ReachPlan
     if metric is None:

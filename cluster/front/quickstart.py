@@ -9,7 +9,7 @@ from saescale.cluster.front.display import Display
 from saescale.cluster.front.recipes import DEFAULT, RECIPES, TINY, Recipe, named, settle
 from saescale.cluster.sweep.driver import SweepOutcome, run_sweep
 from saescale.cluster.sweep.spec import SweepSpec, parse_spec
-from saescale.storage.writable import require_writable
+from saescale.storage.writable import require_lasting, require_writable
 from saescale.trainers.device import set_threads, usable_cores
 from saescale.trainers.harvest import conduct as harvesting
 from saescale.trainers.harvest.conduct import HarvestSpec
@@ -84,6 +84,7 @@ def run_quickstart(
     Raises what `settle`, `harvest` and `run_sweep` raise.
     """
     set_threads(usable_cores())
+    require_lasting(out or "runs")
     require_writable(out or "runs")
     require_writable("stores")
     recipe, url = settle(asked, out, display.stage, subject)

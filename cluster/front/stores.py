@@ -93,12 +93,14 @@ def harvest(
     """
     from pydantic import ValidationError
 
+    from saescale.storage.writable import require_lasting
     from saescale.trainers.device import set_threads, usable_cores
     from saescale.trainers.harvest.conduct import harvest_each
     from saescale.trainers.harvest.layers import each_layer, stores_of_all
     from saescale.trainers.harvest.spec import HarvestSpec
     from saescale.trainers.subjects.subject import at_revision
 
+    require_lasting(out)
     if (layer is None) == (layers is None):
         raise SaescaleError("harvest: give --layer with one layer, or --layers with several (0-11, or 0,4,8, or all)")
     given = {
@@ -139,7 +141,9 @@ def harvest(
 
 
 def inspect(
-    url: Annotated[str, typer.Argument(help="An activation store, a run directory or one cell's folder.")],
+    url: Annotated[
+        str, typer.Argument(help="An activation store, a run directory, one cell's folder or an SAE's file.")
+    ],
     verify: Annotated[bool, typer.Option("--verify", help="Read every byte of a store and check it.")] = False,
     architecture_file: ArchitectureFile = None,
 ) -> None:

@@ -22,7 +22,7 @@ from saescale.storage.lease import Lease, read_driver, require_free
 from saescale.storage.live import is_live
 from saescale.storage.rundir import RunDirectory
 from saescale.storage.waiting import waiting
-from saescale.storage.writable import require_writable
+from saescale.storage.writable import require_lasting, require_writable
 from saescale.trainers.loggers.wandb_cells import how_to_read, log_summary, resolve_mode, wandb_directory
 from saescale.trainers.precision import Precision
 
@@ -60,6 +60,8 @@ def run_sweep(
     """
     run = RunDirectory(spec.out)
     trained = 0
+    for url in (spec.out, *spec.stores):  # its workers are other processes
+        require_lasting(url)
     check_meshes(spec.planned, spec.resources)  # before a live source is begun
     with ExitStack() as held:
         produced = None if all(map(is_live, spec.lives)) else _produce(spec, run, address, held, display)

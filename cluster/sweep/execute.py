@@ -32,6 +32,7 @@ from saescale.cluster.sweep.spec import SweepSpec
 from saescale.cluster.sweep.standing import Attempt, Pack, Producers, Work, ask, next_tries, standing_of, waits_of
 from saescale.cluster.sweep.stop import stop
 from saescale.cluster.sweep.watcher import SweepDisplay
+from saescale.scaling.words import counted
 from saescale.storage import files
 from saescale.storage.errors import SaescaleError, Superseded, Unavailable, one_line
 from saescale.storage.lease import Lease
@@ -92,7 +93,8 @@ class Execution:
         Raises SaescaleError for what no other worker could do better, Superseded when another driver has taken the
         run over, and KeyboardInterrupt.
         """
-        self.display.stage(f"training {len(self.work.cells)} cells in {len(self.packs.waiting)} packs")
+        cells, packs = counted(len(self.work.cells), "cell"), counted(len(self.packs.waiting), "pack")
+        self.display.stage(f"training {cells} in {packs}")
         try:
             while self.packs.waiting or self.running:
                 turn = time.monotonic()

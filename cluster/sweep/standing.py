@@ -12,6 +12,7 @@ import ray
 from saescale.cluster.crew.train_worker import WorkerInfo, WorkerState
 from saescale.cluster.sweep.ledger import Ledger
 from saescale.cluster.sweep.packing import cost
+from saescale.scaling.words import counted
 from saescale.storage.errors import Unavailable
 from saescale.storage.lease import LiveStanding, RunningCell, RunningWorker, Standing
 from saescale.storage.live import LiveSource, read_making
@@ -166,7 +167,8 @@ def next_tries(waiting: Collection[Pack], moved: float, outage_s: float) -> list
     time.monotonic(), for so long."""
     tried = [pack for pack in waiting if pack.why]
     quiet = time.time() - (time.monotonic() - moved)
-    return [Wait(f"the next try of {len(tried)} packs ({tried[0].why})", quiet, quiet + outage_s)] if tried else []
+    packs = counted(len(tried), "pack")
+    return [Wait(f"the next try of {packs} ({tried[0].why})", quiet, quiet + outage_s)] if tried else []
 
 
 class Producers:

@@ -12,9 +12,17 @@ from typing import Any
 import numpy as np
 import pytest
 
+from saescale.cluster.front.laws import fit
+from saescale.cluster.front.plan import plan
+from saescale.cluster.front.quickstart import run_quickstart
+from saescale.cluster.front.stores import harvest
+from saescale.cluster.sweep.driver import run_sweep
+from saescale.cluster.sweep.spec import parse_spec
 from saescale.cluster.sweep.status import read_status
+from saescale.storage.errors import SaescaleError
 from saescale.storage.lease import read_driver
 from tests.cluster.command import SAESCALE, assert_one_line, environment, interruptible, saescale, saescale_here
+from tests.cluster.conftest import Recorder
 from tests.trainers.synthetic import sparse_rows, write_store
 
 
@@ -130,6 +138,20 @@ def test_where_nothing_can_be_written_is_found_before_anything_is_done(
         result = saescale_here(*command)
         assert_one_line(result, said)
         assert "·" not in result.stdout  # nor was anything begun
+
+
+def test_what_would_end_with_the_command_is_refused(document: dict[str, Any]) -> None:
+    gone = "memory://gone"
+    spec = parse_spec(document | {"out": gone}, "test")
+    for command in (
+        lambda: harvest("maze", gone, layer=0),
+        lambda: fit(["nothing.csv"], out=gone),
+        lambda: plan(write=f"{gone}/more.yaml"),
+        lambda: run_sweep(spec, Recorder()),
+        lambda: run_quickstart("tiny", gone, "off", Recorder()),  # type: ignore[arg-type]
+    ):
+        with pytest.raises(SaescaleError, match=r"memory://gone.* is the memory of one process and ends with it"):
+            command()
 
 
 @pytest.fixture

@@ -306,6 +306,17 @@ def test_a_bad_number_of_actors_is_one_line(tiny_subject: str) -> None:
     assert_one_line(result, "--actors must be a number of at least 1, or auto, not '0'")
 
 
+def test_a_layer_that_there_is_not_is_told_before_a_local_ray_starts(
+    spec: HarvestSpec, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    monkeypatch.setattr("ray.is_initialized", lambda: False)
+    monkeypatch.setattr(crew, "connect", lambda address: pytest.fail("Ray was started"))
+    wrong = spec.model_copy(update={"out": str(tmp_path / "store"), "layer": 9})
+    with pytest.raises(SaescaleError, match="has no layer 9"):
+        harvest_on_actors([wrong], 1, None, quiet)
+
+
 def test_a_short_corpus_is_one_line_and_leaves_an_empty_folder(
     three_nodes: Any, spec: HarvestSpec, tmp_path: Path
 ) -> None:

@@ -190,7 +190,7 @@ def test_what_cannot_be_a_live_source_is_one_line(
 ) -> None:
     source = over_live["store"]["live"]
     for wrong, said in (
-        ({"tokens": 1_000}, "must be a multiple of --context-length 32"),
+        ({"tokens": 1_000}, "store.live: tokens must be a multiple of context_length 32"),
         ({"layer": [2, 3]}, "a live source has one site"),
         ({"max_bytes": "plenty"}, "should be a size such as 200 GB"),
         ({"windows": 3}, "store.live.windows is not a key, did you mean window_blocks"),

@@ -92,7 +92,7 @@ def test_what_a_sweep_exports_is_what_the_dashboard_asks_for(three_nodes: Any, d
     check_names(seen)
     check_values([of_sweep(samples) for samples in seen], run)
     packs = total(of_sweep(seen[-1]), "ray_saescale_packs_finished_total")
-    assert f"training 4 cells in {packs:.0f} packs" in recorder.stages
+    assert f"training 4 cells in {packs:.0f} pack{'s' * (packs != 1)}" in recorder.stages
 
     # What has ended is not shown for ever.
     deadline = time.monotonic() + 60

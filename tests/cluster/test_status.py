@@ -216,6 +216,19 @@ def test_inspect_names_each_law_once(tmp_path: Path) -> None:
         assert describe(run.url)["laws"] == said
 
 
+def test_inspect_takes_the_file_of_an_sae_and_names_what_is_not_finished(tmp_path: Path) -> None:
+    sae = next((ROOT / "tests" / "data" / "run-0.1.0" / "cells").iterdir()) / "sae.safetensors"
+    (tmp_path / "mine.safetensors").write_bytes(sae.read_bytes())
+    assert describe(str(tmp_path / "mine.safetensors")) == describe(str(sae.parent))
+    for file, said in (
+        ("harvest.json", "is a harvest that is not finished; run the same harvest again"),
+        ("live.json", "holds blocks of a live source"),
+    ):
+        (tmp_path / file).write_text("{}")
+        with pytest.raises(SaescaleError, match=said):
+            describe(str(tmp_path))
+
+
 def test_the_document_for_programs(tmp_path: Path) -> None:
     run = make_run(str(tmp_path / "run"), ROWS)
     result = saescale("status", run.url, "--json")

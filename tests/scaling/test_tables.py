@@ -116,6 +116,7 @@ def test_all_cells_failed(tmp_path: Path, cells: Callable[..., Rows]) -> None:
         ("n_latents,k,fvu\n512,8,0.3\n", "no column nmse; it has n_latents, k, fvu. If fvu is it, call it nmse"),
         ("d_sae,top_k,fvu\n512,8,0.3\n", "no column nmse, n_latents, k; it .* fvu is it, call it nmse; if d_sae is it"),
         ("nmse\n0.3\n0\n", "nmse is 0 in row 2, and it"),
+        ("n_latents,k,nmse\n512,8,0.3\n8,16,0.5\n", "k = 16 is above n_latents = 8 in row 2, .* their right names"),
         ("n_latents,k,nsme\n512,8,0.3\n", "If nsme is it, call it nmse"),
         ("512,8,0.3\n1024,8,0.2\n", "its first row .512, 8, 0.3. holds numbers, not the names of columns"),
         ('n_latents,k,nmse\n512,8,"0.3\n', "not a readable table .* look for a quote that is not closed"),

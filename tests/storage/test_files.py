@@ -73,6 +73,8 @@ def test_a_folder_in_the_way_is_one_clear_line(tmp_path: Path) -> None:
         files.write_atomic(str(tmp_path / "file" / "below"), b"x")
     with pytest.raises(SaescaleError, match="cannot write"):
         files.write_atomic(str(tmp_path), b"x")
+    with pytest.raises(SaescaleError, match=r"cannot read .*: it is a folder where a file should be; name the file"):
+        files.read_bytes(str(tmp_path))
     assert os.listdir(tmp_path) == ["file"]
     assert not list(tmp_path.parent.glob(".*.partial"))
 

@@ -8,7 +8,7 @@ import pytest
 
 from saescale.storage import files
 from saescale.storage.errors import SaescaleError, Unavailable
-from saescale.storage.writable import require_writable
+from saescale.storage.writable import require_lasting, require_writable
 
 
 def test_what_can_be_written_to_is_left_as_it_was(any_url: str, tmp_path: Path) -> None:
@@ -32,6 +32,13 @@ def test_what_stands_in_the_way(tmp_path: Path) -> None:
             require_writable(str(tmp_path / name))
     with pytest.raises(SaescaleError, match="cannot write to /proc/runs"):
         require_writable("/proc/runs")  # where not even root may
+
+
+def test_the_memory_of_a_process_does_not_last(tmp_path: Path) -> None:
+    with pytest.raises(SaescaleError, match=r"memory://x/y is the memory of one process and ends with it; give"):
+        require_lasting("memory://x/y")
+    for url in (str(tmp_path), "memory", f"file://{tmp_path}", "s3://bucket/x"):
+        require_lasting(url)
 
 
 def test_a_missing_bucket_is_called_one(s3_endpoint: str) -> None:

@@ -102,9 +102,15 @@ def test_a_run_of_0_1_0_can_still_be_read() -> None:
 def test_files_that_hold_no_sae(tmp_path: Path) -> None:
     with pytest.raises(SaescaleError, match="there is no SAE at"):
         native.read(str(tmp_path))
+    with pytest.raises(SaescaleError, match=r"run-0.1.0 is a run, .*name one of them: .*run-0.1.0/cells/CELL_ID"):
+        native.read(str(OLD_RUN))
     (tmp_path / "sae.safetensors").write_bytes(b"no such thing")
-    with pytest.raises(SaescaleError, match="is no safetensors file"):
+    with pytest.raises(SaescaleError, match=r"is no safetensors file.*; copy or export it again"):
         native.read(str(tmp_path))
+    (tmp_path / "cells" / "one").mkdir(parents=True)
+    (tmp_path / "cells" / "one" / "sae.safetensors").write_bytes(b"no such thing")
+    with pytest.raises(SaescaleError, match=r"is no safetensors file.*remove the cell's folder and run the same sweep"):
+        native.read(str(tmp_path / "cells" / "one"))
     good = next((OLD_RUN / "cells").iterdir()) / "sae.safetensors"
     other = good.read_bytes().replace(b'\\"activation\\":\\"topk\\"', b'\\"activation\\":\\"tpok\\"')
     (tmp_path / "sae.safetensors").write_bytes(other)

@@ -33,6 +33,16 @@ def spec(tiny_subject: str, tiny_corpus: str) -> LiveSpec:
     return live_spec(tiny_subject, tiny_corpus)
 
 
+def test_a_mistake_is_told_by_the_keys_of_the_section(spec: LiveSpec) -> None:
+    for wrong, said in (
+        ({"block_rows": 1_000}, "block_rows must be a multiple of context_length 32, not 1000"),
+        ({"heldout_tokens": 10}, "heldout_tokens must be a multiple of context_length 32, not 10"),
+        ({"context_length": 40_000}, "context_length must be at most 32767, not 40000"),
+    ):
+        with pytest.raises(ValidationError, match=f"Value error, {said}"):
+            LiveSpec.model_validate(spec.model_dump(exclude_none=True) | wrong)
+
+
 @pytest.fixture(scope="module")
 def stored(spec: LiveSpec, tmp_path_factory: pytest.TempPathFactory) -> ActivationStore:
     """What a harvest of the same fields writes."""

@@ -30,7 +30,6 @@ from saescale.trainers.mesh.mesh import ALONE, Mesh
 from saescale.trainers.preprocess import Centre
 
 FILE = "sae.safetensors"
-_REMEDY = "restore it, or remove the cell's folder and run the same sweep again, which trains the cell anew"
 
 
 def write(trained: Trained, url: str) -> list[str]:
@@ -63,7 +62,7 @@ def read(url: str, mesh: Mesh = ALONE) -> Trained:
         header, _ = read_header(io.BytesIO(data), len(data), where)
         _require_result(where, xxhash.xxh3_64_hexdigest(data))
     except Damaged as error:
-        raise Damaged(f"{error}; {_REMEDY}", where) from error
+        raise Damaged(f"{error}; {_remedy(where)}", where) from error
     cell = _cell(where, header.pop("__metadata__", None))
     _require_shapes(where, cell, {name: (entry["dtype"], entry["shape"]) for name, entry in header.items()})
     shape = Shape(cell.d_model, cell.n_latents)
@@ -96,9 +95,10 @@ def _of_stored(where: str, mesh: Mesh) -> Trained:
 def _stored(where: str, mesh: Mesh = ALONE) -> tuple[Tensors, Cell]:
     """What lies in a file or by an index, as far as it concerns the mesh's process checked."""
     folder, name = sharded.split(where)
+    remedy = _remedy(where)
     try:
         if where.endswith(INDEX):
-            index = sharded.read_index(where, _REMEDY)
+            index = sharded.read_index(where, remedy)
             _require_result(where, xxhash.xxh3_64_hexdigest(files.read_bytes(where)))
             cell = _cell(where, index.metadata)
             tensors = index.tensors(where, _own(cell, mesh))
@@ -107,7 +107,7 @@ def _stored(where: str, mesh: Mesh = ALONE) -> tuple[Tensors, Cell]:
             cell = _cell(where, File(folder, part).metadata)
             tensors = Tensors(folder, [part], _own(cell, mesh))
     except Damaged as error:
-        raise Damaged(str(error) if _REMEDY in str(error) else f"{error}; {_REMEDY}", where) from error
+        raise Damaged(str(error) if remedy in str(error) else f"{error}; {remedy}", where) from error
     _require_shapes(where, cell, tensors.entries())
     return tensors, cell
 
@@ -117,13 +117,25 @@ def _own(cell: Cell, mesh: Mesh) -> slice | None:
     return None if mesh.shards == 1 else slice(mesh.first, mesh.first + mesh.here(cell.n_latents))
 
 
-def _find(url: str) -> str:
-    """The file or the index that there is."""
+def find(url: str) -> str | None:
+    """The file or the index of the SAE at `url`, which is a folder, a file or an index; None where there is none."""
     where = url if url.endswith((SUFFIX, INDEX)) else files.join(url, FILE)
-    for each in dict.fromkeys((where, _index_of(where))):
-        if files.exists(each):
-            return each
-    raise SaescaleError(f"there is no SAE at {where}; a cell has one when it is done")
+    return next((each for each in dict.fromkeys((where, _index_of(where))) if files.exists(each)), None)
+
+
+def _find(url: str) -> str:
+    if found := find(url):
+        return found
+    if RunDirectory(url).is_begun():
+        raise SaescaleError(f"{url} is a run, which has an SAE for each cell; name one of them: {url}/cells/CELL_ID")
+    raise SaescaleError(f"there is no SAE at {url}; a cell of a run has one when it is done: RUN/cells/CELL_ID")
+
+
+def _remedy(where: str) -> str:
+    """What to do where it is damaged."""
+    if "/cells/" in where:
+        return "restore it, or remove the cell's folder and run the same sweep again, which trains the cell anew"
+    return "copy or export it again"
 
 
 def _cell(where: str, told: Any) -> Cell:
@@ -132,8 +144,8 @@ def _cell(where: str, told: Any) -> Cell:
         cell = Cell.model_validate_json(told["cell"])
     except (KeyError, TypeError) as error:
         raise SaescaleError(
-            f"{where} is not an SAE written by saescale: its header holds no cell; give the library it is of: "
-            f"saescale import {where} --format NAME"
+            f"{where} is not an SAE written by saescale: its header holds no cell; of another library's SAE "
+            "name the format (saescale import --format NAME, with a file of yours for it: trainers/exchange/README.md)"
         ) from error
     except ValidationError as error:
         newer = "; was it written by a newer saescale?" if error.errors()[0]["type"] == "extra_forbidden" else ""
@@ -177,7 +189,7 @@ def _require_shapes(where: str, cell: Cell, entries: Mapping[str, tuple[str, Seq
         return
     raise Damaged(
         f"{where} is damaged: its tensors are not those of {cell.architecture} with n_latents = {cell.n_latents} and "
-        f"d_model = {cell.d_model}, as its header says; {_REMEDY}",
+        f"d_model = {cell.d_model}, as its header says; {_remedy(where)}",
         where,
     )
 

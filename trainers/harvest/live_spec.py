@@ -30,6 +30,13 @@ _NOT_OF_ITS_ROWS = {"max_bytes", "actors", "folder", "remove_hidden_states", "de
 HELDOUT_EVERY = 8  # the held-out rows are drawn from so many times as many tokens
 
 
+def _as_keys(told: str) -> str:
+    """What a harvest says of its options, with the keys of this section in their place."""
+    keys = {"shard-rows": "block_rows"}
+    named = re.sub(r"--([a-z][a-z-]*)", lambda found: keys.get(found[1], found[1].replace("-", "_")), told)
+    return named.removeprefix("harvest: ")
+
+
 def _whole(given: Any) -> Any:
     """A count as people write large ones: YAML takes 4.0e10 for text."""
     if isinstance(given, str | float) and not isinstance(given, bool):
@@ -109,7 +116,7 @@ class LiveSpec(BaseModel):
         try:
             self.harvest("unknown", reads_text=True)
         except SaescaleError as error:
-            raise ValueError(str(error)) from error
+            raise ValueError(_as_keys(str(error))) from error
         return self
 
     def harvest(self, out: str, reads_text: bool) -> "HarvestSpec":

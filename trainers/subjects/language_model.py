@@ -140,7 +140,10 @@ def told(name: str, what: str) -> Iterator[None]:
         if "trust_remote_code" in said:
             what, said = (
                 "it comes with Python code of its own, which runs only where you allow it",
-                ("read that code, then use --trust-remote-code, or get_subject(..., trust_remote_code=True)"),
+                (
+                    "read that code, then use --trust-remote-code of saescale harvest, eval or subject show, or "
+                    "get_subject(..., trust_remote_code=True); a sweep trains on what was harvested so"
+                ),
             )
         elif not isinstance(error, OSError | ValueError | ImportError | RuntimeError):
             said = f"{type(error).__name__}: {said}"
