@@ -9,7 +9,7 @@ consumers know nothing of each other but the files of this folder, and either ma
 import threading
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from typing import Any, NamedTuple, Self
 
@@ -87,13 +87,15 @@ class Place(BaseModel):
     """Where a consumer is, in consumers/ID.json. Blocks are counted on over passes.
 
     `need`: the first block of the window that it reads, or reads next. `passed`: of no earlier block it will ask again,
-    wherever it begins again. `beat` goes up while it lives.
+    wherever it begins again. `beat` goes up while it lives. `cells`: whom the rows are for, by their ids; another
+    consumer that names one of them has taken its place.
     """
 
     need: int = Field(ge=0, le=MOST)
     end: int | None = Field(None, ge=0, le=MOST)  # one more than the last block that it will need; None: without end
     passed: int = Field(ge=0, le=MOST)
     beat: int = 0
+    cells: list[str] = []
 
 
 class Making(BaseModel):
@@ -124,10 +126,12 @@ def is_live(url: str) -> bool:
     return files.exists(files.join(url, LIVE))
 
 
-def open_source(url: str) -> ActivationStore:
-    """The live source whose folder `url` is, or the sealed store there. Raises what opening either raises."""
+def open_source(url: str, cells: Sequence[str] = ()) -> ActivationStore:
+    """The live source whose folder `url` is, or the sealed store there; `cells`: for whom it is read, by their ids.
+    Raises what opening either raises."""
     try:
-        return LiveSource(url, read_model(files.join(url, LIVE), Live, "remove the folder and begin anew", _FORMAT))
+        live = read_model(files.join(url, LIVE), Live, "remove the folder and begin anew", _FORMAT)
+        return LiveSource(url, live, cells)
     except FileNotFoundError:
         return ActivationStore.open(url)
 
@@ -135,9 +139,9 @@ def open_source(url: str) -> ActivationStore:
 class LiveSource(ActivationStore):
     """Its held-out rows are those of a store; its train rows come in blocks, which are waited for."""
 
-    def __init__(self, url: str, live: Live) -> None:
+    def __init__(self, url: str, live: Live, cells: Sequence[str] = ()) -> None:
         super().__init__(url, live.manifest)
-        self.live = live
+        self.live, self.cells = live, list(cells)
         self.fingerprint = live.identity
 
     @property
@@ -171,7 +175,7 @@ class LiveStream(Stream):
         self._live = source.live
         last = None if stop is None else max(stop, start) * order.batch_tokens - 1
         end = None if last is None else source.live.window_end(last)
-        self._consumer = _Consumer(source.url, Place(need=first, passed=first, end=end))
+        self._consumer = _Consumer(source.url, Place(need=first, passed=first, end=end, cells=source.cells))
         super().__init__(
             _Blocks(source, self._consumer), order.split, batch_tokens=order.batch_tokens, seed=order.seed,
             batches=stop, start=start, rank=rank, world_size=ranks, mix_row_groups=order.mix_row_groups,

@@ -101,7 +101,8 @@ def _train(
     set_threads(job.threads or torch.get_num_threads())
     # Lightning's trainer and module refer to each other: without this the last pack's weights would still be there.
     gc.collect()
-    source, run, first = open_source(job.store), RunDirectory(job.run, job.driver), group.rank == 0
+    source = open_source(job.store, [cell.cell_id for cell in job.cells])
+    run, first = RunDirectory(job.run, job.driver), group.rank == 0
     _check(job, source)
     finished = _taken(run, job, group)
     results = [result for result in finished.values() if result is not None]
