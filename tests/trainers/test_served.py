@@ -99,7 +99,7 @@ def test_rows_of_a_server_that_goes_on_writing(tmp_path: Path) -> None:
     assert np.array_equal(again.view(np.uint16), rows.view(np.uint16))
 
 
-def paced(folder: Path, url: str, numbers: range, most: list[int], stop: threading.Event) -> None:
+def paced(folder: Path, url: str, numbers: range, most: list[int], stop: threading.Event, pause_s: float = 0.0) -> None:
     """A client of the server that looks whether there is room before it sends a request, and gives up after a while;
     `most` gets what all files took after each."""
     for number in numbers:
@@ -109,7 +109,7 @@ def paced(folder: Path, url: str, numbers: range, most: list[int], stop: threadi
             if making and making.server_max_bytes and taken(folder) + 4_096 <= making.server_max_bytes:
                 break
             time.sleep(0.02)
-        serve(folder, range(number, number + 1))
+        serve(folder, range(number, number + 1), 0.0 if stop.is_set() else pause_s)
         most.append(taken(folder))
 
 

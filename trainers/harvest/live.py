@@ -145,11 +145,12 @@ class LiveHarvest:
         begins = {cell: places.before(live.window_of(at.newest)) for cell, at in awaited.items()}
         first = {cell: begin.text if begin else 0 for cell, begin in begins.items()}
         if lacking := sorted(cell for cell, number in first.items() if number < self._served.removed):
+            gone = self._served.path(first[lacking[0]])
             raise SaescaleError(
-                f"live: {len(lacking)} cells (one is {lacking[0]}) need hidden states that were removed after use "
-                f"(remove_hidden_states): {self._served.path(first[lacking[0]])} and files after it are gone. Train "
-                "these cells in a run of their own, on files that the server makes anew in another folder, and leave "
-                "remove_hidden_states out of a sweep that is to be extended"
+                f"live: {len(lacking)} of {len(awaited)} cells (such as {lacking[0]}) need hidden states that were "
+                f"removed after use (remove_hidden_states): {gone} and those after it. Train these cells in a run of "
+                "their own, on files that the server makes anew in another folder; and leave remove_hidden_states out "
+                "of a sweep that is to be extended"
             )
 
     def _seal_heldout(self) -> Live:
