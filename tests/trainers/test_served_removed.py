@@ -13,6 +13,7 @@ from saescale.storage.errors import SaescaleError
 from saescale.storage.live import CONSUMERS, Place, open_source
 from saescale.storage.rundir import RunDirectory
 from saescale.storage.source import Order
+from saescale.trainers.cell import EvalSpec
 from saescale.trainers.harvest import contexts, live_needs
 from saescale.trainers.harvest.live import LiveHarvest, live_here
 from saescale.trainers.harvest.live_needs import GoesOn, Needs
@@ -35,8 +36,7 @@ def small_blocks_of_text(monkeypatch: pytest.MonkeyPatch) -> None:
 def job(url: str, run: Path) -> PackJob:
     source = open_source(url)
     cells = [cell_of(source, tokens=MORE, batch_tokens=128, n_latents=32)]
-    made = job_of(source, str(run), cells, checkpoint_every_s=1e-6)
-    return made.model_copy(update={"eval": made.eval.model_copy(update={"tokens": HELDOUT})})
+    return job_of(source, str(run), cells, checkpoint_every_s=1e-6, eval=EvalSpec(tokens=HELDOUT, every_tokens=1_024))
 
 
 @pytest.mark.slow
@@ -96,6 +96,29 @@ def test_a_worker_that_was_away_for_longer_than_its_lease_finds_its_files(
     assert np.array_equal(np.concatenate(found), rows)
     assert max(most) <= allowed
     assert watch.bytes <= spec.max_bytes
+
+
+@pytest.mark.slow
+def test_a_pack_that_waits_for_room_saves_so_that_there_is_room(tmp_path: Path) -> None:
+    """All rows that there is room for are trained on long before a checkpoint is due."""
+    folder, url, stop, most = tmp_path / "served", str(tmp_path / "live"), threading.Event(), list[int]()
+    serve(folder, range(FILES))
+    allowed = taken(folder) // 3
+    folder.rename(tmp_path / "first")
+    spec = spec_of(folder, tokens=MORE, remove_hidden_states=True)
+    room = Room(spec, spec.harvest("x", reads_text=True), D)
+    spec = spec.model_copy(update={"max_bytes": room.beside + 2 * room.block + allowed})
+    serve(folder, range(3))
+    client = threading.Thread(target=paced, args=(folder, url, range(3, FILES), most, stop))
+    client.start()
+    try:
+        with live_here(spec, url):
+            outcome = train_pack(job(url, tmp_path / "run").model_copy(update={"checkpoint_every_s": 1.0}))
+    finally:
+        stop.set()
+        client.join()
+    assert [result["status"] for result in outcome.results] == ["done"]
+    assert max(most) <= allowed
 
 
 def needs_of(

@@ -16,6 +16,7 @@ import threading
 import warnings
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import Any, NamedTuple
 
 import lightning.pytorch as L
@@ -129,6 +130,7 @@ def _train(
                 should_stop,
                 group,
             )
+            stream.while_waiting = partial(after.wait, pack)
             _trainer(after, device).fit(pack, stream_loader(stream, source.dtype, device))
     finally:
         logger.close()
