@@ -197,6 +197,19 @@ def test_a_file_of_another_width_is_named(tmp_path: Path) -> None:
             streamed(str(tmp_path / "live"))
 
 
+def test_a_folder_of_another_width_is_named_when_a_producer_begins_again(tmp_path: Path) -> None:
+    folder = tmp_path / "served"
+    serve(folder, range(30))
+    with live_here(spec_of(folder), str(tmp_path / "live")):
+        pass
+    for path in folder.iterdir():
+        path.unlink()
+    save_file(request(30, width=D + 1), folder / "cmpl-0030.safetensors")
+    said = rf"live holds a live source of width {D}, and \S+served has rows of width {D + 1}: of another model"
+    with pytest.raises(SaescaleError, match=said):
+        live_here(spec_of(folder), str(tmp_path / "live")).__enter__()
+
+
 def test_what_sweep_yaml_says_is_read_again(tmp_path: Path) -> None:
     spec = spec_of(tmp_path)
     assert LiveSpec.model_validate(spec.model_dump(mode="json")) == spec

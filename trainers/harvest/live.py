@@ -211,6 +211,11 @@ class LiveHarvest:
                 f"{self.url} holds a live source of {live.tokens:,} tokens in windows of {live.window_blocks} blocks; "
                 "name another folder, or remove it"
             )
+        if (there := live.manifest.d_model) != (found := self._facts.d_model):
+            raise SaescaleError(
+                f"{self.url} holds a live source of width {there}, and {self.spec.hidden_states or self.spec.subject} "
+                f"has rows of width {found}: of another model; give it a folder of its own"
+            )
         return live
 
     @property
@@ -320,6 +325,8 @@ class LiveHarvest:
             state = "reading the corpus" if self._served is None else "waiting for the server's next files"
         else:
             state = "waiting for the slowest consumer" if needs.living else "waiting for somebody to stream"
+        if self.spec.remove_hidden_states and needs.living and needs.held < needs.passed:
+            state += f"; files from block {needs.held} on are kept for cells whose worker is away"
         taken = len(blocks) * self.room.block + self._tokens.bytes + self.room.heldout + self.room.notes
         self._told.say(
             state=state, first=needs.first, blocks=len(blocks.present), bytes=taken + self.room.foreign,
