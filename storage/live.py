@@ -25,7 +25,7 @@ from saescale.storage.manifest import MANIFEST, MOST, Dtype, Manifest
 from saescale.storage.rows import RowGroup, raw_dtype
 from saescale.storage.source import Order
 from saescale.storage.store import ActivationStore
-from saescale.storage.stream import Stream, Window
+from saescale.storage.stream import Closed, Stream, Window
 
 LIVE = "live.json"
 PRODUCER = "producer.json"  # what the producer does now
@@ -245,7 +245,7 @@ class _Blocks:
                 tries += 1
                 if tries == _TRIES:
                     raise
-        raise _Closed
+        raise Closed
 
     def _read(self, where: str, group: RowGroup) -> np.ndarray:
         local = files.local_path(where)
@@ -275,10 +275,6 @@ class _Blocks:
         first = column.offset * self.d_model
         values = np.frombuffer(column.buffers()[1], raw_dtype(self.dtype))
         return values[first : first + group.rows * self.d_model].reshape(group.rows, self.d_model)
-
-
-class _Closed(Exception):
-    """The stream was closed while a block was waited for."""
 
 
 class _Consumer:

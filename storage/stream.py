@@ -95,6 +95,10 @@ class Shuffled:
             epoch += 1
 
 
+class Closed(Exception):
+    """Rows were waited for, and the stream was closed."""
+
+
 class Stream:
     """Iterator of batches whose x is [batch_tokens // world_size, d_model], raw dtype, owned by the consumer.
 
@@ -266,6 +270,8 @@ class Stream:
                             return
                         self._ready.append(rows)
                         self._changed.notify_all()
+        except Closed:
+            return
         except BaseException as error:  # whatever it is, the consumer must hear of it or it waits for ever
             with self._changed:
                 self._error = error

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeGuard
 
-from saescale.cluster.sweep.awaited import AwaitedCells
+from saescale.cluster.sweep.awaited import AwaitedCells, kept_for_later
 from saescale.cluster.sweep.cautions import cautions_of_each
 from saescale.cluster.sweep.evaluate import evaluate, missing_evaluations
 from saescale.cluster.sweep.identity import provenance_of
@@ -115,6 +115,8 @@ def run_sweep(
                 meshes = Meshes(layouts, on_mesh)
                 if layouts:
                     crew.widen(len(single) + sum(layout.ranks for layout in layouts.values()))
+                for note in kept_for_later(spec.lives, ledger, packs, crew.count):
+                    crew.warn(note)
                 # Not before the plan stands: a sweep that cannot be run leaves no run directory behind.
                 lease = held.enter_context(Lease(run.url, job, dead))
                 ledger.begin()

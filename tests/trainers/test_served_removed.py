@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from saescale.storage import live as live_files
+from saescale.storage.checkpoint import steps
 from saescale.storage.errors import SaescaleError
 from saescale.storage.live import CONSUMERS, Place, open_source
 from saescale.storage.rundir import RunDirectory
@@ -121,6 +122,24 @@ def test_a_pack_that_waits_for_room_saves_so_that_there_is_room(tmp_path: Path) 
         client.join()
     assert [result["status"] for result in outcome.results] == ["done"]
     assert max(most) <= allowed
+
+
+@pytest.mark.slow
+def test_a_pack_that_waits_for_rows_stops_when_it_is_told_to(tmp_path: Path) -> None:
+    folder, url = tmp_path / "served", str(tmp_path / "live")
+    serve(folder, range(FILES // 4))
+    with live_here(spec_of(folder, tokens=MORE), url) as live:
+
+        def starved() -> bool:
+            return live.making.state.startswith("waiting for the server")
+
+        outcome = train_pack(job(url, tmp_path / "run"), should_stop=starved)
+        assert outcome.stopped
+        assert (
+            0 < max(steps(next((tmp_path / "run" / "cells").iterdir()).joinpath("checkpoint").as_posix())) < MORE // 128
+        )
+        serve(folder, range(FILES // 4, FILES))
+        assert train_pack(job(url, tmp_path / "run")).results[0]["status"] == "done"
 
 
 def needs_of(
