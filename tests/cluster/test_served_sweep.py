@@ -24,19 +24,21 @@ from saescale.trainers.harvest.room import Room
 from tests.cluster.conftest import Recorder
 from tests.survival import assert_same, reached
 from tests.trainers.live_case import Watch
-from tests.trainers.test_served import D, paced, serve, spec_of, taken
+from tests.trainers.test_served import HELDOUT, D, paced, serve, spec_of, taken
+from tests.trainers.test_served_removed import BATCH, BLOCKS, FILES, MORE, ROOM, TIMES
 
-TOKENS, HELDOUT, FILES = 4_096, 64, 200
 AWAY_S = 5.0  # until another worker is begun in place of one that was killed
 
 
 @pytest.fixture
 def over_served(document: dict[str, Any], tmp_path: Path) -> dict[str, Any]:
-    served = spec_of(tmp_path / "both" / "served", tokens=TOKENS).model_dump(mode="json", exclude_defaults=True)
+    served = spec_of(tmp_path / "both" / "served", tokens=MORE, block_rows=BLOCKS).model_dump(
+        mode="json", exclude_defaults=True
+    )
     document["store"] = {"live": served | {"folder": str(tmp_path / "both" / "live"), "remove_hidden_states": True}}
     document["grid"] = {"n_latents": [32], "k": [2, 4]}
-    document["train"] |= {"tokens": TOKENS, "batch_tokens": 128}
-    document["eval"] = {"tokens": HELDOUT, "every_tokens": 1_024, "evaluations": []}
+    document["train"] |= {"tokens": MORE, "batch_tokens": BATCH}
+    document["eval"] = {"tokens": HELDOUT, "every_tokens": 8_192, "evaluations": []}
     document["resources"]["checkpoint_every_s"] = 0.01
     return document
 
@@ -50,7 +52,7 @@ def test_a_worker_that_is_lost_finds_its_files_and_an_extension_is_told_that_the
     monkeypatch.setattr(contexts, "BLOCK_CHARACTERS", 2**12)
     both, folder = tmp_path / "both", tmp_path / "both" / "served"
     both.mkdir()
-    serve(folder, range(FILES))
+    serve(folder, range(FILES), times=TIMES)
     kept = over_served["store"]["live"] | {"folder": str(tmp_path / "all"), "remove_hidden_states": False}
     whole = over_served | {"store": {"live": kept}, "out": str(tmp_path / "whole")}
     run_sweep(parse_spec(whole, "test"), Recorder(), settings=FitSettings(0))
@@ -60,7 +62,7 @@ def test_a_worker_that_is_lost_finds_its_files_and_an_extension_is_told_that_the
     spec = parse_spec(over_served, "test")
     ((url, source),) = spec.lives.items()
     room = Room(source, source.harvest("x", reads_text=True), D)
-    over_served["store"]["live"]["max_bytes"] = room.beside + 2 * room.block + size * 3 // 4
+    over_served["store"]["live"]["max_bytes"] = room.beside + 2 * room.block + int(ROOM * size)
     spec = parse_spec(over_served, "test")
     monkeypatch.setattr(live, "GONE_S", 3.0)
     replace = TrainCrew.replace
@@ -78,8 +80,8 @@ def test_a_worker_that_is_lost_finds_its_files_and_an_extension_is_told_that_the
                 killed.append(cell.cell_id)
                 os.kill(int(cell.worker.split("/")[-1]), signal.SIGKILL)
 
-    serve(folder, range(3))
-    client = threading.Thread(target=paced, args=(folder, url, range(3, FILES), most, stop, 0.05))
+    serve(folder, range(3), times=TIMES)
+    client = threading.Thread(target=paced, args=(folder, url, range(3, FILES), most, stop, 0.2, TIMES))
     client.start()
     try:
         outcome = run_sweep(spec, Recorder(kill), settings=FitSettings(0))

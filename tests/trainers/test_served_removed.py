@@ -27,7 +27,10 @@ from tests.trainers.killed import killed_after
 from tests.trainers.live_case import Watch, cell_of, job_of
 from tests.trainers.test_served import HELDOUT, TOKENS, D, paced, serve, spec_of, streamed, taken
 
-MORE, FILES = 4 * TOKENS, 200  # tokens of a longer source, and the files that have them
+# A source with more tokens than a cell's centre is measured on, from which nothing goes until that is done.
+MORE, BLOCKS, BATCH, TIMES, FILES = 49_152, 2_048, 512, 40, 58
+ROOM = 0.7  # that the files have, of what all of them take: more than those of the centre
+ORDER = Order("train", 0, BATCH)
 
 
 @pytest.fixture(autouse=True)
@@ -37,8 +40,8 @@ def small_blocks_of_text(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def job(url: str, run: Path) -> PackJob:
     source = open_source(url)
-    cells = [cell_of(source, tokens=MORE, batch_tokens=128, n_latents=32)]
-    return job_of(source, str(run), cells, checkpoint_every_s=1e-6, eval=EvalSpec(tokens=HELDOUT, every_tokens=1_024))
+    cells = [cell_of(source, tokens=MORE, batch_tokens=BATCH, n_latents=32)]
+    return job_of(source, str(run), cells, checkpoint_every_s=1e-6, eval=EvalSpec(tokens=HELDOUT, every_tokens=8_192))
 
 
 @pytest.mark.slow
@@ -50,37 +53,37 @@ def test_a_worker_that_was_away_for_longer_than_its_lease_finds_its_files(
     both = tmp_path / "both"
     both.mkdir()
     folder, url = both / "served", str(both / "live")
-    serve(folder, range(FILES))
-    allowed = taken(folder) // 2
-    with live_here(spec_of(folder, tokens=MORE), str(tmp_path / "all")):
-        with open_source(str(tmp_path / "all")).batches(Order("train", 0, 128), stop=MORE // 128) as stream:
+    serve(folder, range(FILES), times=TIMES)
+    allowed = int(ROOM * taken(folder))
+    with live_here(spec_of(folder, tokens=MORE, block_rows=BLOCKS), str(tmp_path / "all")):
+        with open_source(str(tmp_path / "all")).batches(ORDER, stop=MORE // BATCH) as stream:
             rows = np.concatenate([batch.x for batch in stream])
         trained = train_pack(job(str(tmp_path / "all"), tmp_path / "expected"))
         RunDirectory(str(tmp_path / "expected")).write_results(trained.results)
     folder.rename(tmp_path / "first")
-    spec = spec_of(folder, tokens=MORE, remove_hidden_states=True)
+    spec = spec_of(folder, tokens=MORE, block_rows=BLOCKS, remove_hidden_states=True)
     room = Room(spec, spec.harvest("x", reads_text=True), D)
     spec = spec.model_copy(update={"max_bytes": room.beside + 2 * room.block + allowed})
     watch = Watch(str(both), monkeypatch)
     monkeypatch.setattr(live_files, "GONE_S", 2.0)
     stop, most, found = threading.Event(), list[int](), list[np.ndarray]()
-    serve(folder, range(3))
-    client = threading.Thread(target=paced, args=(folder, url, range(3, FILES), most, stop))
+    serve(folder, range(3), times=TIMES)
+    client = threading.Thread(target=paced, args=(folder, url, range(3, FILES), most, stop, 0.0, TIMES))
 
     def go_on() -> None:
-        for batch in range(4, MORE // 128):
+        for batch in range(4, MORE // BATCH):
             found.append(next(other).x.copy())
             other.passed(batch + 1)
 
     client.start()
     try:
-        with live_here(spec, url) as live, open_source(url, ["other"]).batches(Order("train", 0, 128)) as other:
+        with live_here(spec, url) as live, open_source(url, ["other"]).batches(ORDER, stop=MORE // BATCH) as other:
             found += [next(other).x.copy() for _ in range(4)]
             assert killed_after(12, 0.0, job(url, both / "run"))
             going = threading.Thread(target=go_on)
             going.start()
             until = time.monotonic() + 60
-            said = r"waiting for the server's next files; files from block [2-6] on are kept for cells .* away"
+            said = r"waiting for the server's next files; files from block \d+ on are kept for cells .* away"
             while live.making.consumers > 1 or not re.fullmatch(said, live.making.state):
                 assert time.monotonic() < until
                 time.sleep(0.02)
@@ -88,7 +91,7 @@ def test_a_worker_that_was_away_for_longer_than_its_lease_finds_its_files(
             outcome = train_pack(job(url, both / "run"))
             going.join()
             until = time.monotonic() + 60
-            while any(path.name < "cmpl-0170" for path in folder.iterdir()):  # all have passed them
+            while any(path.name < "cmpl-0040" for path in folder.iterdir()):  # all have passed them
                 assert time.monotonic() < until
                 time.sleep(0.02)
     finally:
@@ -105,14 +108,14 @@ def test_a_worker_that_was_away_for_longer_than_its_lease_finds_its_files(
 def test_a_pack_that_waits_for_room_saves_so_that_there_is_room(tmp_path: Path) -> None:
     """All rows that there is room for are trained on long before a checkpoint is due."""
     folder, url, stop, most = tmp_path / "served", str(tmp_path / "live"), threading.Event(), list[int]()
-    serve(folder, range(FILES))
-    allowed = taken(folder) // 3
+    serve(folder, range(FILES), times=TIMES)
+    allowed = int(ROOM * taken(folder))
     folder.rename(tmp_path / "first")
-    spec = spec_of(folder, tokens=MORE, remove_hidden_states=True)
+    spec = spec_of(folder, tokens=MORE, block_rows=BLOCKS, remove_hidden_states=True)
     room = Room(spec, spec.harvest("x", reads_text=True), D)
     spec = spec.model_copy(update={"max_bytes": room.beside + 2 * room.block + allowed})
-    serve(folder, range(3))
-    client = threading.Thread(target=paced, args=(folder, url, range(3, FILES), most, stop))
+    serve(folder, range(3), times=TIMES)
+    client = threading.Thread(target=paced, args=(folder, url, range(3, FILES), most, stop, 0.0, TIMES))
     client.start()
     try:
         with live_here(spec, url):
@@ -127,8 +130,8 @@ def test_a_pack_that_waits_for_room_saves_so_that_there_is_room(tmp_path: Path) 
 @pytest.mark.slow
 def test_a_pack_that_waits_for_rows_stops_when_it_is_told_to(tmp_path: Path) -> None:
     folder, url = tmp_path / "served", str(tmp_path / "live")
-    serve(folder, range(FILES // 4))
-    with live_here(spec_of(folder, tokens=MORE), url) as live:
+    serve(folder, range(42), times=TIMES)
+    with live_here(spec_of(folder, tokens=MORE, block_rows=BLOCKS), url) as live:
 
         def starved() -> bool:
             return live.making.state.startswith("waiting for the server")
@@ -136,9 +139,11 @@ def test_a_pack_that_waits_for_rows_stops_when_it_is_told_to(tmp_path: Path) -> 
         outcome = train_pack(job(url, tmp_path / "run"), should_stop=starved)
         assert outcome.stopped
         assert (
-            0 < max(steps(next((tmp_path / "run" / "cells").iterdir()).joinpath("checkpoint").as_posix())) < MORE // 128
+            0
+            < max(steps(next((tmp_path / "run" / "cells").iterdir()).joinpath("checkpoint").as_posix()))
+            < MORE // BATCH
         )
-        serve(folder, range(FILES // 4, FILES))
+        serve(folder, range(42, FILES), times=TIMES)
         assert train_pack(job(url, tmp_path / "run")).results[0]["status"] == "done"
 
 
