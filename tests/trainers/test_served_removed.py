@@ -138,11 +138,8 @@ def test_a_pack_that_waits_for_rows_stops_when_it_is_told_to(tmp_path: Path) -> 
 
         outcome = train_pack(job(url, tmp_path / "run"), should_stop=starved)
         assert outcome.stopped
-        assert (
-            0
-            < max(steps(next((tmp_path / "run" / "cells").iterdir()).joinpath("checkpoint").as_posix()))
-            < MORE // BATCH
-        )
+        (cell,) = (tmp_path / "run" / "cells").iterdir()
+        assert 0 < max(steps(str(cell / "checkpoint"))) < MORE // BATCH
         serve(folder, range(42, FILES), times=TIMES)
         assert train_pack(job(url, tmp_path / "run")).results[0]["status"] == "done"
 
