@@ -139,10 +139,10 @@ class LiveHarvest:
         awaited = self._awaited() if self._awaited else None
         if not awaited or self._served is None or not files.exists(files.join(self.url, LIVE)):
             return
-        live = open_source(self.url)
-        assert isinstance(live, LiveSource)
+        source = open_source(self.url)
+        assert isinstance(source, LiveSource)
         places = Places(self.url, "")
-        begins = {cell: places.before(live.window_of(at.newest)) for cell, at in awaited.items()}
+        begins = {cell: places.before(source.live.window_of(at.newest)) for cell, at in awaited.items()}
         first = {cell: begin.text if begin else 0 for cell, begin in begins.items()}
         if lacking := sorted(cell for cell, number in first.items() if number < self._served.removed):
             gone = self._served.path(first[lacking[0]])
