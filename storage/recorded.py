@@ -32,13 +32,12 @@ def recorded_sources(document: Mapping[str, Any]) -> list[RecordedSource]:
         told = [{"fingerprint": resolved.get("store_fingerprint"), "subject": resolved.get("subject")}]
     told = [one if isinstance(one, Mapping) else {} for one in told]
     told += [{}] * (len(entries) - len(told))
-    return [
-        RecordedSource(
-            _url(each) or "", *(_text(one.get(name)) for name in ("fingerprint", "subject", "site")),
-            _text(_live(each).get("device_map")),
-        )
-        for each, one in zip(entries, told, strict=False)
-    ]  # fmt: skip
+    found = []
+    for each, one in zip(entries, told, strict=False):
+        fingerprint, subject, site = (_text(one.get(name)) for name in ("fingerprint", "subject", "site"))
+        device_map = _text(_live(each).get("device_map"))
+        found.append(RecordedSource(_url(each) or "", fingerprint, subject, site, device_map))
+    return found
 
 
 def _url(given: Any) -> str | None:
