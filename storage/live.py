@@ -9,7 +9,7 @@ consumers know nothing of each other but the files of this folder, and either ma
 import threading
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from typing import Any, NamedTuple, Self
 
@@ -25,7 +25,7 @@ from saescale.storage.manifest import MANIFEST, MOST, Dtype, Manifest
 from saescale.storage.rows import RowGroup, raw_dtype
 from saescale.storage.source import Order
 from saescale.storage.store import ActivationStore
-from saescale.storage.stream import Stream, Window
+from saescale.storage.stream import Closed, Stream, Window
 
 LIVE = "live.json"
 PRODUCER = "producer.json"  # what the producer does now
@@ -87,13 +87,15 @@ class Place(BaseModel):
     """Where a consumer is, in consumers/ID.json. Blocks are counted on over passes.
 
     `need`: the first block of the window that it reads, or reads next. `passed`: of no earlier block it will ask again,
-    wherever it begins again. `beat` goes up while it lives.
+    wherever it begins again. `beat` goes up while it lives. `cells`: whom the rows are for, by their ids; another
+    consumer that names one of them has taken its place.
     """
 
     need: int = Field(ge=0, le=MOST)
     end: int | None = Field(None, ge=0, le=MOST)  # one more than the last block that it will need; None: without end
     passed: int = Field(ge=0, le=MOST)
     beat: int = 0
+    cells: list[str] = []
 
 
 class Making(BaseModel):
@@ -124,10 +126,12 @@ def is_live(url: str) -> bool:
     return files.exists(files.join(url, LIVE))
 
 
-def open_source(url: str) -> ActivationStore:
-    """The live source whose folder `url` is, or the sealed store there. Raises what opening either raises."""
+def open_source(url: str, cells: Sequence[str] = ()) -> ActivationStore:
+    """The live source whose folder `url` is, or the sealed store there; `cells`: for whom it is read, by their ids.
+    Raises what opening either raises."""
     try:
-        return LiveSource(url, read_model(files.join(url, LIVE), Live, "remove the folder and begin anew", _FORMAT))
+        live = read_model(files.join(url, LIVE), Live, "remove the folder and begin anew", _FORMAT)
+        return LiveSource(url, live, cells)
     except FileNotFoundError:
         return ActivationStore.open(url)
 
@@ -135,9 +139,9 @@ def open_source(url: str) -> ActivationStore:
 class LiveSource(ActivationStore):
     """Its held-out rows are those of a store; its train rows come in blocks, which are waited for."""
 
-    def __init__(self, url: str, live: Live) -> None:
+    def __init__(self, url: str, live: Live, cells: Sequence[str] = ()) -> None:
         super().__init__(url, live.manifest)
-        self.live = live
+        self.live, self.cells = live, list(cells)
         self.fingerprint = live.identity
 
     @property
@@ -171,7 +175,7 @@ class LiveStream(Stream):
         self._live = source.live
         last = None if stop is None else max(stop, start) * order.batch_tokens - 1
         end = None if last is None else source.live.window_end(last)
-        self._consumer = _Consumer(source.url, Place(need=first, passed=first, end=end))
+        self._consumer = _Consumer(source.url, Place(need=first, passed=first, end=end, cells=source.cells))
         super().__init__(
             _Blocks(source, self._consumer), order.split, batch_tokens=order.batch_tokens, seed=order.seed,
             batches=stop, start=start, rank=rank, world_size=ranks, mix_row_groups=order.mix_row_groups,
@@ -241,7 +245,7 @@ class _Blocks:
                 tries += 1
                 if tries == _TRIES:
                     raise
-        raise _Closed
+        raise Closed
 
     def _read(self, where: str, group: RowGroup) -> np.ndarray:
         local = files.local_path(where)
@@ -271,10 +275,6 @@ class _Blocks:
         first = column.offset * self.d_model
         values = np.frombuffer(column.buffers()[1], raw_dtype(self.dtype))
         return values[first : first + group.rows * self.d_model].reshape(group.rows, self.d_model)
-
-
-class _Closed(Exception):
-    """The stream was closed while a block was waited for."""
 
 
 class _Consumer:

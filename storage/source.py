@@ -3,7 +3,7 @@
 How to add one: README.md of this floor.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from types import TracebackType
 from typing import Any, NamedTuple, Protocol
 
@@ -37,6 +37,7 @@ class Batches(Protocol):
     """An iterator of SourceBatch, owned by its consumer, who closes it."""
 
     wait_seconds: float  # how long the consumer waited for it
+    while_waiting: Callable[[], None] | None  # what it does then, again and again, between two batches
 
     def state(self) -> dict[str, Any]:
         """A small cursor (JSON), from which `Source.resume` goes on with exactly the batches that would have come."""

@@ -28,7 +28,8 @@ SHOW_S = 1.0  # between two looks at what actors wait for
 
 class EvalCrew(Crew[Evaluator]):
     """`actors` processes ("auto": one for each GPU, or for each node where there are none, no more than `pairs`), each
-    with one GPU where the cluster has them, else with its share of the CPU cores.
+    with one GPU where the cluster has them (`spread`: with as many of a node as all can have), else with its share of
+    the CPU cores.
 
     A context manager that ends what it started. Raises SaescaleError when Ray cannot be reached or has too few GPUs,
     and when actors die again and again in their start.
@@ -48,16 +49,19 @@ class EvalCrew(Crew[Evaluator]):
         address: str | None,
         trust_remote_code: bool = False,
         architectures: Mapping[str, str] | None = None,
+        device_map: str | None = None,
+        spread: bool = False,
     ) -> None:
         super().__init__(address)
         self._run = local_path(run) or run  # a relative path would mean another folder in an actor
         self._trusted, self._architectures = trust_remote_code, dict(architectures or {})
+        self._device_map = device_map
         self._running: dict[Any, tuple[Any, Pair]] = {}
         self._deaths: dict[Pair, int] = {}
         self._shown_at = time.monotonic()
         try:
             self.connect()
-            self._shares = share_out(nodes(), actors, pairs)
+            self._shares = share_out(nodes(), actors, pairs, spread)
             self.claim = {"CPU": self._shares.cpus, "GPU": float(self._shares.gpus)}
             for _ in range(self._shares.actors):
                 self.start()
@@ -123,7 +127,7 @@ class EvalCrew(Crew[Evaluator]):
     def _create(self) -> tuple[Any, Any]:
         # Two threads: one works, the other answers what is waited for.
         options = {"num_cpus": self._shares.cpus, "num_gpus": self._shares.gpus, "max_concurrency": 2}
-        arguments = (self._run, self._shares.threads, self._trusted, self._architectures)
+        arguments = (self._run, self._shares.threads, self._trusted, self._architectures, self._device_map)
         actor = self._actor(EvalActor, options, *arguments)
         return actor, actor.open.remote()
 

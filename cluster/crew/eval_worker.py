@@ -29,9 +29,16 @@ class EvalActor:
     """Runs in a process of its own; `waits` answers while it works. `architectures`: of the user's own, the text of
     their files."""
 
-    def __init__(self, run: str, threads: int, trust_remote_code: bool, architectures: Mapping[str, str]) -> None:
+    def __init__(
+        self,
+        run: str,
+        threads: int,
+        trust_remote_code: bool,
+        architectures: Mapping[str, str],
+        device_map: str | None,
+    ) -> None:
         take(architectures)
-        self._run, self._threads, self._trusted = run, threads, trust_remote_code
+        self._run, self._threads, self._trusted, self._device_map = run, threads, trust_remote_code, device_map
 
     def open(self) -> Evaluator:
         """Opens the stores. SaescaleError names the node that does not see the run or its stores."""
@@ -42,7 +49,7 @@ class EvalActor:
                 "give a folder that all nodes share, or an object store (s3://...)"
             )
         try:
-            self._bench = Bench(RunDirectory(self._run), trust_remote_code=self._trusted)
+            self._bench = Bench(RunDirectory(self._run), trust_remote_code=self._trusted, device_map=self._device_map)
         except SaescaleError as error:
             raise SaescaleError(f"on the node {node}: {error}") from error
         return Evaluator(node, ray.get_runtime_context().get_node_id(), os.getpid())

@@ -21,6 +21,7 @@ def evaluate_on_actors(
     display: EvalDisplay,
     trust_remote_code: bool = False,
     owner: str | None = None,
+    device_map: str | None = None,
 ) -> Evaluated:
     """What `evaluate_run` does, by `actors` processes ("auto": one for each GPU or node) of the Ray cluster at
     `address` (default: RAY_ADDRESS, else a local one).
@@ -33,8 +34,9 @@ def evaluate_on_actors(
     plan.require_some()
     if not plan.missing:
         return Evaluated(0, plan.there, 0, plan.none)
-    missing = Bench(run).in_order(plan.missing)
+    bench = Bench(run, device_map=device_map)
+    missing = bench.in_order(plan.missing)
     recorded = (run.read_spec() or {}).get("resolved", {}).get("architectures", {})
     own = own_files(name for name in recorded if name in ARCHITECTURES.names())
-    with EvalCrew(url, len(missing), actors, address, trust_remote_code, own) as crew:
+    with EvalCrew(url, len(missing), actors, address, trust_remote_code, own, device_map, bench.spread) as crew:
         return record(run, plan._replace(missing=missing), crew.measure(missing), display, crew.size)

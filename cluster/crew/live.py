@@ -3,9 +3,10 @@
 import threading
 import uuid
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 from saescale.cluster.crew.harvest import for_other_nodes
@@ -17,6 +18,7 @@ from saescale.storage.errors import SaescaleWarning
 from saescale.trainers.harvest.conduct import SPOOL_PREFIX
 from saescale.trainers.harvest.contexts import block_file
 from saescale.trainers.harvest.live import LiveHarvest
+from saescale.trainers.harvest.live_needs import GoesOn
 from saescale.trainers.harvest.live_spec import LiveSpec
 from saescale.trainers.harvest.make_shard import Facts, ShardJob
 from saescale.trainers.harvest.served import Served, ServedCrew
@@ -58,8 +60,14 @@ class Producing:
 
 
 @contextmanager
-def producing(lives: Mapping[str, LiveSpec], address: str | None, say: Any) -> Iterator[Producing]:
+def producing(
+    lives: Mapping[str, LiveSpec],
+    address: str | None,
+    say: Any,
+    awaited: Callable[[str], Mapping[str, GoesOn] | None],
+) -> Iterator[Producing]:
     """While the blocks of live sources, by their folders, are made: from when one can stream from all of them on.
+    `awaited` says of a folder which cells are still to be trained from it (None: that is not known yet).
 
     Raises what LiveHarvest and HarvestCrew raise. What a producer meets later, those who wait for its blocks raise.
     """
@@ -70,13 +78,15 @@ def producing(lives: Mapping[str, LiveSpec], address: str | None, say: Any) -> I
         for url, spec in lives.items():
             where = files.local_path(url) or url
             spool = files.join(where, SPOOL_PREFIX + uuid.uuid4().hex)
-            served = None if spec.hidden_states is None else Served(spec.hidden_states, where)
+            served = None
+            if spec.hidden_states is not None:
+                served = Served(spec.hidden_states, where, spec.remove_hidden_states)
             crew: LiveCrew | ServedCrew
             if served is None:
                 crew = LiveCrew(spec, spool, address, over)
             else:  # by this process: there is nothing to compute
                 crew = ServedCrew(served, spec.hidden_states_index, spool)
-            live = LiveHarvest(spec, where, crew, spool, say, served)
+            live = LiveHarvest(spec, where, crew, spool, say, served, partial(awaited, url))
             thread = threading.Thread(target=_run, args=(live, over), name="saescale-live-harvest", daemon=True)
             running.append((live, crew, thread))
             live.__enter__()

@@ -44,6 +44,10 @@ Extend = Annotated[
 ]
 Json = Annotated[bool, typer.Option("--json", help="One JSON document alone on stdout.")]
 RetryFailed = Annotated[bool, typer.Option("--retry-failed", help="Train the cells that failed again.")]
+DeviceMap = Annotated[
+    str | None,
+    typer.Option(help="Of a model larger than one GPU: auto, or the most on each device: 0=70GB,1=70GB,cpu=200GB."),
+]
 TrustRemoteCode = Annotated[
     bool, typer.Option("--trust-remote-code", help="Run the Python code that comes with a Hugging Face model.")
 ]

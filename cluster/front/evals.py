@@ -1,6 +1,6 @@
 """The command about evaluations: what is measured on trained cells beside nmse."""
 
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -8,6 +8,7 @@ from saescale.cluster.front.console import (
     Actors,
     Address,
     ArchitectureFile,
+    DeviceMap,
     TrustRemoteCode,
     command,
     console,
@@ -37,6 +38,7 @@ def evaluate(
         list[str] | None, typer.Option(help="Id of a cell; repeatable (default: all finished cells).")
     ] = None,
     actors: Actors = None,
+    device_map: DeviceMap = None,
     trust_remote_code: TrustRemoteCode = False,
     architecture_file: ArchitectureFile = None,
     address: Address = None,
@@ -53,20 +55,24 @@ def evaluate(
     from saescale.trainers.device import set_threads, usable_cores
     from saescale.trainers.evals.run import evaluate_run
     from saescale.trainers.evals.wanted import entries
+    from saescale.trainers.subjects.spread import most_memory
 
     use_architectures(architecture_file)
+    if device_map is not None:
+        most_memory(device_map)
     require_writable(run)
     names = [name.strip().replace("-", "_") for name in (evals or "").split(",") if name.strip()]
     wanted = entries(RunDirectory(run), names, latents, where or ())
+    more: dict[str, Any] = {"trust_remote_code": trust_remote_code, "device_map": device_map}
     with display() as shown:
         if actors is None and address is None:
             set_threads(usable_cores())
-            done = evaluate_run(run, wanted, cell or (), display=shown, trust_remote_code=trust_remote_code)
+            done = evaluate_run(run, wanted, cell or (), display=shown, **more)
         else:
             from saescale.cluster.crew.evals import evaluate_on_actors
 
             many = number_of_actors("eval", actors or "auto")
-            done = evaluate_on_actors(run, wanted, cell or (), many, address, shown, trust_remote_code)
+            done = evaluate_on_actors(run, wanted, cell or (), many, address, shown, **more)
     _show(run, [entry.evaluation for entry in wanted])
     show_notes(done.why)
     say(f"\n{done.measured} measured, {done.there} were there, {done.failed} failed: {run}/evals.parquet")

@@ -9,6 +9,7 @@ from saescale.cluster.front.console import (
     Actors,
     Address,
     ArchitectureFile,
+    DeviceMap,
     TrustRemoteCode,
     command,
     console,
@@ -76,10 +77,7 @@ def harvest(
     revision: Annotated[
         str | None, typer.Option(help="Branch, tag or commit: of hf:<org>/<name>, as @<revision> behind it.")
     ] = None,
-    device_map: Annotated[
-        str | None,
-        typer.Option(help="Of a model larger than one GPU: auto, or the most on each device: 0=70GB,1=70GB,cpu=200GB."),
-    ] = None,
+    device_map: DeviceMap = None,
     trust_remote_code: TrustRemoteCode = False,
     address: Address = None,
 ) -> None:

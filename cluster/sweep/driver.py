@@ -2,9 +2,11 @@
 
 import os
 import warnings
+from collections.abc import Mapping
 from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeGuard
 
+from saescale.cluster.sweep.awaited import AwaitedCells, kept_for_later
 from saescale.cluster.sweep.cautions import cautions_of_each
 from saescale.cluster.sweep.evaluate import evaluate, missing_evaluations
 from saescale.cluster.sweep.identity import provenance_of
@@ -28,6 +30,7 @@ from saescale.trainers.precision import Precision
 
 if TYPE_CHECKING:
     from saescale.cluster.crew.live import Producing
+    from saescale.trainers.harvest.live_spec import LiveSpec
 
 JOB = "SAESCALE_JOB"  # in the environment of a submitted sweep: the id of its Ray job
 _SETTINGS = FitSettings()
@@ -64,7 +67,10 @@ def run_sweep(
         require_lasting(url)
     check_meshes(spec.planned, spec.resources)  # before a live source is begun
     with ExitStack() as held:
-        produced = None if all(map(is_live, spec.lives)) else _produce(spec, run, address, held, display)
+        awaited, lives = AwaitedCells(), spec.lives
+        # Without them nobody knows yet what the cells are; the others begin when it is known what they are needed for.
+        new = {url: lives.pop(url) for url in list(lives) if not is_live(url)}
+        produced = [_produce(new, run, address, held, display, awaited)] if new else []
         stores = open_stores(spec)
         recorded = run.read_spec()
         if recorded is None:
@@ -81,8 +87,10 @@ def run_sweep(
                 require_writable(run.url)
             dead = require_free(run.url)  # now, or somebody would wait for workers in vain
             verify(stores, spec.eval.tokens, display)
-            if spec.lives and produced is None:
-                produced = _produce(spec, run, address, held, display)
+            steps = ledger.checkpoint_steps()
+            awaited.begin(ledger, steps)
+            if lives:
+                produced.append(_produce(lives, run, address, held, display, awaited))
             display.stage("starting the workers")
             # Only here: a sweep that is finished is shown without the seconds that Ray takes to import.
             from saescale.cluster.crew.head import HeadLost, explained
@@ -93,13 +101,12 @@ def run_sweep(
             from saescale.cluster.sweep.packing import BATCH_FLOPS, pack_cells
 
             auto = precision if spec.train.precision == "auto" else None
-            with TrainCrew(
-                len(ledger.cells), spec.resources, address, auto, produced.taken if produced else None
-            ) as crew:
+            taken = [each.taken for each in produced]
+            beside = {name: sum(each.get(name, 0.0) for each in taken) for each in taken for name in each}
+            with TrainCrew(len(ledger.cells), spec.resources, address, auto, beside or None) as crew:
                 trained = len(ledger.pending)
                 remote = local_path(run.url) is None
                 needs = crew.needs(stores, spec.eval.tokens, remote)
-                steps = ledger.checkpoint_steps()
                 flops = BATCH_FLOPS["cuda" if crew.on_gpu else "cpu"]
                 live = {store.fingerprint for store in stores if store.url in spec.lives}
                 on_mesh = crew.needs_on_mesh(stores, spec.eval.tokens, remote)
@@ -110,6 +117,8 @@ def run_sweep(
                 meshes = Meshes(layouts, on_mesh)
                 if layouts:
                     crew.widen(len(single) + sum(layout.ranks for layout in layouts.values()))
+                for note in kept_for_later(spec.lives, ledger, packs, crew.count):
+                    crew.warn(note)
                 # Not before the plan stands: a sweep that cannot be run leaves no run directory behind.
                 lease = held.enter_context(Lease(run.url, job, dead))
                 ledger.begin()
@@ -119,8 +128,8 @@ def run_sweep(
                 except HeadLost as error:
                     lease.end("lost", str(error))
                     raise
-            if produced is not None:
-                produced.done = True
+            for each in produced:
+                each.done = True
         else:
             if not _is_concluded(run, settings) or missing_evaluations(spec, run).missing:
                 lease = held.enter_context(Lease(run.url, job))
@@ -135,13 +144,18 @@ def run_sweep(
 
 
 def _produce(
-    spec: SweepSpec, run: RunDirectory, address: str | None, held: ExitStack, display: SweepDisplay
+    lives: Mapping[str, "LiveSpec"],
+    run: RunDirectory,
+    address: str | None,
+    held: ExitStack,
+    display: SweepDisplay,
+    awaited: AwaitedCells,
 ) -> "Producing":
-    """Has the blocks of the live sources made until `held` ends."""
+    """Has the blocks of these live sources made until `held` ends."""
     from saescale.cluster.crew.live import producing
 
     require_writable(run.url)
-    return held.enter_context(producing(spec.lives, address, display.stage))
+    return held.enter_context(producing(lives, address, display.stage, awaited.of))
 
 
 def _precision(spec: SweepSpec, address: str | None, held: ExitStack) -> Precision:

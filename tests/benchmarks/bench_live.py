@@ -71,7 +71,7 @@ def main() -> None:
             shutil.rmtree(Path(folder, str(number)))
             console.print(f"round {number}: " + ", ".join(f"{name} {s[-1]:.1f} s" for name, s in found.items()))
         taken = spec.tokens * (2 * size["d_model"] + 12)
-        begun = _begin_again(folder, size, arguments.rounds)
+        begun = _begin_again(folder, size, arguments.restarts) if arguments.restarts else []
     seconds = {name: values[1:] or values for name, values in found.items()}
     _show(seconds, size, spec, taken)
     result = {
@@ -283,6 +283,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--producer", choices=["thread", "process"], default="thread")
     parser.add_argument("--tokens", type=int, help="instead of those of the size")
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--restarts", type=int, default=1, help="rounds of the second table")
     parser.add_argument("--folder", help="where the temporary folder lies")
     parser.add_argument("--out", type=Path, help="the JSON, instead of results/live.json")
     return parser.parse_args()

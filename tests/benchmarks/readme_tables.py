@@ -158,21 +158,31 @@ def _cuda(result: dict[str, Any]) -> str:
 
 
 def _live(result: dict[str, Any]) -> str:
-    """Of each way its speed, over stored in the same round, and over a harvest and then training."""
-    seconds = result["seconds"]
+    """Of each way its speed, over stored in the same round, and over a harvest and then training; then the seconds
+    until a producer that begins again has the first batch."""
+    seconds = dict(result["seconds"])
+    seconds["both"] = [h + s for h, s in zip(seconds["harvest"], seconds["stored"], strict=True)]
     shown = {
         "stored": "on the stored rows", "blocks there": "on blocks that are there",
-        "live": "on blocks that are made meanwhile", "harvest": "a harvest alone",
+        "live": "on blocks that are made meanwhile", "both": "a harvest, then on its rows",
+        "harvest": "a harvest alone",
     }  # fmt: skip
     rows = []
     for name, words in shown.items():
         of_stored = _median([s / v for s, v in zip(seconds["stored"], seconds[name], strict=True)])
-        row = [words, f"{_median([result['tokens'] / value for value in seconds[name]]):,.0f}", f"{of_stored:.2f}x"]
-        after = [h + s for h, s in zip(seconds["harvest"], seconds["stored"], strict=True)]
-        over = _median([both / value for both, value in zip(after, seconds[name], strict=True)])
-        rows.append([*row, f"{over:.2f}x" if name == "live" else ""])
+        speeds = sorted(result["tokens"] / value for value in seconds[name])
+        over = _median([both / value for both, value in zip(seconds["both"], seconds[name], strict=True)])
+        rows.append([
+            words, f"{_median(speeds):,.0f} ({speeds[0]:,.0f}-{speeds[-1]:,.0f})", f"{of_stored:.2f}x",
+            f"{over:.2f}x" if name == "live" else "",
+        ])  # fmt: skip
     head = ["", "tokens/s, loading and the first blocks included", "over stored", "over a harvest, then training"]
-    return _markdown(head, rows)
+    begun = [
+        [f"{each['tokens_before']:,}", *(f"{_median(each['seconds'][way]):.1f}" for way in ("noted", "from the start"))]
+        for each in result["begun_again"]
+    ]
+    again = ["tokens before the place", "s until the first batch, by the notes", "s without them"]
+    return _markdown(head, rows) + "\n\n" + _markdown(again, begun)
 
 
 def _markdown(head: list[str], rows: list[list[str]]) -> str:

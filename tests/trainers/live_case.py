@@ -32,15 +32,8 @@ def cell_of(source: Any, **fields: Any) -> Cell:
 
 
 def job_of(source: Any, run: str, cells: list[Cell], **fields: Any) -> PackJob:
-    return PackJob(
-        cells=cells,
-        store=source.url,
-        run=run,
-        sweep="live",
-        eval=EvalSpec(tokens=1_024, every_tokens=4_096),
-        threads=1,
-        **fields,
-    )
+    given = {"eval": EvalSpec(tokens=1_024, every_tokens=4_096)} | fields
+    return PackJob(cells=cells, store=source.url, run=run, sweep="live", threads=1, **given)
 
 
 class Watch:

@@ -37,20 +37,20 @@ def spec_of(folder: Path, **fields: Any) -> LiveSpec:
     return LiveSpec.model_validate(given | fields)
 
 
-def request(number: int, width: int = D) -> dict[str, torch.Tensor]:
+def request(number: int, width: int = D, times: int = 1) -> dict[str, torch.Tensor]:
     chance = torch.Generator().manual_seed(number)
-    tokens = 20 + number % 7
+    tokens = times * (20 + number % 7)
     return {
         "token_ids": torch.randint(0, 1_000, (tokens,), generator=chance),
         "hidden_states": torch.randn(tokens, LAYERS, width, generator=chance).bfloat16(),
     }
 
 
-def serve(folder: Path, numbers: range, pause_s: float = 0.0) -> None:
+def serve(folder: Path, numbers: range, pause_s: float = 0.0, times: int = 1) -> None:
     """As vLLM's connector does, but in two parts: a file is seen before it is whole."""
     folder.mkdir(exist_ok=True)
     for number in numbers:
-        save_file(request(number), folder.parent / "whole")
+        save_file(request(number, times=times), folder.parent / "whole")
         content = (folder.parent / "whole").read_bytes()
         with (folder / f"cmpl-{number:04d}.safetensors").open("wb") as file:
             file.write(content[:200])
@@ -99,17 +99,25 @@ def test_rows_of_a_server_that_goes_on_writing(tmp_path: Path) -> None:
     assert np.array_equal(again.view(np.uint16), rows.view(np.uint16))
 
 
-def paced(folder: Path, url: str, numbers: range, most: list[int], stop: threading.Event) -> None:
+def paced(
+    folder: Path,
+    url: str,
+    numbers: range,
+    most: list[int],
+    stop: threading.Event,
+    pause_s: float = 0.0,
+    times: int = 1,
+) -> None:
     """A client of the server that looks whether there is room before it sends a request, and gives up after a while;
     `most` gets what all files took after each."""
     for number in numbers:
-        until = time.monotonic() + 30
+        until = time.monotonic() + 120
         while time.monotonic() < until and not stop.is_set():
             making = read_making(url)
-            if making and making.server_max_bytes and taken(folder) + 4_096 <= making.server_max_bytes:
+            if making and making.server_max_bytes and taken(folder) + 4_096 * times <= making.server_max_bytes:
                 break
             time.sleep(0.02)
-        serve(folder, range(number, number + 1))
+        serve(folder, range(number, number + 1), 0.0 if stop.is_set() else pause_s, times)
         most.append(taken(folder))
 
 
@@ -195,6 +203,19 @@ def test_a_file_of_another_width_is_named(tmp_path: Path) -> None:
         told = r"cmpl-0030.safetensors holds .* width 17 .* and the first file of its folder .* width 16"
         with pytest.raises(SaescaleError, match=told):
             streamed(str(tmp_path / "live"))
+
+
+def test_a_folder_of_another_width_is_named_when_a_producer_begins_again(tmp_path: Path) -> None:
+    folder = tmp_path / "served"
+    serve(folder, range(30))
+    with live_here(spec_of(folder), str(tmp_path / "live")):
+        pass
+    for path in folder.iterdir():
+        path.unlink()
+    save_file(request(30, width=D + 1), folder / "cmpl-0030.safetensors")
+    said = rf"live holds a live source of width {D}, and \S+served has rows of width {D + 1}: of another model"
+    with pytest.raises(SaescaleError, match=said):
+        live_here(spec_of(folder), str(tmp_path / "live")).__enter__()
 
 
 def test_what_sweep_yaml_says_is_read_again(tmp_path: Path) -> None:

@@ -47,12 +47,20 @@ class Bench:
     """Measures in this process. Each store is opened, each subject loaded and each evaluation prepared when it is first
     needed, on the device of this machine and in the arithmetic of the harvest; one subject at a time.
 
-    `cache`: folder for downloads; with `trust_remote_code` Python code that comes with a subject is run. Raises
+    `cache`: folder for downloads; with `trust_remote_code` Python code that comes with a subject is run; `device_map`
+    spreads a subject over devices (subjects/spread.py; default: as it was for a live source of the run). Raises
     SaescaleError where none of the run's stores can be opened, or an architecture of the user's is not that of the run.
     """
 
-    def __init__(self, run: RunDirectory, cache: str | None = None, trust_remote_code: bool = False) -> None:
-        self._run, self._cache, self._trusted = run, cache, trust_remote_code
+    def __init__(
+        self,
+        run: RunDirectory,
+        cache: str | None = None,
+        trust_remote_code: bool = False,
+        device_map: str | None = None,
+    ) -> None:
+        self._run, self._cache, self._trusted, self._device_map = run, cache, trust_remote_code, device_map
+        self._device_maps: dict[str, str] = {}  # of the harvests of live sources, by their identities
         document = run.read_spec() or {}
         recorded = document.get("resolved", {}).get("architectures", {})
         own = own_files(name for name in recorded if name in ARCHITECTURES.names())
@@ -75,12 +83,19 @@ class Bench:
             try:
                 store = open_source(source.url)
                 found[store.identity] = store
+                if (device_map := self._device_map or source.device_map) is not None:
+                    self._device_maps[store.identity] = device_map
             except SaescaleError as error:  # those of the others can be measured
                 self._broken.append(str(error))
         if not found:
             nothing = f"{join(self._run.url, 'sweep.yaml')} names no store"
             raise SaescaleError("; ".join(self._broken) or nothing)
         return found
+
+    @property
+    def spread(self) -> bool:
+        """Whether a subject may lie on several devices."""
+        return bool(self._device_maps)
 
     def in_order(self, missing: Sequence[Pair]) -> list[Pair]:
         """By the subjects of the cells' stores, of which one at a time is loaded."""
@@ -164,7 +179,7 @@ class Bench:
         manifest = source.manifest
         if self._subject is None or not _same_subject(self._subject[0], manifest):
             self._subject, self._prepared = None, {}  # before another one takes memory
-            self._subject = manifest, self._loaded(manifest)
+            self._subject = manifest, self._loaded(manifest, self._device_maps.get(source.identity))
         subject = self._subject[1]
         if isinstance(subject, SaescaleError):
             raise subject
@@ -174,10 +189,12 @@ class Bench:
             raise Unsuited(f"the subject {subject.name} reads no text")
         return subject
 
-    def _loaded(self, manifest: Manifest) -> Subject | SaescaleError:
+    def _loaded(self, manifest: Manifest, device_map: str | None) -> Subject | SaescaleError:
         """The subject, or why there is none: it is not tried again for every cell."""
         try:
-            subject = get_subject(manifest.subject, self._cache, _computed_in(manifest), None, self._trusted)
+            subject = get_subject(
+                manifest.subject, self._cache, _computed_in(manifest), None, self._trusted, device_map
+            )
         except SaescaleError as error:
             return error
         if subject.fingerprint != manifest.fingerprint:

@@ -41,6 +41,7 @@ def evaluate_run(
     display: EvalDisplay | None = None,
     trust_remote_code: bool = False,
     owner: str | None = None,
+    device_map: str | None = None,
 ) -> Evaluated:
     """Measures the wanted evaluations (where none is, those of `wanted.py` and the sweep file) of the named cells (all
     finished ones), in this process.
@@ -57,7 +58,7 @@ def evaluate_run(
     plan.require_some()
     if not plan.missing:
         return Evaluated(0, plan.there, 0, plan.none)
-    bench = Bench(run, cache, trust_remote_code)
+    bench = Bench(run, cache, trust_remote_code, device_map)
     missing = bench.in_order(plan.missing)
     return record(run, plan._replace(missing=missing), map(bench.measure, missing), display)
 

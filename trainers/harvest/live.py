@@ -18,7 +18,7 @@ import json
 import os
 import threading
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from types import TracebackType
 from typing import Any, Self
@@ -43,7 +43,7 @@ from saescale.trainers.harvest.conduct import (
 )
 from saescale.trainers.harvest.contexts import Block
 from saescale.trainers.harvest.live_blocks import MADE, Blocks, blocks_in
-from saescale.trainers.harvest.live_needs import LOOK_S, Needs
+from saescale.trainers.harvest.live_needs import LOOK_S, Awaited, Needs
 from saescale.trainers.harvest.live_places import PLACES, Places
 from saescale.trainers.harvest.live_spec import LiveSpec
 from saescale.trainers.harvest.live_tokens import Tokens
@@ -57,7 +57,7 @@ from saescale.trainers.subjects.texts.text import corpus_digest
 
 class LiveHarvest:
     """The producer of the live source `spec`, whose blocks lie in the folder `url`; `crew` does the work, and has
-    `spool`, a folder below it, for token ids.
+    `spool`, a folder below it, for token ids. `awaited`: which cells are still to be trained, where somebody knows.
 
     Entering it makes the held-out rows and live.json, where they are not there. Raises SaescaleError where the folder
     holds another harvest or another producer works on it, where max_bytes is below a window, and what harvests raise.
@@ -71,7 +71,9 @@ class LiveHarvest:
         spool: str,
         say: Callable[[str], None] = lambda stage: None,
         served: Served | None = None,
+        awaited: Awaited | None = None,
     ) -> None:
+        self._awaited = awaited
         self.spec, self.url, self.crew, self.spool, self._say = spec, url, crew, spool, say
         self._served = served
         self._told = Told(url, spec.max_bytes)
@@ -106,6 +108,7 @@ class LiveHarvest:
         begun = _begun(self.url)
         if begun is None and self._served is None:
             check_first([harvest])
+        self._require_files()
         self._tidy()
         self._say(f"loading {harvest.subject}")
         computed_in = str(begun["computed_in"]) if begun else "auto"
@@ -130,6 +133,25 @@ class LiveHarvest:
             return self._as_asked(live.live)
         self._say("harvesting the held-out rows")
         return self._seal_heldout()
+
+    def _require_files(self) -> None:
+        """SaescaleError where cells are to be trained on rows of a server's files that were removed after use."""
+        awaited = self._awaited() if self._awaited else None
+        if not awaited or self._served is None or not files.exists(files.join(self.url, LIVE)):
+            return
+        source = open_source(self.url)
+        assert isinstance(source, LiveSource)
+        places = Places(self.url, "")
+        begins = {cell: places.before(source.live.window_of(at.newest)) for cell, at in awaited.items()}
+        first = {cell: begin.text if begin else 0 for cell, begin in begins.items()}
+        if lacking := sorted(cell for cell, number in first.items() if number < self._served.removed):
+            gone = self._served.path(first[lacking[0]])
+            raise SaescaleError(
+                f"live: {len(lacking)} of {len(awaited)} cells (such as {lacking[0]}) need hidden states that were "
+                f"removed after use (remove_hidden_states): {gone} and those after it. Train these cells in a run of "
+                "their own, on files that the server makes anew in another folder; and leave remove_hidden_states out "
+                "of a sweep that is to be extended"
+            )
 
     def _seal_heldout(self) -> Live:
         """Makes the held-out rows from the first tokens of the corpus, then says what the source is."""
@@ -189,6 +211,11 @@ class LiveHarvest:
                 f"{self.url} holds a live source of {live.tokens:,} tokens in windows of {live.window_blocks} blocks; "
                 "name another folder, or remove it"
             )
+        if (there := live.manifest.d_model) != (found := self._facts.d_model):
+            raise SaescaleError(
+                f"{self.url} holds a live source of width {there}, and {self.spec.hidden_states or self.spec.subject} "
+                f"has rows of width {found}: of another model; give it a folder of its own"
+            )
         return live
 
     @property
@@ -228,7 +255,8 @@ class LiveHarvest:
             self._served.forget(self._served.count)
 
     def _items(self, blocks: Blocks, should_stop: Callable[[], bool]) -> Iterator[Block | ShardJob | None]:
-        needs = Needs(self.url, self._blocks_of_pass, self.room)
+        awaited = self._awaited_blocks if self.spec.remove_hidden_states else None
+        needs = Needs(self.url, self._blocks_of_pass, self.room, awaited)
         while not should_stop():
             if needs.look():
                 self._forget_served(needs)
@@ -237,6 +265,16 @@ class LiveHarvest:
                 self._tell(blocks, needs)
             lacking = blocks.lacking(needs.wanted())
             yield self._next_job(blocks, needs, lacking) or self._tokens.next(lacking, blocks.making, needs.first)
+
+    def _awaited_blocks(self, away: Mapping[str, int]) -> Mapping[str, int] | None:
+        """Of cells that are still to be trained the first block that each may ask for again; where nobody knows them,
+        those of which a consumer was killed, as they are in `away`."""
+        if self._awaited is None:
+            return away
+        awaited = self._awaited()
+        if awaited is None:
+            return None
+        return {cell: self.live.window_of(goes_on.before) for cell, goes_on in awaited.items()}
 
     def _clean(self, blocks: Blocks, needs: Needs) -> None:
         """Removes what all have passed, and what there is no room for any more."""
@@ -258,7 +296,7 @@ class LiveHarvest:
                 f"{self.spec.tokens:,} tokens of a pass; give it fewer tokens, or keep the files"
             )
         # A producer that begins again reads on from that place, and needs no file before it.
-        if needs.passed and (begin := self._places.before(needs.passed)) is not None:
+        if needs.held and (begin := self._places.before(needs.held)) is not None:
             self._served.forget(begin.text)
 
     def _count_served(self) -> None:
@@ -287,6 +325,8 @@ class LiveHarvest:
             state = "reading the corpus" if self._served is None else "waiting for the server's next files"
         else:
             state = "waiting for the slowest consumer" if needs.living else "waiting for somebody to stream"
+        if self.spec.remove_hidden_states and needs.living and needs.held < needs.passed:
+            state += f"; files from block {needs.held} on are kept for cells whose worker is away"
         taken = len(blocks) * self.room.block + self._tokens.bytes + self.room.heldout + self.room.notes
         self._told.say(
             state=state, first=needs.first, blocks=len(blocks.present), bytes=taken + self.room.foreign,
@@ -318,7 +358,7 @@ class LiveHarvest:
 def live_here(spec: LiveSpec, url: str, cache: str | None = None) -> Iterator[LiveHarvest]:
     """A producer in a thread of this process, which needs no Ray; what it raises, those who stream raise."""
     spool, stop = files.join(url, SPOOL_PREFIX + uuid.uuid4().hex), threading.Event()
-    served = None if spec.hidden_states is None else Served(spec.hidden_states, url)
+    served = None if spec.hidden_states is None else Served(spec.hidden_states, url, spec.remove_hidden_states)
     alone: Crew = (
         Alone(spool, cache, Meter(0)) if served is None else ServedCrew(served, spec.hidden_states_index, spool)
     )

@@ -78,7 +78,7 @@ class LiveSpec(BaseModel):
     corpus: str | None = None
     hidden_states: str | None = None  # a folder of files of an inference server (served.py), in place of the corpus
     hidden_states_index: Annotated[int, Field(ge=0, strict=True)] = 0  # of its layers
-    remove_hidden_states: Annotated[bool, Field(strict=True)] = False  # files that all cells have passed
+    remove_hidden_states: Annotated[bool, Field(strict=True)] = False  # files to which no cell goes back
     text_column: str | None = None
     cut_documents: Count | None = None
     heldout_tokens: Count = 32_768

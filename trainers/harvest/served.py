@@ -67,9 +67,10 @@ class Shape(NamedTuple):
 
 class Served:
     """The files of a server's folder by their numbers: those that the live source `url` has taken, then those that
-    come."""
+    come. `removes`: files may be removed behind those who stream, the first ones first; else none is missing but by
+    somebody's hand."""
 
-    def __init__(self, folder: str, url: str) -> None:
+    def __init__(self, folder: str, url: str, removes: bool = False) -> None:
         self._folder, self._url = Path(folder), url
         self._names: list[str] = []
         self._looked = 0.0
@@ -78,7 +79,8 @@ class Served:
             self._names += read_json(where, f"remove {url}, or name another folder")["names"]
         self._taken = set(self._names)
         self._sizes: dict[str, int] = {}  # of whole files: they stay
-        self._removed = 0  # all files before that number were
+        self.removed = self._without() if removes else 0  # all files before that number were
+        self._names_removed = set(self._names[: self.removed])
         self.shape: Shape | None = None  # of the first one: all have its layers and width
 
     @property
@@ -113,10 +115,17 @@ class Served:
         return next((path for path in map(self.path, range(len(self._names))) if os.path.exists(path)), None)
 
     def forget(self, before: int) -> None:
-        """Removes the files before that number, which nobody needs any more."""
-        for number in range(self._removed, before):
+        """Removes the files before that number, which nobody needs any more, the first ones first: so the notes of
+        their names are all that a later process has to know."""
+        for number in range(self.removed, before):
             files.remove(self.path(number))
-        self._removed = max(self._removed, before)
+            self._names_removed.add(self._names[number])
+        self.removed = max(self.removed, before)
+
+    def _without(self) -> int:
+        """How many files a process before this one removed: all up to the last one that is missing."""
+        there = set(os.listdir(self._folder)) if self._folder.is_dir() else set()
+        return max((number for number, name in enumerate(self._names, 1) if name not in there), default=0)
 
     def bytes(self) -> int:
         """What all files of the folder take, those that the server is still writing included."""
@@ -135,8 +144,14 @@ class Served:
         self._looked = time.monotonic()
         if not self._folder.is_dir():
             raise SaescaleError(f"{self._folder}: there is no such folder; give that to which the server writes")
-        there = sorted(name for name in os.listdir(self._folder) if name.endswith(_SUFFIX) and name not in self._taken)
-        new = [name for name in there if _is_whole(self._folder / name)]
+        there = sorted(name for name in os.listdir(self._folder) if name.endswith(_SUFFIX))
+        if again := [name for name in there if name in self._names_removed]:
+            raise SaescaleError(
+                f"{self._folder / again[0]}: a file of that name was taken and removed before, and a name stands for "
+                "one file: give each request of the server a name of its own, rename this file, and run again; nothing "
+                "is lost"
+            )
+        new = [name for name in there if name not in self._taken and _is_whole(self._folder / name)]
         for thousand in {number // 1000 for number in range(len(self._names), len(self._names) + len(new))}:
             known = (self._names + new)[thousand * 1000 : (thousand + 1) * 1000]
             where = files.join(self._url, SERVED, f"{thousand:05d}.json")

@@ -34,6 +34,15 @@ class AfterBatch(L.Callback):
         self.reporter.begin(pack)
         self.checkpoints.begin()
 
+    def wait(self, pack: Pack) -> None:
+        """The next batch is waited for. Of a mesh each process waits by itself, and none could save or stop alone."""
+        if self.group is not ONE:
+            return
+        if self.should_stop():
+            self.checkpoints.stream.close()  # the batch that is at hand is the last one, after which all is saved
+        elif self.checkpoints.due():
+            self.checkpoints.save_waiting(pack)
+
     def on_train_batch_end(self, trainer: L.Trainer, pack: L.LightningModule, *_: Any) -> None:
         assert isinstance(pack, Pack)
         stepped = [cell for cell in pack.training_cells if cell.cell.cell_id not in self.records.results]

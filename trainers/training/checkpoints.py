@@ -55,6 +55,15 @@ class Checkpoints:
         self._whole = max((cell.step for cell in pack.running), default=self._whole)
         self._last = time.monotonic()
 
+    def save_waiting(self, pack: Pack) -> None:
+        """While rows are waited for: what was done since is saved, and then the newest of what was saved counts. Else a
+        live source would keep for the older one what has to go before there is room for those rows."""
+        if max((cell.step for cell in pack.running), default=self._whole) > self._whole:
+            self.save(pack)
+        else:
+            self.stream.passed(self._whole)
+            self._last = time.monotonic()
+
     def _save_parts(self, cell: TrainingCell, more: Mapping[str, np.ndarray], state: dict[str, Any]) -> None:
         """Each shard what it has; replicas have the same, so the first ones write. The first process says it counts."""
         name, mesh = cell.cell.cell_id, cell.sae.mesh

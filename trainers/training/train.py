@@ -16,6 +16,7 @@ import threading
 import warnings
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import Any, NamedTuple
 
 import lightning.pytorch as L
@@ -101,7 +102,8 @@ def _train(
     set_threads(job.threads or torch.get_num_threads())
     # Lightning's trainer and module refer to each other: without this the last pack's weights would still be there.
     gc.collect()
-    source, run, first = open_source(job.store), RunDirectory(job.run, job.driver), group.rank == 0
+    source = open_source(job.store, [cell.cell_id for cell in job.cells])
+    run, first = RunDirectory(job.run, job.driver), group.rank == 0
     _check(job, source)
     finished = _taken(run, job, group)
     results = [result for result in finished.values() if result is not None]
@@ -128,6 +130,7 @@ def _train(
                 should_stop,
                 group,
             )
+            stream.while_waiting = partial(after.wait, pack)
             _trainer(after, device).fit(pack, stream_loader(stream, source.dtype, device))
     finally:
         logger.close()

@@ -10,10 +10,17 @@ import torch
 
 from saescale.storage.errors import SaescaleError
 from saescale.storage.manifest import Site
+from saescale.storage.rundir import RunDirectory
+from saescale.storage.store import ActivationStore
+from saescale.trainers.cell import EvalSpec
+from saescale.trainers.evals.bench import Bench
+from saescale.trainers.evals.plan import Pair
 from saescale.trainers.harvest.conduct import harvest
 from saescale.trainers.harvest.spec import HarvestSpec
 from saescale.trainers.subjects.spread import most_memory
 from saescale.trainers.subjects.subject import get_subject
+from saescale.trainers.training.train import train_pack
+from tests.trainers.live_case import cell_of, job_of
 
 
 def most_of(subject: Any) -> str:
@@ -61,6 +68,34 @@ def test_a_harvest_of_a_spread_model_writes_the_same_store(tiny_subject: str, ti
     (tmp_path / "spread" / "manifest.json").unlink()
     harvest(spec("spread"))
     shutil.rmtree(tmp_path / "spread")
+
+
+def test_evaluations_of_a_spread_subject_measure_the_same(tiny_subject: str, tiny_corpus: str, tmp_path: Path) -> None:
+    """Spread as the live source of the run says, or as whoever measures."""
+    url, run = str(tmp_path / "store"), RunDirectory(str(tmp_path / "run"))
+    harvest(
+        HarvestSpec(
+            subject=tiny_subject, layer=2, corpus=tiny_corpus, out=url, tokens=1_024, heldout_tokens=256,
+            context_length=32, compute_dtype="float32",
+        )
+    )  # fmt: skip
+    store = ActivationStore.open(url)
+    cell = cell_of(store, tokens=512, heldout_rows=256)
+    run.write_results(train_pack(job_of(store, run.url, [cell], eval=EvalSpec(tokens=256))).results)
+    most, pair = most_of(get_subject(tiny_subject, dtype="float32")), Pair(cell.cell_id, "downstream_loss")
+    rows, where = [], []
+    for recorded, given in ((None, None), (most, None), ("97=70GB", most)):
+        run.write_spec({"store": {"live": {"folder": url, "device_map": recorded}}})
+        bench = Bench(run, device_map=given)
+        measured = bench.measure(pair)
+        assert measured.error is None
+        rows.append(measured.rows)
+        subject: Any = bench.lay_out(cell.cell_id, "downstream_loss").subject
+        where.append({each.device.type for each in subject.model.parameters()})
+        assert bench.spread == bool(recorded)
+    assert rows[0] == rows[1] == rows[2]
+    assert where[0] != {"cpu", "meta"}
+    assert where[1] == where[2] == {"cpu", "meta"}
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="where it fits depends on what is free there")
