@@ -13,14 +13,16 @@ from saescale.scaling.words import listed
 from saescale.storage.columns import COLUMNS
 
 _MOST_ROWS = 200  # of what single latents, labels or positions have
+_ABREAST = 8  # metrics beside each other: a page of paper takes no more
 _KIND, _CELL = ("subject", "site", "architecture"), ("n_latents", "k", "seed")  # what tells cells apart
 
 Row = Mapping[str, Any]
 
 
 def evaluation_tables(evals: pa.Table, results: Table) -> list[TextTable]:
-    """One table for each evaluation of evals.parquet: a row for each cell, a column for each metric of whole cells,
-    with its 95 % interval; where there are none of whole cells, a row for each latent, label or position.
+    """A table for each evaluation of evals.parquet, or several below each other where it has many metrics: a row for
+    each cell, a column for each metric of whole cells, with its 95 % interval; where there are none of whole cells, a
+    row for each latent, label or position.
 
     `results` says what the cells are; those that it does not have are left out. What is not shown is counted,
     and what an evaluation left out is said with the reason.
@@ -40,7 +42,12 @@ def evaluation_tables(evals: pa.Table, results: Table) -> list[TextTable]:
         notes = [*_left_out(own), note]
         if left := len(there) - (len(whole) or len(lines)):
             notes.append(f"{left:,} more rows, of single latents, labels or positions, are in evals.parquet.")
-        tables.append(TextTable(f"Evaluation {name}", " ".join(filter(None, notes)), header, lines))
+        text = " ".join(filter(None, notes))
+        for at in range(1, len(header), _ABREAST):
+            now = slice(at, at + _ABREAST)
+            part = [[line[0], *line[now]] for line in lines]
+            title = f"Evaluation {name}" if at == 1 else f"Evaluation {name}, further metrics"
+            tables.append(TextTable(title, text if at == 1 else "", (header[0], *header[now]), part))
     return tables
 
 
