@@ -25,11 +25,11 @@ def fit(
     """The document of fits.json for run directories, CSV or Parquet tables; several are put together.
 
     `laws` are their names, `bootstraps` the fits behind each 95 % interval, `seed` that of the bootstrap, `metric` what
-    evaluations measured and laws are fitted to besides nmse, such as "downstream_loss.kl", under `metrics` of the
-    document; `where` the cells that are fitted, such as "architecture=topk" or ("k>=16", "k<=64"); `keep_diverged`
-    fits those with nmse above 1 too. Cells of several architectures or sites have laws of their own, whose entries say
-    `of` what they are. Raises SaescaleError for what cannot be read, for an unknown law or metric, and for values that
-    no law can take.
+    evaluations measured and laws are fitted to besides nmse, such as "downstream_loss.kl" or, of a part of it,
+    "board_probe.accuracy_x_hat@corner", under `metrics` of the document; `where` the cells that are fitted, such as
+    "architecture=topk" or ("k>=16", "k<=64"); `keep_diverged` fits those with nmse above 1 too. Cells of several
+    architectures or sites have laws of their own, whose entries say `of` what they are. Raises SaescaleError for what
+    cannot be read, for an unknown law or metric, and for values that no law can take.
     """
     metrics = [metric] if isinstance(metric, str) else metric
     conditions = [parse_condition(text) for text in ([where] if isinstance(where, str) else where)]

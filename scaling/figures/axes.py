@@ -7,10 +7,9 @@ import numpy as np
 from saescale.scaling.figures.views import Axis
 
 _MOST_COUNTS = 8
-_CHOICES = (
-    [1], [1, 2, 5], [1, 2, 3, 5, 7], range(1, 10), np.arange(1, 10, 0.5), np.arange(1, 10, 0.2),
-    np.arange(1, 10, 0.1), np.arange(1, 10, 0.05), np.arange(1, 10, 0.02), np.arange(1, 10, 0.01),
-)  # fmt: skip
+# Ticks of each decade; and, over less than one, how far they are apart, of the decade that the axis ends in.
+_MANTISSAS = ([1], [1, 2, 5], [1, 2, 3, 5, 7], range(1, 10))
+_STEPS = (0.5, 0.2, 0.1, 0.05, 0.02, 0.01)
 
 
 def count_axis(label: str, counts: Iterable[float], room: float = 1.12) -> Axis:
@@ -29,7 +28,9 @@ def log_axis(label: str, values: np.ndarray) -> Axis:
     room = max((high / low) ** 0.05, 1.02)
     low, high = low / room, high * room
     decades = 10.0 ** np.arange(np.floor(np.log10(low)), np.ceil(np.log10(high)) + 1)
-    grids = [np.outer(decades, list(mantissas)).ravel() for mantissas in _CHOICES]
+    steps = [share * 10.0 ** np.floor(np.log10(high)) for share in _STEPS]
+    grids = [np.outer(decades, list(mantissas)).ravel() for mantissas in _MANTISSAS]
+    grids += [np.arange(np.ceil(low / step), np.floor(high / step) + 1) * step for step in steps]
     grids = [grid[(grid >= low) & (grid <= high)] for grid in grids]
     enough = next((i for i, grid in enumerate(grids) if len(grid) >= 4), len(grids) - 1)
     major = grids[enough]

@@ -223,6 +223,24 @@ def test_ticks_read_as_in_a_paper() -> None:
         assert axis.value(axis.fraction(axis.high)) == pytest.approx(axis.high)
 
 
+def test_ticks_of_a_logarithmic_axis_keep_apart_wherever_it_lies() -> None:
+    """Also over a power of ten, below which a tenth of a decade is ten times as narrow."""
+    assert [text for _, text in log_axis("nmse", np.array([0.01, 0.0115])).ticks] == [
+        "0.01",
+        "0.0105",
+        "0.011",
+        "0.0115",
+    ]
+    rng = np.random.default_rng(0)
+    for _ in range(300):
+        low = 10 ** rng.uniform(-5, 3)
+        axis = log_axis("nmse", np.array([low, low * 10 ** rng.uniform(0.005, 4)]))
+        places = np.array([axis.fraction(place) for place, _ in axis.ticks])
+        assert 4 <= len(places) <= 12
+        assert np.diff(places).min() > 0.05
+        assert len({text for _, text in axis.ticks}) == len(places)
+
+
 @pytest.mark.parametrize("ratio", [1.0, 1.2, 1.5, 1.7, 3.0, 80.0, 99.0, 1e3, 1e6])
 @pytest.mark.parametrize("low", [1e-3, 1.16e3, 3.2e6, 5.9e6, 2.31e15, 9.99e20])
 def test_orders_of_magnitude_have_ticks_wherever_they_lie(low: float, ratio: float) -> None:

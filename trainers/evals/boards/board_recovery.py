@@ -30,7 +30,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from saescale.scaling.metrics import shares
+from saescale.scaling.metrics import Metric, shares
 from saescale.storage.source import Source
 from saescale.trainers.evals.boards.boards import Boards, heldout_boards, othello_of
 from saescale.trainers.evals.boards.detectors import (
@@ -58,6 +58,10 @@ metrics = shares(
     {"reconstruction": (), "coverage": ("always",), "tiles_told": ()}, BESIDE,
     leads=("reconstruction", "coverage", "tiles_told"),
 )  # fmt: skip
+metrics |= {
+    name: Metric("higher", beside=tuple(f"{name}_{other}" for other in BESIDE))
+    for name in ("tile_pairs", "stable_pairs")
+}
 
 TILE_AUROC, STABLE_AUROC = 0.7, 0.8
 PRECISION, LEAST = 0.95, 10  # of a latent that is a sign of a property
