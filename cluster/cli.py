@@ -50,7 +50,7 @@ app.add_typer(subjects.app, name="subject")
 
 
 # Those that hold Ray, and that it may end where they stand.
-WATCHED = ("quickstart", "harvest", "sweep")
+WATCHED = ("quickstart", "harvest", "sweep", "eval")
 
 
 def main() -> None:

@@ -8,6 +8,7 @@ from typing import Any
 
 from saescale.cluster.sweep.planned import Planned
 from saescale.cluster.sweep.spec import SweepSpec
+from saescale.scaling.laws.convergence import LEAST_POINTS
 from saescale.scaling.words import listed
 from saescale.storage.columns import is_diverged, misses_k
 from saescale.storage.errors import SaescaleError
@@ -49,6 +50,12 @@ def cautions(spec: SweepSpec, d_model: int | None) -> list[str]:
                 f"tokens or fewer and a latent counts as dead after {window:,}: {never}the dead fraction is 0 by "
                 "construction; lower train.auxk.dead_after_tokens"
             )
+    every = spec.eval.every_tokens
+    if few := [cell.n_latents for cell in cells if -(-cell.tokens // every) < LEAST_POINTS]:
+        said.append(
+            f"{_cells(few, sizes)} have fewer than {LEAST_POINTS} points on their curve (nmse is measured every "
+            f"{every:,} tokens): laws of compute and convergence pass them over; lower eval.every_tokens"
+        )
     architectures = spec.grid.architectures
     none = f"{' and '.join(architectures)} {'has' if len(architectures) == 1 else 'have'} nothing of the kind"
     said += [f"{told} does nothing: {none}" for told in spec.train.without_taker(architectures)]

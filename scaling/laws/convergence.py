@@ -15,7 +15,7 @@ from saescale.storage.errors import SaescaleError
 
 WITHIN = 0.02  # of its final nmse: where a cell counts as converged
 _QUARTER = 0.75  # of its tokens, from where on it has to
-_LEAST = 3  # evaluations below which a curve says nothing
+LEAST_POINTS = 3  # evaluations below which a curve says nothing
 _N = Exponent("g", ("n_latents",))
 _AT_ONE_K = Law("convergence", "D = G n^g", ("n_latents",), (Term("G", (_N,)),), target="tokens")
 _OVER_K = Law(
@@ -107,7 +107,7 @@ def find_convergence(cells: Table, curves: Table, settings: FitSettings) -> Conv
     of_cell = curves.rows_of("cell_id")
     for row, cell_id in enumerate(cells["cell_id"].tolist()):
         own = of_cell.get(cell_id)
-        if own is None or (own := own[usable[own]]).size < _LEAST:
+        if own is None or (own := own[usable[own]]).size < LEAST_POINTS:
             continue
         own = own[np.argsort(curves["tokens"][own])]
         end = ending(curves["tokens"][own], curves["nmse"][own])

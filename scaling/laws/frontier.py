@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from saescale.scaling.laws.convergence import LEAST_POINTS
 from saescale.scaling.laws.estimate import Fit, Fitted, Resamples, chunks, draw_counts, fit_law
 from saescale.scaling.laws.law import Law
 from saescale.scaling.laws.settings import FitSettings
@@ -72,7 +73,7 @@ def read_curves(cells: Table, curves: Table) -> tuple[Curve, ...]:
     for row, cell_id in enumerate(cells["cell_id"].tolist()):
         own = of_cell.get(cell_id, _NO_ROWS)
         own = at_its_k(cells, row, curves, own[usable[own]])
-        if len(own) < 3:
+        if len(own) < LEAST_POINTS:
             continue
         flops, first = np.unique(curves["flops"][own], return_index=True)
         log_nmse = np.log(curves["nmse"][own][first])

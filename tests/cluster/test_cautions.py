@@ -31,6 +31,11 @@ EMPTY = [
         "k = 16, 24 is half of d_model = 32 or more: nmse falls there because rows have no more dimensions, and laws "
         "are for k much smaller",
     ),
+    (
+        {"tokens": {"at": 64, "tokens": 16_384, "exponent": 1}}, {},
+        "cells of N = 32 have fewer than 3 points on their curve (nmse is measured every 4,096 tokens): laws of "
+        "compute and convergence pass them over; lower eval.every_tokens",
+    ),
 ]  # fmt: skip
 
 
@@ -38,7 +43,7 @@ def changed(document: dict[str, Any], train: dict[str, Any], grid: dict[str, Any
     return document | {"train": document["train"] | train, "grid": document["grid"] | grid}
 
 
-@pytest.mark.parametrize(("train", "grid", "said"), EMPTY, ids=["AuxK never", "k_aux", "k"])
+@pytest.mark.parametrize(("train", "grid", "said"), EMPTY, ids=["AuxK never", "k_aux", "k", "curve"])
 def test_sweep_and_submit_say_it_at_once(
     document: dict[str, Any], sweep_file: Callable[[Any], str], monkeypatch: pytest.MonkeyPatch,
     train: dict[str, Any], grid: dict[str, Any], said: str,
@@ -73,8 +78,9 @@ def test_nothing_is_said_of_a_sweep_that_is_all_right(document: dict[str, Any]) 
     assert cautions(parse_spec(changed(document, *EMPTY[2][:2]), "test"), None) == []
     assert len(cautions(parse_spec(changed(document, *EMPTY[0][:2]), "test"), None)) == 1
     by_size = {"tokens": {"at": 64, "tokens": 8_192, "exponent": 1.0}, "auxk": {"dead_after_tokens": 8_192}}
-    (said,) = cautions(parse_spec(changed(document, by_size, {}), "test"), D_MODEL)
+    said, curves = cautions(parse_spec(changed(document, by_size, {}), "test"), D_MODEL)
     assert said.startswith("cells of N = 32, 64 train on 8,192 tokens or fewer")
+    assert curves.startswith("cells of N = 32, 64 have fewer than 3 points")
 
 
 @pytest.mark.parametrize(("batch", "tokens", "every"), [(256, 16_384, 512), (131_072, 2**20, 131_072), (256, 256, 256)])

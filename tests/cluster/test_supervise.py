@@ -7,9 +7,12 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import get_type_hints
 
 import pytest
 
+from saescale.cluster.cli import COMMANDS, WATCHED
+from saescale.cluster.front.console import Actors, Address
 from saescale.storage.lease import read_driver
 from tests.cluster.command import environment, interruptible
 
@@ -151,3 +154,14 @@ def test_who_kills_it_kills_the_work() -> None:
     while Path(f"/proc/{work}").exists() and Path(f"/proc/{work}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z":
         assert time.monotonic() < deadline
         time.sleep(0.02)
+
+
+def test_every_command_that_may_join_ray_is_watched() -> None:
+    """A lost head, which ends the process that has joined it, is explained to all of them."""
+    of_ray = {
+        name
+        for name, command in COMMANDS.items()
+        if any(hint in (Address, Actors) for hint in get_type_hints(command, include_extras=True).values())
+    }
+    assert of_ray == {"harvest", "sweep", "eval"}
+    assert of_ray < {*WATCHED}

@@ -19,6 +19,7 @@ from saescale.trainers.harvest import contexts
 from saescale.trainers.harvest.live import live_here
 from saescale.trainers.harvest.live_spec import LiveSpec
 from saescale.trainers.harvest.room import Room
+from saescale.trainers.harvest.served import Served
 
 D, LAYERS, TOKENS, HELDOUT, BLOCK = 16, 3, 1_024, 64, 256
 
@@ -252,3 +253,16 @@ def test_files_of_something_else_and_layers_that_are_not_there(tmp_path: Path) -
     with pytest.raises(SaescaleError, match=r"a\.safetensors holds weight, and no token_ids"):
         live_here(spec_of(folder), str(tmp_path / "live")).__enter__()
     assert not (tmp_path / "live" / "live.json").exists()
+
+
+@pytest.mark.parametrize(
+    "header",
+    [b"[1]", b"{", b'"x"', b'{"a": []}', b'{"a": {"data_offsets": [0]}}', b"[" * 4_000],
+    ids=["list", "cut", "text", "no entry", "one offset", "deep"],
+)
+def test_what_is_no_file_of_a_server_is_waited_for_as_one_that_is_not_whole(tmp_path: Path, header: bytes) -> None:
+    folder = tmp_path / "states"
+    folder.mkdir()
+    (folder / "a.safetensors").write_bytes(len(header).to_bytes(8, "little") + header)
+    (folder / "b.safetensors").write_bytes(b"short")
+    assert next(Served(str(folder), str(tmp_path / "live")).each()) is None

@@ -281,5 +281,5 @@ def _is_whole(path: Path) -> bool:
             header = json.loads(file.read(min(length, _HEADER_MOST)))
             ends = [entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"]
             return os.fstat(file.fileno()).st_size >= 8 + length + max(ends, default=0)
-    except (OSError, ValueError, struct.error, KeyError, TypeError):
-        return False
+    except (OSError, ValueError, struct.error, KeyError, TypeError, IndexError, AttributeError, RecursionError):
+        return False  # whatever else lies there is nobody's file yet

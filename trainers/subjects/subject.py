@@ -19,6 +19,7 @@ from saescale.storage.cache import cache_folder
 from saescale.storage.errors import SaescaleError
 from saescale.storage.manifest import Site, Split
 from saescale.storage.registry import Room
+from saescale.storage.secrets import secret_in_url
 
 SUBJECTS = Room("saescale.trainers.subjects", "subject", marker="load")
 
@@ -186,9 +187,14 @@ def subject_names() -> tuple[str, ...]:
 
 
 def check_subject_name(name: str) -> None:
-    """Raises SaescaleError with the nearest valid name when `name` names no subject. Loads nothing."""
+    """Raises SaescaleError with the nearest valid name when `name` names no subject, and where the address in it has a
+    secret. Loads nothing."""
     names = subject_names()
     file, colon, rest = name.partition(":")
+    if "://" in rest and (found := secret_in_url(rest)):
+        raise SaescaleError(
+            f"the subject {name}: {found}, and every store of it would say it; give an address without, or a file here"
+        )
     if file in names and bool(colon) == bool(rest) and not rest.startswith("//"):
         return
     close = difflib.get_close_matches(file, names, n=1, cutoff=0.4)

@@ -252,6 +252,12 @@ def test_what_is_no_model_of_othello_is_one_line(folder: Path, tmp_path: Path) -
     state = transformer_lens(folded=True)
     torch.save({name: tensor for name, tensor in state.items() if name != "blocks.1.attn.b_O"}, tmp_path / "z.pth")
     assert "has no blocks.1.attn.b_O" in said(tmp_path / "z.pth")
+    torch.save(state | {"blocks.1.mlp.W_gate": torch.zeros(D_MODEL, 40)}, tmp_path / "g.pth")
+    assert "1 weights have no place in a model of" in (wrong := said(tmp_path / "g.pth"))
+    assert wrong.endswith(": blocks.1.mlp.W_gate")
+    norms = transformer_lens(folded=False)
+    torch.save({key: tensor for key, tensor in norms.items() if key != "blocks.1.ln2.w"}, tmp_path / "n.pth")
+    assert said(tmp_path / "n.pth").endswith("lacks 1 weights of norms and has the others: blocks.1.ln2.w")
     torch.save(state | {"blocks.1.mlp.b_in": torch.zeros(7)}, tmp_path / "w.pth")
     assert "do not fit together" in said(tmp_path / "w.pth")
     other = {"embed.W_E": state["embed.W_E"][:50], "unembed.W_U": state["unembed.W_U"][:, :50]}

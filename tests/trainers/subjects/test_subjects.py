@@ -190,6 +190,15 @@ def test_bfloat16_is_that_of_the_library(tiny_subject: str) -> None:
     assert torch.equal(resid_post(subject, ids, 2), states[3])
 
 
+def test_a_name_with_a_secret_is_refused_without_repeating_it() -> None:
+    """A manifest and a sweep file say the name of their subject."""
+    for address in ("https://host/d.yaml?token=HUSH", "https://me:HUSH@host/d.yaml"):
+        with pytest.raises(SaescaleError, match=r"the address has a .*, and every store of it would say it") as caught:
+            get_subject(f"dictionary:{address}")
+        assert "HUSH" not in str(caught.value)
+    check_subject_name("dictionary:s3://bucket/d.yaml")
+
+
 def test_a_wrong_name_layer_or_context_is_one_line(tiny_subject: str, tmp_path: Path) -> None:
     with pytest.raises(SaescaleError, match=r"unknown subject 'smolm2-135': did you mean 'smollm2-135m'\?.*hf:"):
         check_subject_name("smolm2-135")

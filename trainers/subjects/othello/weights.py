@@ -1,5 +1,6 @@
 """Checkpoints of models that read games of Othello: folders of transformers, files of TransformerLens."""
 
+import re
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
@@ -11,9 +12,17 @@ from torch import Tensor, nn
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from saescale.storage.errors import SaescaleError, one_line
+from saescale.trainers.subjects.checkpoint import listed
 from saescale.trainers.subjects.othello.board import SIZES
 from saescale.trainers.subjects.own_model import gpt2_config, read_folder
 from saescale.trainers.subjects.weights import Weighted, hash_weights
+
+# Of TransformerLens: weights that a GPT-2 has a place for, and tables that are no weights.
+_PLACED = re.compile(
+    r"embed\.W_E|pos_embed\.W_pos|unembed\.[Wb]_U|ln_final\.[wb]"
+    r"|blocks\.\d+\.(ln[12]\.[wb]|attn\.[Wb]_[QKVO]|mlp\.[Wb]_(in|out))"
+)
+_TABLE = re.compile(r"blocks\.\d+\.attn\.(mask|IGNORE)")
 
 
 def read_checkpoint(name: str, path: Path, dtype: torch.dtype) -> tuple[Any, str]:
@@ -73,8 +82,28 @@ def _state(name: str, path: Path) -> dict[str, Tensor]:
     return state
 
 
+def _require_whole(name: str, state: dict[str, Tensor]) -> None:
+    """Raises SaescaleError for weights that have no place in the model, which would be another one without them, and
+    where some norms have weights and others lack them."""
+    placeless = sorted(key for key in state if not _PLACED.fullmatch(key) and not _TABLE.fullmatch(key))
+    if placeless:
+        raise SaescaleError(
+            f"cannot load the subject {name}: {len(placeless)} weights have no place in a model of pre-norm blocks "
+            f"with learned positions: {listed(placeless)}"
+        )
+    blocks = {int(key.split(".")[1]) for key in state if key.startswith("blocks.")}
+    norms = [f"blocks.{block}.ln{n}" for block in sorted(blocks) for n in (1, 2)] + ["ln_final"]
+    missing = [f"{norm}.{part}" for norm in norms for part in "wb" if f"{norm}.{part}" not in state]
+    if missing and len(missing) < 2 * len(norms):  # all of them: they were folded into the matrices behind
+        raise SaescaleError(
+            f"cannot load the subject {name}: the state dict lacks {len(missing)} weights of norms and has the others: "
+            f"{listed(missing)}"
+        )
+
+
 def _from_transformer_lens(name: str, state: dict[str, Tensor]) -> Any:
     """The same model as a GPT-2 of transformers, in float32: pre-norm blocks with exact GELU, learned positions."""
+    _require_whole(name, state)
     try:
         vocabulary, d_model = state["embed.W_E"].shape
         n_layers = 1 + max(int(key.split(".")[1]) for key in state if key.startswith("blocks."))
