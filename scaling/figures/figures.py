@@ -89,9 +89,9 @@ def parts_of(
     ]
     if depth := views_of_depth(sides.depth):
         found.append(Part("depth", {}, depth))
-    shown = leading(metrics)
+    shown, there = leading(metrics), leading(metrics, lawful=False)
     over_n, over_nmse = ([draw(laws) for laws in shown] for draw in (metric_against_n, metric_against_nmse))
-    by_name = {laws.name: [other for other in shown if other.name == laws.name] for laws in shown}
+    by_name = {laws.name: [other for other in there if other.name == laws.name] for laws in there}
     over_k = [view for own in by_name.values() if (view := metric_against_k(own)) is not None]
     sizes = fitted.results["n_latents"].tolist()
     over_k = [_coloured(view, sizes) if view.ramp == "compute" else view for view in over_k]

@@ -12,7 +12,7 @@ from saescale.scaling.figures.bars import slug
 from saescale.scaling.figures.views import Label, Layer, Level, Line, Points, View
 from saescale.scaling.figures.views_cells import NMSE_LABEL, ks_of, nmse_against_n
 from saescale.scaling.kinds import kind_label
-from saescale.scaling.laws.over_metrics import MetricLaws
+from saescale.scaling.laws.over_metrics import MetricLaws, Seen
 from saescale.storage.columns import COLUMNS
 
 SHOWN = 6  # metrics with figures, of each kind of cells
@@ -21,11 +21,12 @@ _LONGEST = 30  # letters of what an axis says
 _FIRST, _LAST = "downstream_loss", "core"  # what an SAE is for before all else; what is mostly nmse again
 
 
-def leading(metrics: Sequence[MetricLaws], least: int = 2) -> list[MetricLaws]:
+def leading(metrics: Sequence[MetricLaws], least: int = 2, lawful: bool = True) -> list[MetricLaws]:
     """Those that figures and sentences are about: of each evaluation its first metric, or the first three that it says
-    lead, for each kind of cells of which `least` have it; at most six metrics, that of the downstream loss before the
-    others and core's behind them. Every evaluation has its first before any has a second."""
-    there = [laws for laws in metrics if len(laws.cells) >= least]
+    lead, for each kind of cells of which `least` have it (`lawful`: away from its limit); at most six metrics, that of
+    the downstream loss before the others and core's behind them. Every evaluation has its first before any has a
+    second."""
+    there = [laws for laws in metrics if len(laws.cells if lawful else laws.everywhere.cells) >= least]
     names: dict[str, list[str]] = {}
     for laws in sorted(there, key=lambda laws: not laws.metric.leads):
         own = names.setdefault(laws.name.partition(".")[0], [])
@@ -43,7 +44,7 @@ def metric_against_n(laws: MetricLaws) -> View:
     view = nmse_against_n(laws.laws, _words(laws), _words(laws))
     ks = ks_of(laws.laws)
     beside = [
-        each._replace(y=distance) for each in _beside(laws, "n_latents", ks[len(ks) // 2])
+        each._replace(y=distance) for each in _beside(laws.everywhere, laws.name, "n_latents", ks[len(ks) // 2])
         if (np.isfinite(distance := laws.scale.distance(each.y)) & (distance > 0)).all()
     ]  # fmt: skip
     shown = np.concatenate([[view.y.low, view.y.high], *(each.y for each in beside)])
@@ -52,7 +53,7 @@ def metric_against_n(laws: MetricLaws) -> View:
         name=_named("metric_against_n", laws),
         title=_titled(f"{laws.name} against the number of latents", laws),
         caption=f"{_what(laws)} of every cell against the number of latents N.{_not_drawn([laws])}",
-        key=view.key + _key(beside, f"k = {ks[len(ks) // 2]:g}"),
+        key=view.key + _key(beside, f"at k = {ks[len(ks) // 2]:g}"),
         y=log_axis(_words(laws), shown) if beside else view.y,
         layers=(*_drawn(beside), *view.layers),
     )
@@ -62,43 +63,45 @@ def metric_against_k(metrics: Sequence[MetricLaws]) -> View | None:
     """One metric of every cell against k: of one kind of cells a line for each N, of several the largest N that all of
     them have, a line for each kind. None where no line has two k."""
     first = metrics[0]
-    lines: dict[Level, tuple[MetricLaws, float]] = {}
+    of_all = [laws.everywhere for laws in metrics]
+    lines: dict[Level, tuple[Seen, float]] = {}
     if several := len(metrics) > 1:
-        sizes = [set(laws.cells["n_latents"].tolist()) for laws in metrics]
+        sizes = [set(seen.cells["n_latents"].tolist()) for seen in of_all]
         shared = set.intersection(*sizes)
-        for laws, there in zip(metrics, sizes, strict=True):
-            lines[kind_label(laws.of)] = laws, max(shared or there)
+        for laws, seen, there in zip(metrics, of_all, sizes, strict=True):
+            lines[kind_label(laws.of)] = seen, max(shared or there)
     else:
-        lines = {float(n): (first, float(n)) for n in np.unique(first.cells["n_latents"])}
+        lines = {float(n): (of_all[0], float(n)) for n in np.unique(of_all[0].cells["n_latents"])}
     layers: list[Layer] = []
     values, ks = [], []
-    for level, (laws, n) in lines.items():
-        own = np.flatnonzero(laws.cells["n_latents"] == n)
-        own = own[np.argsort(laws.cells["k"][own], kind="stable")]
-        x, y = laws.cells["k"][own], laws.values.value[own]
+    for level, (seen, n) in lines.items():
+        own = np.flatnonzero(seen.cells["n_latents"] == n)
+        own = own[np.argsort(seen.cells["k"][own], kind="stable")]
+        x, y = seen.cells["k"][own], seen.values.value[own]
         places = np.unique(x)
         means = np.array([y[x == place].mean() for place in places])
         name = str(level) if several else f"N = {n:,.0f}"
-        texts = [f"{name}, k = {k:g}<br>{laws.name} {v:.4g}<br>nmse {laws.nmse[row]:.4f}"
+        texts = [f"{name}, k = {k:g}<br>{first.name} {v:.4g}<br>nmse {seen.nmse[row]:.4f}"
                  for k, v, row in zip(x, y, own, strict=True)]  # fmt: skip
         layers.append(Line(places, means, level, "through", name))
-        layers.append(Points(x, y, level, texts, *_ends(laws, own)))
+        layers.append(Points(x, y, level, texts, *_ends(seen, own)))
         layers.append(Label(float(places[-1]), float(means[-1]), name, level))
-        values += [y, *(end for end in _ends(laws, own) if end is not None)]
+        values += [y, *(end for end in _ends(seen, own) if end is not None)]
         ks.append(x)
     if max(len(np.unique(x)) for x in ks) < 2:
         return None
     largest = max(lines.values(), key=lambda line: line[1])[1]
-    beside = _beside(first, "k", largest)
+    beside = _beside(of_all[0], first.name, "k", largest)
     values += [each.y for each in beside]
     what = f"at N = {largest:,.0f}" if several else "of every cell"
+    whose = f"of {kind_label(first.of)}, " if several else ""
     return View(
         f"metric_against_k-{slug(first.name)}" if several else _named("metric_against_k", first),
         f"{first.name} against k" if several else _titled(f"{first.name} against k", first),
         f"{first.name} {what} against k, the number of active latents; {first.metric.better} is better. Where it turns "
-        f"while nmse falls, more active latents reconstruct more and tell less.{_not_drawn(metrics)}",
+        f"while nmse falls, more active latents reconstruct more and tell less.{_not_drawn(metrics, at_limit=True)}",
         "Points: cells, with the 95 % interval of each where it has one; dotted lines join them."
-        + _key(beside, f"N = {largest:,.0f}"),
+        + _key(beside, f"{whose}at N = {largest:,.0f}"),
         count_axis(COLUMNS["k"].title, np.concatenate(ks)),
         linear_axis(first.name, np.concatenate(values)),
         tuple(lines), (*_drawn(beside), *layers), ramp="name" if several else "compute",
@@ -113,18 +116,19 @@ class _Curve(NamedTuple):
     y: np.ndarray
 
 
-def _beside(laws: MetricLaws, along: str, at: float) -> list[_Curve]:
-    """At the value `at` of the other axis, or over all of it where that has none."""
-    cells, own = laws.cells, laws.name.rpartition(".")[2]
+def _beside(seen: Seen, name: str, along: str, at: float) -> list[_Curve]:
+    """What the metric `name` is read beside, at the value `at` of the other axis, or over all of it where that has
+    none."""
+    cells, own = seen.cells, name.rpartition(".")[2]
     here = cells["k" if along == "n_latents" else "n_latents"] == at
     here = here if here.any() else np.ones(len(cells), dtype=bool)
     found = []
-    for name, values in laws.beside.items():
+    for other, values in seen.beside.items():
         usable = here & np.isfinite(values)
         places = np.unique(cells[along][usable])
         if len(places):
             means = np.array([values[usable & (cells[along] == place)].mean() for place in places])
-            found.append(_Curve(name.removeprefix(f"{own}_"), places, means))
+            found.append(_Curve(other.removeprefix(f"{own}_"), places, means))
     return found
 
 
@@ -134,14 +138,12 @@ def _drawn(beside: Sequence[_Curve]) -> list[Layer]:
 
 
 def _key(beside: Sequence[_Curve], at: str) -> str:
-    return (
-        f" Dashed: {', '.join(each.name for each in beside)} (at {at} where that makes a difference)." if beside else ""
-    )
+    return f" Dashed: {', '.join(each.name for each in beside)} ({at} where that makes a difference)." if beside else ""
 
 
-def _ends(laws: MetricLaws, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray] | tuple[None, None]:
+def _ends(seen: Seen, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray] | tuple[None, None]:
     """The metric's own intervals, where every one of these cells has one."""
-    low, high = laws.values.low[rows], laws.values.high[rows]
+    low, high = seen.values.low[rows], seen.values.high[rows]
     return (low, high) if np.isfinite(low).all() and np.isfinite(high).all() else (None, None)
 
 
@@ -173,13 +175,12 @@ def metric_against_nmse(laws: MetricLaws) -> View:
     )
 
 
-def _not_drawn(metrics: Sequence[MetricLaws]) -> str:
-    """How many cells a figure does not have, in a sentence; nothing where it has all."""
-    without, name = sum(laws.without for laws in metrics), metrics[0].name
-    of = without + sum(len(laws.cells) for laws in metrics)
-    return (
-        f" {without} of {of} cells have no {name}, or one at or beyond its limit, and are not drawn." if without else ""
-    )
+def _not_drawn(metrics: Sequence[MetricLaws], at_limit: bool = False) -> str:
+    """How many cells a figure does not have, in a sentence; nothing where it has all. `at_limit`: it has those too."""
+    of = sum(laws.without + len(laws.cells) for laws in metrics)
+    without = of - sum(len(laws.everywhere.cells if at_limit else laws.cells) for laws in metrics)
+    name, or_one = metrics[0].name, "" if at_limit else ", or one at or beyond its limit,"
+    return f" {without} of {of} cells have no {name}{or_one} and are not drawn." if without else ""
 
 
 def _what(laws: MetricLaws) -> str:

@@ -11,7 +11,7 @@ of what an interval allows for moves all of them together. That shifts a law and
 import difflib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -52,12 +52,21 @@ _FEW = 4  # cells
 _SAME, _SAME_SHARE = 1e-3, 2e-3  # of ln distance, and of how far it varies: training evaluates in 16 bits
 
 
+class Seen(NamedTuple):
+    """Cells that have a metric: their `nmse` [cells] and its `values` [cells], and of what it is read `beside` [cells]
+    by name; NaN where a cell has none."""
+
+    cells: Table
+    values: Values
+    nmse: np.ndarray
+    beside: Mapping[str, np.ndarray]
+
+
 @dataclass(frozen=True)
 class MetricLaws:
-    """The laws of one metric of the cells of one kind (`of`). `cells` are those that have it, their column nmse is the
-    metric's distance on `scale`, and `nmse` [cells] their own; `values` [cells] are those of the metric itself, and
-    `beside` [cells] of what it is read beside, by name; NaN where a cell has none. `without`: how many cells more there
-    are, which have none, or one at or beyond its limit."""
+    """The laws of one metric of the cells of one kind (`of`). `cells` are those that have it and that a power law could
+    follow, their column nmse is the metric's distance on `scale`; for the others see Seen. `seen`: all that have it,
+    those at its limit too (None: there are no others). `without`: how many cells of the kind are not among `cells`."""
 
     name: str
     metric: Metric
@@ -71,6 +80,12 @@ class MetricLaws:
     of: Kind = field(default_factory=dict)
     beside: Mapping[str, np.ndarray] = field(default_factory=dict)
     without: int = 0
+    seen: Seen | None = None
+
+    @property
+    def everywhere(self) -> Seen:
+        """All cells that have it."""
+        return self.seen or Seen(self.cells, self.values, self.nmse, self.beside)
 
     @property
     def laws(self) -> Laws:
@@ -226,14 +241,17 @@ def _of_kind(
             f"{at_limit.sum()} cells have a {scale.name} at or beyond its limit and are left out, since no power law "
             f"reaches it ({cases})"
         )
-    own = cells.select(usable)
-    own = replace(own, columns=own.columns | {"nmse": distance[usable]})
-    kept = Values(*(column[usable] for column in values))
-    nmse = cells["nmse"][usable]
     others = {name: of_cells.get(sibling(scale.name, name)) for name in metric.beside}
-    beside = {name: other.value[usable] for name, other in others.items() if other is not None}
+
+    def those(rows: np.ndarray) -> Seen:
+        beside = {name: other.value[rows] for name, other in others.items() if other is not None}
+        return Seen(cells.select(rows), Values(*(column[rows] for column in values)), cells["nmse"][rows], beside)
+
+    own, kept, nmse, beside = those(usable)
+    own = replace(own, columns=own.columns | {"nmse": distance[usable]})
+    seen = those(usable | at_limit)
     found = MetricLaws(scale.name, metric, scale, own, kept, nmse, (), (), tuple(warnings), laws.of, beside,
-                       int((~usable).sum()))  # fmt: skip
+                       int((~usable).sum()), seen)  # fmt: skip
     names = settings.laws
     if len(own) < _FEW or usable.sum() < 0.5 * np.isfinite(values.value).sum():
         few = f"{len(own)} of {len(cells)} cells have a {scale.name} that a power law could follow"

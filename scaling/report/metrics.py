@@ -265,29 +265,29 @@ def _of(own: MetricLaws) -> str:
 def _by_kind(metrics: Sequence[MetricLaws]) -> list[TextTable]:
     """Of several kinds of cells one table for the first metric of each evaluation, in place of one for each kind."""
     tables = []
-    for name in dict.fromkeys(own.name for own in leading(metrics, least=1)):
-        kinds = [own for own in metrics if own.name == name and len(own.cells)]
-        ks = np.unique(np.concatenate([own.cells["k"] for own in kinds]))
+    for name in dict.fromkeys(own.name for own in leading(metrics, least=1, lawful=False)):
+        kinds = [own for own in metrics if own.name == name and len(own.everywhere.cells)]
+        ks = np.unique(np.concatenate([own.everywhere.cells["k"] for own in kinds]))
         rows = [[kind_label(own.of), *row] for own in kinds for row in _values(own, ks)]
-        note = f"{_note(kinds[0])} Cells without it, or at or beyond its limit, where no law can follow, are left out."
+        note = f"{_note(kinds[0])} Cells without it are left out."
         tables.append(TextTable(f"{name} over N and k", note, ("kind", "N", *map(_k, ks)), rows))
     return tables
 
 
 def _over_n_and_k(own: MetricLaws) -> TextTable:
-    ks = np.unique(own.cells["k"])
+    ks = np.unique(own.everywhere.cells["k"])
     return TextTable(f"{own.name} over N and k", _note(own), ("N", *map(_k, ks)), _values(own, ks))
 
 
 def _values(own: MetricLaws, ks: np.ndarray) -> list[list[str]]:
     """A row for each N."""
-    cells = own.cells
+    cells, values, *_ = own.everywhere
     rows = []
     for n in np.unique(cells["n_latents"]):
         row = [number(n)]
         for k in ks:
             here = (cells["n_latents"] == n) & (cells["k"] == k)
-            row.append(scientific(float(own.values.value[here].mean()), 4) if here.any() else "")
+            row.append(scientific(float(values.value[here].mean()), 4) if here.any() else "")
         rows.append(row)
     return rows
 

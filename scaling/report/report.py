@@ -115,7 +115,8 @@ def analyse(
     written = [kind for kind in FILES if kind == "html" or kind in formats or exists(join(run.url, FILES[kind]))]
     document |= _evaluated(evals)
     said_of_metrics = [*peak_sentences(peaks), *metric_sentences(disagreements)]
-    of_metrics = said_of_metrics, metric_tables(metrics, shown, peaks), metric_notes(document, shown)
+    there = leading(metrics, lawful=False)
+    of_metrics = said_of_metrics, metric_tables(metrics, there, peaks), metric_notes(document, shown)
     drawn = Drawn(tuple(parts), tuple(figures), *of_metrics)
     reports = write_report(run.url, document, fitted.results, evals, sides, drawn, provenance or {}, written)
     # Last, so that what fits.json says it was made from holds for the rest too.

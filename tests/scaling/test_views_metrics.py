@@ -18,6 +18,7 @@ from saescale.scaling.laws.over_metrics import MetricLaws, fit_metrics
 from saescale.scaling.laws.scales import scale_of
 from saescale.scaling.laws.settings import FitSettings
 from saescale.scaling.metrics import Metric, Values, document
+from saescale.scaling.report.metrics import metric_tables
 from saescale.scaling.sources import load_sources
 from saescale.scaling.tables import Table
 from tests.scaling.test_over_metrics import write_run
@@ -107,9 +108,8 @@ def test_a_k_whose_cells_have_no_value_changes_no_colour_and_is_counted(tmp_path
     for place in ("n", "k", "nmse"):
         said = {name: views[f"metric_against_{place}-{name}"].caption for name in ("sim.share", "loss.kl", "other.m")}
         assert "not drawn" not in said["sim.share"]
-        assert said["loss.kl"].endswith(
-            "12 of 24 cells have no loss.kl, or one at or beyond its limit, and are not drawn."
-        )
+        limit = "" if place == "k" else ", or one at or beyond its limit,"  # a figure over k shows those
+        assert said["loss.kl"].endswith(f"12 of 24 cells have no loss.kl{limit} and are not drawn.")
         assert "14 of 24 cells have no other.m" in said["other.m"]
 
 
@@ -174,5 +174,29 @@ def test_one_k_is_no_figure_over_k(tmp_path: Path) -> None:
     (laws,) = beside(tmp_path)
     one = laws.cells["k"] == 8
     values = Values(*(column[one] for column in laws.values))
-    few = replace(laws, cells=laws.cells.select(one), values=values, nmse=laws.nmse[one], beside={})
+    few = replace(laws, cells=laws.cells.select(one), values=values, nmse=laws.nmse[one], beside={}, seen=None)
     assert metric_against_k([few]) is None
+
+
+def test_cells_at_the_limit_of_a_metric_are_shown_where_no_law_is_drawn(tmp_path: Path) -> None:
+    """A share of 1 in every cell of one kind, and of 0 in some of the other: no law, and what a report is for."""
+    run = write_run(tmp_path)
+    rows = run.read_results().to_pylist()
+    run.write_results([row | {"site": site, "cell_id": f"{row['cell_id']}-{site}"} for site in "ab" for row in rows])
+    said = document("maze", {"found": Metric("higher", bounded=True)})
+    for row in run.read_results().to_pylist():
+        found = 1.0 if row["site"] == "a" else 0.0 if row["k"] > 8 else 0.5
+        run.write_evals(row["cell_id"], "maze", [{"metric": "found", "value": found}], said)
+    results, _ = load_sources([run.url])
+    few = FitSettings(0, laws=("n_k",))
+    metrics = fit_metrics(fit_laws(results, None, few), run.read_evals(), ["maze.found"], few)
+    assert [len(laws.cells) for laws in metrics] == [0, 6]
+    assert [laws.of["site"] for laws in leading(metrics)] == ["b"]
+    assert len(leading(metrics, lawful=False)) == 2
+    view = metric_against_k(metrics)
+    assert view is not None
+    drawn = {layer.level: layer.y.tolist() for layer in view.layers if isinstance(layer, Points)}
+    assert drawn == {"a": [1.0] * 4, "b": [0.5, 0.0, 0.0, 0.0]}
+    (table,) = (table for table in metric_tables(metrics, []) if table.title == "maze.found over N and k")
+    assert table.rows[0] == ["a", "512", "1", "1", "1", "1"]
+    assert table.rows[-1] == ["b", "16384", "0.5", "0", "0", "0"]
