@@ -175,6 +175,8 @@ def test_tests_are_called_as_what_they_test(floor: str) -> None:
         ("scaling.report.report scaling.tables scaling.laws.law", "torch ray wandb lightning"),
         ("scaling.laws.settings", "torch ray wandb lightning numpy pyarrow"),
         ("trainers.training.train trainers.harvest.conduct trainers.subjects.subject", "ray"),
+        # What hands work out and measures, and knows the class of those that train.
+        ("cluster.sweep.driver cluster.sweep.execute cluster.crew.train_worker trainers.evals.bench", "lightning"),
         ("cluster.cli", "torch ray wandb lightning numpy"),
     ],
 )

@@ -18,8 +18,8 @@ from ray.util.metrics import Counter, Gauge
 
 from saescale.storage.errors import SaescaleWarning, one_line
 from saescale.trainers.cell import Cell
+from saescale.trainers.training.job import PackJob
 from saescale.trainers.training.report import CellProgress, Progress
-from saescale.trainers.training.train import PackJob
 
 _PACK = ("sweep", "worker")
 # cell_id alone would tell the series apart: the others are there to group and to label by, and make no more of them.

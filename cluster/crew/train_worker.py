@@ -24,8 +24,8 @@ from saescale.trainers.mesh.distributed import joined
 from saescale.trainers.mesh.layout import Layout
 from saescale.trainers.mesh.mesh import ONE, Group
 from saescale.trainers.precision import Precision
+from saescale.trainers.training.job import PackJob
 from saescale.trainers.training.report import Progress
-from saescale.trainers.training.train import PackJob, train_pack
 
 
 class WorkerInfo(NamedTuple):
@@ -79,6 +79,11 @@ class Worker:
     """
 
     def __init__(self, cpus: float, gpus: float) -> None:
+        # Only here: the driver, which knows this class too, does without Lightning. And not later: it is up when it can
+        # train.
+        from saescale.trainers.training.train import train_pack
+
+        self._train_pack = train_pack
         self._cpus, self._gpus = cpus, gpus
         self._progress: Progress | None = None
         self._moved = time.monotonic()
@@ -127,7 +132,7 @@ class Worker:
         self._moved = time.monotonic()
         try:
             with self._group(place, meeting) as group:
-                outcome = train_pack(
+                outcome = self._train_pack(
                     job, self._report, lambda: self._stop.is_set() or number in self._parted, group
                 )  # fmt: skip
         finally:

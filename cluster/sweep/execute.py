@@ -42,7 +42,7 @@ from saescale.storage.waiting import hear
 from saescale.trainers.cell import Cell, axes_of
 from saescale.trainers.device import OutOfMemory
 from saescale.trainers.mesh.layout import MeshBroken
-from saescale.trainers.training.train import PackJob
+from saescale.trainers.training.job import PackJob
 
 MAX_ATTEMPTS = 4  # of a pack that dies again and again without reaching a further checkpoint
 MAX_FRUITLESS = 3 * MAX_ATTEMPTS  # failures one after another, without one step in between: it is not the cells

@@ -12,7 +12,7 @@ from saescale.cluster.sweep.standing import Attempt, Pack
 from saescale.storage.errors import SaescaleError
 from saescale.trainers.cell import Cell
 from saescale.trainers.mesh.layout import Layout, MeshBroken
-from saescale.trainers.training.train import PackJob
+from saescale.trainers.training.job import PackJob
 
 COMPANY_S = 20.0  # for the others of a mesh to break off by themselves, after one ended
 

@@ -1,12 +1,16 @@
 """Where a pack stands, for whoever watches it."""
 
+from __future__ import annotations
+
 import time
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from saescale.storage.source import Batches
-from saescale.trainers.training.pack import Pack
 from saescale.trainers.training.training_cell import TrainingCell
+
+if TYPE_CHECKING:  # those who watch a pack in another process need no Lightning
+    from saescale.trainers.training.pack import Pack
 
 
 class CellProgress(NamedTuple):

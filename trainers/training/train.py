@@ -22,7 +22,6 @@ from typing import Any, NamedTuple
 import lightning.pytorch as L
 import torch
 from lightning.pytorch.plugins.environments import LightningEnvironment
-from pydantic import BaseModel, Field
 
 from saescale.storage.errors import SaescaleError, one_line
 from saescale.storage.live import open_source
@@ -30,35 +29,20 @@ from saescale.storage.rundir import RunDirectory
 from saescale.storage.source import Order, Source
 from saescale.storage.store import ActivationStore
 from saescale.trainers.architectures.own import take
-from saescale.trainers.cell import Cell, EvalSpec
+from saescale.trainers.cell import Cell
 from saescale.trainers.device import OutOfMemory, default_device, is_out_of_memory, set_threads
 from saescale.trainers.evals.nmse import HeldOut
 from saescale.trainers.loggers.interface import CellLogger, NoLogger
-from saescale.trainers.loggers.wandb_cells import WandbLogger, WandbSettings, resolve_mode, wandb_directory
+from saescale.trainers.loggers.wandb_cells import WandbLogger, resolve_mode, wandb_directory
 from saescale.trainers.mesh.mesh import ONE, Group
 from saescale.trainers.preprocess import SAMPLE_TOKENS, Centre, measure_centre, normalise, to_tensor
 from saescale.trainers.training.after_batch import AfterBatch
 from saescale.trainers.training.checkpoints import Checkpoints, resume
 from saescale.trainers.training.evaluate import Evaluator
+from saescale.trainers.training.job import PackJob
 from saescale.trainers.training.pack import Pack, stream_loader
 from saescale.trainers.training.report import Progress, Reporter
 from saescale.trainers.training.results import Provenance, Records
-
-
-class PackJob(BaseModel):
-    """All that a worker needs to train a pack. Cells must share store, batch_tokens and stream_seed."""
-
-    cells: list[Cell] = Field(min_length=1)
-    store: str  # URL
-    run: str  # URL of the run directory
-    sweep: str  # name; W&B group
-    eval: EvalSpec = EvalSpec()
-    wandb: WandbSettings = WandbSettings(mode="off")
-    checkpoint_every_s: float = Field(default=60.0, gt=0)
-    threads: int | None = None  # CPU threads; None leaves torch's own setting
-    architectures: dict[str, str] = {}  # of the user's own: the text of their files, by name
-    axes: tuple[str, ...] = ()  # in what cells of the sweep differ beside architecture, n, k and seed
-    driver: str | None = None  # who holds the run (storage/lease.py); None: nobody has to
 
 
 class PackOutcome(NamedTuple):
