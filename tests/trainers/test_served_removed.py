@@ -21,6 +21,8 @@ from saescale.trainers.harvest.live import LiveHarvest, live_here
 from saescale.trainers.harvest.live_needs import GoesOn, Needs
 from saescale.trainers.harvest.room import Room
 from saescale.trainers.harvest.served import Served, ServedCrew
+from saescale.trainers.training.after_batch import AfterBatch
+from saescale.trainers.training.pack import Pack
 from saescale.trainers.training.train import PackJob, train_pack
 from tests.survival import assert_same, reached
 from tests.trainers.killed import killed_after
@@ -128,19 +130,23 @@ def test_a_pack_that_waits_for_room_saves_so_that_there_is_room(tmp_path: Path) 
 
 
 @pytest.mark.slow
-def test_a_pack_that_waits_for_rows_stops_when_it_is_told_to(tmp_path: Path) -> None:
+def test_a_pack_that_waits_for_rows_stops_when_it_is_told_to(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder, url = tmp_path / "served", str(tmp_path / "live")
     serve(folder, range(42), times=TIMES)
-    with live_here(spec_of(folder, tokens=MORE, block_rows=BLOCKS), url) as live:
+    waits, wait = [0], AfterBatch.wait
 
-        def starved() -> bool:
-            return live.making.state.startswith("waiting for the server")
+    def counted(self: AfterBatch, pack: Pack) -> None:
+        waits[0] += max(cell.step for cell in pack.running) > 0
+        wait(self, pack)
 
-        outcome = train_pack(job(url, tmp_path / "run"), should_stop=starved)
+    monkeypatch.setattr(AfterBatch, "wait", counted)
+    with live_here(spec_of(folder, tokens=MORE, block_rows=BLOCKS), url):
+        outcome = train_pack(job(url, tmp_path / "run"), should_stop=lambda: waits[0] > 1)
         assert outcome.stopped
         (cell,) = (tmp_path / "run" / "cells").iterdir()
         assert 0 < max(steps(str(cell / "checkpoint"))) < MORE // BATCH
         serve(folder, range(42, FILES), times=TIMES)
+        monkeypatch.setattr(AfterBatch, "wait", wait)
         assert train_pack(job(url, tmp_path / "run")).results[0]["status"] == "done"
 
 
@@ -212,13 +218,13 @@ def test_a_consumer_that_was_killed_is_gone_when_another_has_its_cells(
 
 
 def test_a_file_that_comes_again_is_named(tmp_path: Path) -> None:
-    folder, url = tmp_path / "served", str(tmp_path / "live")
-    spec = spec_of(folder, remove_hidden_states=True)
-    serve(folder, range(40))
+    folder, url, order = tmp_path / "served", str(tmp_path / "live"), Order("train", 1, 128)
+    spec = spec_of(folder, tokens=2 * TOKENS, remove_hidden_states=True)
+    serve(folder, range(60))  # of two windows, and of a part of the next one
     said = r"cmpl-0000\.safetensors: a file of that name was taken and removed before, .* nothing is lost"
     with live_here(spec, url):
-        stream = open_source(url).batches(Order("train", 1, 128), stop=TOKENS // 128)
-        for batch in range(5):
+        stream = open_source(url).batches(order, stop=16)
+        for batch in range(8):
             next(stream)
             stream.passed(batch + 1)
         until = time.monotonic() + 30
@@ -228,14 +234,14 @@ def test_a_file_that_comes_again_is_named(tmp_path: Path) -> None:
         serve(folder, range(1))
         with stream, pytest.raises(SaescaleError, match=said):
             list(stream)
-    stream = open_source(url).batches(Order("train", 1, 128), start=5, stop=TOKENS // 128)
+    stream = open_source(url).batches(order, 8, 16)
     with stream, live_here(spec, url), pytest.raises(SaescaleError, match=said):  # a later process knows it too
         list(stream)
-    (folder / "cmpl-0000.safetensors").rename(folder / "cmpl-0090.safetensors")
-    serve(folder, range(40, 90))
-    stream = open_source(url).batches(Order("train", 1, 128), start=5, stop=TOKENS // 128)
+    (folder / "cmpl-0000.safetensors").rename(folder / "cmpl-0060.safetensors")
+    serve(folder, range(61, 120))
+    stream = open_source(url).batches(order, 8, 16)
     with stream, live_here(spec, url):
-        assert len(list(stream)) == TOKENS // 128 - 5
+        assert len(list(stream)) == 8
 
 
 def test_cells_whose_files_were_removed_are_told_before_anything_begins(tmp_path: Path) -> None:
