@@ -8,8 +8,8 @@ that ratios within a round are those of the code: with the share of their time t
 waiting for each other included, and the bytes that each sends a step, counted where they are sent. Every process has
 as many threads, half of the cores unless --threads says otherwise.
 
-On CPUs `--memory` measures instead what training takes: of each process of several meshes the peak of its resident
-memory in `train_pack`, from a store to the weights, and what the planner counts with (training/memory.py).
+On CPUs `--memory topk matryoshka` measures instead what training takes: of each process of several meshes the peak of
+its resident memory in `train_pack`, from a store to the weights, and what the planner counts with (training/memory.py).
 
 On a GPU also the largest N that trains: by halving, then between what fits and what does not. `--largest` does it on
 CPUs too, within the memory that is free.
@@ -51,8 +51,8 @@ from tests.trainers.peak_memory import measure
 from tests.trainers.synthetic import write_store
 
 SIZES = {"cpu": [Size(2048, 512, 16384, 32)], "cuda": [Size(16384, 768, 131072, 64), Size(16384, 768, 1048576, 64)]}
-# Where memory is measured: tensors that are larger than what an allocator keeps, windows that are small beside them.
-HELD, HELD_ROWS, HELD_OUT, ROW_GROUP = Size(1024, 512, 65_536, 8), 16_384, 4_096, 512
+# Where memory is measured: windows are small beside tensors, and most latents die.
+HELD, HELD_ROWS, HELD_OUT, ROW_GROUP = Size(512, 512, 32_768, 8), 16_384, 4_096, 512
 MESHES = [Layout(shards, replicas) for replicas in (1, 2) for shards in (1, 2, 4)]
 LARGEST = Size(8192, 768, 2**23, 64)  # N is where the search begins
 ALONE = "one process"
@@ -70,7 +70,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=10, help="rounds that count (default: 10)")
     parser.add_argument("--size", help="B,D,N,K of one size in place of the usual ones")
     parser.add_argument("--threads", type=int, help="CPU threads of each process")
-    parser.add_argument("--memory", action="store_true", help="measure memory instead")
+    parser.add_argument("--memory", nargs="+", metavar="ARCHITECTURE", help="measure memory instead")
     parser.add_argument("--largest", action="store_true", help="look for the largest N on CPUs too")
     parser.add_argument("--out", type=Path, help="JSON file (default: tests/benchmarks/results/mesh-DEVICE.json)")
     arguments = parser.parse_args()
@@ -81,7 +81,10 @@ def main() -> None:
     if arguments.device == "cuda":
         where |= {"gpu": torch.cuda.get_device_name(), "gpus": torch.cuda.device_count()}
     if arguments.memory:
-        path = write_result("mesh-memory", {"machine": where, "meshes": _memory()}, arguments.out)
+        found: list[dict[str, Any]] = []
+        for each in _memory(arguments.memory):
+            found.append(each)
+            path = write_result("mesh-memory", {"machine": where, "meshes": found}, arguments.out)
         console.print(f"{where['cpu']}; wrote {os.path.relpath(path)}")
         return
     sizes = [Size(*map(int, arguments.size.split(",")))] if arguments.size else SIZES[arguments.device]
@@ -225,14 +228,14 @@ def _serve(layout: Layout, rank: int, device: str, threads: int, folder: str, si
 # --- memory
 
 
-def _memory() -> list[dict[str, Any]]:
+def _memory(architectures: list[str]) -> Iterator[dict[str, Any]]:
     """Of each mesh the process whose peak is the highest, and what is predicted."""
-    found, rows = [], []
+    rows = []
     with tempfile.TemporaryDirectory(prefix="saescale-memory-") as folder:
         rng = np.random.default_rng(0)
         act = [rng.normal(size=(count, HELD.d_model)).astype(np.float16) for count in (HELD_ROWS, HELD_OUT)]
         store = write_store(f"{folder}/store", *act, ROW_GROUP)
-        for architecture in ("topk", "matryoshka"):
+        for architecture in architectures:
             for layout in MESHES:
                 cells = [_trained(store, architecture, size) for size in (Size(512, HELD.d_model, 128, 4), HELD)]
                 small, job = (
@@ -246,17 +249,15 @@ def _memory() -> list[dict[str, Any]]:
                 for each in (small, job):
                     shutil.rmtree(each.run)
                 predicted = pack_memory(job.cells, HELD_OUT, StreamSize(ROW_GROUP, HELD_ROWS), layout=layout).total
-                found.append({
+                yield {
                     "architecture": architecture, **layout._asdict(), **HELD._asdict(), "predicted": predicted,
-                    "peak": peak, "ratio": peak / predicted,
-                })  # fmt: skip
+                    "peak": peak, "ratio": peak / predicted, "load": os.getloadavg()[0],
+                }  # fmt: skip
                 rows.append([
                     architecture, str(layout), f"{peak / 2**20:,.0f}", f"{predicted / 2**20:,.0f}",
                     f"{peak / predicted:.2f}",
                 ])  # fmt: skip
-                console.print(*rows[-1])
     show_table(f"memory of {HELD}, fp32, MiB", ["", "", "highest peak", "predicted", "peak / predicted"], rows)
-    return found
 
 
 def _trained(store: str, architecture: str, size: Size) -> Cell:

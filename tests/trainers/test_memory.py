@@ -117,7 +117,7 @@ def test_a_dense_path_takes_no_more_than_predicted(
 def test_a_process_of_a_mesh_takes_little_less_than_predicted(tmp_path: Path) -> None:
     """Of two shards, whose tensors are larger than what an allocator keeps, and windows small beside them."""
     rng = np.random.default_rng(0)
-    rows, held_out, group, n_latents = 8_192, 4_096, 512, 40_960
+    rows, held_out, group, n_latents = 8_192, 4_096, 512, 36_864
     act = [rng.normal(size=(count, D_MODEL)).astype(np.float16) for count in (rows, held_out)]
     store = ActivationStore.open(write_store(str(tmp_path / "store"), *act, group))
     small, large = (
@@ -134,7 +134,8 @@ def test_a_process_of_a_mesh_takes_little_less_than_predicted(tmp_path: Path) ->
     layout = Layout(2)
     (peak,) = measure(warm_up, [job], layout=layout)
     expected = pack_memory([large], held_out, StreamSize(group, rows), layout=layout).total
-    assert 0.7 < peak / expected <= 1
+    assert 0.7 < peak / expected <= 1, peak / expected
+    print(peak/expected)
 
 
 def test_every_part_of_a_cell_counts(store: ActivationStore) -> None:
