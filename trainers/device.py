@@ -1,6 +1,8 @@
 """Which device, precision and number of threads a process trains with."""
 
+import ctypes
 import os
+from contextlib import suppress
 
 import numba
 import torch
@@ -59,6 +61,13 @@ def usable_cores() -> int:
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
+
+
+def return_freed_memory() -> None:
+    """To the system, which another process may want it from: glibc keeps freed blocks of less than 32 MiB, and what is
+    allocated next may not fit between what still lies there."""
+    with suppress(OSError, AttributeError):  # another C library
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def set_threads(threads: int) -> None:

@@ -1,12 +1,15 @@
-"""Benchmark (m): one cell shared by several processes; no Ray, no store.
+"""Benchmark (m): one cell shared by several processes; no Ray.
 
     python -m tests.benchmarks.bench_mesh                   on CPUs
     python -m tests.benchmarks.bench_mesh --device cuda     processes on one GPU, or one GPU each where there are two
 
-Tokens/s of one process without a mesh and with a mesh of one (taking turns in one process, so that the ratio is that of
-the code), then of two processes as two shards and as two replicas: with the share of their time that they spend in
-collectives, waiting for each other included, and the bytes that each sends a step, counted where they are sent. Every
-process has as many threads, half of the cores unless --threads says otherwise.
+One process without a mesh, a mesh of one, two processes as two shards and as two replicas take turns, a step each, so
+that ratios within a round are those of the code: with the share of their time that processes spend in collectives,
+waiting for each other included, and the bytes that each sends a step, counted where they are sent. Every process has
+as many threads, half of the cores unless --threads says otherwise.
+
+On CPUs `--memory topk matryoshka` measures instead what training takes: of each process of several meshes the peak of
+its resident memory in `train_pack`, from a store to the weights, and what the planner counts with (training/memory.py).
 
 On a GPU also the largest N that trains: by halving, then between what fits and what does not. `--largest` does it on
 CPUs too, within the memory that is free.
@@ -15,19 +18,23 @@ CPUs too, within the memory that is free.
 import argparse
 import gc
 import os
+import shutil
 import statistics
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import torch.multiprocessing as mp
 
 from saescale.storage.errors import one_line
+from saescale.storage.store import ActivationStore
 from saescale.trainers.architectures.architecture import Batch, Parameter
-from saescale.trainers.cell import Cell, auto_k_aux
+from saescale.trainers.cell import Cell, EvalSpec, auto_k_aux
 from saescale.trainers.device import fast_precision, is_out_of_memory, set_threads, usable_cores
 from saescale.trainers.kernels.choose import kernel_kind
 from saescale.trainers.mesh.distributed import Processes, join
@@ -36,12 +43,19 @@ from saescale.trainers.preprocess import Centre
 from saescale.trainers.training import training_cell
 from saescale.trainers.training.memory import StreamSize, pack_memory
 from saescale.trainers.training.together import place
+from saescale.trainers.training.train import PackJob
 from saescale.trainers.training.training_cell import TrainingCell
 from tests.benchmarks.harness import BenchmarkError, alternate, console, machine, run, show_table, write_result
 from tests.benchmarks.protocol import Size
+from tests.trainers.peak_memory import measure
+from tests.trainers.synthetic import write_store
 
 SIZES = {"cpu": [Size(2048, 512, 16384, 32)], "cuda": [Size(16384, 768, 131072, 64), Size(16384, 768, 1048576, 64)]}
+# Where memory is measured: windows are small beside tensors, and most latents die.
+HELD, HELD_ROWS, HELD_OUT, ROW_GROUP = Size(512, 512, 32_768, 8), 16_384, 4_096, 512
+MESHES = [Layout(shards, replicas) for replicas in (1, 2) for shards in (1, 2, 4)]
 LARGEST = Size(8192, 768, 2**23, 64)  # N is where the search begins
+ALONE = "one process"
 NEVER = 10**9  # tokens after which a latent counts as dead
 DEADLINE_S = 120.0
 
@@ -53,9 +67,10 @@ def main() -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
-    parser.add_argument("--rounds", type=int, default=10, help="steps that count (default: 10)")
+    parser.add_argument("--rounds", type=int, default=10, help="rounds that count (default: 10)")
     parser.add_argument("--size", help="B,D,N,K of one size in place of the usual ones")
     parser.add_argument("--threads", type=int, help="CPU threads of each process")
+    parser.add_argument("--memory", nargs="+", metavar="ARCHITECTURE", help="measure memory instead")
     parser.add_argument("--largest", action="store_true", help="look for the largest N on CPUs too")
     parser.add_argument("--out", type=Path, help="JSON file (default: tests/benchmarks/results/mesh-DEVICE.json)")
     arguments = parser.parse_args()
@@ -65,6 +80,13 @@ def main() -> None:
     where = machine()
     if arguments.device == "cuda":
         where |= {"gpu": torch.cuda.get_device_name(), "gpus": torch.cuda.device_count()}
+    if arguments.memory:
+        found: list[dict[str, Any]] = []
+        for each in _memory(arguments.memory):
+            found.append(each)
+            path = write_result("mesh-memory", {"machine": where, "meshes": found}, arguments.out)
+        console.print(f"{where['cpu']}; wrote {os.path.relpath(path)}")
+        return
     sizes = [Size(*map(int, arguments.size.split(",")))] if arguments.size else SIZES[arguments.device]
     result: dict[str, Any] = {"machine": where, "sizes": []}
     path = None
@@ -81,48 +103,37 @@ def main() -> None:
 
 
 def _measure(size: Size, device: str, rounds: int) -> dict[str, Any]:
-    entry: dict[str, Any] = {**size._asdict(), "precision": fast_precision(torch.device(device))}
-    entry["one"] = _one(size, device, rounds)
-    for shards, replicas in ((2, 1), (1, 2)):
-        name = f"{shards} shards x {replicas} replicas"
-        entry[name] = _spawned(_steps, Layout(shards, replicas), device, size, rounds)
-    names = [name for name in entry if isinstance(entry[name], dict)]
+    own, _ = place(0, Layout(), device)
+    entry: dict[str, Any] = {**size._asdict(), "precision": fast_precision(own)}
+    with tempfile.TemporaryDirectory() as folder, ExitStack() as ends:
+        group = join(Layout(), 0, f"file://{folder}/meeting", "gloo", own, DEADLINE_S)
+        ends.callback(group.leave)
+        turns: list[_Turn | _Several] = [_Turn(ALONE, size, own, None), _Turn("a mesh of one", size, own, group)]
+        turns += [ends.enter_context(_several(Layout(*of), size, device)) for of in ((2, 1), (1, 2))]
+        timings = alternate(turns, rounds, warmup=3)
+        for turn in turns:
+            timing = timings[turn.name]
+            entry[turn.name] = {
+                "ms": timing.median * 1e3,
+                "tokens_per_s": size.batch_tokens / timing.median,
+                "over_alone": statistics.median(1 / speed for speed in timing.speed_over(timings[ALONE])),
+            } | (turn.told(rounds) if isinstance(turn, _Several) else {})
+    entry["load_after"] = os.getloadavg()[0]
     rows = []
-    for name in names:
+    for name in (turn.name for turn in turns):
         got = entry[name]
         sent = got.get("bytes_per_step", {})
         rows.append([
-            name, f"{got['ms']:.1f}", f"{got['tokens_per_s']:,.0f}",
+            name, f"{got['ms']:.1f}", f"{got['over_alone']:.3f}",
             f"{got['communication_share']:.1%}" if "communication_share" in got else "",
             ", ".join(f"{kind} {count / 2**20:.2f}" for kind, count in sent.items()),
         ])  # fmt: skip
-    rows.insert(1, ["mesh of one", f"{entry['one']['mesh_ms']:.1f}", "", f"{entry['one']['overhead']:+.2%}", ""])
     show_table(
         f"{size}, {entry['precision']}, {device}",
-        ["", "ms a step", "tokens/s", "in collectives", "MiB sent a step"],
+        ["", "ms a step", "over one process", "in collectives", "MiB sent a step"],
         rows,
     )
     return entry
-
-
-def _one(size: Size, device: str, rounds: int) -> dict[str, Any]:
-    """Steps without a mesh and with a mesh of one, in turn."""
-    own, _ = place(0, Layout(), device)
-    with tempfile.TemporaryDirectory() as folder:
-        group = join(Layout(), 0, f"file://{folder}/meeting", "gloo", own, DEADLINE_S)
-        try:
-            alone, meshed = (_Turn(name, size, own, of) for name, of in (("alone", None), ("mesh", group)))
-            timings = alternate([alone, meshed], max(rounds, 20), warmup=3)
-        finally:
-            group.leave()
-    seconds = timings["alone"].median
-    ratios = [1 / speed for speed in timings["mesh"].speed_over(timings["alone"])]
-    return {
-        "ms": seconds * 1e3,
-        "mesh_ms": timings["mesh"].median * 1e3,
-        "tokens_per_s": size.batch_tokens / seconds,
-        "overhead": statistics.median(ratios) - 1,
-    }
 
 
 class _Turn:
@@ -141,31 +152,120 @@ class _Turn:
         return time.perf_counter() - began
 
 
-def _steps(group: Processes, size: Size, rounds: int) -> dict[str, Any]:
-    """In one process of a mesh."""
-    turn = _Turn("", size, group.device, group)
-    for _ in range(3):
-        turn.step()
-    group.traffic.clear()
-    seconds = [turn.step() for _ in range(rounds)]
-    traffic = group.traffic
-    return {
-        "ms": statistics.median(seconds) * 1e3,
-        "tokens_per_s": size.batch_tokens / statistics.median(seconds),
-        "communication_share": sum(traffic.seconds.values()) / sum(seconds),
-        "bytes_per_step": {kind: count / rounds for kind, count in traffic.bytes.items()},
-        "calls_per_step": {kind: count / rounds for kind, count in traffic.calls.items()},
-        "gpu_bytes": torch.cuda.max_memory_allocated() if group.device.type == "cuda" else None,
-        "predicted_bytes": pack_memory(
-            [turn.cell.cell],
-            size.batch_tokens,
-            StreamSize(8192, 2**18),
-            kernel_kind(group.device),
-            layout=group.layout,
-        ).total,
-        "threads": torch.get_num_threads(),
-        "loss": turn.cell.loss,
-    }
+class _Several:
+    """The processes of a mesh that take their turn together."""
+
+    def __init__(self, layout: Layout, ways: list[Any]) -> None:
+        self.name, self._ways = str(layout), ways
+        self._steps: list[dict[str, Any]] = []  # what the first process says of each
+
+    def step(self) -> float:
+        for way in self._ways:
+            way.send("step")
+        answers = [way.recv() for way in self._ways]
+        if faults := [answer for answer in answers if isinstance(answer, str)]:
+            raise BenchmarkError("; ".join(faults))
+        self._steps.append(answers[0])
+        return max(answer["seconds"] for answer in answers)
+
+    def told(self, rounds: int) -> dict[str, Any]:
+        steps = self._steps[-rounds:]
+        return {
+            "communication_share": statistics.median(step["in_collectives"] / step["seconds"] for step in steps),
+            "bytes_per_step": steps[-1]["bytes"],
+            "calls_per_step": steps[-1]["calls"],
+            "threads": steps[-1]["threads"],
+            "gpu_bytes": steps[-1]["gpu_bytes"],
+            "predicted_bytes": steps[-1]["predicted_bytes"],
+        }
+
+
+@contextmanager
+def _several(layout: Layout, size: Size, device: str) -> Iterator[_Several]:
+    context = mp.get_context("spawn")
+    with tempfile.TemporaryDirectory(prefix="saescale-mesh-") as folder:
+        pairs = [context.Pipe() for _ in range(layout.ranks)]
+        processes = [
+            context.Process(
+                target=_serve, args=(layout, rank, device, torch.get_num_threads(), folder, size, theirs), daemon=True
+            )
+            for rank, (_, theirs) in enumerate(pairs)
+        ]
+        for process in processes:
+            process.start()
+        try:
+            yield _Several(layout, [mine for mine, _ in pairs])
+        finally:
+            for mine, _ in pairs:
+                mine.send("end")
+            for process in processes:
+                process.join()
+
+
+def _serve(layout: Layout, rank: int, device: str, threads: int, folder: str, size: Size, way: Any) -> None:
+    own, backend = place(rank, layout, device)
+    set_threads(threads)
+    group = join(layout, rank, f"file://{folder}/meeting", backend, own, DEADLINE_S)
+    turn, traffic = _Turn("", size, own, group), group.traffic
+    while way.recv() != "end":
+        traffic.clear()
+        try:
+            seconds = turn.step()
+        except Exception as error:
+            way.send(f"rank {rank}: {type(error).__name__}: {one_line(error)[:300]}")
+            continue
+        way.send({
+            "seconds": seconds, "in_collectives": sum(traffic.seconds.values()), "bytes": dict(traffic.bytes),
+            "calls": dict(traffic.calls), "threads": torch.get_num_threads(),
+            "gpu_bytes": torch.cuda.max_memory_allocated() if own.type == "cuda" else None,
+            "predicted_bytes": pack_memory(
+                [turn.cell.cell], size.batch_tokens, StreamSize(8192, 2**18), kernel_kind(own), layout=layout
+            ).total,
+        })  # fmt: skip
+    group.leave()
+
+
+# --- memory
+
+
+def _memory(architectures: list[str]) -> Iterator[dict[str, Any]]:
+    """Of each mesh the process whose peak is the highest, and what is predicted."""
+    rows = []
+    with tempfile.TemporaryDirectory(prefix="saescale-memory-") as folder:
+        rng = np.random.default_rng(0)
+        act = [rng.normal(size=(count, HELD.d_model)).astype(np.float16) for count in (HELD_ROWS, HELD_OUT)]
+        store = write_store(f"{folder}/store", *act, ROW_GROUP)
+        for architecture in architectures:
+            for layout in MESHES:
+                cells = [_trained(store, architecture, size) for size in (Size(512, HELD.d_model, 128, 4), HELD)]
+                small, job = (
+                    PackJob(
+                        cells=[cell], store=store, run=f"{folder}/{cell.n_latents}", sweep="memory", threads=1,
+                        eval=EvalSpec(tokens=HELD_OUT, every_tokens=2 * cell.batch_tokens), checkpoint_every_s=0.3,
+                    )
+                    for cell in cells
+                )  # fmt: skip
+                (peak,) = measure(small, [job], layout=layout)
+                for each in (small, job):
+                    shutil.rmtree(each.run)
+                predicted = pack_memory(job.cells, HELD_OUT, StreamSize(ROW_GROUP, HELD_ROWS), layout=layout).total
+                yield {
+                    "architecture": architecture, **layout._asdict(), **HELD._asdict(), "predicted": predicted,
+                    "peak": peak, "ratio": peak / predicted, "load": os.getloadavg()[0],
+                }  # fmt: skip
+                rows.append([
+                    architecture, str(layout), f"{peak / 2**20:,.0f}", f"{predicted / 2**20:,.0f}",
+                    f"{peak / predicted:.2f}",
+                ])  # fmt: skip
+    show_table(f"memory of {HELD}, fp32, MiB", ["", "", "highest peak", "predicted", "peak / predicted"], rows)
+
+
+def _trained(store: str, architecture: str, size: Size) -> Cell:
+    return Cell(
+        store=ActivationStore.open(store).identity, d_model=size.d_model, n_latents=size.n_latents, k=size.k,
+        tokens=5 * size.batch_tokens, batch_tokens=size.batch_tokens, lr=1e-3, settings={"k_aux": 64},
+        dead_after_tokens=2 * size.batch_tokens, architecture=architecture,
+    )  # fmt: skip
 
 
 # --- the largest N

@@ -129,12 +129,16 @@ def batches(count: int) -> list[torch.Tensor]:
     return made
 
 
-def take_steps(group: Group, steps: int, poisoned: int | None = None, fields: dict[str, Any] | None = None) -> Stepped:
-    """Steps of a cell; `poisoned`: the shard one of whose weights is NaN from the third step on."""
+def take_steps(
+    group: Group, steps: int, poisoned: int | None = None, fields: dict[str, Any] | None = None, sunk: float = 0.0
+) -> Stepped:
+    """Steps of a cell; `poisoned`: the shard one of whose weights is NaN from the third step on; `sunk`: by what the
+    biases of the first dead latents are lowered."""
     cell = TrainingCell(cell_of(**(fields or {})), Centre(torch.zeros(D), 1 / D), torch.device("cpu"), group.mesh(N))
     mesh, losses, idle, dead, sent = cell.sae.mesh, [], [], [], {}
     # Some of the first shard are dead from the beginning: fewer than AuxK would take, and none of the others'.
     cell.dead.tokens_since[: max(0, 5 - mesh.first)] = WINDOW
+    cell.sae.params["b_enc"][: max(0, 5 - mesh.first)] -= sunk
     traffic = getattr(mesh, "traffic", None)
     guard = Guard(N if mesh.shards > 1 else 10**9)
     with guard:
@@ -160,8 +164,8 @@ def take_steps(group: Group, steps: int, poisoned: int | None = None, fields: di
     return Stepped(losses, idle, params, dead, tuple(cell.worked.read()), sent, cell.error, guard.seen)
 
 
-def alone(steps: int, fields: dict[str, Any] | None = None) -> Stepped:
-    return take_steps(ONE, steps, None, fields)
+def alone(steps: int, fields: dict[str, Any] | None = None, sunk: float = 0.0) -> Stepped:
+    return take_steps(ONE, steps, None, fields, sunk)
 
 
 def whole(answers: list[Stepped], shards: int) -> dict[str, torch.Tensor]:

@@ -1,6 +1,7 @@
 """A cell's step on a mesh of threads, by plain torch: fast, and what test_mesh.py does with real processes."""
 
 import pytest
+import torch
 
 from saescale.trainers.architectures.sae import step_of
 from saescale.trainers.kernels import choose, eager
@@ -33,7 +34,7 @@ def plain(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(
     ("architecture", "shards", "replicas"),
     [
-        *(("topk", *layout) for layout in ((2, 1), (3, 2), (1, 2))),
+        *(("topk", *layout) for layout in ((2, 1), (3, 2), (1, 2), (4, 2))),
         ("batchtopk", 3, 2), ("batchtopk", 1, 2), ("matryoshka", 3, 2), ("hierarchical_topk", 3, 2),
     ],
 )  # fmt: skip
@@ -54,6 +55,23 @@ def test_a_mesh_steps_as_one_process_does(architecture: str, shards: int, replic
         assert float((t - one.params[name]).norm()) <= 1e-3 * float(one.params[name].norm()), name
     assert answers[0].dead == pytest.approx(one.dead, abs=1e-6)
     assert answers[0].idle == one.idle
+
+
+@pytest.mark.parametrize(("shards", "replicas"), [(3, 1), (2, 2)])
+def test_dead_latents_whose_scores_are_negative_have_no_part(shards: int, replicas: int) -> None:
+    """AuxK selects its latents, decodes none of them and moves none."""
+    one, before = mesh.alone(2, sunk=9.0), mesh.alone(0, sunk=9.0)
+    answers = on_threads(
+        Layout(shards, replicas), mesh.N, lambda of: mesh.take_steps(Given(of), 2, None, None, 9.0)
+    )  # fmt: skip
+    params = mesh.whole(answers, shards)
+    for answer in answers:
+        assert (answer.losses, answer.pairs, answer.idle) == (answers[0].losses, one.pairs, [5, 5])
+    assert one.pairs[2] == 0  # of AuxK
+    assert answers[0].losses == pytest.approx(one.losses, rel=1e-5)
+    for name in ("W_enc", "W_dec", "b_enc"):
+        # Rows of the decoder are brought to norm 1 again.
+        assert torch.allclose(params[name][:5], before.params[name][:5], rtol=1e-6), name
 
 
 @pytest.mark.parametrize("architecture", ["batchtopk", "matryoshka", "hierarchical_topk"])

@@ -1,5 +1,6 @@
 """A trained SAE in use: raw activations in, latents and x_hat in their space out, the same from its file."""
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -7,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+from saescale.storage.errors import Damaged
 from saescale.storage.rundir import RunDirectory
 from saescale.storage.store import ActivationStore
 from saescale.trainers.cell import Cell, EvalSpec
@@ -96,3 +98,21 @@ def test_what_is_written_is_read_back(finished: dict[str, tuple[trained.Trained,
         assert (again.cell, again.sae.precision) == (sae.cell, "bf16")
         for name, tensor in sae.sae.params.items():
             assert np.array_equal(tensor.numpy(), again.sae.params[name].numpy())
+
+
+def test_files_that_the_result_of_a_cell_does_not_name_are_refused(
+    finished: dict[str, tuple[trained.Trained, float]], tmp_path: Path
+) -> None:
+    """One file where it names an index, and an index where it names one file."""
+    one, many, index = tmp_path / "one", tmp_path / "many", "sae.safetensors.index.json"
+    native.write(finished["fp32"][0], str(one))
+    native.copy(str(one), str(many), 4_096)
+    assert (many / index).is_file()
+    for folder, named in ((one, index), (many, "sae.safetensors")):
+        for sums, refused in (({}, False), ({"xxh3": {named: "0" * 16}}, True)):
+            (folder / "result.json").write_text(json.dumps({"status": "done"} | sums))
+            if refused:
+                with pytest.raises(Damaged, match=r"none of the files that the cell's result.json .*restore it"):
+                    native.read(str(folder))
+            else:
+                assert native.read(str(folder)).cell == finished["fp32"][0].cell

@@ -161,13 +161,18 @@ def _require_result(where: str, found: str) -> None:
 
 
 def _sum(where: str) -> str | None:
-    """The checksum that the result of the cell has of its file; None where nothing says what it should be."""
+    """The checksum that the result of the cell has of its file; None where nothing says what it should be. Raises
+    Damaged where the result names files, and this is none of them."""
     folder, name = sharded.split(where)
     try:
         sums = read_json(files.join(folder, "result.json"), "").get("xxh3")
     except (FileNotFoundError, Damaged):
         return None
-    return sums.get(name) if isinstance(sums, dict) and name in (FILE, index_name(FILE)) else None
+    if not isinstance(sums, dict) or name not in (FILE, index_name(FILE)):
+        return None
+    if name not in sums:
+        raise Damaged(f"{where} is none of the files that the cell's result.json was written with", where)
+    return str(sums[name])
 
 
 def _require_file(where: str, cell: Cell) -> None:

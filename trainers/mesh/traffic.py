@@ -28,6 +28,13 @@ class Sent(NamedTuple):
         return self.selection + self.reductions + self.replicas
 
 
+class Held(NamedTuple):
+    """Bytes that one process has of what others send, at one time of a step or the other."""
+
+    selecting: float  # candidates of all shards, or the counts of their digits
+    summing: float  # parts of a reconstruction and the sum of it, with what they are made of
+
+
 class Said(NamedTuple):
     """What a step asks its mesh for, AuxK apart, which while latents are dead is one selection and sum more."""
 
@@ -66,13 +73,17 @@ def sent(layout: Layout, d_model: int, n_latents: int, said: Said, batch_tokens:
     return Sent(selection, reductions, copies, collectives)
 
 
-def held(layout: Layout, d_model: int, n_latents: int, k: int, batch_tokens: int) -> float:
-    """Bytes of what a process has from the others at one time in a step that selects `k` latents of a token: parts of
-    a reconstruction, and the candidates of all shards or the counts of their digits."""
+def held(layout: Layout, d_model: int, n_latents: int, k: int, batch_tokens: int) -> Held:
+    """In a step that selects `k` latents of a token; nothing where one process is alone."""
+    shards, replicas = layout
     width, gathered = _offered(layout, n_latents, k)
-    others = layout.shards * width if gathered else k + _COUNTS
-    keys = _KEY * (k + others) if layout.shards > 1 else 0
-    return float(batch_tokens / layout.replicas * (4 * _NUMBER * d_model + 2 * keys))
+    others = shards * width if gathered else k + _COUNTS
+    keys = _KEY * (k + others) if shards > 1 else 0
+    # In a row: what is added, its sum, the parts that go to the others and those that come, and the sum of these; or
+    # this replica's rows and those of all.
+    wide = max(4 + 1 / shards if shards > 1 else 0, 1 + replicas if replicas > 1 else 0)
+    rows = batch_tokens / replicas
+    return Held(2 * keys * rows, wide * _NUMBER * d_model * rows)
 
 
 def _offered(layout: Layout, n_latents: int, k: int) -> tuple[int, bool]:

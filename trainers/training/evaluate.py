@@ -5,6 +5,7 @@ import time
 import numpy as np
 
 from saescale.storage.columns import CurveRow
+from saescale.trainers.device import return_freed_memory
 from saescale.trainers.evals.nmse import HeldOut
 from saescale.trainers.training.pack import Pack
 from saescale.trainers.training.training_cell import TrainingCell
@@ -18,6 +19,7 @@ class Evaluator:
         self._last = (time.monotonic(), 0)
 
     def begin(self) -> None:
+        return_freed_memory()
         self._last = (time.monotonic(), 0)
 
     def measure(self, pack: Pack, stepped: list[TrainingCell]) -> list[tuple[TrainingCell, CurveRow]]:
@@ -28,6 +30,8 @@ class Evaluator:
         due = [cell for cell in stepped if cell.error is None and self._due(cell)]
         if not due:
             return []
+        # Steps and evaluations take blocks of other sizes, of which neither finds room in what the other leaves.
+        return_freed_memory()
         then, batches = self._last
         elapsed = max(1e-9, time.monotonic() - then)
         rate = (pack.batches - batches) * due[0].cell.batch_tokens / elapsed
@@ -41,6 +45,7 @@ class Evaluator:
                 rows.append((cell, cell.record(quality.nmse, quality.l0, rate)))
             else:
                 cell.diverge(f"held-out nmse {quality.nmse}")
+        return_freed_memory()
         self._last = (time.monotonic(), pack.batches)
         return rows
 

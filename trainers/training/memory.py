@@ -13,18 +13,22 @@ from typing import NamedTuple
 
 import torch
 
+from saescale.trainers.architectures import auxk
 from saescale.trainers.architectures.architecture import Settings, Shape, find_architecture
 from saescale.trainers.architectures.sae import step_of
 from saescale.trainers.cell import Cell
 from saescale.trainers.evals.nmse import CHUNK_ROWS, rows_at_a_time
 from saescale.trainers.kernels.choose import KernelKind
 from saescale.trainers.mesh.layout import Layout
-from saescale.trainers.mesh.traffic import held
+from saescale.trainers.mesh.traffic import Held, held
 from saescale.trainers.preprocess import SAMPLE_TOKENS, Centre
 
 PROCESS_BYTES = 800 * 2**20  # imports and compiled kernels of a worker, in the host's memory; measured
 _FLOAT = 4
 _ONE = Layout()
+# What glibc keeps for the threads that speak to other processes: an arena of each ends with up to 64 MiB of freed
+# blocks that were smaller than 32. 45 to 67 MiB measured, whatever the mesh.
+_SPEAKING = 64 * 2**20
 _ALLOCATOR = 1.15  # freed memory that the allocator keeps: up to 1.10 measured, which differs from run to run
 
 
@@ -45,11 +49,12 @@ class PackMemory(NamedTuple):
     evaluation: float  # one cell's averaged weights, its errors on a chunk of held-out rows, and preprocessed rows
     checkpoint: float  # one cell's state on its way into an object store; a local file is written tensor by tensor
     start: float  # the sample that the geometric median is measured on, before there are cells
+    speaking: float = 0.0  # of the threads that speak to the other processes of a mesh, in the host's memory
 
     @property
     def total(self) -> float:
         work = self.held + max(self.training, self.evaluation, self.checkpoint)
-        return _ALLOCATOR * (self.stream + max(work, self.start))
+        return _ALLOCATOR * (self.stream + max(work, self.start)) + self.speaking
 
 
 def pack_memory(
@@ -65,39 +70,41 @@ def pack_memory(
     remote_run: the run directory is an object store, where a file is put in one piece. `layout`: of the processes that
     share the cells, of which each takes as much.
     """
-    if layout.ranks > 1:
-        shared = pack_memory([_share(cell, layout) for cell in cells], eval_tokens, stream, kernels, remote_run)
-        # The batch is preprocessed whole, and worked on by rows.
-        rows, whole, d_model = cells[0].batch_tokens // layout.replicas, cells[0].batch_tokens, cells[0].d_model
-        batch = _preprocessed(whole, whole, d_model) - _preprocessed(rows, rows, d_model)
-        return shared._replace(training=shared.training + batch + max(_of_others(cell, layout) for cell in cells))
     d_model, batch = cells[0].d_model, cells[0].batch_tokens
-    host = kernels == "cpu"
+    host, bf16 = kernels == "cpu", any(cell.precision == "bf16" for cell in cells)
     windows = 3 * min(stream.mixed or 8 * stream.row_group_rows, stream.rows) * d_model * 2
+    own = [_share(cell, layout) for cell in cells]
+    looked_at = _preprocessed(rows_at_a_time(eval_tokens, d_model), d_model, bf16)
+    making = _made(min(eval_tokens, CHUNK_ROWS), d_model)
     return PackMemory(
-        held=sum(_held(cell) for cell in cells),
+        held=sum(_held(cell) for cell in own),
         stream=windows + eval_tokens * d_model * 2 if host else 0,
-        training=max(_step(cell, kernels) for cell in cells) + _preprocessed(batch, batch, d_model),
-        evaluation=max(_evaluation(cell, kernels) for cell in cells)
-        + _preprocessed(rows_at_a_time(eval_tokens, d_model), min(eval_tokens, CHUNK_ROWS), d_model),
-        checkpoint=max(4 * weights_bytes(cell) for cell in cells) if host and remote_run else 0,
+        # Each has every batch whole, and the errors and pairs of all of it.
+        training=max(_step(cell, layout, kernels) for cell in cells)
+        + _preprocessed(batch, d_model, bf16)
+        + _made(batch, d_model),
+        evaluation=looked_at + max(_evaluation(cell, layout, kernels, making) for cell in cells),
+        checkpoint=max(4 * weights_bytes(cell) for cell in own) if host and remote_run else 0,
         start=3 * _FLOAT * min(SAMPLE_TOKENS, stream.rows) * d_model if host else 0,
+        speaking=_SPEAKING if host and layout.ranks > 1 else 0,
     )
 
 
 def _share(cell: Cell, layout: Layout) -> Cell:
     """As large as what a process of that layout holds of a cell."""
     n_latents = layout.share(cell.n_latents, 0).size
-    most = cell.whole_settings.k_aux if hasattr(cell.whole_settings, "k_aux") else 0
-    rows = cell.batch_tokens // layout.replicas
-    return cell.model_copy(update={"n_latents": max(n_latents, cell.k, most), "batch_tokens": rows})
+    return cell.model_copy(update={"n_latents": max(n_latents, cell.k, _k_aux(cell))})
 
 
-def _of_others(cell: Cell, layout: Layout) -> float:
-    """What processes have from each other in a step: in that selection of it which takes most."""
-    settings = cell.whole_settings
-    k = max(settings.pairs_per_token(cell.n_latents), getattr(settings, "k_aux", 0))
-    return held(layout, cell.d_model, cell.n_latents, k, cell.batch_tokens)
+def _k_aux(cell: Cell) -> int:
+    """0 where the architecture has none."""
+    return getattr(cell.whole_settings, "k_aux", 0)
+
+
+def _of_others(cell: Cell, layout: Layout, rows: int) -> Held:
+    """What processes have from each other of so many rows: in that selection which takes most."""
+    k = max(cell.whole_settings.pairs_per_token(cell.n_latents), _k_aux(cell))
+    return held(layout, cell.d_model, cell.n_latents, k, rows)
 
 
 def weights_bytes(cell: Cell) -> float:
@@ -144,18 +151,31 @@ def _held(cell: Cell) -> float:
     return 4 * weights_bytes(cell) + _rounded(cell) + 8 * cell.n_latents
 
 
-def _preprocessed(rows: int, making: int, d_model: int) -> float:
-    """x in float32 and rounded, and of the rows that are being made the raw ones and one more copy."""
-    return d_model * (rows * (_FLOAT + 2) + making * (2 + _FLOAT))
+def _preprocessed(rows: int, d_model: int, bf16: bool) -> float:
+    """x in float32, and rounded where some cell needs that."""
+    return d_model * rows * (_FLOAT + 2 * bf16)
 
 
-def _step(cell: Cell, kernels: KernelKind) -> float:
-    step, shape = step_of(cell.architecture, cell.n_latents), Shape(cell.d_model, cell.n_latents)
-    return step.training_bytes(shape, cell.whole_settings, cell.batch_tokens, cell.precision, kernels)
+def _made(rows: int, d_model: int) -> float:
+    """While rows are preprocessed: the raw ones and one more copy."""
+    return d_model * rows * (2 + _FLOAT)
 
 
-def _evaluation(cell: Cell, kernels: KernelKind) -> float:
-    step, shape = step_of(cell.architecture, cell.n_latents), Shape(cell.d_model, cell.n_latents)
+def _step(cell: Cell, layout: Layout, kernels: KernelKind) -> float:
+    own = _share(cell, layout)
+    step, shape = step_of(cell.architecture, own.n_latents), Shape(own.d_model, own.n_latents)
+    taken = step.training_bytes(shape, cell.whole_settings, cell.batch_tokens, cell.precision, kernels)
+    if layout.ranks > 1 and (k_aux := _k_aux(cell)):  # which goes another way there
+        taken -= auxk.held_bytes(shape, k_aux, cell.batch_tokens, cell.precision, kernels)
+        taken += auxk.held_on_mesh(shape, cell.batch_tokens // layout.replicas, cell.precision, kernels)
+    return taken + max(_of_others(cell, layout, cell.batch_tokens))
+
+
+def _evaluation(cell: Cell, layout: Layout, kernels: KernelKind, making: float) -> float:
+    own = _share(cell, layout)
+    step, shape = step_of(cell.architecture, own.n_latents), Shape(own.d_model, own.n_latents)
     made = step.evaluation_bytes(shape, cell.whole_settings, CHUNK_ROWS, cell.precision, kernels)
-    # A finished cell's averaged weights stand beside the bytes of its file.
-    return max(weights_bytes(cell) + _rounded(cell) + made, 2 * weights_bytes(cell))
+    selecting, summing = _of_others(cell, layout, CHUNK_ROWS)
+    # A finished cell's averaged weights stand beside the bytes of its file, or of one tensor where shards write theirs.
+    written = weights_bytes(own) if layout.shards == 1 else 0
+    return weights_bytes(own) + max(_rounded(own) + max(making, made + selecting, summing), written)
