@@ -27,7 +27,7 @@ from saescale.trainers.training.train import PackJob, train_pack
 from tests.survival import assert_same, reached
 from tests.trainers.killed import killed_after
 from tests.trainers.live_case import Watch, cell_of, job_of
-from tests.trainers.test_served import HELDOUT, TOKENS, D, paced, serve, spec_of, streamed, taken
+from tests.trainers.test_served import HELDOUT, TOKENS, D, paced, serve, spec_of, taken
 
 # A source with more tokens than a cell's centre is measured on, from which nothing goes until that is done.
 MORE, BLOCKS, BATCH, TIMES, FILES = 49_152, 2_048, 512, 40, 58
@@ -252,9 +252,14 @@ def test_cells_whose_files_were_removed_are_told_before_anything_begins(tmp_path
     folder, url = tmp_path / "served", str(tmp_path / "live")
     spec = spec_of(folder, remove_hidden_states=True)
     serve(folder, range(90))
-    with live_here(spec, url) as live:
-        streamed(url)
-        live.clear()
+    with live_here(spec, url), open_source(url).batches(Order("train", 1, 128), stop=TOKENS // 128) as stream:
+        for _ in range(5):
+            next(stream)
+        stream.passed(5)
+        until = time.monotonic() + 30
+        while (folder / "cmpl-0000.safetensors").exists():
+            assert time.monotonic() < until
+            time.sleep(0.02)
 
     def again(awaited: dict[str, GoesOn]) -> LiveHarvest:
         served, spool = Served(str(folder), url, removes=True), str(tmp_path / "live" / ".tokens-x")
@@ -263,5 +268,7 @@ def test_cells_whose_files_were_removed_are_told_before_anything_begins(tmp_path
     before = sorted(path.relative_to(tmp_path) for path in tmp_path.rglob("*"))
     said = r"live: 1 of 2 cells \(such as b\) need hidden states that were removed .*cmpl-0000\.safetensors and those"
     with pytest.raises(SaescaleError, match=said):
-        again({"a": GoesOn(TOKENS, TOKENS), "b": GoesOn(0, 0)}).__enter__()
+        again({"a": GoesOn(5 * 128, 4 * 128), "b": GoesOn(0, 0)}).__enter__()
     assert sorted(path.relative_to(tmp_path) for path in tmp_path.rglob("*")) == before
+    with again({"a": GoesOn(5 * 128, 4 * 128)}):
+        pass
