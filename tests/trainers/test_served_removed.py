@@ -27,7 +27,7 @@ from saescale.trainers.training.train import PackJob, train_pack
 from tests.survival import assert_same, reached
 from tests.trainers.killed import killed_after
 from tests.trainers.live_case import Watch, cell_of, job_of
-from tests.trainers.test_served import HELDOUT, TOKENS, D, paced, serve, spec_of, streamed, taken
+from tests.trainers.test_served import HELDOUT, TOKENS, D, paced, serve, spec_of, taken
 
 # A source with more tokens than a cell's centre is measured on, from which nothing goes until that is done.
 MORE, BLOCKS, BATCH, TIMES, FILES = 49_152, 2_048, 512, 40, 58
@@ -72,18 +72,22 @@ def test_a_worker_that_was_away_for_longer_than_its_lease_finds_its_files(
     serve(folder, range(3), times=TIMES)
     client = threading.Thread(target=paced, args=(folder, url, range(3, FILES), most, stop, 0.0, TIMES))
 
+    killed = threading.Event()
+
     def go_on() -> None:
-        for batch in range(4, MORE // BATCH):
+        for batch in range(MORE // BATCH):
             found.append(next(other).x.copy())
-            other.passed(batch + 1)
+            if killed.is_set():
+                other.passed(batch + 1)
 
     client.start()
     try:
         with live_here(spec, url) as live, open_source(url, ["other"]).batches(ORDER, stop=MORE // BATCH) as other:
-            found += [next(other).x.copy() for _ in range(4)]
-            assert killed_after(12, 0.0, job(url, both / "run"))
             going = threading.Thread(target=go_on)
             going.start()
+            assert killed_after(12, 0.0, job(url, both / "run"))
+            killed.set()
+            other.passed(len(found))
             until = time.monotonic() + 60
             said = r"waiting for the server's next files; files from block \d+ on are kept for cells .* away"
             while live.making.consumers > 1 or not re.fullmatch(said, live.making.state):
@@ -248,9 +252,14 @@ def test_cells_whose_files_were_removed_are_told_before_anything_begins(tmp_path
     folder, url = tmp_path / "served", str(tmp_path / "live")
     spec = spec_of(folder, remove_hidden_states=True)
     serve(folder, range(90))
-    with live_here(spec, url) as live:
-        streamed(url)
-        live.clear()
+    with live_here(spec, url), open_source(url).batches(Order("train", 1, 128), stop=TOKENS // 128) as stream:
+        for _ in range(5):
+            next(stream)
+        stream.passed(5)
+        until = time.monotonic() + 30
+        while (folder / "cmpl-0000.safetensors").exists():
+            assert time.monotonic() < until
+            time.sleep(0.02)
 
     def again(awaited: dict[str, GoesOn]) -> LiveHarvest:
         served, spool = Served(str(folder), url, removes=True), str(tmp_path / "live" / ".tokens-x")
@@ -259,5 +268,7 @@ def test_cells_whose_files_were_removed_are_told_before_anything_begins(tmp_path
     before = sorted(path.relative_to(tmp_path) for path in tmp_path.rglob("*"))
     said = r"live: 1 of 2 cells \(such as b\) need hidden states that were removed .*cmpl-0000\.safetensors and those"
     with pytest.raises(SaescaleError, match=said):
-        again({"a": GoesOn(TOKENS, TOKENS), "b": GoesOn(0, 0)}).__enter__()
+        again({"a": GoesOn(5 * 128, 4 * 128), "b": GoesOn(0, 0)}).__enter__()
     assert sorted(path.relative_to(tmp_path) for path in tmp_path.rglob("*")) == before
+    with again({"a": GoesOn(5 * 128, 4 * 128)}):
+        pass

@@ -85,7 +85,7 @@ def test_evaluations_of_a_spread_subject_measure_the_same(tiny_subject: str, tin
     most, pair = most_of(get_subject(tiny_subject, dtype="float32")), Pair(cell.cell_id, "downstream_loss")
     rows, where = [], []
     for recorded, given in ((None, None), (most, None), ("97=70GB", most)):
-        run.write_spec({"store": {"live": {"folder": url, "device_map": recorded}}})
+        run.write_spec({"name": "a", "store": {"live": {"folder": url, "device_map": recorded}}, "resolved": {}})
         bench = Bench(run, device_map=given)
         measured = bench.measure(pair)
         assert measured.error is None
