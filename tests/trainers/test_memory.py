@@ -135,7 +135,6 @@ def test_a_process_of_a_mesh_takes_little_less_than_predicted(tmp_path: Path) ->
     (peak,) = measure(warm_up, [job], layout=layout)
     expected = pack_memory([large], held_out, StreamSize(group, rows), layout=layout).total
     assert 0.7 < peak / expected <= 1, peak / expected
-    print(peak/expected)
 
 
 def test_every_part_of_a_cell_counts(store: ActivationStore) -> None:
