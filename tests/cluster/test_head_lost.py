@@ -52,9 +52,9 @@ def command(document: dict[str, Any], sweep_file: Callable[[Any], str]) -> list[
     return ["sweep", sweep_file(document), "--bootstraps", "0"]
 
 
-def begin(command: list[str], address: str) -> subprocess.Popen[str]:
+def begin(command: list[str], address: str, **extra: str) -> subprocess.Popen[str]:
     return subprocess.Popen(
-        [*SAESCALE, *command, "--address", address], env=environment(), stdout=subprocess.PIPE,
+        [*SAESCALE, *command, "--address", address], env=environment(**extra), stdout=subprocess.PIPE,
         stderr=subprocess.PIPE, text=True, preexec_fn=interruptible,
     )  # fmt: skip
 
@@ -95,14 +95,15 @@ def test_a_head_that_is_started_anew_in_a_training(command: list[str], document:
 
 
 def test_a_head_that_is_gone_while_workers_are_waited_for(command: list[str], document: dict[str, Any]) -> None:
-    """It is said within seconds that it does not answer; Ray gives up after a minute. Nothing was begun."""
+    """It is said within seconds that it does not answer; Ray gives up after a minute, or here a third of one. Nothing
+    was begun."""
     with cluster() as only:
         address = only.address
         busy = subprocess.Popen([sys.executable, "-c", HOG, address], env=environment(), stdout=subprocess.PIPE)
         assert busy.stdout is not None
         assert busy.stdout.readline() == b"busy\n"
         try:
-            process = begin(command, address)
+            process = begin(command, address, RAY_gcs_rpc_server_reconnect_timeout_s="20")
             assert process.stdout is not None
             said = ""
             while "waiting for a worker to come up" not in said:

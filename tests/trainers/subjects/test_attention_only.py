@@ -63,6 +63,24 @@ def test_scores_are_those_of_slow_code() -> None:
     assert found["induction"] == pytest.approx((ahead / len(losses["second"])).max(), rel=1e-3)
 
 
+@pytest.mark.slow
+def test_two_layers_learn_induction_and_one_does_not(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """600 steps of the smallest that does within seconds; of three seeds the slowest is past these bounds too."""
+    monkeypatch.setattr(train, "FINAL_SEQUENCES", 200)
+    monkeypatch.setattr(train, "CHECKS", 1)
+    found = {}
+    for layers in (1, 2):
+        settings = {"tokens": 16, "d_model": 32, "n_heads": 2, "n_layers": layers}
+        out = str(tmp_path / f"{layers}")
+        spec = train.TrainingSpec(
+            subject="attention-only", out=out, settings=settings, sequences=9_600, batch=16, lr=6e-3
+        )
+        found[layers] = train.train_subject(spec)["score"]
+    assert found[1]["induction"] < 0.1 < 0.2 < found[2]["induction"]
+    assert found[2]["second"] < found[1]["second"] - 0.4
+    assert found[1]["previous_token"] < 0.05 < found[2]["previous_token"]  # what an induction head reads
+
+
 def test_it_is_trained_and_its_mlps_add_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(train, "FINAL_SEQUENCES", 100)
     out = tmp_path / "mine"
