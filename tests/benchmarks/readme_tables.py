@@ -185,6 +185,22 @@ def _live(result: dict[str, Any]) -> str:
     return _markdown(head, rows) + "\n\n" + _markdown(again, begun)
 
 
+def _mesh(result: dict[str, Any]) -> str:
+    """Of the first size."""
+    shown = {"select": "selection", "sum_shards": "sums over shards", "gather_replicas": "errors and pairs"}
+    size, rows = result["sizes"][0], []
+    for name in ("one process", "a mesh of one", "2 shards x 1 replicas", "1 shards x 2 replicas"):
+        got = size[name]
+        sent = {shown[kind]: count / 2**20 for kind, count in got.get("bytes_per_step", {}).items() if kind in shown}
+        rows.append([
+            name, f"{got['ms']:.0f}", f"{got['over_alone']:.3f}",
+            f"{got['communication_share']:.0%}" if sent else "",
+            ", ".join(f"{kind} {count:.2f}" for kind, count in sent.items()),
+        ])  # fmt: skip
+    head = ["ms a step", "over one process, in the same round", "in collectives", "MiB that a process sends a step"]
+    return _markdown(["", *head], rows)
+
+
 def _markdown(head: list[str], rows: list[list[str]]) -> str:
     lines = [head, ["---"] * len(head), *rows]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
@@ -206,6 +222,7 @@ _MAKERS = {
     "cuda": _cuda,
     "auxk_cuda": _auxk_cuda,
     "live": _live,
+    "mesh-cpu": _mesh,
 }
 
 

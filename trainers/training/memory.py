@@ -176,6 +176,7 @@ def _evaluation(cell: Cell, layout: Layout, kernels: KernelKind, making: float) 
     step, shape = step_of(cell.architecture, own.n_latents), Shape(own.d_model, own.n_latents)
     made = step.evaluation_bytes(shape, cell.whole_settings, CHUNK_ROWS, cell.precision, kernels)
     selecting, summing = _of_others(cell, layout, CHUNK_ROWS)
-    # A finished cell's averaged weights stand beside the bytes of its file, or of one tensor where shards write theirs.
-    written = weights_bytes(own) if layout.shards == 1 else 0
+    # A finished cell's averaged weights stand beside the bytes of all its tensors and of its file, which safetensors
+    # makes in the host's memory; shards write theirs one tensor after another.
+    written = weights_bytes(own) * (2 if kernels == "cpu" else 1) if layout.shards == 1 else 0
     return weights_bytes(own) + max(_rounded(own) + max(making, made + selecting, summing), written)
