@@ -50,8 +50,6 @@ def s3_server() -> Iterator[tuple[str, Faults]]:
         patch.setenv("AWS_DEFAULT_REGION", "us-east-1")
         patch.setenv("AWS_ENDPOINT_URL", endpoint)
         patch.setenv("AWS_EC2_METADATA_DISABLED", "true")
-        # Of its own five tries botocore waits for half a minute before s3fs tries again, and then saescale does.
-        patch.setenv("AWS_MAX_ATTEMPTS", "2")
         boto3.client("s3").create_bucket(Bucket="saescale")
         yield endpoint, faults
     s3fs.S3FileSystem.clear_instance_cache()
