@@ -26,8 +26,8 @@ from saescale.trainers.preprocess import SAMPLE_TOKENS, Centre
 PROCESS_BYTES = 800 * 2**20  # imports and compiled kernels of a worker, in the host's memory; measured
 _FLOAT = 4
 _ONE = Layout()
-# What glibc keeps for the threads that speak to other processes: an arena of each ends with up to 64 MiB of freed
-# blocks that were smaller than 32. Up to 67 MiB measured, with batches of 2,048 rows of 512; less with smaller ones.
+# What a process of a mesh has beyond all that is counted: up to 67 MiB measured, with batches of 2,048 rows of 512, and
+# less with smaller ones. Likely freed blocks that glibc keeps for the threads that speak to others; not looked into.
 _SPEAKING = 64 * 2**20
 _ALLOCATOR = 1.15  # freed memory that the allocator keeps: up to 1.10 measured, which differs from run to run
 
