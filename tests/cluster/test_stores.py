@@ -149,7 +149,7 @@ def test_sweep_yaml_says_what_each_store_is(sweep: dict[str, Any], layers: list[
     assert recorded is not None
     stores = [ActivationStore.open(url) for url in layers]
     assert recorded_sources(recorded) == [
-        (url, store.fingerprint, "synthetic", f"resid_post.{number}")
+        (url, store.fingerprint, "synthetic", f"resid_post.{number}", None)
         for url, store, number in zip(layers, stores, (2, 10, 11), strict=True)
     ]
     found = provenance_of(run, recorded)
