@@ -112,7 +112,7 @@ def test_files_that_the_result_of_a_cell_does_not_name_are_refused(
         for sums, refused in (({}, False), ({"xxh3": {named: "0" * 16}}, True)):
             (folder / "result.json").write_text(json.dumps({"status": "done"} | sums))
             if refused:
-                with pytest.raises(Damaged, match=r"none of the files that the cell's result.json .*restore it"):
+                with pytest.raises(Damaged, match=r"none of the files that the cell's result.json"):
                     native.read(str(folder))
             else:
                 assert native.read(str(folder)).cell == finished["fp32"][0].cell
