@@ -8,9 +8,6 @@ that ratios within a round are those of the code: with the share of their time t
 waiting for each other included, and the bytes that each sends a step, counted where they are sent. Every process has
 as many threads, half of the cores unless --threads says otherwise.
 
-On CPUs `--memory topk matryoshka` measures instead what training takes: of each process of several meshes the peak of
-its resident memory in `train_pack`, from a store to the weights, and what the planner counts with (training/memory.py).
-
 On a GPU also the largest N that trains: by halving, then between what fits and what does not. `--largest` does it on
 CPUs too, within the memory that is free.
 """
@@ -18,7 +15,6 @@ CPUs too, within the memory that is free.
 import argparse
 import gc
 import os
-import shutil
 import statistics
 import tempfile
 import time
@@ -27,14 +23,12 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 import torch.multiprocessing as mp
 
 from saescale.storage.errors import one_line
-from saescale.storage.store import ActivationStore
 from saescale.trainers.architectures.architecture import Batch, Parameter
-from saescale.trainers.cell import Cell, EvalSpec, auto_k_aux
+from saescale.trainers.cell import Cell, auto_k_aux
 from saescale.trainers.device import fast_precision, is_out_of_memory, set_threads, usable_cores
 from saescale.trainers.kernels.choose import kernel_kind
 from saescale.trainers.mesh.distributed import Processes, join
@@ -43,17 +37,11 @@ from saescale.trainers.preprocess import Centre
 from saescale.trainers.training import training_cell
 from saescale.trainers.training.memory import StreamSize, pack_memory
 from saescale.trainers.training.together import place
-from saescale.trainers.training.train import PackJob
 from saescale.trainers.training.training_cell import TrainingCell
 from tests.benchmarks.harness import BenchmarkError, alternate, console, machine, run, show_table, write_result
 from tests.benchmarks.protocol import Size
-from tests.trainers.peak_memory import measure
-from tests.trainers.synthetic import write_store
 
 SIZES = {"cpu": [Size(2048, 512, 16384, 32)], "cuda": [Size(16384, 768, 131072, 64), Size(16384, 768, 1048576, 64)]}
-# Where memory is measured: windows are small beside tensors, and most latents die.
-HELD, HELD_ROWS, HELD_OUT, ROW_GROUP = Size(512, 512, 32_768, 8), 16_384, 4_096, 512
-MESHES = [Layout(shards, replicas) for replicas in (1, 2) for shards in (1, 2, 4)]
 LARGEST = Size(8192, 768, 2**23, 64)  # N is where the search begins
 ALONE = "one process"
 NEVER = 10**9  # tokens after which a latent counts as dead
@@ -70,7 +58,6 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=10, help="rounds that count (default: 10)")
     parser.add_argument("--size", help="B,D,N,K of one size in place of the usual ones")
     parser.add_argument("--threads", type=int, help="CPU threads of each process")
-    parser.add_argument("--memory", nargs="+", metavar="ARCHITECTURE", help="measure memory instead")
     parser.add_argument("--largest", action="store_true", help="look for the largest N on CPUs too")
     parser.add_argument("--out", type=Path, help="JSON file (default: tests/benchmarks/results/mesh-DEVICE.json)")
     arguments = parser.parse_args()
@@ -80,13 +67,6 @@ def main() -> None:
     where = machine()
     if arguments.device == "cuda":
         where |= {"gpu": torch.cuda.get_device_name(), "gpus": torch.cuda.device_count()}
-    if arguments.memory:
-        found: list[dict[str, Any]] = []
-        for each in _memory(arguments.memory):
-            found.append(each)
-            path = write_result("mesh-memory", {"machine": where, "meshes": found}, arguments.out)
-        console.print(f"{where['cpu']}; wrote {os.path.relpath(path)}")
-        return
     sizes = [Size(*map(int, arguments.size.split(",")))] if arguments.size else SIZES[arguments.device]
     result: dict[str, Any] = {"machine": where, "sizes": []}
     path = None
@@ -223,49 +203,6 @@ def _serve(layout: Layout, rank: int, device: str, threads: int, folder: str, si
             ).total,
         })  # fmt: skip
     group.leave()
-
-
-# --- memory
-
-
-def _memory(architectures: list[str]) -> Iterator[dict[str, Any]]:
-    """Of each mesh the process whose peak is the highest, and what is predicted."""
-    rows = []
-    with tempfile.TemporaryDirectory(prefix="saescale-memory-") as folder:
-        rng = np.random.default_rng(0)
-        act = [rng.normal(size=(count, HELD.d_model)).astype(np.float16) for count in (HELD_ROWS, HELD_OUT)]
-        store = write_store(f"{folder}/store", *act, ROW_GROUP)
-        for architecture in architectures:
-            for layout in MESHES:
-                cells = [_trained(store, architecture, size) for size in (Size(512, HELD.d_model, 128, 4), HELD)]
-                small, job = (
-                    PackJob(
-                        cells=[cell], store=store, run=f"{folder}/{cell.n_latents}", sweep="memory", threads=1,
-                        eval=EvalSpec(tokens=HELD_OUT, every_tokens=2 * cell.batch_tokens), checkpoint_every_s=0.3,
-                    )
-                    for cell in cells
-                )  # fmt: skip
-                (peak,) = measure(small, [job], layout=layout)
-                for each in (small, job):
-                    shutil.rmtree(each.run)
-                predicted = pack_memory(job.cells, HELD_OUT, StreamSize(ROW_GROUP, HELD_ROWS), layout=layout).total
-                yield {
-                    "architecture": architecture, **layout._asdict(), **HELD._asdict(), "predicted": predicted,
-                    "peak": peak, "ratio": peak / predicted, "load": os.getloadavg()[0],
-                }  # fmt: skip
-                rows.append([
-                    architecture, str(layout), f"{peak / 2**20:,.0f}", f"{predicted / 2**20:,.0f}",
-                    f"{peak / predicted:.2f}",
-                ])  # fmt: skip
-    show_table(f"memory of {HELD}, fp32, MiB", ["", "", "highest peak", "predicted", "peak / predicted"], rows)
-
-
-def _trained(store: str, architecture: str, size: Size) -> Cell:
-    return Cell(
-        store=ActivationStore.open(store).identity, d_model=size.d_model, n_latents=size.n_latents, k=size.k,
-        tokens=5 * size.batch_tokens, batch_tokens=size.batch_tokens, lr=1e-3, settings={"k_aux": 64},
-        dead_after_tokens=2 * size.batch_tokens, architecture=architecture,
-    )  # fmt: skip
 
 
 # --- the largest N

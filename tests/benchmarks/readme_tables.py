@@ -201,6 +201,15 @@ def _mesh(result: dict[str, Any]) -> str:
     return _markdown(["", *head], rows)
 
 
+def _mesh_memory(result: dict[str, Any]) -> str:
+    rows = [
+        [each["architecture"], f"{each['shards']} x {each['replicas']}", f"{each['peak'] / 2**20:,.0f}",
+         f"{each['predicted'] / 2**20:,.0f}", f"{each['ratio']:.2f}"]
+        for each in result["meshes"]
+    ]  # fmt: skip
+    return _markdown(["MiB", "shards x replicas", "highest peak", "predicted", "peak / predicted"], rows)
+
+
 def _markdown(head: list[str], rows: list[list[str]]) -> str:
     lines = [head, ["---"] * len(head), *rows]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
@@ -223,6 +232,7 @@ _MAKERS = {
     "auxk_cuda": _auxk_cuda,
     "live": _live,
     "mesh-cpu": _mesh,
+    "mesh-memory": _mesh_memory,
 }
 
 
