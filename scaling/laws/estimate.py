@@ -167,6 +167,9 @@ class Fit:
         """Each coefficient of the formula with its interval."""
         # Raw coefficients are logarithms of amplitudes: their intervals are widened there.
         low, high = self.spread(self.raw, self.draws)
+        if any(not bound.interval_only for bound in self.bounds):
+            # Where refits stand on the bound with the best fit, that they agree says nothing of how well it is known.
+            low, high = (np.where(high - low > _EQUAL, end, np.nan) for end in (low, high))
         values, ends = self.law.to_reported(self.raw), np.sort(self.law.to_reported(np.stack([low, high])), axis=0)
         return {name: _interval(values[i], *ends[:, i]) for i, name in enumerate(self.law.names)}
 

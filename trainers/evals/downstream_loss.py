@@ -12,6 +12,7 @@ of the next token is compared, in nats a token, over the positions that were rep
 | `ce_increase` | ce - ce_original |
 | `recovered_zero`, `recovered_mean` | (ce_zero - ce) / (ce_zero - ce_original), and the same with the mean |
 
+A share of what an ablation costs is left out where it may cost nothing (its interval reaches 0).
 `kl` and `ce_increase` are given by position as well (`at`; a context of more than 64 in 64 ranges). Intervals are over
 documents. The model as it is and the two ablations are run once for all cells, and the blocks before the site once:
 a cell costs a pass through the blocks behind it over 8,192 tokens.
@@ -28,7 +29,7 @@ from saescale.scaling.metrics import Metric
 from saescale.storage.errors import SaescaleError
 from saescale.storage.manifest import Site
 from saescale.storage.source import Source
-from saescale.trainers.evals.evaluation import Measurement, Need, Unsuited
+from saescale.trainers.evals.evaluation import LeftOut, Measurement, Need, Unsuited
 from saescale.trainers.evals.intervals import SEED, Sums, by_document, ratio
 from saescale.trainers.evals.splice import Contexts, heldout_contexts, logits_from
 from saescale.trainers.exchange.trained import Trained
@@ -99,7 +100,9 @@ def prepare(source: Source, subject: Subject | None) -> Prepared:
     return shared._replace(zero=zero, mean=mean)
 
 
-def measure(trained: Trained, source: Source, subject: Subject | None, prepared: Prepared) -> Iterator[Measurement]:
+def measure(
+    trained: Trained, source: Source, subject: Subject | None, prepared: Prepared
+) -> Iterator[Measurement | LeftOut]:
     patched = _losses(prepared, trained.reconstruct)
     columns = {
         "tokens": np.ones(len(prepared.doc)), "original": prepared.original, "ce": patched.ce, "kl": patched.kl,
@@ -111,15 +114,21 @@ def measure(trained: Trained, source: Source, subject: Subject | None, prepared:
         "ce_original": ratio("original", "tokens"),
         "ce_zero": ratio("zero", "tokens"),
         "ce_mean": ratio("mean", "tokens"),
-        "ce_increase": _increase,
-        "recovered_zero": lambda sums: (sums["zero"] - sums["ce"]) / (sums["zero"] - sums["original"]),
-        "recovered_mean": lambda sums: (sums["mean"] - sums["ce"]) / (sums["mean"] - sums["original"]),
+        "ce_increase": _increase("ce"),
     }
+    costs = {name: _increase(name) for name in ("zero", "mean")}
+    for name, cost in by_document(prepared.doc, columns, costs).items():
+        # A document alone has no interval.
+        if (cost.value if cost.low is None else cost.low) > 0:
+            statistics[f"recovered_{name}"] = _recovered(name)
+        else:
+            instead = "0" if name == "zero" else "the mean"
+            yield LeftOut(f"recovered_{name}", f"with {instead} in place of x the loss may be no higher than with x")
     for name, found in by_document(prepared.doc, columns, statistics).items():
         yield Measurement(name, *found, n=len(prepared.doc), seed=SEED)
     begin = int(prepared.pos.min())
     width = -(-int(prepared.pos.max() + 1 - begin) // RANGES)
-    of_position = {"kl": statistics["kl"], "ce_increase": _increase}
+    of_position = {"kl": statistics["kl"], "ce_increase": statistics["ce_increase"]}
     for number in np.unique((prepared.pos - begin) // width):
         here = (prepared.pos - begin) // width == number
         first = begin + int(number) * width
@@ -130,8 +139,12 @@ def measure(trained: Trained, source: Source, subject: Subject | None, prepared:
             yield Measurement(name, *found, at=at, n=int(here.sum()), seed=SEED)
 
 
-def _increase(sums: Sums) -> np.ndarray:
-    return np.asarray((sums["ce"] - sums["original"]) / sums["tokens"])
+def _increase(of: str) -> Callable[[Sums], np.ndarray]:
+    return lambda sums: np.asarray((sums[of] - sums["original"]) / sums["tokens"])
+
+
+def _recovered(ablation: str) -> Callable[[Sums], np.ndarray]:
+    return lambda sums: np.asarray((sums[ablation] - sums["ce"]) / (sums[ablation] - sums["original"]))
 
 
 def _losses(prepared: Prepared, instead: Callable[[Tensor], Tensor]) -> _Loss:

@@ -14,7 +14,7 @@ from saescale.trainers.architectures.architecture import Shape
 from saescale.trainers.architectures.sae import SAE
 from saescale.trainers.cell import Cell
 from saescale.trainers.evals import downstream_loss
-from saescale.trainers.evals.evaluation import Measurement
+from saescale.trainers.evals.evaluation import LeftOut, Measurement
 from saescale.trainers.evals.splice import heldout_contexts
 from saescale.trainers.exchange.trained import Trained
 from saescale.trainers.harvest.conduct import harvest
@@ -61,9 +61,14 @@ def trained(store: ActivationStore) -> Trained:
     return Trained(SAE("topk", Shape(d_model, n_latents), cell.whole_settings, params), cell)
 
 
-def measured(store: ActivationStore, subject: Subject, trained: Any) -> dict[tuple[str, str], Measurement]:
+def measured(
+    store: ActivationStore, subject: Subject, trained: Any, costs: float = 0.0
+) -> dict[tuple[str, str], Measurement]:
+    """`costs`: nats a token that ablations cost beyond what they cost a model of random weights."""
     prepared = downstream_loss.prepare(store, subject)
-    return {(row.metric, row.at): row for row in downstream_loss.measure(trained, store, subject, prepared)}
+    zero, mean = (each._replace(ce=each.ce + costs) for each in (prepared.zero, prepared.mean))
+    rows = downstream_loss.measure(trained, store, subject, prepared._replace(zero=zero, mean=mean))
+    return {(row.metric, row.at): row for row in rows if isinstance(row, Measurement)}
 
 
 def x_hat(trained: Trained, x: torch.Tensor) -> torch.Tensor:
@@ -116,14 +121,14 @@ def test_losses_are_those_of_plain_transformers(
     wanted = {"ce_original": float(cross_entropy(torch.cat(original), torch.cat(targets)))}
     patched = {name: [run(ids, patch) for ids in contexts] for name, patch in patches.items()}
     for name, logits in patched.items():
-        wanted[name] = float(cross_entropy(torch.cat(logits), torch.cat(targets)))
+        wanted[name] = float(cross_entropy(torch.cat(logits), torch.cat(targets))) + (name != "ce")
     before, after = torch.cat(original).log_softmax(1), torch.cat(patched["ce"]).log_softmax(1)
     wanted["kl"] = float(torch.nn.functional.kl_div(after, before, reduction="batchmean", log_target=True))
     wanted["ce_increase"] = wanted["ce"] - wanted["ce_original"]
     for name, ablated in (("recovered_zero", "ce_zero"), ("recovered_mean", "ce_mean")):
         wanted[name] = (wanted[ablated] - wanted["ce"]) / (wanted[ablated] - wanted["ce_original"])
 
-    found = measured(store, subject, trained)
+    found = measured(store, subject, trained, costs=1.0)
     whole = {metric: row for (metric, at), row in found.items() if not at}
     assert whole.keys() == wanted.keys()
     for name, value in wanted.items():
@@ -139,12 +144,21 @@ def test_losses_are_those_of_plain_transformers(
 
 
 def test_the_identity_recovers_all_and_zero_nothing(store: ActivationStore, subject: Subject) -> None:
-    same = measured(store, subject, SimpleNamespace(reconstruct=lambda raw: raw))
+    same = measured(store, subject, SimpleNamespace(reconstruct=lambda raw: raw), costs=1.0)
     assert same["recovered_zero", ""].value == same["recovered_mean", ""].value == 1
     assert same["kl", ""].value == same["ce_increase", ""].value == 0
-    nothing = measured(store, subject, SimpleNamespace(reconstruct=torch.zeros_like))
-    assert nothing["recovered_zero", ""].value == 0
+    nothing = measured(store, subject, SimpleNamespace(reconstruct=torch.zeros_like), costs=1.0)
+    lost = nothing["ce_zero", ""].value - nothing["ce_original", ""].value
+    assert nothing["recovered_zero", ""].value == pytest.approx(1 / lost)  # of what ablations cost here, 1 was added
     assert nothing["kl", ""].value > 0
+
+
+def test_nothing_is_recovered_where_nothing_is_lost(store: ActivationStore, subject: Subject, trained: Trained) -> None:
+    # A model of random weights says no more of the next token with its stream than without.
+    prepared = downstream_loss.prepare(store, subject)
+    rows = list(downstream_loss.measure(trained, store, subject, prepared))
+    assert [row.metric for row in rows if isinstance(row, LeftOut)] == ["recovered_zero", "recovered_mean"]
+    assert not [row for row in rows if isinstance(row, Measurement) and "recovered" in row.metric]
 
 
 def test_what_does_not_fit_is_computed_again(
