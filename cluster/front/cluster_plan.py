@@ -40,7 +40,7 @@ def _show(document: dict[str, Any]) -> None:
     say(
         f"hours: {hours['median']:,.3g} ({hours['low']:,.3g} to {hours['high']:,.3g} in 90 % of {hours['courses']} "
         f"simulated courses; {document['hours_without_failures']:,.3g} if nothing fails); "
-        f"{document['failures']:.2g} jobs hit by failures, which cost {document['lost_gpu_hours']:.2g} hours of work"
+        f"{document['failures']:.2g} jobs hit by failures, which cost {document['lost_gpu_hours']:,.2g} GPU hours of work"
     )
     say(
         f"work: {document['flops']:.3g} sparse training FLOPs, {document['gpu_hours']:,.3g} GPU hours at "
