@@ -54,7 +54,7 @@ def test_lost_work_is_that_of_the_closed_form(every: float, restart: float) -> N
 
 
 def test_a_failure_loses_what_followed_the_last_checkpoint() -> None:
-    """On the average what an exponential time of failure within a period leaves, its checkpoint no work that is lost."""
+    """On the average what an exponential time of failure within a period leaves; a checkpoint is no work."""
     mtbf, every, cost, gpus = 300.0, 100.0, 20.0, 8
     cluster = Cluster(gpus, gpus, mtbf, 0.0, 0.0, every)
     found = courses([Job(100 * every, gpus, cost)], cluster, 200)
