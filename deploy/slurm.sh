@@ -73,6 +73,9 @@ srun --nodes="$SLURM_JOB_NUM_NODES" --ntasks-per-node=1 --cpus-per-task="${SLURM
     trap "exit 143" TERM
     start=(ray start --block --log-color=false --temp-dir="$folder" --dashboard-agent-listen-port=0
         --num-cpus="${SLURM_CPUS_PER_TASK:-$(nproc)}" ${SLURM_GPUS_ON_NODE:+--num-gpus="$SLURM_GPUS_ON_NODE"})
+    # Of the memory that the job has, where it is less than that of the node, which Ray would take for its own.
+    mib="${SLURM_MEM_PER_NODE:-$((${SLURM_MEM_PER_CPU:-0} * ${SLURM_CPUS_PER_TASK:-1}))}"
+    if ((mib > 0)); then start+=(--memory=$((mib * 943718)) --object-store-memory=$((mib * 104857))); fi
     if [[ "$SLURM_PROCID" == 0 ]]; then
         "${start[@]}" --head --port="$RAY_PORT" --node-ip-address="$RAY_HEAD" \
             --dashboard-port=$((RAY_PORT + 1)) --ray-client-server-port=$((RAY_PORT + 2)) || true
