@@ -2,11 +2,12 @@
 # A sweep on nodes of a Slurm cluster:   sbatch deploy/slurm.sh SWEEP.yaml
 #
 # One step runs Ray on every node, its head on the first; the driver runs there too, in this batch script. The sweep
-# file's store and out are URLs, or lie on a file system that all nodes share. Before the time is up, and when the job is
-# cancelled with `scancel --batch --signal=TERM JOB`, the workers save their checkpoints; the same command goes on.
+# file's store and out are URLs, or lie on a file system that all nodes share. Before the time is up, and on
+# `scancel --batch --signal=TERM JOB`, the workers save their checkpoints; the same command goes on. A node that dies
+# takes what its workers did since their last checkpoints along, not the job.
 # An environment with saescale, on every node:   sbatch --export=ALL,SAESCALE_VENV=/shared/venv deploy/slurm.sh ...
 #
-# Tried with two nodes as processes of one machine (tests/cluster/test_slurm.py), not on a Slurm cluster yet.
+# Tried with Slurm 22.05, two nodes of it on one machine (tests/cluster/test_slurm.py); on no cluster yet.
 #
 #SBATCH --job-name=saescale
 #SBATCH --nodes=2
@@ -15,44 +16,74 @@
 #SBATCH --gpus-per-node=8
 #SBATCH --time=24:00:00
 #SBATCH --signal=B:TERM@180
+#SBATCH --no-kill
 #SBATCH --open-mode=append
 set -euo pipefail
 sweep="${1:?usage: sbatch deploy/slurm.sh SWEEP.yaml}"
 if [[ -n "${SAESCALE_VENV:-}" ]]; then export PATH="$SAESCALE_VENV/bin:$PATH"; fi
+for program in python ray saescale; do
+    command -v "$program" >/dev/null && continue
+    echo "slurm.sh: no $program on PATH; name an environment: sbatch --export=ALL,SAESCALE_VENV=/shared/venv ..." >&2
+    exit 2
+done
 
 mapfile -t hosts < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
-# Ray wants an address.
-read -r RAY_HEAD _ < <(getent ahostsv4 "${hosts[0]}")
-# Three ports of this job alone: above those of Ray's workers (to 19999), below those that connections take (from 32768).
+# The address of this node, the first, by which the last one sees it: its own name may mean loopback here.
+RAY_HEAD="$(python - "${hosts[-1]}" <<'PYTHON'
+import socket, sys
+with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as towards:
+    try:
+        towards.connect((sys.argv[1], 9))
+    except OSError as error:
+        sys.exit(f"slurm.sh: the node {sys.argv[1]} has no address here: {error}")
+    print(towards.getsockname()[0])
+PYTHON
+)"
+# Three ports of this job alone: above those of Ray's workers (to 19999), below those of connections (from 32768).
 RAY_PORT=$((20000 + SLURM_JOB_ID % 4000 * 3))
-# Short, since Unix sockets lie below it, and of this job alone.
-RAY_FOLDER="$(mktemp -d "/tmp/ray-$SLURM_JOB_ID-XXXX")"
 # A token of this job alone: in the environment, and on no command line.
 RAY_AUTH_TOKEN="$(python -c 'import secrets; print(secrets.token_hex(32))')"
-export RAY_HEAD RAY_PORT RAY_FOLDER RAY_AUTH_TOKEN RAY_AUTH_MODE=token RAY_USAGE_STATS_ENABLED=0
+# Nobody is served here: a node that is told to end does so at once.
+RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S=0
+export RAY_HEAD RAY_PORT RAY_AUTH_TOKEN RAY_AUTH_MODE=token RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S
+export RAY_USAGE_STATS_ENABLED=0
 
 driver="" step="" ended=""
 # What this script started, and nothing else: `ray stop` would end every Ray of this user on the node.
 finish() {
-    for process in $driver $step; do
-        kill -TERM "$process" 2>/dev/null || true
-        wait "$process" 2>/dev/null || true
+    if [[ -n "$driver" ]] && kill -TERM "$driver" 2>/dev/null; then wait "$driver" || true; fi
+    # To what runs on the nodes, which clears up behind it; srun itself would kill it on a signal.
+    scancel --quiet --signal=TERM "$SLURM_JOB_ID.0" 2>/dev/null || true
+    for _ in {1..15}; do
+        kill -0 "$step" 2>/dev/null || break
+        sleep 1
     done
-    rm -rf "$RAY_FOLDER"
+    kill -TERM "$step" 2>/dev/null || true
+    wait "$step" 2>/dev/null || true
 }
 trap finish EXIT
 trap 'ended=yes; [[ -z "$driver" ]] || kill -TERM "$driver" 2>/dev/null || true' TERM INT
 
-# The same on every node: the first is the head, the others join it when it listens.
-srun --nodes="$SLURM_JOB_NUM_NODES" --ntasks-per-node=1 --export=ALL bash -c '
-    has="--num-cpus=${SLURM_CPUS_PER_TASK:-$(nproc)} ${SLURM_GPUS_ON_NODE:+--num-gpus=$SLURM_GPUS_ON_NODE}"
+# The same on every node: the first is the head, the others join it when it listens. The folder's name is short, since
+# Unix sockets lie below it. Without its head a cluster is of no use, and the step ends.
+srun --nodes="$SLURM_JOB_NUM_NODES" --ntasks-per-node=1 --cpus-per-task="${SLURM_CPUS_PER_TASK:-1}" --no-kill \
+    --export=ALL bash -c '
+    folder="$(mktemp -d "/tmp/ray-$SLURM_JOB_ID-XXXX")"
+    trap "rm -rf $folder" EXIT
+    trap "exit 143" TERM
+    start=(ray start --block --log-color=false --temp-dir="$folder" --dashboard-agent-listen-port=0
+        --num-cpus="${SLURM_CPUS_PER_TASK:-$(nproc)}" ${SLURM_GPUS_ON_NODE:+--num-gpus="$SLURM_GPUS_ON_NODE"})
+    # Of the memory that the job has, where it is less than that of the node, which Ray would take for its own.
+    mib="${SLURM_MEM_PER_NODE:-$((${SLURM_MEM_PER_CPU:-0} * ${SLURM_CPUS_PER_TASK:-1}))}"
+    if ((mib > 0)); then start+=(--memory=$((mib * 943718)) --object-store-memory=$((mib * 104857))); fi
     if [[ "$SLURM_PROCID" == 0 ]]; then
-        exec ray start --head --block --port="$RAY_PORT" --node-ip-address="$RAY_HEAD" --temp-dir="$RAY_FOLDER" \
-            --dashboard-port=$((RAY_PORT + 1)) --ray-client-server-port=$((RAY_PORT + 2)) \
-            --dashboard-agent-listen-port=0 $has
+        "${start[@]}" --head --port="$RAY_PORT" --node-ip-address="$RAY_HEAD" \
+            --dashboard-port=$((RAY_PORT + 1)) --ray-client-server-port=$((RAY_PORT + 2)) || true
+        scancel --quiet --signal=TERM "$SLURM_JOB_ID.$SLURM_STEP_ID"
+        exit 1
     fi
     until (exec 3<>"/dev/tcp/$RAY_HEAD/$RAY_PORT") 2>/dev/null; do sleep 1; done
-    exec ray start --block --address="$RAY_HEAD:$RAY_PORT" --dashboard-agent-listen-port=0 $has
+    "${start[@]}" --address="$RAY_HEAD:$RAY_PORT"
 ' &
 step=$!
 

@@ -8,6 +8,7 @@ README.md has all of it. A name imports what stands behind it when it is first u
 """
 
 import importlib
+import pkgutil
 from operator import attrgetter
 from typing import TYPE_CHECKING, Any
 
@@ -22,6 +23,10 @@ if TYPE_CHECKING:
 
     open_store = ActivationStore.open
     use_architecture = ARCHITECTURES.give
+
+# In a checkout `saescale` is this file alone, and the floors are where they were installed; Python finds the checkout
+# first there, and so do Ray's workers of a driver that was started in it.
+__path__ = pkgutil.extend_path(__path__, __name__)
 
 __all__ = ["SaescaleError", "fit", "load", "open_run", "open_store", "predict", "use_architecture"]
 

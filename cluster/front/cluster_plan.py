@@ -7,6 +7,7 @@ from typing import Any
 
 from saescale.cluster.front.console import console, say, table
 from saescale.scaling.planning.devices import Device
+from saescale.scaling.words import counted
 from saescale.storage.errors import SaescaleError
 
 _MOST_GPUS = 100_000
@@ -34,18 +35,26 @@ def _show(document: dict[str, Any]) -> None:
     console.print(_groups(document["groups"]))
     hours, disk, network = document["hours"], document["disk"], document["network"]
     harvest = document["harvest_gpus"]
-    beside = f", {harvest} more harvest meanwhile ({document['harvest_gpu_hours']:,.3g} GPU hours)" if harvest else ""
+    harvesting = f", {harvest} more harvest meanwhile ({_figure(document['harvest_gpu_hours'])} GPU hours)"
     idle = f", {document['idle_gpus']} of which have nothing to do" if document["idle_gpus"] else ""
-    say(f"\n{document['cells']} cells on {document['gpus'] - harvest} {device['name']}{idle}{beside}")
+    beside = harvesting if harvest else ""
+    say(f"\n{counted(document['cells'], 'cell')} on {document['gpus'] - harvest} {device['name']}{idle}{beside}")
     say(
-        f"hours: {hours['median']:,.3g} ({hours['low']:,.3g} to {hours['high']:,.3g} in 90 % of {hours['courses']} "
-        f"simulated courses; {document['hours_without_failures']:,.3g} if nothing fails); "
-        f"{document['failures']:.2g} jobs hit by failures, which cost {document['lost_gpu_hours']:.2g} hours of work"
+        f"hours: {_figure(hours['median'])} ({_figure(hours['low'])} to {_figure(hours['high'])} in 90 % of "
+        f"{hours['courses']} simulated courses; {_figure(document['hours_without_failures'])} if nothing fails); "
+        f"{_figure(document['failures'])} jobs hit by failures, which cost {_figure(document['lost_gpu_hours'])} GPU "
+        "hours of work"
     )
     say(
-        f"work: {document['flops']:.3g} sparse training FLOPs, {document['gpu_hours']:,.3g} GPU hours at "
-        f"{device['flops_per_s']:.3g} FLOP/s ({device['share']:.0%} of the peak), {device['speed_from']}"
+        f"work: {document['flops']:.3g} sparse training FLOPs, as if no latent died; {_figure(document['gpu_hours'])} "
+        f"GPU hours at {device['flops_per_s']:.3g} FLOP/s ({device['share']:.0%} of the peak), {device['speed_from']}"
     )
+    if waiting := document["waiting_gpu_hours"]:
+        gives = document["assumed"]["disk_gb_s"]["value"]
+        say(
+            f"waiting: {_figure(waiting)} of these GPU hours for activations, of which a process gets {gives:g} GB/s "
+            "(--assume disk_gb_s=...)"
+        )
     say(f"memory: {_bytes(document['memory_per_gpu'])} of {_bytes(device['memory'])} a GPU")
     say(
         f"disk at once: {_bytes(disk['source'])} of activations, {_bytes(disk['checkpoints'])} of checkpoints, "
@@ -74,40 +83,35 @@ def _show(document: dict[str, Any]) -> None:
 
 
 def _groups(groups: Sequence[dict[str, Any]]) -> Any:
-    """Rows of cells of one N on one kind of mesh."""
+    """Rows of cells of one N on one kind of mesh, shards x replicas."""
     rows: dict[tuple[int, int, int], list[dict[str, Any]]] = defaultdict(list)
     for group in groups:
         largest = max(cell[0] for cell in group["cells"])
         rows[largest, group["mesh"]["shards"], group["mesh"]["replicas"]].append(group)
-    shown = table(
-        "n up to",
-        "k",
-        "cells",
-        "in packs",
-        "shards x replicas",
-        "GiB a GPU",
-        "ms a step",
-        "network",
-        "reading",
-        "GPU hours",
-    )
+    # Narrow enough for 80 columns. Reading goes on beside a step: above 100 % it is waited for.
+    shown = table("n up to", "k", "in packs", "mesh", "GiB a GPU", "ms a step", "network", "reading", "GPU hours")
+    for column in shown.columns[:4]:
+        column.no_wrap = True
     for (n, shards, replicas), of in sorted(rows.items()):
         ks = sorted({cell[1] for group in of for cell in group["cells"]})
         k = str(ks[0]) if len(ks) == 1 else f"{ks[0]} to {ks[-1]}"
         steps = sum(group["step_s"] * group["steps"] for group in of)
         network = sum(group["network_s"] * group["steps"] for group in of) / steps
         mean = 1000 * steps / sum(group["steps"] for group in of)
-        reading = (
-            sum(group["read_s"] * group["steps"] for group in of) / steps
-        )  # beside it: above 100 % it is waited for
+        reading = sum(group["read_s"] * group["steps"] for group in of) / steps
         memory = max(group["memory_per_gpu"] for group in of) / 2**30
         spent = sum(group["hours"] for group in of) * shards * replicas
         cells = sum(len(group["cells"]) for group in of)
         shown.add_row(
-            f"{n:,}", k, str(cells), str(len(of)), f"{shards} x {replicas}", f"{memory:,.1f}", f"{mean:,.3g}",
-            f"{network:.0%}", f"{reading:.0%}", f"{spent:,.3g}",
+            f"{n:,}", k, f"{cells} in {len(of)}", f"{shards} x {replicas}", f"{memory:,.1f}", _figure(mean),
+            f"{network:.0%}", f"{reading:.0%}", _figure(spent),
         )  # fmt: skip
     return shown
+
+
+def _figure(amount: float) -> str:
+    """Three digits of it, and no exponent."""
+    return f"{float(f'{amount:.3g}'):,.12g}"
 
 
 def _bytes(amount: float) -> str:

@@ -25,7 +25,7 @@ class Assumed(Section):
     """d_model and rows (distinct activations) of the store, or of the live source with the subject's `parameters`, and
     the cluster that trains."""
 
-    d_model: Positive | None = None
+    d_model: Annotated[int, Field(gt=0, le=2**16, strict=True)] | None = None  # Llama 3.1 405B's: 16,384
     rows: Amount | None = None
     parameters: Amount | None = None
     gpus_per_node: Positive = 8

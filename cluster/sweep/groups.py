@@ -17,11 +17,13 @@ from saescale.trainers.training.memory import weights_bytes
 
 class Group(NamedTuple):
     """`step`: of a pack the memory of all its cells, and one step of each. `seconds` of training and evaluation without
-    checkpoints and failures, `state` bytes of their checkpoint, `sent` bytes that a mesh's processes send in all."""
+    checkpoints and failures, `waiting_s` of it for batches; `state` bytes of their checkpoint, `sent` bytes that a
+    mesh's processes send in all."""
 
     cells: tuple[Cell, ...]
     step: Step
     seconds: float
+    waiting_s: float
     state: float
     sent: float
     read_s: float  # that a batch takes to come: no step is faster
@@ -44,17 +46,19 @@ def pack_of(described: Described, device: Device, pack: Sequence[Cell], taken: f
     cells = sorted(pack, key=lambda cell: cell.steps)
     each = [device.seconds(work_of_step(cell)) for cell in cells]
     read = _read_s(described, cells[0])
-    seconds, before = 0.0, 0
+    working, waiting, before = 0.0, 0.0, 0
     for i, cell in enumerate(cells):
-        seconds += (cell.steps - before) * max(sum(each[i:]), read)
+        working += (cell.steps - before) * sum(each[i:])
+        waiting += (cell.steps - before) * max(read - sum(each[i:]), 0.0)
         before = cell.steps
-    return _group(described, device, cells, Step(Layout(), taken, Sent(), sum(each), 0.0), seconds, read)
+    return _group(described, device, cells, Step(Layout(), taken, Sent(), sum(each), 0.0), working, waiting, read)
 
 
 def gang_of(described: Described, device: Device, cell: Cell, step: Step) -> Group:
     """One cell on a mesh, each process of which reads the whole batch."""
     read = _read_s(described, cell)
-    return _group(described, device, [cell], step, cell.steps * max(step.seconds, read), read)
+    waiting = cell.steps * max(read - step.seconds, 0.0)
+    return _group(described, device, [cell], step, cell.steps * step.seconds, waiting, read)
 
 
 def _read_s(described: Described, cell: Cell) -> float:
@@ -62,15 +66,16 @@ def _read_s(described: Described, cell: Cell) -> float:
 
 
 def _group(
-    described: Described, device: Device, cells: Sequence[Cell], step: Step, training_s: float, read_s: float
-) -> Group:
+    described: Described, device: Device, cells: Sequence[Cell], step: Step, working_s: float, waiting_s: float,
+    read_s: float,
+) -> Group:  # fmt: skip
     evaluating = sum(_evaluation_s(described, device, cell) for cell in cells) / step.mesh.ranks
     state = sum(4 * weights_bytes(cell) for cell in cells)  # parameters, two moments and the average
-    seconds = training_s + evaluating
+    seconds = working_s + waiting_s + evaluating
     written = state / step.mesh.shards / (1e9 * described.assumed.disk_gb_s)
     job = Job(described.assumed.pack_s + seconds, step.mesh.ranks, written)
     told = step.sent.bytes * step.mesh.ranks * cells[0].steps
-    return Group(tuple(cells), step, seconds, state, told, read_s, job)
+    return Group(tuple(cells), step, seconds, waiting_s, state, told, read_s, job)
 
 
 def _evaluation_s(described: Described, device: Device, cell: Cell) -> float:

@@ -43,8 +43,8 @@ class Cluster(NamedTuple):
 
 
 class Outcome(NamedTuple):
-    """Seconds until all is done, seconds of work of jobs done again, failures that hit a job, and of each job when it
-    first began and when it was done."""
+    """Seconds until all is done, seconds of work that devices do again, failures that hit a job, and of each job when
+    it first began and when it was done."""
 
     seconds: float
     lost_s: float
@@ -130,16 +130,23 @@ def simulate(jobs: Sequence[Job], cluster: Cluster, rng: np.random.Generator) ->
                 failures += 1
                 del running[run.number]
                 _give_back(run, free)
-                spent = max(0.0, now - run.began)
-                cost = jobs[run.number].checkpoint_s
-                saved = math.floor(spent / (every + cost)) * every
-                lost += min(spent, left[run.number]) - min(saved, left[run.number])
-                left[run.number] -= min(saved, left[run.number])
+                saved, again = _reached(
+                    max(0.0, now - run.began), left[run.number], every, jobs[run.number].checkpoint_s
+                )
+                lost += again * jobs[run.number].gpus
+                left[run.number] -= saved
                 waiting.append(run.number)
             waiting.sort()
             del free[number]
             heappush(events, (now + cluster.repair_s, _BACK, number, 0))
     return Outcome(max(done, default=0.0), lost, failures, tuple(zip((b or 0.0 for b in begun), done, strict=True)))
+
+
+def _reached(spent_s: float, left_s: float, every_s: float, checkpoint_s: float) -> tuple[float, float]:
+    """Seconds of work, of `left_s`, that are saved after an attempt of `spent_s`, and those that are lost."""
+    checkpoints, since = divmod(spent_s, every_s + checkpoint_s)
+    saved = min(checkpoints * every_s, left_s)
+    return saved, min(since, every_s, left_s - saved)
 
 
 _END, _BACK, _FAILS = range(3)

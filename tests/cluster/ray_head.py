@@ -18,6 +18,8 @@ from typing import Any, NamedTuple
 
 import psutil
 
+FAKE_HEAD_NODE_ID = "f" * 51 + "00000"  # by which Ray's provider of such nodes knows the head
+
 
 class Head(NamedTuple):
     url: str  # of its dashboard
@@ -31,8 +33,9 @@ def ray_head(token: str, num_cpus: int, path: Path, workers: dict[str, Any] | No
     """Starts the head, waits until its dashboard answers, and ends exactly what it started.
 
     Its processes, and those of its jobs, have `path` on their PYTHONPATH. workers: a node type of a cluster file, from
-    none of which to its `max_workers` Ray's autoscaler starts nodes on this machine (`AutoscalingCluster` of
-    ray.cluster_utils would end the clusters of others first).
+    none of which to its `max_workers` Ray's autoscaler, that of `ray up` and KubeRay (v2), starts nodes here.
+    `AutoscalingCluster` of ray.cluster_utils does the same, but ends the clusters of others first (`ray stop --force`),
+    and the file that it begins with is not in Ray's wheel.
     """
     # Unix sockets below it may have 107 characters.
     temporary = Path(tempfile.mkdtemp(prefix="rs-", dir="/tmp"))
@@ -50,7 +53,10 @@ def ray_head(token: str, num_cpus: int, path: Path, workers: dict[str, Any] | No
     environment = inherited | {"RAY_AUTH_TOKEN": token, "PATH": programs}
     environment["PYTHONPATH"] = str(path)
     if workers is not None:
-        environment |= {"RAY_FAKE_CLUSTER": "1", "AUTOSCALER_UPDATE_INTERVAL_S": "1"}
+        environment |= {
+            "RAY_FAKE_CLUSTER": "1", "AUTOSCALER_UPDATE_INTERVAL_S": "1", "RAY_enable_autoscaler_v2": "1",
+            "RAY_CLOUD_INSTANCE_ID": FAKE_HEAD_NODE_ID, "RAY_OVERRIDE_NODE_ID_FOR_TESTING": FAKE_HEAD_NODE_ID,
+        }  # fmt: skip
         (temporary / "cluster.json").write_text(json.dumps(_autoscaled(f"127.0.0.1:{gcs}", num_cpus, workers)))
         command.append(f"--autoscaling-config={temporary / 'cluster.json'}")
     with (temporary / "head.log").open("wb") as log:
@@ -76,7 +82,7 @@ def _autoscaled(gcs: str, num_cpus: int, workers: dict[str, Any]) -> dict[str, A
         **{name: [] for name in lists},
         "provider": {
             "type": "fake_multinode", "gcs_address": gcs, "launch_multiple": True, "use_node_id_as_ip": True,
-            "disable_node_updaters": True, "disable_launch_config_check": True,
+            "head_node_id": FAKE_HEAD_NODE_ID, "disable_node_updaters": True, "disable_launch_config_check": True,
         },
         "head_node_type": "ray.head.default",
         "available_node_types": {"ray.head.default": head, "worker": {"node_config": {}, **workers}},

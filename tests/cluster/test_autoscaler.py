@@ -33,3 +33,5 @@ def test_the_cluster_grows_for_a_sweep_and_shrinks_after_it(
         assert result.returncode == 0, result.stderr[-3000:]
     found = json.loads(result.stdout.splitlines()[-1])
     assert found == {"before": 0, "training": 2, "nodes": 2, "after": 0}
+    # What trained on the nodes that are gone was saved before they went.
+    assert len(list(Path(document["out"]).glob("cells/*/checkpoint/latest-*.json"))) == 2

@@ -239,6 +239,7 @@ def test_the_command(tmp_path: Path) -> None:
         (["--cluster", "SWEEP", "--assume", "d_modl=5"], "--assume: d_modl is not a key, did you mean d_model?"),
         (["--cluster", "SWEEP", "--assume", "mtbf_hours"], "--assume mtbf_hours: write NAME=VALUE"),
         (["--cluster", "SWEEP", "--assume", "mtbf_hours=-1"], "--assume: mtbf_hours: input should be greater than 0"),
+        (["--cluster", "SWEEP", "--assume", "d_model=100000000000"], "should be less than or equal to 65536"),
         (["--cluster", "SWEEP"], "to plan without its store say what it has, as --assume d_model=768"),
         (["--cluster", "LAYERS", "--assume", "d_model=512"], "there is no folder like stores/none.*"),
         (["--cluster", "SWEEP", "--metric", "downstream_loss.ce"], "it goes with --gpu, --gpus"),

@@ -1,133 +1,94 @@
-"""The Slurm script on two nodes that are processes of this machine: srun and scontrol are stand-ins that do what those
-of Slurm do as far as the script goes, everything else is real."""
+"""The Slurm script, submitted to a real Slurm of two nodes on this machine."""
 
-import contextlib
 import glob
-import os
-import re
-import signal
-import socket
-import subprocess
-import sys
+import json
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import psutil
 import pytest
 
-from saescale.storage.lease import read_driver
+from saescale.storage.lease import RunningCell, read_driver
+from saescale.storage.rundir import RunDirectory
 from tests.cluster.command import ROOT
-
-# Starts the command once for each node, with its number, and ends them all when it is told to.
-SRUN = f"""#!{sys.executable}
-import os, signal, subprocess, sys
-number = next(int(word.split("=")[1]) for word in sys.argv if word.startswith("--nodes="))
-command = sys.argv[sys.argv.index("bash"):]
-tasks = [
-    subprocess.Popen(command, env=os.environ | {{"SLURM_PROCID": str(task), "SLURM_GPUS_ON_NODE": "1"}})
-    for task in range(number)
-]
-def end(*_):
-    for task in tasks:
-        task.terminate()
-signal.signal(signal.SIGTERM, end)
-sys.exit(max(task.wait() for task in tasks))
-"""
-SCONTROL = """#!/bin/bash
-[[ "$*" == "show hostnames node[1-2]" ]] || exit 1
-echo 127.0.0.1; echo 127.0.0.2
-"""
+from tests.cluster.slurm import NODES, Slurm, require_slurm, running_slurm
 
 
 @pytest.fixture
-def slurm(tmp_path: Path) -> Iterator[Callable[[str], "subprocess.Popen[str]"]]:
-    """Starts the script as Slurm would, for a sweep file."""
-    programs = tmp_path / "programs"
-    programs.mkdir()
-    script = f'#!/bin/bash\nexec {sys.executable} -P -m saescale.cluster.cli "$@"\n'
-    ray = f'#!/bin/bash\nexec {sys.executable} -P -m ray.scripts.scripts "$@"\n'
-    python = f'#!/bin/bash\nexec {sys.executable} "$@"\n'
-    for name, text in {"srun": SRUN, "scontrol": SCONTROL, "saescale": script, "ray": ray, "python": python}.items():
-        (programs / name).write_text(text)
-        (programs / name).chmod(0o755)
-    environment = {name: value for name, value in os.environ.items() if not name.startswith(("RAY_", "SLURM_"))}
-    environment |= {
-        "PATH": f"{programs}{os.pathsep}{os.environ['PATH']}", "PYTHONPATH": str(ROOT), "SLURM_JOB_ID": _job(),
-        "SLURM_JOB_NODELIST": "node[1-2]", "SLURM_JOB_NUM_NODES": "2", "SLURM_CPUS_PER_TASK": "1",
-        "RAY_object_store_memory": str(80 * 2**20),
-    }  # fmt: skip
-    started: list[subprocess.Popen[str]] = []
-
-    def start(sweep: str) -> "subprocess.Popen[str]":
-        with (tmp_path / "out").open("w") as out:
-            started.append(
-                subprocess.Popen(
-                    ["bash", str(ROOT / "deploy" / "slurm.sh"), sweep], env=environment, stdout=out, stderr=out,
-                    text=True, cwd=tmp_path,
-                )
-            )  # fmt: skip
-        return started[-1]
-
-    yield start
-    for process in started:
-        if process.poll() is None:
-            process.terminate()
-            process.wait(60)
+def slurm() -> Iterator[Slurm]:
+    require_slurm()
+    with running_slurm() as slurm:
+        yield slurm
 
 
-def _job() -> str:
-    """The id of a job whose three ports are free, and none that the system gives to connections."""
-    for number in range(1_000, 2_000):
-        ports = range(20_000 + 3 * number, 20_003 + 3 * number)
-        if all(_free(port) for port in ports):
-            return str(number)
-    raise AssertionError("no port")
+class Jobs:
+    """Of one sweep, submitted as the page says. What they print is in `said`."""
 
+    def __init__(self, slurm: Slurm, sweep: str, run: str, folder: Path) -> None:
+        self.slurm, self.sweep, self.run, self.said = slurm, sweep, run, folder / "said"
 
-def _free(port: int) -> bool:
-    with socket.socket() as tried:
-        return bool(tried.connect_ex(("127.0.0.1", port)))
+    def submit(self) -> str:
+        given = f"--export=ALL,SAESCALE_VENV={self.slurm.folder}/venv,RAY_object_store_memory={80 * 2**20}"
+        small = ("--nodes=2", "--gpus-per-node=1", "--cpus-per-task=1")
+        script = str(ROOT / "deploy" / "slurm.sh")
+        return self.slurm.call(
+            "sbatch", "--parsable", *small, given, f"--output={self.said}", script, self.sweep
+        ).strip()  # fmt: skip
 
+    def until(self, job: str, wanted: Callable[[], Any], what: str, patience: float = 240) -> None:
+        end = time.monotonic() + patience
+        while not wanted():
+            assert time.monotonic() < end, f"{what}: {self.slurm.state(job)} {self.said.read_text()}"
+            time.sleep(0.25)
 
-def ours(folder: str) -> list[str]:
-    """Command lines of processes that the script started: their environment has its programs."""
-    found = []
-    for process in psutil.process_iter():
-        with contextlib.suppress(psutil.Error):
-            if f"{folder}/programs" in process.environ().get("PATH", ""):
-                found.append(" ".join(process.cmdline()))
-    return found
+    def ended(self, job: str) -> str:
+        """The state of a job that has ended."""
+        self.until(job, lambda: self.slurm.state(job) not in ("RUNNING", "COMPLETING", "PENDING"), "not ended")
+        return self.slurm.state(job)
+
+    def training(self, job: str) -> dict[str, int]:
+        """The step of each cell, as soon as two workers train."""
+        found: list[RunningCell] = []
+
+        def two() -> bool:
+            driver = read_driver(self.run)
+            drives = driver is not None and driver.state == "running"
+            found[:] = [cell for cell in driver.standing.running if cell.step > 0] if driver and drives else []
+            return len({cell.worker for cell in found}) == 2
+
+        self.until(job, two, "two workers")
+        return {cell.cell_id: cell.step for cell in found}
 
 
 @pytest.mark.slow
-def test_a_sweep_on_two_nodes_of_slurm(
-    slurm: Callable[[str], "subprocess.Popen[str]"], document: dict[str, Any],
-    sweep_file: Callable[[dict[str, Any]], str], tmp_path: Path,
-) -> None:  # fmt: skip
-    """Both nodes train; the signal before the time is up saves, and nothing that the script started is left."""
+def test_a_sweep_that_is_stopped_goes_on_and_outlives_a_node(
+    slurm: Slurm, document: dict[str, Any], sweep_file: Callable[[dict[str, Any]], str], tmp_path: Path
+) -> None:
     document["grid"] = {"n_latents": [64], "k": [4]}
-    document["train"] |= {"tokens": 16_384 * 4_000, "batch_tokens": [256, 512]}
-    document["eval"]["every_tokens"] = 16_384 * 100
+    document["train"] |= {"tokens": 16_384 * 200, "batch_tokens": [256, 512]}
+    document["eval"]["every_tokens"] = 16_384 * 20
     document["resources"] = {"workers": 2, "gpus_per_worker": 1, "checkpoint_every_s": 600.0}
-    process, run, said = slurm(sweep_file(document)), document["out"], tmp_path / "out"
-    until = time.monotonic() + 240
-    while not (driver := read_driver(run)) or len(driver.standing.running) < 2:
-        assert process.poll() is None, said.read_text()
-        assert time.monotonic() < until, said.read_text()
-        time.sleep(0.5)
-    assert len({cell.worker for cell in driver.standing.running}) == 2
-    job = re.search(r"/tmp/ray-(\d+)-", " ".join(ours(str(tmp_path))))
+    jobs = Jobs(slurm, sweep_file(document), document["out"], tmp_path)
+
+    # Both nodes train; the signal that comes before the time is up saves, and nothing is left on either.
+    first = jobs.submit()
+    jobs.training(first)
     signalled = time.time()
-    process.send_signal(signal.SIGTERM)
-    assert process.wait(120) not in (0, None)
-    cells = list(Path(run).glob("cells/*"))
-    assert len(cells) == 2
-    for cell in cells:
-        assert max(path.stat().st_mtime for path in cell.glob("checkpoint/*")) >= signalled, said.read_text()
-    until = time.monotonic() + 30  # helpers of Ray's dashboard take a moment
-    while ours(str(tmp_path)) and time.monotonic() < until:
-        time.sleep(0.5)
-    assert ours(str(tmp_path)) == []
-    assert job is None or not glob.glob(f"/tmp/ray-{job[1]}-*")
+    slurm.call("scancel", "--batch", "--signal=TERM", first)
+    assert jobs.ended(first) == "FAILED"
+    files = list(Path(jobs.run).glob("cells/*/checkpoint/latest-*.json"))
+    assert len(files) == 2
+    assert all(path.stat().st_mtime >= signalled for path in files)
+    saved = {path.parts[-3]: json.loads(path.read_text())["generations"][-1]["step"] for path in files}
+    jobs.until(first, lambda: not slurm.processes(first), "processes left")
+    assert glob.glob(f"/tmp/ray-{first}-*") == []
+
+    # The same command goes on from there, and a node that dies then takes neither the job nor the sweep along.
+    second = jobs.submit()
+    steps = jobs.training(second)
+    assert steps.keys() == saved.keys()
+    assert all(steps[cell] >= saved[cell] for cell in saved)
+    slurm.power_off(NODES[1], second)
+    assert jobs.ended(second) == "COMPLETED", jobs.said.read_text()
+    assert [row["status"] for row in RunDirectory(jobs.run).read_results().to_pylist()] == ["done", "done"]

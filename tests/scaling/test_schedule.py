@@ -53,6 +53,20 @@ def test_lost_work_is_that_of_the_closed_form(every: float, restart: float) -> N
     assert abs(took.mean() - expected) < 4 * took.std() / math.sqrt(len(took))
 
 
+def test_a_failure_loses_what_followed_the_last_checkpoint() -> None:
+    """On the average what an exponential time of failure within a period leaves; a checkpoint is no work."""
+    mtbf, every, cost, gpus = 300.0, 100.0, 20.0, 8
+    cluster = Cluster(gpus, gpus, mtbf, 0.0, 0.0, every)
+    found = courses([Job(100 * every, gpus, cost)], cluster, 200)
+    assert all(0 < each.lost_s < each.failures * every * gpus for each in found)
+
+    seconds = np.linspace(0, every + cost, 100_001)
+    density = np.exp(-seconds / mtbf)
+    expected = np.trapezoid(np.minimum(seconds, every) * density) / np.trapezoid(density)
+    lost = np.array([each.lost_s / gpus / each.failures for each in found])
+    assert abs(lost.mean() - expected) < 4 * lost.std() / math.sqrt(len(lost))
+
+
 def test_youngs_interval_is_the_best_one() -> None:
     """Among intervals of half and twice as long, by simulation."""
     best = best_interval(4.0, 20_000.0)
