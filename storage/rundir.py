@@ -322,8 +322,8 @@ class RunDirectory:
     def write_evals(
         self, cell_id: str, evaluation: str, rows: list[dict[str, Any]], metrics: Mapping[str, Any] | None = None
     ) -> None:
-        """Puts the rows of one evaluation of one cell into evals.parquet, in place of those that it had there. Of several
-        processes that do so at one time nobody's are lost.
+        """Puts the rows of one evaluation of one cell into evals.parquet, in place of those that it had there. Where
+        several processes do so at one time, nobody's are lost.
 
         `metrics`: what the evaluation declares of its metrics, by `evaluation.metric`, in place of what it declared.
         """
@@ -333,7 +333,8 @@ class RunDirectory:
         def changed(there: pa.Table) -> pa.Table:
             own = pc.and_(pc.equal(there["cell_id"], cell_id), pc.equal(there["evaluation"], evaluation))
             known = json.loads((there.schema.metadata or {}).get(METRICS, b"{}"))
-            known = {name: of for name, of in known.items() if name.partition(".")[0] != evaluation} | dict(metrics or {})
+            known = {name: of for name, of in known.items() if name.partition(".")[0] != evaluation}
+            known |= metrics or {}
             known = {name: known[name] for name in sorted(known, key=lambda name: name.partition(".")[0])}
             table = pa.concat_tables([there.filter(pc.invert(own)).replace_schema_metadata(), new])
             return table.replace_schema_metadata({METRICS: json.dumps(known).encode()}) if known else table

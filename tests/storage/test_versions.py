@@ -19,7 +19,8 @@ def write(url: str, cell: str, start: Any = None) -> None:
     if start is not None:
         start.wait()
     for number in range(EACH if start is not None else 1):
-        RunDirectory(url).write_evals(cell, f"e{number}", [{"metric": "m", "value": float(number)}], {f"e{number}.m": {}})
+        rows = [{"metric": "m", "value": float(number)}]
+        RunDirectory(url).write_evals(cell, f"e{number}", rows, {f"e{number}.m": {}})
 
 
 def there(url: str) -> set[tuple[str, str]]:
