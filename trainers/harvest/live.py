@@ -117,8 +117,8 @@ class LiveHarvest:
         facts = self.crew.load([self.spec.harvest(self.url, reads_text=False)], asked)
         self._harvest = harvest = self.spec.harvest(self.url, facts.reads_text)
         self.room = Room(self.spec, harvest, facts.d_model)
-        self._count_served()
         self._require_room_for_files()
+        self._count_served()
         self._told.begin()
         self._facts, self._plan = facts, _plan(harvest, facts)
         if self._served is not None:
