@@ -72,7 +72,7 @@ class Tokens:
             self._drop()
             self._pass = Pass(self._harvest, self._facts, self._served, self._places, begin)
         if self.bytes > self._room.tokens // 2:  # of those that are made too: if they go, their tokens are read again
-            self.forget(missing, making.union(lacking))
+            self.forget(missing, making | set(lacking))
         block = self._pass.peek()
         if block is None:
             return None
