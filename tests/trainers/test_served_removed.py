@@ -214,8 +214,8 @@ def test_a_rank_that_is_lost_while_all_wait_for_rows_is_named(tmp_path: Path, ho
 
         threading.Thread(target=wait, daemon=True).start()
 
-    later = job(url, mine).model_copy(update={"checkpoint_every_s": 0.5})
     with live_here(spec_of(folder, tokens=MORE, block_rows=BLOCKS), url):
+        later = job(url, mine).model_copy(update={"checkpoint_every_s": 0.5})
         with pytest.raises(SaescaleError) as caught:
             train_sharded(later, 2, deadline_s=8.0, started=strike)
         assert f"pid {hit[0]}" in str(caught.value)
