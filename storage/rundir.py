@@ -14,7 +14,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import xxhash
 
-from saescale.storage import checkpoint, files
+from saescale.storage import checkpoint, files, versions
 from saescale.storage.columns import CURVES, EVALS, RESULTS, conform, current_names
 from saescale.storage.documents import (
     damaged,
@@ -322,26 +322,36 @@ class RunDirectory:
     def write_evals(
         self, cell_id: str, evaluation: str, rows: list[dict[str, Any]], metrics: Mapping[str, Any] | None = None
     ) -> None:
-        """Puts the rows of one evaluation of one cell into evals.parquet, in place of those that it had there.
+        """Puts the rows of one evaluation of one cell into evals.parquet, in place of those that it had there. Where
+        several processes do so at one time, nobody's are lost.
 
         `metrics`: what the evaluation declares of its metrics, by `evaluation.metric`, in place of what it declared.
         """
-        there = self.read_evals()
-        own = pc.and_(pc.equal(there["cell_id"], cell_id), pc.equal(there["evaluation"], evaluation))
+        self.require_owner()
         new = pa.Table.from_pylist([row | {"cell_id": cell_id, "evaluation": evaluation} for row in rows], EVALS)
-        known = json.loads((there.schema.metadata or {}).get(METRICS, b"{}"))
-        known = {name: of for name, of in known.items() if name.partition(".")[0] != evaluation} | dict(metrics or {})
-        known = {name: known[name] for name in sorted(known, key=lambda name: name.partition(".")[0])}
-        table = pa.concat_tables([there.filter(pc.invert(own)).replace_schema_metadata(), new])
-        if known:
-            table = table.replace_schema_metadata({METRICS: json.dumps(known).encode()})
-        self._write_table("evals.parquet", table)
+
+        def changed(there: pa.Table) -> pa.Table:
+            own = pc.and_(pc.equal(there["cell_id"], cell_id), pc.equal(there["evaluation"], evaluation))
+            known = json.loads((there.schema.metadata or {}).get(METRICS, b"{}"))
+            known = {name: of for name, of in known.items() if name.partition(".")[0] != evaluation}
+            known |= metrics or {}
+            known = {name: known[name] for name in sorted(known, key=lambda name: name.partition(".")[0])}
+            table = pa.concat_tables([there.filter(pc.invert(own)).replace_schema_metadata(), new])
+            return table.replace_schema_metadata({METRICS: json.dumps(known).encode()}) if known else table
+
+        versions.change(*self._evals, changed)
 
     def read_evals(self) -> pa.Table:
         """evals.parquet, with what evaluations declare of their metrics in its schema's metadata; no rows when it is
         missing."""
-        table = self._table("evals.parquet", EVALS, f"remove it and run saescale eval {self.url}, which measures again")
+        table = versions.read(*self._evals)
         return EVALS.empty_table() if table is None else table
+
+    @property
+    def _evals(self) -> tuple[str, pa.Schema, str]:
+        """What versions.py asks of a table."""
+        remedy = f"remove it and run saescale eval {self.url}, which measures again"
+        return files.join(self.url, "evals.parquet"), EVALS, remedy
 
     def read_fits(self) -> dict[str, Any] | None:
         """The document of fits.json, or None when it is missing."""

@@ -37,7 +37,9 @@ class Batches(Protocol):
     """An iterator of SourceBatch, owned by its consumer, who closes it."""
 
     wait_seconds: float  # how long the consumer waited for it
-    while_waiting: Callable[[], None] | None  # what it does then, again and again, between two batches
+    # Whenever rows are needed, if it may have to wait for them: returns when what it is given, which waits for so many
+    # seconds at most, says that they are there. None: the consumer has nothing to do meanwhile.
+    while_waiting: Callable[[Callable[[float], bool]], None] | None
 
     def state(self) -> dict[str, Any]:
         """A small cursor (JSON), from which `Source.resume` goes on with exactly the batches that would have come."""

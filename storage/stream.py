@@ -23,7 +23,6 @@ from saescale.storage.source import SourceBatch
 from saescale.storage.waiting import waiting
 
 _READERS = 4
-_WAITS_S = 0.2  # between two calls of `while_waiting`
 # Row groups whose values this process has found good: (url, store fingerprint, shard, row group).
 _checked: set[tuple[str, str, int, int]] = set()
 
@@ -107,7 +106,7 @@ class Stream:
     at any world size, and all ranks get equally many batches. Every rank reads every row group. A thread
     keeps at least `prefetch` batches ready, rounded up to whole windows of `mix_row_groups` row groups: two to
     three windows are in memory. `windows` says what is mixed where it is otherwise (live.py). `wait_seconds` is how
-    long the consumer waited, and `while_waiting` what it does meanwhile, again and again. Close it, or use a `with`.
+    long the consumer waited, and `while_waiting` what it does meanwhile. Close it, or use a `with`.
 
     Raises SaescaleError for a split without rows and, from `__next__`, for what the reading thread met; a row
     group's values (NaN, Inf, zero norm) are checked the first time that a process reads it.
@@ -154,7 +153,7 @@ class Stream:
         self._mix = mix_row_groups
         self._ready_rows = prefetch * self._slice
         self.wait_seconds = 0.0
-        self.while_waiting: Callable[[], None] | None = None
+        self.while_waiting: Callable[[Callable[[float], bool]], None] | None = None
 
         self._window = np.empty((0, store.d_model), raw_dtype(store.dtype))
         self._used = 0
@@ -233,25 +232,28 @@ class Stream:
     def _take_window(self) -> np.ndarray:
         began = time.perf_counter()
         with waiting(f"activations of {hide_secrets(self._store.url)}"):
-            while not self._is_there(_WAITS_S if self.while_waiting else None):
-                if self.while_waiting is not None:
-                    self.while_waiting()
+            if self.while_waiting is None:
+                self._is_there()
+            else:
+                self.while_waiting(self._is_there)
             self.wait_seconds += time.perf_counter() - began
             with self._changed:
                 if self._ready:
                     self._changed.notify_all()
                     return self._ready.popleft()
-        if self._error is None:  # closed
-            raise StopIteration
-        self.close()
-        raise self._error
+        raise StopIteration  # closed
 
-    def _is_there(self, timeout_s: float | None) -> bool:
-        """Whether a window is, or none will be, after so long at most."""
+    def _is_there(self, timeout_s: float | None = None) -> bool:
+        """Whether a window is, or none will be, after so long at most. Raises what the reading thread met."""
         with self._changed:
-            return self._changed.wait_for(
+            there = self._changed.wait_for(
                 lambda: bool(self._ready) or self._error is not None or self._closed, timeout_s
             )
+            error = None if self._ready else self._error
+        if error is not None:
+            self.close()
+            raise error
+        return there
 
     # --- the reading thread
 

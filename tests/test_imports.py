@@ -19,7 +19,7 @@ ROOMS = {
         ("bucket", "registry"),
         ("files",),
         ("documents", "writable"),
-        ("tensors", "manifest", "lease"),
+        ("tensors", "manifest", "lease", "versions"),
         ("sharded", "checkpoint", "rows"),
         ("source", "rundir"),
         ("stream",),

@@ -99,6 +99,7 @@ def run_sweep(
             from saescale.cluster.sweep.gang import Meshes
             from saescale.cluster.sweep.meshes import plan_meshes
             from saescale.cluster.sweep.packing import BATCH_FLOPS, pack_cells
+            from saescale.cluster.sweep.turns import Turns
 
             auto = precision if spec.train.precision == "auto" else None
             taken = [each.taken for each in produced]
@@ -108,13 +109,14 @@ def run_sweep(
                 remote = local_path(run.url) is None
                 needs = crew.needs(stores, spec.eval.tokens, remote)
                 flops = BATCH_FLOPS["cuda" if crew.on_gpu else "cpu"]
-                live = {store.fingerprint for store in stores if store.url in spec.lives}
+                live = {store.fingerprint: spec.lives[store.url] for store in stores if store.url in spec.lives}
                 on_mesh = crew.needs_on_mesh(stores, spec.eval.tokens, remote)
                 layouts = plan_meshes(ledger.pending, spec.resources, crew.most, crew.memory, needs, on_mesh)
                 single = [cell for cell in ledger.pending if cell.cell_id not in layouts]
                 packs = [[cell] for cell in ledger.pending if cell.cell_id in layouts]
-                packs += pack_cells(single, steps, crew.count, crew.memory, needs, flops, live) if single else []
+                packs += pack_cells(single, steps, crew.count, crew.memory, needs, flops, set(live)) if single else []
                 meshes = Meshes(layouts, on_mesh)
+                turns = Turns(awaited, {name for name, source in live.items() if source.remove_hidden_states})
                 if layouts:
                     crew.widen(len(single) + sum(layout.ranks for layout in layouts.values()))
                 for note in kept_for_later(spec.lives, ledger, packs, crew.count):
@@ -124,7 +126,7 @@ def run_sweep(
                 ledger.begin()
                 try:
                     with explained():
-                        Execution(spec, ledger, crew, needs, packs, steps, lease, display, meshes).run()
+                        Execution(spec, ledger, crew, needs, packs, steps, lease, display, turns, meshes).run()
                 except HeadLost as error:
                     lease.end("lost", str(error))
                     raise

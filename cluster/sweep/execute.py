@@ -11,6 +11,8 @@
   hangs, the others break off, and the pack goes on from its checkpoint as soon as there are so many again.
 - A worker has nothing to do: the pack that has most to do is split, as when nodes have joined; where that is not worth
   it, and the number of workers was left open, the worker is ended.
+- A pack waits for a server's files that have no room beside those which are kept for one without a worker: they take
+  turns (turns.py).
 """
 
 import time
@@ -31,6 +33,7 @@ from saescale.cluster.sweep.packs import Packs
 from saescale.cluster.sweep.spec import SweepSpec
 from saescale.cluster.sweep.standing import Attempt, Pack, Producers, Work, ask, next_tries, standing_of, waits_of
 from saescale.cluster.sweep.stop import stop
+from saescale.cluster.sweep.turns import Turns, wait_is_for_rows
 from saescale.cluster.sweep.watcher import SweepDisplay
 from saescale.scaling.words import counted
 from saescale.storage import files
@@ -70,6 +73,7 @@ class Execution:
         steps: Mapping[str, Sequence[int]],  # ledger.checkpoint_steps()
         lease: Lease,
         display: SweepDisplay,
+        turns: Turns,
         meshes: gang.Meshes = _NO_MESHES,
     ) -> None:
         self.spec, self.ledger, self.crew = spec, ledger, crew
@@ -78,7 +82,7 @@ class Execution:
         self.axes = (*_differ(ledger.stores.values()), *axes_of(ledger.cells))
         newest = {cell_id: found[0] for cell_id, found in steps.items()}
         self.work = Work(ledger.pending, newest)
-        self.packs = Packs(ledger, needs, meshes)
+        self.packs, self.turns = Packs(ledger, needs, meshes, turns), turns
         self.running: dict[Any, Attempt] = {}  # by the reference of `train`
         for cells in packs:
             self.packs.put(cells, reached=sum(newest.get(cell.cell_id, 0) for cell in cells))
@@ -102,6 +106,7 @@ class Execution:
                 for reference in self.crew.watch([*self.running, *self._company()]):
                     self._ended(reference)
                 self._share_out()
+                self._give_way()
                 self._show()
                 self.lease.require()
                 if self.packs.unusable and not self._trainable():
@@ -203,6 +208,12 @@ class Execution:
             longest.parting = True
             longest.worker.part.remote(longest.number)
 
+    def _give_way(self) -> None:
+        """Where packs take turns, and no worker is free for one that waits."""
+        if (ahead := self.turns.gives_way(self.running.values(), self.packs.waiting)) is not None:
+            ahead.parting = True
+            ahead.worker.part.remote(ahead.number)
+
     # --- what becomes of a pack
 
     def _company(self) -> list[Any]:
@@ -239,7 +250,8 @@ class Execution:
             self.crew.idle.append(worker)
             left = [cell for cell in pack.cells if cell.cell_id not in self.ledger.results]
             if left:
-                self.packs.put_parts(left, min(len(self.crew.idle), len(left)))
+                several = 1 if self.turns.has(left) else min(len(self.crew.idle), len(left))
+                self.packs.put_parts(left, several)
 
     def _failed(self, worker: Any, pack: Pack, cause: Exception) -> None:
         """The pack raised `cause` in a worker that lives."""
@@ -372,7 +384,7 @@ class Execution:
     def _waits_for_blocks(self, running: Attempt) -> bool:
         """Whether its worker has just said that it waits for a live source, which may take as long as it takes."""
         live = isinstance(self.ledger.stores[running.pack.store], LiveSource)
-        return live and running.question is None and any("activations of" in wait.what for wait in running.waits)
+        return live and running.question is None and any(wait_is_for_rows(wait.what) for wait in running.waits)
 
     def _moves(self) -> None:
         """Something was trained: whatever fails now and then, it is not everything."""

@@ -11,6 +11,7 @@ from saescale.cluster.sweep.gang import Meshes
 from saescale.cluster.sweep.ledger import Ledger
 from saescale.cluster.sweep.packing import cost, split
 from saescale.cluster.sweep.standing import Pack
+from saescale.cluster.sweep.turns import Turns
 from saescale.storage.errors import SaescaleError, Unavailable
 from saescale.storage.live import is_source
 from saescale.trainers.cell import Cell
@@ -19,13 +20,14 @@ from saescale.trainers.cell import Cell
 class Packs:
     """Those that wait, and how far the cells of any pack are."""
 
-    def __init__(self, ledger: Ledger, needs: Needs, meshes: Meshes) -> None:
-        self.ledger, self.needs, self.meshes = ledger, needs, meshes
+    def __init__(self, ledger: Ledger, needs: Needs, meshes: Meshes, turns: Turns) -> None:
+        self.ledger, self.needs, self.meshes, self.turns = ledger, needs, meshes, turns
         self.waiting: list[Pack] = []
         self.unusable: dict[str, SaescaleError] = {}  # why packs of a store cannot be trained, by its fingerprint
 
     def put(self, cells: list[Cell], reached: int, attempt: int = 1, why: str = "") -> None:
         """Cells that are to be trained together, after a pause where that did not go well before."""
+        self.turns.waits(cells)
         pause = back_off(attempt - 1, *BACKOFF_S) if attempt > 1 else 0.0
         total = sum(cost(cell) for cell in cells)
         layout = self.meshes.of(cells)
@@ -44,7 +46,7 @@ class Packs:
     def due(self) -> list[Pack]:
         """Those that need not wait any longer."""
         now = time.monotonic()
-        return [pack for pack in self.waiting if pack.due <= now]
+        return self.turns.first([pack for pack in self.waiting if pack.due <= now])
 
     # --- stores
 

@@ -167,7 +167,8 @@ def _plain(spec: SweepSpec) -> dict[str, float]:
     store, device, out = ActivationStore.open(spec.store), default_device(), RunDirectory(spec.out)
     cells = spec.cells(store, fast_precision(device))
     began = time.perf_counter()
-    pack = Pack(cells, measured_centre(store, cells[0]), device)
+    with measured_centre(store, cells[0]) as centre:
+        pack = Pack(cells, centre, device)
     steps = max(cell.steps for cell in cells)
     trainer = cast(L.Trainer, SimpleNamespace(should_stop=False))
     with Stream(store, batch_tokens=cells[0].batch_tokens, seed=cells[0].stream_seed, batches=steps) as stream:

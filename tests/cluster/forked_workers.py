@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 ADDRESS = "SAESCALE_TEST_FORKS"  # in the environment: the socket of the process that is forked
+NOTE = "SAESCALE_TEST_WATCH"  # in the environment of workers: the file that says which disk is watched
 _CONTEXT = "--serialized-runtime-env-context="
 
 
@@ -31,6 +32,7 @@ def forked_workers() -> Iterator[dict[str, Any]]:
     ours, theirs = socket.socketpair()
     with tempfile.TemporaryDirectory(prefix="rs-", dir="/tmp") as folder, ours:
         os.environ[ADDRESS] = str(Path(folder) / "forks")
+        os.environ[NOTE] = str(Path(folder) / "watched")
         with theirs:
             command = [sys.executable, "-P", __file__, "serve", str(theirs.fileno())]
             environment = os.environ | {"JE_ARROW_MALLOC_CONF": "background_thread:false"}
@@ -42,7 +44,7 @@ def forked_workers() -> Iterator[dict[str, Any]]:
                 warnings.warn("no process can be forked for workers here: each imports torch for itself", stacklevel=1)
                 yield {}
         finally:
-            del os.environ[ADDRESS]
+            del os.environ[ADDRESS], os.environ[NOTE]
             server.terminate()
             server.wait()
 
@@ -75,6 +77,7 @@ def serve(starter: socket.socket) -> None:
     import saescale.trainers.harvest.make_shard
     import saescale.trainers.training.train  # noqa: F401
 
+    runpy.run_path(str(Path(__file__).parents[1] / "watched_disk.py"))["watch_here"]()
     # What another thread has locked at the time stays locked in a child for ever.
     threads = os.listdir("/proc/self/task")
     assert len(threads) == 1, f"{len(threads)} threads after the imports"

@@ -6,9 +6,11 @@ import random
 import re
 import signal
 import subprocess
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import psutil
@@ -16,18 +18,23 @@ import pytest
 import yaml
 
 from saescale.cluster.crew import harvest_crew
+from saescale.cluster.crew.live import LiveCrew
 from saescale.cluster.sweep.driver import run_sweep
 from saescale.cluster.sweep.spec import parse_spec
 from saescale.scaling.laws.settings import FitSettings
 from saescale.storage.live import read_making
 from saescale.storage.rundir import RunDirectory
 from saescale.trainers.harvest import contexts
+from saescale.trainers.harvest.contexts import Draw, block_file
+from saescale.trainers.harvest.make_shard import ShardJob
 from saescale.trainers.harvest.room import Room
+from saescale.trainers.subjects.subject import get_subject
 from tests.cluster.command import SAESCALE, assert_one_line, environment, saescale_here
 from tests.cluster.conftest import Recorder, processes
 from tests.cluster.test_survival import Killer, one_result_each
 from tests.survival import assert_same, reached
-from tests.trainers.live_case import Watch
+from tests.trainers.subjects.test_spread import most_of
+from tests.watched_disk import Watch
 
 TOKENS, BLOCK, HELDOUT = 16_384, 2_048, 1_024
 FIELDS = ["--tokens", str(TOKENS), "--heldout-tokens", str(HELDOUT), "--heldout-from", str(8 * HELDOUT)]
@@ -94,12 +101,13 @@ def test_a_live_sweep_gives_the_bits_of_the_stored_one(
     expected = stored(over_live)
     run = RunDirectory(over_live["out"])
     (folder,) = parse_spec(over_live, "test").lives
-    watch = Watch(folder, monkeypatch)  # of the driver's writes, which are many: the blocks are its actors'
+    watch = Watch(folder, monkeypatch)
     done = saescale_here("sweep", sweep_file(over_live), "--bootstraps", "0")
     assert done.returncode == 0, done.stdout[-3_000:] + done.stderr
     assert_same(reached(run), expected)
     assert watch.blocks <= 3
-    assert 0 < watch.bytes <= over_live["store"]["live"]["max_bytes"]
+    assert watch.bytes <= over_live["store"]["live"]["max_bytes"]
+    assert watch.of_workers >= 2 * TOKENS // BLOCK  # each block, and more
     making = read_making(folder)
     assert making is not None
     assert (making.state, making.error) == ("ended", None)
@@ -107,6 +115,31 @@ def test_a_live_sweep_gives_the_bits_of_the_stored_one(
     assert list(Path(folder).glob("train-*")) == list(Path(folder).glob(".tokens-*")) == []
     assert saescale_here("sweep", f"{run.url}/sweep.yaml", "--bootstraps", "0").returncode == 0
     assert read_making(folder) == making
+
+
+@pytest.mark.slow
+def test_one_worker_trains_more_packs_than_there_is_room_for_one_after_another(
+    three_nodes: Any, over_live: dict[str, Any], stored: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Three orders of the data are three packs, for each of which blocks are made anew; by a subject of which a part
+    lies on the disk, since it changes no bit."""
+    source = over_live["store"]["live"]
+    source["device_map"] = most_of(get_subject(source["subject"], dtype="float32"))
+    expected = {row["cell_id"]: row for row in stored(over_live)["results"]}
+    over_live["grid"] = {"n_latents": [64], "k": [4]}
+    over_live["train"]["stream_seed"] = [1, 2, 0]
+    over_live["resources"]["workers"] = 1
+    over_live["out"] += "-one"
+    spec = parse_spec(over_live, "test")
+    (folder,) = spec.lives
+    watch = Watch(folder, monkeypatch)
+    outcome = run_sweep(spec, Recorder(), settings=FitSettings(0))
+    found = {row["cell_id"]: row for row in reached(outcome.run)["results"]}
+    assert [row["status"] for row in found.values()] == ["done"] * 3
+    ((same, row),) = ((name, row) for name, row in found.items() if name in expected)
+    assert row == expected[same]
+    assert watch.blocks <= 3
+    assert watch.bytes <= over_live["store"]["live"]["max_bytes"]
 
 
 @pytest.mark.slow
@@ -182,7 +215,23 @@ def test_a_driver_that_is_killed_goes_on_with_the_blocks_that_are_needed(
     done = saescale_here("sweep", sweep_file(over_live), "--bootstraps", "0")
     assert done.returncode == 0, done.stdout[-3_000:] + done.stderr
     assert_same(reached(RunDirectory(over_live["out"])), expected)
-    assert list(Path(folder).glob("train-*")) == []
+    assert list(Path(folder).glob("train-*")) == list(Path(folder).glob(".*")) == []
+
+
+def test_what_an_actor_had_half_written_goes_when_it_dies(over_live: dict[str, Any], tmp_path: Path) -> None:
+    """At once, since its bytes are counted no more; what others write stays."""
+    (spec,) = parse_spec(over_live, "test").lives.values()
+    out, spool = tmp_path / "live", tmp_path / "live" / ".tokens-x"
+    crew = LiveCrew(spec, str(spool), None, threading.Event())
+    crew._specs = [spec.harvest(str(out), reads_text=True)]
+    spool.mkdir(parents=True)
+    left = {name: out / f"{name}.{'0' * 32}.partial" for name in (".train-00003.parquet", ".train-00004.parquet")}
+    left |= {name: spool / f".{Path(block_file('', name)).name}.{'0' * 32}.partial" for name in (5, 6)}
+    for path in left.values():
+        path.write_bytes(b"half")
+    crew._half_done(ShardJob(SimpleNamespace(name="train-00003.parquet"), {}))
+    crew._half_done(Draw(5, "train", 0))
+    assert [name for name, path in left.items() if path.exists()] == [".train-00004.parquet", 6]
 
 
 def test_what_cannot_be_a_live_source_is_one_line(

@@ -24,7 +24,8 @@ class Outcome(NamedTuple):
 
 def train_dense(store: ActivationStore, cell: Cell, eval_tokens: int) -> Outcome:
     """The same tokens in the same order, from the same seed, as `train_pack` gives `cell`."""
-    centre = measured_centre(store, cell)
+    with measured_centre(store, cell) as centre:
+        pass
     architecture, settings = find_architecture(cell.architecture), cell.whole_settings
     made = architecture.parameters(Shape(cell.d_model, cell.n_latents), settings, centre, cell.seed)
     params = {name: parameter.data.requires_grad_() for name, parameter in made.items()}

@@ -1,11 +1,6 @@
-"""A small live source, the store that a harvest of the same fields writes, and who watches the disk."""
+"""A small live source, and cells over it."""
 
-import os
-from collections.abc import Callable
-from pathlib import Path
 from typing import Any
-
-import pytest
 
 from saescale.trainers.cell import Cell, EvalSpec
 from saescale.trainers.harvest.live_spec import LiveSpec
@@ -34,28 +29,3 @@ def cell_of(source: Any, **fields: Any) -> Cell:
 def job_of(source: Any, run: str, cells: list[Cell], **fields: Any) -> PackJob:
     given = {"eval": EvalSpec(tokens=1_024, every_tokens=4_096)} | fields
     return PackJob(cells=cells, store=source.url, run=run, sweep="live", threads=1, **given)
-
-
-class Watch:
-    """The most bytes, and the most blocks, that ever lay below a folder when something was about to get its name:
-    then what is written and what it replaces are both there."""
-
-    def __init__(self, folder: str, monkeypatch: pytest.MonkeyPatch) -> None:
-        self.folder, self.bytes, self.blocks, self.writes = folder, 0, 0, 0
-        replace: Callable[..., None] = os.replace
-
-        def watched(*arguments: Any, **more: Any) -> None:
-            self.look()
-            replace(*arguments, **more)
-
-        monkeypatch.setattr(os, "replace", watched)
-
-    def look(self) -> None:
-        total = blocks = 0
-        for path in Path(self.folder).rglob("*"):
-            try:
-                total += path.stat().st_size if path.is_file() else 0
-            except FileNotFoundError:
-                continue
-            blocks += "train-" in path.name
-        self.bytes, self.blocks, self.writes = max(self.bytes, total), max(self.blocks, blocks), self.writes + 1

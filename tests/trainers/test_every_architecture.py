@@ -51,7 +51,8 @@ def test_it_goes_on_to_the_same_bits_and_is_read_as_it_was(
     # In the middle of what the controller measures (every 8th step from the 7th on), and not at a multiple of it.
     assert _train(cells, sparse_store, runs[1].url, stop=19) == trained
     held_out = HeldOut(sparse_store, ROWS, default_device(), sparse_store.url)
-    centre = measured_centre(sparse_store, cells[0])
+    with measured_centre(sparse_store, cells[0]) as centre:
+        pass
     for cell in cells:
         saes = [native.read(run.cell_url(cell.cell_id)).sae for run in runs]
         for name, tensor in saes[0].params.items():

@@ -1,10 +1,16 @@
 """Live sources: the batches of the stored blocks to the last bit, never more on the disk than was allowed."""
 
+import random
+import time
+import uuid
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any, ClassVar
 
+import fsspec
 import numpy as np
 import pytest
+from fsspec.implementations.memory import MemoryFileSystem
 from pydantic import ValidationError
 
 from saescale.storage.errors import SaescaleError
@@ -12,7 +18,7 @@ from saescale.storage.live import LiveSource, open_source
 from saescale.storage.rundir import RunDirectory
 from saescale.storage.source import Order, SourceBatch
 from saescale.storage.store import ActivationStore
-from saescale.trainers.harvest import contexts
+from saescale.trainers.harvest import contexts, live_told
 from saescale.trainers.harvest.conduct import harvest
 from saescale.trainers.harvest.live import live_here
 from saescale.trainers.harvest.live_spec import LiveSpec
@@ -20,7 +26,8 @@ from saescale.trainers.harvest.room import Room
 from saescale.trainers.training.train import train_pack
 from tests.s3_faults import Faults
 from tests.survival import assert_same, reached
-from tests.trainers.live_case import BLOCK, TOKENS, WINDOW, Watch, cell_of, job_of, live_spec
+from tests.trainers.live_case import BLOCK, TOKENS, WINDOW, cell_of, job_of, live_spec
+from tests.watched_disk import Watch
 
 
 @pytest.fixture(autouse=True)
@@ -140,6 +147,34 @@ def test_a_producer_that_begins_again_reads_no_more_of_the_corpus_than_it_needs(
         list(stream)
 
 
+def test_a_folder_has_one_producer_and_what_one_left_that_was_killed_goes(
+    spec: LiveSpec, stored: ActivationStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Token ids, what was half written, and a block that nobody has noted the checksum of, whatever it is."""
+    monkeypatch.setattr(live_told, "_ALONE_S", 1.5)
+    url, order = str(tmp_path / "live"), Order("train", 0, 512)
+    with live_here(spec, url):
+        with pytest.raises(SaescaleError, match="another producer makes the blocks of this live source; end it first"):
+            live_here(spec, url).__enter__()
+        with open_source(url).batches(order, stop=8) as stream:
+            assert len(list(stream)) == 8
+    told = tmp_path / "live" / "producer.json"
+    told.write_text(told.read_text().replace('"ended"', '"making block 3"'))  # as one leaves it that was killed
+    left = [f"{name}.{'0' * 32}.partial" for name in (".train-00007.parquet", "made/.00000.json", "places/.00000.json")]
+    left += [".tokens-old/block-0", "train-00006.parquet"]
+    for name in left:
+        (tmp_path / "live" / name).parent.mkdir(exist_ok=True)
+        (tmp_path / "live" / name).write_bytes(b"half")
+    (tmp_path / "live" / "made" / "00000.json").unlink()
+    with live_here(spec, url):
+        for name in left[:-1]:
+            assert not (tmp_path / "live" / name).exists()
+        with open_source(url).batches(order, stop=TOKENS // 512) as stream:
+            found = np.stack([batch.x for batch in stream])
+    with live_here(spec, stored.url), open_source(stored.url).batches(order, stop=TOKENS // 512) as stream:
+        assert np.array_equal(found, np.stack([batch.x for batch in stream]))
+
+
 @pytest.mark.slow
 def test_blocks_in_a_slow_store_that_fails_at_times(
     spec: LiveSpec, stored: ActivationStore, s3_url: str, s3_faults: Faults
@@ -155,6 +190,57 @@ def test_blocks_in_a_slow_store_that_fails_at_times(
         found = [batch.x for batch in stream]
     assert np.array_equal(np.stack(found), np.stack(expected))
     assert len(met) >= 2
+
+
+class SlowStore(MemoryFileSystem):
+    """slow://, where whatever is asked for takes a while, and not always the same."""
+
+    protocol = "slow"
+    store: ClassVar[dict[str, Any]] = {}
+    pseudo_dirs: ClassVar[list[str]] = [""]
+    chance, answers = random.Random(0), 0
+
+    @classmethod
+    def _strip_protocol(cls, path: Any) -> str:
+        return str(super()._strip_protocol(str(path).removeprefix("slow://")))
+
+    def _slowly(self) -> None:
+        SlowStore.answers += 1
+        time.sleep(self.chance.choice([0.0, 0.002, 0.05]))
+
+    def _open(self, *given: Any, **more: Any) -> Any:
+        self._slowly()
+        return super()._open(*given, **more)
+
+    def pipe_file(self, *given: Any, **more: Any) -> Any:
+        self._slowly()
+        return super().pipe_file(*given, **more)
+
+    def ls(self, *given: Any, **more: Any) -> Any:
+        self._slowly()
+        return super().ls(*given, **more)
+
+    def rm(self, *given: Any, **more: Any) -> Any:
+        self._slowly()
+        return super().rm(*given, **more)
+
+
+def test_training_over_a_slow_store_of_blocks_gives_the_bits_of_the_stored_ones(
+    spec: LiveSpec, stored: ActivationStore, tmp_path: Path
+) -> None:
+    fsspec.register_implementation("slow", SlowStore, clobber=True)
+    outcomes, url = [], f"slow://{uuid.uuid4().hex}"
+    for name, where, few in (("slow", url, tight(spec, WINDOW + 1)), ("stored", stored.url, spec)):
+        run = RunDirectory(str(tmp_path / name))
+        with live_here(few, where) as live:
+            outcome = train_pack(job_of(open_source(where), run.url, [cell_of(open_source(where))]))
+        assert live.making.error is None
+        run.write_results(outcome.results)
+        outcomes.append(reached(run))
+    assert_same(*outcomes)
+    assert SlowStore.answers > 100
+    held = [len(file.getvalue()) for file in SlowStore.store.values()]
+    assert 0 < sum(held) <= tight(spec, WINDOW + 1).max_bytes
 
 
 def test_training_gives_the_bits_of_the_stored_blocks(spec: LiveSpec, stored: ActivationStore, tmp_path: Path) -> None:

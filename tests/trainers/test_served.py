@@ -16,10 +16,10 @@ from saescale.storage.errors import SaescaleError
 from saescale.storage.live import LiveSource, open_source, read_making
 from saescale.storage.source import Order
 from saescale.trainers.harvest import contexts
-from saescale.trainers.harvest.live import live_here
+from saescale.trainers.harvest.live import LiveHarvest, live_here
 from saescale.trainers.harvest.live_spec import LiveSpec
 from saescale.trainers.harvest.room import Room
-from saescale.trainers.harvest.served import Served
+from saescale.trainers.harvest.served import Served, ServedCrew
 
 D, LAYERS, TOKENS, HELDOUT, BLOCK = 16, 3, 1_024, 64, 256
 
@@ -174,16 +174,49 @@ def test_a_server_that_takes_all_the_room_is_named(tmp_path: Path) -> None:
     spec = spec_of(folder)
     room = Room(spec, spec.harvest("x", reads_text=True), D)
     serve(folder, range(30))
-    tight = spec.model_copy(update={"max_bytes": room.beside + 2 * room.block + taken(folder) + 1_000})
+    rows = (TOKENS + HELDOUT) * LAYERS * D * 2  # of as many as are needed; the server gives more
+    tight = spec.model_copy(update={"max_bytes": room.beside + 2 * room.block + rows})
     with live_here(tight, url):
         stream = open_source(url).batches(Order("train", 1, 128))
-        serve(folder, range(30, 32))
+        serve(folder, range(30, 60))
         with stream, pytest.raises(SaescaleError, match=r"the server's files take [\d,]+ bytes, .* nothing is lost"):
             for _ in stream:
                 pass
     with live_here(spec, url):  # with more room it goes on
-        serve(folder, range(32, 90))
+        serve(folder, range(60, 90))
         assert len(streamed(url)[1]) == TOKENS
+
+
+def test_the_tokens_of_blocks_that_are_there_need_no_room(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a consumer that keeps all of its blocks, since all have room."""
+    monkeypatch.setattr(contexts, "BLOCK_CHARACTERS", 2**5)
+    folder, url, tokens = tmp_path / "served", str(tmp_path / "live"), 8 * TOKENS
+    spec = spec_of(folder, tokens=tokens)
+    assert Room(spec, spec.harvest("x", reads_text=True), D).tokens < 4 * tokens
+    serve(folder, range(40), times=12)
+    with live_here(spec, url), open_source(url).batches(Order("train", 1, 128), stop=tokens // 128) as stream:
+        assert len({row.tobytes() for batch in stream for row in batch.x}) == tokens
+
+
+@pytest.mark.parametrize("removed", [False, True])
+def test_files_that_will_never_have_room_are_told_before_anything_begins(removed: bool, tmp_path: Path) -> None:
+    """Of what is kept all rows; of what goes those on which cells measure their centre, where there are cells."""
+    folder, url = tmp_path / "served", str(tmp_path / "live")
+    spec = spec_of(folder, remove_hidden_states=removed)
+    room = Room(spec, spec.harvest("x", reads_text=True), D)
+    serve(folder, range(30))
+    least = room.beside + 2 * room.block + (TOKENS + HELDOUT) * LAYERS * D * 2
+
+    def begun(max_bytes: int) -> LiveHarvest:
+        served, spool = Served(str(folder), url, removes=removed), f"{url}/.tokens-x"
+        few = spec.model_copy(update={"max_bytes": max_bytes})
+        return LiveHarvest(few, url, ServedCrew(served, 1, spool), spool, served=served, awaited=lambda: None)
+
+    with pytest.raises(SaescaleError, match=rf"1,088 rows .* take 104,448 bytes .* give max_bytes at least {least:,}$"):
+        begun(least - 1).__enter__()
+    assert not Path(url).exists()
+    with begun(least):
+        pass
 
 
 def test_files_are_not_removed_where_they_are_needed_twice(tmp_path: Path) -> None:
@@ -252,7 +285,7 @@ def test_files_of_something_else_and_layers_that_are_not_there(tmp_path: Path) -
     save_file({"weight": torch.zeros(2)}, folder / "a.safetensors")
     with pytest.raises(SaescaleError, match=r"a\.safetensors holds weight, and no token_ids"):
         live_here(spec_of(folder), str(tmp_path / "live")).__enter__()
-    assert not (tmp_path / "live" / "live.json").exists()
+    assert not (tmp_path / "live").exists()
 
 
 @pytest.mark.parametrize(

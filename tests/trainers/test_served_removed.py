@@ -1,9 +1,12 @@
 """A server's files that are removed behind those who stream, while one of them is away."""
 
+import os
 import re
+import signal
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 import numpy as np
@@ -21,13 +24,15 @@ from saescale.trainers.harvest.live import LiveHarvest, live_here
 from saescale.trainers.harvest.live_needs import GoesOn, Needs
 from saescale.trainers.harvest.room import Room
 from saescale.trainers.harvest.served import Served, ServedCrew
-from saescale.trainers.training.after_batch import AfterBatch
-from saescale.trainers.training.pack import Pack
-from saescale.trainers.training.train import PackJob, train_pack
+from saescale.trainers.training.together import train_sharded
+from saescale.trainers.training.train import PackJob, PackOutcome, train_pack
 from tests.survival import assert_same, reached
+from tests.trainers import mesh_processes
 from tests.trainers.killed import killed_after
-from tests.trainers.live_case import Watch, cell_of, job_of
+from tests.trainers.live_case import cell_of, job_of
+from tests.trainers.mesh_processes import Crowd
 from tests.trainers.test_served import HELDOUT, TOKENS, D, paced, serve, spec_of, taken
+from tests.watched_disk import Watch
 
 # A source with more tokens than a cell's centre is measured on, from which nothing goes until that is done.
 MORE, BLOCKS, BATCH, TIMES, FILES = 49_152, 2_048, 512, 40, 58
@@ -111,7 +116,49 @@ def test_a_worker_that_was_away_for_longer_than_its_lease_finds_its_files(
 
 
 @pytest.mark.slow
-def test_a_pack_that_waits_for_room_saves_so_that_there_is_room(tmp_path: Path) -> None:
+@pytest.mark.filterwarnings("ignore::saescale.storage.errors.SaescaleWarning")
+def test_a_worker_that_was_killed_finds_the_files_of_its_older_checkpoint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of which it asks where the newer one is damaged; each batch is a window of its own here."""
+    folder, url = tmp_path / "served", str(tmp_path / "live")
+    spec = spec_of(folder, tokens=MORE, block_rows=BATCH, window_blocks=1, remove_hidden_states=True)
+    serve(folder, range(FILES), times=TIMES)
+    monkeypatch.setattr(live_files, "GONE_S", 1.0)
+    with live_here(spec, url) as live:
+        assert killed_after(80, 0.0, job(url, tmp_path / "run"))
+        (cell,) = (tmp_path / "run" / "cells").iterdir()
+        newest, older = steps(str(cell / "checkpoint"))
+        assert newest > older > 40
+        (damaged,) = (cell / "checkpoint").glob(f"step-{newest:08d}*.safetensors")
+        damaged.write_bytes(damaged.read_bytes()[:-1] + b"x")
+        until = time.monotonic() + 60
+        while live.making.consumers or (folder / "cmpl-0000.safetensors").exists():
+            assert time.monotonic() < until
+            time.sleep(0.02)
+        assert train_pack(job(url, tmp_path / "run")).results[0]["status"] == "done"
+
+
+@pytest.fixture(scope="module")
+def crowd(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Crowd]:
+    made = Crowd(tmp_path_factory.mktemp("crowd"), 2)
+    yield made
+    made.close()
+
+
+def trained_by(processes: int, crowd: Crowd, job: PackJob, stop_after: int | None = None) -> PackOutcome:
+    """What one process, or as many shards, reach; told to stop after so many questions."""
+    if processes > 1:
+        outcomes = crowd.ask(mesh_processes.train, processes, 1, job, stop_after)
+        assert all(isinstance(outcome, PackOutcome) for outcome in outcomes), outcomes
+        return outcomes[0]
+    asked = iter(range(10**9))
+    return train_pack(job, should_stop=lambda: stop_after is not None and next(asked) >= stop_after)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("processes", [1, 2])
+def test_a_pack_that_waits_for_room_saves_so_that_there_is_room(processes: int, crowd: Crowd, tmp_path: Path) -> None:
     """All rows that there is room for are trained on long before a checkpoint is due."""
     folder, url, stop, most = tmp_path / "served", str(tmp_path / "live"), threading.Event(), list[int]()
     serve(folder, range(FILES), times=TIMES)
@@ -125,7 +172,8 @@ def test_a_pack_that_waits_for_room_saves_so_that_there_is_room(tmp_path: Path) 
     client.start()
     try:
         with live_here(spec, url):
-            outcome = train_pack(job(url, tmp_path / "run").model_copy(update={"checkpoint_every_s": 1.0}))
+            later = job(url, tmp_path / "run").model_copy(update={"checkpoint_every_s": 1.0})
+            outcome = trained_by(processes, crowd, later)
     finally:
         stop.set()
         client.join()
@@ -134,24 +182,47 @@ def test_a_pack_that_waits_for_room_saves_so_that_there_is_room(tmp_path: Path) 
 
 
 @pytest.mark.slow
-def test_a_pack_that_waits_for_rows_stops_when_it_is_told_to(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    folder, url = tmp_path / "served", str(tmp_path / "live")
+@pytest.mark.parametrize("processes", [1, 2])
+def test_a_pack_that_waits_for_rows_stops_when_it_is_told_to(processes: int, crowd: Crowd, tmp_path: Path) -> None:
+    """It is asked once for each batch, of which there are fewer, and then while it waits."""
+    folder, url, mine = tmp_path / "served", str(tmp_path / "live"), tmp_path / "run"
     serve(folder, range(42), times=TIMES)
-    waits, wait = [0], AfterBatch.wait
-
-    def counted(self: AfterBatch, pack: Pack) -> None:
-        waits[0] += max(cell.step for cell in pack.running) > 0
-        wait(self, pack)
-
-    monkeypatch.setattr(AfterBatch, "wait", counted)
     with live_here(spec_of(folder, tokens=MORE, block_rows=BLOCKS), url):
-        outcome = train_pack(job(url, tmp_path / "run"), should_stop=lambda: waits[0] > 1)
+        outcome = trained_by(processes, crowd, job(url, mine), stop_after=MORE // BATCH + 2)
         assert outcome.stopped
-        (cell,) = (tmp_path / "run" / "cells").iterdir()
+        (cell,) = (mine / "cells").iterdir()
         assert 0 < max(steps(str(cell / "checkpoint"))) < MORE // BATCH
         serve(folder, range(42, FILES), times=TIMES)
-        monkeypatch.setattr(AfterBatch, "wait", wait)
-        assert train_pack(job(url, tmp_path / "run")).results[0]["status"] == "done"
+        assert trained_by(processes, crowd, job(url, mine)).results[0]["status"] == "done"
+
+
+@pytest.mark.chaos
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGSTOP])
+def test_a_rank_that_is_lost_while_all_wait_for_rows_is_named(tmp_path: Path, how: signal.Signals) -> None:
+    """The others wait for it, not for rows that may come in days, and what was saved meanwhile is gone on from."""
+    folder, url, mine = tmp_path / "served", str(tmp_path / "live"), tmp_path / "run"
+    serve(folder, range(42), times=TIMES)
+    hit: list[int] = []
+
+    def strike(processes: list[BaseProcess]) -> None:
+        def wait() -> None:
+            while not list(mine.glob("cells/*/checkpoint/latest-*.json")):
+                time.sleep(0.05)
+            time.sleep(2.0)  # by then they have trained on all rows that there are
+            os.kill(processes[1].pid or 0, how)
+            hit.append(processes[1].pid or 0)
+
+        threading.Thread(target=wait, daemon=True).start()
+
+    with live_here(spec_of(folder, tokens=MORE, block_rows=BLOCKS), url):
+        later = job(url, mine).model_copy(update={"checkpoint_every_s": 0.5})
+        with pytest.raises(SaescaleError) as caught:
+            train_sharded(later, 2, deadline_s=8.0, started=strike)
+        assert f"pid {hit[0]}" in str(caught.value)
+        (cell,) = (mine / "cells").iterdir()
+        assert max(steps(str(cell / "checkpoint"))) > 60
+        serve(folder, range(42, FILES), times=TIMES)
+        assert train_sharded(later, 2).results[0]["status"] == "done"
 
 
 def needs_of(

@@ -52,6 +52,7 @@ from saescale.trainers.harvest.make_shard import Facts, Made, ShardJob
 from saescale.trainers.harvest.room import Room
 from saescale.trainers.harvest.served import Served, ServedCrew
 from saescale.trainers.harvest.spec import PLAN, HarvestSpec, read_plan, refuse_difference
+from saescale.trainers.preprocess import SAMPLE_TOKENS
 from saescale.trainers.subjects.texts.text import corpus_digest
 
 
@@ -116,6 +117,7 @@ class LiveHarvest:
         facts = self.crew.load([self.spec.harvest(self.url, reads_text=False)], asked)
         self._harvest = harvest = self.spec.harvest(self.url, facts.reads_text)
         self.room = Room(self.spec, harvest, facts.d_model)
+        self._require_room_for_files()
         self._count_served()
         self._told.begin()
         self._facts, self._plan = facts, _plan(harvest, facts)
@@ -152,6 +154,20 @@ class LiveHarvest:
                 "their own, on files that the server makes anew in another folder; and leave remove_hidden_states out "
                 "of a sweep that is to be extended"
             )
+
+    def _require_room_for_files(self) -> None:
+        """SaescaleError where max_bytes cannot hold the server's files that will lie there at one time, so that the
+        server would wait for room, and cells for rows, for ever."""
+        if self._served is None or self._served.shape is None:
+            return
+        held, each = self.spec.heldout_tokens, self._served.shape.row_bytes
+        if not self.spec.remove_hidden_states:
+            of = "all train rows and the held-out ones; files that all cells have passed go with remove_hidden_states"
+            self.room.require_files(self.spec.tokens + held, each, of)
+        elif self._awaited is not None and not files.exists(files.join(self.url, LIVE)):
+            first = min(SAMPLE_TOKENS, self.spec.tokens)
+            of = "those on which cells measure their centre, before any file may go, and the held-out ones"
+            self.room.require_files(first + held, each, of)
 
     def _seal_heldout(self) -> Live:
         """Makes the held-out rows from the first tokens of the corpus, then says what the source is."""
@@ -264,7 +280,7 @@ class LiveHarvest:
                 self._clean(blocks, needs)
                 self._tell(blocks, needs)
             lacking = blocks.lacking(needs.wanted())
-            yield self._next_job(blocks, needs, lacking) or self._tokens.next(lacking, blocks.making, needs.first)
+            yield self._next_job(blocks, needs, lacking) or self._tokens.next(lacking, blocks.making)
 
     def _awaited_blocks(self, away: Mapping[str, int]) -> Mapping[str, int] | None:
         """Of cells that are still to be trained the first block that each may ask for again; where nobody knows them,
@@ -347,6 +363,8 @@ class LiveHarvest:
         if self._told.ended.is_set():
             return
         began = self._told.end(error)
+        if not began and self._served is not None and not files.exists(files.join(self.url, PLAN)):
+            self._served.unnamed()
         with suppress(SaescaleError):
             files.remove(self.spool)
         if not began and (local := files.local_path(self.url)) is not None:

@@ -69,7 +69,9 @@ class Needs:
         if awaited is None:
             self.held = 0
             return
-        self.held = min([self.passed, *(self._cells.get(cell, block) for cell, block in awaited.items())])
+        # Both are places before which it will not ask; the newest of its checkpoints may not have been heard of.
+        begins = (max(self._cells.get(cell, block), block) for cell, block in awaited.items())
+        self.held = min([self.passed, *begins])
         for name, place in places.gone.items() if places.living else ():
             if not any(cell in away and cell in awaited for cell in place.cells):
                 files.remove(files.join(self._url, CONSUMERS, name))

@@ -54,9 +54,9 @@ class Tokens:
 
     # --- of the blocks
 
-    def next(self, lacking: Sequence[int], making: Set[int], first: int) -> Block | None:
+    def next(self, lacking: Sequence[int], making: Set[int]) -> Block | None:
         """The next block of text, where one of the blocks in `lacking`, the most urgent first, lacks its tokens;
-        `making` are those that are made now, `first` is the one that the slowest consumer needs."""
+        `making` are those that are made now."""
         ahead = [block for block in lacking if block in self.ready]
         if not lacking or len(ahead) == len(lacking) or len(ahead) > AHEAD:
             return None
@@ -71,8 +71,8 @@ class Tokens:
                 return None  # their tokens are still needed, or those of what is made before
             self._drop()
             self._pass = Pass(self._harvest, self._facts, self._served, self._places, begin)
-        if self.bytes > self._room.tokens // 2:
-            self.forget(first, making)
+        if self.bytes > self._room.tokens // 2:  # of those that are made too: if they go, their tokens are read again
+            self.forget(missing, making | set(lacking))
         block = self._pass.peek()
         if block is None:
             return None
@@ -100,11 +100,12 @@ class Tokens:
         self._last_user[counted.block] = rows // self._harvest.shard_rows
         self.ready |= {tokens.ordinal: tokens for tokens in found}
 
-    def forget(self, first: int, making: Set[int]) -> None:
-        """Removes those of blocks before `first`, which nobody makes; of this reading of the corpus alone."""
-        for block in [block for block in self.ready if block < first and block not in making]:
+    def forget(self, first: int, kept: Set[int]) -> None:
+        """Removes those of blocks before `first` but the ones that are to be `kept`; of this reading of the corpus
+        alone."""
+        for block in [block for block in self.ready if block < first and block not in kept]:
             del self.ready[block]
-        needed = min([*self.ready, *making, *([self._pass.next_block] if self._pass else [])], default=0)
+        needed = min([*self.ready, *([self._pass.next_block] if self._pass else [])], default=0)
         for text in [text for text, last in self._last_user.items() if last < needed]:
             files.remove(contexts.block_file(self._spool, text))
             del self._last_user[text], self._spooled[text]

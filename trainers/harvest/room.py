@@ -84,6 +84,16 @@ class Room:
             "again, nothing is lost"
         )
 
+    def require_files(self, rows: int, row_bytes: int, of: str) -> None:
+        """Raises SaescaleError where a server's files of so many rows, which lie there at one time, have no room beside
+        a window. `of`: which rows."""
+        size, own = rows * row_bytes, self._max_bytes - self.most_foreign
+        if size > self.most_foreign:
+            raise SaescaleError(
+                f"live: the server's files of {rows:,} rows ({of}) take {size:,} bytes at least, and lie there at one "
+                f"time, beside {own:,} of blocks and notes: give max_bytes at least {size + own:,}"
+            )
+
 
 def _ranges(layers: list[int]) -> str:
     """Ascending numbers, neighbours as one range: 0-3, 7."""

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import struct
 import time
 from collections.abc import Iterator, Sequence
@@ -62,7 +63,13 @@ class Shape(NamedTuple):
     tokens: int
     layers: int
     d_model: int
-    dtype: str
+    dtype: str  # as safetensors names it: BF16, F32, F8_E4M3
+
+    @property
+    def row_bytes(self) -> int:
+        """That a position takes in the file, at least."""
+        bits = re.search(r"\d+", self.dtype)
+        return self.layers * self.d_model * int(bits[0] if bits else 8) // 8
 
 
 class Served:
@@ -74,6 +81,7 @@ class Served:
         self._folder, self._url = Path(folder), url
         self._names: list[str] = []
         self._looked = 0.0
+        self._noted: set[str] = set()
         for thousand in sorted(files.list_names(files.join(url, SERVED))):
             where = files.join(url, SERVED, thousand)
             self._names += read_json(where, f"remove {url}, or name another folder")["names"]
@@ -122,6 +130,14 @@ class Served:
             self._names_removed.add(self._names[number])
         self.removed = max(self.removed, before)
 
+    def unnamed(self) -> None:
+        """Takes back the numbers that were given here: nothing was made of the files."""
+        for where in self._noted:
+            files.remove(where)
+            if (local := files.local_path(where)) is not None:
+                with suppress(OSError):  # something else lies there
+                    os.rmdir(os.path.dirname(local))
+
     def _without(self) -> int:
         """How many files a process before this one removed: all up to the last one that is missing."""
         there = set(os.listdir(self._folder)) if self._folder.is_dir() else set()
@@ -156,6 +172,7 @@ class Served:
             known = (self._names + new)[thousand * 1000 : (thousand + 1) * 1000]
             where = files.join(self._url, SERVED, f"{thousand:05d}.json")
             files.write_atomic(where, json.dumps({"names": known}).encode())
+            self._noted.add(where)
         self._names += new
         self._taken |= set(new)
         return bool(new)

@@ -68,6 +68,11 @@ class Processes:
         mine = torch.tensor(list(flags), dtype=torch.uint8, device=self.device)
         return [bool(flag) for flag in self._whole.gather(mine, "agree")[0].tolist()]
 
+    def all(self, flag: bool) -> bool:
+        """Whether every process says so."""
+        mine = torch.tensor([flag], dtype=torch.uint8, device=self.device)
+        return bool(self._whole.gather(mine, "all").all())
+
     def blame(self, error: BaseException) -> MeshBroken:
         """What to say of a collective that failed: which process kept the others waiting, as far as that is known."""
         return MeshBroken(f"the mesh of {self.layout} broke: {self.watch.suspects() or one_line(error)[:300]}")

@@ -123,6 +123,9 @@ class Group(Protocol):
     def agree(self, flags: Sequence[bool]) -> list[bool]:
         """As `tell_first`, of what is asked at every step."""
 
+    def all(self, flag: bool) -> bool:
+        """Whether every process says so."""
+
 
 class One:
     """The group of one process."""
@@ -140,6 +143,9 @@ class One:
 
     def agree(self, flags: Sequence[bool]) -> list[bool]:
         return list(flags)
+
+    def all(self, flag: bool) -> bool:
+        return flag
 
 
 ONE = One()

@@ -12,6 +12,8 @@ from saescale.trainers.training.pack import Pack
 from saescale.trainers.training.report import Reporter
 from saescale.trainers.training.results import Records
 
+_LOOK_S = 0.2  # between two looks, while rows are waited for, whether to save or to stop
+
 
 class AfterBatch(L.Callback):
     """Evaluates, records, ends, reports, saves and stops, in this order."""
@@ -34,14 +36,16 @@ class AfterBatch(L.Callback):
         self.reporter.begin(pack)
         self.checkpoints.begin()
 
-    def wait(self, pack: Pack) -> None:
-        """The next batch is waited for. Of a mesh each process waits by itself, and none could save or stop alone."""
-        if self.group is not ONE:
-            return
-        if self.should_stop():
-            self.checkpoints.stream.close()  # the batch that is at hand is the last one, after which all is saved
-        elif self.checkpoints.due():
-            self.checkpoints.save_waiting(pack)
+    def wait(self, pack: Pack, there: Callable[[float], bool]) -> None:
+        """Rows are needed: until they are there. Processes that share the cells need the same ones at the same batch,
+        and wait for the last of them together, so that all of them save, or stop, or none."""
+        while not self.group.all(there(_LOOK_S)):
+            self.reporter.tell_rest(pack)
+            stop, due = self.group.agree([self.should_stop(), self.checkpoints.due()])
+            if stop:
+                self.checkpoints.stream.close()  # the batch that is at hand is the last one, after which all is saved
+            elif due:
+                self.checkpoints.save_waiting(pack)
 
     def on_train_batch_end(self, trainer: L.Trainer, pack: L.LightningModule, *_: Any) -> None:
         assert isinstance(pack, Pack)

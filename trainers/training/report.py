@@ -48,6 +48,7 @@ class Reporter:
         self._waited = 0.0
         self._running: list[TrainingCell] = []
         self._trained_before = 0
+        self._told = 0  # batches of the pack
 
     def begin(self, pack: Pack) -> None:
         self._began = self._last = time.monotonic()
@@ -58,8 +59,17 @@ class Reporter:
     def tell(self, pack: Pack) -> None:
         now = time.monotonic()
         if now - self._last >= 0.5 or not pack.running:
-            self.report(self._progress(pack, now))
-            self._last, self._waited, self._running = now, self.stream.wait_seconds, pack.running
+            self._say(pack, now)
+
+    def _say(self, pack: Pack, now: float) -> None:
+        self.report(self._progress(pack, now))
+        self._last, self._waited, self._running = now, self.stream.wait_seconds, pack.running
+        self._told = pack.batches
+
+    def tell_rest(self, pack: Pack) -> None:
+        """What was done since, where something was, before a wait of any length."""
+        if pack.batches != self._told:
+            self._say(pack, time.monotonic())
 
     def _progress(self, pack: Pack, now: float) -> Progress:
         cells = pack.training_cells

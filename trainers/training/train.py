@@ -14,8 +14,9 @@ import logging
 import signal
 import threading
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -97,15 +98,17 @@ def _train(
 
     resumed = resume(run, cells, device, group)
     start = resumed.step if resumed else 0
-    pack = resumed.pack if resumed else Pack(cells, _centre(source, cells[0], group), device, group)
+    with ExitStack() as measured:
+        pack = resumed.pack if resumed else Pack(cells, _centre(source, cells[0], group, measured), device, group)
 
-    held_out = HeldOut(source, job.eval.tokens, device, job.store)
-    logger = _logger(job) if first else NoLogger()
-    logger.open(cells, _context(job, source))
-    records = Records(run, Provenance.of(source, job.eval.tokens), logger, group)
-    last = max(cell.steps for cell in cells)
+        held_out = HeldOut(source, job.eval.tokens, device, job.store)
+        logger = _logger(job) if first else NoLogger()
+        logger.open(cells, _context(job, source))
+        records = Records(run, Provenance.of(source, job.eval.tokens), logger, group)
+        last = max(cell.steps for cell in cells)
+        stream = source.resume(resumed.position, last) if resumed else source.batches(order(cells[0]), stop=last)
     try:
-        with source.resume(resumed.position, last) if resumed else source.batches(order(cells[0]), stop=last) as stream:
+        with stream:
             after = AfterBatch(
                 Evaluator(held_out, job.eval.every_tokens),
                 records,
@@ -135,10 +138,11 @@ def _taken(run: RunDirectory, job: PackJob, group: Group) -> dict[str, dict[str,
     return finished
 
 
-def _centre(source: ActivationStore, cell: Cell, group: Group) -> Centre:
+def _centre(source: ActivationStore, cell: Cell, group: Group, measured: ExitStack) -> Centre:
     """As the first process measured it: sums of another one, with other threads, could have other bits. All measure, so
-    that each waits for its rows by itself, and not for another one beyond the deadline of a mesh."""
-    b_pre, variance = group.tell_first(tuple(measured_centre(source, cell)))
+    that each waits for its rows by itself, and not for another one beyond the deadline of a mesh. Until `measured` is
+    left, a live source keeps those rows: they are what a pack is trained on first."""
+    b_pre, variance = group.tell_first(tuple(measured.enter_context(measured_centre(source, cell))))
     return Centre(b_pre, variance)
 
 
@@ -159,14 +163,18 @@ def order(cell: Cell) -> Order:
     return Order("train", cell.stream_seed, cell.batch_tokens)
 
 
-def measured_centre(source: ActivationStore, cell: Cell) -> Centre:
-    """Measured on the first 32,768 rows of the stream, or on all where there are fewer."""
+@contextmanager
+def measured_centre(source: ActivationStore, cell: Cell) -> Iterator[Centre]:
+    """Measured on the first 32,768 rows of the stream, or on all where there are fewer; that stream stays open."""
     sample = torch.empty(min(SAMPLE_TOKENS, source.rows("train")), source.d_model)
-    with source.batches(order(cell), stop=-(-len(sample) // cell.batch_tokens)) as stream:
-        for number, batch in enumerate(stream):
-            part = sample[number * cell.batch_tokens : (number + 1) * cell.batch_tokens]
-            part.copy_(normalise(to_tensor(batch.x, source.dtype))[: len(part)])
-    return measure_centre(sample)
+    parts = sample.split(cell.batch_tokens)
+    with source.batches(order(cell), stop=len(parts)) as stream:
+        for part in parts:
+            part.copy_(normalise(to_tensor(next(stream).x, source.dtype))[: len(part)])
+        del part, parts
+        centre = measure_centre(sample)
+        del sample
+        yield centre
 
 
 class _OwnSignals(L.Callback):

@@ -7,7 +7,9 @@ from typing import Any
 
 import pytest
 import torch
+from typer.testing import CliRunner
 
+from saescale.cluster.cli import app
 from saescale.storage.errors import SaescaleError
 from saescale.storage.manifest import Site
 from saescale.storage.rundir import RunDirectory
@@ -96,6 +98,15 @@ def test_evaluations_of_a_spread_subject_measure_the_same(tiny_subject: str, tin
     assert rows[0] == rows[1] == rows[2]
     assert where[0] != {"cpu", "meta"}
     assert where[1] == where[2] == {"cpu", "meta"}
+    # As the command line has it, to which every device map gets through.
+    command = ["eval", run.url, "--evals", "downstream_loss", "--device-map"]
+    refused = CliRunner().invoke(app, [*command, "97=70GB,cpu=1GB"])
+    assert refused.exit_code == 1
+    assert "there is no GPU 97, counted from 0" in refused.output.replace("\n", " ")
+    assert len(run.read_evals()) == 0
+    assert CliRunner().invoke(app, [*command, most]).exit_code == 0
+    found = run.read_evals().to_pylist()
+    assert [row["value"] for row in found] == [row["value"] for row in rows[0]]
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="where it fits depends on what is free there")
