@@ -99,16 +99,19 @@ def join(
         dist.init_process_group(
             backend, init_method=meeting, rank=rank, world_size=layout.ranks, timeout=come, **options
         )
+        everyone = dist.new_group(timeout=wait)
+
+        def group(ranks: list[int]) -> Any:
+            # No more than there have to be: each has its connections, and under NCCL memory of the GPU.
+            return dist.new_group(ranks, timeout=wait) if 1 < len(ranks) < layout.ranks else everyone
+
         # Every process makes every group, in one order, as torch wants it.
         shards = [
-            dist.new_group([layout.rank(shard, replica) for shard in range(layout.shards)], timeout=wait)
-            for replica in range(layout.replicas)
+            group([layout.rank(shard, replica) for shard in range(layout.shards)]) for replica in range(layout.replicas)
         ]
         replicas = [
-            dist.new_group([layout.rank(shard, replica) for replica in range(layout.replicas)], timeout=wait)
-            for shard in range(layout.shards)
+            group([layout.rank(shard, replica) for replica in range(layout.replicas)]) for shard in range(layout.shards)
         ]
-        everyone = dist.new_group(timeout=wait)
         watch = Watch(layout, rank, deadline_s)
     except RuntimeError as error:
         close(broken=True)
