@@ -270,7 +270,11 @@ def test_a_damaged_part_is_one_generation_lost(
     url, result = RunDirectory(mine.run).cell_url(mine.cells[0].cell_id), outcomes[0].results[0]
     native.copy(url, str(tmp_path / "one"))
     native.copy(url, str(tmp_path / "many"), 4096)
-    assert (tmp_path / "one" / "sae.safetensors").is_file()
+    # Those bytes are what one process would have written of it.
+    native.write(read(url), str(tmp_path / "written"))
+    assert (tmp_path / "one" / "sae.safetensors").read_bytes() == (
+        tmp_path / "written" / "sae.safetensors"
+    ).read_bytes()
     for where in (url, str(tmp_path / "one"), str(tmp_path / "many")):
         for shards, replicas in ((3, 1), (1, 2)):
             for nmse, l0, held in crowd.ask(mesh.load, shards, replicas, where, mine):
