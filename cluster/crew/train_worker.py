@@ -20,9 +20,10 @@ from saescale.storage.live import is_source
 from saescale.storage.waiting import Wait, waits
 from saescale.trainers.device import default_device, fast_precision
 from saescale.trainers.kernels.choose import KernelKind, kernel_kind
-from saescale.trainers.mesh.distributed import joined, meeting_at
+from saescale.trainers.mesh.distributed import joined
 from saescale.trainers.mesh.layout import Layout
 from saescale.trainers.mesh.mesh import ONE, Group
+from saescale.trainers.mesh.network import meeting_at
 from saescale.trainers.precision import Precision
 from saescale.trainers.training.job import PackJob
 from saescale.trainers.training.report import Progress

@@ -15,8 +15,9 @@ from saescale.storage.errors import SaescaleError
 from saescale.storage.rundir import RunDirectory
 from saescale.trainers.evals.nmse import HeldOut
 from saescale.trainers.mesh import channel, distributed, watch
-from saescale.trainers.mesh.distributed import joined, meeting_at
+from saescale.trainers.mesh.distributed import joined
 from saescale.trainers.mesh.layout import Layout
+from saescale.trainers.mesh.network import meeting_at
 from saescale.trainers.training.job import PackJob
 from saescale.trainers.training.train import train_pack
 from tests.trainers.forked import forked
@@ -58,8 +59,10 @@ def _arm(strike: Strike) -> None:
 
 
 def _work(
-    job: PackJob, layout: Layout, rank: int, meeting: str, strike: Strike | None, deadline_s: float, way: Any
-) -> None:
+    job: PackJob, layout: Layout, rank: int, meeting: str, strike: Strike | None, deadline_s: float, way: Any,
+    environment: dict[str, str],
+) -> None:  # fmt: skip
+    os.environ.update(environment)  # the server that forks may be older than it
     torch.set_num_threads(1)
     watch._MISSED_S, distributed.MEET_S = 1.5, deadline_s
     if strike is not None and strike.rank == rank:
@@ -78,7 +81,9 @@ def train_struck(job: PackJob, layout: Layout, strike: Strike | None = None, dea
     context, meeting = forked(), meeting_at("127.0.0.1")
     ways = [context.Pipe(duplex=False) for _ in range(layout.ranks)]
     processes = [
-        context.Process(target=_work, args=(job, layout, rank, meeting, strike, deadline_s, way), daemon=True)
+        context.Process(
+            target=_work, args=(job, layout, rank, meeting, strike, deadline_s, way, dict(os.environ)), daemon=True
+        )
         for rank, (_, way) in enumerate(ways)
     ]
     for process in processes:

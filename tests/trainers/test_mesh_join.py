@@ -1,9 +1,12 @@
 """How processes meet, what their errors are taken for, and who is said to keep the others waiting."""
 
+import os
+import socket
 import time
 import warnings
 from typing import Any
 
+import psutil
 import pytest
 import torch
 import torch.distributed as dist
@@ -11,8 +14,9 @@ import torch.distributed as dist
 from saescale.storage.errors import SaescaleWarning
 from saescale.trainers.mesh import watch
 from saescale.trainers.mesh.channel import collective
-from saescale.trainers.mesh.distributed import join, joined, meeting_at
+from saescale.trainers.mesh.distributed import join, joined
 from saescale.trainers.mesh.layout import Layout, MeshBroken
+from saescale.trainers.mesh.network import interface_to, meeting_at
 from saescale.trainers.mesh.watch import Watch
 
 CPU = torch.device("cpu")
@@ -37,6 +41,35 @@ def test_nccl_is_told_which_gpu(device: str, told: int, monkeypatch: pytest.Monk
 def test_a_meeting_has_the_address_that_others_know() -> None:
     assert meeting_at("10.1.2.3").startswith("tcp://10.1.2.3:")
     assert meeting_at("fd00::7").startswith("tcp://[fd00::7]:")
+
+
+def test_gloo_listens_where_the_meeting_is_reached(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever this machine's name resolves to: to the loopback, on many."""
+    monkeypatch.delenv("GLOO_SOCKET_IFNAME", raising=False)
+    seen: list[str | None] = []
+
+    def init(*_: Any, **__: Any) -> None:
+        seen.append(os.environ.get("GLOO_SOCKET_IFNAME"))
+        raise dist.DistNetworkError("that is all there is to see here")
+
+    monkeypatch.setattr(dist, "init_process_group", init)
+    for own in (None, "mine"):
+        if own:
+            monkeypatch.setenv("GLOO_SOCKET_IFNAME", own)
+        with pytest.raises(MeshBroken):
+            join(Layout(2), 0, "tcp://127.0.0.1:1")
+        assert os.environ.get("GLOO_SOCKET_IFNAME") == own
+    assert seen == [interface_to("127.0.0.1"), "mine"]
+    # By another way: the kernel's own list of addresses.
+    there = {
+        address.address: name
+        for name, addresses in psutil.net_if_addrs().items()
+        for address in addresses
+        if address.family == socket.AF_INET
+    }
+    for address, name in there.items():
+        assert interface_to(address) == name
+    assert interface_to("no.such.host.invalid") is None
 
 
 def test_what_fails_in_a_process_itself_is_not_said_of_the_others(monkeypatch: pytest.MonkeyPatch) -> None:

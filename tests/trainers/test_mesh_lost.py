@@ -6,9 +6,13 @@ from pathlib import Path
 
 import pytest
 
+from saescale.storage import files
+from saescale.storage.errors import Damaged
 from saescale.storage.rundir import RunDirectory
 from saescale.storage.store import ActivationStore
 from saescale.trainers.cell import Cell, EvalSpec
+from saescale.trainers.evals.nmse import HeldOut
+from saescale.trainers.exchange import native
 from saescale.trainers.mesh.layout import Layout
 from saescale.trainers.training.train import PackJob
 from tests.trainers.struck import PLACES, Strike, train_struck
@@ -32,12 +36,14 @@ def job(tmp_path_factory: pytest.TempPathFactory) -> PackJob:
     )  # fmt: skip
 
 
-def left(run: str, job: PackJob) -> dict[str, bytes]:
-    """Every file of the finished cell but those that have the time in them."""
-    folder = Path(RunDirectory(run).cell_url(job.cells[0].cell_id))
-    assert not (folder / "checkpoint").exists()
-    RunDirectory(run).check_cell(job.cells[0].cell_id)
-    return {path.name: path.read_bytes() for path in folder.iterdir() if path.name.startswith("sae")}
+def left(run: str, job: PackJob, shards: int = LAYOUT.shards) -> dict[str, bytes]:
+    """The weights of the finished cell. Nothing lies beside them but its curve and its result, whatever was killed."""
+    cell_id, found = job.cells[0].cell_id, RunDirectory(run)
+    weights = {f"sae-{shard + 1:05d}-of-{shards:05d}.safetensors" for shard in range(shards)}
+    weights.add("sae.safetensors.index.json")
+    assert found.cell_files() == {cell_id: {"curve.parquet", "result.json", *weights}}
+    found.check_cell(cell_id)
+    return {name: files.read_bytes(files.join(found.cell_url(cell_id), name)) for name in weights}
 
 
 @pytest.fixture(scope="module")
@@ -87,3 +93,33 @@ def test_a_rank_that_is_halted_is_named_within_the_deadline(
         assert "gives no sign of life" in answer or "does not answer, or is gone" in answer
     train_struck(mine, LAYOUT)
     assert left(mine.run, mine) == unbroken
+
+
+@pytest.mark.parametrize("place", ["a part of a checkpoint", "the result"])
+def test_an_object_store_is_left_as_tidy_by_another_sharding(
+    job: PackJob, s3_url: str, place: str, tmp_path: Path
+) -> None:
+    """Of the two shards that were killed nothing is left, where three go on; and one process reads what they wrote."""
+    mine = job.model_copy(update={"run": f"{s3_url}/run"})
+    train_struck(mine, Layout(2), Strike(0, place, 3 if place != "the result" else 1, signal.SIGKILL))
+    assert RunDirectory(mine.run).cell_files()
+    answers = train_struck(mine, Layout(3))
+    (result,) = answers[0]
+    left(mine.run, mine, shards=3)
+    url = RunDirectory(mine.run).cell_url(result["cell_id"])
+    source = ActivationStore.open(job.store)
+    held_out, trained = HeldOut(source, job.eval.tokens), native.read(url)
+    (quality,) = held_out.evaluate([lambda: trained.sae], trained.origin, False)
+    assert quality.nmse == pytest.approx(result["nmse"], rel=1e-6)
+    one = native.copy(url, str(tmp_path / "one"))
+    assert [Path(each).name for each in one] == ["sae.safetensors"]
+    # A shard that is cut short, or gone, is one line that names it.
+    name = files.join(url, "sae-00002-of-00003.safetensors")
+    files.write_atomic(name, files.read_bytes(name)[:-7])
+    with pytest.raises(Damaged, match=r"sae-00002-of-00003.safetensors has \d+ bytes, not \d+") as caught:
+        native.read(url)
+    assert "\n" not in str(caught.value)
+    files.remove(name)
+    with pytest.raises(Damaged, match=r"sae-00002-of-00003.safetensors is missing"):
+        native.copy(url, str(tmp_path / "two"))
+    assert not list((tmp_path).glob("two*/*"))

@@ -7,7 +7,6 @@ has a GPU of its own.
     processes.leave()
 """
 
-import socket
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
@@ -23,6 +22,7 @@ from saescale.trainers.mesh import gathered, radix
 from saescale.trainers.mesh.channel import Channel, Lost, Traffic, close, collective
 from saescale.trainers.mesh.keys import NONE, candidates, kept
 from saescale.trainers.mesh.layout import Layout, MeshBroken
+from saescale.trainers.mesh.network import by_the_way_to
 from saescale.trainers.mesh.sums import sum_in_order
 from saescale.trainers.mesh.traffic import BITS_OF_ALL, KEYS
 from saescale.trainers.mesh.watch import Watch
@@ -96,22 +96,11 @@ def join(
     own = numbered(torch.device(device))
     options: dict[str, Any] = {"device_id": own} if backend == "nccl" else {}
     try:
-        dist.init_process_group(
-            backend, init_method=meeting, rank=rank, world_size=layout.ranks, timeout=come, **options
-        )
-        everyone = dist.new_group(timeout=wait)
-
-        def group(ranks: list[int]) -> Any:
-            # No more than there have to be: each has its connections, and under NCCL memory of the GPU.
-            return dist.new_group(ranks, timeout=wait) if 1 < len(ranks) < layout.ranks else everyone
-
-        # Every process makes every group, in one order, as torch wants it.
-        shards = [
-            group([layout.rank(shard, replica) for shard in range(layout.shards)]) for replica in range(layout.replicas)
-        ]
-        replicas = [
-            group([layout.rank(shard, replica) for replica in range(layout.replicas)]) for shard in range(layout.shards)
-        ]
+        with by_the_way_to(meeting):
+            dist.init_process_group(
+                backend, init_method=meeting, rank=rank, world_size=layout.ranks, timeout=come, **options
+            )
+            everyone, shards, replicas = _groups(layout, *layout.place(rank), wait)
         watch = Watch(layout, rank, deadline_s)
     except RuntimeError as error:
         close(broken=True)
@@ -119,9 +108,21 @@ def join(
             f"rank {rank} of a mesh of {layout} did not meet the others at {meeting} within {come.seconds} s: "
             f"{one_line(error)[:300]}"
         ) from error
-    shard, replica = layout.place(rank)
-    groups = (everyone, shards[replica], replicas[shard])
-    return Processes(layout, rank, own, watch, groups)
+    return Processes(layout, rank, own, watch, (everyone, shards, replicas))
+
+
+def _groups(layout: Layout, shard: int, replica: int, wait: timedelta) -> tuple[Any, Any, Any]:
+    """Of all, of the shards of this replica, and of the replicas of this shard."""
+    everyone = dist.new_group(timeout=wait)
+
+    def group(ranks: list[int]) -> Any:
+        # No more than there have to be: each has its connections, and under NCCL memory of the GPU.
+        return dist.new_group(ranks, timeout=wait) if 1 < len(ranks) < layout.ranks else everyone
+
+    # Every process makes every group, in one order, as torch wants it.
+    shards = [group([layout.rank(s, r) for s in range(layout.shards)]) for r in range(layout.replicas)]
+    replicas = [group([layout.rank(s, r) for r in range(layout.replicas)]) for s in range(layout.shards)]
+    return everyone, shards[replica], replicas[shard]
 
 
 def numbered(device: torch.device) -> torch.device:
@@ -129,13 +130,6 @@ def numbered(device: torch.device) -> torch.device:
     if device.type == "cuda" and device.index is None:
         return torch.device("cuda", torch.cuda.current_device())
     return device
-
-
-def meeting_at(host: str) -> str:
-    """Where processes can meet the one of this machine that will have rank 0: tcp://HOST:PORT."""
-    with socket.socket() as free:
-        free.bind(("", 0))
-        return f"tcp://{f'[{host}]' if ':' in host else host}:{free.getsockname()[1]}"
 
 
 @contextmanager

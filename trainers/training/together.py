@@ -16,8 +16,9 @@ import torch
 import torch.multiprocessing as mp
 
 from saescale.storage.errors import SaescaleError, one_line
-from saescale.trainers.mesh.distributed import DEADLINE_S, Backend, joined, meeting_at
+from saescale.trainers.mesh.distributed import DEADLINE_S, Backend, joined
 from saescale.trainers.mesh.layout import Layout
+from saescale.trainers.mesh.network import meeting_at
 from saescale.trainers.training.train import PackJob, PackOutcome, train_pack
 
 _POLL_S = 0.2
