@@ -14,6 +14,7 @@
 """
 
 import time
+from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from contextlib import suppress
 from typing import Any
@@ -95,7 +96,9 @@ class Execution:
         run over, and KeyboardInterrupt.
         """
         cells, packs = counted(len(self.work.cells), "cell"), counted(len(self.packs.waiting), "pack")
-        self.display.stage(f"training {cells} in {packs}")
+        layouts = Counter(str(pack.layout) for pack in self.packs.waiting if pack.layout.ranks > 1)
+        shared = "; ".join(f"{number} shared by {layout}" for layout, number in layouts.items())
+        self.display.stage(f"training {cells} in {packs}{f', {shared}' if shared else ''}")
         try:
             while self.packs.waiting or self.running:
                 turn = time.monotonic()

@@ -1,11 +1,12 @@
 """Cells that several workers share, beside cells of one worker, on a real cluster of three nodes."""
 
 import os
+import random
 import signal
-import time
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import ray
 
@@ -19,15 +20,13 @@ from saescale.cluster.sweep.meshes import check_meshes, plan_meshes
 from saescale.cluster.sweep.packing import cost
 from saescale.cluster.sweep.spec import SweepSpec, parse_spec
 from saescale.scaling.laws.settings import FitSettings
-from saescale.storage import checkpoint
 from saescale.storage.errors import SaescaleError
 from saescale.storage.lease import Standing
 from saescale.storage.rundir import RunDirectory
-from saescale.storage.store import ActivationStore
 from saescale.storage.waiting import waits
 from saescale.trainers.cell import Cell
 from saescale.trainers.mesh.layout import Layout
-from tests.cluster.conftest import Recorder, trained_alone
+from tests.cluster.conftest import NODE, Recorder, trained_alone
 
 
 def cell_of(n_latents: int, **more: Any) -> Cell:
@@ -247,37 +246,54 @@ def test_workers_that_wait_for_others_are_said_and_given_to_who_waits_for_them(
 @pytest.mark.slow
 @pytest.mark.chaos
 @pytest.mark.filterwarnings("ignore::saescale.storage.errors.SaescaleWarning")
-@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGSTOP])
-def test_a_worker_of_a_mesh_that_is_lost_or_hangs_changes_no_result(
-    three_nodes: Any, shared: dict[str, Any], how: signal.Signals, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("how", ["kills", "halt", "node"])
+def test_what_a_mesh_loses_at_random_changes_no_result(
+    three_nodes: Any, shared: dict[str, Any], how: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The group starts again from its checkpoint, with another worker in the place of that one."""
-    monkeypatch.setattr(execute, "DEADLINE_S", 20.0)
+    """The group starts again from its checkpoint with another worker: in the place of one that was killed, and so twice;
+    of the first, which has the store of those who meet, when that was halted; or of one that went with its node."""
+    monkeypatch.setattr(execute, "DEADLINE_S", 12.0)
     monkeypatch.setattr(gang, "COMPANY_S", 3.0)  # one that is halted leaves nothing
     shared["train"]["tokens"] = 98_304
     shared["grid"]["k"] = 4
-    spec, hit, notes = parse_spec(shared, "test"), [], []
-    (cell,) = spec.cells(ActivationStore.open(spec.stores[0]), "fp32")
-    folder = RunDirectory(spec.out).checkpoint_url(cell.cell_id)
-
+    spec, hit, notes, gone = parse_spec(shared, "test"), list[str](), list[str](), list[Any]()
+    chance = random.Random(how)
+    moments = sorted(chance.uniform(0.05, 0.8) for _ in range(2 if how == "kills" else 1))
+    members: list[tuple[str, int]] = []
     usual = execute.Execution._start
 
     def start(self: Any, workers: Any, pack: Any) -> None:
         usual(self, workers, pack)
-        pids.update(self.crew.ready[worker].pid for worker in workers)
+        members[:] = [(self.crew.ready[worker].node_id, self.crew.ready[worker].pid) for worker in workers]
 
-    pids: set[int] = set()
     monkeypatch.setattr(execute.Execution, "_start", start)
     monkeypatch.setattr(TrainCrew, "warn", lambda self, text: notes.append(text))
 
     def strike(standing: Standing) -> None:
-        if not hit and len(pids) >= 2 and checkpoint.steps(folder):
-            hit.append(max(pids))
-            os.kill(hit[0], how)
-            time.sleep(0.1)
+        if gone and len(gone) < 2:
+            gone.append(three_nodes.add_node(**NODE))
+        if len(hit) == len(moments) or standing.fraction < moments[len(hit)] or not standing.running:
+            return
+        node_id, pid = members[0] if how == "halt" else chance.choice(members)
+        if not psutil.pid_exists(pid):
+            return
+        hit.append(f"pid {pid}" if how != "node" else node_id)
+        nodes = {node.node_id: node for node in three_nodes.list_all_nodes() if not node.head}
+        if how == "node":
+            # The head cannot go; one of two members is on another node.
+            gone.append(next(nodes[node_id] for node_id, _ in members if node_id in nodes))
+            three_nodes.remove_node(gone[0], allow_graceful=False)
+        else:
+            os.kill(pid, signal.SIGSTOP if how == "halt" else signal.SIGKILL)
 
     outcome = run_sweep(spec, Recorder(strike), settings=FitSettings(0))
-    assert hit
+    assert len(hit) == len(moments)
     assert outcome.failed == 0
     assert_as_alone(spec, outcome.run)
-    assert any("go on from their checkpoints" in note for note in notes), notes
+    text = " ".join(notes)
+    if how == "node":
+        assert len(gone) == 2
+        assert "cells go on from their checkpoints" in text or "cells begin again" in text
+    else:
+        assert all(f"{each}; last at" in text for each in hit), notes
+        assert text.count("cells go on from their checkpoints") + text.count("cells begin again") >= len(hit), notes
