@@ -250,7 +250,7 @@ def test_workers_that_wait_for_others_are_said_and_given_to_who_waits_for_them(
 def test_what_a_mesh_loses_at_random_changes_no_result(
     three_nodes: Any, shared: dict[str, Any], how: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The group starts again from its checkpoint with another worker: in the place of one that was killed, and so twice;
+    """The group starts again from its checkpoint with another worker: for one that was killed, and so twice;
     of the first, which has the store of those who meet, when that was halted; or of one that went with its node."""
     monkeypatch.setattr(execute, "DEADLINE_S", 12.0)
     monkeypatch.setattr(gang, "COMPANY_S", 3.0)  # one that is halted leaves nothing
