@@ -295,5 +295,5 @@ def test_what_a_mesh_loses_at_random_changes_no_result(
         assert len(gone) == 2
         assert "cells go on from their checkpoints" in text or "cells begin again" in text
     else:
-        assert all(f"{each}; last at" in text for each in hit), notes
+        assert all(f"{each}; last heard of at" in text for each in hit), notes
         assert text.count("cells go on from their checkpoints") + text.count("cells begin again") >= len(hit), notes

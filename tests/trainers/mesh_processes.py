@@ -17,6 +17,8 @@ from saescale.trainers.architectures.architecture import Batch
 from saescale.trainers.cell import Cell
 from saescale.trainers.evals.nmse import HeldOut
 from saescale.trainers.exchange import native
+from saescale.trainers.kernels.interface import Selected
+from saescale.trainers.mesh import distributed
 from saescale.trainers.mesh.distributed import Processes, join
 from saescale.trainers.mesh.layout import Layout
 from saescale.trainers.mesh.mesh import ONE, Group
@@ -174,6 +176,25 @@ def whole(answers: list[Stepped], shards: int) -> dict[str, torch.Tensor]:
         name: t if name in ("b_pre", "threshold") else torch.cat([answer.params[name] for answer in answers[:shards]])
         for name, t in answers[0].params.items()
     }
+
+
+def choose(group: Processes, given: list[tuple[torch.Tensor, int, int]]) -> list[torch.Tensor]:
+    """bool [batch, latents of this shard]: what is selected of scores [batch, n], k of each row, where so many keys are
+    gathered at most."""
+    found, usual = [], distributed.KEYS
+    for scores, k, keys in given:
+        of = group.mesh(scores.shape[1])
+        own = scores[:, of.first : of.first + of.size]
+        values, indices = own.sort(dim=1, descending=True, stable=True)
+        width = min(k, of.size)
+        values, indices = values[:, :width], indices[:, :width]
+        local = Selected(indices.int().where(values > 0, -1), values.clamp_min(0))
+        distributed.KEYS = keys
+        selected = of.select(local, k)
+        distributed.KEYS = usual
+        padded = torch.zeros(len(scores), of.size + 1, dtype=torch.bool)
+        found.append(padded.scatter_(1, selected.indices.long() % (of.size + 1), True)[:, :-1])
+    return found
 
 
 def add(group: Processes, numbers: int) -> dict[str, int]:

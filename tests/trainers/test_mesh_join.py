@@ -115,7 +115,7 @@ def test_who_keeps_the_others_waiting_is_said_before_the_deadline(monkeypatch: p
     while not said and time.monotonic() < until:
         time.sleep(0.05)
     assert said[0].startswith("the mesh of 3 shards x 1 replicas waits: rank 2 (shard 2, replica 0; ")
-    assert said[0].endswith("last at select) gives no sign of life")
+    assert said[0].endswith("last heard of at select) gives no sign of life")
     found = watches[1].suspects()
     assert found is not None
     assert "rank 2" in found

@@ -143,6 +143,7 @@ def joined(
         yield group
         broken = False
     except Lost as error:
+        close(broken=True)  # or those who wait for this one would hear of it when it has found out who is to blame
         raise group.blame(error) from error
     finally:
         group.leave(broken)

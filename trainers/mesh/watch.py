@@ -64,7 +64,10 @@ class Watch:
         before = self._heard()
         if before:
             time.sleep(_MISSED_S)
-        return self._suspects(before, self._heard())
+        after = self._heard()
+        if after:  # or whoever speaks to the store would wait with those who do
+            self._part({rank for rank, said in after.items() if said != before.get(rank)})
+        return self._suspects(before, after)
 
     def close(self) -> None:
         self._closed.set()
@@ -81,11 +84,21 @@ class Watch:
         behind = [rank for rank, said in after.items() if said.calls < max(each.calls for each in after.values())]
         return "; ".join(f"{self._named(rank)} is behind the others" for rank in behind) or None
 
+    def _part(self, alive: set[int]) -> None:
+        """Has asked all that there is to ask. Rank 0, with which the store goes, waits for the others to have asked."""
+        try:
+            self._store.set(f"asked-{self._rank}", "")
+            until = time.monotonic() + 2 * _MISSED_S if self._rank == 0 else 0.0
+            while time.monotonic() < until and not self._store.check([f"asked-{rank}" for rank in sorted(alive)]):
+                time.sleep(_BEAT_S / 5)
+        except RuntimeError:  # it is gone
+            return
+
     def _named(self, rank: int) -> str:
         shard, replica = self._layout.place(rank)
         said = self._last.get(rank)
-        place, doing = (said.place, said.kind) if said else ("never came up", "nothing")
-        return f"rank {rank} (shard {shard}, replica {replica}; {place}; last at {doing})"
+        what = f"{said.place}; last heard of at {said.kind}" if said else "never came up"
+        return f"rank {rank} (shard {shard}, replica {replica}; {what})"
 
     def _heard(self) -> _Heard:
         """What each said last; nothing where the store does not answer, which would block whoever asks it."""
