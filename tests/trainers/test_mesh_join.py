@@ -33,12 +33,22 @@ def test_nccl_is_told_which_gpu(device: str, told: int, monkeypatch: pytest.Monk
 
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 3)
     monkeypatch.setattr(dist, "init_process_group", init)
-    with pytest.raises(MeshBroken, match="rank 0 of a mesh of 2 shards x 1 replicas did not meet the others"):
-        join(Layout(2), 0, "tcp://127.0.0.1:1", "nccl", device)
+    with pytest.raises(MeshBroken, match="rank 0 of a mesh of 1 shards x 1 replicas did not meet the others"):
+        join(Layout(), 0, meeting_at("127.0.0.1"), "nccl", device)
     assert given["device_id"] == torch.device("cuda", told)
 
 
-def test_a_meeting_has_the_address_that_others_know() -> None:
+def test_a_meeting_has_the_address_that_others_know_and_no_other() -> None:
+    def listening() -> set[tuple[str, int]]:
+        found = psutil.Process().net_connections("tcp")
+        return {tuple(each.laddr) for each in found if each.status == psutil.CONN_LISTEN}
+
+    meeting, before = meeting_at("127.0.0.1"), listening()
+    group = join(Layout(), 0, meeting)
+    new = listening() - before
+    group.leave()
+    assert ("127.0.0.1", int(meeting.rpartition(":")[2])) in new
+    assert {ip for ip, _ in new} == {"127.0.0.1"}  # gloo's as well
     assert meeting_at("10.1.2.3").startswith("tcp://10.1.2.3:")
     assert meeting_at("fd00::7").startswith("tcp://[fd00::7]:")
 
@@ -57,7 +67,7 @@ def test_gloo_listens_where_the_meeting_is_reached(monkeypatch: pytest.MonkeyPat
         if own:
             monkeypatch.setenv("GLOO_SOCKET_IFNAME", own)
         with pytest.raises(MeshBroken):
-            join(Layout(2), 0, "tcp://127.0.0.1:1")
+            join(Layout(), 0, meeting_at("127.0.0.1"))
         assert os.environ.get("GLOO_SOCKET_IFNAME") == own
     assert seen == [interface_to("127.0.0.1"), "mine"]
     # By another way: the kernel's own list of addresses.

@@ -22,7 +22,7 @@ from saescale.trainers.mesh import gathered, radix
 from saescale.trainers.mesh.channel import Channel, Lost, Traffic, close, collective
 from saescale.trainers.mesh.keys import NONE, candidates, kept
 from saescale.trainers.mesh.layout import Layout, MeshBroken
-from saescale.trainers.mesh.network import by_the_way_to
+from saescale.trainers.mesh.network import by_the_way_to, meeting_options
 from saescale.trainers.mesh.sums import sum_in_order
 from saescale.trainers.mesh.traffic import BITS_OF_ALL, KEYS
 from saescale.trainers.mesh.watch import Watch
@@ -97,9 +97,8 @@ def join(
     options: dict[str, Any] = {"device_id": own} if backend == "nccl" else {}
     try:
         with by_the_way_to(meeting):
-            dist.init_process_group(
-                backend, init_method=meeting, rank=rank, world_size=layout.ranks, timeout=come, **options
-            )
+            options |= meeting_options(meeting, rank, layout.ranks, come)
+            dist.init_process_group(backend, rank=rank, world_size=layout.ranks, timeout=come, **options)
             everyone, shards, replicas = _groups(layout, *layout.place(rank), wait)
         watch = Watch(layout, rank, deadline_s)
     except RuntimeError as error:

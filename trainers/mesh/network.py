@@ -4,8 +4,12 @@ import os
 import socket
 import struct
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from datetime import timedelta
+from typing import Any
 from urllib.parse import urlsplit
+
+import torch.distributed as dist
 
 _GLOO = "GLOO_SOCKET_IFNAME"
 _ADDRESS_OF = 0x8915  # SIOCGIFADDR of Linux: the IPv4 address of an interface
@@ -16,6 +20,21 @@ def meeting_at(host: str) -> str:
     with socket.socket() as free:
         free.bind(("", 0))
         return f"tcp://{f'[{host}]' if ':' in host else host}:{free.getsockname()[1]}"
+
+
+def meeting_options(meeting: str, rank: int, ranks: int, wait: timedelta) -> dict[str, Any]:
+    """What `init_process_group` is told of a meeting. Rank 0 listens at that address alone, where torch by itself would
+    at all that the machine has, for anybody who comes."""
+    where = urlsplit(meeting)
+    if where.scheme != "tcp":
+        return {"init_method": meeting}
+    host, port = where.hostname or "", where.port or 0
+    listening = {}
+    if rank == 0:
+        with suppress(OSError):  # an address that is another machine's on the way here: then at all
+            family = socket.AF_INET6 if ":" in host else socket.AF_INET
+            listening["master_listen_fd"] = socket.create_server((host, port), family=family, backlog=ranks).detach()
+    return {"store": dist.TCPStore(host, port, ranks, rank == 0, timeout=wait, **listening)}
 
 
 @contextmanager
