@@ -273,13 +273,13 @@ def read_header(file: BinaryIO, size: int, where: str) -> tuple[dict[str, Any], 
 
 
 def _header(tensors: Mapping[str, tuple[str, list[int]]], metadata: Mapping[str, str] | None = None) -> bytes:
-    """Of tensors with that type and shape, one after another."""
+    """Of tensors with that type and shape, one after another; the bytes that the library of safetensors writes."""
     entries: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
     end = 0
     for name, (code, shape) in tensors.items():
         start, end = end, end + math.prod(shape) * BYTES[code]
         entries[name] = {"dtype": code, "shape": shape, "data_offsets": [start, end]}
-    header = json.dumps(entries).encode()
+    header = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode()
     header += b" " * (-len(header) % 8)
     return len(header).to_bytes(8, "little") + header
 

@@ -172,7 +172,7 @@ class Crew(ABC, Generic[Info]):
             self.watch(())
         self._until = None
         if not self.ready:
-            raise self._nobody(self._why_nobody() or "they do not answer")
+            raise self._nobody(self.no_room() or "they do not answer")
 
     def watch(self, busy: Collection[Any]) -> list[Any]:
         """Waits a little for something to happen, and returns which of the references `busy` have ended.
@@ -208,11 +208,11 @@ class Crew(ABC, Generic[Info]):
         self._nobody_since = self._nobody_since or time.time()
         asked_at, why = self._room
         if time.time() - self._nobody_since > ROOM_S and time.monotonic() - asked_at > ROOM_S:
-            self._room = time.monotonic(), (why := self._why_nobody())
+            self._room = time.monotonic(), (why := self.no_room())
         what = f"{self.words.one} to come up{f': {why}' if why else ''}"
         hear("actors", [Wait(what, self._nobody_since, self._until)])
 
-    def _why_nobody(self) -> str:
+    def no_room(self) -> str:
         """Which of what an actor claims the cluster has not free; nothing where it has room, and one is starting."""
         if not finds_no_room(self.claim):
             return ""
@@ -273,6 +273,18 @@ class Crew(ABC, Generic[Info]):
         info = self.lost(actor, error)
         self.start()
         return info
+
+    def give_way(self, pause_s: float) -> None:
+        """Ends those that have no work, and those that wait for room, and queues as many again in `pause_s` seconds."""
+        waiting = list(self.starting.values())
+        self.starting.clear()
+        for actor in waiting:
+            self._end(actor)
+        idle = list(self.idle)
+        for actor in idle:
+            self.lost(actor)
+        for _ in (*waiting, *idle):
+            self.start_later(pause_s)
 
     def kill(self, actor: Any) -> None:
         """Kills the process of an actor that does not answer, from its own node: `ray.kill` only asks it to end."""

@@ -23,6 +23,7 @@ from saescale.trainers.kernels.choose import KernelKind, kernel_kind
 from saescale.trainers.mesh.distributed import joined
 from saescale.trainers.mesh.layout import Layout
 from saescale.trainers.mesh.mesh import ONE, Group
+from saescale.trainers.mesh.network import meeting_at
 from saescale.trainers.precision import Precision
 from saescale.trainers.training.job import PackJob
 from saescale.trainers.training.report import Progress
@@ -109,9 +110,7 @@ class Worker:
 
     def meeting(self) -> str:
         """Where others can meet this worker: tcp://HOST:PORT."""
-        with socket.socket() as free:
-            free.bind(("", 0))
-            return f"tcp://{ray.util.get_node_ip_address()}:{free.getsockname()[1]}"
+        return meeting_at(ray.util.get_node_ip_address())
 
     def train(self, job: PackJob, number: int, place: Place | None = None, meeting: str = "") -> Trained:
         """`train_pack` in this process, or its part of it in this `place` of a mesh whose workers meet at `meeting`.

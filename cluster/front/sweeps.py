@@ -158,7 +158,7 @@ def _summary(outcome: "SweepOutcome", wall_s: float) -> None:
     console.print()
     for name, place in (
         ("report", f"{url}/report.html"), ("figures", f"{url}/figures/"), ("fits", f"{url}/fits.json"),
-        ("results", f"{url}/results.parquet, curves.parquet"), ("trained SAEs", f"{url}/cells/*/sae.safetensors"),
+        ("results", f"{url}/results.parquet, curves.parquet"), ("trained SAEs", f"{url}/cells/*/sae*"),
         ("activations", ", ".join(source.url for source in recorded_sources(outcome.run.read_spec() or {}))),
     ):  # fmt: skip
         say(f"  {name:<13} {place}")

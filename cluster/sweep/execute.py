@@ -16,6 +16,7 @@
 """
 
 import time
+from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from contextlib import suppress
 from typing import Any
@@ -84,6 +85,7 @@ class Execution:
         self.work = Work(ledger.pending, newest)
         self.packs, self.turns = Packs(ledger, needs, meshes, turns), turns
         self.running: dict[Any, Attempt] = {}  # by the reference of `train`
+        self.company = gang.Company(crew)
         for cells in packs:
             self.packs.put(cells, reached=sum(newest.get(cell.cell_id, 0) for cell in cells))
         self.begun = 0  # attempts
@@ -98,7 +100,9 @@ class Execution:
         run over, and KeyboardInterrupt.
         """
         cells, packs = counted(len(self.work.cells), "cell"), counted(len(self.packs.waiting), "pack")
-        self.display.stage(f"training {cells} in {packs}")
+        layouts = Counter(str(pack.layout) for pack in self.packs.waiting if pack.layout.ranks > 1)
+        shared = "; ".join(f"{number} shared by {layout}" for layout, number in layouts.items())
+        self.display.stage(f"training {cells} in {packs}{f', {shared}' if shared else ''}")
         try:
             while self.packs.waiting or self.running:
                 turn = time.monotonic()
@@ -124,31 +128,37 @@ class Execution:
                     self.ledger.settle()
             raise
         finally:
-            for source in ("workers", "packs"):
+            for source in ("workers", "packs", "company"):
                 hear(source, [])
 
     # --- packs and workers
 
     def _hand_out(self) -> None:
-        due = self.packs.due()
+        due, short, kept = self.packs.due(), None, False
         for shared in [pack for pack in due if pack.layout.ranks > 1]:
             due.remove(shared)
-            free = [worker for worker in self.crew.idle if shared.bytes <= self.crew.ready[worker].memory]
-            if len(free) < shared.layout.ranks:
-                if not self.running:
-                    gang.require_company(shared, self.crew)
-                if any(running.company for running in self.running.values()):
-                    continue  # it gets their workers when they end
-                return  # whoever is free is kept for it, or it would wait for ever beside small packs
-            self._take(shared, free[: shared.layout.ranks])
-        for worker in list(self.crew.idle):
+            fit = gang.fit(shared, self.crew)
+            free = [worker for worker in self.crew.idle if worker in fit]
+            if len(free) >= shared.layout.ranks:
+                self._take(shared, gang.nearest(free, shared.layout, lambda worker: self.crew.ready[worker].node_id))
+                continue
+            if len(fit) < shared.layout.ranks:
+                short = short or shared  # more have to come up first, and others need not wait for that
+            elif not any(running.company for running in self.running.values()):
+                kept = True  # whoever is free, or it would wait for ever beside small packs
+                break
+            # Else it gets their workers when they end.
+        for worker in [] if kept else list(self.crew.idle):
             memory = self.crew.ready[worker].memory
             small = next((pack for pack in due if pack.bytes <= memory), None)
             if small is not None:
                 due.remove(small)
                 self._take(small, [worker])
-        if due and self.crew.idle and not self.running:
+        if due and not kept and self.crew.idle and not self.running:
             self._fit(due[0])
+        if short is not None and not self.running:
+            gang.require_company(short, self.crew)
+        self.company.look(short, bool(self.running))
 
     def _take(self, pack: Pack, workers: Sequence[Any]) -> None:
         self.packs.waiting.remove(pack)
@@ -219,7 +229,11 @@ class Execution:
     def _company(self) -> list[Any]:
         """The references of those that share a pack with the first of its workers, and have not ended."""
         return [
-            reference for running in self.running.values() if running.broken is None for reference in running.company
+            reference
+            for running in self.running.values()
+            if running.broken is None
+            for reference in running.company
+            if reference not in running.left
         ]
 
     def _ended(self, reference: Any) -> None:
@@ -228,7 +242,9 @@ class Execution:
             return
         for running in self.running.values():
             if reference in running.company:
-                running.broken = time.monotonic()
+                running.left.add(reference)
+                if gang.failed(reference):
+                    running.broken = time.monotonic()
 
     def _finish(self, reference: Any) -> None:
         running = self.running.pop(reference)

@@ -1,6 +1,9 @@
 """A cell that several workers share: which ones are, how they begin together, and how they part when one has ended."""
 
-from collections.abc import Mapping, Sequence
+import random
+import time
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import ray
@@ -10,10 +13,13 @@ from saescale.cluster.crew.train_crew import TrainCrew
 from saescale.cluster.crew.train_worker import Place
 from saescale.cluster.sweep.standing import Attempt, Pack
 from saescale.storage.errors import SaescaleError
+from saescale.storage.waiting import Wait, hear
 from saescale.trainers.cell import Cell
 from saescale.trainers.mesh.layout import Layout, MeshBroken
 from saescale.trainers.training.job import PackJob
 
+PATIENCE_S, MOST_PATIENCE_S = 60.0, 900.0  # of workers that wait for more of them, before they are given away
+ROOM_S = 5.0  # between two looks why there are no more
 COMPANY_S = 20.0  # for the others of a mesh to break off by themselves, after one ended
 
 
@@ -25,6 +31,28 @@ class Meshes(NamedTuple):
 
     def of(self, cells: Sequence[Cell]) -> Layout:
         return self.layouts.get(cells[0].cell_id, Layout()) if len(cells) == 1 else Layout()
+
+
+def nearest(free: Sequence[Any], layout: Layout, node_of: Callable[[Any], str]) -> list[Any]:
+    """Of free workers as many as the layout takes, in the order of their ranks. The shards of a replica, which have to
+    say most to each other, are on one node where one has so many free, the fullest such; else on as few as can be."""
+    by_node: dict[str, list[Any]] = defaultdict(list)
+    for worker in free:
+        by_node[node_of(worker)].append(worker)
+    chosen: list[Any] = []
+    for replica in range(layout.replicas):
+        while left := (replica + 1) * layout.shards - len(chosen):
+            there = [workers for workers in by_node.values() if workers]
+            enough = [workers for workers in there if len(workers) >= left]
+            node = min(enough, key=len) if enough else max(there, key=len)
+            chosen += node[:left]
+            del node[:left]
+    return chosen
+
+
+def fit(pack: Pack, crew: TrainCrew) -> list[Any]:
+    """The workers that have the memory for it."""
+    return [worker for worker, info in crew.ready.items() if pack.bytes <= info.memory]
 
 
 def begin(
@@ -51,13 +79,55 @@ def begin(
 
 def require_company(pack: Pack, crew: TrainCrew) -> None:
     """Raises SaescaleError where a shared pack waits for more workers than will ever be there."""
-    fit = [worker for worker, info in crew.ready.items() if pack.bytes <= info.memory]
-    if len(fit) < pack.layout.ranks and not crew.is_starting:
+    fitting = len(fit(pack, crew))
+    if fitting < pack.layout.ranks and not crew.is_starting:
         raise SaescaleError(
             f"cell {pack.cells[0].cell_id} is to be shared by {pack.layout.ranks} workers ({pack.layout}) with "
-            f"{pack.bytes / 2**30:.1f} GiB each, and of {len(crew.ready)} that came up {len(fit)} have so "
+            f"{pack.bytes / 2**30:.1f} GiB each, and of {len(crew.ready)} that came up {fitting} have so "
             "much; look at the cluster (`ray status`), or ask for a smaller mesh (resources.mesh)"
         )
+
+
+class Company:
+    """A shared pack that waits for more workers than have come up. That is said; and since another sweep may wait for
+    those that this one holds, and both for ever, they are given away for a while when they have nothing else to do."""
+
+    def __init__(self, crew: TrainCrew) -> None:
+        self._crew, self._since, self._said = crew, 0.0, (0.0, "")
+        self._patience = self._quiet = 0.0
+
+    def look(self, pack: Pack | None, working: bool) -> None:
+        """`pack`: the first such one; `working`: whether anything is trained."""
+        now = time.time()
+        if pack is None:
+            self._since = 0.0
+            hear("company", [])
+            return
+        if not self._since:
+            self._since, self._patience = now, PATIENCE_S * (1 + random.random())  # not all sweeps at once
+        if now - self._said[0] > ROOM_S:
+            self._said = now, self._crew.no_room()
+        there, why = len(fit(pack, self._crew)), self._said[1]
+        what = (
+            f"{pack.layout.ranks} workers for cell {pack.cells[0].cell_id} ({pack.layout}), of which {there} are up"
+            f"{f': {why}' if why else ''}"
+        )
+        hear("company", [Wait(what, self._since)])
+        if working or not self._crew.idle:
+            self._quiet = now
+        elif now - max(self._since, self._quiet) > self._patience:
+            self._crew.warn(f"{there} workers wait for others, and are given away to who needs no more than them")
+            self._crew.give_way(self._patience * random.random())
+            self._quiet, self._patience = now, min(MOST_PATIENCE_S, 2 * self._patience)
+
+
+def failed(reference: Any) -> bool:
+    """Whether a worker whose `train` has ended did not do so by itself."""
+    try:
+        ray.get(reference)
+    except (ray.exceptions.RayError, SaescaleError):
+        return True
+    return False
 
 
 def part(running: Attempt, first: Any, crew: TrainCrew) -> tuple[Any, Any, int]:

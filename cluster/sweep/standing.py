@@ -58,7 +58,8 @@ class Attempt:
     question: Any = None  # the reference of `state`, until it is answered
     killed: float | None = None  # when
     company: dict[Any, Any] = field(default_factory=dict)  # the others of a mesh, by the references of their `train`
-    broken: float | None = None  # since when one of them has ended
+    left: set[Any] = field(default_factory=set)  # of these those that have ended
+    broken: float | None = None  # since when one of them has failed
 
 
 class Work:

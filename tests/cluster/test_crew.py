@@ -135,7 +135,7 @@ def test_nobody_in_time_is_an_error_and_is_said_to_be_waited_for(
     crew.claim = {"CPU": 1000.0, "GPU": 0.0}
     crew.start()
     until = time.monotonic() + 60
-    while not crew._why_nobody() and time.monotonic() < until:  # the head hears of it with a node's next beat
+    while not crew.no_room() and time.monotonic() < until:  # the head hears of it with a node's next beat
         time.sleep(0.1)
     with pytest.raises(SaescaleError, match=r"nobody: the cluster has \d of its 3 CPUs free and one takes 1000 CPU"):
         crew.come_up(first_s=1, company_s=0)

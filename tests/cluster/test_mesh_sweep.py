@@ -1,29 +1,32 @@
 """Cells that several workers share, beside cells of one worker, on a real cluster of three nodes."""
 
 import os
+import random
 import signal
-import time
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
+import ray
 
+from saescale.cluster.crew import train_crew
 from saescale.cluster.crew.claims import MeshShape, Resources
 from saescale.cluster.crew.train_crew import TrainCrew
 from saescale.cluster.sweep import execute, gang
 from saescale.cluster.sweep.driver import run_sweep
+from saescale.cluster.sweep.gang import nearest
 from saescale.cluster.sweep.meshes import check_meshes, plan_meshes
 from saescale.cluster.sweep.packing import cost
 from saescale.cluster.sweep.spec import SweepSpec, parse_spec
 from saescale.scaling.laws.settings import FitSettings
-from saescale.storage import checkpoint
 from saescale.storage.errors import SaescaleError
 from saescale.storage.lease import Standing
 from saescale.storage.rundir import RunDirectory
-from saescale.storage.store import ActivationStore
+from saescale.storage.waiting import waits
 from saescale.trainers.cell import Cell
 from saescale.trainers.mesh.layout import Layout
-from tests.cluster.conftest import Recorder, trained_alone
+from tests.cluster.conftest import NODE, Recorder, trained_alone
 
 
 def cell_of(n_latents: int, **more: Any) -> Cell:
@@ -89,6 +92,27 @@ def test_a_mesh_that_cannot_be_is_one_line(mesh: Any, cell: Any, workers: Any, s
         check_meshes(lambda: [cell_of(64, **cell)], Resources(workers=workers, mesh=mesh))
 
 
+@pytest.mark.parametrize(
+    ("nodes", "layout", "chosen"),
+    [
+        # The fullest node that has room for all; what is left of one for the next replica.
+        ("aaaaabbbb", Layout(4), "bbbb"),
+        ("aaaabbbbcc", Layout(4, 2), "aaaabbbb"),
+        ("aaaaaaaabb", Layout(4, 2), "aaaaaaaa"),
+        # No node has so many: as few nodes as can be.
+        ("abbbcc", Layout(4), "bbba"),
+        ("aabbbcc", Layout(2, 3), "aaccbb"),
+        ("abcabc", Layout(2, 3), "aabbcc"),
+        ("abc", Layout(1, 2), "ab"),
+    ],
+)
+def test_the_shards_of_a_replica_are_on_one_node_where_they_can(nodes: str, layout: Layout, chosen: str) -> None:
+    free = [f"{node}{number}" for number, node in enumerate(nodes)]
+    found = nearest(free, layout, lambda worker: worker[0])
+    assert "".join(worker[0] for worker in found) == chosen
+    assert len(set(found)) == layout.ranks
+
+
 # --- sweeps
 
 
@@ -100,7 +124,7 @@ def shared(document: dict[str, Any]) -> dict[str, Any]:
     return document
 
 
-def assert_as_alone(spec: SweepSpec, run: RunDirectory) -> None:
+def assert_as_alone(spec: SweepSpec, run: RunDirectory, shards: int = 2) -> None:
     """Each cell as one process trains it, to the precision that is promised of shards."""
     alone = trained_alone(spec)["results"]
     found = {row["cell_id"]: row for row in run.read_results().to_pylist()}
@@ -113,7 +137,7 @@ def assert_as_alone(spec: SweepSpec, run: RunDirectory) -> None:
         assert row["flops"] == pytest.approx(wanted[name]["flops"], rel=1e-4)
         run.check_cell(name)
     assert run.cells_with_weights() == sorted(found)
-    parts = {"sae.safetensors.index.json", *(f"sae-0000{i}-of-00002.safetensors" for i in (1, 2))}
+    parts = {f"sae-{i:05d}-of-{shards:05d}.safetensors" for i in range(1, shards + 1)} | {"sae.safetensors.index.json"}
     for names in run.cell_files().values():
         assert names - {"curve.parquet", "result.json"} in ({"sae.safetensors"}, parts)
 
@@ -171,40 +195,105 @@ def test_a_single_cell_gets_as_many_workers_as_it_needs(
     assert_as_alone(spec, outcome.run)
 
 
+@ray.remote(num_cpus=0, num_gpus=1)
+class Holder:
+    """Of a worker of somebody else's."""
+
+    def up(self) -> None:
+        pass
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::saescale.storage.errors.SaescaleWarning")
+def test_workers_that_wait_for_others_are_said_and_given_to_who_waits_for_them(
+    three_nodes: Any, shared: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Somebody else has one GPU and waits for two, this sweep the others and waits for that one: for ever. A cell for
+    one worker is trained meanwhile."""
+    monkeypatch.setattr(gang, "PATIENCE_S", 4.0)
+    monkeypatch.setattr(train_crew, "_COMPANY_S", 1.0)
+    shared["grid"] = {"n_latents": [32, 257], "k": 4}
+    shared["resources"] = {"workers": 3, "gpus_per_worker": 1, "checkpoint_every_s": 0.2}
+    monkeypatch.setattr(TrainCrew, "needs", lambda *_, **__: by_size)
+    monkeypatch.setattr(TrainCrew, "needs_on_mesh", lambda *_, **__: on_mesh)
+    monkeypatch.setattr(TrainCrew, "memory", 90.0)
+    others, said, done = [Holder.remote()], list[str](), list[int]()
+    ray.get(others[0].up.remote())
+
+    def look(standing: Standing) -> None:
+        said.extend(wait.what for wait in waits(0.0) if "workers for cell" in wait.what)
+        done.append(standing.done)
+        if len(others) == 1 and said:
+            others.extend(Holder.remote() for _ in range(2))
+            asked.extend(other.up.remote() for other in others[1:])
+        if len(others) == 3 and len(ray.wait(asked, num_returns=2, timeout=0)[0]) == 2:
+            for other in others:
+                ray.kill(other)
+            others.append(None)
+
+    asked: list[Any] = []
+    spec = parse_spec(shared, "test")
+    outcome = run_sweep(spec, Recorder(look), settings=FitSettings(0))
+    assert outcome.failed == 0
+    assert len(others) == 4
+    assert "3 workers for cell" in said[0]
+    assert "(3 shards x 1 replicas), of which 2 are up" in said[0]
+    assert any("the cluster has 0 of its 3 GPUs free" in what for what in said), said
+    assert 1 in done
+    assert_as_alone(spec, outcome.run, shards=3)
+
+
 @pytest.mark.slow
 @pytest.mark.chaos
 @pytest.mark.filterwarnings("ignore::saescale.storage.errors.SaescaleWarning")
-@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGSTOP])
-def test_a_worker_of_a_mesh_that_is_lost_or_hangs_changes_no_result(
-    three_nodes: Any, shared: dict[str, Any], how: signal.Signals, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("how", ["kills", "halt", "node"])
+def test_what_a_mesh_loses_at_random_changes_no_result(
+    three_nodes: Any, shared: dict[str, Any], how: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The group starts again from its checkpoint, with another worker in the place of that one."""
-    monkeypatch.setattr(execute, "DEADLINE_S", 20.0)
+    """The group starts again from its checkpoint with another worker: for one that was killed, and so twice;
+    of the first, which has the store of those who meet, when that was halted; or of one that went with its node."""
+    monkeypatch.setattr(execute, "DEADLINE_S", 12.0)
     monkeypatch.setattr(gang, "COMPANY_S", 3.0)  # one that is halted leaves nothing
     shared["train"]["tokens"] = 98_304
     shared["grid"]["k"] = 4
-    spec, hit, notes = parse_spec(shared, "test"), [], []
-    (cell,) = spec.cells(ActivationStore.open(spec.stores[0]), "fp32")
-    folder = RunDirectory(spec.out).checkpoint_url(cell.cell_id)
-
+    spec, hit, notes, gone = parse_spec(shared, "test"), list[str](), list[str](), list[Any]()
+    chance = random.Random(how)
+    moments = sorted(chance.uniform(0.05, 0.8) for _ in range(2 if how == "kills" else 1))
+    members: list[tuple[str, int]] = []
     usual = execute.Execution._start
 
     def start(self: Any, workers: Any, pack: Any) -> None:
         usual(self, workers, pack)
-        pids.update(self.crew.ready[worker].pid for worker in workers)
+        members[:] = [(self.crew.ready[worker].node_id, self.crew.ready[worker].pid) for worker in workers]
 
-    pids: set[int] = set()
     monkeypatch.setattr(execute.Execution, "_start", start)
     monkeypatch.setattr(TrainCrew, "warn", lambda self, text: notes.append(text))
 
     def strike(standing: Standing) -> None:
-        if not hit and len(pids) >= 2 and checkpoint.steps(folder):
-            hit.append(max(pids))
-            os.kill(hit[0], how)
-            time.sleep(0.1)
+        if gone and len(gone) < 2:
+            gone.append(three_nodes.add_node(**NODE))
+        if len(hit) == len(moments) or standing.fraction < moments[len(hit)] or not standing.running:
+            return
+        node_id, pid = members[0] if how == "halt" else chance.choice(members)
+        if not psutil.pid_exists(pid):
+            return
+        hit.append(f"pid {pid}" if how != "node" else node_id)
+        nodes = {node.node_id: node for node in three_nodes.list_all_nodes() if not node.head}
+        if how == "node":
+            # The head cannot go; one of two members is on another node.
+            gone.append(next(nodes[node_id] for node_id, _ in members if node_id in nodes))
+            three_nodes.remove_node(gone[0], allow_graceful=False)
+        else:
+            os.kill(pid, signal.SIGSTOP if how == "halt" else signal.SIGKILL)
 
     outcome = run_sweep(spec, Recorder(strike), settings=FitSettings(0))
-    assert hit
+    assert len(hit) == len(moments)
     assert outcome.failed == 0
     assert_as_alone(spec, outcome.run)
-    assert any("go on from their checkpoints" in note for note in notes), notes
+    text = " ".join(notes)
+    if how == "node":
+        assert len(gone) == 2
+        assert "cells go on from their checkpoints" in text or "cells begin again" in text
+    else:
+        assert all(f"{each}; last heard of at" in text for each in hit), notes
+        assert text.count("cells go on from their checkpoints") + text.count("cells begin again") >= len(hit), notes

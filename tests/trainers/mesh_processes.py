@@ -17,6 +17,8 @@ from saescale.trainers.architectures.architecture import Batch
 from saescale.trainers.cell import Cell
 from saescale.trainers.evals.nmse import HeldOut
 from saescale.trainers.exchange import native
+from saescale.trainers.kernels.interface import Selected
+from saescale.trainers.mesh import distributed
 from saescale.trainers.mesh.distributed import Processes, join
 from saescale.trainers.mesh.layout import Layout
 from saescale.trainers.mesh.mesh import ONE, Group
@@ -176,6 +178,25 @@ def whole(answers: list[Stepped], shards: int) -> dict[str, torch.Tensor]:
     }
 
 
+def choose(group: Processes, given: list[tuple[torch.Tensor, int, int]]) -> list[torch.Tensor]:
+    """bool [batch, latents of this shard]: what is selected of scores [batch, n], k of each row, where so many keys are
+    gathered at most."""
+    found, usual = [], distributed.KEYS
+    for scores, k, keys in given:
+        of = group.mesh(scores.shape[1])
+        own = scores[:, of.first : of.first + of.size]
+        values, indices = own.sort(dim=1, descending=True, stable=True)
+        width = min(k, of.size)
+        values, indices = values[:, :width], indices[:, :width]
+        local = Selected(indices.int().where(values > 0, -1), values.clamp_min(0))
+        distributed.KEYS = keys
+        selected = of.select(local, k)
+        distributed.KEYS = usual
+        padded = torch.zeros(len(scores), of.size + 1, dtype=torch.bool)
+        found.append(padded.scatter_(1, selected.indices.long() % (of.size + 1), True)[:, :-1])
+    return found
+
+
 def add(group: Processes, numbers: int) -> dict[str, int]:
     """What is sent to sum so many numbers over the shards."""
     group.mesh(N).sum_shards(torch.ones(numbers))
@@ -183,9 +204,12 @@ def add(group: Processes, numbers: int) -> dict[str, int]:
 
 
 def train(group: Processes, job: PackJob, stop_after: int | None = None) -> Any:
-    """train_pack; it is told to stop after so many questions."""
+    """train_pack; the first process is told to stop after so many questions. What the others are told, or their clocks
+    say, is of no account."""
     asked = iter(range(10**9))
     stop = (lambda: next(asked) >= stop_after) if stop_after is not None else (lambda: False)
+    if group.rank:
+        job, stop = job.model_copy(update={"checkpoint_every_s": 1e9}), lambda: True
     try:
         return train_pack(job, should_stop=stop, group=group, device=torch.device("cpu"))
     except SaescaleError as error:

@@ -21,6 +21,7 @@ from saescale.trainers.cell import Cell, EvalSpec
 from saescale.trainers.exchange import native
 from saescale.trainers.exchange.native import read
 from saescale.trainers.mesh import traffic
+from saescale.trainers.mesh.keys import reference
 from saescale.trainers.mesh.layout import Layout
 from saescale.trainers.mesh.traffic import Said
 from saescale.trainers.training import together
@@ -29,6 +30,7 @@ from saescale.trainers.training.train import PackJob, train_pack
 from tests.trainers import mesh_processes as mesh
 from tests.trainers.mesh_processes import Crowd, Stepped
 from tests.trainers.synthetic import D_MODEL, sparse_rows, write_store
+from tests.trainers.test_mesh_selection import scores_of
 
 pytestmark = pytest.mark.slow
 STEPS = 14
@@ -73,6 +75,22 @@ def test_processes_train_what_one_does(crowd: Crowd, one: Stepped, shards: int, 
     for name, t in mesh.whole(answers, shards).items():
         # Adam divides by the root of a square: where a gradient is all but 0 its last bits are a step.
         assert float((t - one.params[name]).norm()) <= 1e-3 * float(one.params[name].norm()), name
+
+
+@pytest.mark.parametrize(("shards", "replicas"), [(2, 1), (3, 1), (4, 1), (2, 2)])
+def test_processes_select_what_a_plain_sort_does(crowd: Crowd, shards: int, replicas: int) -> None:
+    """Given scores, both ways, to the last bit; test_mesh_selection.py has more cases, on threads."""
+    cases = [
+        (scores_of(kind, n), k, keys)
+        for kind in ("random", "bf16", "equal", "one_shard", "negative", "zeros")
+        for n, k in ((37, 5), (10, 9))
+        for keys in (0, 10**9)
+    ]
+    answers = crowd.ask(mesh.choose, shards, replicas, cases)
+    for number, (scores, k, _) in enumerate(cases):
+        for replica in range(replicas):
+            parts = [answers[replica * shards + shard][number] for shard in range(shards)]
+            assert torch.equal(torch.cat(parts, dim=1), reference(scores, k) & (scores > 0)), number
 
 
 @pytest.mark.parametrize("architecture", ["batchtopk", "matryoshka", "hierarchical_topk"])
@@ -270,7 +288,11 @@ def test_a_damaged_part_is_one_generation_lost(
     url, result = RunDirectory(mine.run).cell_url(mine.cells[0].cell_id), outcomes[0].results[0]
     native.copy(url, str(tmp_path / "one"))
     native.copy(url, str(tmp_path / "many"), 4096)
-    assert (tmp_path / "one" / "sae.safetensors").is_file()
+    # Those bytes are what one process would have written of it.
+    native.write(read(url), str(tmp_path / "written"))
+    assert (tmp_path / "one" / "sae.safetensors").read_bytes() == (
+        tmp_path / "written" / "sae.safetensors"
+    ).read_bytes()
     for where in (url, str(tmp_path / "one"), str(tmp_path / "many")):
         for shards, replicas in ((3, 1), (1, 2)):
             for nmse, l0, held in crowd.ask(mesh.load, shards, replicas, where, mine):

@@ -3,16 +3,21 @@
 Processes are threads here, so that many cases cost nothing; test_mesh.py has real ones.
 """
 
+import math
 from functools import partial
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from saescale.storage.errors import SaescaleError
 from saescale.trainers.architectures.batchtopk_sparse import batch_top_k
 from saescale.trainers.kernels import eager
 from saescale.trainers.kernels.interface import Selected
 from saescale.trainers.mesh import distributed, radix
+from saescale.trainers.mesh import keys as mesh_keys
+from saescale.trainers.mesh.channel import Channel, Traffic
 from saescale.trainers.mesh.distributed import ProcessMesh
 from saescale.trainers.mesh.keys import NONE, candidates, keys_of, kth_largest, reference
 from saescale.trainers.mesh.layout import Layout
@@ -122,6 +127,32 @@ def test_the_order_is_total_and_the_counts_find_the_same_key(kind: str) -> None:
 
     for least in on_threads(Layout(3), 40, work):
         assert torch.equal(whole >= least[:, None], reference(scores, k))
+
+
+floats = st.one_of(
+    st.floats(width=32),
+    st.sampled_from([0.0, -0.0, torch.inf, -torch.inf, 1e-45, -1e-45, 1.1754942e-38, 3.4028235e38, 1.0, 1.0000001]),
+)
+
+
+@given(st.lists(floats, min_size=1, max_size=40), st.integers(0, 2**32 - 41), st.integers(1, 40))
+def test_keys_have_the_order_of_any_floats(values: list[float], first: int, k: int) -> None:
+    """NaN, infinities, both zeros and subnormals among them, latents up to the last one that a key has room for."""
+    scores = torch.tensor(values)
+    keys = keys_of(scores, first + torch.arange(len(values)))
+    nan = [math.isnan(value) for value in values]
+    order = sorted(range(len(values)), key=lambda i: (not nan[i], 0.0 if nan[i] else -values[i], i))
+    assert keys.argsort(descending=True).tolist() == order
+    assert len(set(keys.tolist())) == len(values)
+    assert int(keys.amin()) > NONE
+    of_positive = [value if value > 0 else 0.0 for value in scores.tolist()]
+    if not scores.isnan().any():
+        assert mesh_keys.scores_of(keys).tolist() == of_positive
+    # Counting finds the same as sorting, whatever the digits are.
+    one = Channel(None, 0, 1, Traffic(), lambda kind: None)
+    for bits in (4, 8):
+        least = radix.kth_of_all(one, keys[None], k, bits)
+        assert int((keys >= least).sum()) == min(k, len(values))
 
 
 def test_nan_is_above_all_and_has_no_key_of_a_candidate() -> None:

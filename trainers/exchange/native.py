@@ -13,14 +13,14 @@ from typing import Any
 import torch
 import xxhash
 from pydantic import ValidationError
-from safetensors.torch import load, save
+from safetensors.torch import load
 
 from saescale.storage import files, sharded
 from saescale.storage.documents import problem_of, read_json
 from saescale.storage.errors import Damaged, SaescaleError
 from saescale.storage.rundir import RunDirectory
 from saescale.storage.sharded import INDEX, SUFFIX, index_name
-from saescale.storage.tensors import File, Part, Tensors, read_header
+from saescale.storage.tensors import File, Part, Tensors, read_header, write_tensors
 from saescale.trainers.architectures.architecture import Parameter, Shape, find_architecture
 from saescale.trainers.architectures.own import digests, own_files, require_same
 from saescale.trainers.architectures.sae import SAE
@@ -38,8 +38,8 @@ def write(trained: Trained, url: str) -> list[str]:
     Decoder rows are at most of unit norm (Adam.averaged). Raises SaescaleError where it cannot be written.
     """
     where = _file(url)
-    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in trained.sae.params.items()}
-    files.write_atomic(where, save(tensors, metadata=metadata(trained.cell)))
+    tensors = {name: tensor.detach().cpu().numpy() for name, tensor in sorted(trained.sae.params.items())}
+    write_tensors(*sharded.split(where), tensors, metadata(trained.cell))
     return [where]
 
 

@@ -6,13 +6,20 @@ ranks (sums.py), so that every process has the same bits.
 
 import time
 from collections import Counter, defaultdict
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+from saescale.storage.errors import one_line
+from saescale.trainers.device import spoils_the_process
+
+
+class Lost(RuntimeError):
+    """A collective failed: some process of the group is gone, or kept the others waiting for too long."""
 
 
 class Traffic:
@@ -66,10 +73,22 @@ class Channel:
     def _say(self, kind: str, sent: int, call: Callable[[], object]) -> None:
         self._entered(kind)
         began = time.perf_counter()
-        call()
+        with collective():
+            call()
         self.traffic.seconds[kind] += time.perf_counter() - began
         self.traffic.bytes[kind] += sent
         self.traffic.calls[kind] += 1
+
+
+@contextmanager
+def collective() -> Iterator[None]:
+    """Around one. Raises Lost where other processes are the reason, and errors of this one's own GPU as they are."""
+    try:
+        yield
+    except RuntimeError as error:  # which is what torch.distributed raises
+        if spoils_the_process(error):
+            raise
+        raise Lost(one_line(error)) from error
 
 
 def _bytes(t: Tensor) -> int:
@@ -81,7 +100,10 @@ def _all_gather(out: Tensor, t: Tensor, group: Any) -> None:
     getattr(dist, "all_gather_single", dist.all_gather_into_tensor)(out, t, group=group)
 
 
-def close() -> None:
-    """Leaves the group of processes that this one has joined."""
+def close(broken: bool = False) -> None:
+    """Leaves the group of processes that this one has joined; `broken`: without a word to those who may be gone."""
     with suppress(Exception):  # whatever is left of it goes with the process
-        dist.destroy_process_group()
+        if broken and dist.get_backend() == "nccl":
+            dist.distributed_c10d._abort_process_group()
+        else:
+            dist.destroy_process_group()

@@ -19,9 +19,10 @@ from torch import Tensor
 from saescale.storage.errors import one_line
 from saescale.trainers.kernels.interface import Selected
 from saescale.trainers.mesh import gathered, radix
-from saescale.trainers.mesh.channel import Channel, Traffic, close
+from saescale.trainers.mesh.channel import Channel, Lost, Traffic, close, collective
 from saescale.trainers.mesh.keys import NONE, candidates, kept
 from saescale.trainers.mesh.layout import Layout, MeshBroken
+from saescale.trainers.mesh.network import by_the_way_to, meeting_options
 from saescale.trainers.mesh.sums import sum_in_order
 from saescale.trainers.mesh.traffic import BITS_OF_ALL, KEYS
 from saescale.trainers.mesh.watch import Watch
@@ -56,7 +57,8 @@ class Processes:
         """What every process says, in the order of the ranks; small things, as Python has them."""
         answers: list[Any] = [None] * self.layout.ranks
         self.watch.entered("tell")
-        dist.all_gather_object(answers, said, group=self._everyone)
+        with collective():
+            dist.all_gather_object(answers, said, group=self._everyone)
         return answers
 
     def tell_first(self, said: Any) -> Any:
@@ -77,9 +79,9 @@ class Processes:
         """What to say of a collective that failed: which process kept the others waiting, as far as that is known."""
         return MeshBroken(f"the mesh of {self.layout} broke: {self.watch.suspects() or one_line(error)[:300]}")
 
-    def leave(self) -> None:
+    def leave(self, broken: bool = False) -> None:
         self.watch.close()
-        close()
+        close(broken)
 
 
 def join(
@@ -92,34 +94,46 @@ def join(
 ) -> Processes:
     """Joins the group that meets at `meeting` (tcp://HOST:PORT, where rank 0 listens, or file:///...).
 
-    Raises MeshBroken where not all come in time.
+    `device`: that of what the processes will say; of GPUs the current one where it has no number. Raises MeshBroken
+    where not all come in time.
     """
     wait, come = timedelta(seconds=deadline_s), timedelta(seconds=max(deadline_s, MEET_S))
-    options: dict[str, Any] = {"device_id": torch.device(device)} if backend == "nccl" else {}
+    own = numbered(torch.device(device))
+    options: dict[str, Any] = {"device_id": own} if backend == "nccl" else {}
     try:
-        dist.init_process_group(
-            backend, init_method=meeting, rank=rank, world_size=layout.ranks, timeout=come, **options
-        )
-        # Every process makes every group, in one order, as torch wants it.
-        shards = [
-            dist.new_group([layout.rank(shard, replica) for shard in range(layout.shards)], timeout=wait)
-            for replica in range(layout.replicas)
-        ]
-        replicas = [
-            dist.new_group([layout.rank(shard, replica) for replica in range(layout.replicas)], timeout=wait)
-            for shard in range(layout.shards)
-        ]
-        everyone = dist.new_group(timeout=wait)
+        with by_the_way_to(meeting):
+            options |= meeting_options(meeting, rank, layout.ranks, come)
+            dist.init_process_group(backend, rank=rank, world_size=layout.ranks, timeout=come, **options)
+            everyone, shards, replicas = _groups(layout, *layout.place(rank), wait)
         watch = Watch(layout, rank, deadline_s)
-    except (RuntimeError, ValueError) as error:
-        close()
+    except RuntimeError as error:
+        close(broken=True)
         raise MeshBroken(
             f"rank {rank} of a mesh of {layout} did not meet the others at {meeting} within {come.seconds} s: "
             f"{one_line(error)[:300]}"
         ) from error
-    shard, replica = layout.place(rank)
-    groups = (everyone, shards[replica], replicas[shard])
-    return Processes(layout, rank, torch.device(device), watch, groups)
+    return Processes(layout, rank, own, watch, (everyone, shards, replicas))
+
+
+def _groups(layout: Layout, shard: int, replica: int, wait: timedelta) -> tuple[Any, Any, Any]:
+    """Of all, of the shards of this replica, and of the replicas of this shard."""
+    everyone = dist.new_group(timeout=wait)
+
+    def group(ranks: list[int]) -> Any:
+        # No more than there have to be: each has its connections, and under NCCL memory of the GPU.
+        return dist.new_group(ranks, timeout=wait) if 1 < len(ranks) < layout.ranks else everyone
+
+    # Every process makes every group, in one order, as torch wants it.
+    shards = [group([layout.rank(s, r) for s in range(layout.shards)]) for r in range(layout.replicas)]
+    replicas = [group([layout.rank(s, r) for r in range(layout.replicas)]) for s in range(layout.shards)]
+    return everyone, shards[replica], replicas[shard]
+
+
+def numbered(device: torch.device) -> torch.device:
+    """The same with its index, which NCCL wants to know: "cuda" alone is the current GPU."""
+    if device.type == "cuda" and device.index is None:
+        return torch.device("cuda", torch.cuda.current_device())
+    return device
 
 
 @contextmanager
@@ -128,12 +142,15 @@ def joined(
 ) -> Iterator[Processes]:
     """As `join`, and leaves at the end. Raises MeshBroken, with who is to blame, where a collective failed."""
     group = join(layout, rank, meeting, backend, device, deadline_s)
+    broken = True
     try:
         yield group
-    except RuntimeError as error:  # which is what torch.distributed raises
+        broken = False
+    except Lost as error:
+        close(broken=True)  # or those who wait for this one would hear of it when it has found out who is to blame
         raise group.blame(error) from error
     finally:
-        group.leave()
+        group.leave(broken)
 
 
 class ProcessMesh:

@@ -7,7 +7,6 @@ cluster does over machines is cluster/crew's; both call `train_pack` in each pro
 """
 
 import os
-import tempfile
 import time
 from collections.abc import Callable, Sequence
 from multiprocessing.process import BaseProcess
@@ -19,6 +18,7 @@ import torch.multiprocessing as mp
 from saescale.storage.errors import SaescaleError, one_line
 from saescale.trainers.mesh.distributed import DEADLINE_S, Backend, joined
 from saescale.trainers.mesh.layout import Layout
+from saescale.trainers.mesh.network import meeting_at
 from saescale.trainers.training.train import PackJob, PackOutcome, train_pack
 
 _POLL_S = 0.2
@@ -42,16 +42,15 @@ def train_sharded(
         Layout.checked(shards, replicas, cell.n_latents, cell.batch_tokens)
     layout = Layout(shards, replicas)
     context = mp.get_context("spawn")
-    with tempfile.TemporaryDirectory(prefix="saescale-mesh-") as folder:
-        said = context.SimpleQueue()
-        processes = [
-            context.Process(target=_work, args=(job, layout, rank, device, deadline_s, folder, said), daemon=True)
-            for rank in range(layout.ranks)
-        ]
-        for process in processes:
-            process.start()
-        started(list(processes))
-        answers = _answers(processes, said)
+    said, meeting = context.SimpleQueue(), meeting_at("127.0.0.1")
+    processes = [
+        context.Process(target=_work, args=(job, layout, rank, device, deadline_s, meeting, said), daemon=True)
+        for rank in range(layout.ranks)
+    ]
+    for process in processes:
+        process.start()
+    started(list(processes))
+    answers = _answers(processes, said)
     faults = {rank: answer for rank, answer in answers.items() if isinstance(answer, str)}
     if faults or 0 not in answers:
         # Who lost its connection to another one knows less than who failed by itself.
@@ -89,11 +88,11 @@ def _answers(processes: Sequence[BaseProcess], said: Any) -> dict[int, Any]:
 
 
 def _work(
-    job: PackJob, layout: Layout, rank: int, device: str, deadline_s: float, folder: str, said: Any
+    job: PackJob, layout: Layout, rank: int, device: str, deadline_s: float, meeting: str, said: Any
 ) -> None:  # fmt: skip
     try:
         own, backend = place(rank, layout, device)
-        with joined(layout, rank, f"file://{folder}/meeting", backend, own, deadline_s) as group:
+        with joined(layout, rank, meeting, backend, own, deadline_s) as group:
             said.put((rank, train_pack(job, group=group, device=own)))
     except SaescaleError as error:
         said.put((rank, str(error)))
