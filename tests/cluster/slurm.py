@@ -47,8 +47,8 @@ GresTypes=gpu
 ReturnToService=2
 MpiDefault=none
 FirstJobId={job}
-NodeName={nodes[0]} NodeHostname=localhost NodeAddr={nodes[0]} Port={ports[0]} CPUs={cpus} Gres=gpu:1
-NodeName={nodes[1]} NodeHostname=localhost NodeAddr={nodes[1]} Port={ports[1]} CPUs={cpus} Gres=gpu:1
+NodeName={nodes[0]} NodeHostname=localhost NodeAddr={nodes[0]} Port={ports[0]} CPUs={cpus} RealMemory=8000 Gres=gpu:1
+NodeName={nodes[1]} NodeHostname=localhost NodeAddr={nodes[1]} Port={ports[1]} CPUs={cpus} RealMemory=8000 Gres=gpu:1
 PartitionName=all Nodes=ALL Default=YES MaxTime=INFINITE State=UP
 """
 
