@@ -36,7 +36,7 @@ def ray_head(token: str, num_cpus: int, path: Path, workers: dict[str, Any] | No
     Its processes, and those of its jobs, have `path` on their PYTHONPATH. workers: a node type of a cluster file, from
     none of which to its `max_workers` Ray's autoscaler, that of `ray up` and KubeRay (v2), starts nodes here.
     `AutoscalingCluster` of ray.cluster_utils does the same, but ends the clusters of others first (`ray stop --force`),
-    and the file that it and its type of provider begin with is not in Ray's wheel: so the provider is named as if it were
+    and the file that it and its type of provider begin with is not in Ray's wheel: the provider is named as if it were
     somebody else's ("external").
     """
     # Unix sockets below it may have 107 characters.
