@@ -56,7 +56,7 @@ PartitionName=all Nodes=ALL Default=YES MaxTime=INFINITE State=UP
 
 
 class Slurm(NamedTuple):
-    """`folder`: below it everything that is Slurm's, and an environment to name in a job. Jobs count from `first_job`."""
+    """`folder`: below it all that is Slurm's, and an environment to name in a job. Jobs count from `first_job`."""
 
     folder: Path
     first_job: int
