@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 
 import psutil
 
+FAKE_PROVIDER = "ray.autoscaler._private.fake_multi_node.node_provider.FakeMultiNodeProvider"
 FAKE_HEAD_NODE_ID = "f" * 51 + "00000"  # by which Ray's provider of such nodes knows the head
 
 
@@ -35,7 +36,8 @@ def ray_head(token: str, num_cpus: int, path: Path, workers: dict[str, Any] | No
     Its processes, and those of its jobs, have `path` on their PYTHONPATH. workers: a node type of a cluster file, from
     none of which to its `max_workers` Ray's autoscaler, that of `ray up` and KubeRay (v2), starts nodes here.
     `AutoscalingCluster` of ray.cluster_utils does the same, but ends the clusters of others first (`ray stop --force`),
-    and the file that it begins with is not in Ray's wheel.
+    and the file that it and its type of provider begin with is not in Ray's wheel: the provider is named as if it were
+    somebody else's ("external").
     """
     # Unix sockets below it may have 107 characters.
     temporary = Path(tempfile.mkdtemp(prefix="rs-", dir="/tmp"))
@@ -81,8 +83,9 @@ def _autoscaled(gcs: str, num_cpus: int, workers: dict[str, Any]) -> dict[str, A
         "upscaling_speed": 10.0, "auth": {}, "docker": {}, "file_mounts": {}, "file_mounts_sync_continuously": False,
         **{name: [] for name in lists},
         "provider": {
-            "type": "fake_multinode", "gcs_address": gcs, "launch_multiple": True, "use_node_id_as_ip": True,
-            "head_node_id": FAKE_HEAD_NODE_ID, "disable_node_updaters": True, "disable_launch_config_check": True,
+            "type": "external", "module": FAKE_PROVIDER, "gcs_address": gcs, "head_node_id": FAKE_HEAD_NODE_ID,
+            "launch_multiple": True, "use_node_id_as_ip": True, "disable_node_updaters": True,
+            "disable_launch_config_check": True,
         },
         "head_node_type": "ray.head.default",
         "available_node_types": {"ray.head.default": head, "worker": {"node_config": {}, **workers}},

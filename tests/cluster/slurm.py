@@ -2,6 +2,7 @@
 as whoever started them. Debian: apt-get install slurmctld slurmd slurm-client munge (3 MB)."""
 
 import contextlib
+import glob
 import os
 import pwd
 import random
@@ -23,6 +24,7 @@ from tests.cluster.command import ROOT
 NODES = ("127.0.0.1", "127.0.0.2")  # names that are addresses need nobody who knows them
 _PROGRAMS = ("slurmctld", "slurmd", "sbatch", "munged")
 _PATIENCE = 60.0
+_JOBS = 4  # that one Slurm is given at most
 
 # A node that is silent for ten seconds is down. The one GPU of each is a fake.
 _CONFIGURATION = """
@@ -47,16 +49,17 @@ GresTypes=gpu
 ReturnToService=2
 MpiDefault=none
 FirstJobId={job}
-NodeName={nodes[0]} NodeHostname=localhost NodeAddr={nodes[0]} Port={ports[0]} CPUs={cpus} Gres=gpu:1
-NodeName={nodes[1]} NodeHostname=localhost NodeAddr={nodes[1]} Port={ports[1]} CPUs={cpus} Gres=gpu:1
+NodeName={nodes[0]} NodeHostname=localhost NodeAddr={nodes[0]} Port={ports[0]} CPUs={cpus} RealMemory=8000 Gres=gpu:1
+NodeName={nodes[1]} NodeHostname=localhost NodeAddr={nodes[1]} Port={ports[1]} CPUs={cpus} RealMemory=8000 Gres=gpu:1
 PartitionName=all Nodes=ALL Default=YES MaxTime=INFINITE State=UP
 """
 
 
 class Slurm(NamedTuple):
-    """`folder`: below it everything that is Slurm's, and an environment to name in a job."""
+    """`folder`: below it all that is Slurm's, and an environment to name in a job. Jobs count from `first_job`."""
 
     folder: Path
+    first_job: int
     daemons: dict[str, "subprocess.Popen[bytes]"]
     environment: Mapping[str, str]
 
@@ -106,8 +109,9 @@ def running_slurm() -> Iterator[Slurm]:
     """Ends what it started, and what the jobs left."""
     folder = Path(tempfile.mkdtemp(prefix="sl-", dir="/tmp"))  # short: sockets lie below it
     folder.chmod(0o755)  # munged asks for that
-    _write(folder)
-    slurm = Slurm(folder, {}, _environment(folder))
+    first = _first_job()
+    _write(folder, first)
+    slurm = Slurm(folder, first, {}, _environment(folder))
     commands = {"munged": _munged(folder), "slurmctld": ["slurmctld", "-D"]}
     commands |= {node: ["slurmd", "-D", "-N", node] for node in NODES}
     try:
@@ -121,7 +125,7 @@ def running_slurm() -> Iterator[Slurm]:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def _write(folder: Path) -> None:
+def _write(folder: Path, first_job: int) -> None:
     control, *ports = _free(3)
     (folder / "state").mkdir()
     for node in NODES:
@@ -131,7 +135,7 @@ def _write(folder: Path) -> None:
     key.chmod(0o400)
     user, cpus = pwd.getpwuid(os.getuid()).pw_name, os.cpu_count()
     text = _CONFIGURATION.format(
-        folder=folder, user=user, control=control, ports=ports, cpus=cpus, nodes=NODES, job=_first_job()
+        folder=folder, user=user, control=control, ports=ports, cpus=cpus, nodes=NODES, job=first_job
     )
     (folder / "slurm.conf").write_text(text)
     (folder / "gres.conf").write_text("Name=gpu File=/dev/null\n")
@@ -185,12 +189,15 @@ def _end(slurm: Slurm) -> None:
         with contextlib.suppress(psutil.Error):
             if process.environ().get("SLURM_CONF") == slurm.environment["SLURM_CONF"]:
                 process.kill()
+    for job in range(slurm.first_job, slurm.first_job + _JOBS):
+        for left in glob.glob(f"/tmp/ray-{job}-*"):  # of nodes without power
+            shutil.rmtree(left, ignore_errors=True)
 
 
 def _first_job() -> int:
     """Whose three ports of slurm.sh are free, and those of the next jobs."""
     for job in random.SystemRandom().sample(range(1_000, 3_900), 100):
-        if all(_is_free(port) for port in range(20_000 + 3 * job, 20_000 + 3 * (job + 4))):
+        if all(_is_free(port) for port in range(20_000 + 3 * job, 20_000 + 3 * (job + _JOBS))):
             return job
     raise AssertionError("no ports")
 

@@ -1,5 +1,6 @@
 """`saescale plan --cluster`: memory, time and bytes against other routes, and what cannot be planned."""
 
+import io
 import json
 import math
 from pathlib import Path
@@ -7,7 +8,9 @@ from typing import Any
 
 import numpy as np
 import pytest
+from rich.console import Console
 
+from saescale.cluster.front.cluster_plan import _groups
 from saescale.cluster.sweep.assumed import Described, cells_to_come, describe
 from saescale.cluster.sweep.cluster_plan import ClusterPlan, plan_cluster
 from saescale.cluster.sweep.held import held_to_runs, measured
@@ -114,6 +117,8 @@ def test_a_slow_store_is_what_steps_wait_for(tmp_path: Path) -> None:
     plan = plan_cluster(of(tmp_path, "disk_gb_s=1e-4"), find_device("h100"), 1)
     (group,) = plan.groups
     assert group.seconds == pytest.approx(819_200 * 512 * 2 / 1e5, rel=0.05)
+    assert plan.document()["waiting_gpu_hours"] * 3600 == pytest.approx(819_200 * 512 * 2 / 1e5, rel=0.05)
+    assert plan_cluster(of(tmp_path, "disk_gb_s=1e6"), find_device("h100"), 1).document()["waiting_gpu_hours"] == 0
 
 
 def test_failures_and_meshes(tmp_path: Path) -> None:
@@ -216,6 +221,16 @@ def test_shipped_descriptions(path: Path) -> None:
     assert described.assumed.d_model
     assert cells_to_come(described.spec, described.assumed.d_model)
     assert bool(described.harvested) == (described.assumed.parameters is not None)
+
+
+def test_the_largest_plan_fits_a_terminal_of_80_columns() -> None:
+    described = describe(str(ROOT / "deploy" / "plans" / "gpt4-16m.yaml"))
+    document = plan_cluster(described, find_device("h200"), 512).document()
+    screen = io.StringIO()
+    Console(width=80, file=screen).print(_groups(document["groups"]))
+    shown = screen.getvalue()
+    assert "…" not in shown
+    assert shown.splitlines()[-1].split()[:6] == ["16,777,216", "256", "1", "in", "1", "128"]
 
 
 def test_the_command(tmp_path: Path) -> None:

@@ -30,7 +30,7 @@ class Jobs:
 
     def submit(self) -> str:
         given = f"--export=ALL,SAESCALE_VENV={self.slurm.folder}/venv,RAY_object_store_memory={80 * 2**20}"
-        small = ("--nodes=2", "--gpus-per-node=1", "--cpus-per-task=1")
+        small = ("--nodes=2", "--gpus-per-node=1", "--cpus-per-task=1", "--mem=4000")
         script = str(ROOT / "deploy" / "slurm.sh")
         return self.slurm.call(
             "sbatch", "--parsable", *small, given, f"--output={self.said}", script, self.sweep
