@@ -30,7 +30,7 @@ def there(url: str) -> set[tuple[str, str]]:
     return set(zip(table["cell_id"].to_pylist(), table["evaluation"].to_pylist(), strict=True))
 
 
-@pytest.mark.parametrize("kind", ["file", "s3"])
+@pytest.mark.parametrize("kind", ["file", pytest.param("s3", marks=pytest.mark.slow)])
 def test_two_processes_lose_no_row_of_each_other(kind: str, tmp_path: Path, request: pytest.FixtureRequest) -> None:
     url = str(tmp_path) if kind == "file" else request.getfixturevalue("s3_url")
     context = multiprocessing.get_context("spawn")

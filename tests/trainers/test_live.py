@@ -13,8 +13,9 @@ import pytest
 from fsspec.implementations.memory import MemoryFileSystem
 from pydantic import ValidationError
 
+from saescale.storage.checkpoint import steps
 from saescale.storage.errors import SaescaleError
-from saescale.storage.live import LiveSource, open_source
+from saescale.storage.live import LiveSource, LiveStream, open_source
 from saescale.storage.rundir import RunDirectory
 from saescale.storage.source import Order, SourceBatch
 from saescale.storage.store import ActivationStore
@@ -241,6 +242,27 @@ def test_training_over_a_slow_store_of_blocks_gives_the_bits_of_the_stored_ones(
     assert SlowStore.answers > 100
     held = [len(file.getvalue()) for file in SlowStore.store.values()]
     assert 0 < sum(held) <= tight(spec, WINDOW + 1).max_bytes
+
+
+def test_what_the_older_checkpoint_goes_on_from_is_not_passed(
+    spec: LiveSpec, stored: ActivationStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """To which a pack goes back where the newer one is damaged, or to the start; it never waits for a block here."""
+    run, url, said = RunDirectory(str(tmp_path / "run")), stored.url, list[tuple[int, int]]()
+    passed = LiveStream.passed
+
+    def noted(self: LiveStream, batch: int) -> None:
+        (cell,) = run.cell_files()
+        if found := steps(run.checkpoint_url(cell)):  # else it is done
+            said.append((batch, found[1] if len(found) > 1 else 0))
+        passed(self, batch)
+
+    monkeypatch.setattr(LiveStream, "passed", noted)
+    with live_here(spec, url):
+        train_pack(job_of(open_source(url), run.url, [cell_of(open_source(url))], checkpoint_every_s=1e-6))
+    assert len(said) > 10
+    assert all(batch <= older for batch, older in said)
+    assert said[-1][0] > 10
 
 
 def test_training_gives_the_bits_of_the_stored_blocks(spec: LiveSpec, stored: ActivationStore, tmp_path: Path) -> None:
