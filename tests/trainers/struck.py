@@ -64,7 +64,7 @@ def _work(
 ) -> None:  # fmt: skip
     os.environ.update(environment)  # the server that forks may be older than it
     torch.set_num_threads(1)
-    watch._MISSED_S, distributed.MEET_S = 1.5, deadline_s
+    watch._MISSED_S, watch._ANSWER_S, distributed.MEET_S = 1.5, 1.5, deadline_s
     if strike is not None and strike.rank == rank:
         _arm(strike)
     cpu = torch.device("cpu")
