@@ -277,7 +277,7 @@ def test_what_a_mesh_loses_at_random_changes_no_result(
             gone.append(three_nodes.add_node(**NODE))
         if len(hit) == len(moments) or standing.fraction < moments[len(hit)] or not standing.running:
             return
-        node_id, pid = members[0] if how == "halt" else chance.choice(members)
+        _, pid = members[0] if how == "halt" else chance.choice(members)
         if not psutil.pid_exists(pid):
             return
         hit.append(str(pid))
