@@ -25,7 +25,6 @@ from tests.trainers.forked import forked
 PLACES: dict[str, tuple[Any, str]] = {
     "start": (distributed, "Watch"),
     "a collective": (channel, "_all_gather"),
-    "a sum": (channel.Channel, "exchange"),
     "an evaluation": (HeldOut, "evaluate"),
     "a part of a checkpoint": (RunDirectory, "write_checkpoint_part"),
     "the pointer": (RunDirectory, "commit_checkpoint"),
