@@ -126,7 +126,7 @@ def test_who_keeps_the_others_waiting_is_said_before_the_deadline(monkeypatch: p
         time.sleep(0.05)
     assert at[0] - last >= 1.25  # not earlier than half of it
     assert said[0].startswith("the mesh of 3 shards x 1 replicas waits: rank 2 (shard 2, replica 0; ")
-    assert said[0].endswith("last heard of at select) gives no sign of life")
+    assert said[0].endswith("last heard of at start) gives no sign of life")
     found = watches[1].suspects()
     assert found is not None
     assert "rank 2" in found
