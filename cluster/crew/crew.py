@@ -276,6 +276,7 @@ class Crew(ABC, Generic[Info]):
 
     def give_way(self, pause_s: float) -> None:
         """Ends those that have no work, and those that wait for room, and queues as many again in `pause_s` seconds."""
+        self.withdraw()
         waiting = list(self.starting.values())
         self.starting.clear()
         for actor in waiting:

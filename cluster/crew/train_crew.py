@@ -147,7 +147,7 @@ class TrainCrew(Crew[WorkerInfo]):
         """Up to `most` more workers, where their number was left open: starts those for which nodes have joined, and
         wishes for the others, as which an autoscaler sees them."""
         self._spare_since.clear()
-        if not self._grows:
+        if not self._grows or self._due:  # first those that are to be started anyway
             return
         # A wish takes the room of a node that has come for it.
         room, asked = self._room_for(), len(self.ready) + len(self.starting) + len(self.wished)

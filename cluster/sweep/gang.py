@@ -12,7 +12,7 @@ from saescale.cluster.crew.claims import NeedsOnMesh
 from saescale.cluster.crew.train_crew import TrainCrew
 from saescale.cluster.crew.train_worker import Place
 from saescale.cluster.sweep.standing import Attempt, Pack
-from saescale.storage.errors import SaescaleError
+from saescale.storage.errors import SaescaleError, one_line
 from saescale.storage.waiting import Wait, hear
 from saescale.trainers.cell import Cell
 from saescale.trainers.mesh.layout import Layout, MeshBroken
@@ -147,6 +147,8 @@ def part(running: Attempt, first: Any, crew: TrainCrew) -> tuple[Any, Any, int]:
         except ray.exceptions.RayTaskError as error:
             if isinstance(error.cause, MeshBroken):
                 crew.idle.append(worker)
+                if running.killed is not None:  # the first one, which can say nothing any more
+                    crew.warn(one_line(error.cause))
             elif _broke(telling):
                 crew.idle.append(teller)
                 teller, telling = worker, reference

@@ -3,6 +3,7 @@
 import os
 import random
 import signal
+import socket
 from pathlib import Path
 from typing import Any
 
@@ -171,9 +172,11 @@ def test_shared_cells_and_cells_of_one_worker_run_side_by_side(
 
     monkeypatch.setattr(execute.Execution, "_start", start)
     spec = parse_spec(document, "test")
-    outcome = run_sweep(spec, Recorder(), settings=FitSettings(0))
+    display = Recorder()
+    outcome = run_sweep(spec, display, settings=FitSettings(0))
     assert outcome.failed == 0
     assert_as_alone(spec, outcome.run)
+    assert any(stage.endswith(", 2 shared by 2 shards x 1 replicas") for stage in display.stages), display.stages
     # Two shared cells one after the other, and a small pack beside one of them.
     assert sorted(count for count, _ in begun)[-2:] == [2, 2]
     assert any(count == 1 and 2 in beside for count, beside in begun), begun
@@ -253,7 +256,7 @@ def test_what_a_mesh_loses_at_random_changes_no_result(
     """The group starts again from its checkpoint with another worker: for one that was killed, and so twice;
     of the first, which has the store of those who meet, when that was halted; or of one that went with its node."""
     monkeypatch.setattr(execute, "DEADLINE_S", 12.0)
-    monkeypatch.setattr(gang, "COMPANY_S", 3.0)  # one that is halted leaves nothing
+    monkeypatch.setattr(gang, "COMPANY_S", 8.0)
     shared["train"]["tokens"] = 98_304
     shared["grid"]["k"] = 4
     spec, hit, notes, gone = parse_spec(shared, "test"), list[str](), list[str](), list[Any]()
@@ -274,10 +277,10 @@ def test_what_a_mesh_loses_at_random_changes_no_result(
             gone.append(three_nodes.add_node(**NODE))
         if len(hit) == len(moments) or standing.fraction < moments[len(hit)] or not standing.running:
             return
-        node_id, pid = members[0] if how == "halt" else chance.choice(members)
+        _, pid = members[0] if how == "halt" else chance.choice(members)
         if not psutil.pid_exists(pid):
             return
-        hit.append(f"pid {pid}" if how != "node" else node_id)
+        hit.append(str(pid))
         nodes = {node.node_id: node for node in three_nodes.list_all_nodes() if not node.head}
         if how == "node":
             # The head cannot go; one of two members is on another node.
@@ -295,5 +298,8 @@ def test_what_a_mesh_loses_at_random_changes_no_result(
         assert len(gone) == 2
         assert "cells go on from their checkpoints" in text or "cells begin again" in text
     else:
-        assert all(f"{each}; last heard of at" in text for each in hit), notes
+        # A first one that is gone says nothing of ranks, and Ray who it was.
+        assert all(f"pid {pid}; last heard of at" in text or f"/{pid})" in text for pid in hit), notes
         assert text.count("cells go on from their checkpoints") + text.count("cells begin again") >= len(hit), notes
+    if how == "halt":
+        assert f"rank 0 (shard 0, replica 0; {socket.gethostname()}, pid {hit[0]}; " in text, notes

@@ -25,7 +25,6 @@ from tests.trainers.forked import forked
 PLACES: dict[str, tuple[Any, str]] = {
     "start": (distributed, "Watch"),
     "a collective": (channel, "_all_gather"),
-    "a sum": (channel.Channel, "exchange"),
     "an evaluation": (HeldOut, "evaluate"),
     "a part of a checkpoint": (RunDirectory, "write_checkpoint_part"),
     "the pointer": (RunDirectory, "commit_checkpoint"),
@@ -64,7 +63,7 @@ def _work(
 ) -> None:  # fmt: skip
     os.environ.update(environment)  # the server that forks may be older than it
     torch.set_num_threads(1)
-    watch._MISSED_S, distributed.MEET_S = 1.5, deadline_s
+    watch._MISSED_S, watch._ANSWER_S, distributed.MEET_S = 1.5, 1.5, deadline_s
     if strike is not None and strike.rank == rank:
         _arm(strike)
     cpu = torch.device("cpu")

@@ -346,7 +346,7 @@ def test_a_rank_that_is_lost_or_hangs_is_named_and_the_next_try_ends_alike(
         threading.Thread(target=wait, daemon=True).start()
 
     with pytest.raises(SaescaleError) as caught:
-        train_sharded(mine, 2, deadline_s=20.0, started=strike)
+        train_sharded(mine, 2, deadline_s=8.0, started=strike)
     assert hit
     assert f"pid {hit[0]}" in str(caught.value)
     assert "\n" not in str(caught.value)

@@ -29,12 +29,12 @@ def meeting_options(meeting: str, rank: int, ranks: int, wait: timedelta) -> dic
     if where.scheme != "tcp":
         return {"init_method": meeting}
     host, port = where.hostname or "", where.port or 0
-    listening = {}
+    listening = None
     if rank == 0:
         with suppress(OSError):  # an address that is another machine's on the way here: then at all
             family = socket.AF_INET6 if ":" in host else socket.AF_INET
-            listening["master_listen_fd"] = socket.create_server((host, port), family=family, backlog=ranks).detach()
-    return {"store": dist.TCPStore(host, port, ranks, rank == 0, timeout=wait, **listening)}
+            listening = socket.create_server((host, port), family=family, backlog=ranks).detach()
+    return {"store": dist.TCPStore(host, port, ranks, rank == 0, timeout=wait, master_listen_fd=listening)}
 
 
 @contextmanager
