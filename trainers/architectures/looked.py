@@ -10,7 +10,7 @@ from torch import Tensor
 
 from saescale.trainers.architectures.architecture import Params
 from saescale.trainers.architectures.sparse_parts import decode_rows, error_of
-from saescale.trainers.kernels.choose import kernels
+from saescale.trainers.kernels import choose
 from saescale.trainers.kernels.interface import Decoded, Selected
 from saescale.trainers.mesh.mesh import Mesh
 
@@ -69,7 +69,7 @@ class Some:
         return error_of(target, offset, Selected(self.indices, z), self._W_dec, error, mesh)
 
     def by_z(self, error: Tensor, scale: float) -> Tensor:
-        return kernels(error.device).gradient_by_z(error, self.indices, self._W_dec, scale)
+        return choose.kernels(error.device).gradient_by_z(error, self.indices, self._W_dec, scale)
 
     def decode(self, z: Tensor, target: Tensor, offset: Tensor, scale: float, error: Tensor, mesh: Mesh) -> Decoded:
         return decode_rows(target, offset, Selected(self.indices, z), self._W_dec, scale, error, mesh)

@@ -37,7 +37,8 @@ from saescale.trainers.architectures.sparse_parts import (
     sum_replicas,
     target_of,
 )
-from saescale.trainers.kernels.choose import KernelKind, kernels
+from saescale.trainers.kernels import choose
+from saescale.trainers.kernels.choose import KernelKind
 from saescale.trainers.kernels.eager import adam_rows
 from saescale.trainers.kernels.interface import Pairs, Selected, Summands, Term
 from saescale.trainers.mesh.mesh import Mesh
@@ -176,7 +177,7 @@ class PairwiseStep(ABC):
                     operands[name].copy_(params[name])
             return
         W_enc = params["W_enc"]
-        shift = kernels(W_enc.device).latent_sums(gradient.encoder)
+        shift = choose.kernels(W_enc.device).latent_sums(gradient.encoder)
         # Has to go before W_enc is updated: pre-activations see x - b_pre.
         vectors = {**gradient.vectors, "b_pre": gradient.b_pre - mesh.sum_shards(shift @ W_enc)}
         update_by_pairs(
@@ -230,7 +231,7 @@ class PairwiseStep(ABC):
         bias = boundary.bias - params["W_enc"] @ (params["b_pre"] - mine.origin)
         most = max(len(x), int(DENSE_ABOVE * len(x) * len(W_enc)))
         if mesh.alone:
-            selected = kernels(x.device).select_above(x, W_enc, bias, boundary.threshold, most)
+            selected = choose.kernels(x.device).select_above(x, W_enc, bias, boundary.threshold, most)
         else:
             selected = _of_mesh(x, W_enc, bias, boundary.threshold, _UNEVEN * most, tokens, mesh)
         return None if selected is None else selected._replace(z=_or_nan(selected.z, bias, boundary.threshold))
@@ -269,7 +270,7 @@ def _of_mesh(
     """Kernels.select_above in each process; None in all where one has more than `most` pairs, or all more than make a
     step dense."""
     selected = (
-        kernels(x.device).select_above(x, W_enc, bias, threshold, most)
+        choose.kernels(x.device).select_above(x, W_enc, bias, threshold, most)
         if len(x)
         else Selected(torch.empty(0, 1, dtype=torch.int32, device=x.device), bias.new_empty(0, 1))
     )
@@ -292,7 +293,7 @@ def _of_pairs(
     params: Params, looked: Some, z: Tensor, loss: Loss, error: Tensor, scale: float, batch: Batch, offset: Tensor
 ) -> Gradient:
     """Of the batch of all replicas."""
-    sparse, n_latents = kernels(z.device), len(params["W_dec"])
+    sparse, n_latents = choose.kernels(z.device), len(params["W_dec"])
     decoder = encoder = sparse.transpose([Term(Selected(looked.indices, z), loss.dz, scale)], n_latents)
     if loss.differs is not None:
         encoder = sparse.transpose([Term(Selected(looked.indices, loss.differs), loss.dz, 1.0)], n_latents)
@@ -320,7 +321,7 @@ def update_by_pairs(
 
     `shift` [n_latents] is the gradient by the bias of W_enc (x - b_pre), whose inputs lack `offset` (Summands).
     """
-    sparse, W_enc = kernels(params["W_enc"].device), params["W_enc"]
+    sparse, W_enc = choose.kernels(params["W_enc"].device), params["W_enc"]
     none = torch.zeros(0, dtype=torch.int64, device=W_enc.device), W_enc[:0]
     for name, pairs, weights, sources, moved in (
         ("W_dec", decoder, decoder.decoder, errors, None), ("W_enc", encoder, encoder.encoder, x, shift),

@@ -67,7 +67,8 @@ def sent(layout: Layout, d_model: int, n_latents: int, said: Said, batch_tokens:
         selection += said.of_batch * rounds * _summed(2**BITS_OF_ALL, layout.ranks)
         collectives += said.of_batch * (rounds + 3)  # whether more candidates are needed, how wide, how many
     if replicas > 1:
-        errors, pairs = said.sums if said.errors is None else said.errors, min(said.pairs, here * said.sums)
+        errors = said.sums if said.errors is None else said.errors
+        pairs = min(said.pairs, here * errors)
         by_pairs = (replicas - 1) * rows * (errors * d_model + said.numbers * pairs) * _NUMBER
         copies += (1 - said.dense) * by_pairs + said.dense * _summed(2 * here * d_model, replicas)
         collectives += 5 * said.sums
