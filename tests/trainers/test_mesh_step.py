@@ -4,6 +4,8 @@ from typing import Any
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.weak import WeakIdKeyDictionary
 
 from saescale.trainers.architectures import pairwise
 from saescale.trainers.architectures.architecture import Batch
@@ -126,6 +128,38 @@ def test_what_thresholds_say_is_what_plans_say(
     # Beside both matrices there are three vectors at most.
     assert told == planned.replicas if way == "sparse" else planned.replicas <= told <= 1.15 * planned.replicas
     assert sum(answer.values()) <= 16  # squared errors, for the other replicas
+
+
+class Live(TorchDispatchMode):
+    """The most float32 tensors [BATCH, columns] that there were at a time; a mask is a quarter of one."""
+
+    def __init__(self, columns: int) -> None:
+        super().__init__()
+        self.columns, self.most, self._live = columns, 0.0, WeakIdKeyDictionary()
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = function(*args, **(kwargs or {}))
+        if isinstance(out, torch.Tensor) and out.shape == (mesh.BATCH, self.columns) and out._base is None:
+            self._live[out] = out.element_size() / 4
+            self.most = max(self.most, sum(self._live.values()))
+        return out
+
+
+@pytest.mark.parametrize("architecture", mesh.PENALISED)
+def test_a_dense_step_has_as_many_tensors_as_plans_count_with(
+    architecture: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pairwise, "DENSE_ABOVE", 0.0)
+    cell = mesh.cell_of(**mesh.of(architecture))
+
+    def most(of: distributed.ProcessMesh) -> float:
+        training = TrainingCell(cell, Centre(torch.zeros(mesh.D), 1 / mesh.D), torch.device("cpu"), of)
+        with Live(of.size) as live:
+            training.train_on(Batch.of(mesh.batches(1)[0], torch.zeros(mesh.D), False))
+        return live.most
+
+    wide = step_of(architecture, mesh.N).wide  # type: ignore[attr-defined]
+    assert on_threads(Layout(2), mesh.N, most) == [wide, wide]
 
 
 def test_fewer_rows_than_replicas_are_evaluated() -> None:

@@ -14,6 +14,7 @@ from saescale.trainers.mesh.mesh import Mesh
 
 class GatedStep(PairwiseStep):
     beside = ("gate",)
+    wide = 7.5
 
     def boundary(self, params: Params, settings: Any, training: bool) -> Boundary:
         return Boundary(params["b_gate"], torch.zeros_like(params["b_gate"]))

@@ -16,6 +16,8 @@ from saescale.trainers.mesh.mesh import Mesh
 
 
 class JumpReLUStep(PairwiseStep):
+    wide = 5.5
+
     def boundary(self, params: Params, settings: Any, training: bool) -> Boundary:
         theta = params["threshold"].relu()
         return Boundary(params["b_enc"], theta - settings.bandwidth / 2 if training else theta)

@@ -41,12 +41,16 @@ from saescale.trainers.kernels import choose
 from saescale.trainers.kernels.choose import KernelKind
 from saescale.trainers.kernels.eager import adam_rows
 from saescale.trainers.kernels.interface import Pairs, Selected, Summands, Term
+from saescale.trainers.mesh.layout import Layout
 from saescale.trainers.mesh.mesh import Mesh
 from saescale.trainers.mesh.traffic import Said
 from saescale.trainers.precision import Precision
 
 # Times its even share of the pairs beyond which a step is dense, that one process of a mesh may have to hold.
 _UNEVEN = 2
+_FLOAT = 4
+# Bytes of a pair: index, place, pre-activation, activation, gradients by these, and its row and weights when sorted.
+_OF_PAIR = 52
 
 
 class Boundary(NamedTuple):
@@ -89,6 +93,9 @@ class PairwiseStep(ABC):
 
     rounded: frozenset[str] = frozenset({"W_enc"})
     beside: tuple[str, ...] = ()  # Losses.parts of reconstructions beside the SAE's own
+    wide: float = (
+        2.75  # float32 tensors [rows, n_latents] that a dense step on a mesh has at a time; masks are a quarter
+    )
 
     def __init__(self, name: str) -> None:
         self.name = name
@@ -212,6 +219,19 @@ class PairwiseStep(ABC):
         """Those of a dense step: the first ones are."""
         dense = DenseStep(find_architecture(self.name), shape.n_latents)
         return dense.training_bytes(shape, settings, batch, precision, kernels)
+
+    def bytes_on_mesh(
+        self, shape: Shape, settings: Any, batch: int, layout: Layout, precision: Precision, kernels: KernelKind
+    ) -> float:
+        """Of a dense step, for its rows alone, and what replicas hold while they add up a gradient; or of a sparse one
+        with as many pairs as it may have, those of all replicas."""
+        matrix = shape.n_latents * shape.d_model * _FLOAT
+        rows = batch / layout.replicas
+        dense = _FLOAT * rows * (self.wide * shape.n_latents + 6 * shape.d_model)
+        # Both gradients; of the one that is summed its parts, the others' and the sum.
+        dense += matrix * (2 + (3 + 1 / layout.replicas if layout.replicas > 1 else 0))
+        sparse = _OF_PAIR * DENSE_ABOVE * batch * shape.n_latents + batch * shape.d_model * _FLOAT
+        return max(dense, sparse + (2 * matrix if kernels == "eager" else 0))
 
     def evaluation_bytes(
         self, shape: Shape, settings: Any, batch: int, precision: Precision, kernels: KernelKind

@@ -35,6 +35,8 @@ class ReLUStep(PairwiseStep):
 class ProLUStep(ReLUStep):
     """A latent's value has no bias in it, which moves from where on it counts."""
 
+    wide = 4.25
+
     def boundary(self, params: Params, settings: Any, training: bool) -> Boundary:
         return Boundary(torch.zeros_like(params["b_enc"]), (-params["b_enc"]).clamp_min(0))
 
