@@ -214,9 +214,11 @@ def assert_same(
     job: PackJob, result: dict[str, Any], unbroken: dict[str, Any], original: PackJob, shards: int = 1
 ) -> None:
     assert result["nmse"] == pytest.approx(unbroken["nmse"], abs=1e-5)
-    assert {k: result[k] for k in ("status", "l0", "flops", "dead_fraction", "tokens")} == {
-        k: unbroken[k] for k in ("status", "l0", "flops", "dead_fraction", "tokens")
+    assert {k: result[k] for k in ("status", "l0", "flops", "tokens")} == {
+        k: unbroken[k] for k in ("status", "l0", "flops", "tokens")
     }
+    # Shards divide a sum in float64.
+    assert result["dead_fraction"] == pytest.approx(unbroken["dead_fraction"], rel=1e-6)
     name = result["cell_id"]
     run, first = RunDirectory(job.run), RunDirectory(original.run)
     run.check_cell(name)

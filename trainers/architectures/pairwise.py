@@ -155,8 +155,7 @@ class PairwiseStep(ABC):
         loss = self.loss(params, looked, z, by_z, tokens, settings, conditions)
         # Of a dense step nothing is counted pair by pair.
         near = loss.near if selected is not None else 0
-        counts = [torch.as_tensor(number, device=z.device) for number in ((z > 0).sum(), loss.more, near)]
-        counted = torch.stack([number.double() for number in (*counts, *loss.parts.values())])
+        counted = torch.stack([_number(each, z) for each in ((z > 0).sum(), loss.more, near, *loss.parts.values())])
         squares = torch.stack(list(squared))
         if isinstance(looked, Some):
             gradient = _of_pairs(params, looked, z, loss, error, scale, batch, offset)
@@ -307,6 +306,11 @@ def _of_mesh(
 def _or_nan(z: Tensor, bias: Tensor, threshold: Tensor) -> Tensor:
     """NaN would exceed no threshold, and a diverged encoder look like one without active latents."""
     return z.masked_fill_(~(bias.isfinite() & threshold.isfinite()).all(), torch.nan)
+
+
+def _number(number: Tensor | int, on: Tensor) -> Tensor:
+    """A float64 scalar where `on` is, without waiting for its device."""
+    return number.double() if isinstance(number, Tensor) else on.new_full((), number, dtype=torch.float64)
 
 
 def _of_pairs(
