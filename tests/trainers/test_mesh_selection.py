@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from saescale.storage.errors import SaescaleError
-from saescale.trainers.architectures import pairwise
+from saescale.trainers.architectures import looked
 from saescale.trainers.architectures.batchtopk_sparse import batch_top_k
 from saescale.trainers.kernels import choose, eager
 from saescale.trainers.kernels.interface import Selected
@@ -123,16 +123,14 @@ def test_what_exceeds_thresholds_is_one_decision_of_all(
     above[0, 1:] = True  # so that replicas differ in their widest row
     if way == "one shard has most of them":
         above = (torch.arange(n) < n // 3).expand(BATCH, n) & (torch.arange(BATCH)[:, None] < BATCH // 2)
-    share = int(above.sum()) / above.numel()
-    monkeypatch.setattr(pairwise, "DENSE_ABOVE", share - 0.01 if way == "dense" else share + 0.01)
+    most = int(above.sum()) - (way == "dense")
     scores = torch.where(above, scores.abs() + 0.1, -1.0)
 
     def work(mesh: ProcessMesh) -> Selected | None:
         rows, own = mesh.rows(BATCH), slice(mesh.first, mesh.first + mesh.size)
         nothing = torch.zeros(mesh.size)
         operands = torch.eye(BATCH)[rows], scores[:, own].T.contiguous(), nothing, nothing
-        own_most = 2 * int(pairwise.DENSE_ABOVE * BATCH * n / layout.ranks)
-        return pairwise._of_mesh(*operands, own_most, BATCH, mesh)
+        return looked.select_above(*operands, 2 * most // layout.ranks, most, mesh)
 
     found = on_threads(layout, n, work)
     if way == "dense" or (way == "one shard has most of them" and layout != Layout(1, 2)):

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from saescale.trainers.architectures.architecture import Conditions, Params
 from saescale.trainers.architectures.looked import Looked
-from saescale.trainers.architectures.pairwise import Boundary, Loss, PairwiseStep, Reconstructed
+from saescale.trainers.architectures.pairwise import Boundary, PairwiseStep, Reconstructed
+from saescale.trainers.architectures.pairwise_gradient import Loss
 from saescale.trainers.mesh.mesh import Mesh
 
 

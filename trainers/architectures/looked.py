@@ -97,3 +97,21 @@ class All:
     def decode(self, z: Tensor, target: Tensor, offset: Tensor, scale: float, error: Tensor, mesh: Mesh) -> Decoded:
         squared = self.error(z, target, offset, error, mesh)
         return Decoded(squared, self.by_z(error, scale).masked_fill_(~(z > 0), 0))
+
+
+def select_above(
+    x: Tensor, W_enc: Tensor, bias: Tensor, threshold: Tensor, most: int, of_all: int, mesh: Mesh
+) -> Selected | None:
+    """Kernels.select_above in each process of a mesh, as wide in all replicas of a shard. None, and that in all
+    processes, where one has more than `most` pairs, or all together more than `of_all`."""
+    if len(x):
+        selected = choose.kernels(x.device).select_above(x, W_enc, bias, threshold, most)
+    else:
+        selected = Selected(torch.empty(0, 1, dtype=torch.int32, device=x.device), bias.new_empty(0, 1))
+    count, width = (of_all + 1, 0) if selected is None else (int((selected.indices >= 0).sum()), selected.z.shape[1])
+    told = mesh.gather_all(torch.tensor([count, width], device=x.device)).cpu()
+    if selected is None or int(told[:, 0].sum()) > of_all:
+        return None
+    short = int(told[mesh.shard :: mesh.shards, 1].amax()) - width
+    pad = torch.nn.functional.pad
+    return Selected(pad(selected.indices, (0, short), value=-1), pad(selected.z, (0, short))) if short else selected

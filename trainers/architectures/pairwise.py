@@ -28,7 +28,14 @@ from saescale.trainers.architectures.architecture import (
 )
 from saescale.trainers.architectures.dead import fired
 from saescale.trainers.architectures.dense import CHUNK_ENTRIES, DenseGradient, DenseStep
-from saescale.trainers.architectures.looked import All, Looked, Some
+from saescale.trainers.architectures.looked import All, Looked, Some, select_above
+from saescale.trainers.architectures.pairwise_gradient import (
+    Gradient,
+    Loss,
+    by_pairs,
+    by_rows,
+    update_by_pairs,
+)
 from saescale.trainers.architectures.sparse_parts import (
     active_pairs,
     encoder_input,
@@ -39,8 +46,7 @@ from saescale.trainers.architectures.sparse_parts import (
 )
 from saescale.trainers.kernels import choose
 from saescale.trainers.kernels.choose import KernelKind
-from saescale.trainers.kernels.eager import adam_rows
-from saescale.trainers.kernels.interface import Pairs, Selected, Summands, Term
+from saescale.trainers.kernels.interface import Selected
 from saescale.trainers.mesh.layout import Layout
 from saescale.trainers.mesh.mesh import Mesh
 from saescale.trainers.mesh.traffic import Said
@@ -65,27 +71,6 @@ class Reconstructed(NamedTuple):
 
     squared: Sequence[Tensor]  # float64 scalars: ||x - x_hat||^2
     by_z: Sequence[Tensor]  # [rows, width]: the gradient of each one's mean squared error over c by what it decodes
-
-
-class Loss(NamedTuple):
-    """What the pairs of rows make of the loss beside its squared errors, and its gradient by them."""
-
-    dz: Tensor  # [rows, width]: by W_enc (x - b_pre)
-    vectors: Mapping[str, Tensor]  # by parameters that have a number for each latent, summed over pairs
-    parts: Mapping[str, Tensor]  # Losses.parts, as sums over latents and rows
-    differs: Tensor | None = None  # > 0 where a pair has a gradient by W_enc; None: where it is active
-    more: Tensor | int = 0  # pairs that were decoded beside the SAE's own
-    near: Tensor | int = 0  # Worked.near
-
-
-class Gradient(NamedTuple):
-    decoder: Pairs
-    encoder: Pairs
-    errors: Tensor  # [batch, d_model]
-    x: Tensor  # [batch, d_model], minus origin
-    offset: Tensor  # [d_model], b_pre - origin
-    vectors: Mapping[str, Tensor]
-    b_pre: Tensor  # [d_model], without the part through the encoder
 
 
 class PairwiseStep(ABC):
@@ -158,10 +143,10 @@ class PairwiseStep(ABC):
         counted = torch.stack([_number(each, z) for each in ((z > 0).sum(), loss.more, near, *loss.parts.values())])
         squares = torch.stack(list(squared))
         if isinstance(looked, Some):
-            gradient = _of_pairs(params, looked, z, loss, error, scale, batch, offset)
+            gradient = by_pairs(params, looked, z, loss, error, scale, batch, offset)
             squares = mesh.sum_replicas(squares)
         else:
-            gradient = _of_all(params, z, loss, error, scale, mine, offset, mesh)
+            gradient = by_rows(params, z, loss, error, scale, mine, offset, mesh)
             squares, counted = mesh.sum_replicas(torch.cat([squares, counted])).split([len(squares), len(counted)])
         # All that the host has to know of a step, in one piece.
         told = torch.cat([squares, mesh.sum_shards(counted)]).tolist()
@@ -252,7 +237,8 @@ class PairwiseStep(ABC):
         if mesh.alone:
             selected = choose.kernels(x.device).select_above(x, W_enc, bias, boundary.threshold, most)
         else:
-            selected = _of_mesh(x, W_enc, bias, boundary.threshold, _UNEVEN * most, tokens, mesh)
+            of_all = max(tokens, int(DENSE_ABOVE * tokens * mesh.whole(len(W_enc))))
+            selected = select_above(x, W_enc, bias, boundary.threshold, _UNEVEN * most, of_all, mesh)
         return None if selected is None else selected._replace(z=_or_nan(selected.z, bias, boundary.threshold))
 
     def _all(self, params: Params, x: Tensor, offset: Tensor, settings: Any, training: bool) -> All:
@@ -283,26 +269,6 @@ class PairwiseStep(ABC):
         return DenseStep(find_architecture(self.name), len(params["W_dec"]))
 
 
-def _of_mesh(
-    x: Tensor, W_enc: Tensor, bias: Tensor, threshold: Tensor, most: int, tokens: int, mesh: Mesh
-) -> Selected | None:
-    """Kernels.select_above in each process; None in all where one has more than `most` pairs, or all more than make a
-    step dense."""
-    selected = (
-        choose.kernels(x.device).select_above(x, W_enc, bias, threshold, most)
-        if len(x)
-        else Selected(torch.empty(0, 1, dtype=torch.int32, device=x.device), bias.new_empty(0, 1))
-    )
-    of_all = max(tokens, int(DENSE_ABOVE * tokens * mesh.whole(len(W_enc))))
-    count, width = (of_all + 1, 0) if selected is None else (int((selected.indices >= 0).sum()), selected.z.shape[1])
-    told = mesh.gather_all(torch.tensor([count, width], device=x.device)).cpu()
-    if selected is None or int(told[:, 0].sum()) > of_all:
-        return None
-    short = int(told[mesh.shard :: mesh.shards, 1].amax()) - width
-    pad = torch.nn.functional.pad
-    return Selected(pad(selected.indices, (0, short), value=-1), pad(selected.z, (0, short))) if short else selected
-
-
 def _or_nan(z: Tensor, bias: Tensor, threshold: Tensor) -> Tensor:
     """NaN would exceed no threshold, and a diverged encoder look like one without active latents."""
     return z.masked_fill_(~(bias.isfinite() & threshold.isfinite()).all(), torch.nan)
@@ -311,49 +277,3 @@ def _or_nan(z: Tensor, bias: Tensor, threshold: Tensor) -> Tensor:
 def _number(number: Tensor | int, on: Tensor) -> Tensor:
     """A float64 scalar where `on` is, without waiting for its device."""
     return number.double() if isinstance(number, Tensor) else on.new_full((), number, dtype=torch.float64)
-
-
-def _of_pairs(
-    params: Params, looked: Some, z: Tensor, loss: Loss, error: Tensor, scale: float, batch: Batch, offset: Tensor
-) -> Gradient:
-    """Of the batch of all replicas."""
-    sparse, n_latents = choose.kernels(z.device), len(params["W_dec"])
-    decoder = encoder = sparse.transpose([Term(Selected(looked.indices, z), loss.dz, scale)], n_latents)
-    if loss.differs is not None:
-        encoder = sparse.transpose([Term(Selected(looked.indices, loss.differs), loss.dz, 1.0)], n_latents)
-    b_pre = error.sum(dim=0).mul_(scale)
-    return Gradient(decoder, encoder, error, batch.x, offset, loss.vectors, b_pre)
-
-
-def _of_all(
-    params: Params, z: Tensor, loss: Loss, error: Tensor, scale: float, mine: Batch, offset: Tensor, mesh: Mesh
-) -> DenseGradient:
-    """Of this replica's rows, summed over the replicas."""
-    shift = loss.dz.sum(dim=0)
-    W_enc = (loss.dz.T @ mine.x).addr_(shift, offset, alpha=-1)
-    W_dec = z.T @ (error * scale)
-    b_pre = error.sum(dim=0).mul_(scale) - mesh.sum_shards(shift @ params["W_enc"])
-    gradients = {"W_enc": W_enc, "W_dec": W_dec, "b_pre": b_pre, **loss.vectors}
-    return DenseGradient({name: mesh.sum_replicas(gradient) for name, gradient in gradients.items()}, {})
-
-
-def update_by_pairs(
-    params: Params, operands: Params, updates: Mapping[str, Update], decoder: Pairs, encoder: Pairs, errors: Tensor,
-    x: Tensor, offset: Tensor, shift: Tensor, vectors: Mapping[str, Tensor],
-) -> None:  # fmt: skip
-    """One step of W_dec and W_enc by the sums over pairs, and of the other parameters by their dense gradients.
-
-    `shift` [n_latents] is the gradient by the bias of W_enc (x - b_pre), whose inputs lack `offset` (Summands).
-    """
-    sparse, W_enc = choose.kernels(params["W_enc"].device), params["W_enc"]
-    none = torch.zeros(0, dtype=torch.int64, device=W_enc.device), W_enc[:0]
-    for name, pairs, weights, sources, moved in (
-        ("W_dec", decoder, decoder.decoder, errors, None), ("W_enc", encoder, encoder.encoder, x, shift),
-    ):  # fmt: skip
-        moments, adam, unit_rows = updates[name]
-        summands = Summands(pairs.starts, pairs.rows, weights, sources, moved, offset, *none)
-        operand = None if operands[name] is params[name] else operands[name]
-        sparse.update_rows(params[name], moments, summands, adam, unit_rows, operand)
-    for name, of_name in vectors.items():
-        moments, adam, unit_rows = updates[name]
-        adam_rows(params[name], moments, of_name, adam, unit_rows)

@@ -8,7 +8,8 @@ from torch import Tensor
 
 from saescale.trainers.architectures.architecture import Conditions, Params
 from saescale.trainers.architectures.looked import Looked
-from saescale.trainers.architectures.pairwise import Boundary, Loss, PairwiseStep
+from saescale.trainers.architectures.pairwise import Boundary, PairwiseStep
+from saescale.trainers.architectures.pairwise_gradient import Loss
 
 
 class ReLUStep(PairwiseStep):
