@@ -32,7 +32,7 @@ def step_on(cell: Cell, mesh: Layout, taken: float, device: Device, network: Net
     whole = work_of_step(cell)
     told = Sent()
     if mesh.ranks > 1:
-        step: Any = step_of(cell.architecture, cell.n_latents)  # one that can be shared is TopK's, or made of it
+        step: Any = step_of(cell.architecture, cell.n_latents)  # every one that can be shared says it
         said = step.said(cell.whole_settings, cell.n_latents)
         told = sent(mesh, cell.d_model, cell.n_latents, said, cell.batch_tokens)
     # What each does: products and pairs of its rows and latents; its own weights and scores. Half of a pair's work are

@@ -70,13 +70,15 @@ def test_a_cell_is_shared_where_it_fits_no_worker() -> None:
     shape = MeshShape(shards=2, replicas=2)
     assert plan([small, large], 10**9, mesh=shape) == dict.fromkeys((small.cell_id, large.cell_id), Layout(2, 2))
     assert plan([small], 10**9, mesh=MeshShape()) == {}
+    thresholds = cell_of(256, architecture="jumprelu")
+    assert plan([thresholds], 90) == {thresholds.cell_id: Layout(3)}
 
 
 def test_what_fits_no_mesh_is_said_in_gib() -> None:
     with pytest.raises(SaescaleError, match=r"on each of 4 workers that share it, and of 4 workers each has 0.0 GiB"):
         plan([cell_of(256)], 60)
     # What cannot be shared is left to packing, which refuses it.
-    assert plan([cell_of(256, architecture="jumprelu")], 60) == {}
+    assert plan([cell_of(256, architecture="switch")], 60) == {}
 
 
 @pytest.mark.parametrize(
@@ -84,7 +86,7 @@ def test_what_fits_no_mesh_is_said_in_gib() -> None:
     [
         ({"shards": 65}, {}, "auto", "65 shards exceed n_latents = 64"),
         ({"replicas": 3}, {}, "auto", "a batch of 256 tokens cannot be cut into 3 equal slices"),
-        ({"shards": 2}, {"architecture": "gated"}, "auto", "gated trains in one process alone"),
+        ({"shards": 2}, {"architecture": "switch"}, "auto", "switch trains in one process alone"),
         ({"shards": 2, "replicas": 2}, {}, 3, "which are 4 workers at a time, and resources.workers is 3"),
     ],
 )

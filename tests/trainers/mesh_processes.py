@@ -13,6 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from saescale.storage.errors import SaescaleError
 from saescale.storage.live import open_source
+from saescale.trainers.architectures import pairwise
 from saescale.trainers.architectures.architecture import Batch
 from saescale.trainers.cell import Cell
 from saescale.trainers.evals.nmse import HeldOut
@@ -30,6 +31,7 @@ from tests.trainers.forked import forked
 N, D, BATCH, K, K_AUX = 301, 16, 64, 8, 12
 WINDOW = 3 * BATCH  # tokens after which a latent counts as dead
 DEADLINE_S = 60.0
+PENALISED = ("jumprelu", "relu", "gated", "prolu")
 
 
 class Crowd:
@@ -100,7 +102,7 @@ class Stepped(NamedTuple):
     idle: list[int]  # dead latents of all shards after each step
     params: dict[str, torch.Tensor]
     dead: list[float]  # the fraction after each step
-    pairs: tuple[int, ...]  # Worked
+    pairs: tuple[int, ...]  # Worked, of sparse steps and of dense ones
     sent: dict[str, int]  # in the last step
     error: str | None
     guarded: int  # tensors that the guard saw
@@ -116,6 +118,9 @@ def cell_of(**more: Any) -> Cell:
 
 def of(architecture: str) -> dict[str, Any]:
     """Fields of a cell of that architecture."""
+    if architecture in PENALISED:
+        wide = {"threshold": 0.2, "bandwidth": 0.1} if architecture == "jumprelu" else {}
+        return {"architecture": architecture, "settings": {"coefficient": 0.3} | wide}
     return {} if architecture == "topk" else {"architecture": architecture, "settings": {"k_aux": K_AUX}}
 
 
@@ -140,7 +145,8 @@ def take_steps(
     mesh, losses, idle, dead, sent = cell.sae.mesh, [], [], [], {}
     # Some of the first shard are dead from the beginning: fewer than AuxK would take, and none of the others'.
     cell.dead.tokens_since[: max(0, 5 - mesh.first)] = WINDOW
-    cell.sae.params["b_enc"][: max(0, 5 - mesh.first)] -= sunk
+    if sunk:
+        cell.sae.params["b_enc"][: max(0, 5 - mesh.first)] -= sunk
     traffic = getattr(mesh, "traffic", None)
     guard = Guard(N if mesh.shards > 1 else 10**9)
     with guard:
@@ -163,7 +169,20 @@ def take_steps(
         losses.append(float(found.squared) / len(batch.x))
         dead.append(float(found.active) / len(batch.x))
     params = {name: t.clone() for name, t in cell.sae.params.items()}
-    return Stepped(losses, idle, params, dead, tuple(cell.worked.read()), sent, cell.error, guard.seen)
+    return Stepped(
+        losses, idle, params, dead, (*cell.worked.read(), *cell.worked_dense.read()), sent, cell.error, guard.seen
+    )
+
+
+def take_steps_so(
+    group: Group, dense_above: float, steps: int, poisoned: int | None, fields: dict[str, Any]
+) -> Stepped:
+    """As `take_steps`, in a process where steps are dense above that share of all pairs."""
+    usual, pairwise.DENSE_ABOVE = pairwise.DENSE_ABOVE, dense_above
+    try:
+        return take_steps(group, steps, poisoned, fields)
+    finally:
+        pairwise.DENSE_ABOVE = usual
 
 
 def alone(steps: int, fields: dict[str, Any] | None = None, sunk: float = 0.0) -> Stepped:
@@ -173,7 +192,9 @@ def alone(steps: int, fields: dict[str, Any] | None = None, sunk: float = 0.0) -
 def whole(answers: list[Stepped], shards: int) -> dict[str, torch.Tensor]:
     """The parameters of the first replica's shards, put together."""
     return {
-        name: t if name in ("b_pre", "threshold") else torch.cat([answer.params[name] for answer in answers[:shards]])
+        name: t
+        if name == "b_pre" or t.numel() == 1
+        else torch.cat([answer.params[name] for answer in answers[:shards]])
         for name, t in answers[0].params.items()
     }
 

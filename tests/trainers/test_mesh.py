@@ -17,6 +17,7 @@ from saescale.storage import checkpoint
 from saescale.storage.errors import Damaged, SaescaleError
 from saescale.storage.rundir import RunDirectory
 from saescale.storage.store import ActivationStore
+from saescale.trainers.architectures import pairwise
 from saescale.trainers.cell import Cell, EvalSpec
 from saescale.trainers.exchange import native
 from saescale.trainers.exchange.native import read
@@ -109,6 +110,32 @@ def test_others_made_of_topk_are_shared_as_well(crowd: Crowd, architecture: str)
         # The last of the losses is that of use, by the threshold.
         assert answers[0].losses == pytest.approx(alone.losses, rel=1e-5)
         assert answers[0].dead == pytest.approx(alone.dead, abs=1e-6)
+
+
+@pytest.mark.parametrize("architecture", mesh.PENALISED)
+@pytest.mark.parametrize("dense_above", [0.0, 1.0])
+def test_those_that_decide_by_thresholds_are_shared_as_well(
+    crowd: Crowd, architecture: str, dense_above: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By dense steps alone, and by sparse ones; the same on all ranks, and a replica as the other one to the bit."""
+    threads, fields = torch.get_num_threads(), mesh.of(architecture)
+    torch.set_num_threads(1)
+    monkeypatch.setattr(pairwise, "DENSE_ABOVE", dense_above)
+    alone = mesh.alone(STEPS, fields)
+    torch.set_num_threads(threads)
+    for shards, replicas in LAYOUTS if architecture == "jumprelu" else [(2, 2)]:
+        answers = crowd.ask(mesh.take_steps_so, shards, replicas, dense_above, STEPS, None, fields)
+        for rank, answer in enumerate(answers):
+            assert (answer.losses, answer.dead, answer.pairs) == (answers[0].losses, answers[0].dead, alone.pairs)
+            assert answer.guarded > 100
+            for name, t in answer.params.items():
+                assert torch.equal(t, answers[rank % shards].params[name]), name
+        assert answers[0].losses == pytest.approx(alone.losses, rel=1e-5)
+        assert answers[0].dead == pytest.approx(alone.dead, abs=1e-6)
+    poisoned = crowd.ask(mesh.take_steps_so, 2, 2, dense_above, 4, 1, fields)
+    assert {answer.error for answer in poisoned} == {
+        "at step 3: training loss nan with lr 0.003: diverged; try a smaller lr"
+    }
 
 
 def test_the_case_above_has_few_and_many_dead_latents(one: Stepped) -> None:
@@ -205,9 +232,11 @@ def assert_same(
     job: PackJob, result: dict[str, Any], unbroken: dict[str, Any], original: PackJob, shards: int = 1
 ) -> None:
     assert result["nmse"] == pytest.approx(unbroken["nmse"], abs=1e-5)
-    assert {k: result[k] for k in ("status", "l0", "flops", "dead_fraction", "tokens")} == {
-        k: unbroken[k] for k in ("status", "l0", "flops", "dead_fraction", "tokens")
+    assert {k: result[k] for k in ("status", "l0", "flops", "tokens")} == {
+        k: unbroken[k] for k in ("status", "l0", "flops", "tokens")
     }
+    # Shards divide a sum in float64.
+    assert result["dead_fraction"] == pytest.approx(unbroken["dead_fraction"], rel=1e-6)
     name = result["cell_id"]
     run, first = RunDirectory(job.run), RunDirectory(original.run)
     run.check_cell(name)
@@ -270,6 +299,28 @@ def test_those_made_of_topk_go_on_at_another_sharding(
         assert float(wanted.params["threshold"]) > 0
 
 
+@pytest.mark.parametrize("architecture", mesh.PENALISED)
+def test_those_that_decide_by_thresholds_go_on_at_another_sharding(
+    crowd: Crowd, job: PackJob, tmp_path: Path, architecture: str
+) -> None:
+    """From dense steps into sparse ones, while the coefficient is found by the L0 of all processes."""
+    fields = job.cells[0].model_dump(exclude={"settings"})
+    cell = Cell(**(fields | {"architecture": architecture, "tokens": 128 * 60, "lr": 3e-2}))
+    mine = elsewhere(job, tmp_path, cells=[cell])
+    one = mine.model_copy(update={"run": str(tmp_path / "one")})
+    unbroken = train_pack(one).results[0]
+    folder = RunDirectory(mine.run).checkpoint_url(cell.cell_id)
+    assert crowd.ask(mesh.train, 2, 2, mine, 8)[0].stopped
+    _, state, _ = checkpoint.load(folder)
+    assert not state["worked"]["tokens"]
+    assert crowd.ask(mesh.train, 1, 2, mine, 30)[0].stopped
+    _, state, step = checkpoint.load(folder)
+    assert 0 < state["worked_dense"]["tokens"] < 128 * step
+    (result,) = crowd.ask(mesh.train, 3, 1, mine)[0].results
+    assert_same(mine, result, unbroken, one, shards=3)
+    assert result["coefficient"] == pytest.approx(unbroken["coefficient"], rel=1e-4)
+
+
 def test_a_damaged_part_is_one_generation_lost(
     crowd: Crowd, job: PackJob, unbroken: dict[str, Any], tmp_path: Path
 ) -> None:
@@ -311,11 +362,11 @@ def test_a_damaged_part_is_one_generation_lost(
 
 
 def test_several_processes_are_refused_by_what_cannot_be_shared(crowd: Crowd, job: PackJob, tmp_path: Path) -> None:
-    cell = Cell(**(job.cells[0].model_dump(exclude={"settings"}) | {"architecture": "jumprelu"}))
+    cell = Cell(**(job.cells[0].model_dump(exclude={"settings"}) | {"architecture": "frozen_decoder"}))
     answers = crowd.ask(mesh.train, 2, 1, elsewhere(job, tmp_path, cells=[cell]))
     for answer in answers:
         assert answer.startswith(
-            "jumprelu trains in one process alone; of the architectures, batchtopk, hierarchical_topk"
+            "frozen_decoder trains in one process alone; of the architectures, batchtopk, gated, hierarchical_topk"
         )
 
 

@@ -12,8 +12,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from saescale.storage.errors import SaescaleError
+from saescale.trainers.architectures import looked
 from saescale.trainers.architectures.batchtopk_sparse import batch_top_k
-from saescale.trainers.kernels import eager
+from saescale.trainers.kernels import choose, eager
 from saescale.trainers.kernels.interface import Selected
 from saescale.trainers.mesh import distributed, radix
 from saescale.trainers.mesh import keys as mesh_keys
@@ -112,6 +113,41 @@ def _batch_chosen(mesh: ProcessMesh, scores: torch.Tensor, k: int) -> torch.Tens
     # As wide as that of the other replicas, or they could not have it.
     assert mesh.gather_replicas(selected.z).shape == (BATCH, selected.z.shape[1])
     return chosen[:, :-1]
+
+
+@pytest.mark.parametrize("way", ["sparse", "dense", "one shard has most of them"])
+@pytest.mark.parametrize("layout", [Layout(3), Layout(1, 2), Layout(3, 2)])
+def test_what_exceeds_thresholds_is_one_decision_of_all(
+    way: str, layout: Layout, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whether a step is dense goes by the pairs of all, as in one process, and by what a single one would have to hold.
+    Else each has its own, as wide as those of other replicas."""
+    monkeypatch.setattr(choose, "kernels", lambda device: eager)
+    n, scores = 37, scores_of("random", 37)
+    above = scores > 1.5
+    above[0, 1:] = True  # so that replicas differ in their widest row
+    if way == "one shard has most of them":
+        above = (torch.arange(n) < n // 3).expand(BATCH, n) & (torch.arange(BATCH)[:, None] < BATCH // 2)
+    most = int(above.sum()) - (way == "dense")
+    scores = torch.where(above, scores.abs() + 0.1, -1.0)
+
+    def work(mesh: ProcessMesh) -> Selected | None:
+        rows, own = mesh.rows(BATCH), slice(mesh.first, mesh.first + mesh.size)
+        nothing = torch.zeros(mesh.size)
+        operands = torch.eye(BATCH)[rows], scores[:, own].T.contiguous(), nothing, nothing
+        return looked.select_above(*operands, 2 * most // layout.ranks, most, mesh)
+
+    found = on_threads(layout, n, work)
+    if way == "dense" or (way == "one shard has most of them" and layout != Layout(1, 2)):
+        assert found == [None] * layout.ranks
+        return
+    for rank, selected in enumerate(found):
+        shard, replica = layout.place(rank)
+        first, size = layout.share(n, shard)
+        got = torch.zeros(BATCH // layout.replicas, size + 1)
+        got.scatter_(1, torch.where(selected.indices < 0, size, selected.indices).long(), selected.z)
+        assert torch.equal(got[:, :-1], scores[layout.rows(BATCH, replica), first : first + size].clamp_min(0))
+        assert selected.z.shape[1] == found[shard].z.shape[1]
 
 
 @pytest.mark.parametrize("kind", ["random", "bf16", "equal", "negative", "zeros"])

@@ -20,6 +20,7 @@ from saescale.storage.errors import SaescaleError
 from saescale.trainers.architectures import ARCHITECTURES
 from saescale.trainers.kernels.choose import KernelKind
 from saescale.trainers.kernels.interface import AdamStep, Moments
+from saescale.trainers.mesh.layout import Layout
 from saescale.trainers.mesh.mesh import Mesh
 from saescale.trainers.precision import Precision
 from saescale.trainers.preprocess import Centre
@@ -239,6 +240,8 @@ class Dead(Protocol):
 
     def update(self, latents: Any) -> None: ...
 
+    def count(self, active: Tensor, tokens: int) -> None: ...
+
     def after(self, window: int) -> Tensor: ...
 
 
@@ -274,6 +277,12 @@ class FastStep(Protocol):
         self, shape: Shape, settings: Any, batch: int, precision: Precision, kernels: KernelKind
     ) -> float:
         """Memory that `measure` and `update` take beside what is held, `batch` and the optimiser's state."""
+
+    def bytes_on_mesh(
+        self, shape: Shape, settings: Any, batch: int, layout: Layout, precision: Precision, kernels: KernelKind
+    ) -> float:
+        """May be left out: `training_bytes` of one of several processes, where that is not the same. `shape` is its
+        share, `batch` the whole one."""
 
     def evaluation_bytes(
         self, shape: Shape, settings: Any, batch: int, precision: Precision, kernels: KernelKind

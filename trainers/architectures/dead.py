@@ -16,7 +16,10 @@ class DeadLatents:
     def update(self, latents: Selected | Tensor) -> None:
         """Counts a batch, given what was selected or all latents [batch, n_latents]."""
         active = fired(latents) if isinstance(latents, Tensor) else self._named(latents)
-        tokens = len(latents) if isinstance(latents, Tensor) else len(latents.z)
+        self.count(active, len(latents) if isinstance(latents, Tensor) else len(latents.z))
+
+    def count(self, active: Tensor, tokens: int) -> None:
+        """As `update` of so many tokens on which the latents `active` [n_latents] (bool) fired."""
         self.tokens_since.add_(tokens).masked_fill_(active, 0)
 
     def _named(self, selected: Selected) -> Tensor:

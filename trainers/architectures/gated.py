@@ -25,6 +25,7 @@ from saescale.trainers.architectures.architecture import (
     Worked,
 )
 from saescale.trainers.architectures.gated_sparse import GatedStep
+from saescale.trainers.mesh.mesh import Mesh
 from saescale.trainers.preprocess import Centre
 
 
@@ -34,9 +35,16 @@ class Settings(architecture.PenaltySettings):
 
 
 def parameters(shape: Shape, settings: Settings, centre: Centre, seed: int) -> dict[str, Parameter]:
-    tied = parts.tied_parameters(shape, centre, seed, torch.relu, gates=True)
+    return _with_gates(parts.tied_parameters(shape, centre, seed, torch.relu, gates=True))
+
+
+def share(shape: Shape, settings: Settings, centre: Centre, seed: int, mesh: Mesh) -> dict[str, Parameter]:
+    return _with_gates(parts.tied_share(shape, centre, seed, torch.relu, mesh, gates=True))
+
+
+def _with_gates(tied: dict[str, Parameter]) -> dict[str, Parameter]:
     tied["b_gate"] = tied.pop("b_enc")
-    zeros = {name: Parameter(torch.zeros(shape.n_latents), gate=True) for name in ("r_mag", "b_mag")}
+    zeros = {name: Parameter(torch.zeros_like(tied["b_gate"].data), gate=True) for name in ("r_mag", "b_mag")}
     return tied | zeros
 
 

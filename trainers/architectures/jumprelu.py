@@ -32,6 +32,7 @@ from saescale.trainers.architectures.architecture import (
     Worked,
 )
 from saescale.trainers.architectures.jumprelu_sparse import JumpReLUStep
+from saescale.trainers.mesh.mesh import Mesh
 from saescale.trainers.preprocess import Centre
 
 # While L0 falls to k, gradients of thresholds are tens of times what they are later: with Adam's usual memory of 1,000
@@ -51,10 +52,20 @@ class Settings(architecture.PenaltySettings):
 
 def parameters(shape: Shape, settings: Settings, centre: Centre, seed: int) -> dict[str, Parameter]:
     tied = parts.tied_parameters(shape, centre, seed, torch.relu, gates=True)
+    return _with_thresholds(tied, settings, tied["W_enc"].data.norm(dim=1).mean())
+
+
+def share(shape: Shape, settings: Settings, centre: Centre, seed: int, mesh: Mesh) -> dict[str, Parameter]:
+    tied = parts.tied_share(shape, centre, seed, torch.relu, mesh, gates=True)
+    return _with_thresholds(tied, settings, mesh.sum_shards(tied["W_enc"].data.norm(dim=1).sum()) / shape.n_latents)
+
+
+def _with_thresholds(tied: dict[str, Parameter], settings: Settings, norm: Tensor) -> dict[str, Parameter]:
+    """`norm`: the mean one of all encoder rows."""
+    n_latents, d_model = tied["W_enc"].data.shape
     # The standard deviation of pre-activations of random directions, which is the smaller the more latents there are.
-    spread = float(tied["W_enc"].data.norm(dim=1).mean()) / shape.d_model**0.5
-    start = min(settings.threshold, _START_AT_MOST * spread)
-    return tied | {"threshold": Parameter(torch.full((shape.n_latents,), start), betas=_BETAS, gate=True)}
+    start = min(settings.threshold, _START_AT_MOST * float(norm) / d_model**0.5)
+    return tied | {"threshold": Parameter(torch.full((n_latents,), start), betas=_BETAS, gate=True)}
 
 
 def forward(params: Params, x: Tensor, settings: Settings) -> Forward:

@@ -65,7 +65,7 @@ def _errors(
         for before, error in pairwise(errors):
             error.add_(before)
         squared = [error.double().square_().sum() for error in errors]
-    return [mesh.mean_replicas(each) * mesh.replicas for each in squared]
+    return [mesh.sum_replicas(each) for each in squared]
 
 
 class Nested:

@@ -2,11 +2,12 @@
 
 Latents above a threshold of their own are selected, and what is differentiated are those pairs alone. Where so many are
 active that dense products are faster, as most are before a penalty has taken hold, the step is the dense one, which
-gives the same.
+gives the same: that of the reference in one process, and in each of several the same loss over all of a shard's latents
+(looked.All). No latent asks another one, so a mesh adds up reconstructions and counts, and selects nothing.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -25,13 +26,37 @@ from saescale.trainers.architectures.architecture import (
     Worked,
     find_architecture,
 )
-from saescale.trainers.architectures.dense import DenseGradient, DenseStep
-from saescale.trainers.architectures.sparse_parts import active_pairs, encoder_input, target_of
-from saescale.trainers.kernels.choose import KernelKind, kernels
-from saescale.trainers.kernels.eager import adam_rows
-from saescale.trainers.kernels.interface import Pairs, Selected, Summands, Term
+from saescale.trainers.architectures.dead import fired
+from saescale.trainers.architectures.dense import CHUNK_ENTRIES, DenseGradient, DenseStep
+from saescale.trainers.architectures.looked import All, Looked, Some, select_above
+from saescale.trainers.architectures.pairwise_gradient import (
+    Gradient,
+    Loss,
+    by_pairs,
+    by_rows,
+    update_by_pairs,
+)
+from saescale.trainers.architectures.sparse_parts import (
+    active_pairs,
+    encoder_input,
+    error_of,
+    rows_of,
+    sum_replicas,
+    target_of,
+)
+from saescale.trainers.kernels import choose
+from saescale.trainers.kernels.choose import KernelKind
+from saescale.trainers.kernels.interface import Selected
+from saescale.trainers.mesh.layout import Layout
 from saescale.trainers.mesh.mesh import Mesh
+from saescale.trainers.mesh.traffic import Said
 from saescale.trainers.precision import Precision
+
+# Times its even share of the pairs beyond which a step is dense, that one process of a mesh may have to hold.
+_UNEVEN = 2
+_FLOAT = 4
+# Bytes of a pair: index, place, pre-activation, activation, gradients by these, and its row and weights when sorted.
+_OF_PAIR = 52
 
 
 class Boundary(NamedTuple):
@@ -41,33 +66,21 @@ class Boundary(NamedTuple):
     threshold: Tensor
 
 
-class Loss(NamedTuple):
-    """What the pairs of a batch make of the loss, and its gradient. Tensors [batch, width] lie beside the indices."""
+class Reconstructed(NamedTuple):
+    """What is left over by each reconstruction of the loss, the SAE's own first, and what that says of the pairs."""
 
-    squared: Tensor  # float64 scalar: ||x - x_hat||^2
-    parts: Mapping[str, Tensor]  # Losses.parts
-    error: Tensor  # x - x_hat [batch, d_model]
-    decoder: Term  # whose z and scale weigh the errors in the gradient of W_dec
-    encoder: Term  # whose dz is the gradient by W_enc (x - b_pre); often the same
-    vectors: Mapping[str, Tensor]  # gradients of parameters that have a number for each latent
-    more: Tensor | int = 0  # pairs that were decoded beside the SAE's own
-    near: Tensor | int = 0  # Worked.near
-
-
-class Gradient(NamedTuple):
-    decoder: Pairs
-    encoder: Pairs
-    errors: Tensor  # [batch, d_model]
-    x: Tensor  # [batch, d_model], minus origin
-    offset: Tensor  # [d_model], b_pre - origin
-    vectors: Mapping[str, Tensor]
-    b_pre: Tensor  # [d_model], without the part through the encoder
+    squared: Sequence[Tensor]  # float64 scalars: ||x - x_hat||^2
+    by_z: Sequence[Tensor]  # [rows, width]: the gradient of each one's mean squared error over c by what it decodes
 
 
 class PairwiseStep(ABC):
-    """FastStep, for one process. `name` is the architecture's, whose reference does the steps that are dense."""
+    """FastStep. `name` is the architecture's, whose reference does the dense steps of one process."""
 
     rounded: frozenset[str] = frozenset({"W_enc"})
+    beside: tuple[str, ...] = ()  # Losses.parts of reconstructions beside the SAE's own
+    wide: float = (
+        2.75  # float32 tensors [rows, n_latents] that a dense step on a mesh has at a time; masks are a quarter
+    )
 
     def __init__(self, name: str) -> None:
         self.name = name
@@ -77,42 +90,71 @@ class PairwiseStep(ABC):
         """`training`: all pairs that have a part in a gradient, else those that may be active."""
 
     @abstractmethod
-    def latents(self, params: Params, selected: Selected, settings: Any) -> Selected:
-        """The activations of pairs for which `selected` has W_enc (x - b_pre) + bias; 0 where one is not active."""
+    def latents(self, params: Params, looked: Looked, settings: Any) -> Tensor:
+        """The activations of pairs, [rows, width]; 0 where one is not active."""
+
+    def reconstructions(
+        self, looked: Looked, z: Tensor, target: Tensor, offset: Tensor, scale: float, error: Tensor, mesh: Mesh
+    ) -> Reconstructed:
+        """By `latents` z; `scale` times x - x_hat, which goes to `error`, is the gradient by x_hat."""
+        squared, dz = looked.decode(z, target, offset, scale, error, mesh)
+        return Reconstructed([squared], [dz])
 
     @abstractmethod
     def loss(
-        self, params: Params, selected: Selected, latents: Selected, target: Tensor, offset: Tensor, scale: float,
-        settings: Any, conditions: Conditions,
+        self, params: Params, looked: Looked, z: Tensor, by_z: Sequence[Tensor], tokens: int, settings: Any,
+        conditions: Conditions,
     ) -> Loss:  # fmt: skip
-        """`scale` times x - x_hat is the gradient by x_hat of the mean squared error over c."""
+        """Of some rows, or all, of a batch of `tokens`; `by_z` is of `reconstructions`."""
+
+    def said(self, settings: Any, n_latents: int) -> Said:
+        """What it asks a mesh for."""
+        sums = 1 + len(self.beside)
+        return Said([], sums, settings.k, errors=1, numbers=2 + sums, dense=settings.dense_share(n_latents))
 
     @torch.no_grad()
     def measure(
         self, params: Params, operands: Params, batch: Batch, settings: Any, conditions: Conditions, dead: Dead,
         mesh: Mesh,
     ) -> Step:  # fmt: skip
-        selected = self._selected(params, operands, batch, settings, training=True)
-        if selected is None:
+        """Of several replicas each works on its rows. Where the step is sparse it has the others' errors and pairs from
+        them, and so the gradient of the batch in the order of one process; of a dense one gradients are summed, which
+        are fewer numbers than so many pairs."""
+        mine, tokens = rows_of(batch, mesh), len(batch.x)
+        selected = self._selected(params, operands, mine, tokens, settings, True, mesh)
+        if selected is None and mesh.alone:
             return self._dense(params).measure(params, params, batch, settings, conditions, dead, mesh)
-        sparse, n_latents = kernels(batch.x.device), len(params["W_dec"])
         offset, elements = params["b_pre"] - batch.origin, batch.x.numel()
         scale = -2.0 / (elements * conditions.variance)
-        latents = self.latents(params, selected, settings)
-        dead.update(latents)
-        loss = self.loss(params, selected, latents, target_of(batch), offset, scale, settings, conditions)
-        active = active_pairs(latents)
+        looked = self._all(params, mine.x, offset, settings, True) if selected is None else Some(params, selected)
+        z, error = self.latents(params, looked, settings), torch.empty_like(mine.x)
+        squared, by_z = self.reconstructions(looked, z, target_of(mine), offset, scale, error, mesh)
+        if isinstance(looked, Some):
+            if mesh.replicas > 1:
+                looked = looked.of_all(params, mesh)
+                z, error = self.latents(params, looked, settings), mesh.gather_replicas(error)
+                by_z = [mesh.gather_replicas(each) for each in by_z]
+            dead.update(Selected(looked.indices, z))
+        else:
+            dead.count(mesh.sum_replicas(fired(z).int()) > 0, tokens)
+        loss = self.loss(params, looked, z, by_z, tokens, settings, conditions)
+        # Of a dense step nothing is counted pair by pair.
+        near = loss.near if selected is not None else 0
+        counted = torch.stack([_number(each, z) for each in ((z > 0).sum(), loss.more, near, *loss.parts.values())])
+        squares = torch.stack(list(squared))
+        if isinstance(looked, Some):
+            gradient = by_pairs(params, looked, z, loss, error, scale, batch, offset)
+            squares = mesh.sum_replicas(squares)
+        else:
+            gradient = by_rows(params, z, loss, error, scale, mine, offset, mesh)
+            squares, counted = mesh.sum_replicas(torch.cat([squares, counted])).split([len(squares), len(counted)])
         # All that the host has to know of a step, in one piece.
-        told = torch.stack([number.double() for number in (loss.squared, active, *loss.parts.values())])
-        squared, pairs, *parts = told.tolist()
-        decoder = sparse.transpose([loss.decoder], n_latents)
-        encoder = decoder if loss.encoder is loss.decoder else sparse.transpose([loss.encoder], n_latents)
-        gradient = Gradient(
-            decoder, encoder, loss.error, batch.x, offset, loss.vectors, loss.error.sum(dim=0).mul_(scale),
-        )  # fmt: skip
-        worked = Worked(len(batch.x), int(pairs) + loss.more, near=loss.near)
-        main = squared / elements / conditions.variance
-        return Step(main, dict(zip(loss.parts, parts, strict=True)), gradient, worked, pairs / len(batch.x))
+        told = torch.cat([squares, mesh.sum_shards(counted)]).tolist()
+        main, *others = (square / elements / conditions.variance for square in told[: len(squares)])
+        pairs, more, near, *parts = told[len(squares) :]
+        worked = Worked(tokens, int(pairs + more), near=int(near))
+        named = dict(zip(self.beside, others, strict=True)) | dict(zip(loss.parts, parts, strict=True))
+        return Step(main, named, gradient, worked, pairs / tokens, dense=selected is None)
 
     @torch.no_grad()
     def update(
@@ -126,9 +168,9 @@ class PairwiseStep(ABC):
                     operands[name].copy_(params[name])
             return
         W_enc = params["W_enc"]
-        shift = kernels(W_enc.device).latent_sums(gradient.encoder)
+        shift = choose.kernels(W_enc.device).latent_sums(gradient.encoder)
         # Has to go before W_enc is updated: pre-activations see x - b_pre.
-        vectors = {**gradient.vectors, "b_pre": gradient.b_pre - shift @ W_enc}
+        vectors = {**gradient.vectors, "b_pre": gradient.b_pre - mesh.sum_shards(shift @ W_enc)}
         update_by_pairs(
             params, operands, updates, gradient.decoder, gradient.encoder, gradient.errors, gradient.x, gradient.offset,
             shift, vectors,
@@ -136,13 +178,24 @@ class PairwiseStep(ABC):
 
     @torch.no_grad()
     def reconstruct(self, params: Params, operands: Params, batch: Batch, settings: Any, mesh: Mesh) -> Reconstruction:
-        selected = self._selected(params, operands, batch, settings, training=False)
-        if selected is None:
+        mine, offset = rows_of(batch, mesh), params["b_pre"] - batch.origin
+        selected = self._selected(params, operands, mine, len(batch.x), settings, False, mesh)
+        if selected is None and mesh.alone:
             return self._dense(params).reconstruct(params, params, batch, settings, mesh)
-        latents = self.latents(params, selected, settings)
-        error, offset = torch.empty_like(batch.x), params["b_pre"] - batch.origin
-        decoded = kernels(error.device).decode(target_of(batch), offset, latents, params["W_dec"], None, error)
-        return Reconstruction(error, decoded.squared, active_pairs(latents))
+        error = torch.empty_like(mine.x)
+        if not len(mine.x):  # the rest of a set of rows may have fewer than there are replicas
+            squared, active = (
+                error.new_zeros((), dtype=torch.float64),
+                torch.zeros((), dtype=torch.int64).to(error.device),
+            )
+        elif selected is not None:
+            latents = Selected(selected.indices, self.latents(params, Some(params, selected), settings))
+            squared = error_of(target_of(mine), offset, latents, params["W_dec"], error, mesh)
+            active = mesh.sum_shards(active_pairs(latents))
+        else:
+            active = self._decode_all(params, mine, offset, settings, error, mesh)
+            squared = error.double().square_().sum()
+        return Reconstruction(error, *sum_replicas(squared, active, mesh), dense=selected is None)
 
     def training_bytes(
         self, shape: Shape, settings: Any, batch: int, precision: Precision, kernels: KernelKind
@@ -150,6 +203,19 @@ class PairwiseStep(ABC):
         """Those of a dense step: the first ones are."""
         dense = DenseStep(find_architecture(self.name), shape.n_latents)
         return dense.training_bytes(shape, settings, batch, precision, kernels)
+
+    def bytes_on_mesh(
+        self, shape: Shape, settings: Any, batch: int, layout: Layout, precision: Precision, kernels: KernelKind
+    ) -> float:
+        """Of a dense step, for its rows alone, and what replicas hold while they add up a gradient; or of a sparse one
+        with as many pairs as it may have, those of all replicas."""
+        matrix = shape.n_latents * shape.d_model * _FLOAT
+        rows = batch / layout.replicas
+        dense = _FLOAT * rows * (self.wide * shape.n_latents + 6 * shape.d_model)
+        # Both gradients; of the one that is summed its parts, the others' and the sum.
+        dense += matrix * (2 + (3 + 1 / layout.replicas if layout.replicas > 1 else 0))
+        sparse = _OF_PAIR * DENSE_ABOVE * batch * shape.n_latents + batch * shape.d_model * _FLOAT
+        return max(dense, sparse + (2 * matrix if kernels == "eager" else 0))
 
     def evaluation_bytes(
         self, shape: Shape, settings: Any, batch: int, precision: Precision, kernels: KernelKind
@@ -160,52 +226,54 @@ class PairwiseStep(ABC):
         return max(dense.evaluation_bytes(shape, settings, batch, precision, kernels), pairs)
 
     def _selected(
-        self, params: Params, operands: Params, batch: Batch, settings: Any, training: bool
+        self, params: Params, operands: Params, mine: Batch, tokens: int, settings: Any, training: bool, mesh: Mesh
     ) -> Selected | None:
-        """None where a dense step is the faster way."""
+        """Of this replica's rows of a batch of `tokens`, as wide as those of other replicas. None, and that in all
+        processes, where a dense step is the faster way."""
         boundary = self.boundary(params, settings, training)
-        x, W_enc = encoder_input(operands, batch)
-        bias = boundary.bias - params["W_enc"] @ (params["b_pre"] - batch.origin)
+        x, W_enc = encoder_input(operands, mine)
+        bias = boundary.bias - params["W_enc"] @ (params["b_pre"] - mine.origin)
         most = max(len(x), int(DENSE_ABOVE * len(x) * len(W_enc)))
-        selected = kernels(x.device).select_above(x, W_enc, bias, boundary.threshold, most)
-        if selected is None:
-            return None
-        # NaN would exceed no threshold, and a diverged encoder look like one without active latents.
-        bad = ~(bias.isfinite() & boundary.threshold.isfinite()).all()
-        return selected._replace(z=selected.z.masked_fill_(bad, torch.nan))
+        if mesh.alone:
+            selected = choose.kernels(x.device).select_above(x, W_enc, bias, boundary.threshold, most)
+        else:
+            of_all = max(tokens, int(DENSE_ABOVE * tokens * mesh.whole(len(W_enc))))
+            selected = select_above(x, W_enc, bias, boundary.threshold, _UNEVEN * most, of_all, mesh)
+        return None if selected is None else selected._replace(z=_or_nan(selected.z, bias, boundary.threshold))
+
+    def _all(self, params: Params, x: Tensor, offset: Tensor, settings: Any, training: bool) -> All:
+        """Of rows x, minus origin."""
+        boundary, W_enc = self.boundary(params, settings, training), params["W_enc"]
+        bias = boundary.bias - W_enc @ offset
+        pre = torch.addmm(bias, x, W_enc.T)
+        there = pre > boundary.threshold
+        return All(params, _or_nan(pre.masked_fill_(~there, 0), bias, boundary.threshold), there)
+
+    def _decode_all(
+        self, params: Params, mine: Batch, offset: Tensor, settings: Any, error: Tensor, mesh: Mesh
+    ) -> Tensor:
+        """Writes x - x_hat to `error`; how many pairs of all shards are active.
+
+        Some rows at a time, of which shards may take more or fewer: so what they say to each other is of all rows.
+        """
+        active = torch.zeros((), dtype=torch.int64, device=error.device)
+        size = max(1, CHUNK_ENTRIES // len(params["W_dec"]))
+        for x, part in zip(mine.x.split(size), error.split(size), strict=True):
+            z = self.latents(params, self._all(params, x, offset, settings, False), settings)
+            torch.mm(z, params["W_dec"], out=part)
+            active += (z > 0).sum()
+        torch.sub(target_of(mine) - offset, mesh.sum_shards(error), out=error)
+        return mesh.sum_shards(active)
 
     def _dense(self, params: Params) -> DenseStep:
         return DenseStep(find_architecture(self.name), len(params["W_dec"]))
 
 
-def update_by_pairs(
-    params: Params, operands: Params, updates: Mapping[str, Update], decoder: Pairs, encoder: Pairs, errors: Tensor,
-    x: Tensor, offset: Tensor, shift: Tensor, vectors: Mapping[str, Tensor],
-) -> None:  # fmt: skip
-    """One step of W_dec and W_enc by the sums over pairs, and of the other parameters by their dense gradients.
-
-    `shift` [n_latents] is the gradient by the bias of W_enc (x - b_pre), whose inputs lack `offset` (Summands).
-    """
-    sparse, W_enc = kernels(params["W_enc"].device), params["W_enc"]
-    none = torch.zeros(0, dtype=torch.int64, device=W_enc.device), W_enc[:0]
-    for name, pairs, weights, sources, moved in (
-        ("W_dec", decoder, decoder.decoder, errors, None), ("W_enc", encoder, encoder.encoder, x, shift),
-    ):  # fmt: skip
-        moments, adam, unit_rows = updates[name]
-        summands = Summands(pairs.starts, pairs.rows, weights, sources, moved, offset, *none)
-        operand = None if operands[name] is params[name] else operands[name]
-        sparse.update_rows(params[name], moments, summands, adam, unit_rows, operand)
-    for name, of_name in vectors.items():
-        moments, adam, unit_rows = updates[name]
-        adam_rows(params[name], moments, of_name, adam, unit_rows)
+def _or_nan(z: Tensor, bias: Tensor, threshold: Tensor) -> Tensor:
+    """NaN would exceed no threshold, and a diverged encoder look like one without active latents."""
+    return z.masked_fill_(~(bias.isfinite() & threshold.isfinite()).all(), torch.nan)
 
 
-def at(vector: Tensor, selected: Selected) -> Tensor:
-    """[batch, width]: of each pair the entry of its latent; whatever one where the index is -1."""
-    return vector[selected.indices.clamp_min(0).long()]
-
-
-def by_latent(values: Tensor, selected: Selected, n_latents: int) -> Tensor:
-    """[n_latents]: the sum of `values` [batch, width] over each latent's pairs."""
-    places = torch.where(selected.indices < 0, n_latents, selected.indices).flatten().long()
-    return values.new_zeros(n_latents + 1).index_add_(0, places, values.flatten())[:-1]
+def _number(number: Tensor | int, on: Tensor) -> Tensor:
+    """A float64 scalar where `on` is, without waiting for its device."""
+    return number.double() if isinstance(number, Tensor) else on.new_full((), number, dtype=torch.float64)

@@ -44,8 +44,11 @@ def tied_parameters(
     }
 
 
-def tied_share(shape: Shape, centre: Centre, seed: int, k: int, mesh: Mesh) -> dict[str, Parameter]:
-    """Of `tied_parameters` of a TopK by k latents the rows of this shard, without those of the others in memory.
+def tied_share(
+    shape: Shape, centre: Centre, seed: int, activation: Callable[[Tensor], Tensor], mesh: Mesh, gates: bool = False
+) -> dict[str, Parameter]:
+    """Of `tied_parameters` the rows of this shard, without those of the others in memory; `activation` makes its own
+    latents of its own pre-activations.
 
     All are drawn, a few at a time, since a seed means the same rows whatever the mesh; the encoder's scale is summed
     over the shards, so it may be off in its last bits.
@@ -53,18 +56,22 @@ def tied_share(shape: Shape, centre: Centre, seed: int, k: int, mesh: Mesh) -> d
     generator = torch.Generator().manual_seed(seed)
     W = _drawn(shape, generator, mesh)
     probes = unit_rows(256, shape.d_model, generator)
-    pre = probes @ W.T
-    best = pre.relu().topk(min(k, len(W)), dim=1)
-    local = Selected(torch.where(best.values > 0, best.indices, -1).int(), best.values)
-    chosen = mesh.select(local, k)
-    latents = torch.zeros(256, len(W) + 1).scatter_(1, chosen.indices.long() % (len(W) + 1), chosen.z)
-    norms = mesh.sum_shards(latents[:, :-1] @ W).norm(dim=1)
+    norms = mesh.sum_shards(activation(probes @ W.T) @ W).norm(dim=1)
     return {
         "W_enc": Parameter(W / norms.mean()),
-        "b_enc": Parameter(torch.zeros(len(W))),
+        "b_enc": Parameter(torch.zeros(len(W)), gate=gates),
         "W_dec": Parameter(W, unit_rows=True),
         "b_pre": Parameter(centre.b_pre, common=True),
     }
+
+
+def top_k_of_all(pre: Tensor, k: int, mesh: Mesh) -> Tensor:
+    """Of a shard's `pre` [batch, n] those positive ones that are among the k largest of all shards; else 0."""
+    best = pre.relu().topk(min(k, pre.shape[1]), dim=1)
+    local = Selected(torch.where(best.values > 0, best.indices, -1).int(), best.values)
+    chosen = mesh.select(local, k)
+    width = pre.shape[1] + 1  # what is none goes to one more column
+    return torch.zeros(len(pre), width).scatter_(1, chosen.indices.long() % width, chosen.z)[:, :-1]
 
 
 def _drawn(shape: Shape, generator: torch.Generator, mesh: Mesh) -> Tensor:

@@ -27,6 +27,7 @@ from saescale.trainers.architectures.architecture import (
     Worked,
 )
 from saescale.trainers.architectures.relu_sparse import ProLUStep
+from saescale.trainers.mesh.mesh import Mesh
 from saescale.trainers.preprocess import Centre
 
 Variant = Literal["relu", "ste"]
@@ -42,6 +43,10 @@ class Settings(architecture.PenaltySettings):
 
 def parameters(shape: Shape, settings: Settings, centre: Centre, seed: int) -> dict[str, Parameter]:
     return parts.tied_parameters(shape, centre, seed, torch.relu, gates=True)
+
+
+def share(shape: Shape, settings: Settings, centre: Centre, seed: int, mesh: Mesh) -> dict[str, Parameter]:
+    return parts.tied_share(shape, centre, seed, torch.relu, mesh, gates=True)
 
 
 def forward(params: Params, x: Tensor, settings: Settings) -> Forward:

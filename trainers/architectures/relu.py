@@ -13,6 +13,7 @@ from saescale.scaling.compute import Flops
 from saescale.trainers.architectures import architecture, parts
 from saescale.trainers.architectures.architecture import Forward, Losses, Parameter, Params, Shape, State, Worked
 from saescale.trainers.architectures.relu_sparse import ReLUStep
+from saescale.trainers.mesh.mesh import Mesh
 from saescale.trainers.preprocess import Centre
 
 
@@ -22,6 +23,10 @@ class Settings(architecture.PenaltySettings):
 
 def parameters(shape: Shape, settings: Settings, centre: Centre, seed: int) -> dict[str, Parameter]:
     return parts.tied_parameters(shape, centre, seed, torch.relu, gates=True)
+
+
+def share(shape: Shape, settings: Settings, centre: Centre, seed: int, mesh: Mesh) -> dict[str, Parameter]:
+    return parts.tied_share(shape, centre, seed, torch.relu, mesh, gates=True)
 
 
 def forward(params: Params, x: Tensor, settings: Settings) -> Forward:

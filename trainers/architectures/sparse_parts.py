@@ -8,7 +8,7 @@ from torch import Tensor
 
 from saescale.trainers.architectures.architecture import Batch, Params
 from saescale.trainers.kernels import choose
-from saescale.trainers.kernels.interface import Kept, Kernels, Selected, Term
+from saescale.trainers.kernels.interface import Decoded, Kept, Kernels, Selected, Term
 from saescale.trainers.mesh.mesh import Mesh
 
 
@@ -77,18 +77,24 @@ def decode_term(
 
     `error` [batch, d_model] and the term are of the rows of all replicas, and so is the float64 scalar, ||error||^2.
     """
-    sparse = choose.kernels(target.device)
-    if mesh.shards == 1:
-        mine = error if mesh.replicas == 1 else torch.empty_like(target)
-        squared, dz = sparse.decode(target, offset, selected, W_dec, scale, mine)
-    else:
-        mine = torch.empty_like(target)
-        squared = error_of(target, offset, selected, W_dec, mine, mesh)
-        dz = sparse.gradient_by_z(mine, selected.indices, W_dec, scale).masked_fill_(~(selected.z > 0), 0)
+    mine = error if mesh.replicas == 1 else torch.empty_like(target)
+    squared, dz = decode_rows(target, offset, selected, W_dec, scale, mine, mesh)
     if mine is not error:
         error.copy_(mesh.gather_replicas(mine))
     selected = Selected(mesh.gather_replicas(selected.indices), mesh.gather_replicas(selected.z))
-    return Term(selected, mesh.gather_replicas(dz), scale), mesh.mean_replicas(squared) * mesh.replicas
+    return Term(selected, mesh.gather_replicas(dz), scale), mesh.sum_replicas(squared)
+
+
+def decode_rows(
+    target: Tensor, offset: Tensor, selected: Selected, W_dec: Tensor, scale: float, error: Tensor, mesh: Mesh
+) -> Decoded:
+    """Kernels.decode of rows of which all shards have a part; dz is of this shard's pairs."""
+    sparse = choose.kernels(target.device)
+    if mesh.shards == 1:
+        return sparse.decode(target, offset, selected, W_dec, scale, error)
+    squared = error_of(target, offset, selected, W_dec, error, mesh)
+    dz = sparse.gradient_by_z(error, selected.indices, W_dec, scale)
+    return Decoded(squared, dz.masked_fill_(~(selected.z > 0), 0))
 
 
 def error_of(
@@ -109,5 +115,5 @@ def sum_replicas(squared: Tensor, active: Tensor, mesh: Mesh) -> tuple[Tensor, T
     """Sums over the rows of all replicas."""
     if mesh.replicas == 1:
         return squared, active
-    both = mesh.mean_replicas(torch.stack([squared, active.double()])) * mesh.replicas
+    both = mesh.sum_replicas(torch.stack([squared, active.double()]))
     return both[0], both[1].round().long()

@@ -17,7 +17,7 @@ from saescale.trainers.architectures.architecture import (
     Update,
     Worked,
 )
-from saescale.trainers.architectures.pairwise import update_by_pairs
+from saescale.trainers.architectures.pairwise_gradient import update_by_pairs
 from saescale.trainers.architectures.sparse_parts import active_pairs, encoder_operands, or_nan, target_of
 from saescale.trainers.kernels.choose import KernelKind, kernels
 from saescale.trainers.kernels.interface import Pairs, Selected, Term, product_rows

@@ -60,7 +60,7 @@ def parameters(shape: Shape, settings: AuxKSettings, centre: Centre, seed: int) 
 
 
 def share(shape: Shape, settings: AuxKSettings, centre: Centre, seed: int, mesh: Mesh) -> dict[str, Parameter]:
-    return parts.tied_share(shape, centre, seed, settings.k, mesh)
+    return parts.tied_share(shape, centre, seed, lambda pre: parts.top_k_of_all(pre, settings.k, mesh), mesh)
 
 
 def forward(params: Params, x: Tensor, settings: AuxKSettings) -> Forward:

@@ -204,8 +204,8 @@ class ProcessMesh:
     def sum_shards(self, t: Tensor) -> Tensor:
         return sum_in_order(self._of_shards, t, "sum_shards")
 
-    def mean_replicas(self, t: Tensor) -> Tensor:
-        return t if self.replicas == 1 else sum_in_order(self._of_replicas, t, "mean_replicas") / self.replicas
+    def sum_replicas(self, t: Tensor) -> Tensor:
+        return sum_in_order(self._of_replicas, t, "sum_replicas")
 
     def gather_replicas(self, t: Tensor) -> Tensor:
         return t if self.replicas == 1 else self._of_replicas.gather(t, "gather_replicas").flatten(0, 1)

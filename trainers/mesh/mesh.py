@@ -56,8 +56,8 @@ class Mesh(Protocol):
     def sum_shards(self, t: Tensor) -> Tensor:
         """The sum over the shards of a replica, the same on each, in the order of the shards."""
 
-    def mean_replicas(self, t: Tensor) -> Tensor:
-        """The mean over the replicas of a shard, the same on each, in the order of the replicas."""
+    def sum_replicas(self, t: Tensor) -> Tensor:
+        """The sum over the replicas of a shard, the same on each, in the order of the replicas."""
 
     def gather_replicas(self, t: Tensor) -> Tensor:
         """The rows of all replicas of a shard, one after another in their order: all of a batch where `t` is those of
@@ -96,7 +96,7 @@ class Alone:
     def sum_shards(self, t: Tensor) -> Tensor:
         return t
 
-    def mean_replicas(self, t: Tensor) -> Tensor:
+    def sum_replicas(self, t: Tensor) -> Tensor:
         return t
 
     def gather_replicas(self, t: Tensor) -> Tensor:

@@ -42,6 +42,9 @@ class Said(NamedTuple):
     sums: int  # over shards, of [rows, d_model]
     pairs: int  # latents of a token that it decodes, of all shards
     of_batch: int = 0  # selections over all tokens at once
+    errors: int | None = None  # [rows, d_model] that replicas tell each other of a sparse step; None: one of each sum
+    numbers: int = 3  # that they tell of a pair: index, z and a gradient for each reconstruction that it is in
+    dense: float = 0.0  # share of the steps that are dense, of which replicas sum the gradients of both matrices
 
 
 def sent(layout: Layout, d_model: int, n_latents: int, said: Said, batch_tokens: int) -> Sent:
@@ -64,8 +67,10 @@ def sent(layout: Layout, d_model: int, n_latents: int, said: Said, batch_tokens:
         selection += said.of_batch * rounds * _summed(2**BITS_OF_ALL, layout.ranks)
         collectives += said.of_batch * (rounds + 3)  # whether more candidates are needed, how wide, how many
     if replicas > 1:
-        # The error of a row, and of its pairs index, z and dz.
-        copies += (replicas - 1) * rows * (said.sums * d_model + 3 * min(said.pairs, here * said.sums)) * _NUMBER
+        errors = said.sums if said.errors is None else said.errors
+        pairs = min(said.pairs, here * errors)
+        by_pairs = (replicas - 1) * rows * (errors * d_model + said.numbers * pairs) * _NUMBER
+        copies += (1 - said.dense) * by_pairs + said.dense * _summed(2 * here * d_model, replicas)
         collectives += 5 * said.sums
     if shards > 1:
         reductions += _summed(d_model, shards)  # the gradient of b_pre

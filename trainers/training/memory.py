@@ -164,7 +164,11 @@ def _made(rows: int, d_model: int) -> float:
 def _step(cell: Cell, layout: Layout, kernels: KernelKind) -> float:
     own = _share(cell, layout)
     step, shape = step_of(cell.architecture, own.n_latents), Shape(own.d_model, own.n_latents)
-    taken = step.training_bytes(shape, cell.whole_settings, cell.batch_tokens, cell.precision, kernels)
+    asked = shape, cell.whole_settings, cell.batch_tokens
+    if layout.ranks > 1 and hasattr(step, "bytes_on_mesh"):
+        taken = step.bytes_on_mesh(*asked, layout, cell.precision, kernels)
+        return taken + max(_of_others(cell, layout, cell.batch_tokens))
+    taken = step.training_bytes(*asked, cell.precision, kernels)
     if layout.ranks > 1 and (k_aux := _k_aux(cell)):  # which goes another way there
         taken -= auxk.held_bytes(shape, k_aux, cell.batch_tokens, cell.precision, kernels)
         taken += auxk.held_on_mesh(shape, cell.batch_tokens // layout.replicas, cell.precision, kernels)
