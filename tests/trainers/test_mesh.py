@@ -305,7 +305,10 @@ def test_those_that_decide_by_thresholds_go_on_at_another_sharding(
 ) -> None:
     """From dense steps into sparse ones, while the coefficient is found by the L0 of all processes."""
     fields = job.cells[0].model_dump(exclude={"settings"})
-    cell = Cell(**(fields | {"architecture": architecture, "tokens": 128 * 60, "lr": 3e-2}))
+    # At that of the others one pair on the edge of ProLU's jump is 3e-4 of nmse: one process that starts from weights
+    # which differ by 1e-7 ends there too, or does not.
+    lr = 1e-2 if architecture == "prolu" else 3e-2
+    cell = Cell(**(fields | {"architecture": architecture, "tokens": 128 * 60, "lr": lr}))
     mine = elsewhere(job, tmp_path, cells=[cell])
     one = mine.model_copy(update={"run": str(tmp_path / "one")})
     unbroken = train_pack(one).results[0]

@@ -142,6 +142,7 @@ class PairwiseStep(ABC):
         near = loss.near if selected is not None else 0
         counted = torch.stack([_number(each, z) for each in ((z > 0).sum(), loss.more, near, *loss.parts.values())])
         squares = torch.stack(list(squared))
+        gradient: Gradient | DenseGradient
         if isinstance(looked, Some):
             gradient = by_pairs(params, looked, z, loss, error, scale, batch, offset)
             squares = mesh.sum_replicas(squares)
