@@ -21,8 +21,8 @@ def normalise(raw: Tensor) -> Tensor:
 
     Before the SAE and before any error is computed (Gao et al. 2024, section 2.1).
     """
-    x = raw.float()
-    x = x - x.mean(dim=-1, keepdim=True)
+    x = raw.to(torch.float32, copy=True)  # which `raw` may have already
+    x -= x.mean(dim=-1, keepdim=True)
     return x / x.norm(dim=-1, keepdim=True)
 
 

@@ -94,4 +94,5 @@ print(during - before, resident() - before)
 """
     said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     held, left = map(int, said.split())
-    assert held >= 150 and left < 16, (held, left)
+    assert held >= 150, held
+    assert left < 16, left

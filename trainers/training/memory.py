@@ -28,7 +28,7 @@ from saescale.trainers.preprocess import SAMPLE_CHUNK, SAMPLE_TOKENS, Centre
 PROCESS_BYTES = 800 * 2**20  # imports and compiled kernels of a worker, in the host's memory; measured
 _FLOAT = 4
 _ONE = Layout()
-_ALLOCATOR = 1.15  # freed memory that the allocator keeps: up to 1.10 measured, which differs from run to run
+_ALLOCATOR = 1.08  # freed blocks of less than 4 MiB that the allocator keeps, and whatever else
 
 
 class StreamSize(NamedTuple):
