@@ -28,9 +28,9 @@ from saescale.trainers.preprocess import SAMPLE_CHUNK, SAMPLE_TOKENS, Centre
 PROCESS_BYTES = 800 * 2**20  # imports and compiled kernels of a worker, in the host's memory; measured
 _FLOAT = 4
 _ONE = Layout()
-# Measured peaks are 0.96 to 1.00 of what is counted here: what else there is are freed blocks of less than 4 MiB, which
-# the allocator keeps (device.keep_no_large_blocks), as many as it happens.
-_ALLOCATOR = 1.08
+# What allocators keep of freed memory, which differs from run to run: of a host's blocks of less than 4 MiB
+# (device.keep_no_large_blocks; peaks were 0.96 to 1.00 of what is alive), of a GPU's up to 1.10 measured.
+_OF_HOST, _OF_GPU = 1.08, 1.15
 
 
 class StreamSize(NamedTuple):
@@ -50,11 +50,12 @@ class PackMemory(NamedTuple):
     evaluation: float  # one cell's averaged weights, its errors on a chunk of held-out rows, and preprocessed rows
     checkpoint: float  # one cell's state on its way into an object store; a local file is written tensor by tensor
     start: float  # the sample that the geometric median is measured on, before there are cells
+    allocator: float  # no bytes: how many times all that, with what is kept of freed memory
 
     @property
     def total(self) -> float:
         work = self.held + max(self.training, self.evaluation, self.checkpoint)
-        return _ALLOCATOR * (self.stream + max(work, self.start))
+        return self.allocator * (self.stream + max(work, self.start))
 
 
 def pack_memory(
@@ -84,6 +85,7 @@ def pack_memory(
         evaluation=max(_evaluation(cell, layout, kernels, eval_tokens, bf16) for cell in cells),
         checkpoint=max(4 * weights_bytes(cell) for cell in own) if host and remote_run else 0,
         start=_start(min(SAMPLE_TOKENS, stream.rows), d_model) if host else 0,
+        allocator=_OF_HOST if host else _OF_GPU,
     )
 
 
