@@ -63,9 +63,26 @@ def usable_cores() -> int:
     return os.cpu_count() or 1
 
 
+# As malloc.h calls them.
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
+_LARGE = 4 * 2**20
+
+
+def keep_no_large_blocks() -> None:
+    """From now on freed blocks of 4 MiB or more go back to the system at once.
+
+    By itself glibc comes to keep all of less than 32 MiB for later, and what is allocated next does not fit between
+    what still lies there: of a small pack a quarter of its memory was such gaps, one time more and another time less.
+    """
+    with suppress(OSError, AttributeError):  # another C library
+        libc = ctypes.CDLL(None)
+        libc.mallopt(_M_MMAP_THRESHOLD, _LARGE)
+        libc.mallopt(_M_TRIM_THRESHOLD, 2 * _LARGE)  # of what is free at the end, as glibc relates the two
+
+
 def return_freed_memory() -> None:
-    """To the system, which another process may want it from: glibc keeps freed blocks of less than 32 MiB, and what is
-    allocated next may not fit between what still lies there."""
+    """To the system, which another process may want it from: glibc keeps freed smaller blocks, and what is allocated
+    next may not fit between what still lies there."""
     with suppress(OSError, AttributeError):  # another C library
         ctypes.CDLL(None).malloc_trim(0)
 

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 SAMPLE_TOKENS = 32_768
+SAMPLE_CHUNK = 4_096  # of them in float64 at a time
 
 
 def to_tensor(act: np.ndarray, dtype: str) -> Tensor:
@@ -20,8 +21,8 @@ def normalise(raw: Tensor) -> Tensor:
 
     Before the SAE and before any error is computed (Gao et al. 2024, section 2.1).
     """
-    x = raw.float()
-    x = x - x.mean(dim=-1, keepdim=True)
+    x = raw.to(torch.float32, copy=True)  # which `raw` may have already
+    x -= x.mean(dim=-1, keepdim=True)
     return x / x.norm(dim=-1, keepdim=True)
 
 
@@ -35,7 +36,7 @@ class Centre(NamedTuple):
 def measure_centre(sample: Tensor) -> Centre:
     """Geometric median and loss normaliser of preprocessed rows [rows, d_model] (Gao et al. 2024, appendix A)."""
     # In chunks: a float64 copy of the sample would be the most memory that a small pack ever takes.
-    chunks = sample.split(4_096)
+    chunks = sample.split(SAMPLE_CHUNK)
     mean = sum((chunk.double().sum(dim=0) for chunk in chunks), torch.zeros(())) / len(sample)
     squared = sum(float((chunk.double() - mean).square().sum()) for chunk in chunks)
     return Centre(geometric_median(sample), squared / sample.numel())

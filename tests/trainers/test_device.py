@@ -1,6 +1,9 @@
 """Which precision a device gets, by what it says it supports, whatever else the machine is doing; and its cores."""
 
 import os
+import platform
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -67,3 +70,29 @@ def test_cores_are_those_that_this_process_may_run_on() -> None:
         assert usable_cores() == 1
     finally:
         os.sched_setaffinity(0, before)
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="the allocator of glibc")
+def test_freed_blocks_between_others_return_to_the_system() -> None:
+    """In a process of its own, whose allocator has come to keep blocks of up to 24 MiB."""
+    code = """
+import resource
+from pathlib import Path
+import numpy as np
+from saescale.trainers.device import keep_no_large_blocks
+
+def resident():
+    return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize() // 2**20
+
+np.ones(3 * 2**20)
+keep_no_large_blocks()
+before = resident()
+blocks = [np.ones(2**20) for _ in range(20)]
+during = resident()
+del blocks[:-1]
+print(during - before, resident() - before)
+"""
+    said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    held, left = map(int, said.split())
+    assert held >= 150, held
+    assert left < 16, left

@@ -56,7 +56,7 @@ def test_the_prediction_is_close_above_the_peak(store: ActivationStore, tmp_path
     warm_up, *packs = jobs
     expected = [predicted(job.cells) for job in packs]
     highest = [0.0, 0.0]
-    # Alone the peaks are 0.87 to 0.97 of the predictions. Beside other work a checkpoint may never fall together with
+    # Alone the peaks are 0.80 to 0.97 of the predictions. Beside other work a checkpoint may never fall together with
     # the largest moment of a step (0.77 was seen): then they are measured again.
     for _ in range(3):
         for job in (warm_up, *packs):
@@ -129,7 +129,7 @@ def test_a_process_of_a_mesh_takes_little_less_than_predicted(tmp_path: Path) ->
     layout = Layout(2)
     (peak,) = measure(warm_up, [job], layout=layout)
     expected = pack_memory([large], held_out, StreamSize(group, rows), layout=layout).total
-    assert 0.5 < peak / expected < 1.1, peak / expected  # 0.81 to 0.97; what threads keep is the system's affair
+    assert 0.5 < peak / expected <= 1, peak / expected
 
 
 def test_every_part_of_a_cell_counts(store: ActivationStore) -> None:
@@ -140,7 +140,7 @@ def test_every_part_of_a_cell_counts(store: ActivationStore) -> None:
         ({"n_latents": 32_768}, "held"), ({"precision": "bf16"}, "held"), ({"k": 1_024}, "training"),
         ({"batch_tokens": 16_384}, "training"), ({"settings": {"k_aux": 64, "multi_topk": True}}, "training"),
         ({"settings": {"k_aux": 2_048}}, "training"),
-        ({"k": 1_024}, "evaluation"),
+        ({"k": 4_096}, "evaluation"),
     ):  # fmt: skip
         more = Cell.model_validate(base.model_dump() | larger)
         assert getattr(pack_memory([more], HELD_OUT, known), part) > getattr(before, part), larger

@@ -232,7 +232,6 @@ def held_bytes(shape: Shape, k_aux: int, batch: int, precision: Precision, kerne
 
 
 def held_on_mesh(shape: Shape, rows: int, precision: Precision, kernels: KernelKind) -> float:
-    """As `held_bytes` of a shard of that shape whose replica works on so many rows: the product's columns, and the dead
-    latents' rows of W_enc."""
-    kept = min(KEPT_ENTRIES, rows * shape.n_latents) * (2 if precision == "bf16" else _FLOAT) if kernels == "cpu" else 0
-    return kept + shape.n_latents * shape.d_model * _FLOAT
+    """As `held_bytes` of a shard of that shape whose replica works on so many rows: the product's columns. The dead
+    latents' rows of W_enc (Case.bias) are gone before others are spoken to."""
+    return min(KEPT_ENTRIES, rows * shape.n_latents) * (2 if precision == "bf16" else _FLOAT) if kernels == "cpu" else 0

@@ -57,9 +57,8 @@ def _errors(
             squared.append(sparse.decode(before, none if number else offset, selected, W_dec, None, error).squared)
             before = error
     else:
-        nothing = torch.zeros_like(target)
         for selected, error in zip(terms, errors, strict=True):
-            sparse.decode(nothing, none, selected, W_dec, None, error)
+            sparse.decode(torch.zeros_like(target), none, selected, W_dec, None, error)
             error.copy_(mesh.sum_shards(error))  # each by itself, which takes less memory
         errors[0].add_(target - offset)
         for before, error in pairwise(errors):

@@ -104,9 +104,10 @@ def error_of(
     sparse = choose.kernels(target.device)
     if mesh.shards == 1:
         return sparse.decode(target, offset, selected, W_dec, None, error).squared
-    first = mesh.shard == 0  # what is not a sum over latents is its part
-    given, shift = (target, offset) if first else (torch.zeros_like(target), torch.zeros_like(offset))
-    sparse.decode(given, shift, selected, W_dec, None, error)
+    if mesh.shard == 0:  # what is not a sum over latents is its part
+        sparse.decode(target, offset, selected, W_dec, None, error)
+    else:
+        sparse.decode(torch.zeros_like(target), torch.zeros_like(offset), selected, W_dec, None, error)
     error.copy_(mesh.sum_shards(error))
     return error.double().square_().sum()
 

@@ -161,7 +161,9 @@ class TopKStep:
         idle = dead.after(conditions.dead_after_tokens)
         count, scatter = active.new_zeros(()), offset.new_zeros(())
         if settings.k_aux:
-            count, scatter = idle.sum(), (error.sum(dim=0) / len(batch.x) - error).square_().mean()
+            # In AuxK's place, which is written later.
+            spread = torch.sub(error.sum(dim=0) / len(batch.x), error, out=errors[-1])
+            count, scatter = idle.sum(), spread.square_().mean()
         # All that the host has to know of a step, in one piece: it waits for the device here and nowhere else.
         mine_dead = count
         counts = mesh.sum_shards(torch.stack([active.double(), count.double()]))

@@ -17,11 +17,16 @@ def sum_in_order(channel: Channel, t: Tensor, kind: str) -> Tensor:
         return t
     if t.numel() <= SMALL:
         return _add(channel.gather(t, kind))
-    size = -(-t.numel() // channel.size)
-    parts = t.new_zeros(channel.size * size)
-    parts[: t.numel()] = t.reshape(-1)
-    mine = _add(channel.exchange(parts.view(channel.size, size), kind))
+    mine = _add(channel.exchange(_parts(t, channel.size), kind))
     return channel.gather(mine, kind).view(-1)[: t.numel()].view(t.shape)
+
+
+def _parts(t: Tensor, count: int) -> Tensor:
+    """[count, -1] of `t`, with zeros at the end where it cannot be cut evenly; else not a copy of it."""
+    flat = t.reshape(-1)
+    if missing := -t.numel() % count:
+        flat = torch.cat([flat, flat.new_zeros(missing)])
+    return flat.view(count, -1)
 
 
 def _add(parts: Tensor) -> Tensor:

@@ -29,10 +29,11 @@ class Sent(NamedTuple):
 
 
 class Held(NamedTuple):
-    """Bytes that one process has of what others send, at one time of a step or the other."""
+    """Bytes that one process has of what others send, or for them, at one time of a step or the other."""
 
     selecting: float  # candidates of all shards, or the counts of their digits
-    summing: float  # parts of a reconstruction and the sum of it, with what they are made of
+    summing: float  # beside its part of a reconstruction, while that of all shards is made
+    gathering: float  # its own rows of each reconstruction, and those of all replicas
 
 
 class Said(NamedTuple):
@@ -78,17 +79,19 @@ def sent(layout: Layout, d_model: int, n_latents: int, said: Said, batch_tokens:
     return Sent(selection, reductions, copies, collectives)
 
 
-def held(layout: Layout, d_model: int, n_latents: int, k: int, batch_tokens: int) -> Held:
-    """In a step that selects `k` latents of a token; nothing where one process is alone."""
+def held(layout: Layout, d_model: int, n_latents: int, k: int, batch_tokens: int, together: int = 1) -> Held:
+    """In a step that selects `k` latents of a token and makes `together` reconstructions at a time; nothing where one
+    process is alone."""
     shards, replicas = layout
     width, gathered = _offered(layout, n_latents, k)
     others = shards * width if gathered else k + _COUNTS
     keys = _KEY * (k + others) if shards > 1 else 0
-    # In a row: what is added, its sum, the parts that go to the others and those that come, and the sum of these; or
-    # this replica's rows and those of all.
-    wide = max(4 + 1 / shards if shards > 1 else 0, 1 + replicas if replicas > 1 else 0)
     rows = batch_tokens / replicas
-    return Held(2 * keys * rows, wide * _NUMBER * d_model * rows)
+    row = _NUMBER * d_model * rows
+    # What comes from others comes twice at a time: gloo gathers into memory of its own, and copies it (channel.py).
+    summing = 2 + 1 / shards if shards > 1 else 0  # the sum of its share of the numbers, and the sums of all
+    gathering = together + 2 * replicas if replicas > 1 else min(1, summing)
+    return Held(2 * keys * rows, summing * row, gathering * row)
 
 
 def _offered(layout: Layout, n_latents: int, k: int) -> tuple[int, bool]:

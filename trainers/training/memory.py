@@ -15,21 +15,22 @@ import torch
 
 from saescale.trainers.architectures import auxk
 from saescale.trainers.architectures.architecture import Settings, Shape, find_architecture
+from saescale.trainers.architectures.dense import DenseStep
 from saescale.trainers.architectures.sae import step_of
 from saescale.trainers.cell import Cell
 from saescale.trainers.evals.nmse import CHUNK_ROWS, rows_at_a_time
 from saescale.trainers.kernels.choose import KernelKind
+from saescale.trainers.kernels.interface import product_rows
 from saescale.trainers.mesh.layout import Layout
 from saescale.trainers.mesh.traffic import Held, held
-from saescale.trainers.preprocess import SAMPLE_TOKENS, Centre
+from saescale.trainers.preprocess import SAMPLE_CHUNK, SAMPLE_TOKENS, Centre
 
 PROCESS_BYTES = 800 * 2**20  # imports and compiled kernels of a worker, in the host's memory; measured
 _FLOAT = 4
 _ONE = Layout()
-# What a process of a mesh has beyond all that is counted: up to 67 MiB measured, with batches of 2,048 rows of 512, and
-# less with smaller ones. Likely freed blocks that glibc keeps for the threads that speak to others; not looked into.
-_SPEAKING = 64 * 2**20
-_ALLOCATOR = 1.15  # freed memory that the allocator keeps: up to 1.10 measured, which differs from run to run
+# What allocators keep of freed memory, which differs from run to run: of a host's blocks of less than 4 MiB
+# (device.keep_no_large_blocks; peaks were 0.96 to 1.00 of what is alive), of a GPU's up to 1.10 measured.
+_OF_HOST, _OF_GPU = 1.08, 1.15
 
 
 class StreamSize(NamedTuple):
@@ -49,12 +50,12 @@ class PackMemory(NamedTuple):
     evaluation: float  # one cell's averaged weights, its errors on a chunk of held-out rows, and preprocessed rows
     checkpoint: float  # one cell's state on its way into an object store; a local file is written tensor by tensor
     start: float  # the sample that the geometric median is measured on, before there are cells
-    speaking: float = 0.0  # of the threads that speak to the other processes of a mesh, in the host's memory
+    allocator: float  # no bytes: how many times all that, with what is kept of freed memory
 
     @property
     def total(self) -> float:
         work = self.held + max(self.training, self.evaluation, self.checkpoint)
-        return _ALLOCATOR * (self.stream + max(work, self.start)) + self.speaking
+        return self.allocator * (self.stream + max(work, self.start))
 
 
 def pack_memory(
@@ -74,19 +75,17 @@ def pack_memory(
     host, bf16 = kernels == "cpu", any(cell.precision == "bf16" for cell in cells)
     windows = 3 * min(stream.mixed or 8 * stream.row_group_rows, stream.rows) * d_model * 2
     own = [_share(cell, layout) for cell in cells]
-    looked_at = _preprocessed(rows_at_a_time(eval_tokens, d_model), d_model, bf16)
-    making = _made(min(eval_tokens, CHUNK_ROWS), d_model)
     return PackMemory(
         held=sum(_held(cell) for cell in own),
         stream=windows + eval_tokens * d_model * 2 if host else 0,
         # Each has every batch whole, and the errors and pairs of all of it.
-        training=max(_step(cell, layout, kernels) for cell in cells)
+        training=max(_step(cell, layout, kernels, eval_tokens) for cell in cells)
         + _preprocessed(batch, d_model, bf16)
         + _made(batch, d_model),
-        evaluation=looked_at + max(_evaluation(cell, layout, kernels, making) for cell in cells),
+        evaluation=max(_evaluation(cell, layout, kernels, eval_tokens, bf16) for cell in cells),
         checkpoint=max(4 * weights_bytes(cell) for cell in own) if host and remote_run else 0,
-        start=3 * _FLOAT * min(SAMPLE_TOKENS, stream.rows) * d_model if host else 0,
-        speaking=_SPEAKING if host and layout.ranks > 1 else 0,
+        start=_start(min(SAMPLE_TOKENS, stream.rows), d_model) if host else 0,
+        allocator=_OF_HOST if host else _OF_GPU,
     )
 
 
@@ -101,10 +100,11 @@ def _k_aux(cell: Cell) -> int:
     return getattr(cell.whole_settings, "k_aux", 0)
 
 
-def _of_others(cell: Cell, layout: Layout, rows: int) -> Held:
-    """What processes have from each other of so many rows: in that selection which takes most."""
-    k = max(cell.whole_settings.pairs_per_token(cell.n_latents), _k_aux(cell))
-    return held(layout, cell.d_model, cell.n_latents, k, rows)
+def _of_others(cell: Cell, layout: Layout, rows: int, k: int) -> Held:
+    """What processes have from each other of so many rows, where `k` latents of each are selected."""
+    said = getattr(step_of(cell.architecture, cell.n_latents), "said", None)
+    together = said(cell.whole_settings, cell.n_latents).sums if said and layout.replicas > 1 else 1
+    return held(layout, cell.d_model, cell.n_latents, k, rows, together)
 
 
 def weights_bytes(cell: Cell) -> float:
@@ -151,6 +151,11 @@ def _held(cell: Cell) -> float:
     return 4 * weights_bytes(cell) + _rounded(cell) + 8 * cell.n_latents
 
 
+def _start(rows: int, d_model: int) -> float:
+    """The sample beside its distances from a point, or a chunk of it in float64 and what is made of that."""
+    return d_model * (_FLOAT * rows + max(_FLOAT * rows, 2 * 8 * min(SAMPLE_CHUNK, rows)))
+
+
 def _preprocessed(rows: int, d_model: int, bf16: bool) -> float:
     """x in float32, and rounded where some cell needs that."""
     return d_model * rows * (_FLOAT + 2 * bf16)
@@ -161,26 +166,46 @@ def _made(rows: int, d_model: int) -> float:
     return d_model * rows * (2 + _FLOAT)
 
 
-def _step(cell: Cell, layout: Layout, kernels: KernelKind) -> float:
-    own = _share(cell, layout)
+def _step(cell: Cell, layout: Layout, kernels: KernelKind, eval_tokens: int) -> float:
+    own, batch = _share(cell, layout), cell.batch_tokens
     step, shape = step_of(cell.architecture, own.n_latents), Shape(own.d_model, own.n_latents)
-    asked = shape, cell.whole_settings, cell.batch_tokens
+    k_aux, dead = _k_aux(cell), 0.0
+    of_others = _of_others(cell, layout, batch, max(cell.whole_settings.pairs_per_token(cell.n_latents), k_aux))
+    said = max(of_others.selecting, of_others.gathering + of_others.summing)
     if layout.ranks > 1 and hasattr(step, "bytes_on_mesh"):
-        taken = step.bytes_on_mesh(*asked, layout, cell.precision, kernels)
-        return taken + max(_of_others(cell, layout, cell.batch_tokens))
-    taken = step.training_bytes(*asked, cell.precision, kernels)
-    if layout.ranks > 1 and (k_aux := _k_aux(cell)):  # which goes another way there
-        taken -= auxk.held_bytes(shape, k_aux, cell.batch_tokens, cell.precision, kernels)
-        taken += auxk.held_on_mesh(shape, cell.batch_tokens // layout.replicas, cell.precision, kernels)
-    return taken + max(_of_others(cell, layout, cell.batch_tokens))
+        return step.bytes_on_mesh(shape, cell.whole_settings, batch, layout, cell.precision, kernels) + said
+    taken = step.training_bytes(shape, cell.whole_settings, batch, cell.precision, kernels)
+    # Where an evaluation has taken more for the product of its rows.
+    taken += max(
+        0.0, _product(own, layout, kernels, min(eval_tokens, CHUNK_ROWS)) - _product(own, _ONE, kernels, batch)
+    )
+    if layout.ranks == 1:
+        return taken
+    if k_aux:  # which goes another way there
+        taken -= auxk.held_bytes(shape, k_aux, batch, cell.precision, kernels)
+        taken += auxk.held_on_mesh(shape, batch // layout.replicas, cell.precision, kernels)
+        dead = _FLOAT * own.n_latents * own.d_model  # rows of W_enc, gone before there is anything of others
+    return taken + max(dead, said)
 
 
-def _evaluation(cell: Cell, layout: Layout, kernels: KernelKind, making: float) -> float:
-    own = _share(cell, layout)
+def _product(own: Cell, layout: Layout, kernels: KernelKind, rows: int) -> float:
+    """Pre-activations of a sparse path on a CPU: that memory stays, as large as it ever was (cpu.py)."""
+    if kernels != "cpu" or isinstance(step_of(own.architecture, own.n_latents), DenseStep):
+        return 0.0
+    width = 2 if own.precision == "bf16" else _FLOAT
+    return product_rows(-(-rows // layout.replicas), own.n_latents, "cpu") * own.n_latents * width
+
+
+def _evaluation(cell: Cell, layout: Layout, kernels: KernelKind, eval_tokens: int, bf16: bool) -> float:
+    own, rows = _share(cell, layout), min(eval_tokens, CHUNK_ROWS)
     step, shape = step_of(cell.architecture, own.n_latents), Shape(own.d_model, own.n_latents)
-    made = step.evaluation_bytes(shape, cell.whole_settings, CHUNK_ROWS, cell.precision, kernels)
-    selecting, summing = _of_others(cell, layout, CHUNK_ROWS)
+    looked_at = _preprocessed(rows_at_a_time(eval_tokens, cell.d_model), cell.d_model, bf16)
+    mine = -(-rows // layout.replicas)
+    made = step.evaluation_bytes(shape, cell.whole_settings, mine, cell.precision, kernels)
+    of_others = _of_others(cell, layout, rows, cell.whole_settings.pairs_per_token(cell.n_latents))
+    measuring = looked_at + max(_made(rows, cell.d_model), made + max(of_others.selecting, of_others.summing))
     # A finished cell's averaged weights stand beside the bytes of all its tensors and of its file, which safetensors
     # makes in the host's memory; shards write theirs one tensor after another.
     written = weights_bytes(own) * (2 if kernels == "cpu" else 1) if layout.shards == 1 else 0
-    return weights_bytes(own) + max(_rounded(own) + max(making, made + selecting, summing), written)
+    kept = _product(own, layout, kernels, rows)
+    return weights_bytes(own) + max(_rounded(own) + measuring, kept + written)

@@ -31,7 +31,7 @@ from saescale.storage.source import Order, Source
 from saescale.storage.store import ActivationStore
 from saescale.trainers.architectures.own import take
 from saescale.trainers.cell import Cell
-from saescale.trainers.device import OutOfMemory, default_device, is_out_of_memory, set_threads
+from saescale.trainers.device import OutOfMemory, default_device, is_out_of_memory, keep_no_large_blocks, set_threads
 from saescale.trainers.evals.nmse import HeldOut
 from saescale.trainers.loggers.interface import CellLogger, NoLogger
 from saescale.trainers.loggers.wandb_cells import WandbLogger, resolve_mode, wandb_directory
@@ -85,6 +85,7 @@ def _train(
     device: torch.device,
 ) -> PackOutcome:
     set_threads(job.threads or torch.get_num_threads())
+    keep_no_large_blocks()
     # Lightning's trainer and module refer to each other: without this the last pack's weights would still be there.
     gc.collect()
     source = open_source(job.store, [cell.cell_id for cell in job.cells])
