@@ -1,7 +1,7 @@
 """An SAE: an architecture bound to a shape, its settings and its parameters."""
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -89,4 +89,4 @@ class SAE:
 def step_of(architecture: str, n_latents: int) -> FastStep:
     """The fast path of that architecture, or the dense one where it has none. Raises as find_architecture does."""
     module = find_architecture(architecture)
-    return getattr(module, "step", None) or DenseStep(module, n_latents)
+    return cast(FastStep, getattr(module, "step", None) or DenseStep(module, n_latents))
