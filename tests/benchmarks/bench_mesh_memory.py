@@ -37,7 +37,7 @@ SIZES = {
 ROWS, HELD_OUT = 16_384, 4_096
 GROUP_NUMBERS = 2**18  # of a row group: windows are small beside tensors
 DIRECTIONS = 8  # that rows are made of, two of them each
-EVERY = [Layout(shards, replicas) for replicas in (1, 2) for shards in (1, 2, 4)]
+EVERY = [Layout(shards, replicas) for replicas in (1, 2) for shards in (1, 2, 4) if shards * replicas > 1]
 # What topk says of a mesh of many processes goes for the others too.
 SOME = [Layout(2, 1), Layout(1, 2), Layout(2, 2)]
 ARCHITECTURES = ["topk", "batchtopk", "matryoshka", "hierarchical_topk"]
