@@ -1,12 +1,9 @@
 """A server's files that are removed behind those who stream, while one of them is away."""
 
-import os
 import re
-import signal
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
-from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 import numpy as np
@@ -24,7 +21,6 @@ from saescale.trainers.harvest.live import LiveHarvest, live_here
 from saescale.trainers.harvest.live_needs import GoesOn, Needs
 from saescale.trainers.harvest.room import Room
 from saescale.trainers.harvest.served import Served, ServedCrew
-from saescale.trainers.training.together import train_sharded
 from saescale.trainers.training.train import PackJob, PackOutcome, train_pack
 from tests.survival import assert_same, reached
 from tests.trainers import mesh_processes
@@ -171,35 +167,6 @@ def test_a_pack_that_waits_for_rows_stops_when_it_is_told_to(processes: int, cro
         assert 0 < max(steps(str(cell / "checkpoint"))) < MORE // BATCH
         serve(folder, range(42, FILES), times=TIMES)
         assert trained_by(processes, crowd, seldom).results[0]["status"] == "done"
-
-
-@pytest.mark.chaos
-@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGSTOP])
-def test_a_rank_that_is_lost_while_all_wait_for_rows_is_named(tmp_path: Path, how: signal.Signals) -> None:
-    """The others wait for it, not for rows that may come in days, and what was saved meanwhile is gone on from."""
-    folder, url, mine = tmp_path / "served", str(tmp_path / "live"), tmp_path / "run"
-    serve(folder, range(42), times=TIMES)
-    hit: list[int] = []
-
-    def strike(processes: list[BaseProcess]) -> None:
-        def wait() -> None:
-            while not list(mine.glob("cells/*/checkpoint/latest-*.json")):
-                time.sleep(0.05)
-            time.sleep(2.0)  # by then they have trained on all rows that there are
-            os.kill(processes[1].pid or 0, how)
-            hit.append(processes[1].pid or 0)
-
-        threading.Thread(target=wait, daemon=True).start()
-
-    with live_here(spec_of(folder, tokens=MORE, block_rows=BLOCKS), url):
-        later = job(url, mine).model_copy(update={"checkpoint_every_s": 0.5})
-        with pytest.raises(SaescaleError) as caught:
-            train_sharded(later, 2, deadline_s=8.0, started=strike)
-        assert f"pid {hit[0]}" in str(caught.value)
-        (cell,) = (mine / "cells").iterdir()
-        assert max(steps(str(cell / "checkpoint"))) > 60
-        serve(folder, range(42, FILES), times=TIMES)
-        assert train_sharded(later, 2).results[0]["status"] == "done"
 
 
 def needs_of(
