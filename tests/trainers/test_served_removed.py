@@ -1,9 +1,12 @@
 """A server's files that are removed behind those who stream, while one of them is away."""
 
+import os
 import re
+import signal
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 import numpy as np
@@ -21,6 +24,7 @@ from saescale.trainers.harvest.live import LiveHarvest, live_here
 from saescale.trainers.harvest.live_needs import GoesOn, Needs
 from saescale.trainers.harvest.room import Room
 from saescale.trainers.harvest.served import Served, ServedCrew
+from saescale.trainers.training.together import train_sharded
 from saescale.trainers.training.train import PackJob, PackOutcome, train_pack
 from tests.survival import assert_same, reached
 from tests.trainers import mesh_processes
@@ -287,3 +291,32 @@ def test_cells_whose_files_were_removed_are_told_before_anything_begins(tmp_path
     assert sorted(path.relative_to(tmp_path) for path in tmp_path.rglob("*")) == before
     with again({"a": GoesOn(5 * 128, 4 * 128)}):
         pass
+
+
+@pytest.mark.chaos
+def test_a_rank_that_is_lost_while_all_wait_for_rows_is_named(tmp_path: Path) -> None:
+    """The others wait for it, not for rows that may come in days, and what was saved meanwhile is gone on from."""
+    folder, url, mine = tmp_path / "served", str(tmp_path / "live"), tmp_path / "run"
+    there = 42  # files, whose rows are 71 batches
+    serve(folder, range(there), times=TIMES)
+    hit: list[int] = []
+
+    def strike(processes: list[BaseProcess]) -> None:
+        def wait() -> None:
+            while not list(mine.glob("cells/*/checkpoint/step-00000071-*")):
+                time.sleep(0.05)
+            time.sleep(1.0)
+            hit.append(processes[1].pid or 0)
+            os.kill(hit[0], signal.SIGKILL)
+
+        threading.Thread(target=wait, daemon=True).start()
+
+    with live_here(spec_of(folder, tokens=MORE, block_rows=BLOCKS), url):
+        later = job(url, mine).model_copy(update={"checkpoint_every_s": 0.5})
+        with pytest.raises(SaescaleError) as caught:
+            train_sharded(later, 2, deadline_s=8.0, started=strike)
+        assert f"pid {hit[0]}" in str(caught.value)
+        serve(folder, range(there, FILES), times=TIMES)
+        again = train_sharded(later, 2)
+    assert again.results[0]["status"] == "done"
+    assert again.results[0]["tokens"] == MORE
