@@ -202,12 +202,14 @@ def _mesh(result: dict[str, Any]) -> str:
 
 
 def _mesh_memory(result: dict[str, Any]) -> str:
-    rows = [
-        [each["architecture"], f"{each['shards']} x {each['replicas']}", f"{each['peak'] / 2**20:,.0f}",
-         f"{each['predicted'] / 2**20:,.0f}", f"{each['ratio']:.2f}"]
-        for each in result["meshes"]
-    ]  # fmt: skip
-    return _markdown(["MiB", "shards x replicas", "highest peak", "predicted", "peak / predicted"], rows)
+    sizes = ("latents", "batch", "width")
+    found: dict[tuple[str, str], dict[str, str]] = {}
+    for each in result["meshes"]:
+        peak, predicted = (f"{each[name] / 2**20:,.0f}" for name in ("peak", "predicted"))
+        row = found.setdefault((each["architecture"], f"{each['shards']} x {each['replicas']}"), {})
+        row[each["size"]] = f"{peak} / {predicted} = {each['ratio']:.2f}"
+    rows = [[*names, *(of.get(size, "") for size in sizes)] for names, of in found.items()]
+    return _markdown(["peak / predicted, MiB", "shards x replicas", *sizes], rows)
 
 
 def _markdown(head: list[str], rows: list[list[str]]) -> str:

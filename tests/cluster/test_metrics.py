@@ -65,8 +65,8 @@ def scraping() -> Iterator[list[list[Sample]]]:
         thread.join()
 
 
-def of_sweep(samples: list[Sample]) -> list[Sample]:
-    return [sample for sample in samples if sample.labels.get("sweep") == "watched"]
+def of_sweep(samples: list[Sample], sweep: str) -> list[Sample]:
+    return [sample for sample in samples if sample.labels.get("sweep") == sweep]
 
 
 def total(samples: list[Sample], name: str) -> float:
@@ -82,28 +82,29 @@ def labels_of(query: dict[str, Any]) -> set[str]:
 
 @pytest.mark.slow
 def test_what_a_sweep_exports_is_what_the_dashboard_asks_for(three_nodes: Any, document: dict[str, Any]) -> None:
-    document |= {"name": "watched", "grid": {"n_latents": [32, 64], "k": [2, 4]}}
+    name = f"watched-{time.time_ns()}"  # since counters of another one in this cluster stay
+    document |= {"name": name, "grid": {"n_latents": [32, 64], "k": [2, 4]}}
     document["train"]["tokens"] = 524_288  # some seconds, or no export falls into them
     document["train"]["lr"] = {"at": 32, "value": 1e-3, "exponent": 70.0}  # the cells of 64 latents fail
     recorder = Recorder()
     with scraping() as seen:
         run = run_sweep(parse_spec(document, "test"), recorder, settings=FitSettings(10)).run
     seen.append(scrape())
-    check_names(seen)
-    check_values([of_sweep(samples) for samples in seen], run)
-    packs = total(of_sweep(seen[-1]), "ray_saescale_packs_finished_total")
+    check_names(seen, name)
+    check_values([of_sweep(samples, name) for samples in seen], run)
+    packs = total(of_sweep(seen[-1], name), "ray_saescale_packs_finished_total")
     assert f"training 4 cells in {packs:.0f} pack{'s' * (packs != 1)}" in recorder.stages
 
     # What has ended is not shown for ever.
     deadline = time.monotonic() + 60
-    while {sample.name for sample in of_sweep(scrape())} & GAUGES and time.monotonic() < deadline:
+    while {sample.name for sample in of_sweep(scrape(), name)} & GAUGES and time.monotonic() < deadline:
         time.sleep(0.2)
-    assert {sample.name for sample in of_sweep(scrape())} == {s.name for s in of_sweep(seen[-1])} - GAUGES
+    assert {sample.name for sample in of_sweep(scrape(), name)} == {s.name for s in of_sweep(seen[-1], name)} - GAUGES
 
 
-def check_names(seen: list[list[Sample]]) -> None:
+def check_names(seen: list[list[Sample]], sweep: str) -> None:
     """Nothing is asked for that is not there, and nothing of ours is there that no panel shows."""
-    names = {sample.name for samples in seen for sample in of_sweep(samples)}
+    names = {sample.name for samples in seen for sample in of_sweep(samples, sweep)}
     assert names == {name for query in QUERIES for name in OURS.findall(query["expr"])}
     assert names >= {name for variable in VARIABLES for name in OURS.findall(variable)}
     labels: dict[str, set[str]] = {}

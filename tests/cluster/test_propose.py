@@ -180,7 +180,7 @@ def test_what_cannot_be_planned_at_any_budget() -> None:
         (request(ks=(4096, 8192), n_range=(512, 2048)), "no cell to add has k <= n: k is 4096 or more, n at most 2048"),
         (request(ks=(512, 1024, 2048), n_range=(512, 2048), seeds=1), "there are at most 6: raise --seeds"),
         (
-            request(device=find_device("cpu")._replace(memory=5.42e9)),
+            request(device=find_device("cpu")._replace(memory=5.52e9)),
             r"there are 2 \(8, 16\) in cells of k <= n that fit into the memory of cpu: lower --n-min, add",
         ),
         (request(noise=0.0), "--noise 0 is no scatter; give a number above 0"),

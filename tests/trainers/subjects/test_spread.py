@@ -106,7 +106,7 @@ def test_evaluations_of_a_spread_subject_measure_the_same(tiny_subject: str, tin
     assert len(run.read_evals()) == 0
     assert CliRunner().invoke(app, [*command, most]).exit_code == 0
     found = run.read_evals().to_pylist()
-    assert [row["value"] for row in found] == [row["value"] for row in rows[0]]
+    assert [row["value"] for row in found] == [row.get("value") for row in rows[0]]
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="where it fits depends on what is free there")
