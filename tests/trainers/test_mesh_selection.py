@@ -192,6 +192,19 @@ def test_keys_have_the_order_of_any_floats(values: list[float], first: int, k: i
         assert int((keys >= least).sum()) == min(k, len(values))
 
 
+@pytest.mark.parametrize(("k", "rounds"), [(6, 1), (3, 2), (1, 16)])
+def test_counting_ends_when_all_that_agree_are_wanted(k: int, rounds: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All keys share their first digit, three of them the second too; these are told apart by their last one."""
+    keys = torch.tensor([[*(0x1100000000000000 + i for i in range(3)), *(0x1000000000000000 + i for i in range(3))]])
+    told = []
+    whole = radix.sum_in_order
+    monkeypatch.setattr(radix, "sum_in_order", lambda *given: (told.append(1), whole(*given))[1])
+    one = Channel(None, 0, 1, Traffic(), lambda kind: None)
+    least = radix.kth_of_all(one, keys, k)
+    assert len(told) == rounds
+    assert int((keys >= least).sum()) == k
+
+
 def test_nan_is_above_all_and_has_no_key_of_a_candidate() -> None:
     keys = keys_of(torch.tensor([torch.inf, torch.nan, -torch.nan, 1.0, -torch.inf]), torch.arange(5))
     assert keys.argsort(descending=True).tolist() == [1, 2, 0, 3, 4]

@@ -36,10 +36,10 @@ def kth_of_all(channel: Channel, keys: Tensor, k: int, bits: int = BITS) -> Tens
         above = counts.flip(1).cumsum(dim=1).flip(1)  # how many have that digit or a higher one
         # The highest digit that the k largest do not go below; 0 where there are fewer than wanted.
         digit = ((above >= wanted[:, None]).sum(dim=1) - 1).clamp_(min=0)
-        digit = torch.where(whole, 0, digit)
+        digit = torch.where(whole, 0, digit)  # which is none to be added
         here = above.gather(1, digit[:, None])[:, 0]
         higher = here - counts.gather(1, digit[:, None])[:, 0]
-        agreed = torch.where(whole, agreed, agreed | (digit << shift))
+        agreed |= digit << shift
         open_ &= (digits == digit[:, None]) & ~whole[:, None]
         wanted = torch.where(whole, wanted, wanted - higher)
         whole |= here <= wanted + higher
